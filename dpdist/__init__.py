@@ -1,0 +1,49 @@
+"""dpdist: differentially private training in JAX, from a laptop to a pod.
+
+The public face. Names are resolved when they are first used, so that
+accounting, plans, ledgers and samplers can be used where jax cannot be
+imported.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  import dpdist.accounting as accounting  # noqa: F401
+  from dpdist.clipping import ClippedGrads as ClippedGrads
+  from dpdist.clipping import clipped_grad as clipped_grad
+  from dpdist.noise import gaussian_noise as gaussian_noise
+  from dpdist.plan import PrivacyConfig as PrivacyConfig
+  from dpdist.plan import PrivacyPlan as PrivacyPlan
+  from dpdist.plan import make_plan as make_plan
+  from dpdist.sampling import PoissonSampler as PoissonSampler
+  from dpdist.train import train as train
+
+_HOME = {
+  "ClippedGrads": "clipping",
+  "PoissonSampler": "sampling",
+  "PrivacyConfig": "plan",
+  "PrivacyPlan": "plan",
+  "accounting": "",
+  "clipped_grad": "clipping",
+  "gaussian_noise": "noise",
+  "make_plan": "plan",
+  "train": "train",
+}
+
+__all__ = sorted(_HOME)
+
+
+def __getattr__(name: str) -> Any:
+  if name not in _HOME:
+    raise AttributeError(f"module 'dpdist' has no attribute {name!r}")
+  home = _HOME[name]
+  module = importlib.import_module(f"dpdist.{home or name}")
+  value = getattr(module, name) if home else module
+  # Kept: a submodule of the same name would otherwise win after its import.
+  globals()[name] = value
+  return value
+
+
+def __dir__() -> list[str]:
+  return sorted({*globals(), *_HOME})

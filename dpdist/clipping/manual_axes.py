@@ -1,0 +1,48 @@
+"""Which mesh axes a value varies over inside `jax.shard_map`.
+
+Inside shard_map, JAX inserts a sum over the mesh into the gradient of every
+value that is the same on all devices ("unvarying"). For per-example gradients
+that sum would come before clipping, and an example would move the clipped sum
+by many times the clip norm, without an error. Casting the parameters to
+varying first keeps each device's gradients its own.
+"""
+
+from typing import Any
+
+import jax
+
+PyTree = Any
+
+
+def varying_axes(tree: PyTree) -> frozenset[str]:
+  """The mesh axes that any leaf of tree varies over; empty outside."""
+  axes: frozenset[str] = frozenset()
+  for leaf in jax.tree.leaves(tree):
+    axes |= _axes(jax.typeof(leaf))
+  return axes
+
+
+def abstract_varying_axes(tree: PyTree) -> frozenset[str]:
+  """The same for a tree of `jax.ShapeDtypeStruct`."""
+  axes: frozenset[str] = frozenset()
+  for leaf in jax.tree.leaves(tree):
+    axes |= _axes(leaf)
+  return axes
+
+
+def cast_to_varying(tree: PyTree, axes: frozenset[str]) -> PyTree:
+  """Casts each leaf to vary over axes as well; values do not change."""
+
+  def cast(leaf: Any) -> jax.Array:
+    missing = tuple(sorted(axes - _axes(jax.typeof(leaf))))
+    return jax.lax.pcast(leaf, missing, to="varying") if missing else leaf
+
+  return jax.tree.map(cast, tree)
+
+
+def _axes(aval: Any) -> frozenset[str]:
+  # The attribute has another name in other releases of JAX.
+  manual = getattr(aval, "manual_axis_type", None)
+  if manual is not None:
+    return frozenset(manual.varying)
+  return frozenset(getattr(aval, "vma", None) or ())

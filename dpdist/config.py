@@ -1,0 +1,90 @@
+"""The settings of a run, with their units and defaults.
+
+A file in configs/ starts from `default()` and changes what it needs to; flags
+of the form --config.a.b=value change it once more. Imports no jax, so that
+`launch.budget` can read any config anywhere.
+"""
+
+import dataclasses
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from dpdist import plan as plan_lib
+
+
+def default() -> ml_collections.ConfigDict:
+  """Every setting there is."""
+  config = ml_collections.ConfigDict()
+
+  config.data = ml_collections.ConfigDict()
+  config.data.name = "digits"  # digits, text, npz, idx, array_record, parquet
+  config.data.path = ""  # directory or file, where the name needs one
+  config.data.sequence_length = 64  # text: tokens of an example
+  config.data.num_train = 0  # text: pieces to train on
+  config.data.num_test = 0  # text: pieces held out
+  config.data.inputs_column = "inputs"  # parquet
+  config.data.targets_column = "targets"  # parquet
+  config.data.num_threads = 4  # reading ahead
+  config.data.prefetch = 4  # steps read ahead
+
+  config.model = ml_collections.ConfigDict()
+  config.model.name = "random_features"  # random_features, cnn, decoder
+  config.model.num_outputs = 10  # classes, or the vocabulary
+  config.model.width = 0  # features, channels, or the decoder's dimension
+  config.model.depth = 0  # decoder: blocks
+  config.model.num_heads = 0  # decoder
+  config.model.dtype = "float32"  # of the computation; sums are float32
+
+  config.privacy = ml_collections.ConfigDict()
+  config.privacy.num_examples = 0  # public; must be the training set's length
+  config.privacy.expected_batch_size = 0.0  # examples, on average, a step
+  config.privacy.num_steps = 0  # updates
+  config.privacy.l2_clip_norm = 1.0  # of a per-example gradient
+  config.privacy.target_delta = 1e-5
+  config.privacy.target_epsilon = config_dict.placeholder(float)
+  config.privacy.noise_multiplier = config_dict.placeholder(float)
+  config.privacy.accountant = "pld"  # or rdp
+  config.privacy.neighboring_relation = "add_or_remove_one"
+
+  config.clipping = ml_collections.ConfigDict()
+  config.clipping.method = "auto"
+  config.clipping.microbatch_size = 0  # examples; 0: a device's whole chunk
+
+  config.optimizer = ml_collections.ConfigDict()
+  config.optimizer.name = "sgd"  # any optax optimizer
+  config.optimizer.learning_rate = 1.0  # its peak
+  config.optimizer.schedule = "constant"  # constant, cosine, linear
+  config.optimizer.warmup_steps = 0
+  config.optimizer.options = ml_collections.ConfigDict()  # e.g. momentum
+  config.ema_decay = 0.0  # of the averaged parameters; 0: none
+
+  config.mesh = ml_collections.ConfigDict()
+  config.mesh.data = -1  # -1: the devices that remain
+  config.mesh.fsdp = 1
+  config.mesh.model = 1
+
+  config.chunk_size = 0  # examples over the mesh at once; 0: chosen
+  config.eval_every = 0  # steps; 0: twenty times a run
+  config.checkpoint_every = 0  # steps; 0: ten times a run
+  config.max_checkpoints = 3
+
+  # A file that holds the run's secret, made if it is missing; empty: "secret"
+  # in the working directory. Keep it as private as the data.
+  config.secret_file = ""
+  # Fixes every random stream, for tests. The guarantee is void.
+  config.insecure_seed = config_dict.placeholder(int)
+  # Shows what is private: training loss, true batch size, clip fraction.
+  config.unsafe_metrics = False
+  return config
+
+
+def privacy_config(config: ml_collections.ConfigDict) -> plan_lib.PrivacyConfig:
+  """The part of a config that the plan is made from."""
+  return plan_lib.PrivacyConfig(**config.privacy.to_dict())
+
+
+def privacy_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The same, JSON-able, as the ledger records it."""
+  return dataclasses.asdict(privacy_config(config))

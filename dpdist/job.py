@@ -1,0 +1,191 @@
+"""From settings to everything that a run is made of, checked.
+
+All that can be wrong with settings is found here, before the ledger charges
+anything.
+"""
+
+import math
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+import jax
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+import optax
+
+from dpdist import config as config_lib
+from dpdist import datasets
+from dpdist import keys
+from dpdist import ledger as ledger_lib
+from dpdist import losses
+from dpdist import mechanism
+from dpdist import mesh as mesh_lib
+from dpdist import models
+from dpdist import optimizers
+from dpdist import plan as plan_lib
+from dpdist import sources
+from dpdist import step as step_lib
+
+PyTree = Any
+
+
+class SettingsError(ValueError):
+  """A setting is wrong, or contradicts the run that the directory holds."""
+
+
+class Job(NamedTuple):
+  """A run that is ready to start or to go on.
+
+  Attributes:
+    plan: the numbers it is bound to.
+    ledger: opened, and in agreement with the settings.
+    secret: what all its randomness comes from.
+    mesh: all devices.
+    train_source: the private examples.
+    test: all held-out examples, arrays "inputs" and "targets".
+    model: maps inputs to logits.
+    params: initial parameters.
+    step: the two halves of a step.
+    learning_rate: as a function of the step.
+    chunk_size: examples over the mesh at once.
+  """
+
+  plan: plan_lib.PrivacyPlan
+  ledger: ledger_lib.Ledger
+  secret: bytes
+  mesh: Mesh
+  train_source: sources.Source
+  test: dict[str, np.ndarray]
+  model: nn.Module
+  params: PyTree
+  step: step_lib.Step
+  learning_rate: optax.Schedule
+  chunk_size: int
+
+
+def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
+  """Makes a job; opens its ledger, or holds the settings against it.
+
+  Args:
+    config: settings; see `dpdist.config.default`.
+    workdir: the run's directory; made if missing.
+
+  Returns:
+    The job.
+
+  Raises:
+    SettingsError: names the setting, its value and what would be right.
+    dpdist.ledger.LedgerError: the record is damaged.
+  """
+  try:
+    return _prepare(config, workdir)
+  except ValueError as error:
+    # So that a door can tell a user's mistake from a fault further on.
+    raise SettingsError(str(error)) from error
+
+
+def _prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
+  ledger = ledger_lib.Ledger(workdir / "ledger")
+  settings = config_lib.privacy_dict(config)
+  # A recorded plan is taken as it stands: another machine could calibrate the
+  # last digit differently.
+  plan = (
+    plan_lib.make_plan(config_lib.privacy_config(config))
+    if ledger.is_new
+    else ledger.plan
+  )
+  mesh = mesh_lib.make(config.mesh)
+  splits = datasets.load(config.data)
+  if len(splits.train) != config.privacy.num_examples:
+    raise ValueError(
+      "privacy.num_examples must be the number of training examples,"
+      f" {len(splits.train)}, got {config.privacy.num_examples}"
+    )
+  model = models.make(config.model)
+  optimizer, learning_rate = optimizers.make(config.optimizer, plan.num_steps)
+  microbatch_size = config.clipping.microbatch_size
+  chunk_size = _chunk_size(config, plan, mesh)
+  if not 0 <= config.ema_decay < 1:
+    raise ValueError(
+      f"ema_decay must be at least 0 and below 1, got {config.ema_decay}"
+    )
+  step = step_lib.Step(
+    mechanism.make(
+      plan,
+      losses.cross_entropy(model),
+      method=config.clipping.method,
+      microbatch_size=microbatch_size or None,
+    ),
+    optimizer,
+    mesh,
+    config.ema_decay,
+  )
+
+  secret = _secret(config, workdir)
+  secret_hash = keys.secret_hash(secret)
+  manifest = splits.train.manifest()
+  example = splits.train.read(np.zeros(1, np.int64))["inputs"][0]
+  init_key = mechanism.Streams(secret, 0).key("init")
+  params = jax.jit(model.init)(init_key, example)["params"]
+  if ledger.is_new:
+    ledger.open(
+      config=settings, plan=plan, data=manifest, secret_hash=secret_hash
+    )
+  else:
+    ledger.check(config=settings, data=manifest, secret_hash=secret_hash)
+  if config.insecure_seed is not None:
+    ledger.notice(
+      "insecure_seed fixes every random stream, so anyone can subtract the"
+      " noise"
+    )
+  if config.unsafe_metrics:
+    ledger.notice(
+      "unsafe_metrics shows training loss, batch size and clip fraction, which"
+      " no noise covers"
+    )
+  return Job(
+    plan,
+    ledger,
+    secret,
+    mesh,
+    splits.train,
+    splits.test.read(np.arange(len(splits.test))),
+    model,
+    params,
+    step,
+    learning_rate,
+    chunk_size,
+  )
+
+
+def _chunk_size(
+  config: ml_collections.ConfigDict, plan: plan_lib.PrivacyPlan, mesh: Mesh
+) -> int:
+  shards = mesh_lib.num_example_shards(mesh)
+  multiple = shards * max(1, config.clipping.microbatch_size)
+  if config.chunk_size:
+    if config.chunk_size < 0 or config.chunk_size % multiple:
+      raise ValueError(
+        f"chunk_size must be 0 or a multiple of {multiple} (devices that divide"
+        f" the examples times clipping.microbatch_size), got"
+        f" {config.chunk_size}"
+      )
+    return config.chunk_size
+  # Three standard deviations above the mean, so that about one step in a
+  # thousand needs a second chunk.
+  batch = plan.expected_batch_size
+  size = math.ceil(batch + 3 * math.sqrt(batch))
+  size = min(size, plan.num_examples)
+  return size + -size % multiple
+
+
+def _secret(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> bytes:
+  if config.insecure_seed is not None:
+    return keys.insecure_secret(config.insecure_seed)
+  workdir.mkdir(parents=True, exist_ok=True)
+  return keys.load_or_create_secret(
+    config.secret_file or os.path.join(workdir, "secret")
+  )

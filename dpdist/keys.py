@@ -1,0 +1,215 @@
+"""Secrets and the named streams of randomness that are derived from them.
+
+One run has one secret of 32 bytes. Whatever is random in the run (which
+examples are drawn, the noise, dropout, the initial parameters) is a function of
+(secret, stream, branch, step), so there is no generator state to save, and a
+run that resumes draws what it would have drawn without the interruption.
+
+A stream is a name, such as "sampling" or "noise". A branch is the number of a
+history: steps that are run again, but not bit for bit, need randomness that is
+new, and a new branch gives it.
+
+Derivation is HMAC-SHA256 (RFC 2104) with the secret as its key; it is a
+pseudorandom function, so streams are as good as independent of one another for
+everyone who does not hold the secret. The adversary of differential privacy
+must not hold it: who knows the secret can subtract the noise.
+"""
+
+import contextlib
+import hashlib
+import hmac
+import operator
+import os
+import pathlib
+import secrets
+import stat
+
+import numpy as np
+
+SECRET_BYTES = 32
+
+# One label for each use of HMAC or SHA-256. No label is a prefix of another, so
+# that no input of one use can be an input of another use.
+_DERIVE = b"dpdist.keys/derive/v1\0"
+_HASH = b"dpdist.keys/secret_hash/v1\0"
+_INSECURE = b"dpdist.keys/insecure_secret/v1\0"
+_WORDS = b"dpdist.keys/prng_words/v1\0"
+
+
+def load_or_create_secret(path: str | os.PathLike[str]) -> bytes:
+  """Reads the secret at `path`; where there is none, makes one.
+
+  A new secret comes from the operating system. It appears under its name whole
+  and on disk, or not at all: it is written to a file beside it and then
+  hard-linked into place. So processes that start at once agree on one secret,
+  and an existing file is never overwritten.
+
+  Args:
+    path: The file of the secret. Its directory must exist, on a file system
+      that has hard links.
+
+  Returns:
+    The secret, `SECRET_BYTES` bytes.
+
+  Raises:
+    ValueError: The file is not a regular file, can be accessed by its group or
+      by others, or does not hold exactly `SECRET_BYTES` bytes.
+    OSError: The directory does not exist, or cannot be read or written.
+  """
+  path = pathlib.Path(path)
+  try:
+    return _read_secret(path)
+  except FileNotFoundError:
+    _create_secret(path)
+  # Read back also by the process that made it: it may have lost the race, and
+  # then another process's secret is the one in place.
+  return _read_secret(path)
+
+
+def _read_secret(path: pathlib.Path) -> bytes:
+  # O_NONBLOCK: opening a named pipe must fail below rather than hang here.
+  descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+  with open(descriptor, "rb") as file:
+    # Ask the open file, not its name, which could be replaced in between.
+    mode = os.fstat(descriptor).st_mode
+    if not stat.S_ISREG(mode):
+      raise ValueError(f"path must be a regular file, got {str(path)!r}")
+    permissions = stat.S_IMODE(mode)
+    if permissions & 0o077:
+      raise ValueError(
+        f"path must be accessible to its owner alone (mode 0600), got "
+        f"{str(path)!r} with mode {permissions:04o}"
+      )
+    secret = file.read(SECRET_BYTES + 1)
+    size = os.fstat(descriptor).st_size
+  if len(secret) != SECRET_BYTES:
+    raise ValueError(
+      f"path must hold exactly {SECRET_BYTES} bytes, got {str(path)!r} with "
+      f"{size} bytes"
+    )
+  return secret
+
+
+def _create_secret(path: pathlib.Path) -> None:
+  """Puts a new secret at `path`, unless a file has appeared there by then."""
+  draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+  flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+  try:
+    with open(os.open(draft, flags, 0o600), "wb") as file:
+      # The umask can only take bits away; this gives back the owner's.
+      os.fchmod(file.fileno(), 0o600)
+      file.write(os.urandom(SECRET_BYTES))
+      file.flush()
+      os.fsync(file.fileno())
+    # Where another process was first, its secret holds.
+    with contextlib.suppress(FileExistsError):
+      os.link(draft, path)
+  finally:
+    draft.unlink(missing_ok=True)
+  directory = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+  try:
+    os.fsync(directory)
+  finally:
+    os.close(directory)
+
+
+def insecure_secret(seed: int) -> bytes:
+  """Returns a secret that anyone can compute, for tests and benchmarks.
+
+  A run with such a secret has no privacy guarantee.
+
+  Args:
+    seed: A non-negative integer of any size; all of its bits count.
+
+  Returns:
+    `SECRET_BYTES` bytes.
+
+  Raises:
+    ValueError: `seed` is not a non-negative integer.
+  """
+  value = _nonnegative_int("seed", seed, None)
+  return hashlib.sha256(_INSECURE + format(value, "x").encode()).digest()
+
+
+def secret_hash(secret: bytes) -> str:
+  """Returns a name for `secret` that is safe to record and to publish.
+
+  It tells two secrets apart, does not reveal them, and is in no relation to
+  anything that `derive` gives.
+
+  Args:
+    secret: `SECRET_BYTES` bytes.
+
+  Returns:
+    64 hexadecimal digits.
+
+  Raises:
+    ValueError: `secret` is not `SECRET_BYTES` bytes.
+  """
+  return _mac("secret", secret, _HASH).hex()
+
+
+def derive(secret: bytes, stream: str, *, branch: int = 0) -> bytes:
+  """Returns the key of one stream of randomness.
+
+  Args:
+    secret: `SECRET_BYTES` bytes.
+    stream: The name of the stream, not empty.
+    branch: The number of the history that the key is for, in [0, 2^64).
+
+  Returns:
+    `SECRET_BYTES` bytes, which differ between any two (secret, stream, branch).
+
+  Raises:
+    ValueError: An argument is not as described.
+  """
+  if not isinstance(stream, str) or not stream:
+    raise ValueError(f"stream must be a non-empty str, got {stream!r}")
+  number = _nonnegative_int("branch", branch, 64)
+  name = stream.encode()
+  # With its length in front, no name can run into what follows it.
+  message = len(name).to_bytes(8, "big") + name + number.to_bytes(8, "big")
+  return _mac("secret", secret, _DERIVE + message)
+
+
+def prng_words(key: bytes, step: int | None = None) -> np.ndarray:
+  """Returns the words of a JAX key, for `jax.random.wrap_key_data`.
+
+  `jax.random.key(seed)` keeps 32 bits of its seed only, hence words. There are
+  64 bits of them, so the chance that any two of T steps share their words is
+  below T^2 / 2^65: 2e-10 for 100,000 steps.
+
+  Args:
+    key: `SECRET_BYTES` bytes, from `derive`.
+    step: The step that the words are for, in [0, 2^63), or None for words of
+      the whole stream, which are those of no step.
+
+  Returns:
+    uint32[2], the same on every platform.
+
+  Raises:
+    ValueError: An argument is not as described.
+  """
+  message = _WORDS
+  if step is not None:
+    message += _nonnegative_int("step", step, 63).to_bytes(8, "big")
+  return np.frombuffer(_mac("key", key, message)[:8], ">u4").astype(np.uint32)
+
+
+def _mac(name: str, key: bytes, message: bytes) -> bytes:
+  # HMAC pads short keys with zeros: a fixed length keeps keys distinct. The
+  # message of the error leaves the value out, because it is a secret.
+  if not isinstance(key, bytes) or len(key) != SECRET_BYTES:
+    got = f"{len(key)} bytes" if isinstance(key, bytes) else type(key).__name__
+    raise ValueError(f"{name} must be {SECRET_BYTES} bytes, got {got}")
+  return hmac.digest(key, message, "sha256")
+
+
+def _nonnegative_int(name: str, value: int, bits: int | None) -> int:
+  is_integer = isinstance(value, (int, np.integer))
+  if not is_integer or isinstance(value, bool) or value < 0:
+    raise ValueError(f"{name} must be a non-negative int, got {value!r}")
+  number = operator.index(value)
+  if bits is not None and number.bit_length() > bits:
+    raise ValueError(f"{name} must be below 2^{bits}, got {value!r}")
+  return number

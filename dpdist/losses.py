@@ -1,0 +1,96 @@
+"""The loss of one example, and held-out metrics."""
+
+from collections.abc import Callable, Mapping
+import functools
+import math
+from typing import Any
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+
+from dpdist import mesh as mesh_lib
+
+PyTree = Any
+
+
+def cross_entropy(model: nn.Module) -> Callable[..., tuple[jax.Array, None]]:
+  """The mean cross-entropy of a model's logits, for one example.
+
+  Args:
+    model: maps example["inputs"] to logits [..., classes].
+
+  Returns:
+    loss_fn(params, example, rng) -> (loss, None); rng feeds the model's
+    dropout, if it has any.
+  """
+
+  def loss_fn(
+    params: PyTree, example: Mapping[str, jax.Array], rng: jax.Array
+  ) -> tuple[jax.Array, None]:
+    logits: Any = model.apply(
+      {"params": params}, example["inputs"], rngs={"dropout": rng}
+    )
+    return jnp.mean(_cross_entropy(logits, example["targets"])), None
+
+  return loss_fn
+
+
+def evaluator(
+  model: nn.Module, test: Mapping[str, np.ndarray], mesh: Mesh
+) -> Callable[[PyTree], dict[str, float]]:
+  """Makes a function from parameters to held-out metrics.
+
+  The held-out examples are not protected: their metrics are released as they
+  are.
+
+  Args:
+    model: as in `cross_entropy`.
+    test: arrays "inputs" and "targets", all held-out examples.
+    mesh: the examples are divided over it, in passes of about 1,024.
+
+  Returns:
+    A function params -> {"accuracy", "loss"}, means over all targets.
+  """
+  size = test["targets"].shape[0]
+  shards = mesh_lib.num_example_shards(mesh)
+  rows = min(1024, size)
+  rows += -rows % shards
+  sharding = mesh_lib.examples(mesh)
+
+  @jax.jit
+  def sums(
+    params: PyTree, batch: Mapping[str, jax.Array], is_real: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
+    apply: Any = functools.partial(model.apply, {"params": params})
+    logits = jax.vmap(apply)(batch["inputs"])
+    loss = _cross_entropy(logits, batch["targets"])
+    hits = jnp.argmax(logits, -1) == batch["targets"]
+    is_real = is_real.reshape(is_real.shape + (1,) * (hits.ndim - 1))
+    return jnp.sum(jnp.where(is_real, loss, 0)), jnp.sum(hits & is_real)
+
+  def put(x: np.ndarray) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
+  def evaluate(params: PyTree) -> dict[str, float]:
+    loss, hits = 0.0, 0
+    for start in range(0, size, rows):
+      kept = np.arange(start, start + rows)
+      batch = {
+        name: put(array[np.minimum(kept, size - 1)])
+        for name, array in test.items()
+      }
+      more_loss, more_hits = sums(params, batch, put(kept < size))
+      loss += float(more_loss)
+      hits += int(more_hits)
+    total = math.prod(test["targets"].shape)
+    return {"accuracy": hits / total, "loss": loss / total}
+
+  return evaluate
+
+
+def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
+  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
+  return -jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]

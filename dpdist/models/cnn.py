@@ -1,0 +1,28 @@
+"""A small convolutional network with bounded activations."""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class CNN(nn.Module):
+  """Logits [classes] of one image [height, width, channels].
+
+  Two convolutions and two dense layers with tanh, whose bounded activations
+  keep per-example gradients short (Papernot et al. 2021, "Tempered Sigmoid
+  Activations for Deep Learning with Differential Privacy").
+  """
+
+  num_outputs: int
+  width: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    x = inputs[None].astype(self.dtype)
+    x = nn.Conv(self.width, (8, 8), (2, 2), "SAME", dtype=self.dtype)(x)
+    x = nn.max_pool(nn.tanh(x), (2, 2), (1, 1))
+    x = nn.Conv(2 * self.width, (4, 4), (2, 2), "VALID", dtype=self.dtype)(x)
+    x = nn.max_pool(nn.tanh(x), (2, 2), (1, 1))
+    x = nn.tanh(nn.Dense(2 * self.width, dtype=self.dtype)(x.reshape(-1)))
+    return nn.Dense(self.num_outputs, dtype=self.dtype)(x)

@@ -1,0 +1,46 @@
+"""Multinomial logistic regression on random Fourier features."""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+
+class RandomFeatures(nn.Module):
+  """Logits [classes] of inputs of any shape, through fixed random features.
+
+  cos(W x + b) with Gaussian W and uniform b approximates a Gaussian kernel
+  (Rahimi & Recht 2007, "Random Features for Large-Scale Kernel Machines"). W
+  and b are public constants: only the linear layer on top is trained, so that
+  the loss is convex and needs no lucky init. Centering and scaling look at one
+  example alone and cost no privacy; features of unit norm make per-example
+  gradients of similar norms, which is what clipping likes.
+
+  Attributes:
+    num_outputs: classes.
+    width: features.
+    dtype: of the computation.
+    bandwidth: standard deviation of W, for inputs of unit norm.
+  """
+
+  num_outputs: int
+  width: int
+  dtype: jnp.dtype
+  bandwidth: float = 1.5
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    x = inputs.reshape(-1).astype(self.dtype)
+    x = x - jnp.mean(x)
+    x = x / jnp.maximum(jnp.linalg.norm(x), 1e-6)
+    weights_key, phases_key = jax.random.split(jax.random.key(0))
+    weights = jax.random.normal(weights_key, (x.size, self.width), self.dtype)
+    phases = jax.random.uniform(
+      phases_key, (self.width,), self.dtype, maxval=2 * jnp.pi
+    )
+    features = jnp.cos(self.bandwidth * x @ weights + phases)
+    features = features / jnp.linalg.norm(features)
+    return nn.Dense(
+      self.num_outputs,
+      dtype=self.dtype,
+      kernel_init=nn.initializers.zeros_init(),
+    )(features)

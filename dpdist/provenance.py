@@ -1,0 +1,93 @@
+"""What decides the bits of a step: versions, code, devices, settings."""
+
+from collections.abc import Mapping
+import hashlib
+from importlib import metadata
+import json
+import os
+import pathlib
+import platform
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+import numpy as np
+
+_PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax")
+# Settings that no bit of a step depends on.
+_HARMLESS = ("checkpoint_every", "eval_every", "max_checkpoints", "secret_file",
+             "unsafe_metrics")
+_HARMLESS_DATA = ("num_threads", "path", "prefetch")
+
+
+def environment(mesh: Mesh) -> dict[str, Any]:
+  """Versions, code and devices, JSON-able."""
+  device = mesh.devices.flat[0]
+  return {
+    "packages": {name: metadata.version(name) for name in _PACKAGES},
+    "python": platform.python_version(),
+    "code_sha256": _code_digest(),
+    "device_kind": device.device_kind,
+    "mesh": dict(mesh.shape),
+    "num_processes": jax.process_count(),
+    "host": _host(),
+  }
+
+
+def fingerprint(
+  config: Mapping[str, Any], plan_fingerprint: str, environment: Any
+) -> str:
+  """A digest that is equal only if a step run again gives the same bits.
+
+  Args:
+    config: all settings, JSON-able.
+    plan_fingerprint: of the plan.
+    environment: from `environment`.
+
+  Returns:
+    SHA-256, hex.
+  """
+  numbers = {k: v for k, v in config.items() if k not in _HARMLESS}
+  numbers["data"] = {
+    k: v for k, v in config["data"].items() if k not in _HARMLESS_DATA
+  }
+  text = json.dumps([numbers, plan_fingerprint, environment], sort_keys=True)
+  return hashlib.sha256(text.encode()).hexdigest()
+
+
+def params_sha256(params: Any) -> str:
+  """SHA-256 over the paths, dtypes, shapes and bytes of all parameters."""
+  digest = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+    array = np.asarray(leaf)
+    name = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}"
+    digest.update(name.encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
+  return digest.hexdigest()
+
+
+def _code_digest() -> str:
+  digest = hashlib.sha256()
+  root = pathlib.Path(__file__).parent
+  for file in sorted(root.rglob("*.py")):
+    digest.update(file.relative_to(root).as_posix().encode())
+    digest.update(hashlib.sha256(file.read_bytes()).digest())
+  return digest.hexdigest()
+
+
+def _host() -> dict[str, Any]:
+  """What XLA's CPU code and its thread pool, hence rounding, depend on."""
+  lines: set[str] = set()
+  cpuinfo = pathlib.Path("/proc/cpuinfo")
+  if cpuinfo.exists():
+    lines = {
+      line
+      for line in cpuinfo.read_text().splitlines()
+      if line.startswith(("model name", "flags", "Features"))
+    }
+  return {
+    "machine": platform.machine(),
+    "cpus": os.cpu_count(),
+    "cpu_sha256": hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest(),
+    "xla_flags": os.environ.get("XLA_FLAGS", ""),
+  }

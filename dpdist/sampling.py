@@ -1,0 +1,296 @@
+"""Poisson subsampling: which examples take part in a step.
+
+Every example is drawn at every step with the same probability, independently
+of all the others and of all other steps. This is the sampling that the
+amplified epsilons of DP-SGD are proved for (Abadi et al., "Deep Learning with
+Differential Privacy", CCS 2016; Mironov, Talwar and Zhang, "Renyi Differential
+Privacy of the Sampled Gaussian Mechanism", arXiv:1908.10530). Shuffled or
+fixed-size batches are other mechanisms, with other epsilons.
+
+What is drawn here depends on integers alone: the raw words of the counter-based
+generator Philox-4x64-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1,
+2, 3", SC 2011), which NumPy promises never to change, and comparisons with
+tables that are computed in Python integers. No float is ever rounded on the
+way, so neither a libm, nor a CPU, nor a new version of NumPy can change a draw.
+"""
+
+import bisect
+from collections.abc import Callable, Sequence
+import hashlib
+import math
+import operator
+
+import numpy as np
+
+# Below this probability, work is per drawn example (`_sparse`); from it on, per
+# example (`_dense`), which is then as fast and needs no rejection.
+_DENSE_FROM = 1 / 8
+
+# The purposes that words are drawn for: part of every counter.
+_INCLUSION, _COUNT_HIGH, _COUNT_LOW, _POSITION = range(4)
+
+_WORD_BITS = 64
+_TABLE_BITS = 2 * _WORD_BITS
+# 128 guard bits: the squarings of (1 - q)^(2^b) lose about b <= 62 of them.
+_FIXED_POINT_BITS = 2 * _TABLE_BITS
+
+# Words compared at a time by `_dense`: 512 KiB, which stay in a core's cache.
+_DENSE_RUN = 1 << 16
+
+
+class PoissonSampler:
+  """Draws each of `num_examples` examples with `sampling_probability`.
+
+      sampler = PoissonSampler(
+        num_examples=60_000, sampling_probability=256 / 60_000, seed=secret)
+      indices = sampler(step)
+
+  The draw is a pure function of (num_examples, sampling_probability, seed,
+  step): every host computes the same one, in any order of steps, and there is
+  no state to save. It takes time and memory in proportion to the number of
+  examples drawn, not to `num_examples`. A sampler can be used by many threads.
+
+  The indices are private: the epsilon of a run holds only while nobody learns
+  which examples were drawn, so neither they, nor their number, nor the seed may
+  leave the run.
+
+  Guarantees:
+    Given uniform words, the inclusions of the examples of one step are
+    independent and have the float64 probability given, not one near it.
+    * From probability 1/8 on, example i is drawn if a uniform 64-bit word of
+      its own is below 2^64 q, which is an integer. This is exact.
+    * Below 1/8, each block of m = 2^b consecutive examples gets a count k from
+      Binomial(m, q), then a uniform subset of k of its positions, which is the
+      joint law of m independent inclusions. The subset is exactly uniform: k
+      uniform b-bit words, all drawn anew while two of them are equal. The
+      count inverts a cumulative distribution that is rounded down to 128 bits
+      and cut where at most 2^-128 of it is left; it has fewer than 100
+      entries, each wrong by less than 2^-127, so the law of a block is within
+      a total variation distance of 2^-120 of the ideal one. A million steps
+      of a million blocks stay within 2^-80.
+    Philox stands for the uniform words. No statistical test is known to tell
+    them apart, but Philox is not a cryptographic generator: this is one more
+    reason why the indices must not leave.
+
+  Counters: the 256-bit counter of Philox is four 64-bit words: the running
+  number of the group of four output words, the attempt at rejection, the
+  purpose of the words (0: inclusions from 1/8 on; 1 and 2: high and low halves
+  of the counts; 3: positions), and the step. A stream would have to give 2^66
+  words before it reached the next one. The 128-bit key is made from the seed.
+
+  Attributes:
+    num_examples: The number of examples that are drawn from.
+    sampling_probability: The probability of each.
+  """
+
+  def __init__(
+    self,
+    *,
+    num_examples: int,
+    sampling_probability: float,
+    seed: int | bytes,
+  ):
+    """Checks the arguments and computes the tables.
+
+    Args:
+      num_examples: The number of examples, in [1, 2^62].
+      sampling_probability: The probability q of each example, in (0, 1]. Its
+        value as float64 is taken exactly.
+      seed: An int of any sign and size, or bytes that are not empty. An int and
+        bytes never mean the same seed. It must be secret, with 128 bits of
+        entropy or more, for the privacy guarantee of a run to hold.
+
+    Raises:
+      ValueError: An argument is not as described.
+    """
+    self.num_examples = _check_int("num_examples", num_examples, 1, 1 << 62)
+    self.sampling_probability = _check_probability(sampling_probability)
+    self._key = _philox_key(seed)
+    if self.sampling_probability < _DENSE_FROM:
+      self._block_bits = _block_bits(
+        self.num_examples, self.sampling_probability
+      )
+      self._count_table = _binomial_table(
+        self._block_bits, self.sampling_probability
+      )
+
+  def __repr__(self) -> str:
+    return (
+      f"PoissonSampler(num_examples={self.num_examples}, "
+      f"sampling_probability={self.sampling_probability}, seed=<secret>)"
+    )
+
+  def __call__(self, step: int) -> np.ndarray:
+    """Draws the examples of a step.
+
+    Args:
+      step: The step, an int in [0, 2^63).
+
+    Returns:
+      int64[number drawn], indices in [0, num_examples), strictly increasing.
+      It can be empty, and such a step counts like every other. Private.
+
+    Raises:
+      ValueError: `step` is not as described.
+    """
+    step = _check_int("step", step, 0, (1 << 63) - 1)
+    if self.sampling_probability == 1:
+      return np.arange(self.num_examples, dtype=np.int64)
+    if self.sampling_probability >= _DENSE_FROM:
+      return self._dense(step)
+    return self._sparse(step)
+
+  def _dense(self, step: int) -> np.ndarray:
+    # q >= 2^-3 has no bit below 2^-56, so that this product is an integer.
+    threshold = np.uint64(int(math.ldexp(self.sampling_probability, 64)))
+    stream = self._stream(step, _INCLUSION)
+    drawn = []
+    for start in range(0, self.num_examples, _DENSE_RUN):
+      words = stream.random_raw(min(_DENSE_RUN, self.num_examples - start))
+      drawn.append(np.flatnonzero(words < threshold) + start)
+    return np.concatenate(drawn).astype(np.int64, copy=False)
+
+  def _sparse(self, step: int) -> np.ndarray:
+    bits = self._block_bits
+    num_blocks = -(-self.num_examples >> bits)
+
+    def low_word(block: int) -> int:
+      group, place = divmod(block, 4)
+      return int(self._stream(step, _COUNT_LOW, group).random_raw(4)[place])
+
+    high_words = self._stream(step, _COUNT_HIGH).random_raw(num_blocks)
+    counts = _invert(self._count_table, high_words, low_word)
+    # The slots of a block lie together in `indices`, as many as its count.
+    firsts = np.repeat(np.arange(num_blocks, dtype=np.int64) << bits, counts)
+    indices = firsts
+    slots = np.arange(firsts.size)
+    attempt = 0
+    while slots.size:
+      stream = self._stream(step, _POSITION, attempt=attempt)
+      positions = stream.random_raw(slots.size) >> np.uint64(_WORD_BITS - bits)
+      # Stable is the merge sort that is fast on what is nearly in order.
+      drawn = np.sort(firsts[slots] | positions.view(np.int64), kind="stable")
+      if attempt == 0:
+        indices = drawn
+      else:
+        indices[slots] = drawn
+      # Blocks in which two positions are equal are drawn anew, whole: to
+      # replace only the equal ones would not be uniform over subsets.
+      collided = drawn[1:][drawn[1:] == drawn[:-1]] >> bits
+      slots = slots[np.isin(drawn >> bits, collided)]
+      attempt += 1
+    # The last block may reach past the end. Inclusions are independent, so
+    # those beyond can be dropped.
+    return indices[: np.searchsorted(indices, self.num_examples)]
+
+  def _stream(
+    self, step: int, purpose: int, group: int = 0, *, attempt: int = 0
+  ) -> np.random.Philox:
+    """Returns the words of one purpose, from word 4 * group on."""
+    counter = np.array([group, attempt, purpose, step], dtype=np.uint64)
+    return np.random.Philox(counter=counter, key=self._key)
+
+
+def _block_bits(num_examples: int, probability: float) -> int:
+  """Returns b, so that blocks have 2^b examples and 2 to 4 drawn ones.
+
+  Blocks are smaller than that where all examples fit into a smaller one.
+  """
+  # frexp: q = f * 2^e, 1/2 <= f < 1; so 2^(2-e) q is in [2, 4).
+  _, exponent = math.frexp(probability)
+  return max(1, min(2 - exponent, (num_examples - 1).bit_length()))
+
+
+def _binomial_table(bits: int, probability: float) -> list[int]:
+  """Returns the cumulative distribution of Binomial(2^bits, probability).
+
+  Args:
+    bits: b, at most 62.
+    probability: q < 1/8, with 2^b q below 4.
+
+  Returns:
+    floor(2^128 P(count <= k)) for k = 0, 1, ..., up to the last k that more
+    than 2^-128 of the distribution lies above.
+  """
+  numerator, denominator = probability.as_integer_ratio()
+  one = 1 << _FIXED_POINT_BITS
+  term = one * (denominator - numerator) // denominator
+  for _ in range(bits):
+    term = term * term >> _FIXED_POINT_BITS
+  table = []
+  cumulative = term
+  num_examples = 1 << bits
+  for k in range(num_examples):
+    if one - cumulative <= one >> _TABLE_BITS:
+      break
+    table.append(cumulative >> (_FIXED_POINT_BITS - _TABLE_BITS))
+    # P(k + 1) / P(k) = (m - k) / (k + 1) * q / (1 - q)
+    term = (
+      term
+      * ((num_examples - k) * numerator)
+      // ((k + 1) * (denominator - numerator))
+    )
+    cumulative += term
+  return table
+
+
+def _invert(
+  table: Sequence[int],
+  high_words: np.ndarray,
+  low_word: Callable[[int], int],
+) -> np.ndarray:
+  """Inverts a cumulative distribution at uniform numbers of 128 bits.
+
+  Args:
+    table: Thresholds of 128 bits, in ascending order.
+    high_words: uint64[n], the high halves of the numbers.
+    low_word: From i to the low half of the number i. It is asked only where
+      the high half does not decide, which is about once in 2^60 numbers.
+
+  Returns:
+    int64[n], how many thresholds are at most the number.
+  """
+  thresholds = np.array([t >> _WORD_BITS for t in table], dtype=np.uint64)
+  counts = np.searchsorted(thresholds, high_words, side="right")
+  # The greatest threshold whose high half is at most the word. Where there is
+  # none, any value will do: what is asked for in vain is answered rightly.
+  below = np.append(np.uint64(0), thresholds)[counts]
+  for i in np.flatnonzero(below == high_words).tolist():
+    number = (int(high_words[i]) << _WORD_BITS) | low_word(i)
+    counts[i] = bisect.bisect_right(table, number)
+  return counts.astype(np.int64, copy=False)
+
+
+def _philox_key(seed: int | bytes) -> np.ndarray:
+  """Returns the uint64[2] key of a seed."""
+  if isinstance(seed, bytes):
+    if not seed:
+      raise ValueError("seed must be an int or non-empty bytes, got b''")
+    encoded = b"bytes:" + seed
+  elif isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
+    encoded = b"int:" + format(operator.index(seed), "x").encode()
+  else:
+    # A seed is a secret even where it is of a wrong type.
+    raise ValueError(
+      f"seed must be an int or non-empty bytes, got a {type(seed).__name__}"
+    )
+  digest = hashlib.sha256(b"dpdist.sampling/philox_key/v1\0" + encoded).digest()
+  return np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)
+
+
+def _check_int(name: str, value: int, low: int, high: int) -> int:
+  is_integer = isinstance(value, (int, np.integer))
+  if not is_integer or isinstance(value, bool) or not low <= value <= high:
+    raise ValueError(f"{name} must be an int in [{low}, {high}], got {value!r}")
+  return operator.index(value)
+
+
+def _check_probability(value: float) -> float:
+  is_number = isinstance(value, (int, float, np.integer, np.floating))
+  # Written so that NaN is refused, and a longer float that float64 makes 0.
+  in_range = is_number and 0 < value <= 1 and 0 < float(value) <= 1
+  if not in_range or isinstance(value, bool):
+    raise ValueError(
+      f"sampling_probability must be a number in (0, 1], got {value!r}"
+    )
+  return float(value)

@@ -1,0 +1,341 @@
+"""Example sources: random access to examples by index.
+
+A source knows how many examples it has, reads any of them by index, and can
+say, by a hash, what its content is. It neither shuffles nor batches: which
+examples a step sees is the sampler's choice alone, and `dpdist.data` turns
+that choice into padded chunks.
+
+An example is one unit of privacy. By convention it is named
+`{"inputs": ..., "targets": ...}`, but any names will do.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import hashlib
+import io
+import json
+import math
+import os
+from typing import Any, Protocol
+
+import numpy as np
+
+Path = str | os.PathLike[str]
+
+_HASH_BLOCK_BYTES = 1 << 24
+
+
+class Source(Protocol):
+  """What the data pipeline asks of a data set.
+
+  `read` is called from several threads at once and must be thread-safe.
+  """
+
+  def __len__(self) -> int:
+    """The number of examples."""
+    ...
+
+  def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Reads examples.
+
+    Args:
+      indices: int64 of shape (k,), each in [0, len(self)); k may be zero.
+
+    Returns:
+      By name, arrays of leading axis k in the order of `indices`. Shapes
+      beyond the first axis, and dtypes, are the same at every call.
+
+    Raises:
+      ValueError: an index is out of range. The message does not repeat the
+        index, because which examples are read is private.
+    """
+    ...
+
+  def manifest(self) -> str:
+    """SHA-256 of the content, 64 hex digits; safe to record beside a run."""
+    ...
+
+
+class ArraySource:
+  """Examples held in arrays of equal leading length.
+
+  The arrays are not copied, so those of `np.load(..., mmap_mode="r")` stay on
+  disk and a read touches only the rows that it asks for. They must not be
+  changed afterwards: the manifest is computed once.
+
+  Args:
+    arrays: by name, arrays of shape (num_examples, ...). No object dtypes.
+    convert: applied to what `read` selects, so that compact arrays (uint8
+      pixels, say) become what the model takes only when they are read. The
+      manifest covers `arrays`, not `convert`.
+
+  Raises:
+    ValueError: no arrays, unequal lengths, or an object dtype.
+  """
+
+  def __init__(
+    self,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    convert: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+    | None = None,
+  ):
+    self._arrays = {name: np.asarray(a) for name, a in arrays.items()}
+    self._convert = convert
+    self._manifest: str | None = None
+    shapes = {name: a.shape for name, a in self._arrays.items()}
+    if len({shape[:1] for shape in shapes.values()}) != 1 or () in (
+      shapes.values()
+    ):
+      raise ValueError(
+        "arrays must be at least one array, all of the same leading length,"
+        f" got shapes {shapes}"
+      )
+    for name, array in self._arrays.items():
+      if array.dtype.hasobject:
+        raise ValueError(
+          f"arrays[{name!r}] must have a plain dtype, got {array.dtype}"
+        )
+
+  @classmethod
+  def from_npz(cls, path: Path) -> "ArraySource":
+    """Reads every array of an .npz file into memory."""
+    with np.load(path, allow_pickle=False) as archive:
+      return cls({name: archive[name] for name in archive.files})
+
+  def __len__(self) -> int:
+    return len(next(iter(self._arrays.values())))
+
+  def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """See `Source.read`."""
+    indices = _check_indices(indices, len(self))
+    batch = {name: array[indices] for name, array in self._arrays.items()}
+    return self._convert(batch) if self._convert else batch
+
+  def manifest(self) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in order of name."""
+    if self._manifest is None:
+      arrays = sorted(self._arrays.items())
+      header = [[name, a.dtype.str, a.shape] for name, a in arrays]
+      digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
+      for _, array in arrays:
+        # In blocks of rows, so that an array on disk never enters memory whole.
+        row_bytes = max(1, array.dtype.itemsize * math.prod(array.shape[1:]))
+        block = max(1, _HASH_BLOCK_BYTES // row_bytes)
+        for start in range(0, len(array), block):
+          digest.update(array[start : start + block].tobytes())
+      self._manifest = digest.hexdigest()
+    return self._manifest
+
+
+class ParquetSource(ArraySource):
+  """Columns of Parquet files, read into memory once.
+
+  Rows are numbered through the files in the order given. A column of lists of
+  one length becomes an array with that axis (nested lists, one axis a level).
+
+  Args:
+    paths: one path or several.
+    columns: column by example name, as {"inputs": "x", "targets": "label"}.
+
+  Raises:
+    ModuleNotFoundError: pyarrow is not installed.
+    ValueError: a column is missing, holds nulls, lists of unequal lengths, or
+      values that are neither numbers nor booleans; or there are no rows.
+  """
+
+  def __init__(
+    self,
+    paths: Path | Sequence[Path],
+    columns: Mapping[str, str],
+  ):
+    try:
+      from pyarrow import parquet
+    except ModuleNotFoundError as error:
+      raise ModuleNotFoundError(
+        "Parquet needs pyarrow: pip install 'dpdist[parquet]'"
+      ) from error
+    pieces: dict[str, list[np.ndarray]] = {name: [] for name in columns}
+    for path in _check_paths(paths):
+      # Opened by hand: given a path, pyarrow would also read a "key=value"
+      # in a folder's name as one more column.
+      with parquet.ParquetFile(path) as file:
+        available = file.schema_arrow.names
+        for name, column in columns.items():
+          if column not in available:
+            raise ValueError(
+              f"columns[{name!r}] must be one of {available} of {path},"
+              f" got {column!r}"
+            )
+        table = file.read(columns=list(columns.values()))
+      for name, column in columns.items():
+        for chunk in table[column].chunks:
+          if len(chunk):
+            pieces[name].append(_arrow_to_numpy(chunk, f"{column!r} of {path}"))
+    for name, column in columns.items():
+      shapes = {piece.shape[1:] for piece in pieces[name]}
+      if len(shapes) != 1:
+        raise ValueError(
+          f"columns[{name!r}] must be rows of one shape, got column"
+          f" {column!r} with shapes {sorted(shapes)}"
+        )
+    super().__init__({n: np.concatenate(parts) for n, parts in pieces.items()})
+
+
+class ArrayRecordSource:
+  """ArrayRecord files whose records are .npz archives of one example each.
+
+  Examples stay on disk; a read fetches its records at random positions and
+  decodes them. Records are numbered through the files in the order given.
+  `write_array_record` makes such files.
+
+  Args:
+    paths: one path or several.
+
+  Raises:
+    ValueError: no such file, or no records.
+  """
+
+  def __init__(self, paths: Path | Sequence[Path]):
+    import grain
+
+    self._paths = _check_paths(paths)
+    self._manifest: str | None = None
+    self._records = grain.sources.ArrayRecordDataSource(self._paths)
+    if not len(self._records):
+      raise ValueError(f"paths must hold records, got {self._paths} with none")
+    self._spec = _spec(_decode_record(self._records[0]))
+
+  def __len__(self) -> int:
+    return len(self._records)
+
+  def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """See `Source.read`; also ValueError where records differ in shape."""
+    indices = _check_indices(indices, len(self))
+    batch = {
+      name: np.empty((len(indices), *shape), dtype)
+      for name, (shape, dtype) in self._spec.items()
+    }
+    if len(indices):
+      records = self._records.__getitems__(indices.tolist())
+      for row, record in enumerate(records):
+        example = _decode_record(record)
+        # Without this check, NumPy would broadcast or cast without a word.
+        if _spec(example) != self._spec:
+          raise ValueError(
+            "paths must hold records of the same names, shapes and dtypes as"
+            f" the first, {self._spec}, got one with {_spec(example)}"
+          )
+        for name, array in example.items():
+          batch[name][row] = array
+    return batch
+
+  def manifest(self) -> str:
+    """SHA-256 over base names, sizes and bytes of the files, in order."""
+    if self._manifest is None:
+      header = [[os.path.basename(p), os.path.getsize(p)] for p in self._paths]
+      digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
+      for path in self._paths:
+        with open(path, "rb") as file:
+          while block := file.read(_HASH_BLOCK_BYTES):
+            digest.update(block)
+      self._manifest = digest.hexdigest()
+    return self._manifest
+
+
+def write_array_record(
+  path: Path, examples: Iterable[Mapping[str, np.ndarray]]
+) -> None:
+  """Writes examples as a file that `ArrayRecordSource` reads.
+
+  Args:
+    path: where; an existing file is replaced.
+    examples: by name, the arrays of one example, without a batch axis. All
+      examples must have the same names, shapes and dtypes.
+
+  Raises:
+    ValueError: an example differs from the first in a name, shape or dtype.
+  """
+  from array_record.python import array_record_module
+
+  # One record a group: the layout for reads at random positions.
+  writer = array_record_module.ArrayRecordWriter(
+    os.fspath(path), "group_size:1"
+  )
+  try:
+    first = None
+    for number, example in enumerate(examples):
+      example = {name: np.asarray(array) for name, array in example.items()}
+      first = _spec(example) if first is None else first
+      if _spec(example) != first:
+        raise ValueError(
+          f"examples must all be like the first, {first}, got example"
+          f" {number} with {_spec(example)}"
+        )
+      buffer = io.BytesIO()
+      np.savez(buffer, allow_pickle=False, **example)
+      writer.write(buffer.getvalue())
+  finally:
+    writer.close()
+
+
+def _check_indices(indices: np.ndarray, num_examples: int) -> np.ndarray:
+  """Indices as int64. Negative ones are refused: they would wrap around."""
+  indices = np.asarray(indices)
+  if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
+    raise ValueError(
+      f"indices must be integers (k,), got {indices.dtype} {indices.shape}"
+    )
+  if indices.size and not 0 <= indices.min() <= indices.max() < num_examples:
+    # No value in the message: which examples are read is private.
+    raise ValueError(f"indices must be in [0, {num_examples})")
+  return indices.astype(np.int64)
+
+
+def _check_paths(paths: Path | Sequence[Path]) -> list[str]:
+  paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
+  names = [os.fspath(path) for path in paths]
+  missing = [name for name in names if not os.path.isfile(name)]
+  if missing or not names:
+    raise ValueError(
+      f"paths must name files, got {names} of which {missing} are missing"
+    )
+  return names
+
+
+def _decode_record(record: bytes) -> dict[str, np.ndarray]:
+  with np.load(io.BytesIO(record), allow_pickle=False) as archive:
+    return {name: archive[name] for name in archive.files}
+
+
+def _spec(
+  example: Mapping[str, np.ndarray],
+) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+  return {name: (a.shape, a.dtype) for name, a in example.items()}
+
+
+def _arrow_to_numpy(array: Any, where: str) -> np.ndarray:
+  """An Arrow array as NumPy; lists become axes. `where` is for the error."""
+  from pyarrow import compute
+  from pyarrow import types
+
+  kind = array.type
+  if array.null_count:
+    raise ValueError(f"column {where} must hold no nulls")
+  if (
+    types.is_list(kind)
+    or types.is_large_list(kind)
+    or types.is_fixed_size_list(kind)
+  ):
+    lengths = compute.list_value_length(array).unique().to_pylist()
+    if len(lengths) != 1:
+      raise ValueError(
+        f"column {where} must hold lists of one length, got lengths"
+        f" {sorted(lengths)}"
+      )
+    flat = _arrow_to_numpy(array.flatten(), where)
+    return flat.reshape(len(array), lengths[0], *flat.shape[1:])
+  if not (
+    types.is_integer(kind) or types.is_floating(kind) or types.is_boolean(kind)
+  ):
+    raise ValueError(f"column {where} must hold numbers, got {kind}")
+  return array.to_numpy(zero_copy_only=False)

@@ -1,0 +1,134 @@
+"""What a run tells a person at its start and its end."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpdist import job as job_lib
+from dpdist import mesh as mesh_lib
+from dpdist import screen
+
+
+def start_rows(job: job_lib.Job, *, start_step: int) -> list[tuple[str, str]]:
+  """The table shown before the first step and in the report.
+
+  Args:
+    job: the run.
+    start_step: updates that the restored state has.
+
+  Returns:
+    (name, value) pairs.
+  """
+  plan = job.plan
+  axes = " x ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items())
+  device = job.mesh.devices.flat[0]
+  rows = [
+    ("examples", screen.human_count(plan.num_examples)),
+    ("expected batch size", f"{plan.expected_batch_size:,g}"),
+    ("sampling probability q", f"{plan.sampling_probability:.6g}, Poisson"),
+    ("steps", screen.human_count(plan.num_steps)),
+    ("l2 clip norm", f"{plan.l2_clip_norm:g}"),
+    ("noise multiplier sigma", f"{plan.noise_multiplier:g}"),
+    ("epsilon", f"{plan.epsilon():.4f} ({plan.accountant} accountant)"),
+    ("delta", f"{plan.delta:g}"),
+    ("adjacency", plan.neighboring_relation),
+    ("mesh", f"{axes} ({device.device_kind})"),
+    ("clipping method", job.step.mechanism.clipped_grad.method),
+    ("chunk size", screen.human_count(job.chunk_size)),
+    ("parameters", screen.human_count(_num_params(job))),
+    ("memory estimate", screen.human_bytes(_memory(job)) + " a device"),
+  ]
+  if start_step:
+    rows.append(("resumed after step", screen.human_count(start_step)))
+  return rows
+
+
+def result(
+  job: job_lib.Job,
+  *,
+  num_steps: int,
+  scores: dict[str, float],
+  params_sha256: str,
+  environment: dict[str, Any],
+) -> dict[str, Any]:
+  """What `result.json` holds.
+
+  Args:
+    job: the run.
+    num_steps: updates in the final parameters.
+    scores: held-out metrics, "test/NAME" and perhaps "test_ema/NAME".
+    params_sha256: of the final parameters.
+    environment: versions, code and devices.
+
+  Returns:
+    A JSON-able dict.
+  """
+  plan, ledger = job.plan, job.ledger
+  values: dict[str, Any] = {
+    "epsilon": plan.epsilon(ledger.spent_steps),
+    "delta": plan.delta,
+    "guarantee": ledger.guarantee,
+    "neighboring_relation": plan.neighboring_relation,
+    "noise_multiplier": plan.noise_multiplier,
+    "sampling_probability": plan.sampling_probability,
+    "l2_clip_norm": plan.l2_clip_norm,
+    "num_steps": num_steps,
+    "steps_charged": ledger.spent_steps,
+    "accountant": plan.accountant,
+    "params_sha256": params_sha256,
+    "ledger_head": ledger.head,
+    "environment": environment,
+  }
+  for name, score in scores.items():
+    group, metric = name.split("/")
+    values.setdefault(group, {})[metric] = score
+  return values
+
+
+def write_result(path: pathlib.Path, values: dict[str, Any]) -> None:
+  """Writes JSON so that a reader finds the old file or the new, never half."""
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(json.dumps(values, indent=2) + "\n")
+  os.replace(temporary, path)
+
+
+def end_rows(
+  values: dict[str, Any], workdir: pathlib.Path
+) -> list[tuple[str, str]]:
+  """The table shown at the end."""
+  rows = [
+    (
+      "epsilon spent",
+      f"{values['epsilon']:.4f} at delta {values['delta']:g}",
+    ),
+    ("guarantee", values["guarantee"]),
+    ("test accuracy", f"{values['test']['accuracy']:.4f}"),
+  ]
+  if "test_ema" in values:
+    accuracy = values["test_ema"]["accuracy"]
+    rows.append(("test accuracy, average", f"{accuracy:.4f}"))
+  return rows + [
+    ("result", str(workdir / "result.json")),
+    ("report", str(workdir / "report.html")),
+    ("curves", f"tensorboard --logdir {workdir / 'tensorboard'}"),
+  ]
+
+
+def _num_params(job: job_lib.Job) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(job.params))
+
+
+def _memory(job: job_lib.Job) -> int:
+  """Bytes of state, accumulator and per-example gradients on a device."""
+  state = jax.eval_shape(job.step.init, job.params)
+  state_bytes = sum(
+    leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
+  )
+  rows = job.chunk_size // mesh_lib.num_example_shards(job.mesh)
+  size = job.step.mechanism.clipped_grad.microbatch_size
+  gradients = min(rows, size or rows) + 1  # and the sum
+  return state_bytes + gradients * _num_params(job) * np.dtype("f4").itemsize

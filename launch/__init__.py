@@ -1,0 +1,1 @@
+"""Doors: flags in, exit codes out."""

@@ -1,0 +1,9 @@
+"""What a door's exit status means to a shell or a scheduler.
+
+Anything else is a failure; Python's own for an uncaught exception is 1.
+"""
+
+DONE = 0
+USAGE = 2
+# Not 0: a scheduler would take the job for complete and never requeue it.
+PREEMPTED = 75

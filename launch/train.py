@@ -1,0 +1,52 @@
+r"""Trains a model with differential privacy.
+
+  python -m launch.train --config=configs/digits.py --workdir=/tmp/digits
+
+Any setting of the config can be changed: --config.privacy.target_epsilon=1.0.
+Run the same command again after an interruption: it goes on where it was, and
+spends nothing twice.
+
+Exit codes: 0 done; 75 stopped by a signal, saved, run it again; 2 wrong usage,
+or settings that the run in --workdir forbids; anything else is a failure.
+"""
+
+from collections.abc import Sequence
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+import dpdist
+from dpdist import job
+from dpdist import ledger
+from dpdist import preemption
+from launch import exit_codes
+from launch import flag_parsing
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A file in configs/; --config.a.b=value changes a setting."
+)
+_WORKDIR = flags.DEFINE_string(
+  "workdir", None, "Directory of the run; made if missing, gone on with if not."
+)
+flags.mark_flags_as_required(["config", "workdir"])
+
+
+def main(argv: Sequence[str]) -> int:
+  """Returns an exit code."""
+  del argv
+  try:
+    dpdist.train(_CONFIG.value, str(_WORKDIR.value))
+  except job.SettingsError as error:
+    return flag_parsing.usage_error(error)
+  except preemption.Preempted as stopped:
+    print(stopped, file=sys.stderr)
+    return exit_codes.PREEMPTED
+  except ledger.LedgerError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  return exit_codes.DONE
+
+
+if __name__ == "__main__":
+  flag_parsing.run(main)

@@ -1,0 +1,24 @@
+"""Eight devices for every test, on any machine.
+
+Many privacy bugs of sharded programs cannot be seen on one device, so tests
+fail, and are never skipped, where there are fewer.
+"""
+
+import os
+
+_DEVICES = 8
+os.environ["XLA_FLAGS"] = (
+  os.environ.get("XLA_FLAGS", "")
+  + f" --xla_force_host_platform_device_count={_DEVICES}"
+)
+os.environ["JAX_PLATFORMS"] = "cpu"
+
+import jax  # noqa: E402
+
+
+def pytest_sessionstart() -> None:
+  """Stops at once where the devices could not be had."""
+  if jax.device_count() != _DEVICES:
+    raise RuntimeError(
+      f"the tests need {_DEVICES} devices, found {jax.device_count()}"
+    )

@@ -1,0 +1,224 @@
+"""The doors as a user opens them: processes, signals and exit codes."""
+
+import gzip
+import json
+import pathlib
+import signal
+import struct
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from dpdist import ledger as ledger_lib
+from dpdist import metrics
+from tests import without_jax
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_NUM_STEPS = 40
+_TRAIN = [
+  "--config=configs/digits.py",
+  "--config.insecure_seed=7",
+  f"--config.privacy.num_steps={_NUM_STEPS}",
+  "--config.checkpoint_every=6",
+  "--config.eval_every=1",
+]
+
+
+def _start(door, *args, **kwargs):
+  return subprocess.Popen(
+    [sys.executable, "-m", f"launch.{door}", *args],
+    cwd=_ROOT,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.PIPE,
+    text=True,
+    **kwargs,
+  )
+
+
+def _run(door, *args, **kwargs):
+  process = _start(door, *args, **kwargs)
+  out, err = process.communicate(timeout=300)
+  return process.returncode, out, err
+
+
+def _steps_seen(workdir):
+  if not (workdir / "metrics.jsonl").exists():
+    return 0
+  return max((row["step"] for row in metrics.read(workdir)), default=0)
+
+
+def _wait_for_step(process, workdir, step):
+  while _steps_seen(workdir) < step:
+    assert process.poll() is None, process.communicate()
+    time.sleep(0.01)
+
+
+def test_kill_and_restart_ends_with_the_same_parameters(tmp_path):
+  whole, killed = tmp_path / "whole", tmp_path / "killed"
+  code, out, err = _run("train", *_TRAIN, f"--workdir={whole}")
+  assert code == 0, err
+  assert "Private training" in out
+  expected = json.loads((whole / "result.json").read_text())
+
+  for step in (9, 20):
+    process = _start("train", *_TRAIN, f"--workdir={killed}")
+    _wait_for_step(process, killed, step)
+    process.kill()
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    ledger = ledger_lib.Ledger(killed / "ledger")
+    assert ledger.spent_steps >= _steps_seen(killed) >= step
+    assert not (killed / "result.json").exists()
+
+  process = _start("train", *_TRAIN, f"--workdir={killed}")
+  _wait_for_step(process, killed, 26)
+  process.send_signal(signal.SIGTERM)
+  _, err = process.communicate(timeout=60)
+  assert process.returncode == 75, err
+  assert "run the same command again" in err
+
+  code, out, err = _run("train", *_TRAIN, f"--workdir={killed}")
+  assert code == 0, err
+  assert "resumed after step" in out
+  got = json.loads((killed / "result.json").read_text())
+  assert got["params_sha256"] == expected["params_sha256"]
+  assert got["epsilon"] == expected["epsilon"] <= 2.0
+  assert got["steps_charged"] == got["num_steps"] == _NUM_STEPS
+
+  code, out, err = _run("budget", f"--workdir={killed}", "--json")
+  assert code == 0, err
+  facts = json.loads(out)
+  assert facts["epsilon_spent"] == got["epsilon"]
+  assert facts["steps_spent"] == _NUM_STEPS
+
+
+def _write_idx(path, array):
+  code = {np.dtype(np.uint8): 8}[array.dtype]
+  header = struct.pack(f">HBB{array.ndim}I", 0, code, array.ndim, *array.shape)
+  with gzip.open(path, "wb") as file:
+    file.write(header + array.tobytes())
+
+
+def _small_fashion_mnist(path):
+  rng = np.random.default_rng(0)
+  for prefix, size in (("train", 60), ("t10k", 20)):
+    images = rng.integers(0, 256, (size, 28, 28), np.uint8)
+    labels = rng.integers(0, 10, size, np.uint8)
+    _write_idx(path / f"{prefix}-images-idx3-ubyte.gz", images)
+    _write_idx(path / f"{prefix}-labels-idx1-ubyte.gz", labels)
+
+
+_CONFIGS = sorted(
+  p.stem for p in (_ROOT / "configs").glob("*.py") if p.stem != "__init__"
+)
+
+
+@pytest.mark.parametrize("name", _CONFIGS)
+def test_every_config_trains_two_steps(name, tmp_path):
+  args = [
+    f"--config=configs/{name}.py",
+    f"--workdir={tmp_path / 'run'}",
+    "--config.privacy.num_steps=2",
+  ]
+  if name == "fashion_mnist":
+    _small_fashion_mnist(tmp_path)
+    args += [
+      f"--config.data.path={tmp_path}",
+      "--config.privacy.num_examples=60",
+      "--config.privacy.expected_batch_size=16",
+    ]
+  elif name == "decoder":
+    args += [
+      "--config.optimizer.warmup_steps=0",
+      "--config.data.num_train=128",
+      "--config.data.num_test=16",
+      "--config.privacy.num_examples=128",
+      "--config.privacy.expected_batch_size=16",
+    ]
+  code, _, err = _run("train", *args)
+  assert code == 0, err
+  result = json.loads((tmp_path / "run" / "result.json").read_text())
+  assert result["num_steps"] == 2
+  assert result["guarantee"] == "holds"
+  assert np.isfinite(result["test"]["loss"])
+
+
+@pytest.mark.parametrize(
+  ("args", "message"),
+  [
+    ([], "--config"),
+    (["--config=configs/none.py", "--workdir=w"], "configs/none.py"),
+    (["--config=configs/digits.py", "--workdir=w", "extra"], "'extra'"),
+    (["--config=configs/digits.py", "--workdir=w", "--nonsense"], "nonsense"),
+    (
+      ["--config=configs/digits.py", "--workdir=w", "--config.privcy=1"],
+      "privacy",
+    ),
+    (
+      [
+        "--config=configs/digits.py",
+        "--workdir=w",
+        "--config.privacy.num_steps=x",
+      ],
+      "num_steps",
+    ),
+    (
+      [
+        "--config=configs/digits.py",
+        "--workdir=w",
+        "--config.privacy.target_delta=1.5",
+      ],
+      "target_delta must be in (0, 1), got 1.5",
+    ),
+  ],
+)
+def test_wrong_usage_exits_2_with_one_message(args, message):
+  code, _, err = _run("train", *args)
+  assert code == 2
+  assert message in err
+  assert "Traceback" not in err
+  assert not (_ROOT / "w").exists()
+
+
+def test_help_shows_the_flags():
+  _, out, err = _run("train", "--help")
+  assert "--workdir" in out + err
+  assert "launch.train --config=configs/digits.py" in out + err
+
+
+_DIGITS = f"--config={_ROOT}/configs/digits.py"
+_BUDGET = """
+import runpy
+sys.argv = ["launch.budget", *sys.argv[1:]]
+runpy.run_module("launch.budget", run_name="__main__")
+"""
+
+
+def _budget_without_jax(*args):
+  done = without_jax.run(_BUDGET, *args)
+  return done.returncode, done.stdout, done.stderr
+
+
+def test_budget_of_a_config_without_jax():
+  code, out, err = _budget_without_jax(_DIGITS, "--json")
+  assert code == 0, err
+  facts = json.loads(out)
+  assert 1.99 < facts["epsilon_planned"] <= 2.0
+  assert facts["delta"] == 1e-4
+  assert facts["noise_multiplier"] > 0
+  code, out, err = _budget_without_jax(_DIGITS)
+  assert code == 0, err
+  assert "noise_multiplier" in out
+
+
+def test_budget_names_what_is_wrong(tmp_path):
+  code, _, err = _budget_without_jax(f"--workdir={tmp_path}")
+  assert code == 2
+  assert str(tmp_path) in err
+  assert not list(tmp_path.iterdir())
+  code, _, err = _budget_without_jax()
+  assert code == 2
+  assert "--workdir" in err

@@ -1,0 +1,512 @@
+"""The compiled, sharded step: sensitivity, noise and padding on every mesh.
+
+What is measured is what users run: `Step.accumulate` and `Step.apply` as they
+are compiled for a mesh. Sums are read through `apply` with the noise set to
+zero and an optimizer that subtracts the sum, so that the reduction and the
+division are inside what is tested.
+"""
+
+import dataclasses
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+import numpy as np
+import optax
+import pytest
+
+import dpdist
+from dpdist import clipping
+from dpdist import mechanism
+from dpdist import mesh as mesh_lib
+from dpdist import noise
+from dpdist import step as step_lib
+
+_CLIP = 0.75
+_ROWS = 16
+_MESHES = {
+  "1": (1, 1, 1),
+  "2": (2, 1, 1),
+  "4": (2, 2, 1),
+  "8": (8, 1, 1),
+  "8, fsdp": (2, 4, 1),
+  "8, model": (2, 2, 2),
+}
+
+
+def _mesh(name):
+  shape = _MESHES[name]
+  return mesh_lib.make(
+    dict(zip(mesh_lib.AXES, shape, strict=True)),
+    jax.devices()[: int(np.prod(shape))],
+  )
+
+
+def _plan(**changes):
+  return dpdist.make_plan(
+    dpdist.PrivacyConfig(
+      **{
+        "num_examples": 1000,
+        "expected_batch_size": 8,
+        "num_steps": 10,
+        "l2_clip_norm": _CLIP,
+        "target_delta": 1e-5,
+        "noise_multiplier": 1.5,
+      }
+      | changes
+    )
+  )
+
+
+def _put(mesh, x):
+  return jax.device_put(x, mesh_lib.examples(mesh))
+
+
+# Models with a gradient that can be written down.
+
+
+def _dense_loss(params, example, rng):
+  del rng
+  out = jnp.tanh(example["x"].reshape(-1) @ params["w"])
+  return 5 * jnp.mean((out - example["y"]) ** 2), None
+
+
+def _dense_gradients(params, batch):
+  x = batch["x"].reshape(_ROWS, -1).astype(np.float64)
+  out = np.tanh(x @ params["w"].astype(np.float64))
+  slope = 10 * (out - batch["y"]) / out.shape[1] * (1 - out**2)
+  return {"w": np.einsum("bi,bj->bij", x, slope)}
+
+
+def _conv_loss(params, example, rng):
+  del rng
+  out = nn.Conv(4, (3, 3), padding="VALID", use_bias=False).apply(
+    {"params": {"kernel": params["w"]}}, example["x"][..., None]
+  )
+  return 0.5 * jnp.sum((out - example["y"]) ** 2), None
+
+
+def _conv_gradients(params, batch):
+  x, w = batch["x"].astype(np.float64), params["w"].astype(np.float64)
+  patches = np.lib.stride_tricks.sliding_window_view(x, (3, 3), axis=(1, 2))
+  out = np.einsum("bhwij,ijo->bhwo", patches, w[:, :, 0])
+  residual = out - batch["y"][:, None, None]
+  return {"w": np.einsum("bhwij,bhwo->bijo", patches, residual)[:, :, :, None]}
+
+
+_MODELS = {
+  "dense": (_dense_loss, _dense_gradients, (36, 4)),
+  "convolution": (_conv_loss, _conv_gradients, (3, 3, 1, 4)),
+}
+
+
+def _problem(model):
+  rng = np.random.default_rng(0)
+  params = {"w": rng.normal(size=_MODELS[model][2]).astype(np.float32) / 3}
+  batch = {
+    "x": rng.normal(size=(_ROWS, 6, 6)).astype(np.float32),
+    "y": rng.normal(size=(_ROWS, 4)).astype(np.float32),
+  }
+  return params, batch
+
+
+class _ClippedSum:
+  """The clipped sum as the compiled step of a mesh computes it."""
+
+  def __init__(self, model, mesh):
+    self._mesh = mesh
+    bound = mechanism.make(_plan(), _MODELS[model][0])
+    assert bound.noise_stddev == 1.5 * _CLIP
+    self._step = step_lib.Step(
+      dataclasses.replace(bound, noise_stddev=0.0),
+      optax.sgd(bound.plan.expected_batch_size),
+      mesh,
+    )
+
+  def __call__(self, params, batch, is_padding_example):
+    step, mesh = self._step, self._mesh
+    state = step.init(jax.tree.map(jnp.asarray, params))
+    accumulator = step.zeros(state.params)
+    # Two chunks, since a step may have any number.
+    for rows in (slice(0, _ROWS // 2), slice(_ROWS // 2, _ROWS)):
+      accumulator = step.accumulate(
+        state.params,
+        accumulator,
+        {name: _put(mesh, x[rows]) for name, x in batch.items()},
+        _put(mesh, is_padding_example[rows]),
+        jax.random.key(0),
+        rows.start,
+      )
+    after, _ = step.apply(state, accumulator, jax.random.key(0))
+    return params["w"].astype(np.float64) - np.asarray(after.params["w"])
+
+
+def _adversaries(batch):
+  """Batches that differ from the given one in example 5 alone."""
+  for value in (1e30, np.inf, -np.inf, np.nan, 0.0, 1e3):
+    other = {name: x.copy() for name, x in batch.items()}
+    other["x"][5] = value
+    yield f"x={value}", other
+  for scale in (-30.0, 1e3, 1e-3):
+    other = {name: x.copy() for name, x in batch.items()}
+    other["x"][5] *= scale
+    other["y"][5] += 1e3
+    yield f"x*{scale}, y+1000", other
+
+
+@pytest.mark.parametrize("model", _MODELS)
+@pytest.mark.parametrize("mesh_name", _MESHES)
+def test_clipped_sum_matches_closed_form_and_moves_within_sensitivity(
+  model, mesh_name
+):
+  params, batch = _problem(model)
+  clipped_sum = _ClippedSum(model, _mesh(mesh_name))
+  real = np.zeros(_ROWS, bool)
+  base = clipped_sum(params, batch, real)
+
+  gradients = _MODELS[model][1](params, batch)["w"]
+  norms = np.sqrt((gradients.reshape(_ROWS, -1) ** 2).sum(1))
+  assert np.all(norms > _CLIP)
+  scale = np.minimum(1, _CLIP / norms)
+  expected = np.tensordot(scale, gradients, 1)
+  # float32 with a subtraction from the parameters: 1e-5 of a clip norm.
+  np.testing.assert_allclose(base, expected, atol=1e-5 * _CLIP * _ROWS)
+
+  sensitivity = clipping.clipped_grad(_dense_loss, l2_clip_norm=_CLIP)
+  slack = 1 + 1e-4
+  # Far enough for the bound to mean something, and never further.
+  furthest = 0.0
+  for name, other in _adversaries(batch):
+    moved = np.linalg.norm(clipped_sum(params, other, real) - base)
+    assert moved <= sensitivity.sensitivity("replace_one") * slack, name
+    furthest = max(furthest, moved)
+    without = real.copy()
+    without[5] = True
+    removed = clipped_sum(params, other, without)
+    added = np.linalg.norm(clipped_sum(params, other, real) - removed)
+    assert added <= sensitivity.sensitivity("add_or_remove_one") * slack, name
+  assert furthest > _CLIP
+  zeroed = {name: x.copy() for name, x in batch.items()}
+  zeroed["x"][5], zeroed["y"][5] = 0, 0
+  moved = np.linalg.norm(clipped_sum(params, zeroed, real) - base)
+  assert moved <= sensitivity.sensitivity("zero_out") * slack
+  np.testing.assert_allclose(moved, _CLIP, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mesh_name", _MESHES)
+def test_padding_filled_with_nan_changes_no_bit(mesh_name):
+  params, batch = _problem("convolution")
+  clipped_sum = _ClippedSum("convolution", _mesh(mesh_name))
+  is_padding_example = np.arange(_ROWS) % 3 == 0
+  zeros, nans = (
+    {
+      name: np.where(
+        is_padding_example.reshape((-1,) + (1,) * (x.ndim - 1)), fill, x
+      ).astype(x.dtype)
+      for name, x in batch.items()
+    }
+    for fill in (0.0, np.nan)
+  )
+  a = clipped_sum(params, zeros, is_padding_example)
+  b = clipped_sum(params, nans, is_padding_example)
+  assert a.tobytes() == b.tobytes()
+  assert np.all(np.isfinite(a))
+  assert np.any(a != 0)
+
+
+# The noise of the compiled step, seen through zero gradients.
+
+_SHAPES = {"a": (300, 500), "b": (300, 500), "c": (400, 300)}
+
+
+def _noise_of_steps(mesh, num_steps, noise_multiplier=1.5):
+  """Standard normals, if the step's noise is what its event claims."""
+  plan = _plan(noise_multiplier=noise_multiplier)
+  loss = lambda params, example, rng: (
+    0.0 * sum(map(jnp.sum, params.values())) * jnp.sum(example["x"]),
+    None,
+  )
+  bound = mechanism.make(plan, loss)
+  step = step_lib.Step(bound, optax.sgd(plan.expected_batch_size), mesh)
+  state = step.init({k: jnp.zeros(shape) for k, shape in _SHAPES.items()})
+  batch = {"x": _put(mesh, np.ones((_ROWS, 2), np.float32))}
+  is_padding_example = _put(mesh, np.zeros(_ROWS, bool))
+  key = noise.as_key(np.array([1, 2], np.uint32))
+  before = jax.tree.map(np.asarray, state.params)
+  steps = []
+  for _ in range(num_steps):
+    accumulator = step.accumulate(
+      state.params,
+      step.zeros(state.params),
+      batch,
+      is_padding_example,
+      jax.random.key(0),
+      0,
+    )
+    state, _ = step.apply(state, accumulator, key)
+    after = jax.tree.map(np.asarray, state.params)
+    steps.append(jax.tree.map(lambda x, y: x - y, before, after))
+    before = after
+  return plan, steps
+
+
+def _relative_deviation(draw, event, sensitivity):
+  """The measured standard deviation over the one that the event claims."""
+  claimed = event.event.event.noise_multiplier * sensitivity
+  flat = np.concatenate([x.ravel() for x in draw.values()]).astype(np.float64)
+  return flat.std() / claimed
+
+
+@pytest.mark.parametrize("mesh_name", _MESHES)
+def test_noise_has_the_standard_deviation_that_the_event_claims(mesh_name):
+  plan, (draw,) = _noise_of_steps(_mesh(mesh_name), 1)
+  # 420,000 draws: standard error 0.11 %, so 0.5 % is 4.6 of them.
+  close = lambda factor, multiplier: (
+    abs(
+      factor
+      * _relative_deviation(
+        draw, _plan(noise_multiplier=multiplier).event(), _CLIP
+      )
+      - 1
+    )
+    < 0.005
+  )
+  assert close(1.0, plan.noise_multiplier)
+  assert not close(1.0, plan.noise_multiplier * 2 / 3)
+  assert not close(1.0, plan.noise_multiplier * 3 / 2)
+
+
+def test_noise_bits_are_equal_on_every_mesh():
+  draws = {
+    name: _noise_of_steps(_mesh(name), 2)[1] for name in ("1", "4", "8, model")
+  }
+  for name, steps in draws.items():
+    for mine, first in zip(steps, draws["1"], strict=True):
+      for leaf in _SHAPES:
+        np.testing.assert_array_equal(mine[leaf], first[leaf], err_msg=name)
+
+
+def test_noise_is_distinct_across_leaves_and_steps():
+  _, steps = _noise_of_steps(_mesh("8"), 3)
+  blocks = [step[leaf].ravel()[:100_000] for step in steps for leaf in "abc"]
+  correlation = np.corrcoef(blocks) - np.eye(len(blocks))
+  # Independent blocks: below 0.02 with error rate 1e-8; a shared key gives 1.
+  assert np.max(np.abs(correlation)) < 0.02
+
+
+def test_noise_does_not_repeat_within_a_leaf():
+  # A block drawn once for each device would repeat along the leaf.
+  _, (draw,) = _noise_of_steps(_mesh("8"), 1)
+  for leaf in draw.values():
+    halves = leaf.ravel()[: leaf.size // 8 * 8].reshape(8, -1)
+    correlation = np.corrcoef(halves) - np.eye(8)
+    assert np.max(np.abs(correlation)) < 0.05
+
+
+def test_accumulate_is_local_and_apply_reduces_once():
+  mesh = _mesh("8")
+  plan = _plan()
+  step = step_lib.Step(
+    mechanism.make(plan, _dense_loss), optax.adam(1e-3), mesh, 0.9
+  )
+  params, batch = _problem("dense")
+  state = step.init(jax.tree.map(jnp.asarray, params))
+  accumulator = step.zeros(state.params)
+  accumulate = step.accumulate.lower(
+    state.params,
+    accumulator,
+    {name: _put(mesh, x) for name, x in batch.items()},
+    _put(mesh, np.zeros(_ROWS, bool)),
+    jax.random.key(0),
+    0,
+  )
+  collectives = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
+  text = accumulate.compile().as_text()
+  assert not any(f"{name}(" in text for name in collectives)
+  apply = step.apply.lower(state, accumulator, jax.random.key(0))
+  text = apply.compile().as_text()
+  counts = [text.count(f" {name}(") for name in collectives]
+  assert counts == [1, 0, 0, 0]
+
+
+def test_an_empty_step_is_noise_alone():
+  mesh = _mesh("8")
+  plan = _plan()
+  step = step_lib.Step(
+    mechanism.make(plan, _dense_loss), optax.sgd(1.0), mesh
+  )
+  params, _ = _problem("dense")
+  state = step.init(jax.tree.map(jnp.asarray, params))
+  after, released = step.apply(
+    state, step.zeros(state.params), jax.random.key(4)
+  )
+  assert int(after.step) == 1
+  assert int(after.noise_state.draws) == 1
+  moved = np.asarray(after.params["w"]) - params["w"]
+  claimed = plan.noise_multiplier * _CLIP / plan.expected_batch_size
+  assert 0.7 < moved.std() / claimed < 1.3
+  np.testing.assert_allclose(
+    released["noisy_gradient_norm"], np.linalg.norm(moved), rtol=1e-5
+  )
+
+
+def test_a_bfloat16_model_is_summed_and_noised_in_float32():
+  mesh = _mesh("8")
+  loss = lambda params, example, rng: (
+    jnp.sum(params["w"] * example["x"]),
+    None,
+  )
+  bound = mechanism.make(_plan(l2_clip_norm=1.0), loss)
+  step = step_lib.Step(bound, optax.sgd(1.0), mesh)
+  state = step.init({"w": jnp.zeros(1, jnp.bfloat16)})
+  accumulator = step.zeros(state.params)
+  assert accumulator.clipped_sum["w"].dtype == jnp.float32
+  x = np.ones((4096, 1), jnp.bfloat16)
+  accumulator = step.accumulate(
+    state.params,
+    accumulator,
+    {"x": _put(mesh, x)},
+    _put(mesh, np.zeros(4096, bool)),
+    jax.random.key(0),
+    0,
+  )
+  assert float(np.sum(accumulator.clipped_sum["w"])) == 4096.0
+  assert int(step.stats(accumulator).num_examples) == 4096
+
+
+def test_stats_count_what_was_drawn_clipped_and_left_out():
+  mesh = _mesh("8, fsdp")
+  params, batch = _problem("dense")
+  batch["x"][3] = np.nan
+  batch["x"][4] = 0
+  step = step_lib.Step(mechanism.make(_plan(), _dense_loss), optax.sgd(1), mesh)
+  state = step.init(jax.tree.map(jnp.asarray, params))
+  is_padding_example = np.arange(_ROWS) >= 12
+  accumulator = step.accumulate(
+    state.params,
+    step.zeros(state.params),
+    {name: _put(mesh, x) for name, x in batch.items()},
+    _put(mesh, is_padding_example),
+    jax.random.key(0),
+    0,
+  )
+  stats = step.stats(accumulator)
+  assert int(stats.num_examples) == 12
+  assert int(stats.num_nonfinite) == 1
+  assert int(stats.num_clipped) == 10
+  assert np.isfinite(float(stats.loss))
+
+
+def test_randomness_belongs_to_the_example_and_not_to_the_device():
+  def draws(mesh_name):
+    mesh = _mesh(mesh_name)
+    loss = lambda params, example, rng: (
+      params["w"][example["i"]] * jax.random.normal(rng),
+      None,
+    )
+    bound = mechanism.make(_plan(l2_clip_norm=1e3), loss)
+    step = step_lib.Step(bound, optax.sgd(1.0), mesh)
+    state = step.init({"w": jnp.zeros(_ROWS)})
+    accumulator = step.accumulate(
+      state.params,
+      step.zeros(state.params),
+      {"i": _put(mesh, np.arange(_ROWS))},
+      _put(mesh, np.zeros(_ROWS, bool)),
+      jax.random.key(9),
+      0,
+    )
+    return np.sum(accumulator.clipped_sum["w"], axis=0)
+
+  one = draws("1")
+  assert np.unique(one).size == _ROWS
+  np.testing.assert_array_equal(draws("8"), one)
+  np.testing.assert_array_equal(draws("8, model"), one)
+
+
+# A user's own shard_map, with its default settings.
+
+
+def _in_shard_map(fn, mesh, *specs):
+  return jax.jit(
+    jax.shard_map(
+      fn, mesh=mesh, in_specs=specs, out_specs=PartitionSpec()
+    )
+  )
+
+
+@pytest.mark.parametrize("model", _MODELS)
+def test_clipped_grad_in_a_users_own_shard_map(model):
+  mesh = _mesh("8")
+  params, batch = _problem(model)
+  loss = lambda params, example: _MODELS[model][0](params, example, None)[0]
+  fn = clipping.clipped_grad(loss, l2_clip_norm=_CLIP)
+  total = _in_shard_map(
+    lambda p, b: jax.lax.psum(fn(p, b).sum, mesh_lib.AXES[:2]),
+    mesh,
+    PartitionSpec(),
+    mesh_lib.EXAMPLES,
+  )(params, batch)
+  alone = fn(params, jax.tree.map(jnp.asarray, batch)).sum
+  np.testing.assert_allclose(total["w"], alone["w"], atol=1e-5)
+
+
+def test_clipped_grad_in_shard_map_without_vma_checks_and_in_microbatches():
+  mesh = _mesh("8")
+  params, batch = _problem("dense")
+  loss = lambda params, example: _dense_loss(params, example, None)[0]
+  fn = clipping.clipped_grad(loss, l2_clip_norm=_CLIP, microbatch_size=1)
+  local = lambda p, b: jax.lax.psum(fn(p, b).sum, mesh_lib.AXES[:2])
+  alone = fn(params, jax.tree.map(jnp.asarray, batch)).sum
+  for check_vma in (True, False):
+    total = jax.jit(
+      jax.shard_map(
+        local,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), mesh_lib.EXAMPLES),
+        out_specs=PartitionSpec(),
+        check_vma=check_vma,
+      )
+    )(params, batch)
+    np.testing.assert_allclose(total["w"], alone["w"], atol=1e-5)
+
+
+def test_a_sharded_batch_outside_shard_map_is_refused():
+  mesh = _mesh("8")
+  params, batch = _problem("convolution")
+  loss = lambda params, example: _conv_loss(params, example, None)[0]
+  fn = clipping.clipped_grad(loss, l2_clip_norm=_CLIP)
+  sharded = jax.tree.map(lambda x: _put(mesh, x), batch)
+  with pytest.raises(ValueError, match=r"outside jax\.shard_map"):
+    fn(params, sharded)
+
+
+def test_a_loss_that_mixes_devices_is_refused():
+  mesh = _mesh("8")
+  params, batch = _problem("dense")
+
+  def loss(params, example):
+    return jax.lax.pmean(
+      _dense_loss(params, example, None)[0], mesh_lib.AXES[:2]
+    )
+
+  fn = clipping.clipped_grad(loss, l2_clip_norm=_CLIP)
+  with pytest.raises(ValueError, match="must use one example alone"):
+    _in_shard_map(
+      lambda p, b: fn(p, b).sum, mesh, PartitionSpec(), mesh_lib.EXAMPLES
+    )(params, batch)
+
+
+def test_one_key_for_all_devices_is_refused():
+  mesh = _mesh("8")
+  params, batch = _problem("dense")
+  fn = clipping.clipped_grad(
+    lambda p, e, rng: _dense_loss(p, e, rng)[0], l2_clip_norm=_CLIP
+  )
+  with pytest.raises(ValueError, match="one key an example"):
+    _in_shard_map(
+      lambda p, b: fn(p, b, rng=jax.random.key(0)).sum,
+      mesh,
+      PartitionSpec(),
+      mesh_lib.EXAMPLES,
+    )(params, batch)

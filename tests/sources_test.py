@@ -1,0 +1,379 @@
+"""Tests of dpdist.sources."""
+
+from concurrent import futures
+import hashlib
+import shutil
+import sys
+
+import numpy as np
+import pyarrow
+from pyarrow import parquet
+import pytest
+
+from dpdist import sources
+
+
+def examples(num_examples=12):
+  generator = np.random.default_rng(0)
+  return {
+    "inputs": generator.normal(size=(num_examples, 3, 2)).astype(np.float32),
+    "targets": np.arange(num_examples, dtype=np.int32),
+  }
+
+
+def to_rows(arrays):
+  length = len(next(iter(arrays.values())))
+  return [{name: a[i] for name, a in arrays.items()} for i in range(length)]
+
+
+def write_parquet(path, arrays, **options):
+  columns = {name: values.tolist() for name, values in arrays.items()}
+  parquet.write_table(pyarrow.table(columns), path, **options)
+
+
+def array_source(directory):
+  np.savez(directory / "data.npz", **examples())
+  return sources.ArraySource.from_npz(directory / "data.npz")
+
+
+def array_record_source(directory):
+  rows = to_rows(examples())
+  # Two files of unequal length, so that the numbering runs across them.
+  paths = [directory / "a.array_record", directory / "b.array_record"]
+  sources.write_array_record(paths[0], rows[:5])
+  sources.write_array_record(paths[1], rows[5:])
+  return sources.ArrayRecordSource(paths)
+
+
+def parquet_source(directory):
+  arrays = examples()
+  paths = [directory / "a.parquet", directory / "b.parquet"]
+  for path, part in zip(paths, (slice(0, 5), slice(5, None)), strict=True):
+    table = pyarrow.table(
+      {
+        "label": arrays["targets"][part],
+        "x": pyarrow.array(
+          arrays["inputs"][part].tolist(),
+          pyarrow.list_(pyarrow.list_(pyarrow.float32())),
+        ),
+      }
+    )
+    # Small row groups, so that a column comes in several pieces.
+    parquet.write_table(table, path, row_group_size=2)
+  return sources.ParquetSource(paths, {"inputs": "x", "targets": "label"})
+
+
+MAKERS = [array_source, array_record_source, parquet_source]
+
+
+@pytest.fixture(params=MAKERS, ids=lambda maker: maker.__name__)
+def make(request):
+  return request.param
+
+
+# What every source promises.
+
+
+@pytest.mark.parametrize(
+  "indices", [[0], [11], [4, 5], [7, 2, 11, 2], list(range(12)), []]
+)
+def test_read_returns_the_examples_in_the_order_asked(make, tmp_path, indices):
+  source = make(tmp_path)
+  assert len(source) == 12
+  batch = source.read(np.array(indices, np.int64))
+  assert batch.keys() == examples().keys()
+  for name, array in examples().items():
+    np.testing.assert_array_equal(batch[name], array[indices])
+    assert batch[name].dtype == array.dtype
+    assert batch[name].shape == (len(indices), *array.shape[1:])
+
+
+@pytest.mark.parametrize(
+  "indices", [[-1], [12], [3, 12], [-1, 3], [0.5], [[1]], 1]
+)
+def test_bad_indices_are_refused(make, tmp_path, indices):
+  with pytest.raises(ValueError, match="indices must be"):
+    make(tmp_path).read(np.array(indices))
+
+
+def test_errors_do_not_tell_the_index(make, tmp_path):
+  with pytest.raises(ValueError, match="indices must be") as caught:
+    make(tmp_path).read(np.array([7, 987654321]))
+  assert "987654321" not in str(caught.value)
+  assert "7" not in str(caught.value)
+
+
+def test_reads_from_many_threads_agree(make, tmp_path):
+  source = make(tmp_path)
+  draws = [np.random.default_rng(i).permutation(12)[:7] for i in range(64)]
+  with futures.ThreadPoolExecutor(8) as pool:
+    batches = list(pool.map(source.read, draws))
+  for draw, batch in zip(draws, batches, strict=True):
+    for name, array in examples().items():
+      np.testing.assert_array_equal(batch[name], array[draw])
+
+
+def test_manifest_depends_on_content_alone(make, tmp_path):
+  manifests = []
+  for name in ("first", "second"):
+    (tmp_path / name).mkdir()
+    source = make(tmp_path / name)
+    manifests.append(source.manifest())
+    source.read(np.array([1, 2]))
+    assert source.manifest() == manifests[-1]
+  assert manifests[0] == manifests[1]
+  assert len(bytes.fromhex(manifests[0])) == 32
+
+
+# Arrays.
+
+
+def test_array_manifest_is_what_it_always_was():
+  source = sources.ArraySource(
+    {
+      "targets": np.array([1, 2], "<i4"),
+      "inputs": np.array([[0.5], [1.5]], "<f4"),
+    }
+  )
+  # Written out: a change of the format would refuse to resume older runs.
+  content = (
+    b'[["inputs", "<f4", [2, 1]], ["targets", "<i4", [2]]]\n'
+    b"\0\0\0\x3f\0\0\xc0\x3f\1\0\0\0\2\0\0\0"
+  )
+  assert source.manifest() == hashlib.sha256(content).hexdigest()
+
+
+def test_array_manifest_changes_with_any_byte_name_dtype_or_shape():
+  arrays = examples()
+  variants = [arrays]
+  for name in arrays:
+    changed = {key: a.copy() for key, a in arrays.items()}
+    changed[name].view(np.uint8).flat[-1] ^= 1
+    variants.append(changed)
+  variants += [
+    {"inputs": arrays["inputs"]},
+    {"inputs": arrays["inputs"], "labels": arrays["targets"]},
+    {**arrays, "targets": arrays["targets"].view(np.uint32)},
+    {**arrays, "inputs": arrays["inputs"].reshape(12, 2, 3)},
+    {name: array[::-1] for name, array in arrays.items()},
+  ]
+  manifests = {sources.ArraySource(v).manifest() for v in variants}
+  assert len(manifests) == len(variants)
+
+
+def test_array_manifest_ignores_layout_and_order_of_names():
+  arrays = examples()
+  same = {
+    "targets": arrays["targets"],
+    "inputs": np.asfortranarray(arrays["inputs"]),
+  }
+  manifest = sources.ArraySource(arrays).manifest()
+  assert sources.ArraySource(same).manifest() == manifest
+
+
+@pytest.mark.parametrize("block_bytes", [1, 50])
+def test_array_manifest_does_not_depend_on_the_block(monkeypatch, block_bytes):
+  manifest = sources.ArraySource(examples()).manifest()
+  monkeypatch.setattr(sources, "_HASH_BLOCK_BYTES", block_bytes)
+  assert sources.ArraySource(examples()).manifest() == manifest
+
+
+def test_arrays_on_disk_stay_there(tmp_path):
+  inputs = examples()["inputs"]
+  np.save(tmp_path / "inputs.npy", inputs)
+  mapped = np.load(tmp_path / "inputs.npy", mmap_mode="r")
+  source = sources.ArraySource({"inputs": mapped})
+  assert np.shares_memory(source._arrays["inputs"], mapped)
+  batch = source.read(np.array([3, 1]))["inputs"]
+  np.testing.assert_array_equal(batch, inputs[[3, 1]])
+  batch[:] = 0  # What was read is the reader's own.
+  expected = sources.ArraySource({"inputs": inputs}).manifest()
+  assert source.manifest() == expected
+
+
+def test_convert_applies_to_what_is_read():
+  source = sources.ArraySource(
+    {"x": np.arange(5)}, convert=lambda batch: {"y": batch["x"] * 10}
+  )
+  np.testing.assert_array_equal(source.read(np.array([1, 4]))["y"], [10, 40])
+  assert source.read(np.array([], np.int64))["y"].shape == (0,)
+
+
+@pytest.mark.parametrize(
+  "arrays",
+  [
+    {},
+    {"a": np.zeros(3), "b": np.zeros(4)},
+    {"a": np.zeros(())},
+    {"a": np.array([None, 1])},
+  ],
+  ids=["none", "unequal", "scalar", "objects"],
+)
+def test_bad_arrays_are_refused(arrays):
+  with pytest.raises(ValueError, match=r"^arrays"):
+    sources.ArraySource(arrays)
+
+
+# ArrayRecord.
+
+
+def test_array_record_manifest_changes_with_a_flipped_byte(tmp_path):
+  path = tmp_path / "data.array_record"
+  sources.write_array_record(path, to_rows(examples()))
+  before = sources.ArrayRecordSource(path).manifest()
+  assert sources.ArrayRecordSource([str(path)]).manifest() == before
+  data = bytearray(path.read_bytes())
+  data[-1] ^= 1
+  # The last byte is padding: the records read the same, the file is not.
+  path.write_bytes(data)
+  assert sources.ArrayRecordSource(path).manifest() != before
+
+
+def test_array_record_manifest_changes_with_the_order_of_files(tmp_path):
+  source = array_record_source(tmp_path)
+  other = sources.ArrayRecordSource(source._paths[::-1])
+  assert other.manifest() != source.manifest()
+
+
+def test_array_record_manifest_is_over_base_names(tmp_path):
+  source = array_record_source(tmp_path)
+  (tmp_path / "moved").mkdir()
+  moved = [tmp_path / "moved" / name for name in "ab"]
+  for path, target in zip(source._paths, moved, strict=True):
+    shutil.copy(path, target.with_suffix(".array_record"))
+  kept = [path.with_suffix(".array_record") for path in moved]
+  assert sources.ArrayRecordSource(kept).manifest() == source.manifest()
+  renamed = [path.with_suffix(".other") for path in moved]
+  for path, target in zip(kept, renamed, strict=True):
+    path.rename(target)
+  assert sources.ArrayRecordSource(renamed).manifest() != source.manifest()
+
+
+def test_array_record_manifest_does_not_depend_on_the_block(
+  tmp_path, monkeypatch
+):
+  manifest = array_record_source(tmp_path).manifest()
+  monkeypatch.setattr(sources, "_HASH_BLOCK_BYTES", 50)
+  assert array_record_source(tmp_path).manifest() == manifest
+
+
+@pytest.mark.parametrize(
+  "odd",
+  [
+    {"inputs": np.zeros(1, np.float32)},
+    {"inputs": np.zeros(2, np.float64)},
+    {"labels": np.zeros(2, np.float32)},
+    {"inputs": np.zeros(2, np.float32), "more": np.zeros(1)},
+  ],
+  ids=["shape", "dtype", "name", "more"],
+)
+def test_records_that_differ_are_refused(tmp_path, odd):
+  plain = {"inputs": np.zeros(2, np.float32)}
+  with pytest.raises(ValueError, match="examples must all be like the first"):
+    sources.write_array_record(tmp_path / "mixed", [plain, odd])
+  sources.write_array_record(tmp_path / "a", [plain])
+  sources.write_array_record(tmp_path / "b", [odd])
+  source = sources.ArrayRecordSource([tmp_path / "a", tmp_path / "b"])
+  assert source.read(np.array([0]))["inputs"].shape == (1, 2)
+  with pytest.raises(ValueError, match="names, shapes and dtypes"):
+    source.read(np.array([0, 1]))
+
+
+def test_array_record_refuses_objects(tmp_path):
+  with pytest.raises(ValueError, match="allow_pickle"):
+    sources.write_array_record(
+      tmp_path / "a", [{"inputs": np.array([None, 1])}]
+    )
+
+
+def test_array_record_without_records_is_refused(tmp_path):
+  sources.write_array_record(tmp_path / "empty", [])
+  with pytest.raises(ValueError, match="paths must hold records"):
+    sources.ArrayRecordSource(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("paths", [[], "nowhere", ["nowhere"]])
+def test_missing_files_are_refused(paths):
+  with pytest.raises(ValueError, match="paths must name files"):
+    sources.ArrayRecordSource(paths)
+  with pytest.raises(ValueError, match="paths must name files"):
+    sources.ParquetSource(paths, {"inputs": "x"})
+
+
+# Parquet.
+
+
+def test_parquet_manifest_is_over_values_not_encoding(tmp_path):
+  arrays = {"x": np.arange(40).reshape(20, 2), "y": np.arange(20)}
+  columns = {"inputs": "x", "targets": "y"}
+  changed = {**arrays, "y": arrays["y"] + (np.arange(20) == 19)}
+  write_parquet(tmp_path / "a", arrays, compression="snappy")
+  write_parquet(tmp_path / "b", arrays, compression="none", row_group_size=3)
+  write_parquet(tmp_path / "c", changed)
+  a, b, c = (
+    sources.ParquetSource(tmp_path / n, columns).manifest() for n in "abc"
+  )
+  assert a == b
+  assert a != c
+
+
+@pytest.mark.parametrize(
+  ("values", "expected"),
+  [
+    (pyarrow.array([True, False]), np.array([True, False])),
+    (
+      pyarrow.array([[1, 2], [3, 4]], pyarrow.list_(pyarrow.int16(), 2)),
+      np.array([[1, 2], [3, 4]], np.int16),
+    ),
+    (
+      pyarrow.array([[1], [2]], pyarrow.large_list(pyarrow.uint8())),
+      np.array([[1], [2]], np.uint8),
+    ),
+  ],
+  ids=["bool", "fixed_size_list", "large_list"],
+)
+def test_parquet_types(tmp_path, values, expected):
+  parquet.write_table(pyarrow.table({"x": values}), tmp_path / "a")
+  source = sources.ParquetSource(tmp_path / "a", {"inputs": "x"})
+  batch = source.read(np.array([1, 0]))["inputs"]
+  np.testing.assert_array_equal(batch, expected[::-1])
+  assert batch.dtype == expected.dtype
+
+
+@pytest.mark.parametrize(
+  ("values", "message"),
+  [
+    ([[1, 2], [3]], "lists of one length"),
+    ([1, None], "no nulls"),
+    ([[1, 2], None], "no nulls"),
+    ([[1, None], [1, 2]], "no nulls"),
+    (["a", "b"], "must hold numbers"),
+    ([[["a"]], [["b"]]], "must hold numbers"),
+    (pyarrow.array([], pyarrow.int64()), "rows of one shape"),
+  ],
+  ids=["ragged", "null", "null_list", "null_inside", "text", "nested", "empty"],
+)
+def test_bad_parquet_columns_are_refused(tmp_path, values, message):
+  parquet.write_table(pyarrow.table({"x": values}), tmp_path / "a")
+  with pytest.raises(ValueError, match=message) as caught:
+    sources.ParquetSource(tmp_path / "a", {"inputs": "x"})
+  assert "'x'" in str(caught.value)
+
+
+def test_parquet_files_of_different_widths_are_refused(tmp_path):
+  write_parquet(tmp_path / "a", {"x": np.zeros((2, 3))})
+  write_parquet(tmp_path / "b", {"x": np.zeros((2, 4))})
+  with pytest.raises(ValueError, match=r"'x' with shapes \[\(3,\), \(4,\)\]"):
+    sources.ParquetSource([tmp_path / "a", tmp_path / "b"], {"inputs": "x"})
+
+
+def test_unknown_parquet_column_is_refused(tmp_path):
+  write_parquet(tmp_path / "a", {"x": np.zeros(2)})
+  with pytest.raises(ValueError, match=r"one of \['x'\] of .* got 'y'"):
+    sources.ParquetSource(tmp_path / "a", {"inputs": "y"})
+
+
+def test_parquet_without_pyarrow_says_what_to_install(monkeypatch):
+  monkeypatch.setitem(sys.modules, "pyarrow", None)
+  with pytest.raises(ModuleNotFoundError, match=r"dpdist\[parquet\]"):
+    sources.ParquetSource("a", {"inputs": "x"})

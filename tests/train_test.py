@@ -1,0 +1,328 @@
+"""One run, end to end: interrupted, changed, damaged, and what leaves it."""
+
+import functools
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from configs import digits
+import dpdist
+from dpdist import config as config_lib
+from dpdist import job as job_lib
+from dpdist import ledger as ledger_lib
+from dpdist import mechanism
+from dpdist import metrics
+from dpdist import preemption
+from dpdist import provenance
+from dpdist import sampling
+from dpdist import step as step_lib
+
+
+def _config(**changes):
+  config = digits.get_config()
+  config.privacy.expected_batch_size = 64
+  config.privacy.num_steps = 12
+  config.checkpoint_every = 4
+  config.eval_every = 4
+  config.ema_decay = 0.9
+  config.insecure_seed = 7
+  # Given, so that nothing has to be calibrated.
+  config.privacy.target_epsilon = None
+  config.privacy.noise_multiplier = 1.0
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+  """A run that nothing interrupted."""
+  workdir = tmp_path_factory.mktemp("finished")
+  return workdir, dpdist.train(_config(), workdir)
+
+
+def _plan():
+  return dpdist.make_plan(config_lib.privacy_config(_config()))
+
+
+class _Crash(Exception):  # noqa: N818
+  pass
+
+
+def _crash_at(monkeypatch, crash_step):
+  """Ends the process's work, as far as Python can, inside a step."""
+  sample = sampling.PoissonSampler.__call__
+
+  def crash(self, step):
+    if step == crash_step:
+      raise _Crash
+    return sample(self, step)
+
+  monkeypatch.setattr(sampling.PoissonSampler, "__call__", crash)
+
+
+def test_a_run_leaves_its_result_and_report(finished):
+  workdir, result = finished
+  assert json.loads((workdir / "result.json").read_text()) == result
+  assert result["epsilon"] == _plan().epsilon()
+  assert result["num_steps"] == 12
+  assert result["test"]["accuracy"] > 0.5
+  assert result["test_ema"]["accuracy"] > 0.5
+  assert "<svg" in (workdir / "report.html").read_text()
+  assert list((workdir / "tensorboard").iterdir())
+  assert [row["step"] for row in metrics.read(workdir)] == [4, 8, 12]
+  assert ledger_lib.Ledger(workdir / "ledger").spent_steps == 12
+
+
+def test_insecure_seed_voids_the_guarantee_everywhere(finished, capsys):
+  workdir, result = finished
+  assert result["guarantee"].startswith("void: insecure_seed")
+  assert "insecure_seed" in (workdir / "report.html").read_text()
+  assert "insecure_seed" in ledger_lib.Ledger(workdir / "ledger").guarantee
+  # A finished run started again trains no further, and says the same.
+  assert dpdist.train(_config(), workdir) == result
+  assert "WARNING: insecure_seed" in capsys.readouterr().out
+
+
+def test_training_loss_batch_size_and_clip_fraction_stay_inside(finished):
+  workdir, _ = finished
+  names = {name for row in metrics.read(workdir) for name in row} - {"step"}
+  assert names <= metrics.RELEASED
+  for file in workdir.rglob("*"):
+    if file.is_file() and "checkpoints" not in file.parts:
+      text = file.read_bytes()
+      for name in metrics.SENSITIVE - {"batch_size"}:
+        assert name.encode() not in text, file
+      assert b'"batch_size"' not in text, file
+
+
+def test_unsafe_metrics_show_them_and_say_so(tmp_path, capsys):
+  result = dpdist.train(_config(unsafe_metrics=True), tmp_path)
+  assert "unsafe_metrics" in result["guarantee"]
+  assert "WARNING: unsafe_metrics" in capsys.readouterr().out
+  last = metrics.read(tmp_path)[-1]
+  assert last["batch_size"] == int(last["batch_size"])
+  assert 0 <= last["clip_fraction"] <= 1
+  assert last["num_nonfinite"] == 0
+
+
+@pytest.mark.parametrize("crash_step", [0, 6, 11])
+def test_a_crashed_run_ends_with_the_same_parameters(
+  finished, tmp_path, monkeypatch, crash_step
+):
+  _, expected = finished
+  with monkeypatch.context() as patch:
+    _crash_at(patch, crash_step)
+    with pytest.raises(_Crash):
+      dpdist.train(_config(), tmp_path)
+  result = dpdist.train(_config(), tmp_path)
+  assert result["params_sha256"] == expected["params_sha256"]
+  assert result["epsilon"] == expected["epsilon"]
+  assert result["steps_charged"] == 12
+  assert metrics.read(tmp_path)[-1]["step"] == 12
+
+
+def test_every_step_is_charged_before_it_is_computed(tmp_path, monkeypatch):
+  charged = []
+  make = step_lib.Step.apply.func
+
+  def watch(self):
+    compiled = make(self)
+
+    def apply(state, *args):
+      on_disk = ledger_lib.Ledger(tmp_path / "ledger").spent_steps
+      charged.append(on_disk)
+      assert on_disk > int(state.step)
+      return compiled(state, *args)
+
+    return apply
+
+  watched = functools.cached_property(watch)
+  watched.__set_name__(step_lib.Step, "apply")
+  monkeypatch.setattr(step_lib.Step, "apply", watched)
+  dpdist.train(_config(), tmp_path)
+  assert len(charged) == 12
+
+
+def test_changed_code_or_devices_open_a_branch_and_stay_in_budget(
+  tmp_path, monkeypatch
+):
+  with monkeypatch.context() as patch:
+    _crash_at(patch, 6)
+    with pytest.raises(_Crash):
+      dpdist.train(_config(), tmp_path)
+  assert ledger_lib.Ledger(tmp_path / "ledger").spent_steps == 8
+  monkeypatch.setattr(provenance, "environment", lambda mesh: {"new": True})
+  result = dpdist.train(_config(), tmp_path)
+  ledger = ledger_lib.Ledger(tmp_path / "ledger")
+  # Steps 4 to 8 were charged on the first branch and may have been seen; the
+  # second goes on from the checkpoint of step 4 and has 4 steps left.
+  assert [b.start_step for b in ledger.branches] == [0, 4]
+  assert ledger.spent_steps == result["steps_charged"] == 12
+  assert result["num_steps"] == 8
+  assert result["epsilon"] == _plan().epsilon()
+
+
+def test_empty_draws_train_on_noise_alone_and_count(tmp_path):
+  config = _config(
+    **{"privacy.expected_batch_size": 1e-6, "privacy.num_steps": 3}
+  )
+  job = job_lib.prepare(config, tmp_path)
+  sampler = mechanism.Streams(job.secret, 0).sampler(job.plan)
+  assert all(sampler(step).size == 0 for step in range(3))
+  result = dpdist.train(config, tmp_path)
+  assert result["num_steps"] == result["steps_charged"] == 3
+  rows = metrics.read(tmp_path)
+  assert rows[-1]["noisy_gradient_norm"] > 0
+  initial = provenance.params_sha256(job.params)
+  assert result["params_sha256"] != initial
+
+
+def test_chunks_of_any_size_make_the_same_update(finished, tmp_path):
+  workdir, _ = finished
+  dpdist.train(_config(chunk_size=8), tmp_path)
+  for row, same in zip(
+    metrics.read(workdir), metrics.read(tmp_path), strict=True
+  ):
+    for name in ("noisy_gradient_norm", "test/loss"):
+      np.testing.assert_allclose(row[name], same[name], rtol=1e-3)
+
+
+def test_branches_share_no_key(tmp_path):
+  job = job_lib.prepare(_config(), tmp_path)
+  one, two = (mechanism.Streams(job.secret, branch) for branch in (0, 1))
+  for stream in ("noise", "model_rng"):
+    a, b = (np.asarray(s.key(stream, 3)._base_array) for s in (one, two))
+    assert not np.array_equal(a, b)
+  draws = [s.sampler(job.plan)(0) for s in (one, two)]
+  assert not np.array_equal(*draws)
+
+
+def test_a_damaged_checkpoint_falls_back_and_ends_the_same(finished, tmp_path):
+  workdir, expected = finished
+  copy = tmp_path / "copy"
+  shutil.copytree(workdir, copy)
+  files = (copy / "checkpoints" / "12" / "state").rglob("*")
+  victim = max(
+    (p for p in files if p.is_file()), key=lambda p: p.stat().st_size
+  )
+  bad = bytearray(victim.read_bytes())
+  bad[len(bad) // 2] ^= 1
+  victim.write_bytes(bytes(bad))
+  result = dpdist.train(_config(), copy)
+  assert result["params_sha256"] == expected["params_sha256"]
+  assert result["steps_charged"] == 12
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"privacy.l2_clip_norm": 2.0}, r"l2_clip_norm: 0\.1 -> 2\.0"),
+    ({"privacy.noise_multiplier": 2.0}, r"noise_multiplier: 1\.0 -> 2\.0"),
+    ({"insecure_seed": 8}, "secret: hash"),
+  ],
+)
+def test_changed_settings_are_refused(finished, changes, message):
+  workdir, _ = finished
+  before = ledger_lib.Ledger(workdir / "ledger").head
+  with pytest.raises(ValueError, match=message):
+    dpdist.train(_config(**changes), workdir)
+  assert ledger_lib.Ledger(workdir / "ledger").head == before
+
+
+def test_a_changed_data_set_is_refused(tmp_path):
+  rng = np.random.default_rng(0)
+
+  def write(value):
+    for name in ("train", "test"):
+      inputs = rng.random((40, 4), np.float32)
+      inputs[0, 0] = value
+      np.savez(
+        tmp_path / f"{name}.npz",
+        inputs=inputs,
+        targets=np.arange(40, dtype=np.int32) % 10,
+      )
+
+  settings = {
+    "data.name": "npz",
+    "data.path": str(tmp_path),
+    "privacy.num_examples": 40,
+    "privacy.expected_batch_size": 10,
+    "privacy.num_steps": 1,
+  }
+  write(0.25)
+  dpdist.train(_config(**settings), tmp_path / "run")
+  write(0.5)
+  with pytest.raises(ValueError, match="training data: manifest"):
+    dpdist.train(_config(**settings), tmp_path / "run")
+
+
+def test_a_signal_saves_and_the_run_goes_on(finished, tmp_path, monkeypatch):
+  _, expected = finished
+  sample = sampling.PoissonSampler.__call__
+  notices = []
+  make = preemption.Notice.__enter__
+  monkeypatch.setattr(
+    preemption.Notice,
+    "__enter__",
+    lambda self: notices.append(self) or make(self),
+  )
+
+  def signalled(self, step):
+    if step == 9:
+      notices[-1].received = True
+    return sample(self, step)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(sampling.PoissonSampler, "__call__", signalled)
+    with pytest.raises(preemption.Preempted) as stopped:
+      dpdist.train(_config(), tmp_path)
+  assert 0 < stopped.value.step < 12
+  result = dpdist.train(_config(), tmp_path)
+  assert result["params_sha256"] == expected["params_sha256"]
+  assert result["steps_charged"] == 12
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"privacy.num_examples": 1437}, r"num_examples must .* 1438, got 1437"),
+    ({"privacy.target_epsilon": 1.0}, r"target_epsilon.*noise_multiplier"),
+    ({"privacy.target_delta": 1.0}, r"target_delta .* 1\.0"),
+    ({"privacy.expected_batch_size": 9999}, r"expected_batch_size .* 9999"),
+    ({"model.name": "magic"}, r"model.name .* 'magic'"),
+    ({"model.dtype": "int8"}, r"model.dtype .* 'int8'"),
+    ({"optimizer.name": "magic"}, r"optimizer.name .* 'magic'"),
+    ({"optimizer.learning_rate": -1.0}, r"learning_rate .* -1\.0"),
+    ({"optimizer.warmup_steps": 12}, r"warmup_steps .* 12"),
+    ({"optimizer.schedule": "magic"}, r"optimizer.schedule .* 'magic'"),
+    ({"mesh.data": 3}, "mesh must use all 8 devices"),
+    ({"mesh.fsdp": 0}, "mesh must give each axis"),
+    ({"chunk_size": 12}, r"chunk_size .* 8 .* 12"),
+    ({"clipping.method": "magic"}, r"method .* 'magic'"),
+    ({"ema_decay": 1.0}, r"ema_decay .* 1\.0"),
+    ({"data.name": "magic"}, r"data.name .*'magic'"),
+  ],
+)
+def test_bad_settings_are_named_and_cost_nothing(tmp_path, changes, message):
+  with pytest.raises(ValueError, match=message):
+    dpdist.train(_config(**changes), tmp_path / "run")
+  assert not (tmp_path / "run" / "ledger").exists()
+
+
+def test_the_secret_is_in_its_file_alone(tmp_path):
+  config = _config()
+  with config.unlocked():
+    config.insecure_seed = None
+  result = dpdist.train(config, tmp_path)
+  assert result["guarantee"] == "holds"
+  file = tmp_path / "secret"
+  assert file.stat().st_mode & 0o777 == 0o600
+  secret = file.read_bytes()
+  assert len(secret) >= 16
+  for other in tmp_path.rglob("*"):
+    if other.is_file() and other != file:
+      content = other.read_bytes()
+      assert secret not in content, other
+      assert secret.hex().encode() not in content.lower(), other
