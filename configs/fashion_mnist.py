@@ -2,6 +2,10 @@
 
   apt-get install dataset-fashion-mnist
   python -m launch.train --config=configs/fashion_mnist.py --workdir=/tmp/fm
+
+Epsilon 2.7, delta 1e-5: held-out accuracy 0.850 (one run), 16 minutes on 2
+cores. The settings follow Papernot et al. 2021, "Tempered Sigmoid Activations
+for Deep Learning with Differential Privacy", and were not searched here.
 """
 
 import ml_collections

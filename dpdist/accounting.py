@@ -24,9 +24,7 @@ This module never imports jax, so that a budget can be read without it.
 
 from collections.abc import Callable, Iterator
 import contextlib
-import dataclasses
 import functools
-import itertools
 import logging
 import math
 import numbers
@@ -37,11 +35,9 @@ from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import rdp_privacy_accountant
 import numpy as np
 
-# Less noise than this is none: 1 / sigma^2 is about to overflow.
-_NO_NOISE = 1e-100
-_MOST_NOISE = 1e15
+from dpdist import search
+
 _MOST_STEPS = 10**9
-_STRIDE = math.log(4)
 
 # Beyond it e^-epsilon nears the smallest double, and no longer matters.
 _LARGEST_PLD_EPSILON = 500.0
@@ -142,15 +138,17 @@ def calibrate_noise_multiplier(
   if count == 0:
     return 0.0
 
-  spent = lambda n, kind: _epsilon(_six_digits(-n), q, count, delta, kind)
-  index = _calibrate(_SIGMAS, spent, target, accountant, slope=1.0)
+  spent = lambda n, kind: _epsilon(search.six_digits(-n), q, count, delta, kind)
+  index = search.calibrate(
+    search.NOISE_MULTIPLIERS, spent, target, accountant, slope=1.0
+  )
   if index is None:
     raise ValueError(
       f"target_epsilon must be within reach of noise_multiplier="
-      f"{_MOST_NOISE:g}, got {target_epsilon} for num_steps={num_steps}, "
+      f"{search.MOST_NOISE:g}, got {target_epsilon} for num_steps={num_steps}, "
       f"delta={delta}"
     )
-  return _six_digits(-index)
+  return search.six_digits(-index)
 
 
 def calibrate_num_steps(
@@ -181,8 +179,8 @@ def calibrate_num_steps(
   accountant = _check("accountant", accountant)
 
   spent = lambda count, kind: _epsilon(sigma, q, count, delta, kind)
-  grid = _Grid(1, _MOST_STEPS + 1)
-  count = _calibrate(grid, spent, target, accountant, slope=0.5)
+  grid = search.Grid(1, _MOST_STEPS + 1)
+  count = search.calibrate(grid, spent, target, accountant, slope=0.5)
   if count is None:
     least = _epsilon(sigma, q, 1, delta, accountant)
     raise ValueError(
@@ -232,7 +230,9 @@ def calibrate_batch_size(
   accountant = _check("accountant", accountant)
 
   spent = lambda batch, kind: _epsilon(sigma, batch / size, count, delta, kind)
-  batch = _calibrate(_Grid(1, size), spent, target, accountant, slope=1.0)
+  batch = search.calibrate(
+    search.Grid(1, size), spent, target, accountant, slope=1.0
+  )
   if batch is None:
     least = _epsilon(sigma, 1 / size, count, delta, accountant)
     raise ValueError(
@@ -252,7 +252,7 @@ def _epsilon(
 ) -> float:
   if count == 0:
     return 0.0
-  if sigma < _NO_NOISE:
+  if sigma < search.NO_NOISE:
     return math.inf
   orders, divergences = _step_rdp(sigma, q)
   rdp, _ = rdp_privacy_accountant.compute_epsilon(
@@ -345,121 +345,6 @@ def _grid_interval(sigma: float, q: float, rdp: float) -> float:
 def _step_event(sigma: float, q: float) -> dp_accounting.DpEvent:
   event: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(sigma)
   return event if q == 1.0 else dp_accounting.PoissonSampledDpEvent(q, event)
-
-
-# --- Search -------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class _Grid:
-  """Consecutive integers, and the number on a log scale that each stands for.
-
-  Attributes:
-    lowest: the first integer.
-    highest: the last integer.
-    start: where to look first.
-    log: of an integer, rising with it.
-    floor: the largest integer whose `log` is at most the given one, or nearly.
-  """
-
-  lowest: int
-  highest: int
-  start: int = 1
-  log: Callable[[int], float] = math.log
-  floor: Callable[[float], int] = lambda x: math.floor(math.exp(x))
-
-
-def _six_digits(index: int) -> float:
-  """Returns the index-th number of six significant digits; 0 gives 1.0."""
-  decade, mantissa = divmod(index, 900_000)
-  return float(f"{100_000 + mantissa}e{decade - 5}")
-
-
-def _six_digits_index(log: float) -> int:
-  """Returns the index of the first such number whose logarithm is not below."""
-  decade = math.floor(log / math.log(10))
-  mantissa = math.ceil(math.exp(log - decade * math.log(10)) * 100_000)
-  return 900_000 * decade + mantissa - 100_000
-
-
-# Less noise spends more, so the integers count downwards.
-_SIGMAS = _Grid(
-  lowest=-_six_digits_index(math.log(_MOST_NOISE)),
-  highest=-_six_digits_index(math.log(_NO_NOISE)),
-  start=0,
-  log=lambda n: -math.log(_six_digits(-n)),
-  floor=lambda x: -_six_digits_index(-x),
-)
-
-
-def _calibrate(
-  grid: _Grid,
-  spent: Callable[[int, str], float],
-  target: float,
-  accountant: str,
-  *,
-  slope: float,
-) -> int | None:
-  """Returns the largest integer whose epsilon is at most the target, if any.
-
-  Args:
-    grid: the integers to choose from.
-    spent: epsilon at an integer, by an accountant.
-    target: the budget.
-    accountant: "pld" or "rdp".
-    slope: a guess at that of log epsilon over the grid's logarithm.
-  """
-  best = _largest(grid, lambda n: spent(n, "rdp"), target, grid.start, slope)
-  if accountant == "rdp" or best == grid.highest:
-    return best
-  # PLD is dear and never above RDP: where RDP ends, PLD begins and fits.
-  start = grid.lowest if best is None else best
-  return _largest(grid, lambda n: spent(n, "pld"), target, start, slope)
-
-
-def _largest(
-  grid: _Grid,
-  spent: Callable[[int], float],
-  target: float,
-  start: int,
-  slope: float,
-) -> int | None:
-  """Returns the largest integer that does not overspend, None if none does.
-
-  Every query of `spent`, which must not fall, may take a second, so this
-  follows secants of log epsilon and turns to halving only if they gain nothing.
-  What is returned was itself queried, and so was the integer after it.
-  """
-  low, high = grid.lowest - 1, grid.highest + 1  # Fits; overspends.
-  probe, previous = start, None
-  for query in itertools.count(1):
-    value = spent(probe)
-    if value <= target:
-      low = probe
-    else:
-      high = probe
-    if high - low <= 1:
-      break
-    x, y = grid.log(probe), _log(value / target)
-    if previous is not None:
-      rise = (y - previous[1]) / (x - previous[0])
-      slope = rise if rise > 0 else slope
-    previous = x, y
-    # Far corners are dear, hence short strides.
-    move = min(max(-y / slope, -_STRIDE), _STRIDE)
-    guess = grid.floor(x + move)
-    if query > 12:  # Not a curve for secants.
-      if grid.lowest <= low and high <= grid.highest:
-        guess = (low + high) // 2
-      else:
-        guess = grid.floor(x - math.copysign(_STRIDE, y))
-    probe = min(max(guess, low + 1), high - 1)
-  return low if low >= grid.lowest else None
-
-
-def _log(ratio: float) -> float:
-  """Returns a logarithm that stays finite where epsilon is 0 or infinite."""
-  return math.log(min(max(ratio, 1e-9), 1e9))
 
 
 # --- Arguments ----------------------------------------------------------------

@@ -51,9 +51,7 @@ class Mechanism:
 
   def mean(self, noisy_sum: PyTree) -> PyTree:
     """The noisy sum over the expected, never the drawn, batch size."""
-    return jax.tree.map(
-      lambda x: x / self.plan.expected_batch_size, noisy_sum
-    )
+    return jax.tree.map(lambda x: x / self.plan.expected_batch_size, noisy_sum)
 
 
 def make(

@@ -64,8 +64,7 @@ def _schedule(
     after = optax.linear_schedule(peak, 0.0, remaining)
   else:
     raise ValueError(
-      f"optimizer.schedule must be one of {_SCHEDULES}, got"
-      f" {config.schedule!r}"
+      f"optimizer.schedule must be one of {_SCHEDULES}, got {config.schedule!r}"
     )
   if not warmup:
     return after

@@ -15,8 +15,13 @@ import numpy as np
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax")
 # Settings that no bit of a step depends on.
-_HARMLESS = ("checkpoint_every", "eval_every", "max_checkpoints", "secret_file",
-             "unsafe_metrics")
+_HARMLESS = (
+  "checkpoint_every",
+  "eval_every",
+  "max_checkpoints",
+  "secret_file",
+  "unsafe_metrics",
+)
 _HARMLESS_DATA = ("num_threads", "path", "prefetch")
 
 

@@ -57,7 +57,8 @@ p { max-width: 44rem; }
 }
 .card { background: var(--card); border: 1px solid var(--grid);
   border-radius: 12px; padding: 1rem 1.15rem; min-width: 0; }
-.figure { font-size: 1.9rem; line-height: 1.3; font-weight: 650;
+.figure { font-size: clamp(1.2rem, 2.6vw, 1.6rem); line-height: 1.4;
+  font-weight: 650;
   letter-spacing: -.02em; font-variant-numeric: tabular-nums;
   overflow-wrap: anywhere; }
 .label { color: var(--muted); font-size: .875rem; }
@@ -104,8 +105,7 @@ def write(
     workdir: the run's directory; its metrics are drawn.
     result: what `result.json` holds: epsilon, delta, noise_multiplier,
       sampling_probability, num_steps, accountant, params_sha256, test,
-      test_ema (may be missing), guarantee ("holds" or "void: why") and
-      unsafe_metrics.
+      test_ema (may be missing) and guarantee ("holds" or "void: why").
     statement: what the run guarantees, in plain text.
     rows: (name, value) pairs of the plan.
     notices: warnings, shown first.
@@ -180,10 +180,6 @@ def _headline(result: Mapping[str, Any]) -> str:
 def _notices(result: Mapping[str, Any], notices: Sequence[str]) -> str:
   void = _is_void(result)
   lines = list(notices)
-  if result.get("unsafe_metrics"):
-    lines.append(
-      "Metrics of the private batches were written (unsafe_metrics)."
-    )
   if not void and not lines:
     return ""
   title = "Notices"

@@ -28,9 +28,20 @@ def usage_error(message: object) -> int:
 def _parse(argv: Sequence[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
-  except (flags.Error, AttributeError, OSError, TypeError, ValueError) as error:
-    # config_flags lets a config's own errors through: a missing file, an
-    # unknown field with a suggestion, a value of the wrong type.
+    config = flags.FLAGS.config
+    if config is not None:
+      # A file that could not be loaded says so when it is first looked into.
+      _ = config.keys
+  except OSError as error:
+    reason = str(error).splitlines()[-1].strip()
+    sys.exit(usage_error(f"--config cannot be loaded: {reason}"))
+  except AttributeError as error:
+    # An unknown setting, perhaps with a suggestion, wrapped in a KeyError.
+    reason = error.args[0]
+    if isinstance(reason, KeyError):
+      reason = reason.args[0]
+    sys.exit(usage_error(f"there is no setting {reason}"))
+  except (flags.Error, TypeError, ValueError) as error:
     sys.exit(usage_error(f"{error}\nTry --help."))
   if len(rest) > 1:
     sys.exit(usage_error(f"unexpected argument {rest[1]!r}\nTry --help."))

@@ -15,8 +15,8 @@ from scipy import stats
 from dpdist import accounting
 
 # (sampling probability, noise multiplier, steps, delta), epsilon by RDP and by
-# PLD to four decimals. The RDP column is published, in part to more digits than
-# these: TensorFlow Privacy's and Opacus's tutorials and tests, De et al. 2022.
+# PLD to four decimals. All were computed apart from this project. The last but
+# one is a setting of De et al. 2022 for CIFAR-10; the last has a closed form.
 _KNOWN = [
   ((256 / 60_000, 1.1, 14_040, 1e-5), 2.5944, 2.3796),
   ((256 / 60_000, 1.3, 3_510, 1e-5), 0.9538, 0.8638),
@@ -163,14 +163,20 @@ def test_vanishing_divergences_are_not_taken_for_none():
   )
 
 
-def test_long_runs_compose_like_short_ones():
+@pytest.mark.parametrize(
+  # So near to the smallest delta that the grid can tell, rounding shows.
+  ("delta", "tolerance"),
+  [(1e-6, 1e-4), (2e-13, 0.02)],
+)
+def test_long_runs_compose_like_short_ones(delta, tolerance):
   # 100,000 steps are composed at once and one more in two stages.
-  run = {"sampling_probability": 1e-3, "delta": 1e-6}
+  run = {"sampling_probability": 1e-3, "delta": delta}
   near, far = (
     _epsilon(run, noise_multiplier=10.0, num_steps=10**5 + extra)
     for extra in (0, 1)
   )
-  assert 0 < far - near < 1e-4 * near
+  assert far == pytest.approx(near, rel=tolerance)
+  assert far != near
 
 
 def test_queries_leave_each_other_alone():
@@ -309,6 +315,23 @@ def test_the_whole_data_set_may_fit(accountant):
   }
   assert accounting.calibrate_batch_size(**kwargs, num_steps=10) == 1000
   assert accounting.calibrate_batch_size(**kwargs, num_steps=0) == 1000
+
+
+@_BOTH
+def test_a_data_set_too_small_by_one(accountant):
+  kwargs = {
+    "delta": 1e-5,
+    "noise_multiplier": 20.0,
+    "num_steps": 100,
+    "accountant": accountant,
+  }
+  target = accounting.epsilon(**kwargs, sampling_probability=0.95)
+  assert (
+    accounting.calibrate_batch_size(
+      target_epsilon=target, num_examples=10, **kwargs
+    )
+    == 9
+  )
 
 
 @_BOTH

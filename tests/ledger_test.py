@@ -128,9 +128,7 @@ def test_changed_settings_are_refused(
   ledger = _opened(tmp_path)
   ledger.check(config=_SETTINGS, data="d" * 64, secret_hash="5" * 64)
   with pytest.raises(ledger_lib.RefusedError, match=message):
-    ledger.check(
-      config=_SETTINGS | changes, data=data, secret_hash=secret_hash
-    )
+    ledger.check(config=_SETTINGS | changes, data=data, secret_hash=secret_hash)
 
 
 def test_a_second_writer_is_stopped(tmp_path):

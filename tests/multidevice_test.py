@@ -333,9 +333,7 @@ def test_accumulate_is_local_and_apply_reduces_once():
 def test_an_empty_step_is_noise_alone():
   mesh = _mesh("8")
   plan = _plan()
-  step = step_lib.Step(
-    mechanism.make(plan, _dense_loss), optax.sgd(1.0), mesh
-  )
+  step = step_lib.Step(mechanism.make(plan, _dense_loss), optax.sgd(1.0), mesh)
   params, _ = _problem("dense")
   state = step.init(jax.tree.map(jnp.asarray, params))
   after, released = step.apply(
@@ -429,9 +427,7 @@ def test_randomness_belongs_to_the_example_and_not_to_the_device():
 
 def _in_shard_map(fn, mesh, *specs):
   return jax.jit(
-    jax.shard_map(
-      fn, mesh=mesh, in_specs=specs, out_specs=PartitionSpec()
-    )
+    jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
   )
 
 

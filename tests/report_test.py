@@ -17,7 +17,6 @@ RESULT = {
   "params_sha256": "9f" * 32,
   "test": {"accuracy": 0.9241},
   "guarantee": "holds",
-  "unsafe_metrics": False,
 }
 VOID = {**RESULT, "guarantee": "void: insecure_seed is set"}
 PLOTS = {
@@ -284,13 +283,6 @@ def test_any_word_but_holds_is_void(tmp_path, guarantee):
   result = {**RESULT, "guarantee": guarantee}
   text = _write(tmp_path, result=result).read_text(encoding="utf-8")
   assert _boxes(text) == ["notices red"]
-
-
-def test_unsafe_metrics_are_told(tmp_path):
-  result = {**RESULT, "unsafe_metrics": True}
-  text = _write(tmp_path, result=result).read_text(encoding="utf-8")
-  assert "private batches were written" in text
-  assert _boxes(text) == ["notices"]
 
 
 def test_ema_is_in_the_headline(tmp_path):

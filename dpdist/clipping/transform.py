@@ -324,8 +324,7 @@ def _per_example_keys(
     return None
   if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
     raise ValueError(
-      "rng must be typed PRNG keys (jax.random.key), got dtype"
-      f" {rng.dtype}"
+      f"rng must be typed PRNG keys (jax.random.key), got dtype {rng.dtype}"
     )
   if rng.shape == (batch_size,):
     return rng

@@ -41,8 +41,7 @@ def make(config: ml_collections.ConfigDict) -> nn.Module:
       dtype=dtype,
     )
   raise ValueError(
-    "model.name must be random_features, cnn or decoder, got"
-    f" {config.name!r}"
+    f"model.name must be random_features, cnn or decoder, got {config.name!r}"
   )
 
 

@@ -39,8 +39,11 @@ class RandomFeatures(nn.Module):
     )
     features = jnp.cos(self.bandwidth * x @ weights + phases)
     features = features / jnp.linalg.norm(features)
+    # A bias would be a feature as long as all the others together, and take
+    # half of every clipped gradient.
     return nn.Dense(
       self.num_outputs,
+      use_bias=False,
       dtype=self.dtype,
       kernel_init=nn.initializers.zeros_init(),
     )(features)

@@ -1,0 +1,131 @@
+"""Finding the setting that spends a budget, in few queries.
+
+Epsilon is dear to compute and has no inverse, so a calibration searches. What
+it searches are integers: numbers of steps, batch sizes, or the index of a noise
+multiplier among those of six significant digits. The answer is the last integer
+that fits, and both it and the one after it were queried: nothing rests on a
+tolerance.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import itertools
+import math
+
+# Less noise than this is none: 1 / sigma^2 is about to overflow.
+NO_NOISE = 1e-100
+MOST_NOISE = 1e15
+# The longest way that one query goes, on a log scale.
+_STRIDE = math.log(4)
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+  """Consecutive integers, and the number on a log scale that each stands for.
+
+  Attributes:
+    lowest: the first integer.
+    highest: the last integer.
+    start: where to look first.
+    log: of an integer, rising with it.
+    floor: the largest integer whose `log` is at most the given one, or nearly.
+  """
+
+  lowest: int
+  highest: int
+  start: int = 1
+  log: Callable[[int], float] = math.log
+  floor: Callable[[float], int] = lambda x: math.floor(math.exp(x))
+
+
+def six_digits(index: int) -> float:
+  """Returns the index-th number of six significant digits; 0 gives 1.0."""
+  decade, mantissa = divmod(index, 900_000)
+  return float(f"{100_000 + mantissa}e{decade - 5}")
+
+
+def six_digits_index(log: float) -> int:
+  """Returns the index of the first such number whose logarithm is not below."""
+  decade = math.floor(log / math.log(10))
+  mantissa = math.ceil(math.exp(log - decade * math.log(10)) * 100_000)
+  return 900_000 * decade + mantissa - 100_000
+
+
+# Less noise spends more, so the integers count downwards.
+NOISE_MULTIPLIERS = Grid(
+  lowest=-six_digits_index(math.log(MOST_NOISE)),
+  highest=-six_digits_index(math.log(NO_NOISE)),
+  start=0,
+  log=lambda n: -math.log(six_digits(-n)),
+  floor=lambda x: -six_digits_index(-x),
+)
+
+
+def calibrate(
+  grid: Grid,
+  spent: Callable[[int, str], float],
+  target: float,
+  accountant: str,
+  *,
+  slope: float,
+) -> int | None:
+  """Returns the largest integer whose epsilon is at most the target, if any.
+
+  Args:
+    grid: the integers to choose from.
+    spent: epsilon at an integer, by an accountant.
+    target: the budget.
+    accountant: "pld" or "rdp".
+    slope: a guess at that of log epsilon over the grid's logarithm.
+  """
+  best = _largest(grid, lambda n: spent(n, "rdp"), target, grid.start, slope)
+  if accountant == "rdp" or best == grid.highest:
+    return best
+  # PLD is dear and never above RDP: where RDP ends, PLD begins and fits.
+  start = grid.lowest if best is None else best
+  return _largest(grid, lambda n: spent(n, "pld"), target, start, slope)
+
+
+def _largest(
+  grid: Grid,
+  spent: Callable[[int], float],
+  target: float,
+  start: int,
+  slope: float,
+) -> int | None:
+  """Returns the largest integer that does not overspend, None if none does.
+
+  Every query of `spent`, which must not fall, may take a second, so this
+  follows secants of log epsilon and turns to halving only if they gain nothing.
+  What is returned was itself queried, and so was the integer after it.
+  """
+  low, high = grid.lowest - 1, grid.highest + 1  # Fits; overspends.
+  probe, previous = start, None
+  for query in itertools.count(1):
+    value = spent(probe)
+    if value <= target:
+      low = probe
+    else:
+      high = probe
+    if high - low <= 1:
+      break
+    x, y = grid.log(probe), _log(value / target)
+    if previous is not None:
+      rise = (y - previous[1]) / (x - previous[0])
+      slope = rise if rise > 0 else slope
+    previous = x, y
+    # Far corners are dear, hence short strides.
+    move = min(max(-y / slope, -_STRIDE), _STRIDE)
+    guess = grid.floor(x + move)
+    if query > 12:  # Not a curve for secants.
+      if grid.lowest <= low and high <= grid.highest:
+        guess = (low + high) // 2
+      else:
+        guess = grid.floor(x - math.copysign(_STRIDE, y))
+    probe = min(max(guess, low + 1), high - 1)
+  return low if low >= grid.lowest else None
+
+
+def _log(ratio: float) -> float:
+  """Returns a logarithm that stays finite where epsilon is 0 or infinite."""
+  return math.log(min(max(ratio, 1e-9), 1e9))

@@ -1,0 +1,107 @@
+"""Models, their loss and their held-out metrics."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpdist import config as config_lib
+from dpdist import losses
+from dpdist import mesh as mesh_lib
+from dpdist import models
+
+
+def _make(**changes):
+  config = config_lib.default().model
+  config.update({"num_outputs": 10, "width": 8, "depth": 2, "num_heads": 2})
+  config.update(changes)
+  return models.make(config)
+
+
+_INPUTS = {
+  "random_features": np.random.default_rng(0).random((8, 8, 1), np.float32),
+  "cnn": np.random.default_rng(1).random((28, 28, 1), np.float32),
+  "decoder": np.arange(12, dtype=np.int32) % 10,
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", _INPUTS)
+def test_one_example_gives_logits_and_float32_parameters(name, dtype):
+  model = _make(name=name, dtype=dtype)
+  inputs = _INPUTS[name]
+  params = model.init(jax.random.key(0), inputs)["params"]
+  logits = model.apply({"params": params}, inputs)
+  assert logits.shape == ((12, 10) if name == "decoder" else (10,))
+  assert logits.dtype == jnp.dtype(dtype)
+  assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {
+    jnp.dtype("float32")
+  }
+
+
+def test_decoder_sees_only_the_past():
+  model = _make(name="decoder")
+  inputs = _INPUTS["decoder"]
+  params = model.init(jax.random.key(0), inputs)["params"]
+  other = inputs.copy()
+  other[7] = (other[7] + 1) % 10
+  a, b = (model.apply({"params": params}, x) for x in (inputs, other))
+  np.testing.assert_array_equal(a[:7], b[:7])
+  assert np.all(np.any(np.asarray(a != b), axis=1)[7:])
+
+
+def test_random_features_are_constants():
+  model = _make(name="random_features", width=64)
+  inputs = _INPUTS["random_features"]
+  shapes = jax.tree.map(
+    jnp.shape, model.init(jax.random.key(0), inputs)["params"]
+  )
+  assert shapes == {"Dense_0": {"kernel": (64, 10)}}
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"name": "none"}, r"model\.name .* 'none'"),
+    ({"name": "cnn", "width": 0}, r"model\.width .* 0"),
+    ({"name": "decoder", "depth": 0}, r"model\.depth .* 0"),
+    ({"name": "decoder", "dtype": "float16"}, r"model\.dtype .* 'float16'"),
+  ],
+)
+def test_bad_settings_are_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    _make(**changes)
+
+
+@pytest.mark.parametrize("size", [5, 8, 1030])
+def test_evaluator_averages_over_every_held_out_example_once(size):
+  model = _make(name="random_features")
+  rng = np.random.default_rng(size)
+  test = {
+    "inputs": rng.random((size, 4), np.float32),
+    "targets": rng.integers(0, 10, size, np.int32),
+  }
+  params = model.init(jax.random.key(0), test["inputs"][0])["params"]
+  params["Dense_0"]["kernel"] = jnp.asarray(rng.normal(size=(8, 10)))
+  mesh = mesh_lib.make({"data": 4, "fsdp": 2, "model": 1})
+  got = losses.evaluator(model, test, mesh)(params)
+  apply = jax.vmap(lambda x: model.apply({"params": params}, x))
+  logits = np.asarray(apply(test["inputs"]), np.float64)
+  log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+  rows = np.arange(size)
+  np.testing.assert_allclose(
+    got["loss"], -log_probs[rows, test["targets"]].mean(), rtol=1e-5
+  )
+  assert got["accuracy"] == np.mean(logits.argmax(1) == test["targets"])
+
+
+def test_cross_entropy_of_a_sequence_is_its_mean():
+  model = _make(name="decoder")
+  inputs = _INPUTS["decoder"]
+  params = model.init(jax.random.key(0), inputs)["params"]
+  example = {"inputs": inputs, "targets": np.roll(inputs, -1)}
+  loss, aux = losses.cross_entropy(model)(params, example, jax.random.key(0))
+  log_probs = jax.nn.log_softmax(model.apply({"params": params}, inputs))
+  expected = -np.mean(np.asarray(log_probs)[np.arange(12), example["targets"]])
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  assert aux is None
