@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 import pathlib
-import shutil
+import time
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -24,6 +24,10 @@ import orbax.checkpoint as ocp
 PyTree = Any
 
 _MANIFEST = "dpdist_manifest.json"
+
+
+class MismatchError(ValueError):
+  """A sound checkpoint does not fit the model or the optimizer."""
 
 
 class Restored(NamedTuple):
@@ -81,11 +85,7 @@ class Checkpoints:
     Returns:
       The digest, to be recorded in the ledger.
     """
-    # A step that runs again after a crash saves again; the old files may be
-    # torn, or belong to another branch.
-    if (self._directory / str(step)).exists():
-      shutil.rmtree(self._directory / str(step))
-      self._manager.reload()
+    self._set_aside(step)
     self._manager.save(
       step,
       args=ocp.args.Composite(
@@ -108,6 +108,9 @@ class Checkpoints:
 
     Returns:
       The checkpoint, or None if there is none that can be trusted.
+
+    Raises:
+      MismatchError: the newest sound one has other parameters than like.
     """
     abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
     rejected: list[str] = []
@@ -117,16 +120,42 @@ class Checkpoints:
       if problem is not None:
         rejected.append(f"checkpoint of step {step} passed over: {problem}")
         continue
-      restored = self._manager.restore(
-        step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(abstract),
-          meta=ocp.args.JsonRestore(),
-        ),
-      )
+      try:
+        restored = self._manager.restore(
+          step,
+          args=ocp.args.Composite(
+            state=ocp.args.StandardRestore(abstract),
+            meta=ocp.args.JsonRestore(),
+          ),
+        )
+      except (KeyError, TypeError, ValueError) as error:
+        # Its bytes are right, so it is the settings that changed.
+        raise MismatchError(
+          f"the checkpoint of step {step} in {self._directory} does not fit the"
+          " model, optimizer and ema_decay of these settings; go on with those"
+          " that the run began with"
+        ) from error
       head = restored.meta["ledger_head"]
       return Restored(restored.state, step, digest, head, rejected)
     return None
+
+  def _set_aside(self, step: int) -> None:
+    """Moves what is in the way of saving a step out of the directory.
+
+    A run that goes on from a checkpoint finds the ones after it torn, damaged
+    or unknown to the ledger. Orbax would count them as the newest.
+    """
+    stale = [
+      path
+      for path in self._directory.iterdir()
+      if path.name.isdecimal() and int(path.name) >= step
+    ]
+    for path in stale:
+      aside = self._directory.with_name("rejected_checkpoints")
+      aside.mkdir(exist_ok=True)
+      path.rename(aside / f"{path.name}.{time.time_ns()}")
+    if stale:
+      self._manager.reload()
 
 
 def _write_manifest(path: pathlib.Path) -> str:

@@ -5,7 +5,6 @@ anything.
 """
 
 import math
-import os
 import pathlib
 from typing import Any, NamedTuple
 
@@ -124,7 +123,7 @@ def _prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
     config.ema_decay,
   )
 
-  secret = _secret(config, workdir)
+  secret = _secret(config, workdir, is_new=ledger.is_new)
   secret_hash = keys.secret_hash(secret)
   manifest = splits.train.manifest()
   example = splits.train.read(np.zeros(1, np.int64))["inputs"][0]
@@ -182,10 +181,16 @@ def _chunk_size(
   return size + -size % multiple
 
 
-def _secret(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> bytes:
+def _secret(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, *, is_new: bool
+) -> bytes:
   if config.insecure_seed is not None:
     return keys.insecure_secret(config.insecure_seed)
+  path = pathlib.Path(config.secret_file or workdir / "secret")
+  if not is_new and not path.exists():
+    raise ValueError(
+      "secret_file must be the secret that this run began with, but there is"
+      f" no {path}: without it the run cannot go on"
+    )
   workdir.mkdir(parents=True, exist_ok=True)
-  return keys.load_or_create_secret(
-    config.secret_file or os.path.join(workdir, "secret")
-  )
+  return keys.load_or_create_secret(path)

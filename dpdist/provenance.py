@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform
+import secrets
 from typing import Any
 
 import jax
@@ -14,6 +15,15 @@ from jax.sharding import Mesh
 import numpy as np
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax")
+# Those of JAX's own options that change what a program computes.
+_JAX_CONFIG = (
+  "jax_default_matmul_precision",
+  "jax_default_prng_impl",
+  "jax_enable_x64",
+  "jax_numpy_dtype_promotion",
+  "jax_threefry_partitionable",
+  "jax_use_shardy_partitioner",
+)
 # Settings that no bit of a step depends on.
 _HARMLESS = (
   "checkpoint_every",
@@ -28,12 +38,16 @@ _HARMLESS_DATA = ("num_threads", "path", "prefetch")
 def environment(mesh: Mesh) -> dict[str, Any]:
   """Versions, code and devices, JSON-able."""
   device = mesh.devices.flat[0]
+  xla_flags = os.environ.get("XLA_FLAGS", "")
   return {
     "packages": {name: metadata.version(name) for name in _PACKAGES},
     "python": platform.python_version(),
     "code_sha256": _code_digest(),
     "device_kind": device.device_kind,
     "mesh": dict(mesh.shape),
+    "xla_flags": xla_flags,
+    "jax_config": {name: jax.config.values.get(name) for name in _JAX_CONFIG},
+    "unrepeatable": unrepeatable(device.platform, xla_flags),
     "num_processes": jax.process_count(),
     "host": _host(),
   }
@@ -58,6 +72,24 @@ def fingerprint(
   }
   text = json.dumps([numbers, plan_fingerprint, environment], sort_keys=True)
   return hashlib.sha256(text.encode()).hexdigest()
+
+
+def unrepeatable(platform: str, xla_flags: str) -> str:
+  """Something unique where a step run twice may differ; "" where it may not.
+
+  A GPU sums in the order in which its threads finish, unless XLA is told
+  otherwise. The noise of a replay that differs in a single bit could be
+  subtracted, so there every start has a fingerprint of its own.
+
+  Args:
+    platform: of the devices, as JAX names it.
+    xla_flags: the environment variable XLA_FLAGS.
+  """
+  if platform in ("cpu", "tpu"):
+    return ""
+  if "--xla_gpu_deterministic_ops=true" in xla_flags.split():
+    return ""
+  return secrets.token_hex(16)
 
 
 def params_sha256(params: Any) -> str:
@@ -92,7 +124,6 @@ def _host() -> dict[str, Any]:
     }
   return {
     "machine": platform.machine(),
-    "cpus": os.cpu_count(),
+    "cpus": len(os.sched_getaffinity(0)),
     "cpu_sha256": hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest(),
-    "xla_flags": os.environ.get("XLA_FLAGS", ""),
   }

@@ -114,7 +114,7 @@ def end_rows(
   return rows + [
     ("result", str(workdir / "result.json")),
     ("report", str(workdir / "report.html")),
-    ("curves", f"tensorboard --logdir {workdir / 'tensorboard'}"),
+    ("TensorBoard files", str(workdir / "tensorboard")),
   ]
 
 

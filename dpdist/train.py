@@ -56,6 +56,7 @@ def train(
   Raises:
     dpdist.job.SettingsError: a ValueError; a setting is wrong, or differs from
       the run that workdir holds.
+    dpdist.checkpoint.MismatchError: likewise; the model or optimizer differs.
     dpdist.ledger.LedgerError: the record is damaged or has another writer.
     dpdist.preemption.Preempted: a signal asked to stop; all is saved.
   """

@@ -17,6 +17,7 @@ from absl import flags
 from ml_collections import config_flags
 
 import dpdist
+from dpdist import checkpoint
 from dpdist import job
 from dpdist import ledger
 from dpdist import preemption
@@ -37,7 +38,7 @@ def main(argv: Sequence[str]) -> int:
   del argv
   try:
     dpdist.train(_CONFIG.value, str(_WORKDIR.value))
-  except job.SettingsError as error:
+  except (job.SettingsError, checkpoint.MismatchError) as error:
     return flag_parsing.usage_error(error)
   except preemption.Preempted as stopped:
     print(stopped, file=sys.stderr)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from dpdist import checkpoint
 from dpdist import mesh as mesh_lib
@@ -106,6 +107,37 @@ def test_a_save_that_was_cut_off_is_ignored_and_replaced(tmp_path):
     digest = checkpoints.save(_state(2), step=2, ledger_head="")
     known.append((2, digest))
     assert checkpoints.restore(_state(0.0), known).step == 2
+
+
+def test_saving_goes_on_below_checkpoints_that_were_rejected(tmp_path):
+  directory = tmp_path / "checkpoints"
+  with checkpoint.Checkpoints(directory, max_to_keep=2) as checkpoints:
+    known = [
+      (step, checkpoints.save(_state(step), step=step, ledger_head=""))
+      for step in (10, 20)
+    ]
+  (directory / "30").mkdir()
+  for file in _data_files(directory / "20"):
+    file.write_bytes(b"damaged")
+  with checkpoint.Checkpoints(directory, max_to_keep=2) as checkpoints:
+    assert checkpoints.restore(_state(0.0), known).step == 10
+    known.append((15, checkpoints.save(_state(15), step=15, ledger_head="")))
+    assert checkpoints.restore(_state(0.0), known).step == 15
+    known.append((20, checkpoints.save(_state(20), step=20, ledger_head="")))
+    assert checkpoints.restore(_state(0.0), known).step == 20
+  aside = sorted(
+    p.name.split(".")[0] for p in (tmp_path / "rejected_checkpoints").iterdir()
+  )
+  assert aside == ["20", "30"]
+
+
+def test_a_state_of_another_shape_is_a_mismatch(tmp_path):
+  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+    known = [(1, checkpoints.save(_state(1), step=1, ledger_head=""))]
+    other = _state(0.0)
+    other["w"] = {"deeper": other["w"]}
+    with pytest.raises(checkpoint.MismatchError, match=r"step 1 .* not fit"):
+      checkpoints.restore(other, known)
 
 
 def test_old_checkpoints_are_deleted(tmp_path):

@@ -61,6 +61,17 @@ def test_environment_names_code_packages_and_devices():
   assert len(one["code_sha256"]) == 64
 
 
+def test_gpus_repeat_themselves_only_when_told_to():
+  deterministic = "--xla_a=1 --xla_gpu_deterministic_ops=true"
+  for platform, flags in (("cpu", ""), ("tpu", ""), ("cuda", deterministic)):
+    assert provenance.unrepeatable(platform, flags) == ""
+  for flags in ("", "--xla_gpu_deterministic_ops=false"):
+    one, two = (provenance.unrepeatable("gpu", flags) for _ in range(2))
+    assert one
+    assert two
+    assert one != two
+
+
 def test_params_digest_sees_names_dtypes_shapes_and_bytes():
   params = {"a": jnp.arange(4.0), "b": jnp.zeros(2)}
   digest = provenance.params_sha256(params)

@@ -9,6 +9,7 @@ import pytest
 
 from configs import digits
 import dpdist
+from dpdist import checkpoint
 from dpdist import config as config_lib
 from dpdist import job as job_lib
 from dpdist import ledger as ledger_lib
@@ -229,6 +230,24 @@ def test_changed_settings_are_refused(finished, changes, message):
   with pytest.raises(ValueError, match=message):
     dpdist.train(_config(**changes), workdir)
   assert ledger_lib.Ledger(workdir / "ledger").head == before
+
+
+def test_a_changed_optimizer_that_does_not_fit_is_named(finished):
+  workdir, _ = finished
+  with pytest.raises(checkpoint.MismatchError, match="optimizer"):
+    dpdist.train(_config(**{"optimizer.name": "adam"}), workdir)
+
+
+def test_a_lost_secret_is_not_replaced(tmp_path):
+  config = _config()
+  with config.unlocked():
+    config.insecure_seed = None
+  config.privacy.num_steps = 1
+  dpdist.train(config, tmp_path)
+  (tmp_path / "secret").unlink()
+  with pytest.raises(ValueError, match="secret_file must be the secret"):
+    dpdist.train(config, tmp_path)
+  assert not (tmp_path / "secret").exists()
 
 
 def test_a_changed_data_set_is_refused(tmp_path):
