@@ -418,7 +418,7 @@ def test_stats_count_what_was_drawn_clipped_and_left_out():
 
 
 def test_randomness_belongs_to_the_example_and_not_to_the_device():
-  def draws(mesh_name):
+  def draws(mesh_name, chunk):
     mesh = _mesh(mesh_name)
     loss = lambda params, example, rng: (
       params["w"][example["i"]] * jax.random.normal(rng),
@@ -427,20 +427,23 @@ def test_randomness_belongs_to_the_example_and_not_to_the_device():
     bound = mechanism.make(_plan(l2_clip_norm=1e3), loss)
     step = step_lib.Step(bound, optax.sgd(1.0), mesh)
     state = step.init({"w": jnp.zeros(_ROWS)})
-    accumulator = step.accumulate(
-      state.params,
-      step.zeros(state.params),
-      {"i": _put(mesh, np.arange(_ROWS))},
-      _put(mesh, np.zeros(_ROWS, bool)),
-      jax.random.key(9),
-      0,
-    )
+    accumulator = step.zeros(state.params)
+    for first_row in range(0, _ROWS, chunk):
+      accumulator = step.accumulate(
+        state.params,
+        accumulator,
+        {"i": _put(mesh, np.arange(first_row, first_row + chunk))},
+        _put(mesh, np.zeros(chunk, bool)),
+        jax.random.key(9),
+        first_row,
+      )
     return np.sum(accumulator.clipped_sum["w"], axis=0)
 
-  one = draws("1")
+  one = draws("1", _ROWS)
   assert np.unique(one).size == _ROWS
-  np.testing.assert_array_equal(draws("8"), one)
-  np.testing.assert_array_equal(draws("8, model"), one)
+  np.testing.assert_array_equal(draws("8", _ROWS), one)
+  np.testing.assert_array_equal(draws("8", _ROWS // 2), one)
+  np.testing.assert_array_equal(draws("8, model", _ROWS), one)
 
 
 # A user's own shard_map, with its default settings.
@@ -500,14 +503,24 @@ def test_a_sharded_batch_outside_shard_map_is_refused():
     fn(params, sharded)
 
 
-def test_a_loss_that_mixes_devices_is_refused():
-  mesh = _mesh("8")
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint])
+@pytest.mark.parametrize(
+  "mix",
+  [
+    # The value of the first no longer varies; that of the others still does.
+    lambda loss, x: jax.lax.pmean(loss, mesh_lib.AXES[:2]),
+    lambda loss, x: loss * jnp.sum(x - jax.lax.pmean(x, "data")),
+    lambda loss, x: loss * jnp.sum(jax.lax.all_gather(x, "fsdp")),
+    lambda loss, x: loss * jnp.sum(jax.lax.ppermute(x, "data", [(0, 1)])),
+  ],
+)
+def test_a_loss_that_mixes_devices_is_refused(mix, wrap):
+  mesh = _mesh("8, fsdp")
   params, batch = _problem("dense")
 
+  @wrap
   def loss(params, example):
-    return jax.lax.pmean(
-      _dense_loss(params, example, None)[0], mesh_lib.AXES[:2]
-    )
+    return mix(_dense_loss(params, example, None)[0], example["x"])
 
   fn = clipping.clipped_grad(loss, l2_clip_norm=_CLIP)
   with pytest.raises(ValueError, match="must use one example alone"):

@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
@@ -194,8 +195,13 @@ def test_branches_share_no_key(tmp_path):
   job = job_lib.prepare(_config(), tmp_path)
   one, two = (mechanism.Streams(job.secret, branch) for branch in (0, 1))
   for stream in ("noise", "model_rng"):
-    a, b = (np.asarray(s.key(stream, 3)._base_array) for s in (one, two))
+    a, b = (jax.random.key_data(s.key(stream, 3)) for s in (one, two))
     assert not np.array_equal(a, b)
+  keys = {
+    bytes(np.asarray(jax.random.key_data(one.key(stream, 3))))
+    for stream in ("noise", "model_rng", "init")
+  }
+  assert len(keys) == 3
   draws = [s.sampler(job.plan)(0) for s in (one, two)]
   assert not np.array_equal(*draws)
 

@@ -13,6 +13,9 @@ import jax
 
 PyTree = Any
 
+# Primitives that name mesh axes but send nothing along them.
+_NOT_COLLECTIVE = ("pvary", "pcast", "axis_index", "reduced_vary_cast")
+
 
 def varying_axes(tree: PyTree) -> frozenset[str]:
   """The mesh axes that any leaf of tree varies over; empty outside."""
@@ -28,6 +31,29 @@ def abstract_varying_axes(tree: PyTree) -> frozenset[str]:
   for leaf in jax.tree.leaves(tree):
     axes |= _axes(leaf)
   return axes
+
+
+def collective_over(jaxpr: Any, axes: frozenset[str]) -> str | None:
+  """The name of a primitive that moves values along any of axes, or None.
+
+  Args:
+    jaxpr: looked through with all that it calls.
+    axes: names of mesh axes.
+  """
+  for eqn in jaxpr.eqns:
+    name = eqn.primitive.name
+    over = eqn.params.get("axes", eqn.params.get("axis_name", ()))
+    over = set(over) if isinstance(over, tuple | list) else {over}
+    if over & axes and name not in _NOT_COLLECTIVE:
+      return name
+    for sub in jax.tree.leaves(
+      list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
+    ):
+      inner = getattr(sub, "jaxpr", sub)
+      found = hasattr(inner, "eqns") and collective_over(inner, axes)
+      if found:
+        return found
+  return None
 
 
 def cast_to_varying(tree: PyTree, axes: frozenset[str]) -> PyTree:

@@ -275,19 +275,26 @@ def _check_loss(
 ) -> None:
   args = (batch,) if rng is None else (batch, rng)
   one = jax.tree.map(lambda x: x[0], args)
-  loss, _ = jax.eval_shape(loss_fn, params, *one)
+  jaxpr, (loss, _) = jax.make_jaxpr(loss_fn, return_shape=True)(params, *one)
   if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
     raise ValueError(
       "loss_fn must return one floating number for one example, got shape"
       f" {loss.shape} and dtype {loss.dtype}"
+    )
+  collective = manual_axes.collective_over(jaxpr.jaxpr, axes)
+  if collective is not None:
+    raise ValueError(
+      "loss_fn must use one example alone, but it mixes the examples of several"
+      f" devices by {collective} over the mesh axes {sorted(axes)}, along which"
+      " the batch is divided"
     )
   found = manual_axes.abstract_varying_axes(loss)
   if found != axes:
     raise ValueError(
       "loss_fn must use one example alone, but its value varies over the"
       f" mesh axes {sorted(found)} while the batch varies over"
-      f" {sorted(axes)}: it reduces over devices, or closes over data"
-      " that should be passed in the batch"
+      f" {sorted(axes)}: it closes over data that should be"
+      " passed in the batch, or depends on neither"
     )
 
 
