@@ -13,6 +13,7 @@ import dpdist
 from dpdist import checkpoint
 from dpdist import config as config_lib
 from dpdist import job as job_lib
+from dpdist import keys
 from dpdist import ledger as ledger_lib
 from dpdist import mechanism
 from dpdist import metrics
@@ -156,7 +157,19 @@ def test_changed_code_or_devices_open_a_branch_and_stay_in_budget(
       dpdist.train(_config(), tmp_path)
   assert ledger_lib.Ledger(tmp_path / "ledger").spent_steps == 8
   monkeypatch.setattr(provenance, "environment", lambda mesh: {"new": True})
+  derived = set()
+  derive = keys.derive
+
+  def watch(secret, stream, *, branch=0):
+    derived.add((stream, branch))
+    return derive(secret, stream, branch=branch)
+
+  monkeypatch.setattr(keys, "derive", watch)
   result = dpdist.train(_config(), tmp_path)
+  # Every key of the second branch is new, and none of the first is used.
+  assert derived - {("init", 0)} == {
+    (stream, 1) for stream in ("noise", "sampling", "model_rng")
+  }
   ledger = ledger_lib.Ledger(tmp_path / "ledger")
   # Steps 4 to 8 were charged on the first branch and may have been seen; the
   # second goes on from the checkpoint of step 4 and has 4 steps left.
@@ -197,11 +210,11 @@ def test_branches_share_no_key(tmp_path):
   for stream in ("noise", "model_rng"):
     a, b = (jax.random.key_data(s.key(stream, 3)) for s in (one, two))
     assert not np.array_equal(a, b)
-  keys = {
+  words = {
     bytes(np.asarray(jax.random.key_data(one.key(stream, 3))))
     for stream in ("noise", "model_rng", "init")
   }
-  assert len(keys) == 3
+  assert len(words) == 3
   draws = [s.sampler(job.plan)(0) for s in (one, two)]
   assert not np.array_equal(*draws)
 
