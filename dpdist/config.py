@@ -68,7 +68,7 @@ def default() -> ml_collections.ConfigDict:
   config.chunk_size = 0  # examples over the mesh at once; 0: chosen
   config.eval_every = 0  # steps; 0: twenty times a run
   config.checkpoint_every = 0  # steps; 0: ten times a run
-  config.max_checkpoints = 3
+  config.max_checkpoints = 3  # at least 2
 
   # A file that holds the run's secret, made if it is missing; empty: "secret"
   # in the working directory. Keep it as private as the data.

@@ -111,6 +111,14 @@ def _prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
     raise ValueError(
       f"ema_decay must be at least 0 and below 1, got {config.ema_decay}"
     )
+  if config.max_checkpoints < 2:
+    raise ValueError(
+      "max_checkpoints must be at least 2, so that one is whole while the next"
+      f" is written, got {config.max_checkpoints}"
+    )
+  for name in ("eval_every", "checkpoint_every"):
+    if config[name] < 0:
+      raise ValueError(f"{name} must be at least 0, got {config[name]}")
   step = step_lib.Step(
     mechanism.make(
       plan,

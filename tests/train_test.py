@@ -340,6 +340,9 @@ def test_a_signal_saves_and_the_run_goes_on(finished, tmp_path, monkeypatch):
     ({"chunk_size": 12}, r"chunk_size .* 8 .* 12"),
     ({"clipping.method": "magic"}, r"method .* 'magic'"),
     ({"ema_decay": 1.0}, r"ema_decay .* 1\.0"),
+    ({"max_checkpoints": 1}, r"max_checkpoints .* 1"),
+    ({"eval_every": -1}, r"eval_every .* -1"),
+    ({"checkpoint_every": -1}, r"checkpoint_every .* -1"),
     ({"data.name": "magic"}, r"data.name .*'magic'"),
   ],
 )
