@@ -296,9 +296,7 @@ def test_noise_has_the_standard_deviation_that_the_event_claims(mesh_name):
 
 
 def test_noise_bits_are_equal_on_every_mesh():
-  draws = {
-    name: _noise_of_steps(_mesh(name), 2)[1] for name in ("1", "4", "8, model")
-  }
+  draws = {name: _noise_of_steps(_mesh(name), 2)[1] for name in _MESHES}
   for name, steps in draws.items():
     for mine, first in zip(steps, draws["1"], strict=True):
       for leaf in _SHAPES:
