@@ -41,6 +41,9 @@ _MOST_STEPS = 10**9
 
 # Beyond it e^-epsilon nears the smallest double, and no longer matters.
 _LARGEST_PLD_EPSILON = 500.0
+# Below it rounding in the convolutions, which differs by processor, moved
+# epsilon by five percent, downwards too.
+_SMALLEST_PLD_DELTA = 1e-12
 # More steps than this are composed in two stages, because the bound that sizes
 # the convolution grows with the steps where their square root would do.
 _LONG_RUN = 10**5
@@ -259,7 +262,7 @@ def _epsilon(
     orders, count * divergences, delta
   )
   rdp = float(rdp)
-  if kind == "rdp" or rdp > _LARGEST_PLD_EPSILON:
+  if kind == "rdp" or rdp > _LARGEST_PLD_EPSILON or delta < _SMALLEST_PLD_DELTA:
     return rdp
   pld = float(_pld_epsilon(sigma, q, count, delta, rdp))
   return pld if pld < rdp else rdp  # Also where PLD is not a number.

@@ -8,12 +8,22 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpdist.clipping import bookkeeping
+from dpdist.clipping import checks
+from dpdist.clipping import costs
+from dpdist.clipping import explain
 from dpdist.clipping import manual_axes
+from dpdist.clipping import microbatches
+from dpdist.clipping import program
 from dpdist.clipping import reference
+from dpdist.clipping import rules
+from dpdist.clipping import splitting
+from dpdist.clipping import two_pass
+from dpdist.clipping.scaling import Scaling
 
 PyTree = Any
 
-_METHODS = ("auto", "vmap")
+_METHODS = ("auto", "bookkeeping", "two_pass", "vmap")
 _PLATFORMS = ("cpu", "gpu", "tpu")
 # The square of a gradient entry below about 1e-19 is 0 in float32, so that a
 # norm near that size would be taken for nothing.
@@ -56,10 +66,11 @@ class ClippedGrad:
   loss_fn: Callable[..., Any]
   l2_clip_norm: PyTree
   has_aux: bool = False
-  method: str = "vmap"
+  method: str = "auto"
   microbatch_size: int | None = None
   rescale_to_unit_norm: bool = False
   platform: str | None = None
+  normalize_gamma: float | None = None
 
   def sensitivity(
     self, neighboring_relation: str = "add_or_remove_one"
@@ -112,8 +123,8 @@ class ClippedGrad:
       ValueError: the batch is empty, ragged or sharded outside shard_map; a
         shape does not fit; the loss mixes the examples of several devices.
     """
-    batch_size = _batch_size(batch)
-    _refuse_sharded_outside_shard_map(batch)
+    batch_size = checks.batch_size(batch)
+    checks.refuse_sharded_outside_shard_map(batch)
     axes = manual_axes.varying_axes((batch, is_padding_example, rng))
     if is_padding_example is None:
       keep = jnp.ones((batch_size,), bool)
@@ -124,58 +135,174 @@ class ClippedGrad:
       )
     else:
       keep = ~jnp.asarray(is_padding_example, bool)
-    rng = _per_example_keys(rng, batch_size, axes)
+    rng = checks.per_example_keys(rng, batch_size, axes)
+    checks.params(params)
     params = manual_axes.cast_to_varying(params, axes)
     keep = manual_axes.cast_to_varying(keep, axes)
 
-    loss_fn = self.loss_fn if self.has_aux else _with_aux(self.loss_fn)
-    groups, norm_def = self._groups(params)
-    _check_loss(loss_fn, params, batch, rng, axes)
+    examples = (batch,) if rng is None else (batch, rng)
+    scaling, groups, norm_def = self._scaling(params)
+    traced = self._trace(params, examples)
+    checks.loss(traced.block, traced.shapes[0], axes)
+    method, _ = self._method(traced)
 
     def run(
-      batch: PyTree, rng: jax.Array | None, keep: jax.Array
-    ) -> tuple[PyTree, jax.Array, list[jax.Array], Any]:
-      return reference.clipped_sum(
-        loss_fn,
-        params,
-        batch,
-        rng,
-        keep,
-        groups,
-        rescale_to_unit_norm=self.rescale_to_unit_norm,
+      examples: tuple[PyTree, ...], keep: jax.Array
+    ) -> tuple[list[jax.Array], jax.Array, list[jax.Array], Any]:
+      if method == "vmap":
+        return reference.clipped_sum(
+          traced.loss_fn, params, examples, keep, groups, scaling
+        )
+      problem = self._problem(traced, params, groups, scaling, method)
+      engine = {"bookkeeping": bookkeeping, "two_pass": two_pass}[method]
+      total, outs, norms = engine.clipped_sum(
+        problem, jax.tree.leaves(examples), keep
       )
+      loss, aux = jax.tree.unflatten(jax.tree.structure(traced.shapes), outs)
+      return total, loss, norms, aux
 
     size = self.microbatch_size
-    if size is None or size >= batch_size:
-      total, loss, norms, aux = run(batch, rng, keep)
-    else:
-      total, loss, norms, aux = _in_microbatches(
-        run, (batch, rng, keep), batch_size, size, axes
+    if size is None:
+      size = microbatches.automatic_size(
+        traced.block, batch_size, self._platform
       )
+      size = size if method == "bookkeeping" else batch_size
+    total, loss, norms, aux = microbatches.run(
+      run,
+      (examples, keep),
+      batch_size,
+      size,
+      axes,
+      unroll=self._platform == "cpu" and traced.block.convolves(),
+    )
     return ClippedGrads(
-      total,
+      jax.tree.unflatten(jax.tree.structure(params), total),
       loss,
       jax.tree.unflatten(norm_def, norms),
       aux if self.has_aux else None,
     )
 
-  def _groups(self, params: PyTree) -> tuple[reference.Groups, Any]:
+  def explain(self, params: PyTree, batch: PyTree, *, rng: Any = None) -> str:
+    """Prints what would be done with each parameter, and why.
+
+    Args:
+      params: as for a call; shapes are enough.
+      batch: as for a call; shapes are enough.
+      rng: as for a call.
+
+    Returns:
+      What was printed: the method, and for each rule its parameters, what its
+      gradients are seen as, the way to their norms, and what that costs for one
+      example beyond the clipped sum: floating-point operations, bytes read and
+      written, bytes kept.
+    """
+    if rng is not None and not rng.shape:
+      rng = jax.eval_shape(lambda k: jax.random.split(k, 1), rng)
+    examples = (batch,) if rng is None else (batch, rng)
+    traced = self._trace(params, examples)
+    scaling, groups, _ = self._scaling(params)
+    method, reason = self._method(traced)
+    names = [
+      jax.tree_util.keystr(path)
+      for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
+    ]
+    chosen = (
+      []
+      if method == "vmap"
+      else self._problem(traced, params, groups, scaling, method).rules
+    )
+    text = explain.table(method, reason, self._platform, chosen, names)
+    print(text)
+    return text
+
+  @property
+  def _platform(self) -> str:
+    if self.platform is not None:
+      return self.platform
+    backend = jax.default_backend()
+    return {"cuda": "gpu", "rocm": "gpu"}.get(backend, backend)
+
+  def _trace(self, params: PyTree, examples: tuple[PyTree, ...]) -> "_Traced":
+    loss_fn = self.loss_fn if self.has_aux else _with_aux(self.loss_fn)
+    one = jax.tree.map(
+      lambda x: (
+        jax.eval_shape(lambda y: y[0], x)
+        if isinstance(x, jax.ShapeDtypeStruct)
+        else x[0]
+      ),
+      examples,
+    )
+    try:
+      closed, shapes = program.trace(loss_fn, params, *one)
+    except NameError as error:
+      if "axis name" not in str(error):
+        raise
+      raise ValueError(
+        "loss_fn must use one example alone, but it uses a named axis over"
+        f" several ({error}): statistics of a batch, as of batch norm, make"
+        " an example's gradient depend on the others; use group or layer norm"
+      ) from error
+    num_leaves = len(jax.tree.leaves(params))
+    return _Traced(loss_fn, splitting.split(closed, num_leaves), shapes)
+
+  def _method(self, traced: "_Traced") -> tuple[str, str]:
+    if self.method != "auto":
+      return self.method, "as asked for"
+    if traced.block.rematerialises():
+      return (
+        "two_pass",
+        "the loss rematerialises activations, which book-keeping would keep",
+      )
+    return "bookkeeping", "the fastest where activations are kept anyway"
+
+  def _problem(
+    self,
+    traced: "_Traced",
+    params: PyTree,
+    groups: list[int],
+    scaling: Scaling,
+    method: str,
+  ) -> bookkeeping.Problem:
+    model = costs.MODELS[self._platform]
+    if method == "two_pass":
+      model = model.without_keeping()
+    return bookkeeping.Problem(
+      traced.block,
+      rules.choose(traced.block.all_sites(), groups, model),
+      jax.tree.leaves(params),
+      groups,
+      scaling,
+      costs.unit_roundoff(self._platform),
+    )
+
+  def _scaling(self, params: PyTree) -> tuple[Scaling, list[int], Any]:
     norms, structure = jax.tree.flatten(self.l2_clip_norm)
     # mypy takes JAX's own class of tree structures for a mere name.
     norm_def: Any = structure
     try:
-      norm_def.flatten_up_to(params)
+      subtrees = norm_def.flatten_up_to(params)
     except ValueError as error:
       raise ValueError(
         "l2_clip_norm must be a number or a prefix pytree of params, got"
         f" {self.l2_clip_norm!r} for params {jax.tree.structure(params)}"
       ) from error
-    return (
-      reference.Groups(
-        norm_def.flatten_up_to, lambda g: jax.tree.unflatten(norm_def, g), norms
-      ),
-      norm_def,
+    groups = [
+      i for i, subtree in enumerate(subtrees) for _ in jax.tree.leaves(subtree)
+    ]
+    scaling = Scaling(
+      tuple(float(norm) for norm in norms),
+      self.rescale_to_unit_norm,
+      self.normalize_gamma,
     )
+    return scaling, groups, norm_def
+
+
+class _Traced(NamedTuple):
+  """The loss of one example: as a function, taken apart, and its shapes."""
+
+  loss_fn: Callable[..., tuple[jax.Array, Any]]
+  block: program.Block
+  shapes: tuple[Any, Any]
 
 
 def clipped_grad(
@@ -187,6 +314,7 @@ def clipped_grad(
   microbatch_size: int | None = None,
   rescale_to_unit_norm: bool = False,
   platform: str | None = None,
+  normalize_gamma: float | None = None,
 ) -> ClippedGrad:
   """Turns the loss of one example into a clipped sum of gradients.
 
@@ -208,14 +336,21 @@ def clipped_grad(
     l2_clip_norm: finite, at least 1e-12; or a prefix pytree of params with one
       such norm a group, for per-layer clipping.
     has_aux: whether loss_fn returns (loss, aux).
-    method: "vmap" instantiates every gradient; "auto" picks the method, today
-      always "vmap".
-    microbatch_size: how many gradients exist at once; must divide the batch.
-      None: the whole batch.
+    method: "bookkeeping" takes about the time of an ordinary gradient and
+      keeps activations and the gradients of layer outputs; "two_pass" takes
+      about two thirds more and the memory of an ordinary gradient; "vmap"
+      instantiates every gradient, and is the reference. "auto" takes
+      "two_pass" where the loss rematerialises, "bookkeeping" elsewhere; what it
+      does with each parameter is told by fn.explain(params, batch).
+    microbatch_size: how many examples are worked on at once; must divide the
+      batch. None: the whole batch, or fewer where that is faster.
     rescale_to_unit_norm: divide by the clip norm, so that the learning rate
       does not depend on it.
-    platform: "cpu", "gpu" or "tpu", whose costs "auto" goes by; None: those of
-      the default device. With one method there is nothing to choose yet.
+    platform: "cpu", "gpu" or "tpu", whose costs and rounding the choices go
+      by; None: those of the default device.
+    normalize_gamma: None to clip. A number above 0 to normalise instead,
+      g * C / (||g||_2 + gamma): automatic clipping (Bu et al. 2023, "Automatic
+      Clipping: Differentially Private Deep Learning Made Easier and Stronger").
 
   Returns:
     A callable fn(params, batch, *, is_padding_example=None, rng=None) ->
@@ -243,6 +378,16 @@ def clipped_grad(
     raise ValueError(
       f"platform must be None or one of {_PLATFORMS}, got {platform!r}"
     )
+  if normalize_gamma is not None and (
+    isinstance(normalize_gamma, bool)
+    or not isinstance(normalize_gamma, int | float)
+    or not math.isfinite(normalize_gamma)
+    or normalize_gamma <= 0
+  ):
+    raise ValueError(
+      "normalize_gamma must be None or finite and above 0, got"
+      f" {normalize_gamma!r}"
+    )
   if microbatch_size is not None and (
     isinstance(microbatch_size, bool)
     or not isinstance(microbatch_size, int)
@@ -255,127 +400,13 @@ def clipped_grad(
     loss_fn,
     l2_clip_norm,
     has_aux,
-    "vmap" if method == "auto" else method,
+    method,
     microbatch_size,
     rescale_to_unit_norm,
     platform,
+    normalize_gamma,
   )
 
 
 def _with_aux(loss_fn: Callable[..., Any]) -> Callable[..., tuple[Any, None]]:
   return lambda *args: (loss_fn(*args), None)
-
-
-def _check_loss(
-  loss_fn: Callable[..., tuple[jax.Array, Any]],
-  params: PyTree,
-  batch: PyTree,
-  rng: jax.Array | None,
-  axes: frozenset[str],
-) -> None:
-  args = (batch,) if rng is None else (batch, rng)
-  one = jax.tree.map(lambda x: x[0], args)
-  jaxpr, (loss, _) = jax.make_jaxpr(loss_fn, return_shape=True)(params, *one)
-  if loss.shape or not jnp.issubdtype(loss.dtype, jnp.floating):
-    raise ValueError(
-      "loss_fn must return one floating number for one example, got shape"
-      f" {loss.shape} and dtype {loss.dtype}"
-    )
-  collective = manual_axes.collective_over(jaxpr.jaxpr, axes)
-  if collective is not None:
-    raise ValueError(
-      "loss_fn must use one example alone, but it mixes the examples of several"
-      f" devices by {collective} over the mesh axes {sorted(axes)}, along which"
-      " the batch is divided"
-    )
-  found = manual_axes.abstract_varying_axes(loss)
-  if found != axes:
-    raise ValueError(
-      "loss_fn must use one example alone, but its value varies over the"
-      f" mesh axes {sorted(found)} while the batch varies over"
-      f" {sorted(axes)}: it closes over data that should be"
-      " passed in the batch, or depends on neither"
-    )
-
-
-def _batch_size(batch: PyTree) -> int:
-  shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
-  sizes = {shape[0] if shape else None for shape in shapes}
-  if len(sizes) != 1 or None in sizes or 0 in sizes:
-    raise ValueError(
-      "batch must hold arrays with one common leading axis of at least 1, got"
-      f" shapes {shapes}"
-    )
-  return shapes[0][0]
-
-
-def _refuse_sharded_outside_shard_map(batch: PyTree) -> None:
-  # Left to the partitioner, per-example convolution gradients of a sharded
-  # batch come out wrong without an error.
-  for leaf in jax.tree.leaves(batch):
-    if manual_axes.varying_axes(leaf):
-      continue
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is not None and not sharding.is_fully_replicated:
-      raise ValueError(
-        "batch is sharded over several devices outside jax.shard_map, where"
-        " per-example gradients cannot be trusted: call clipped_grad inside"
-        f" jax.shard_map; got sharding {sharding}"
-      )
-
-
-def _per_example_keys(
-  rng: jax.Array | None, batch_size: int, axes: frozenset[str]
-) -> jax.Array | None:
-  if rng is None:
-    return None
-  if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
-    raise ValueError(
-      f"rng must be typed PRNG keys (jax.random.key), got dtype {rng.dtype}"
-    )
-  if rng.shape == (batch_size,):
-    return rng
-  if rng.shape:
-    raise ValueError(
-      f"rng must be one key or one an example, shape ({batch_size},), got"
-      f" shape {rng.shape}"
-    )
-  if axes and not manual_axes.varying_axes(rng):
-    raise ValueError(
-      "rng is one key that is equal on every device, so that examples on"
-      " different devices would share randomness: inside jax.shard_map pass"
-      " one key an example"
-    )
-  return jax.random.split(rng, batch_size)
-
-
-def _in_microbatches(
-  run: Callable[..., tuple[PyTree, jax.Array, list[jax.Array], Any]],
-  args: PyTree,
-  batch_size: int,
-  size: int,
-  axes: frozenset[str],
-) -> tuple[PyTree, jax.Array, list[jax.Array], Any]:
-  if batch_size % size:
-    raise ValueError(
-      f"microbatch_size must divide the batch of {batch_size}, got {size}"
-    )
-  args = jax.tree.map(
-    lambda x: x.reshape((batch_size // size, size) + x.shape[1:]), args
-  )
-  first = jax.tree.map(lambda x: x[0], args)
-  zeros = jax.tree.map(
-    lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run, *first)[0]
-  )
-
-  def body(total: PyTree, microbatch: PyTree) -> tuple[PyTree, Any]:
-    more, *rest = run(*microbatch)
-    return jax.tree.map(jnp.add, total, more), rest
-
-  total, rest = jax.lax.scan(
-    body, manual_axes.cast_to_varying(zeros, axes), args
-  )
-  loss, norms, aux = jax.tree.map(
-    lambda x: x.reshape((batch_size,) + x.shape[2:]), tuple(rest)
-  )
-  return total, loss, norms, aux

@@ -1,0 +1,300 @@
+"""The book-keeping engine: clipped sums at the price of an ordinary gradient.
+
+One forward pass, one backward pass through the activations alone, and then for
+each weight its norms by the cheapest exact rule and the clipped sum as one
+product. The ordinary gradient has the same passes and the same products; what
+is added is the norms (Bu et al. 2023, "Differentially Private Optimization on
+Large Model at Small Cost", here for any JAX program).
+"""
+
+from collections.abc import Sequence
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpdist.clipping import convolution
+from dpdist.clipping import evaluate
+from dpdist.clipping import factors
+from dpdist.clipping import gradients
+from dpdist.clipping import manual_axes
+from dpdist.clipping import reference
+from dpdist.clipping.program import Block
+from dpdist.clipping.program import Site
+from dpdist.clipping.rules import Rule
+from dpdist.clipping.scaling import Scaling
+
+PyTree = Any
+Key = tuple[int, ...]
+
+
+class Problem(NamedTuple):
+  """What the engines work on.
+
+  Attributes:
+    block: the loss of one example, taken apart.
+    rules: cover all its sites.
+    leaves: the parameters.
+    groups: for each parameter the number of the group it is clipped with.
+    scaling: how gradients are shortened.
+    unit_roundoff: relative error with which the products of a sum round their
+      operands; 0 where they do not.
+  """
+
+  block: Block
+  rules: Sequence[Rule]
+  leaves: Sequence[jax.Array]
+  groups: Sequence[int]
+  scaling: Scaling
+  unit_roundoff: float
+
+
+def clipped_sum(
+  problem: Problem, examples: Sequence[jax.Array], keep: jax.Array
+) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+  """Sums clipped per-example gradients.
+
+  Args:
+    problem: what of, and how.
+    examples: leaves of the batch; leading axis B.
+    keep: [B] bool; an example that is not kept contributes exactly 0.
+
+  Returns:
+    The sum of each parameter's gradients, float32 or wider; the outputs of the
+    loss, [B, ...]; the norms before clipping, [B] a group.
+  """
+  operands, cotangents, outs = backward(problem, examples)
+  squares = [
+    jnp.zeros(keep.shape, jnp.float32) for _ in problem.scaling.l2_clip_norms
+  ]
+  kept = []
+  for rule in problem.rules:
+    found, formed = jax.vmap(functools.partial(norm, problem, rule))(
+      {s.key: operands[s.key] for s in rule.sites if s.eqn is not None},
+      {s.key: cotangents[s.key] for s in rule.sites},
+    )
+    for group, square in found.items():
+      squares[group] = squares[group] + square
+    kept.append(formed if rule.way == "keep" else None)
+  scales, norms = problem.scaling.scales(squares, keep)
+  sums = weighted_sum(problem, operands, cotangents, kept, scales)
+  return sums, outs, norms
+
+
+def backward(
+  problem: Problem, examples: Sequence[jax.Array]
+) -> tuple[dict[Key, jax.Array], dict[Key, jax.Array], list[jax.Array]]:
+  """One forward pass, and one backward pass through the activations.
+
+  Returns:
+    By site: the data operands of products and the gradients of the tapped
+    values, both with a leading axis B; and the outputs of the loss.
+  """
+  size = examples[0].shape[0]
+  taps = manual_axes.cast_to_varying(
+    {
+      site.key: jnp.zeros((size, *site.tap_shape), site.out.dtype)
+      for site in problem.block.all_sites()
+    },
+    manual_axes.varying_axes((list(problem.leaves), list(examples))),
+  )
+
+  def losses(taps: dict[Key, jax.Array]) -> tuple[jax.Array, Any]:
+    def one(example: Any, taps: Any) -> Any:
+      return evaluate.forward(problem.block, [*problem.leaves, *example], taps)
+
+    outs, operands = jax.vmap(one)(list(examples), taps)
+    return outs[0], (outs, operands)
+
+  loss, pull, (outs, operands) = jax.vjp(losses, taps, has_aux=True)
+  (cotangents,) = pull(jnp.ones_like(loss))
+  return operands, cotangents, outs
+
+
+def norm(
+  problem: Problem,
+  rule: Rule,
+  operands: dict[Key, jax.Array],
+  cotangents: dict[Key, jax.Array],
+) -> tuple[dict[int, jax.Array], Any]:
+  """Squared norms of one example's gradient, by group; and the gradient itself.
+
+  Args:
+    problem: what of.
+    rule: which part of it, and how.
+    operands: the products' data operands, by site.
+    cotangents: the gradients of the sites' outputs.
+
+  Returns:
+    Scalars; and the gradient as `rule.view` has it, None if it is not formed.
+  """
+  groups = problem.groups
+  first = rule.sites[0]
+  if rule.view == "parameters":
+    by_leaf = to_leaves(
+      problem,
+      {
+        site.key: gradients.weight_gradient(
+          site, operands.get(site.key), cotangents[site.key]
+        )
+        for site in rule.sites
+      },
+      rule.leaves,
+    )
+    squares: dict[int, jax.Array] = {}
+    for i, x in by_leaf.items():
+      squares[groups[i]] = squares.get(groups[i], 0.0) + gradients.square(x)
+    return squares, by_leaf
+  group = groups[min(rule.leaves)]
+  if rule.way in ("gram", "diagonal"):
+    return {group: _square_unformed(problem, rule, operands, cotangents)}, None
+  formed: Any = sum(
+    gradients.placed(
+      site,
+      gradients.weight_gradient(
+        site, operands.get(site.key), cotangents[site.key]
+      ),
+      first,
+    )
+    for site in rule.sites
+  )
+  square = gradients.square(formed)
+  if rule.way == "drop" and problem.unit_roundoff:
+    terms: Any = sum(
+      gradients.terms(site, operands[site.key], cotangents[site.key])
+      for site in rule.sites
+    )
+    square = factors.with_slack(square, terms, problem.unit_roundoff)
+  return {group: square}, formed
+
+
+def _square_unformed(
+  problem: Problem,
+  rule: Rule,
+  operands: dict[Key, jax.Array],
+  cotangents: dict[Key, jax.Array],
+) -> jax.Array:
+  first = rule.sites[0]
+  precision = first.eqn.params.get("precision")
+  if rule.view == "factors":
+    return factors.squared_norm(
+      [gradients.factor(s, first, operands, cotangents) for s in rule.sites],
+      problem.unit_roundoff,
+      precision,
+    )
+  x, g = operands[first.key], cotangents[first.key]
+  if rule.way == "gram":
+    return factors.squared_norm(
+      [convolution.patches(first, x, g)], problem.unit_roundoff, precision
+    )
+  square = convolution.squared_norm(first, x, g)
+  if problem.unit_roundoff:
+    terms = gradients.terms(first, x, g)
+    square = factors.with_slack(square, terms, problem.unit_roundoff)
+  return square
+
+
+def to_leaves(
+  problem: Problem,
+  cotangents: dict[Key, jax.Array],
+  wanted: frozenset[int],
+) -> dict[int, jax.Array]:
+  """Gradients of parameters from those of weights; see `to_parameters`."""
+  num_inputs = len(problem.block.kinds)
+  values = [
+    *problem.leaves,
+    *[None] * (num_inputs - len(problem.leaves)),
+  ]
+  found = evaluate.to_parameters(problem.block, values, cotangents)
+  return {
+    i: gradients.widen(x)
+    for i, x in enumerate(found)
+    if x is not None and i in wanted
+  }
+
+
+def weighted_sum(
+  problem: Problem,
+  operands: dict[Key, jax.Array],
+  cotangents: dict[Key, jax.Array],
+  kept: Sequence[Any],
+  scales: Sequence[jax.Array],
+) -> list[jax.Array]:
+  """Sums scaled gradients over the examples, and takes them to the parameters.
+
+  Args:
+    problem: what of.
+    operands: the products' data operands, by site; leading axis B.
+    cotangents: the gradients of the sites' outputs, likewise.
+    kept: for each rule its gradients as `norm` returns them, or None.
+    scales: for each group, [B].
+
+  Returns:
+    For each parameter its sum, float32 or wider.
+  """
+  groups = problem.groups
+  of_weights: dict[Key, jax.Array] = {}
+  of_leaves: dict[int, jax.Array] = {}
+  products: list[tuple[Site, jax.Array]] = []
+  for rule, formed in zip(problem.rules, kept, strict=True):
+    if rule.view == "parameters" and formed is not None:
+      for i, x in formed.items():
+        of_leaves[i] = reference.weighted_sum(x, scales[groups[i]])
+      continue
+    # Where a rule has several groups its gradients are kept: its parameters'
+    # shares in a product cannot be scaled apart.
+    scale = scales[groups[min(rule.leaves)]]
+    if formed is None:
+      products.extend((site, scale) for site in rule.sites)
+    else:
+      of_weights[rule.sites[0].key] = reference.weighted_sum(formed, scale)
+  of_weights |= _products(products, operands, cotangents, scales[0] != 0)
+  sums = to_leaves(problem, of_weights, frozenset(range(len(groups))))
+  return [sums[i] + of_leaves.get(i, 0.0) for i in range(len(groups))]
+
+
+def _products(
+  sites: Sequence[tuple[Site, jax.Array]],
+  operands: dict[Key, jax.Array],
+  cotangents: dict[Key, jax.Array],
+  keep: jax.Array,
+) -> dict[Key, jax.Array]:
+  """The sums that are products. An example that is left out may hold NaN on
+  both sides, so that a 0 on one would not do."""
+  scaled, others = {}, {}
+  for site, scale in sites:
+    x, g = operands[site.key], gradients.widen(cotangents[site.key])
+    # The smaller one is multiplied, which is the cheaper.
+    if site.name == "gather" or g.size <= x.size:
+      scaled[site.key], others[site.key] = _scaled(scale, g), x
+    else:
+      scaled[site.key], others[site.key] = _scaled(scale, gradients.widen(x)), g
+  others = jax.lax.cond(
+    jnp.all(keep),
+    lambda others: others,
+    lambda others: {
+      key: jnp.where(_rows(keep, x), x, jnp.zeros((), x.dtype))
+      for key, x in others.items()
+    },
+    others,
+  )
+  sums = {}
+  for site, _ in sites:
+    one, other = scaled[site.key], others[site.key]
+    x, g = operands[site.key], cotangents[site.key]
+    if site.name == "gather" or g.size <= x.size:
+      one, other = other, one
+    sums[site.key] = gradients.product_gradient(
+      site, one, other, (False, *site.weight.loops)
+    )
+  return sums
+
+
+def _rows(scale: jax.Array, x: jax.Array) -> jax.Array:
+  return scale.reshape(scale.shape + (1,) * (x.ndim - 1))
+
+
+def _scaled(scale: jax.Array, x: jax.Array) -> jax.Array:
+  rows = _rows(scale, x).astype(x.dtype)
+  return jnp.where(rows != 0, x * rows, 0)

@@ -1,0 +1,98 @@
+"""What a clipped sum refuses before anything is computed."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpdist.clipping import manual_axes
+from dpdist.clipping.program import Block
+
+PyTree = Any
+
+
+def params(tree: PyTree) -> None:
+  """Parameters that nothing can be differentiated by."""
+  for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+      raise ValueError(
+        "params must hold floating arrays alone, got dtype"
+        f" {jnp.result_type(leaf)} at params{jax.tree_util.keystr(path)}: pass"
+        " it as part of the batch, or let loss_fn close over it"
+      )
+
+
+def loss(block: Block, shape: Any, axes: frozenset[str]) -> None:
+  """A loss that is no number, or looks at other examples."""
+  if shape.shape or not jnp.issubdtype(shape.dtype, jnp.floating):
+    raise ValueError(
+      "loss_fn must return one floating number for one example, got shape"
+      f" {shape.shape} and dtype {shape.dtype}"
+    )
+  collective = manual_axes.collective_over(block.jaxpr.jaxpr, axes)
+  if collective is not None:
+    raise ValueError(
+      "loss_fn must use one example alone, but it mixes the examples of several"
+      f" devices by {collective} over the mesh axes {sorted(axes)}, along which"
+      " the batch is divided"
+    )
+  found = manual_axes.abstract_varying_axes(shape)
+  if found != axes:
+    raise ValueError(
+      "loss_fn must use one example alone, but its value varies over the"
+      f" mesh axes {sorted(found)} while the batch varies over"
+      f" {sorted(axes)}: it closes over data that should be"
+      " passed in the batch, or depends on neither"
+    )
+
+
+def batch_size(batch: PyTree) -> int:
+  shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
+  sizes = {shape[0] if shape else None for shape in shapes}
+  if len(sizes) != 1 or None in sizes or 0 in sizes:
+    raise ValueError(
+      "batch must hold arrays with one common leading axis of at least 1, got"
+      f" shapes {shapes}"
+    )
+  return shapes[0][0]
+
+
+def refuse_sharded_outside_shard_map(batch: PyTree) -> None:
+  """A batch of which the partitioner would make wrong gradients."""
+  # Left to the partitioner, per-example convolution gradients of a sharded
+  # batch come out wrong without an error.
+  for leaf in jax.tree.leaves(batch):
+    if manual_axes.varying_axes(leaf):
+      continue
+    sharding = getattr(leaf, "sharding", None)
+    if sharding is not None and not sharding.is_fully_replicated:
+      raise ValueError(
+        "batch is sharded over several devices outside jax.shard_map, where"
+        " per-example gradients cannot be trusted: call clipped_grad inside"
+        f" jax.shard_map; got sharding {sharding}"
+      )
+
+
+def per_example_keys(
+  rng: jax.Array | None, batch_size: int, axes: frozenset[str]
+) -> jax.Array | None:
+  if rng is None:
+    return None
+  if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+    raise ValueError(
+      f"rng must be typed PRNG keys (jax.random.key), got dtype {rng.dtype}"
+    )
+  if rng.shape == (batch_size,):
+    return rng
+  if rng.shape:
+    raise ValueError(
+      f"rng must be one key or one an example, shape ({batch_size},), got"
+      f" shape {rng.shape}"
+    )
+  if axes and not manual_axes.varying_axes(rng):
+    raise ValueError(
+      "rng is one key that is equal on every device, so that examples on"
+      " different devices would share randomness: inside jax.shard_map pass"
+      " one key an example"
+    )
+  return jax.random.split(rng, batch_size)

@@ -1,0 +1,64 @@
+"""What the engines do with each parameter, as a table to read."""
+
+from collections.abc import Sequence
+import math
+
+from dpdist.clipping.program import Site
+from dpdist.clipping.rules import Rule
+
+_WAYS = {
+  "gram": "norm from inner products of positions",
+  "diagonal": "norm from inner products of pixels",
+  "keep": "formed and kept",
+  "drop": "formed for the norm",
+}
+
+
+def table(
+  method: str,
+  reason: str,
+  platform: str,
+  rules: Sequence[Rule],
+  names: Sequence[str],
+) -> str:
+  """Returns the text that `ClippedGrad.explain` prints."""
+  lines = [f"method: {method} ({reason}); costs of: {platform}"]
+  if method == "vmap":
+    lines.append("every gradient of every example is formed and kept")
+    return "\n".join(lines)
+  head = ("parameters", "where", "rule", "flops", "bytes", "kept")
+  rows = [head]
+  for rule in rules:
+    rows.append(
+      (
+        ", ".join(names[i] for i in sorted(rule.leaves)),
+        " + ".join(_place(site) for site in rule.sites),
+        _WAYS[rule.way] + (" (by parameter)" * (rule.view == "parameters")),
+        f"{rule.cost.flops:.2g}",
+        f"{rule.cost.bytes:.2g}",
+        f"{rule.cost.kept:.2g}",
+      )
+    )
+  used = frozenset().union(*(rule.leaves for rule in rules))
+  rows.extend(
+    (name, "-", "not used by the loss", "0", "0", "0")
+    for i, name in enumerate(names)
+    if i not in used
+  )
+  widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
+  lines.extend(
+    "  ".join(
+      cell.ljust(width) if i < 3 else cell.rjust(width)
+      for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+    ).rstrip()
+    for row in rows
+  )
+  return "\n".join(lines)
+
+
+def _place(site: Site) -> str:
+  shape = "x".join(map(str, site.weight_shape)) or "scalar"
+  loops = math.prod(site.lengths)
+  return f"{site.name} {shape}" + (
+    f" in {loops} iterations" if loops > 1 else ""
+  )

@@ -1,0 +1,108 @@
+"""A batch in parts: how large, and one after another."""
+
+from collections.abc import Callable
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpdist.clipping import manual_axes
+from dpdist.clipping.program import Block
+
+PyTree = Any
+
+# Activations and output gradients that are worked on at once, where smaller
+# parts are faster because they stay in the cache. Each part of an unrolled
+# batch is compiled anew, so there are few.
+_CACHE_BYTES = {"cpu": 2**22}
+_MOST_PARTS = 4
+
+
+def automatic_size(block: Block, batch_size: int, platform: str) -> int:
+  """How many examples to work on at once where nobody said."""
+  if platform not in _CACHE_BYTES:
+    return batch_size
+  entries = sum(math.prod(site.tap_shape) for site in block.all_sites())
+  whole = 2 * 4 * entries * batch_size
+  parts = 1
+  while (
+    parts < _MOST_PARTS
+    and batch_size % (2 * parts) == 0
+    and whole / parts > _CACHE_BYTES[platform]
+  ):
+    parts *= 2
+  return batch_size // parts
+
+
+def run(
+  function: Callable[..., tuple[list[jax.Array], Any, Any, Any]],
+  args: PyTree,
+  batch_size: int,
+  size: int,
+  axes: frozenset[str],
+  *,
+  unroll: bool,
+) -> tuple[list[jax.Array], Any, Any, Any]:
+  """Applies a function to parts of a batch.
+
+  Args:
+    function: (*args) -> (sums, then trees with a leading axis over examples).
+    args: pytrees with a leading axis of batch_size.
+    batch_size: examples.
+    size: of a part; must divide batch_size. At least as large: one part.
+    axes: mesh axes that args vary over.
+    unroll: whether to write the parts out instead of looping over them. XLA on
+      a CPU is many times slower at convolutions inside a loop.
+
+  Returns:
+    The sums over all parts; the other results joined.
+  """
+  if size >= batch_size:
+    return function(*args)
+  if batch_size % size:
+    raise ValueError(
+      f"microbatch_size must divide the batch of {batch_size}, got {size}"
+    )
+  parts = batch_size // size
+  args = jax.tree.map(lambda x: x.reshape((parts, size) + x.shape[1:]), args)
+  if unroll:
+    total, rest = _unrolled(function, args, parts)
+  else:
+    first = jax.tree.map(lambda x: x[0], args)
+    zeros = jax.tree.map(
+      lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *first)[0]
+    )
+
+    def body(total: PyTree, part: PyTree) -> tuple[PyTree, Any]:
+      more, *rest = function(*part)
+      return jax.tree.map(jnp.add, total, more), rest
+
+    total, rest = jax.lax.scan(
+      body, manual_axes.cast_to_varying(zeros, axes), args
+    )
+  loss, norms, aux = jax.tree.map(
+    lambda x: x.reshape((batch_size,) + x.shape[2:]), tuple(rest)
+  )
+  return total, loss, norms, aux
+
+
+def _unrolled(
+  function: Callable[..., tuple[list[jax.Array], Any, Any, Any]],
+  args: PyTree,
+  parts: int,
+) -> tuple[list[jax.Array], PyTree]:
+  total: list[jax.Array] | None = None
+  all_rest = []
+  for i in range(parts):
+    part = jax.tree.map(lambda x, i=i: x[i], args)
+    if total is None:
+      total, *rest = function(*part)
+    else:
+      # One part after the other, so that they use the same memory.
+      part, total = jax.lax.optimization_barrier((part, total))
+      more, *rest = function(*part)
+      total = jax.tree.map(jnp.add, total, more)
+    all_rest.append(rest)
+  assert total is not None
+  return total, jax.tree.map(lambda *x: jnp.stack(x), *all_rest)

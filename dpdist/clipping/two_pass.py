@@ -1,0 +1,206 @@
+"""The lean engine: norms layer by layer, then a second, weighted backward pass.
+
+For models that only just fit, and loops or rematerialised parts whose
+activations must not be kept: wherever a weight has a rule of its own, its norm
+is computed inside the backward pass, at the place where operand and gradient
+exist anyway, and nothing else is stored. A second forward and backward pass
+then sums the gradients of the losses, each multiplied with its example's scale
+(Lee & Kifer 2021, "Scaling up Differentially Private Deep Learning with Fast
+Per-Example Gradient Clipping"). That is about two thirds dearer than
+book-keeping, in the memory of an ordinary gradient.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpdist.clipping import bookkeeping
+from dpdist.clipping import evaluate
+from dpdist.clipping import manual_axes
+from dpdist.clipping.program import Site
+from dpdist.clipping.rules import Rule
+
+Key = tuple[int, ...]
+
+
+def clipped_sum(
+  problem: bookkeeping.Problem,
+  examples: Sequence[jax.Array],
+  keep: jax.Array,
+) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+  """Sums clipped per-example gradients; see `bookkeeping.clipped_sum`."""
+  squares, outs = _squared_norms(problem, examples, keep.shape)
+  scales, norms = problem.scaling.scales(squares, keep)
+  kept = scales[0] != 0
+  # An example that is left out may hold NaN, and NaN * 0 is NaN. In the second
+  # pass another one stands in for it, with scale 0.
+  index = jnp.where(kept, jnp.arange(kept.size), jnp.argmax(kept))
+  examples = [x[index] for x in examples]
+  # Without a barrier the compiler would merge the two passes into one.
+  examples, scales = jax.lax.optimization_barrier((examples, scales))
+  if len(scales) == 1 and problem.block.is_wide():
+    sums = _weighted_gradient(problem, examples, scales[0])
+  else:
+    # Several scales an example, or products that would be summed in less than
+    # float32: as in book-keeping, with the scales known beforehand.
+    operands, cotangents, _ = bookkeeping.backward(problem, examples)
+    formed = [
+      _formed(problem, rule, operands, cotangents) for rule in problem.rules
+    ]
+    sums = bookkeeping.weighted_sum(
+      problem, operands, cotangents, formed, scales
+    )
+  some = jnp.any(kept)
+  return [jnp.where(some, x, 0) for x in sums], outs, norms
+
+
+def _squared_norms(
+  problem: bookkeeping.Problem,
+  examples: Sequence[jax.Array],
+  shape: tuple[int, ...],
+) -> tuple[list[jax.Array], list[jax.Array]]:
+  inside = {
+    rule.sites[0].key: rule for rule in problem.rules if _is_local(rule)
+  }
+  taps = {
+    site.key: jnp.zeros(shape, jnp.float32)
+    if site.key in inside
+    else jnp.zeros((*shape, *site.tap_shape), site.out.dtype)
+    for site in problem.block.all_sites()
+  }
+  taps = manual_axes.cast_to_varying(
+    taps, manual_axes.varying_axes((list(problem.leaves), list(examples)))
+  )
+
+  def product(
+    site: Site, weight: jax.Array, operand: jax.Array, tap: Any
+  ) -> jax.Array:
+    if site.key not in inside:
+      return evaluate.tapped(site, weight, operand, tap)
+    return _with_norm(problem, inside[site.key], weight, operand, tap)
+
+  def losses(taps: dict[Key, jax.Array]) -> tuple[jax.Array, Any]:
+    def one(example: Any, taps: Any) -> Any:
+      outs, operands = evaluate.forward(
+        problem.block,
+        [*problem.leaves, *example],
+        taps,
+        product=product,
+        per_iteration=frozenset(taps) - frozenset(inside),
+      )
+      return outs, {k: x for k, x in operands.items() if k not in inside}
+
+    outs, operands = jax.vmap(one)(list(examples), taps)
+    return outs[0], (outs, operands)
+
+  loss, pull, (outs, operands) = jax.vjp(losses, taps, has_aux=True)
+  (cotangents,) = pull(jnp.ones_like(loss))
+  squares = [jnp.zeros(shape, jnp.float32) for _ in problem.scaling.bounds]
+  for rule in problem.rules:
+    first = rule.sites[0]
+    if first.key in inside:
+      group = problem.groups[min(rule.leaves)]
+      squares[group] = squares[group] + cotangents[first.key]
+      continue
+    found, _ = jax.vmap(functools.partial(bookkeeping.norm, problem, rule))(
+      {s.key: operands[s.key] for s in rule.sites if s.eqn is not None},
+      {s.key: cotangents[s.key] for s in rule.sites},
+    )
+    for group, square in found.items():
+      squares[group] = squares[group] + square
+  return squares, outs
+
+
+def _is_local(rule: Rule) -> bool:
+  """Whether a rule needs one operand and one gradient at a time."""
+  (first, *more) = rule.sites
+  return (
+    not more
+    and first.eqn is not None
+    and rule.view != "parameters"
+    and all(first.weight.loops)
+  )
+
+
+def _with_norm(
+  problem: bookkeeping.Problem,
+  rule: Rule,
+  weight: jax.Array,
+  operand: jax.Array,
+  tap: jax.Array,
+) -> jax.Array:
+  """A product whose backward pass leaves the squared norm as the gradient of
+  the tap. Iterations of a loop add theirs up: each has a weight of its own."""
+  (site,) = rule.sites
+  lone = dataclasses.replace(
+    site, lengths=(), weight=site.weight._replace(loops=())
+  )
+  group = problem.groups[min(rule.leaves)]
+  run = lambda weight, operand: evaluate.tapped(lone, weight, operand, None)
+
+  @jax.custom_vjp
+  def product(
+    weight: jax.Array, operand: jax.Array, tap: jax.Array
+  ) -> jax.Array:
+    del tap
+    return run(weight, operand)
+
+  def forward(
+    weight: jax.Array, operand: jax.Array, tap: jax.Array
+  ) -> tuple[jax.Array, Any]:
+    del tap
+    return run(weight, operand), (weight, operand)
+
+  def backward(residuals: Any, cotangent: jax.Array) -> Any:
+    weight, operand = residuals
+    if jnp.issubdtype(operand.dtype, jnp.floating):
+      _, pull = jax.vjp(lambda x: run(weight, x), operand)
+      (of_operand,) = pull(cotangent)
+    else:
+      of_operand = None
+    squares, _ = bookkeeping.norm(
+      problem,
+      dataclasses.replace(rule, sites=(lone,)),
+      {site.key: operand},
+      {site.key: cotangent},
+    )
+    return None, of_operand, squares[group].astype(jnp.float32)
+
+  product.defvjp(forward, backward)
+  return product(weight, operand, tap)
+
+
+def _weighted_gradient(
+  problem: bookkeeping.Problem,
+  examples: Sequence[jax.Array],
+  scale: jax.Array,
+) -> list[jax.Array]:
+  """The ordinary gradient of the sum of scaled losses."""
+
+  def losses(leaves: list[jax.Array]) -> jax.Array:
+    one = lambda example: evaluate.forward(
+      problem.block, [*leaves, *example], {}
+    )[0][0]
+    return jax.vmap(one)(list(examples))
+
+  _, pull = jax.vjp(losses, list(problem.leaves))
+  return pull(scale)[0]
+
+
+def _formed(
+  problem: bookkeeping.Problem,
+  rule: Rule,
+  operands: dict[Key, jax.Array],
+  cotangents: dict[Key, jax.Array],
+) -> Any:
+  if rule.way != "keep":
+    return None
+  _, formed = jax.vmap(functools.partial(bookkeeping.norm, problem, rule))(
+    {s.key: operands[s.key] for s in rule.sites if s.eqn is not None},
+    {s.key: cotangents[s.key] for s in rule.sites},
+  )
+  return formed

@@ -1,0 +1,350 @@
+"""What every engine promises beside equality with the reference."""
+
+from flax import linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpdist import clipping
+from dpdist.clipping import costs
+
+METHODS = ("bookkeeping", "two_pass", "vmap")
+_FREE_ARITHMETIC = costs.Model(1e30, 1e10, 1.0)
+
+
+def _normal(*shape, seed=0):
+  rng = np.random.default_rng([seed, *shape])
+  return jnp.asarray(rng.normal(size=shape), jnp.float32)
+
+
+def _net(params, x):
+  x = jnp.tanh(x @ params["a"] + params["b"])
+  return jnp.sum(jnp.tanh(x @ params["c"]))
+
+
+def _params():
+  return {"a": _normal(4, 6), "b": _normal(6), "c": _normal(6, 3)}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e38])
+def test_examples_that_are_not_finite_contribute_exactly_zero(method, bad):
+  def loss(params, x):
+    # Grows without bound, in the forward pass already.
+    return jnp.sum((x @ params["a"]) ** 2) + jnp.sum(params["b"] * x)
+
+  params = {"a": _normal(4, 6), "b": _normal(4)}
+  fn = jax.jit(
+    clipping.clipped_grad(loss, l2_clip_norm=1.0, method=method).__call__
+  )
+  batch = _normal(6, 5, 4).at[2].set(bad)
+  got = fn(params, batch)
+  without = fn(params, batch, is_padding_example=np.arange(6) == 2)
+  zeroed = fn(params, batch.at[2].set(0), is_padding_example=np.arange(6) == 2)
+  for name in params:
+    assert np.all(np.isfinite(got.sum[name]))
+    np.testing.assert_array_equal(got.sum[name], without.sum[name])
+    np.testing.assert_array_equal(got.sum[name], zeroed.sum[name])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_without_any_example_sums_to_exactly_zero(method):
+  fn = clipping.clipped_grad(_net, l2_clip_norm=1.0, method=method)
+  batch = jnp.full((4, 5, 4), jnp.nan)
+  got = fn(_params(), batch, is_padding_example=np.ones(4, bool))
+  for total in jax.tree.leaves(got.sum):
+    np.testing.assert_array_equal(total, 0)
+
+
+# A loss whose gradient is the sum of given outer products, in three places.
+
+
+def _dense_products(params, example):
+  return jnp.sum((example["r"] @ params) * example["c"])
+
+
+def _lookups(params, example):
+  return jnp.sum(params[example["i"]] * example["c"])
+
+
+def _convolution_products(params, example):
+  out = lax.conv_general_dilated(
+    example["r"],
+    params,
+    (1, 1),
+    "VALID",
+    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+  )
+  return jnp.sum(out * example["c"])
+
+
+def _cancelling(kind, scale, left):
+  """One example whose gradient is a small rest of large terms."""
+  rng = np.random.default_rng(1)
+  c = rng.normal(size=(1, 8))
+  c = np.concatenate([c, -c * (1 - left)])
+  if kind == "dense":
+    r = np.repeat(rng.normal(size=(1, 5)), 2, axis=0)
+    return _dense_products, _normal(5, 8), {"r": scale * r, "c": c}
+  if kind == "lookup":
+    return _lookups, _normal(5, 8), {"i": np.array([3, 3]), "c": scale * c}
+  r = np.repeat(rng.normal(size=(1, 1, 1, 5)), 2, axis=2)
+  c = c.reshape(1, 1, 2, 8)
+  return _convolution_products, _normal(1, 1, 5, 8), {"r": scale * r, "c": c}
+
+
+@pytest.mark.parametrize("left", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
+@pytest.mark.parametrize("scale", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize("kind", ["dense", "lookup", "convolution"])
+@pytest.mark.parametrize("method", METHODS)
+def test_terms_that_cancel_cannot_pass_the_clip(
+  method, kind, scale, left, monkeypatch
+):
+  # Inner products of positions lose such a gradient in rounding.
+  monkeypatch.setitem(costs.MODELS, "cpu", _FREE_ARITHMETIC)
+  loss, params, example = _cancelling(kind, scale, left)
+  batch = jax.tree.map(
+    lambda x: jnp.asarray(
+      x[None], jnp.int32 if x.dtype == int else jnp.float32
+    ),
+    example,
+  )
+  fn = clipping.clipped_grad(loss, l2_clip_norm=1.0, method=method)
+  total = np.asarray(fn(params, batch).sum, np.float64)
+  assert np.linalg.norm(total) <= 1 + 1e-3
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+  "kwargs",
+  [
+    {"l2_clip_norm": 0.5},
+    {"l2_clip_norm": 0.5, "rescale_to_unit_norm": True},
+    {"l2_clip_norm": 0.5, "normalize_gamma": 0.1},
+    {
+      "l2_clip_norm": 0.5,
+      "normalize_gamma": 1e-12,
+      "rescale_to_unit_norm": True,
+    },
+    {"l2_clip_norm": {"a": 0.5, "b": 2.0, "c": 0.1}},
+    {
+      "l2_clip_norm": {"a": 0.5, "b": 2.0, "c": 0.1},
+      "rescale_to_unit_norm": True,
+      "normalize_gamma": 0.01,
+    },
+  ],
+)
+def test_one_example_moves_the_sum_by_at_most_the_sensitivity(method, kwargs):
+  fn = clipping.clipped_grad(_net, method=method, **kwargs)
+  call = jax.jit(fn.__call__)
+  flat = lambda tree: np.concatenate(
+    [np.ravel(x).astype(np.float64) for x in jax.tree.leaves(tree)]
+  )
+  params, batch = _params(), _normal(6, 5, 4)
+  base = flat(call(params, batch).sum)
+  furthest = 0.0
+  removed = flat(call(params, batch, is_padding_example=np.arange(6) == 1).sum)
+  for scale in (1e-6, -1.0, -3.0, 1e3, 1e30):
+    other = flat(call(params, batch.at[1].multiply(scale)).sum)
+    moved = np.linalg.norm(other - base)
+    assert moved <= fn.sensitivity("replace_one") * (1 + 1e-5)
+    added = np.linalg.norm(other - removed)
+    assert added <= fn.sensitivity() * (1 + 1e-5)
+    furthest = max(furthest, moved)
+  # Far enough for the bound to mean something.
+  assert furthest > fn.sensitivity() / 3
+
+
+def test_normalised_gradients():
+  loss = lambda p, x: jnp.sum(p * x)
+  fn = clipping.clipped_grad(loss, l2_clip_norm=2.0, normalize_gamma=0.5)
+  got = fn(jnp.zeros(2), jnp.array([[3.0, 4.0], [0.0, 0.0]]))
+  np.testing.assert_allclose(got.sum, 2 / 5.5 * np.array([3, 4]), rtol=1e-6)
+  assert fn.sensitivity() == 2.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_norms_by_group(method):
+  whole = clipping.clipped_grad(_net, l2_clip_norm=1.0, method=method)
+  parts = clipping.clipped_grad(
+    _net, l2_clip_norm={"a": 0.5, "b": 1.0, "c": 2.0}, method=method
+  )
+  batch = _normal(6, 5, 4)
+  norms = parts(_params(), batch).grad_norms
+  np.testing.assert_allclose(
+    np.sqrt(sum(np.square(x) for x in norms.values())),
+    whole(_params(), batch).grad_norms,
+    rtol=1e-5,
+  )
+  got = parts(_params(), batch).sum
+  expected = clipping.clipped_grad(
+    _net, l2_clip_norm={"a": 0.5, "b": 1.0, "c": 2.0}, method="vmap"
+  )(_params(), batch).sum
+  for name in got:
+    np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_groups_that_share_a_weight(method):
+  loss = lambda p, x: jnp.sum(
+    jnp.tanh(x @ jnp.concatenate([p["a"], p["b"]], axis=1))
+  )
+  norms = {"a": 0.1, "b": 0.3}
+  params = {"a": _normal(4, 2), "b": _normal(4, 3)}
+  batch = _normal(6, 5, 4)
+  got, expected = (
+    clipping.clipped_grad(loss, l2_clip_norm=norms, method=m)(params, batch)
+    for m in (method, "vmap")
+  )
+  for name in params:
+    np.testing.assert_allclose(got.sum[name], expected.sum[name], rtol=1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("where", ["parameters", "casts"])
+def test_sums_of_narrow_models_are_float32(method, where):
+  narrow = jnp.bfloat16
+  if where == "casts":
+    loss = lambda p, x: jnp.sum(x @ p.astype(narrow)).astype(jnp.float32)
+    params = jnp.zeros((1, 1))
+  else:
+    loss = lambda p, x: jnp.sum(x @ p)
+    params = jnp.zeros((1, 1), narrow)
+  fn = clipping.clipped_grad(loss, l2_clip_norm=1.0, method=method)
+  got = jax.jit(fn.__call__)(params, jnp.full((1000, 1, 1), -1.0, narrow))
+  assert got.sum.dtype == jnp.float32
+  # A bfloat16 sum of a thousand ones stops at 256, a rounded one is 1000 too,
+  # and one more must still be seen.
+  assert float(got.sum[0, 0]) == -1000.0
+  more = jax.jit(fn.__call__)(params, jnp.full((1001, 1, 1), -1.0, narrow))
+  assert float(more.sum[0, 0]) == -1001.0
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_narrow_models_agree_with_the_reference(method):
+  class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+      x = nn.Conv(4, (3, 3), dtype=jnp.bfloat16)(x[None])
+      x = nn.LayerNorm(dtype=jnp.bfloat16)(x)
+      x = nn.Dense(8, dtype=jnp.bfloat16)(nn.tanh(x).mean((1, 2)))
+      return jnp.sum(nn.tanh(x)).astype(jnp.float32)
+
+  net, batch = Net(), _normal(8, 5, 5, 3)
+  params = net.init(jax.random.key(0), batch[0])
+  got, expected = (
+    clipping.clipped_grad(net.apply, l2_clip_norm=0.5, method=m)(params, batch)
+    for m in (method, "vmap")
+  )
+  np.testing.assert_allclose(got.grad_norms, expected.grad_norms, rtol=2e-2)
+  for mine, theirs in zip(
+    jax.tree.leaves(got.sum), jax.tree.leaves(expected.sum), strict=True
+  ):
+    assert mine.dtype == jnp.float32
+    np.testing.assert_allclose(mine, theirs, atol=0.05)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+@pytest.mark.parametrize("method", ["bookkeeping", "two_pass"])
+def test_accelerators_leave_room_for_the_rounding_of_their_products(
+  method, platform
+):
+  batch = _normal(8, 5, 4)
+  got, expected = (
+    clipping.clipped_grad(_net, l2_clip_norm=0.5, method=method, platform=p)(
+      _params(), batch
+    )
+    for p in (platform, "cpu")
+  )
+  assert np.all(np.asarray(got.grad_norms) >= np.asarray(expected.grad_norms))
+  np.testing.assert_allclose(got.grad_norms, expected.grad_norms, rtol=0.05)
+  with jax.default_matmul_precision("highest"):
+    exact = clipping.clipped_grad(
+      _net, l2_clip_norm=0.5, method=method, platform=platform
+    )(_params(), batch)
+  np.testing.assert_allclose(exact.grad_norms, expected.grad_norms, rtol=1e-5)
+
+
+def _layers(params, x):
+  def layer(x, w):
+    return x + jnp.tanh(jnp.tanh(x @ w["in"]) @ w["out"]), None
+
+  return jnp.sum(lax.scan(jax.checkpoint(layer), x, params)[0] ** 2)
+
+
+def test_the_lean_engine_needs_less_memory_and_auto_takes_it_for_remat():
+  params = {"in": _normal(8, 32, 128), "out": _normal(8, 128, 32)}
+  batch = _normal(8, 64, 32)
+  memory = {}
+  for method in ("auto", "bookkeeping", "two_pass"):
+    fn = clipping.clipped_grad(
+      _layers, l2_clip_norm=1.0, method=method, microbatch_size=8
+    )
+    compiled = jax.jit(fn.__call__).lower(params, batch).compile()
+    memory[method] = compiled.memory_analysis().temp_size_in_bytes
+  assert memory["two_pass"] < 0.6 * memory["bookkeeping"]
+  assert memory["auto"] == memory["two_pass"]
+
+
+def test_explain_says_what_is_done_and_why(capsys):
+  def loss(params, x):
+    x = x @ lax.stop_gradient(params["frozen"])
+    return _net(params, x)
+
+  fn = clipping.clipped_grad(loss, l2_clip_norm=1.0)
+  params = _params() | {"frozen": jnp.eye(4)}
+  shapes = jax.eval_shape(lambda: (params, _normal(8, 5, 4)))
+  text = fn.explain(*shapes)
+  assert text == capsys.readouterr().out.rstrip("\n")
+  assert "method: bookkeeping (the fastest" in text
+  rows = {line.split()[0]: line for line in text.splitlines()[2:]}
+  assert set(rows) == {f"['{name}']" for name in params}
+  assert "dot_general 4x6" in rows["['a']"]
+  assert "promotion 6" in rows["['b']"]
+  # Nothing is done, and no memory spent, for a frozen parameter.
+  assert rows["['frozen']"].split()[-3:] == ["0", "0", "0"]
+  vmap = clipping.clipped_grad(loss, l2_clip_norm=1.0, method="vmap")
+  assert "method: vmap (as asked for)" in vmap.explain(*shapes)
+
+
+def test_automatic_microbatches_divide_the_batch_and_change_nothing():
+  batch = _normal(12, 900, 4)
+  whole, parts = (
+    clipping.clipped_grad(_net, l2_clip_norm=0.5, microbatch_size=size)(
+      _params(), batch
+    )
+    for size in (12, 3)
+  )
+  automatic = clipping.clipped_grad(_net, l2_clip_norm=0.5)(_params(), batch)
+  for got in (parts, automatic):
+    np.testing.assert_allclose(got.grad_norms, whole.grad_norms, rtol=1e-5)
+    for name in whole.sum:
+      np.testing.assert_allclose(
+        got.sum[name], whole.sum[name], rtol=1e-4, atol=1e-5
+      )
+
+
+def test_statistics_over_a_named_axis_are_refused():
+  def loss(params, x):
+    return jnp.sum(params["a"] * (x - lax.pmean(x, "batch")))
+
+  fn = clipping.clipped_grad(loss, l2_clip_norm=1.0)
+  with pytest.raises(
+    ValueError, match=r"loss_fn .* one example .* named axis .*batch"
+  ):
+    fn({"a": jnp.ones(4)}, _normal(3, 4))
+
+
+def test_parameters_that_are_not_floating_are_named():
+  loss = lambda p, x: jnp.sum(p["a"] * x)
+  fn = clipping.clipped_grad(loss, l2_clip_norm=1.0)
+  with pytest.raises(ValueError, match=r"params .* int32 at params\['n'\]"):
+    fn({"a": jnp.ones(4), "n": jnp.int32(3)}, _normal(3, 4))
+
+
+@pytest.mark.parametrize("gamma", [0.0, -1.0, np.nan, np.inf, True, "1"])
+def test_bad_gammas_are_named(gamma):
+  with pytest.raises(ValueError, match=r"normalize_gamma .* got"):
+    clipping.clipped_grad(_net, l2_clip_norm=1.0, normalize_gamma=gamma)
