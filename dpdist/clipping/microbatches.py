@@ -23,13 +23,16 @@ def automatic_size(block: Block, batch_size: int, platform: str) -> int:
   """How many examples to work on at once where nobody said."""
   if platform not in _CACHE_BYTES:
     return batch_size
-  entries = sum(math.prod(site.tap_shape) for site in block.all_sites())
-  whole = 2 * 4 * entries * batch_size
+  sites = list(block.all_sites())
+  whole = 2 * 4 * batch_size * sum(math.prod(site.tap_shape) for site in sites)
+  # Each part reads the weights, and adds to their sums, once more.
+  weights = 4 * sum(math.prod(site.weight_shape) for site in sites)
   parts = 1
   while (
     parts < _MOST_PARTS
     and batch_size % (2 * parts) == 0
     and whole / parts > _CACHE_BYTES[platform]
+    and whole / (2 * parts) > weights
   ):
     parts *= 2
   return batch_size // parts

@@ -123,6 +123,7 @@ def main() -> None:
   parser = argparse.ArgumentParser(description="Cost of clipped gradients.")
   parser.add_argument("--json", action="store_true", help="print JSON")
   parser.add_argument("--models", help="names, separated by semicolons")
+  parser.add_argument("--methods", help="the same; the default is all")
   parser.add_argument(
     "--rounds", type=int, default=9, help="timed runs of each"
   )
