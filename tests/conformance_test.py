@@ -570,6 +570,52 @@ def derivatives_of_the_user():
   return loss, {"w": _normal(4, 3), "s": _normal(3)}, _normal(_BATCH, 5, 4)
 
 
+@jax.custom_vjp
+def _clip_gradient(x):
+  return x
+
+
+_clip_gradient.defvjp(
+  lambda x: (x, None), lambda _, g: (jnp.clip(g, -0.1, 0.1),)
+)
+
+
+@_case
+def derivative_that_is_not_linear_on_data():
+  loss = lambda p, x: 100 * _square(_clip_gradient(x @ p))
+  return loss, _normal(4, 3), _normal(_BATCH, 5, 4)
+
+
+@_case
+def derivative_that_is_not_linear_on_parameters():
+  def loss(p, x):
+    step = lambda c, _: (jnp.tanh(c @ _clip_gradient(p)), None)
+    return 10 * _square(lax.scan(step, x @ p, length=3)[0])
+
+  return loss, _normal(4, 4), _normal(_BATCH, 5, 4)
+
+
+@_case
+def complex_numbers():
+  def loss(p, x):
+    wave = jnp.exp(1j * x)
+    part = jnp.real(jnp.sum(p.astype(jnp.complex64)[:2, 0] * wave[:2]))
+    return part * 10 + jnp.sum(jnp.abs(wave[None] @ p.astype(jnp.complex64)))
+
+  return loss, _normal(4, 3), _normal(_BATCH, 4)
+
+
+@_case
+def rounded_then_not_linear():
+  def loss(p, x):
+    p = p.astype(jnp.bfloat16).astype(jnp.float32)
+    return _square(x @ jnp.maximum(p - 1, 0))
+
+  # Some of the weights round to exactly 1, where the derivative is a half.
+  p = jnp.where(_ids(4, 3, below=2) > 0, 1.001, 1.5)
+  return loss, p, _normal(_BATCH, 5, 4)
+
+
 @_case
 def sorted_and_accumulated():
   loss = lambda p, x: _square(jnp.cumsum(jnp.sort(x * p), axis=0)) + jnp.max(p)

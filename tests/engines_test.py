@@ -203,12 +203,15 @@ def test_groups_that_share_a_weight(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("where", ["parameters", "casts"])
+@pytest.mark.parametrize("where", ["parameters", "casts", "widened"])
 def test_sums_of_narrow_models_are_float32(method, where):
   narrow = jnp.bfloat16
   if where == "casts":
     loss = lambda p, x: jnp.sum(x @ p.astype(narrow)).astype(jnp.float32)
     params = jnp.zeros((1, 1))
+  elif where == "widened":
+    loss = lambda p, x: jnp.sum(x.astype(jnp.float32) @ p.astype(jnp.float32))
+    params = jnp.zeros((1, 1), narrow)
   else:
     loss = lambda p, x: jnp.sum(x @ p)
     params = jnp.zeros((1, 1), narrow)
@@ -348,3 +351,28 @@ def test_parameters_that_are_not_floating_are_named():
 def test_bad_gammas_are_named(gamma):
   with pytest.raises(ValueError, match=r"normalize_gamma .* got"):
     clipping.clipped_grad(_net, l2_clip_norm=1.0, normalize_gamma=gamma)
+
+
+def test_other_mesh_axes_take_the_reference():
+  mesh = jax.make_mesh(
+    (4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+  )
+  spec = jax.sharding.PartitionSpec
+
+  def loss(p, x):
+    i = lax.axis_index("model")
+    return lax.psum(jnp.sum((x * (i + 1)) @ p), "model")
+
+  def total(method):
+    fn = clipping.clipped_grad(loss, l2_clip_norm=1.0, method=method)
+    run = jax.shard_map(
+      lambda p, x: lax.psum(fn(p, x).sum, "data"),
+      mesh=mesh,
+      in_specs=(spec(), spec("data")),
+      out_specs=spec(),
+    )
+    return jax.jit(run)(100 * _normal(4, 3), jnp.ones((4, 4)).at[1:].set(0))
+
+  np.testing.assert_allclose(np.linalg.norm(total("auto")), 1.0, rtol=1e-5)
+  with pytest.raises(ValueError, match=r"method must .*\['model'\].*two_pass"):
+    total("two_pass")

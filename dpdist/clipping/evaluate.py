@@ -80,7 +80,8 @@ def forward(
     return promoted[atom]
 
   for number, eqn in enumerate(jaxpr.eqns):
-    if all(block.kind_of(x) != Kind.DATA for x in eqn.invars):
+    kinds = [block.kind_of(x) for x in (*eqn.invars, *eqn.outvars)]
+    if Kind.DATA not in kinds:
       outs = program.bind(eqn, [read(x) for x in eqn.invars])
     elif number in block.sites:
       site = block.sites[number]
@@ -210,7 +211,12 @@ def to_parameters(
     keys = [s.key for s in inner.all_sites() if s.key in cotangents]
     if not keys:
       continue
-    env = _weights(block, constants | inputs, wide=False)
+    env = _weights(
+      block,
+      constants
+      | {x: value.astype(x.aval.dtype) for x, value in inputs.items()},
+      wide=False,
+    )
     eqn = jaxpr.eqns[number]
     arguments = [
       None
@@ -233,8 +239,14 @@ def to_parameters(
 
     def run(values: list[Any]) -> list[Any]:
       given = constants | dict(zip(names, values, strict=True))
-      env = _weights(block, given, wide=True)
-      return [env[x] for x in derived]
+      wide = _weights(block, given, wide=True)
+      # What cannot be widened is computed from what the program rounds.
+      plain = _weights(
+        block,
+        constants | {x: given[x].astype(x.aval.dtype) for x in names},
+        wide=False,
+      )
+      return [(plain if block.weights[x].narrow else wide)[x] for x in derived]
 
     outputs, pull = jax.vjp(run, list(inputs.values()))
     (found,) = pull(

@@ -56,6 +56,15 @@ def collective_over(jaxpr: Any, axes: frozenset[str]) -> str | None:
   return None
 
 
+def axes_in(jaxpr: Any) -> frozenset[str]:
+  """The mesh axes that any value computed in jaxpr varies over."""
+  axes: frozenset[str] = frozenset()
+  for eqn in jaxpr.eqns:
+    for out in eqn.outvars:
+      axes |= _axes(out.aval)
+  return axes
+
+
 def cast_to_varying(tree: PyTree, axes: frozenset[str]) -> PyTree:
   """Casts each leaf to vary over axes as well; values do not change."""
 

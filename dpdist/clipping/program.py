@@ -63,14 +63,16 @@ class Weight(NamedTuple):
     leaves: indices of the parameters that it depends on.
     origin: None where it is no isometric image of parameters.
     loops: for each enclosing loop whether the weight differs by iteration.
-    narrow: a step towards it computes in less than float32, and it is not
-      known that float32 could be used instead.
+    narrow: a step towards it computes in less than float32, or from what has
+      been rounded to less, and float32 cannot be used instead.
+    rounded: a step towards it is in less than float32.
   """
 
   leaves: frozenset[int]
   origin: Origin | None
   loops: tuple[bool, ...]
   narrow: bool
+  rounded: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,10 +165,17 @@ class Block:
     )
 
   def is_wide(self) -> bool:
-    """Whether nothing in it is computed in less than float32."""
-    return not any(
-      is_narrow(x.aval) for eqn in self.jaxpr.jaxpr.eqns for x in eqn.outvars
-    ) and all(block.is_wide() for block in self.blocks.values())
+    """Whether nothing in it is in less than float32."""
+    jaxpr = self.jaxpr.jaxpr
+    values = [*jaxpr.invars, *jaxpr.constvars]
+    values += [x for eqn in jaxpr.eqns for x in eqn.outvars]
+    return not any(is_narrow(x.aval) for x in values) and all(
+      block.is_wide() for block in self.blocks.values()
+    )
+
+  def has_custom_vjp(self) -> bool:
+    """Whether a derivative in it is the user's, and perhaps not linear."""
+    return any(map(has_custom_vjp, self.jaxpr.jaxpr.eqns))
 
   def kind_of(self, atom: Any) -> Kind:
     """Literals are constants."""
@@ -224,6 +233,15 @@ def without_calls(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
 
   return jax.make_jaxpr(lambda *args: run(closed.jaxpr, closed.consts, args))(
     *[x.aval for x in closed.jaxpr.invars]
+  )
+
+
+def has_custom_vjp(eqn: Any) -> bool:
+  """Whether an equation is or calls a function with its own derivative."""
+  return eqn.primitive.name.startswith("custom_vjp") or any(
+    has_custom_vjp(inner)
+    for jaxpr in core.jaxprs_in_params(eqn.params)
+    for inner in jaxpr.eqns
   )
 
 

@@ -39,9 +39,6 @@ _IDENTITIES = (
   "copy_p",
   "sharding_constraint",
   "reduce_precision",
-  "pvary",
-  "pcast",
-  "reduced_vary_cast",
 )
 # What may be computed in float32 although the model says bfloat16.
 _WIDENED = (
@@ -68,7 +65,9 @@ def split(closed: core.ClosedJaxpr, num_leaves: int) -> Block:
     len(invars) - num_leaves
   )
   weights = [
-    Weight(frozenset([i]), Origin(frozenset([i]), (("leaf", i),)), (), False)
+    Weight(
+      frozenset([i]), Origin(frozenset([i]), (("leaf", i),)), (), False, False
+    )
     for i in range(num_leaves)
   ]
   return _Splitter((), ()).split(Block(closed, kinds, 1), weights, {})
@@ -120,6 +119,10 @@ class _Splitter:
     if max(kinds, default=Kind.CONSTANT) == Kind.CONSTANT:
       self._label(eqn, Kind.CONSTANT)
       self._loops.update((x, self._varies(eqn)) for x in eqn.outvars)
+    elif max(kinds) == Kind.WEIGHT and _must_be_data(eqn):
+      self._label(eqn, Kind.DATA)
+      for x in eqn.invars:
+        self._promote(x)
     elif max(kinds) == Kind.WEIGHT:
       self._weight_equation(eqn)
     elif Kind.WEIGHT not in kinds:
@@ -175,14 +178,16 @@ class _Splitter:
         continue
       block.kind[out] = Kind.WEIGHT
       block.definition[out] = eqn
-      narrow = name not in _WIDENED and any(
+      rounded = any(w.rounded for w in inputs) or any(
         program.is_narrow(x.aval) for x in (*eqn.invars, *eqn.outvars)
       )
+      narrow = name not in _WIDENED and rounded
       block.weights[out] = Weight(
         frozenset().union(*(w.leaves for w in inputs)),
         self._origin(eqn, i, inputs),
         loops,
         narrow or any(w.narrow for w in inputs),
+        rounded,
       )
 
   def _origin(
@@ -374,6 +379,17 @@ def _inputs_of(block: Block, var: Any) -> frozenset[Any]:
       for x in block.definition[var].invars
       if block.kind_of(x) == Kind.WEIGHT
     )
+  )
+
+
+def _must_be_data(eqn: Any) -> bool:
+  """Whether a gradient may not be summed before it is taken back through.
+
+  A derivative that the user wrote need not be linear in what comes back. And
+  the norms here are of real numbers.
+  """
+  return program.has_custom_vjp(eqn) or any(
+    jnp.issubdtype(x.aval.dtype, jnp.complexfloating) for x in eqn.outvars
   )
 
 

@@ -144,7 +144,7 @@ class ClippedGrad:
     scaling, groups, norm_def = self._scaling(params)
     traced = self._trace(params, examples)
     checks.loss(traced.block, traced.shapes[0], axes)
-    method, _ = self._method(traced)
+    method, _ = self._method(traced, axes)
 
     def run(
       examples: tuple[PyTree, ...], keep: jax.Array
@@ -201,7 +201,7 @@ class ClippedGrad:
     examples = (batch,) if rng is None else (batch, rng)
     traced = self._trace(params, examples)
     scaling, groups, _ = self._scaling(params)
-    method, reason = self._method(traced)
+    method, reason = self._method(traced, manual_axes.varying_axes(examples))
     names = [
       jax.tree_util.keystr(path)
       for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
@@ -245,7 +245,15 @@ class ClippedGrad:
     num_leaves = len(jax.tree.leaves(params))
     return _Traced(loss_fn, splitting.split(closed, num_leaves), shapes)
 
-  def _method(self, traced: "_Traced") -> tuple[str, str]:
+  def _method(self, traced: "_Traced", axes: frozenset[str]) -> tuple[str, str]:
+    other = manual_axes.axes_in(traced.block.jaxpr.jaxpr) - axes
+    if other and self.method in ("auto", "vmap"):
+      return "vmap", f"the loss also varies over the mesh axes {sorted(other)}"
+    if other:
+      raise ValueError(
+        "method must be 'auto' or 'vmap' for a loss that also varies over the"
+        f" mesh axes {sorted(other)}, got {self.method!r}"
+      )
     if self.method != "auto":
       return self.method, "as asked for"
     if traced.block.rematerialises():

@@ -42,11 +42,16 @@ def clipped_sum(
   examples = [x[index] for x in examples]
   # Without a barrier the compiler would merge the two passes into one.
   examples, scales = jax.lax.optimization_barrier((examples, scales))
-  if len(scales) == 1 and problem.block.is_wide():
+  if (
+    len(scales) == 1
+    and problem.block.is_wide()
+    and not problem.block.has_custom_vjp()
+  ):
     sums = _weighted_gradient(problem, examples, scales[0])
   else:
-    # Several scales an example, or products that would be summed in less than
-    # float32: as in book-keeping, with the scales known beforehand.
+    # Several scales an example, products that would be summed in less than
+    # float32, or a derivative of the user's, that need not scale with the loss:
+    # as in book-keeping, with the scales known beforehand.
     operands, cotangents, _ = bookkeeping.backward(problem, examples)
     formed = [
       _formed(problem, rule, operands, cotangents) for rule in problem.rules
