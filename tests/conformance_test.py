@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 from dpdist import clipping
+from dpdist.clipping import convolution
 from dpdist.clipping import costs
 
 _BATCH = 16
@@ -748,6 +749,34 @@ def test_equals_the_reference(name, method, sharded):
 @pytest.mark.parametrize("name", CASES)
 def test_reference_is_the_same_sharded(name):
   got = _compute(*_problem(name), method="vmap", sharded=True)
+  for mine, theirs in zip(got, _reference(name), strict=True):
+    _assert_close(mine, theirs)
+
+
+# Where a TPU has ways of its own.
+_CONVOLVES = [name for name in CASES if "conv" in name or name == "linen"]
+
+
+@pytest.mark.parametrize(
+  ("method", "min_groups", "sharded"),
+  [
+    ("bookkeeping", 1, True),
+    ("bookkeeping", 1000, True),
+    ("two_pass", 1000, False),
+  ],
+  ids=["groups, 8 devices", "axis, 8 devices", "axis, two passes"],
+)
+@pytest.mark.parametrize("name", _CONVOLVES)
+def test_convolutions_as_for_a_tpu(
+  name, min_groups, method, sharded, monkeypatch
+):
+  # Both ways to form a gradient, and no rounding, for which norms get room.
+  monkeypatch.setattr(convolution, "_MIN_GROUPS", min_groups)
+  monkeypatch.setitem(costs.MODELS, "tpu", _PRICES["memory is free"])
+  with jax.default_matmul_precision("highest"):
+    got = _compute(
+      *_problem(name), method=method, sharded=sharded, platform="tpu"
+    )
   for mine, theirs in zip(got, _reference(name), strict=True):
     _assert_close(mine, theirs)
 

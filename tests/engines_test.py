@@ -9,6 +9,7 @@ import pytest
 
 from dpdist import clipping
 from dpdist.clipping import costs
+from dpdist.clipping import two_pass
 
 METHODS = ("bookkeeping", "two_pass", "vmap")
 _FREE_ARITHMETIC = costs.Model(1e30, 1e10, 1.0)
@@ -268,6 +269,36 @@ def test_accelerators_leave_room_for_the_rounding_of_their_products(
       _net, l2_clip_norm=0.5, method=method, platform=platform
     )(_params(), batch)
   np.testing.assert_allclose(exact.grad_norms, expected.grad_norms, rtol=1e-5)
+
+
+def test_the_lean_engine_rounds_no_product_without_room(monkeypatch):
+  passes = []
+  monkeypatch.setattr(
+    two_pass,
+    "_weighted_gradient",
+    lambda problem, *args, run=two_pass._weighted_gradient: (
+      passes.append(problem.platform) or run(problem, *args)
+    ),
+  )
+
+  # Norms of a weight that is normalised come from its whole gradient.
+  def loss(params, x):
+    weight = params["a"] / jnp.linalg.norm(params["a"])
+    return jnp.sum(jnp.tanh(x @ weight) ** 2)
+
+  def run(loss, platform):
+    passes.clear()
+    fn = clipping.clipped_grad(
+      loss, l2_clip_norm=0.5, method="two_pass", platform=platform
+    )
+    return fn(_params(), _normal(8, 5, 4)).sum["a"]
+
+  np.testing.assert_allclose(run(loss, "tpu"), run(loss, "cpu"), atol=1e-5)
+  assert passes == ["cpu"]
+  run(loss, "tpu")
+  assert not passes
+  run(_net, "tpu")  # Room for each of its products is in the norms.
+  assert passes == ["tpu"]
 
 
 def _layers(params, x):

@@ -499,6 +499,24 @@ def test_a_sharded_batch_outside_shard_map_is_refused():
   sharded = jax.tree.map(lambda x: _put(mesh, x), batch)
   with pytest.raises(ValueError, match=r"outside jax\.shard_map"):
     fn(params, sharded)
+  # Inside a jit only its compiler knows; what it raises is not a ValueError.
+  with pytest.raises(Exception, match=r"outside jax\.shard_map"):
+    jax.jit(lambda p, b: fn(p, b).sum)(params, sharded)
+  alone = jax.jit(lambda p, b: fn(p, b).sum)(params, batch)
+  assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(alone))
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "two_pass", "vmap"])
+def test_a_batch_that_jit_shards_is_right_without_convolutions(method):
+  mesh = _mesh("8")
+  params, batch = _problem("dense")
+  loss = lambda params, example: _dense_loss(params, example, None)[0]
+  fn = clipping.clipped_grad(loss, l2_clip_norm=_CLIP, method=method)
+  run = jax.jit(lambda p, b: fn(p, b).sum)
+  sharded = run(params, jax.tree.map(lambda x: _put(mesh, x), batch))
+  alone = run(params, batch)
+  for name in params:
+    np.testing.assert_allclose(sharded[name], alone[name], atol=1e-5)
 
 
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint])

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from dpdist.clipping import convolution
+from dpdist.clipping import costs
 from dpdist.clipping import evaluate
 from dpdist.clipping import factors
 from dpdist.clipping import gradients
@@ -38,8 +39,7 @@ class Problem(NamedTuple):
     leaves: the parameters.
     groups: for each parameter the number of the group it is clipped with.
     scaling: how gradients are shortened.
-    unit_roundoff: relative error with which the products of a sum round their
-      operands; 0 where they do not.
+    platform: "cpu", "gpu" or "tpu".
   """
 
   block: Block
@@ -47,7 +47,12 @@ class Problem(NamedTuple):
   leaves: Sequence[jax.Array]
   groups: Sequence[int]
   scaling: Scaling
-  unit_roundoff: float
+  platform: str
+
+  @property
+  def unit_roundoff(self) -> float:
+    """Relative error with which the products of a sum round their operands."""
+    return costs.unit_roundoff(self.platform)
 
 
 def clipped_sum(
@@ -136,7 +141,10 @@ def norm(
       problem,
       {
         site.key: gradients.weight_gradient(
-          site, operands.get(site.key), cotangents[site.key]
+          site,
+          operands.get(site.key),
+          cotangents[site.key],
+          problem.platform,
         )
         for site in rule.sites
       },
@@ -153,7 +161,10 @@ def norm(
     gradients.placed(
       site,
       gradients.weight_gradient(
-        site, operands.get(site.key), cotangents[site.key]
+        site,
+        operands.get(site.key),
+        cotangents[site.key],
+        problem.platform,
       ),
       first,
     )
@@ -249,12 +260,15 @@ def weighted_sum(
       products.extend((site, scale) for site in rule.sites)
     else:
       of_weights[rule.sites[0].key] = reference.weighted_sum(formed, scale)
-  of_weights |= _products(products, operands, cotangents, scales[0] != 0)
+  of_weights |= _products(
+    problem, products, operands, cotangents, scales[0] != 0
+  )
   sums = to_leaves(problem, of_weights, frozenset(range(len(groups))))
   return [sums[i] + of_leaves.get(i, 0.0) for i in range(len(groups))]
 
 
 def _products(
+  problem: Problem,
   sites: Sequence[tuple[Site, jax.Array]],
   operands: dict[Key, jax.Array],
   cotangents: dict[Key, jax.Array],
@@ -270,15 +284,14 @@ def _products(
       scaled[site.key], others[site.key] = _scaled(scale, g), x
     else:
       scaled[site.key], others[site.key] = _scaled(scale, gradients.widen(x)), g
-  others = jax.lax.cond(
-    jnp.all(keep),
-    lambda others: others,
-    lambda others: {
-      key: jnp.where(_rows(keep, x), x, jnp.zeros((), x.dtype))
-      for key, x in others.items()
-    },
-    others,
-  )
+  only_kept = lambda others: {
+    key: jnp.where(_rows(keep, x), x, jnp.zeros((), x.dtype))
+    for key, x in others.items()
+  }
+  if problem.platform == "tpu":  # Where it becomes a part of the product.
+    others = only_kept(others)
+  else:
+    others = jax.lax.cond(jnp.all(keep), lambda x: x, only_kept, others)
   sums = {}
   for site, _ in sites:
     one, other = scaled[site.key], others[site.key]

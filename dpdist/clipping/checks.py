@@ -57,20 +57,29 @@ def batch_size(batch: PyTree) -> int:
   return shapes[0][0]
 
 
-def refuse_sharded_outside_shard_map(batch: PyTree) -> None:
-  """A batch of which the partitioner would make wrong gradients."""
-  # Left to the partitioner, per-example convolution gradients of a sharded
-  # batch come out wrong without an error.
+def refuse_sharded_outside_shard_map(batch: PyTree, block: Block) -> None:
+  """A batch of which the partitioner would make wrong gradients.
+
+  Left to it, convolutions with a kernel or a kernel's gradient for each example
+  of a sharded batch come out wrong without an error. Inside a jit it is known
+  only to the compiler how a batch is sharded.
+  """
   for leaf in jax.tree.leaves(batch):
     if manual_axes.varying_axes(leaf):
       continue
-    sharding = getattr(leaf, "sharding", None)
-    if sharding is not None and not sharding.is_fully_replicated:
-      raise ValueError(
-        "batch is sharded over several devices outside jax.shard_map, where"
-        " per-example gradients cannot be trusted: call clipped_grad inside"
-        f" jax.shard_map; got sharding {sharding}"
-      )
+    if not isinstance(leaf, jax.core.Tracer):
+      _refuse_sharding(getattr(leaf, "sharding", None))
+    elif block.convolves() and jax.device_count() > 1:
+      jax.debug.inspect_array_sharding(leaf, callback=_refuse_sharding)
+
+
+def _refuse_sharding(sharding: Any) -> None:
+  if sharding is not None and not sharding.is_fully_replicated:
+    raise ValueError(
+      "batch is sharded over several devices outside jax.shard_map, where"
+      " per-example gradients cannot be trusted: call clipped_grad inside"
+      f" jax.shard_map; got sharding {sharding}"
+    )
 
 
 def per_example_keys(

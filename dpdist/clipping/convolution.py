@@ -13,6 +13,8 @@ with the input shifted by k. Three ways lead to the norm:
 Any stride, dilation, padding and number of groups, and any number of axes.
 """
 
+from collections.abc import Callable, Sequence
+import functools
 import itertools
 import math
 from typing import Any, NamedTuple
@@ -21,10 +23,17 @@ import jax
 import jax.numpy as jnp
 
 from dpdist.clipping import factors
+from dpdist.clipping import manual_axes
+from dpdist.clipping import program
 from dpdist.clipping.program import Site
 
 # With fewer channels, a product for each offset is faster than one for all.
 _MIN_CHANNELS = 8
+# A TPU's compiler turns fewer groups than this into one dense convolution, with
+# as many times the arithmetic. With more, and few channels, groups move the
+# fewest bytes.
+_MIN_GROUPS = 128
+_MOST_GROUPED_CHANNELS = 32
 
 
 class Sizes(NamedTuple):
@@ -37,6 +46,8 @@ class Sizes(NamedTuple):
     groups: of channels.
     inputs: channels of the input in a group.
     outputs: channels of the output in a group.
+    phases: into which the strides sort the pixels.
+    cells: padded positions in a phase.
   """
 
   padded: int
@@ -45,6 +56,8 @@ class Sizes(NamedTuple):
   groups: int
   inputs: int
   outputs: int
+  phases: int
+  cells: int
 
 
 class _Geometry(NamedTuple):
@@ -90,17 +103,22 @@ def sizes(site: Site) -> Sizes:
   lhs = site.eqn.invars[0].aval.shape
   out = site.eqn.outvars[0].aval.shape
   rows = lhs[g.lhs[0]]
-  padded = rows * math.prod(
+  space = [
     max(0, low + high + lhs[a] + max(0, lhs[a] - 1) * holes)
     for a, (low, high, holes) in zip(g.lhs[2:], g.padding, strict=True)
-  )
+  ]
   return Sizes(
-    padded,
+    rows * math.prod(space),
     rows * math.prod(g.output),
     math.prod(g.kernel),
     g.groups,
     lhs[g.lhs[1]] // g.groups,
     out[g.out[1]] // g.groups,
+    math.prod(g.strides),
+    rows
+    * math.prod(
+      -(-n // step) for n, step in zip(space, g.strides, strict=True)
+    ),
   )
 
 
@@ -132,23 +150,129 @@ def _offsets(g: _Geometry) -> list[tuple[int, ...]]:
   return list(itertools.product(*map(range, g.kernel)))
 
 
-def instantiate(site: Site, x: jax.Array, cotangent: jax.Array) -> jax.Array:
+def instantiate(
+  site: Site, x: jax.Array, cotangent: jax.Array, platform: str
+) -> jax.Array:
   """The gradient of the kernel for one example.
 
   Args:
     site: a conv_general_dilated.
     x: the input, without loops.
     cotangent: of the output.
+    platform: "cpu", "gpu" or "tpu".
 
   Returns:
     Shaped like the kernel, float32 or wider.
   """
+  if platform == "tpu":
+    return _by_convolution(site)(x[None], cotangent[None])[0]
   g = _geometry(site)
   x, cotangent = _arrange(g, x, cotangent)
   precision = site.eqn.params["precision"]
   if x.shape[-1] >= _MIN_CHANNELS and all(n == 1 for n in g.strides[:-1]):
     return _as_kernel(g, _by_both_sides(g, x, cotangent, precision))
   return _as_kernel(g, _by_rows(g, x, cotangent, precision))
+
+
+def _by_convolution(
+  site: Site,
+) -> Callable[[jax.Array, jax.Array], jax.Array]:
+  """One convolution for all examples: reads each operand once.
+
+  Returns:
+    A function of inputs and of gradients of the output, [N, ...], to those of
+    the kernel, [N, ...]. Under vmap N grows, where JAX's own rule would make
+    groups of channels.
+  """
+  g = _geometry(site)
+  channels = site.eqn.invars[0].aval.shape[g.lhs[1]] // g.groups
+
+  @jax.custom_batching.custom_vmap
+  def gradients(x: jax.Array, cotangent: jax.Array) -> jax.Array:
+    if x.shape[0] >= _MIN_GROUPS and channels <= _MOST_GROUPED_CHANNELS:
+      return jax.vmap(functools.partial(_by_groups, site))(x, cotangent)
+    return _by_axis_of_space(site, x, cotangent)
+
+  @gradients.def_vmap
+  def batched(
+    size: int, in_batched: list[bool], *args: jax.Array
+  ) -> tuple[jax.Array, bool]:
+    flat = [
+      (y if own else jnp.broadcast_to(y, (size, *y.shape))).reshape(
+        -1, *y.shape[2 if own else 1 :]
+      )
+      for own, y in zip(in_batched, args, strict=True)
+    ]
+    out = gradients(*flat)
+    return out.reshape(size, -1, *out.shape[1:]), True
+
+  return gradients
+
+
+def _by_groups(site: Site, x: jax.Array, cotangent: jax.Array) -> jax.Array:
+  """JAX's own gradient, which under vmap has a group for each example."""
+  wide = jnp.promote_types(x.dtype, jnp.float32)
+  kernel = manual_axes.cast_to_varying(
+    jnp.zeros(site.eqn.invars[1].aval.shape, wide),
+    manual_axes.varying_axes((x, cotangent)),
+  )
+  run = lambda kernel: program.bind(
+    site.eqn, [x.astype(wide), kernel], preferred_element_type=wide
+  )[0]
+  return jax.vjp(run, kernel)[1](cotangent.astype(wide))[0]
+
+
+def _by_axis_of_space(
+  site: Site, x: jax.Array, cotangent: jax.Array
+) -> jax.Array:
+  """A convolution with the output's gradients as its kernel.
+
+  The examples are one more axis of space, with holes and a stride such that
+  each meets itself alone; this is how XLA writes a batched matrix product for a
+  TPU's matrix unit.
+  """
+  g = _geometry(site)
+  size, ndim = x.shape[0], len(g.kernel)
+  dtype = jnp.promote_types(x.dtype, cotangent.dtype)
+  x, cotangent = x.astype(dtype), cotangent.astype(dtype)
+  along = lambda axes: [a + 1 for a in axes]
+  # Channels of one group, examples, space, groups and rows.
+  x = jnp.transpose(x, (*along(g.lhs), 0))
+  x = x.reshape(x.shape[0], g.groups, -1, *x.shape[2:])
+  x = jnp.transpose(x, (2, 3 + ndim, *range(3, 3 + ndim), 1, 0))
+  x = x.reshape(*x.shape[:-2], -1)
+  # Examples, space, rows, channels of all groups.
+  cotangent = jnp.transpose(
+    cotangent, (0, *along(g.out[2:]), *along((g.out[0], g.out[1])))
+  )
+  padding = []
+  for a in range(ndim):
+    low, _, holes = g.padding[a]
+    n = x.shape[2 + a] + max(0, x.shape[2 + a] - 1) * holes
+    span = (g.kernel[a] - 1) * g.dilation[a]
+    span += (g.output[a] - 1) * g.strides[a] + 1
+    padding.append((low, span - low - n))
+  space = tuple(range(1, 2 + ndim))
+  grad = jax.lax.conv_general_dilated(
+    x,
+    cotangent,
+    window_strides=(max(1, size - 1), *g.dilation),
+    padding=[(0, 0), *padding],
+    lhs_dilation=(size, *(holes + 1 for _, _, holes in g.padding)),
+    rhs_dilation=(1, *g.strides),
+    dimension_numbers=jax.lax.ConvDimensionNumbers(
+      (0, 2 + ndim, *space),
+      (2 + ndim, 1 + ndim, *range(1 + ndim)),
+      (0, 2 + ndim, *space),
+    ),
+    feature_group_count=g.groups,
+    precision=site.eqn.params["precision"],
+    preferred_element_type=jnp.promote_types(dtype, jnp.float32),
+  )
+  # Inputs, examples, kernel, outputs: to the kernel's own axes.
+  grad = jnp.transpose(grad, (1, 2 + ndim, 0, *range(2, 2 + ndim)))
+  inverse = [g.rhs.index(a) for a in range(ndim + 2)]
+  return jnp.transpose(grad, (0, *along(inverse)))
 
 
 def _by_rows(
@@ -262,35 +386,90 @@ def patches(site: Site, x: jax.Array, cotangent: jax.Array) -> factors.Dense:
 
 
 def squared_norm(site: Site, x: jax.Array, cotangent: jax.Array) -> jax.Array:
-  """The squared norm of that gradient, never much too small (`factors`)."""
+  """The squared norm of that gradient, never much too small (`factors`).
+
+  An offset of the kernel moves both pixels of a pair. With the pixels of the
+  padded input in one row that is a shift along a diagonal; a stride sorts them
+  into phases first, of which each offset meets one.
+  """
   g = _geometry(site)
-  precision = site.eqn.params["precision"]
   x, cotangent = _arrange(g, x, cotangent)
-  wide = jnp.promote_types(x.dtype, jnp.float32)
+  x, cells = _phases(g, x)
+  room = [(0, n - size) for n, size in zip(cells, g.output, strict=True)]
+  cotangent = jnp.pad(cotangent, [(0, 0), *room, (0, 0), (0, 0)])
+  outs = jnp.moveaxis(cotangent.reshape(-1, *cotangent.shape[-2:]), 1, 0)
 
-  def gram(y: jax.Array) -> jax.Array:
-    space = y.shape[:-2]
-    y = y.reshape(-1, *y.shape[-2:])
-    pairs = jnp.einsum(
-      "tgi,ugi->gtu",
-      y,
-      y,
-      precision=precision,
-      preferred_element_type=wide,
-    )
-    return pairs.reshape(g.groups, *space, *space)
-
-  axes = x.ndim - 2
-  pairs = gram(x)
-  windows = jnp.zeros((g.groups, *(cotangent.shape[:-2] * 2)), wide)
-  for k in _offsets(g):
-    shifted = _window(g, pairs, k, 2)
-    windows = windows + _window(g, shifted, k, 2 + axes)
-  outs = gram(cotangent)
-  square = jnp.sum(windows * outs)
-  positions = math.prod(cotangent.shape[:-2])
-  diagonal = lambda z: jnp.maximum(
-    jnp.diagonal(z.reshape(g.groups, positions, positions), axis1=1, axis2=2), 0
+  gram = functools.partial(_gram, precision=site.eqn.params["precision"])
+  pairs = _sum_of_shifts(g, gram(x), cells, 2)
+  span = pairs.shape[-1]
+  outs = outs[:, :span]  # What is cut off is padding.
+  square = jnp.sum(pairs * gram(outs))
+  squares = lambda y: jnp.sum(
+    jnp.square(y.astype(pairs.dtype)), axis=-1, dtype=pairs.dtype
   )
-  terms = jnp.sum(jnp.sqrt(diagonal(windows) * diagonal(outs)), axis=-1)
+  patches = _sum_of_shifts(g, squares(x), cells, 1)
+  terms = jnp.sum(jnp.sqrt(patches * squares(outs)), axis=-1)
   return jnp.maximum(square, factors.TRUSTED * jnp.sum(jnp.square(terms)))
+
+
+def _phases(g: _Geometry, x: jax.Array) -> tuple[jax.Array, list[int]]:
+  """Rows, space, groups, channels to phases of each axis, groups, rows and
+  cells of space in one, channels; and the number of cells of each axis."""
+  ndim = len(g.kernel)
+  cells = [
+    -(-size // step) for size, step in zip(x.shape[1:], g.strides, strict=False)
+  ]
+  room = [
+    (0, n * step - size)
+    for n, step, size in zip(cells, g.strides, x.shape[1:], strict=False)
+  ]
+  x = jnp.pad(x, [(0, 0), *room, (0, 0), (0, 0)])
+  split = [n for pair in zip(cells, g.strides, strict=True) for n in pair]
+  x = x.reshape(x.shape[0], *split, *x.shape[-2:])
+  phases = range(2, 2 * ndim + 1, 2)
+  space = range(1, 2 * ndim + 1, 2)
+  x = jnp.transpose(x, (*phases, 2 * ndim + 1, 0, *space, 2 * ndim + 2))
+  return x.reshape(*g.strides, g.groups, -1, x.shape[-1]), cells
+
+
+def _sum_of_shifts(
+  g: _Geometry, x: jax.Array, cells: Sequence[int], moved: int
+) -> jax.Array:
+  """Sums over the offsets of the kernel.
+
+  Args:
+    g: the convolution.
+    x: phases, groups, and pixels once or twice.
+    cells: of each axis of space.
+    moved: how many of the last axes hold pixels, which all move together.
+
+  Returns:
+    Groups and pixels; only as many as all offsets have.
+  """
+  for axis in reversed(range(len(g.kernel))):
+    pitch = math.prod(cells[axis + 1 :])
+    at = [
+      divmod(k * g.dilation[axis], g.strides[axis])
+      for k in range(g.kernel[axis])
+    ]
+    size = x.shape[-1] - max(shift for shift, _ in at) * pitch
+    total: Any = 0
+    for shift, phase in at:
+      part = jax.lax.index_in_dim(x, phase, axis, keepdims=False)
+      for a in range(part.ndim - moved, part.ndim):
+        start = shift * pitch
+        part = jax.lax.slice_in_dim(part, start, start + size, axis=a)
+      total = total + part
+    x = total
+  return x
+
+
+def _gram(x: jax.Array, precision: Any) -> jax.Array:
+  """Inner products of all pairs of rows."""
+  return jnp.einsum(
+    "...ti,...ui->...tu",
+    x,
+    x,
+    precision=precision,
+    preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+  )

@@ -36,11 +36,26 @@ class Model(NamedTuple):
     flops_per_second: of matrix products.
     bytes_per_second: of memory.
     kept_factor: how much dearer a byte that is kept is than one that is read.
+    tile: a matrix product computes multiples of this many entries, along the
+      axis that is summed and one of the others.
+    reads_patches: whether forming the gradient of a kernel reads the input once
+      for each offset, instead of once.
+    patch_passes: how often patches are read or written to make a matrix of
+      them and use it.
   """
 
   flops_per_second: float
   bytes_per_second: float
   kept_factor: float
+  tile: int = 1
+  reads_patches: bool = True
+  patch_passes: float = 3.0
+
+  def product(self, rows: int, summed: int, columns: int) -> float:
+    """Floating-point operations of a matrix product."""
+    tiled = lambda n: -(-n // self.tile) * self.tile
+    free = min(rows * tiled(columns), tiled(rows) * columns)
+    return 2.0 * free * tiled(summed)
 
   def without_keeping(self) -> "Model":
     """A model by which nothing is kept that need not be."""
@@ -68,75 +83,70 @@ def unit_roundoff(platform: str) -> float:
 MODELS = {
   "cpu": Model(5e10, 1e10, 2.0),
   "gpu": Model(1e14, 2e12, 1.0),
-  "tpu": Model(5e13, 8e11, 1.0),
+  # Products as small as an example's leave most of the matrix unit idle.
+  "tpu": Model(8e12, 8e11, 1.0, 128, reads_patches=False, patch_passes=12.0),
 }
 
 
-def forming(site: Site) -> Cost:
+def forming(site: Site, model: Model) -> Cost:
   """Forming the gradient of a product's weight."""
-  _, positions, rows, columns, count = _shape(site)
-  return Cost(
-    2.0 * count * positions * rows * columns,
-    4.0 * count * positions * (rows + columns),
-    0,
-  )
-
-
-def _shape(site: Site) -> tuple[str, int, int, int, int]:
+  if site.name == "gather":
+    # Adds a row to the table for each position.
+    return Cost(0, 4.0 * math.prod(site.tap_shape), 0)
   if site.name == "dot_general":
     count, positions, rows, columns = factors.sizes(site)
-    return "dot", positions, rows, columns, count
-  loops = math.prod(site.lengths)
-  if site.name == "gather":
-    out = math.prod(site.out.shape)
-    table = site.eqn.invars[0].aval.shape
-    return "lookup", 1, table[0], table[1], out // max(1, out)
-  s = convolution.sizes(site)
-  return (
-    "convolution",
-    s.positions,
-    s.offsets * s.inputs,
-    s.outputs,
-    s.groups * loops,
-  )
+    read = positions * (rows + columns)
+  else:
+    s = convolution.sizes(site)
+    count = s.groups * math.prod(site.lengths)
+    positions, rows, columns = s.positions, s.offsets * s.inputs, s.outputs
+    read = positions * columns
+    read += positions * rows if model.reads_patches else s.padded * s.inputs
+  flops = count * model.product(rows, positions, columns)
+  return Cost(flops, 4.0 * count * read, 0)
 
 
-def gram(sites: tuple[Site, ...]) -> Cost:
+def gram(sites: tuple[Site, ...], model: Model) -> Cost:
   """Inner products of all pairs of positions, of rows and of columns."""
-  count, positions, width = 1, 0, 0
+  count, positions = 1, 0
+  widths: tuple[int, ...] = (0, 0)
   for site in sites:
     if site.name == "gather":
       n = site.eqn.invars[0].aval.shape[1]
       positions += math.prod(site.tap_shape) // max(1, n)
-      width = max(width, n)
+      widths = (widths[0], max(widths[1], n))
     else:
-      count, more, rows, columns = factors.sizes(site)
+      count, more, *mine = factors.sizes(site)
       positions += more
-      width = max(width, rows + columns)
+      widths = max(widths, tuple(mine), key=sum)
   if positions == 1:
-    return Cost(0, 4.0 * count * width, 0)
+    return Cost(0, 4.0 * count * sum(widths), 0)
   return Cost(
-    2.0 * count * positions**2 * width,
-    4.0 * count * (4 * positions**2 + positions * width),
+    count * sum(model.product(positions, n, positions) for n in widths),
+    4.0 * count * (4 * positions**2 + positions * sum(widths)),
     0,
   )
 
 
-def patch_gram(s: convolution.Sizes) -> Cost:
+def patch_gram(s: convolution.Sizes, model: Model) -> Cost:
   """The same for a convolution, of patches."""
-  width = s.offsets * s.inputs + s.outputs
+  rows = s.offsets * s.inputs
+  pairs = lambda width: model.product(s.positions, width, s.positions)
+  passed = model.patch_passes * s.positions * (rows + s.outputs)
   return Cost(
-    2.0 * s.groups * s.positions**2 * width,
-    4.0 * s.groups * (4 * s.positions**2 + 3 * s.positions * width),
+    s.groups * (pairs(rows) + pairs(s.outputs)),
+    4.0 * s.groups * (4 * s.positions**2 + passed),
     0,
   )
 
 
-def diagonal_gram(s: convolution.Sizes) -> Cost:
+def diagonal_gram(s: convolution.Sizes, model: Model) -> Cost:
   """The same, of pixels, summed along diagonals."""
-  pairs = s.padded**2 + s.positions**2
+  pairs = lambda width: model.product(s.cells, width, s.cells)
+  pixels = s.phases * s.cells * s.inputs + s.cells * s.outputs
   return Cost(
-    2.0 * s.groups * (s.padded**2 * s.inputs + s.positions**2 * s.outputs),
-    4.0 * s.groups * (2 * pairs + s.offsets * s.positions**2),
+    s.groups * (s.phases * pairs(s.inputs) + pairs(s.outputs)),
+    # Padding, sorting and shifting are passes of their own.
+    4.0 * s.groups * (4 * (s.phases + 1) * s.cells**2 + 6 * pixels),
     0,
   )

@@ -26,7 +26,10 @@ def terms(site: Site, x: jax.Array, g: jax.Array) -> jax.Array:
 
 
 def weight_gradient(
-  site: Site, operand: jax.Array | None, cotangent: jax.Array
+  site: Site,
+  operand: jax.Array | None,
+  cotangent: jax.Array,
+  platform: str,
 ) -> jax.Array:
   """The gradient of a site's weight for one example, of shape weight_shape."""
   shared = tuple(i for i, each in enumerate(site.weight.loops) if not each)
@@ -34,7 +37,7 @@ def weight_gradient(
     return jnp.sum(widen(cotangent), axis=shared)
   assert operand is not None
   if site.name == "conv_general_dilated":
-    one = lambda x, g: convolution.instantiate(site, x, g)
+    one = lambda x, g: convolution.instantiate(site, x, g, platform)
     for _ in site.lengths:
       one = jax.vmap(one)
     return jnp.sum(one(operand, cotangent), axis=shared)

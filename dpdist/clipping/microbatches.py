@@ -15,7 +15,7 @@ PyTree = Any
 # Activations and output gradients that are worked on at once, where smaller
 # parts are faster because they stay in the cache. Each part of an unrolled
 # batch is compiled anew, so there are few.
-_CACHE_BYTES = {"cpu": 2**22}
+_CACHE_BYTES = {"cpu": 2**22, "tpu": 2**27}
 _MOST_PARTS = 4
 
 

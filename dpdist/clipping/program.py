@@ -154,8 +154,10 @@ class Block:
       yield from block.all_sites()
 
   def convolves(self) -> bool:
-    """Whether there is a convolution with a weight in it."""
-    return any(s.name == "conv_general_dilated" for s in self.all_sites())
+    """Whether there is a convolution in it, of whatever."""
+    return any(
+      _uses(eqn, "conv_general_dilated") for eqn in self.jaxpr.jaxpr.eqns
+    )
 
   def rematerialises(self) -> bool:
     """Whether a part with weights is computed again in the backward pass."""
@@ -238,8 +240,12 @@ def without_calls(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
 
 def has_custom_vjp(eqn: Any) -> bool:
   """Whether an equation is or calls a function with its own derivative."""
-  return eqn.primitive.name.startswith("custom_vjp") or any(
-    has_custom_vjp(inner)
+  return _uses(eqn, "custom_vjp")
+
+
+def _uses(eqn: Any, prefix: str) -> bool:
+  return eqn.primitive.name.startswith(prefix) or any(
+    _uses(inner, prefix)
     for jaxpr in core.jaxprs_in_params(eqn.params)
     for inner in jaxpr.eqns
   )

@@ -60,7 +60,7 @@ def choose(
       clusters = [(tuple(component), "parameters")]
     for cluster, view in clusters:
       leaves = frozenset().union(*(site.weight.leaves for site in cluster))
-      ways = dict(_ways(cluster, view))
+      ways = dict(_ways(cluster, view, model))
       if mixed:  # The parameters' shares in a product cannot be scaled apart.
         ways = {"keep": ways["keep"]}
       way = min(ways, key=lambda w: model.seconds(ways[w]))
@@ -69,13 +69,13 @@ def choose(
 
 
 def _ways(
-  sites: tuple[Site, ...], view: str
+  sites: tuple[Site, ...], view: str, model: costs.Model
 ) -> Iterable[tuple[str, costs.Cost]]:
   size = math.prod(sites[0].weight_shape)
   products = [site for site in sites if site.eqn is not None]
   if view == "parameters":
     size = sum(math.prod(site.weight_shape) for site in sites)
-  forming = [costs.forming(site) for site in products]
+  forming = [costs.forming(site, model) for site in products]
   formed = costs.Cost(
     sum(c.flops for c in forming),
     sum(c.bytes for c in forming) + 8 * size,
@@ -89,7 +89,7 @@ def _ways(
   if len(products) == len(sites) and not narrow and view != "parameters":
     yield "drop", formed
   if view == "factors":
-    yield "gram", costs.gram(sites)
+    yield "gram", costs.gram(sites, model)
   elif (
     view == "weight"
     and len(sites) == 1
@@ -97,8 +97,8 @@ def _ways(
     and not sites[0].lengths
   ):
     shape = convolution.sizes(sites[0])
-    yield "gram", costs.patch_gram(shape)
-    yield "diagonal", costs.diagonal_gram(shape)
+    yield "gram", costs.patch_gram(shape, model)
+    yield "diagonal", costs.diagonal_gram(shape, model)
 
 
 def _components(sites: Iterable[Site]) -> list[list[Site]]:

@@ -124,7 +124,6 @@ class ClippedGrad:
         shape does not fit; the loss mixes the examples of several devices.
     """
     batch_size = checks.batch_size(batch)
-    checks.refuse_sharded_outside_shard_map(batch)
     axes = manual_axes.varying_axes((batch, is_padding_example, rng))
     if is_padding_example is None:
       keep = jnp.ones((batch_size,), bool)
@@ -143,6 +142,7 @@ class ClippedGrad:
     examples = (batch,) if rng is None else (batch, rng)
     scaling, groups, norm_def = self._scaling(params)
     traced = self._trace(params, examples)
+    checks.refuse_sharded_outside_shard_map(batch, traced.block)
     checks.loss(traced.block, traced.shapes[0], axes)
     method, _ = self._method(traced, axes)
 
@@ -173,7 +173,10 @@ class ClippedGrad:
       batch_size,
       size,
       axes,
-      unroll=self._platform == "cpu" and traced.block.convolves(),
+      # XLA on a CPU is many times slower at convolutions inside a loop; for a
+      # TPU it plans the use of fast memory better without one.
+      unroll=(self._platform == "cpu" and traced.block.convolves())
+      or (self._platform == "tpu" and self.microbatch_size is None),
     )
     return ClippedGrads(
       jax.tree.unflatten(jax.tree.structure(params), total),
@@ -280,7 +283,7 @@ class ClippedGrad:
       jax.tree.leaves(params),
       groups,
       scaling,
-      costs.unit_roundoff(self._platform),
+      self._platform,
     )
 
   def _scaling(self, params: PyTree) -> tuple[Scaling, list[int], Any]:

@@ -46,12 +46,14 @@ def clipped_sum(
     len(scales) == 1
     and problem.block.is_wide()
     and not problem.block.has_custom_vjp()
+    and not _rounds_what_is_kept(problem)
   ):
     sums = _weighted_gradient(problem, examples, scales[0])
   else:
     # Several scales an example, products that would be summed in less than
-    # float32, or a derivative of the user's, that need not scale with the loss:
-    # as in book-keeping, with the scales known beforehand.
+    # float32, a derivative of the user's, that need not scale with the loss, or
+    # rounding that the norms have no room for: as in book-keeping, with the
+    # scales known beforehand.
     operands, cotangents, _ = bookkeeping.backward(problem, examples)
     formed = [
       _formed(problem, rule, operands, cotangents) for rule in problem.rules
@@ -118,6 +120,15 @@ def _squared_norms(
     for group, square in found.items():
       squares[group] = squares[group] + square
   return squares, outs
+
+
+def _rounds_what_is_kept(problem: bookkeeping.Problem) -> bool:
+  """Whether a product would be summed that has no room for its rounding: norms
+  of gradients that are kept are those of what book-keeping sums."""
+  return problem.unit_roundoff > 0 and any(
+    rule.way == "keep" and any(site.eqn is not None for site in rule.sites)
+    for rule in problem.rules
+  )
 
 
 def _is_local(rule: Rule) -> bool:

@@ -30,20 +30,24 @@ import dpdist
 from tests.benchmarks import clipping_models
 
 _JAX_PRIVACY = "jax-privacy"
-_METHODS = ("auto", "bookkeeping", "two_pass", "vmap", _JAX_PRIVACY)
+METHODS = ("auto", "bookkeeping", "two_pass", "vmap", _JAX_PRIVACY)
 
 
-def _candidates(
-  problem: clipping_models.Problem, methods: tuple[str, ...]
+def candidates(
+  problem: clipping_models.Problem,
+  methods: tuple[str, ...],
+  platform: str | None = None,
 ) -> dict[str, Callable[..., Any]]:
-  """What is timed, by name; the ordinary gradient first."""
+  """What is compared, by name; the ordinary gradient first."""
   mean = lambda params, batch: problem.losses(params, batch).mean()
   found: dict[str, Callable[..., Any]] = {"ordinary": jax.grad(mean)}
   for method in methods:
     if method == _JAX_PRIVACY:
       found |= _jax_privacy(problem)
       continue
-    fn = dpdist.clipped_grad(problem.loss, l2_clip_norm=1.0, method=method)
+    fn = dpdist.clipped_grad(
+      problem.loss, l2_clip_norm=1.0, method=method, platform=platform
+    )
     found[method] = lambda p, b, fn=fn: fn(p, b).sum
   return found
 
@@ -75,7 +79,7 @@ def measure(
   size = len(jax.tree.leaves(problem.batch)[0])
   programs = {
     key: jax.jit(fn).lower(*args).compile()
-    for key, fn in _candidates(problem, methods).items()
+    for key, fn in candidates(problem, methods).items()
   }
   memory = {
     key: program.memory_analysis().temp_size_in_bytes
@@ -131,8 +135,8 @@ def main() -> None:
     "--torch_python", help="a Python with torch and opacus, to time Opacus too"
   )
   arguments = parser.parse_args()
-  names = _chosen("models", arguments.models, clipping_models.NAMES)
-  methods = _chosen("methods", arguments.methods, _METHODS)
+  names = chosen("models", arguments.models, clipping_models.NAMES)
+  methods = chosen("methods", arguments.methods, METHODS)
   rows = []
   if not arguments.json:
     print(
@@ -169,14 +173,15 @@ def main() -> None:
     print(f"geometric mean of auto's time ratios: {mean:.3f}")
 
 
-def _chosen(
+def chosen(
   flag: str, given: str | None, known: tuple[str, ...]
 ) -> tuple[str, ...]:
-  chosen = tuple(given.split(";")) if given else known
-  for name in chosen:
+  """The names that a flag gives, separated by semicolons; all without one."""
+  names = tuple(given.split(";")) if given else known
+  for name in names:
     if name not in known:
       sys.exit(f"--{flag} must be some of {'; '.join(known)}, got {name!r}")
-  return chosen
+  return names
 
 
 def _show(row: dict[str, Any]) -> None:

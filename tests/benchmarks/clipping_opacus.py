@@ -18,6 +18,7 @@ import torch
 from torch import nn
 
 _ROUNDS = 5
+_TOKENS = 4096
 
 
 class Residual(nn.Module):
@@ -40,6 +41,48 @@ class Residual(nn.Module):
     """[B, inputs, H, W] -> [B, outputs, H / stride, W / stride]."""
     y = self.before(x)
     return self.inner(y) + (x if self.shortcut is None else self.shortcut(y))
+
+
+class Block(nn.Module):
+  """A block of the decoder: attention, then two dense layers."""
+
+  def __init__(self, width: int):
+    super().__init__()
+    self.before = nn.LayerNorm(width)
+    self.q, self.k, self.v, self.out = (nn.Linear(width, width) for _ in "qkvo")
+    self.dense = nn.Sequential(
+      nn.LayerNorm(width),
+      nn.Linear(width, 4 * width),
+      nn.GELU(),
+      nn.Linear(4 * width, width),
+    )
+
+  def forward(self, x: torch.Tensor) -> torch.Tensor:
+    """[B, T, width] -> [B, T, width]."""
+    y = self.before(x)
+    heads = lambda z: z.unflatten(-1, (4, -1)).transpose(1, 2)
+    q, k, v = heads(self.q(y)), heads(self.k(y)), heads(self.v(y))
+    y = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+    x = x + self.out(y.transpose(1, 2).flatten(2))
+    return x + self.dense(x)
+
+
+class Decoder(nn.Module):
+  """Width 256, four blocks, 4,096 tokens, separate head."""
+
+  def __init__(self, length: int):
+    super().__init__()
+    self.tokens = nn.Embedding(_TOKENS, 256)
+    self.positions = nn.Embedding(length, 256)
+    self.blocks = nn.Sequential(*(Block(256) for _ in range(4)))
+    self.head = nn.Sequential(
+      nn.LayerNorm(256), nn.Linear(256, _TOKENS, bias=False)
+    )
+
+  def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    """[B, T] -> [B, T, tokens]."""
+    places = torch.arange(tokens.shape[1]).repeat(len(tokens), 1)
+    return self.head(self.blocks(self.tokens(tokens) + self.positions(places)))
 
 
 def _models() -> dict[str, tuple[nn.Module, tuple[int, ...], int]]:
@@ -81,17 +124,28 @@ def _models() -> dict[str, tuple[nn.Module, tuple[int, ...], int]]:
     "mlp": (mlp, (1, 28, 28), 256),
     "cnn": (cnn, (1, 28, 28), 512),
     "wrn-16-4": (wrn, (3, 32, 32), 32),
+    "gpt, 128 tokens": (Decoder(128), (128,), 16),
+    "gpt, 32 tokens": (Decoder(32), (32,), 64),
   }
+
+
+def _losses(model: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+  """[B]."""
+  logits = model(x)
+  losses = nn.functional.cross_entropy(
+    logits.flatten(0, -2), y.flatten(), reduction="none"
+  )
+  return losses.reshape(len(x), -1).mean(dim=1)
 
 
 def _ordinary(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
   model.zero_grad(set_to_none=True)
-  nn.functional.cross_entropy(model(x), y).backward()
+  _losses(model, x, y).mean().backward()
 
 
 def _hooks(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
   model.zero_grad(set_to_none=True)
-  nn.functional.cross_entropy(model(x), y, reduction="sum").backward()
+  _losses(model, x, y).sum().backward()
   params = list(model.parameters())
   norms = torch.stack(
     [p.grad_sample.flatten(1).norm(dim=1) for p in params]
@@ -104,7 +158,7 @@ def _hooks(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> None:
 
 def _ghost(model: Any, x: torch.Tensor, y: torch.Tensor) -> None:
   model.zero_grad(set_to_none=True)
-  losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+  losses = _losses(model, x, y)
   losses.sum().backward(retain_graph=True)
   scale = model.get_clipping_coef().detach()
   model.zero_grad(set_to_none=True)
@@ -125,7 +179,11 @@ def main() -> None:
   rows = []
   for name, (plain, shape, size) in _models().items():
     copies = {key: _models()[name][0] for key in ("hooks", "ghost")}
-    x, y = torch.randn(size, *shape), torch.randint(0, 10, (size,))
+    if len(shape) == 1:
+      x = torch.randint(0, _TOKENS, (size, *shape))
+      y = torch.randint(0, _TOKENS, (size, *shape))
+    else:
+      x, y = torch.randn(size, *shape), torch.randint(0, 10, (size,))
     hooks = GradSampleModule(copies["hooks"], loss_reduction="sum")
     ghost = GradSampleModuleFastGradientClipping(
       copies["ghost"],
