@@ -13,8 +13,8 @@ from dpdist.clipping.program import Block
 PyTree = Any
 
 # Activations and output gradients that are worked on at once, where smaller
-# parts are faster because they stay in the cache: on a TPU half of the 128 MiB of
-# a v5e, so that what is kept has room too. Each part of an unrolled batch is
+# parts are faster because they stay in the cache: on a TPU half of the 128 MiB
+# of a v5e, so that what is kept has room too. Each part of an unrolled batch is
 # compiled anew, so there are few.
 _CACHE_BYTES = {"cpu": 2**22, "tpu": 2**26}
 _MOST_PARTS = 4
