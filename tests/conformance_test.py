@@ -22,6 +22,7 @@ import pytest
 from dpdist import clipping
 from dpdist.clipping import convolution
 from dpdist.clipping import costs
+from dpdist.clipping import rules
 
 _BATCH = 16
 CASES = {}
@@ -779,6 +780,29 @@ def test_convolutions_as_for_a_tpu(
     )
   for mine, theirs in zip(got, _reference(name), strict=True):
     _assert_close(mine, theirs)
+
+
+@pytest.mark.parametrize("way", ["gram", "diagonal"])
+@pytest.mark.parametrize("name", _CONVOLVES)
+def test_norms_of_convolutions_that_are_never_formed(name, way, monkeypatch):
+  # No price makes these the cheapest for kernels as small as here.
+  taken = []
+  offered = rules._ways
+
+  def ways(*args):
+    found = dict(offered(*args))
+    if way in found:
+      taken.append(way)
+      return {way: found[way]}
+    return found
+
+  monkeypatch.setattr(rules, "_ways", ways)
+  got = _compute(*_problem(name), method="bookkeeping", sharded=True)
+  for mine, theirs in zip(got, _reference(name), strict=True):
+    _assert_close(mine, theirs)
+  # Not where the kernel is used twice, inside a loop, or computed.
+  formed = ("used_twice", "scan_of", "standardised")
+  assert taken or any(part in name for part in formed)
 
 
 @pytest.mark.parametrize(

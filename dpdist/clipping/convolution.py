@@ -1,14 +1,16 @@
 """Per-example gradients of convolution kernels, and their norms.
 
 The gradient of a kernel at offset k is the product of the output's gradient
-with the input shifted by k. Three ways lead to the norm:
+with the input shifted by k. The norm comes from one of
 
-* `instantiate` forms the gradient from shifted views of the input, a matrix
-  product for each offset. XLA's own way, a grouped convolution with a group for
-  each example, is several times dearer on every backend.
-* `squared_norm` never forms it: the inner products of all pairs of positions
-  are summed along the diagonals that the offsets mark. For few positions and
-  many channels this is far cheaper.
+* `instantiate`, which forms the gradient. On a CPU or GPU from shifted views of
+  the input, matrix products; XLA's own way, a grouped convolution with a group
+  for each example, is several times dearer there. On a TPU by one convolution
+  for all examples, which reads each operand once.
+* `patches`: the convolution as a dense layer, whose norms need no gradient.
+* `squared_norm`, which never forms it either: the inner products of all pairs
+  of pixels are summed along the diagonals that the offsets mark. For few
+  positions and many channels this is far cheaper.
 
 Any stride, dilation, padding and number of groups, and any number of axes.
 """

@@ -2,7 +2,8 @@
 
 A way costs time, as arithmetic and as memory traffic, and room. The constants
 are rough: they only have to rank the ways. What they rank was measured on a CPU
-and read off programs compiled for a TPU; see `tests/benchmarks/clipping.py`.
+and read off programs compiled for a TPU; see `tests/benchmarks/clipping.py` and
+`clipping_tpu.py` beside it.
 """
 
 import math
