@@ -1,5 +1,7 @@
 """What every engine promises beside equality with the reference."""
 
+import functools
+
 from flax import linen as nn
 import jax
 from jax import lax
@@ -278,6 +280,62 @@ def test_accelerators_leave_room_for_the_rounding_of_their_products(
       _net, l2_clip_norm=0.5, method=method, platform=platform
     )(_params(), batch)
   np.testing.assert_allclose(exact.grad_norms, expected.grad_norms, rtol=1e-5)
+
+
+_PRESET = lax.DotAlgorithmPreset
+
+
+@pytest.mark.parametrize(
+  ("platform", "precision", "dtype"),
+  [
+    ("tpu", None, jnp.bfloat16),
+    ("tpu", (lax.Precision.HIGHEST, lax.Precision.DEFAULT), jnp.bfloat16),
+    ("cpu", _PRESET.BF16_BF16_F32, jnp.bfloat16),
+    ("gpu", _PRESET.BF16_BF16_F32_X3, jnp.bfloat16),
+    ("cpu", _PRESET.F16_F16_F32, jnp.float16),
+    ("cpu", _PRESET.ANY_F8_ANY_F8_F32, jnp.float8_e5m2),
+    (
+      "cpu",
+      lax.DotAlgorithm(jnp.bfloat16, jnp.bfloat16, jnp.float32),
+      jnp.bfloat16,
+    ),
+  ],
+)
+def test_the_room_for_rounding_is_that_of_the_worst_number(
+  platform, precision, dtype
+):
+  numbers = jnp.linspace(1, 2, 2**16 + 1)
+  rounded = numbers.astype(dtype).astype(jnp.float32)
+  worst = float(jnp.max(jnp.abs(rounded / numbers - 1)))
+  room = costs.unit_roundoff(platform, precision)
+  assert worst <= room <= 1.1 * worst + 1e-2 * (room > 0.1)
+
+
+def test_products_that_do_not_round_need_no_room():
+  for precision in ("highest", lax.Precision.HIGHEST, _PRESET.F32_F32_F32):
+    assert costs.unit_roundoff("tpu", precision) == 0
+  assert costs.unit_roundoff("cpu", None) == 0
+  with jax.default_matmul_precision("BF16_BF16_F32"):
+    assert costs.unit_roundoff("cpu", None) == 2.0**-8
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "two_pass"])
+def test_a_product_that_asks_to_be_rounded_gets_room(method):
+  def loss(params, x, precision):
+    return jnp.sum(jnp.tanh(jnp.dot(x, params["a"], precision=precision)) ** 2)
+
+  def norms(precision):
+    fn = clipping.clipped_grad(
+      functools.partial(loss, precision=precision),
+      l2_clip_norm=0.5,
+      method=method,
+    )
+    return np.asarray(fn(_params(), _normal(8, 5, 4)).grad_norms)
+
+  exact, rounded = norms(None), norms("BF16_BF16_F32")
+  # Rounding changes the norms too, so that some room may be taken back.
+  assert np.all(rounded > (1 + 2.0**-9) * exact)
+  np.testing.assert_allclose(rounded, exact, rtol=0.1)
 
 
 def test_the_lean_engine_rounds_no_product_without_room(monkeypatch):

@@ -49,10 +49,16 @@ class Problem(NamedTuple):
   scaling: Scaling
   platform: str
 
-  @property
-  def unit_roundoff(self) -> float:
+  def unit_roundoff(self, rule: Rule) -> float:
     """Relative error with which the products of a sum round their operands."""
-    return costs.unit_roundoff(self.platform)
+    return max(
+      (
+        costs.unit_roundoff(self.platform, site.eqn.params.get("precision"))
+        for site in rule.sites
+        if site.eqn is not None
+      ),
+      default=0.0,
+    )
 
 
 def clipped_sum(
@@ -171,12 +177,13 @@ def norm(
     for site in rule.sites
   )
   square = gradients.square(formed)
-  if rule.way == "drop" and problem.unit_roundoff:
+  unit_roundoff = problem.unit_roundoff(rule)
+  if rule.way == "drop" and unit_roundoff:
     terms: Any = sum(
       gradients.terms(site, operands[site.key], cotangents[site.key])
       for site in rule.sites
     )
-    square = factors.with_slack(square, terms, problem.unit_roundoff)
+    square = factors.with_slack(square, terms, unit_roundoff)
   return {group: square}, formed
 
 
@@ -188,21 +195,22 @@ def _square_unformed(
 ) -> jax.Array:
   first = rule.sites[0]
   precision = first.eqn.params.get("precision")
+  unit_roundoff = problem.unit_roundoff(rule)
   if rule.view == "factors":
     return factors.squared_norm(
       [gradients.factor(s, first, operands, cotangents) for s in rule.sites],
-      problem.unit_roundoff,
+      unit_roundoff,
       precision,
     )
   x, g = operands[first.key], cotangents[first.key]
   if rule.way == "gram":
     return factors.squared_norm(
-      [convolution.patches(first, x, g)], problem.unit_roundoff, precision
+      [convolution.patches(first, x, g)], unit_roundoff, precision
     )
   square = convolution.squared_norm(first, x, g)
-  if problem.unit_roundoff:
+  if unit_roundoff:
     terms = gradients.terms(first, x, g)
-    square = factors.with_slack(square, terms, problem.unit_roundoff)
+    square = factors.with_slack(square, terms, unit_roundoff)
   return square
 
 

@@ -6,10 +6,12 @@ and read off programs compiled for a TPU; see `tests/benchmarks/clipping.py` and
 `clipping_tpu.py` beside it.
 """
 
+import contextlib
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from dpdist.clipping import convolution
 from dpdist.clipping import factors
@@ -68,17 +70,49 @@ class Model(NamedTuple):
     return cost.flops / self.flops_per_second + traffic / self.bytes_per_second
 
 
-# Relative error with which a float32 product rounds its operands by default:
-# TensorFloat-32 keeps 11 bits, bfloat16 8.
-_UNIT_ROUNDOFF = {"cpu": 0.0, "gpu": 2.0**-11, "tpu": 2.0**-9}
+# Relative error with which a float32 product rounds its operands, at most, by
+# the format that it rounds them to: half a unit in the last of 11 significant
+# bits, of 8, or of 3.
+_UNIT_ROUNDOFF = {
+  "F64": 0.0,
+  "F32": 0.0,
+  "TF32": 2.0**-11,
+  "F16": 2.0**-11,
+  "BF16": 2.0**-8,
+  "ANY": 2.0**-3,
+}
+_FORMAT = {"cpu": "F32", "gpu": "TF32", "tpu": "BF16"}
 
 
-def unit_roundoff(platform: str) -> float:
-  """The same under JAX's present setting of matmul precision."""
-  precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
-  if precision in ("highest", "float32"):
-    return 0.0
-  return _UNIT_ROUNDOFF[platform]
+def unit_roundoff(platform: str, precision: Any) -> float:
+  """Relative error with which a float32 product rounds its operands, at most.
+
+  Args:
+    platform: "cpu", "gpu" or "tpu".
+    precision: what the product asks for, as `jax.lax.dot_general` takes it;
+      where it is None, JAX's present setting of matmul precision holds.
+
+  Returns:
+    0 for products that do not round.
+  """
+  if isinstance(precision, jax.lax.DotAlgorithm):
+    widths = (precision.lhs_precision_type, precision.rhs_precision_type)
+    return max(float(jnp.finfo(dtype).eps) / 2 for dtype in widths)
+  if isinstance(precision, tuple):
+    return max(unit_roundoff(platform, each) for each in precision)
+  if precision is None:
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+  with contextlib.suppress(ValueError):
+    if jax.lax.Precision(precision) == jax.lax.Precision.HIGHEST:
+      return 0.0
+    precision = None
+  # What is left are presets, such as BF16_BF16_F32, or their names.
+  name = (
+    "DEFAULT" if precision is None else getattr(precision, "name", precision)
+  )
+  if name == "DEFAULT":
+    return _UNIT_ROUNDOFF[_FORMAT[platform]]
+  return _UNIT_ROUNDOFF[name.split("_")[0]]
 
 
 MODELS = {

@@ -125,8 +125,8 @@ def _squared_norms(
 def _rounds_what_is_kept(problem: bookkeeping.Problem) -> bool:
   """Whether a product would be summed that has no room for its rounding: norms
   of gradients that are kept are those of what book-keeping sums."""
-  return problem.unit_roundoff > 0 and any(
-    rule.way == "keep" and any(site.eqn is not None for site in rule.sites)
+  return any(
+    rule.way == "keep" and problem.unit_roundoff(rule) > 0
     for rule in problem.rules
   )
 
