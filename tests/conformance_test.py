@@ -805,6 +805,34 @@ def test_norms_of_convolutions_that_are_never_formed(name, way, monkeypatch):
   assert taken or any(part in name for part in formed)
 
 
+# Whose gradients with respect to weights say nothing yet about norms.
+_COMPUTED = [
+  "convolution_weight_standardised",
+  "joined_with_itself",
+  "low_rank_product",
+  "rounded_then_not_linear",
+  "scan_with_weights_that_differ_by_a_constant",
+]
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "two_pass"])
+@pytest.mark.parametrize("name", _COMPUTED)
+def test_gradients_that_reach_the_parameters_one_by_one(
+  name, method, monkeypatch
+):
+  # As where those of a batch do not fit in the cache.
+  monkeypatch.setitem(costs.CACHE_BYTES, "cpu", 0)
+  loops = []
+  loop = jax.lax.map
+  monkeypatch.setattr(
+    jax.lax, "map", lambda *args: loops.append(name) or loop(*args)
+  )
+  got = _compute(*_problem(name), method=method, sharded=True)
+  assert loops
+  for mine, theirs in zip(got, _reference(name), strict=True):
+    _assert_close(mine, theirs)
+
+
 @pytest.mark.parametrize(
   "prices", [name for name in _PRICES if name != "default"]
 )

@@ -9,6 +9,7 @@ Large Model at Small Cost", here for any JAX program).
 
 from collections.abc import Sequence
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -81,10 +82,7 @@ def clipped_sum(
   ]
   kept = []
   for rule in problem.rules:
-    found, formed = jax.vmap(functools.partial(norm, problem, rule))(
-      {s.key: operands[s.key] for s in rule.sites if s.eqn is not None},
-      {s.key: cotangents[s.key] for s in rule.sites},
-    )
+    found, formed = norms_of(problem, rule, operands, cotangents)
     for group, square in found.items():
       squares[group] = squares[group] + square
     kept.append(formed if rule.way == "keep" else None)
@@ -123,57 +121,74 @@ def backward(
   return operands, cotangents, outs
 
 
-def norm(
+def norms_of(
   problem: Problem,
   rule: Rule,
   operands: dict[Key, jax.Array],
   cotangents: dict[Key, jax.Array],
 ) -> tuple[dict[int, jax.Array], Any]:
-  """Squared norms of one example's gradient, by group; and the gradient itself.
+  """Squared norms of a rule's gradients, by group; and the gradients.
 
   Args:
     problem: what of.
     rule: which part of it, and how.
+    operands: the products' data operands, by site; leading axis B. Those of
+      other rules are ignored.
+    cotangents: the gradients of the sites' outputs, likewise.
+
+  Returns:
+    [B] a group; and the gradients as `rule.view` has them, leading axis B, None
+    where they are not formed.
+  """
+  operands = {s.key: operands[s.key] for s in rule.sites if s.eqn is not None}
+  cotangents = {s.key: cotangents[s.key] for s in rule.sites}
+  if rule.view != "parameters":
+    group = problem.groups[min(rule.leaves)]
+    square, formed = jax.vmap(functools.partial(norm, problem, rule))(
+      operands, cotangents
+    )
+    return {group: square}, formed
+
+  def one(args: tuple[dict[Key, jax.Array], dict[Key, jax.Array]]) -> Any:
+    of_weights = _of_weights(problem, rule, *args)
+    by_leaf = to_leaves(problem, of_weights, rule.leaves)
+    squares: dict[int, jax.Array] = {}
+    for i, x in by_leaf.items():
+      group = problem.groups[i]
+      squares[group] = squares.get(group, 0.0) + gradients.square(x)
+    return squares, by_leaf
+
+  # What takes gradients to the parameters passes over them many times: where
+  # they do not fit in the cache together, they do so one at a time.
+  (size,) = {len(x) for x in cotangents.values()}
+  size *= 4 * sum(math.prod(site.weight_shape) for site in rule.sites)
+  if problem.platform == "cpu" and size > costs.CACHE_BYTES["cpu"]:
+    return jax.lax.map(one, (operands, cotangents))
+  return jax.vmap(one)((operands, cotangents))
+
+
+def norm(
+  problem: Problem,
+  rule: Rule,
+  operands: dict[Key, jax.Array],
+  cotangents: dict[Key, jax.Array],
+) -> tuple[jax.Array, jax.Array | None]:
+  """The squared norm of one example's gradient; and the gradient itself.
+
+  Args:
+    problem: what of.
+    rule: which part of it, and how; its view is not "parameters".
     operands: the products' data operands, by site.
     cotangents: the gradients of the sites' outputs.
 
   Returns:
-    Scalars; and the gradient as `rule.view` has it, None if it is not formed.
+    A scalar; and the gradient as `rule.view` has it, None if it is not formed.
   """
-  groups = problem.groups
-  first = rule.sites[0]
-  if rule.view == "parameters":
-    by_leaf = to_leaves(
-      problem,
-      {
-        site.key: gradients.weight_gradient(
-          site,
-          operands.get(site.key),
-          cotangents[site.key],
-          problem.platform,
-        )
-        for site in rule.sites
-      },
-      rule.leaves,
-    )
-    squares: dict[int, jax.Array] = {}
-    for i, x in by_leaf.items():
-      squares[groups[i]] = squares.get(groups[i], 0.0) + gradients.square(x)
-    return squares, by_leaf
-  group = groups[min(rule.leaves)]
   if rule.way in ("gram", "diagonal"):
-    return {group: _square_unformed(problem, rule, operands, cotangents)}, None
+    return _square_unformed(problem, rule, operands, cotangents), None
+  of_weights = _of_weights(problem, rule, operands, cotangents)
   formed: Any = sum(
-    gradients.placed(
-      site,
-      gradients.weight_gradient(
-        site,
-        operands.get(site.key),
-        cotangents[site.key],
-        problem.platform,
-      ),
-      first,
-    )
+    gradients.placed(site, of_weights[site.key], rule.sites[0])
     for site in rule.sites
   )
   square = gradients.square(formed)
@@ -184,7 +199,22 @@ def norm(
       for site in rule.sites
     )
     square = factors.with_slack(square, terms, unit_roundoff)
-  return {group: square}, formed
+  return square, formed
+
+
+def _of_weights(
+  problem: Problem,
+  rule: Rule,
+  operands: dict[Key, jax.Array],
+  cotangents: dict[Key, jax.Array],
+) -> dict[Key, jax.Array]:
+  """The gradients of the sites' weights for one example."""
+  return {
+    site.key: gradients.weight_gradient(
+      site, operands.get(site.key), cotangents[site.key], problem.platform
+    )
+    for site in rule.sites
+  }
 
 
 def _square_unformed(

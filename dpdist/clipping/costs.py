@@ -115,6 +115,10 @@ def unit_roundoff(platform: str, precision: Any) -> float:
   return _UNIT_ROUNDOFF[name.split("_")[0]]
 
 
+# What is worked on at once should fit here: on a TPU half of the 128 MiB of a
+# v5e, so that what is kept has room too. A GPU hides its memory's latency.
+CACHE_BYTES = {"cpu": 2**22, "tpu": 2**26}
+
 MODELS = {
   "cpu": Model(5e10, 1e10, 2.0),
   "gpu": Model(1e14, 2e12, 1.0),

@@ -7,22 +7,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpdist.clipping import costs
 from dpdist.clipping import manual_axes
 from dpdist.clipping.program import Block
 
 PyTree = Any
 
-# Activations and output gradients that are worked on at once, where smaller
-# parts are faster because they stay in the cache: on a TPU half of the 128 MiB
-# of a v5e, so that what is kept has room too. Each part of an unrolled batch is
-# compiled anew, so there are few.
-_CACHE_BYTES = {"cpu": 2**22, "tpu": 2**26}
+# Each part of an unrolled batch is compiled anew, so there are few.
 _MOST_PARTS = 4
 
 
 def automatic_size(block: Block, batch_size: int, platform: str) -> int:
   """How many examples to work on at once where nobody said."""
-  if platform not in _CACHE_BYTES:
+  if platform not in costs.CACHE_BYTES:
     return batch_size
   sites = list(block.all_sites())
   whole = 2 * 4 * batch_size * sum(math.prod(site.tap_shape) for site in sites)
@@ -32,7 +29,7 @@ def automatic_size(block: Block, batch_size: int, platform: str) -> int:
   while (
     parts < _MOST_PARTS
     and batch_size % (2 * parts) == 0
-    and whole / parts > _CACHE_BYTES[platform]
+    and whole / parts > costs.CACHE_BYTES[platform]
     and whole / (2 * parts) > weights
   ):
     parts *= 2

@@ -12,7 +12,6 @@ book-keeping, in the memory of an ordinary gradient.
 
 from collections.abc import Sequence
 import dataclasses
-import functools
 from typing import Any
 
 import jax
@@ -56,7 +55,10 @@ def clipped_sum(
     # scales known beforehand.
     operands, cotangents, _ = bookkeeping.backward(problem, examples)
     formed = [
-      _formed(problem, rule, operands, cotangents) for rule in problem.rules
+      bookkeeping.norms_of(problem, rule, operands, cotangents)[1]
+      if rule.way == "keep"
+      else None
+      for rule in problem.rules
     ]
     sums = bookkeeping.weighted_sum(
       problem, operands, cotangents, formed, scales
@@ -113,10 +115,7 @@ def _squared_norms(
       group = problem.groups[min(rule.leaves)]
       squares[group] = squares[group] + cotangents[first.key]
       continue
-    found, _ = jax.vmap(functools.partial(bookkeeping.norm, problem, rule))(
-      {s.key: operands[s.key] for s in rule.sites if s.eqn is not None},
-      {s.key: cotangents[s.key] for s in rule.sites},
-    )
+    found, _ = bookkeeping.norms_of(problem, rule, operands, cotangents)
     for group, square in found.items():
       squares[group] = squares[group] + square
   return squares, outs
@@ -155,7 +154,6 @@ def _with_norm(
   lone = dataclasses.replace(
     site, lengths=(), weight=site.weight._replace(loops=())
   )
-  group = problem.groups[min(rule.leaves)]
   run = lambda weight, operand: evaluate.tapped(lone, weight, operand, None)
 
   @jax.custom_vjp
@@ -178,13 +176,13 @@ def _with_norm(
       (of_operand,) = pull(cotangent)
     else:
       of_operand = None
-    squares, _ = bookkeeping.norm(
+    square, _ = bookkeeping.norm(
       problem,
       dataclasses.replace(rule, sites=(lone,)),
       {site.key: operand},
       {site.key: cotangent},
     )
-    return None, of_operand, squares[group].astype(jnp.float32)
+    return None, of_operand, square.astype(jnp.float32)
 
   product.defvjp(forward, backward)
   return product(weight, operand, tap)
@@ -205,18 +203,3 @@ def _weighted_gradient(
 
   _, pull = jax.vjp(losses, list(problem.leaves))
   return pull(scale)[0]
-
-
-def _formed(
-  problem: bookkeeping.Problem,
-  rule: Rule,
-  operands: dict[Key, jax.Array],
-  cotangents: dict[Key, jax.Array],
-) -> Any:
-  if rule.way != "keep":
-    return None
-  _, formed = jax.vmap(functools.partial(bookkeeping.norm, problem, rule))(
-    {s.key: operands[s.key] for s in rule.sites if s.eqn is not None},
-    {s.key: cotangents[s.key] for s in rule.sites},
-  )
-  return formed

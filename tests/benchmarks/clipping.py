@@ -135,12 +135,14 @@ def main() -> None:
     "--torch_python", help="a Python with torch and opacus, to time Opacus too"
   )
   arguments = parser.parse_args()
-  names = chosen("models", arguments.models, clipping_models.NAMES)
-  methods = chosen("methods", arguments.methods, METHODS)
+  names = chosen(
+    "models", arguments.models, clipping_models.NAMES, clipping_models.ALL
+  )
+  methods = chosen("methods", arguments.methods, METHODS, METHODS)
   rows = []
   if not arguments.json:
     print(
-      f"{'model':<16} {'method':<28} {'ms':>8} {'time':>6} {'memory':>7}"
+      f"{'model':<22} {'method':<28} {'ms':>8} {'time':>6} {'memory':>7}"
       f" {'MiB':>7} {'examples/s':>11}"
     )
   for name in names:
@@ -174,10 +176,13 @@ def main() -> None:
 
 
 def chosen(
-  flag: str, given: str | None, known: tuple[str, ...]
+  flag: str,
+  given: str | None,
+  default: tuple[str, ...],
+  known: tuple[str, ...],
 ) -> tuple[str, ...]:
-  """The names that a flag gives, separated by semicolons; all without one."""
-  names = tuple(given.split(";")) if given else known
+  """The names that a flag gives, separated by semicolons."""
+  names = tuple(given.split(";")) if given else default
   for name in names:
     if name not in known:
       sys.exit(f"--{flag} must be some of {'; '.join(known)}, got {name!r}")
@@ -187,7 +192,7 @@ def chosen(
 def _show(row: dict[str, Any]) -> None:
   number = lambda key, form: "-" if row[key] is None else format(row[key], form)
   print(
-    f"{row['model']:<16} {row['method']:<28} {row['milliseconds']:8.1f}"
+    f"{row['model']:<22} {row['method']:<28} {row['milliseconds']:8.1f}"
     f" {row['time_ratio']:6.2f} {number('memory_ratio', '.2f'):>7}"
     f" {number('memory_mebibytes', '.0f'):>7}"
     f" {row['examples_per_second']:11.0f}",

@@ -7,6 +7,7 @@ and a small decoder with long and with short sequences.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import Any
 
 from flax import linen as nn
@@ -60,14 +61,42 @@ class Cnn(nn.Module):
     return nn.Dense(10)(x)
 
 
-class WideResNet(nn.Module):
-  """WRN-16-4, pre-activation, with group norm of 16 groups."""
+class StandardisedConv(nn.Module):
+  """A convolution whose kernel has mean 0 and norm `gain` for each output
+  (Brock et al. 2021, "Characterizing signal propagation to close the performance
+  gap in unnormalized ResNets", equation 1)."""
+
+  features: int
+  kernel_size: tuple[int, int]
+  strides: int = 1
+  padding: int = 0
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
-    conv = lambda n, k, s=1: nn.Conv(
-      n, (k, k), s, padding=k // 2, use_bias=False
+    shape = (*self.kernel_size, x.shape[-1], self.features)
+    w = self.param("kernel", nn.initializers.lecun_normal(), shape)
+    gain = self.param("gain", nn.initializers.ones, shape[-1:])
+    w = w - w.mean((0, 1, 2))
+    square = jnp.maximum(jnp.square(w).sum((0, 1, 2)), 1e-4)
+    return jax.lax.conv_general_dilated(
+      x,
+      w * jax.lax.rsqrt(square) * gain,
+      (self.strides, self.strides),
+      [(self.padding, self.padding)] * 2,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
     )
+
+
+class WideResNet(nn.Module):
+  """WRN-16-4, pre-activation, with group norm of 16 groups."""
+
+  standardised: bool = False
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    plain = functools.partial(nn.Conv, use_bias=False)
+    module = StandardisedConv if self.standardised else plain
+    conv = lambda n, k, s=1: module(n, (k, k), s, padding=k // 2)
     x = conv(16, 3)(x)
     for width, first_stride in ((64, 1), (128, 2), (256, 2)):
       for stride in (first_stride, 1):
@@ -111,6 +140,14 @@ _MODELS = {
   "gpt, 32 tokens": (Gpt(), (32,), 4096, 64),
 }
 NAMES = tuple(_MODELS)
+# Beyond those: with weights that are computed from parameters.
+_MODELS["wrn-16-4, standardised"] = (
+  WideResNet(standardised=True),
+  (32, 32, 3),
+  10,
+  32,
+)
+ALL = tuple(_MODELS)
 
 
 def make(name: str) -> Problem:

@@ -80,13 +80,17 @@ def main() -> None:
   parser.add_argument("--models", help="names, separated by semicolons")
   parser.add_argument("--methods", default="auto", help="the same")
   arguments = parser.parse_args()
-  names = clipping.chosen("models", arguments.models, clipping_models.NAMES)
-  methods = clipping.chosen("methods", arguments.methods, clipping.METHODS)
+  names = clipping.chosen(
+    "models", arguments.models, clipping_models.NAMES, clipping_models.ALL
+  )
+  methods = clipping.chosen(
+    "methods", arguments.methods, clipping.METHODS, clipping.METHODS
+  )
   chip = _chip(arguments.topology)
   rows = []
   if not arguments.json:
     print(
-      f"{'model':<16} {'method':<28} {'flops':>6} {'bytes':>6} {'temp':>6}"
+      f"{'model':<22} {'method':<28} {'flops':>6} {'bytes':>6} {'temp':>6}"
       f" {'MiB':>6} {'cycles':>6}"
     )
   for name in names:
@@ -95,7 +99,7 @@ def main() -> None:
     if not arguments.json:
       for row in more:
         print(
-          f"{row['model']:<16} {row['method']:<28} {row['flops_ratio']:6.3f}"
+          f"{row['model']:<22} {row['method']:<28} {row['flops_ratio']:6.3f}"
           f" {row['bytes_ratio']:6.2f} {row['temp_ratio']:6.2f}"
           f" {row['temp'] / 2**20:6.1f} {row['cycles_ratio']:6.2f}",
           flush=True,
