@@ -70,6 +70,9 @@ def default() -> ml_collections.ConfigDict:
   config.checkpoint_every = 0  # steps; 0: ten times a run
   config.max_checkpoints = 3  # at least 2
 
+  # Where the ledger is: a directory, gs://... or s3://...; empty: "ledger" in
+  # the working directory.
+  config.ledger = ""
   # A file that holds the run's secret, made if it is missing; empty: "secret"
   # in the working directory. Keep it as private as the data.
   config.secret_file = ""

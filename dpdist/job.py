@@ -6,6 +6,7 @@ anything.
 
 import math
 import pathlib
+import secrets
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -40,10 +41,11 @@ class Job(NamedTuple):
 
   Attributes:
     plan: the numbers it is bound to.
-    ledger: opened, and in agreement with the settings.
+    ledger: in agreement with the settings, and this process's to write.
     secret: what all its randomness comes from.
     mesh: all devices.
     train_source: the private examples.
+    train_manifest: names their content, hex.
     test: all held-out examples, arrays "inputs" and "targets".
     model: maps inputs to logits.
     params: initial parameters.
@@ -57,6 +59,7 @@ class Job(NamedTuple):
   secret: bytes
   mesh: Mesh
   train_source: sources.Source
+  train_manifest: str
   test: dict[str, np.ndarray]
   model: nn.Module
   params: PyTree
@@ -65,29 +68,52 @@ class Job(NamedTuple):
   chunk_size: int
 
 
-def prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
-  """Makes a job; opens its ledger, or holds the settings against it.
+def open_ledger(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> ledger_lib.Ledger:
+  """Opens the ledger of a run, to be read.
+
+  Raises:
+    SettingsError: config.ledger is no place for one.
+    dpdist.ledger.LedgerError: it is damaged.
+  """
+  try:
+    return ledger_lib.Ledger(config.ledger or workdir / "ledger")
+  except ValueError as error:
+    raise SettingsError(f"ledger: {error}") from error
+
+
+def prepare(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  ledger: ledger_lib.Ledger,
+) -> Job:
+  """Makes a job, and this process its ledger's writer.
 
   Args:
     config: settings; see `dpdist.config.default`.
     workdir: the run's directory; made if missing.
+    ledger: of the run; opened, or held against the settings.
 
   Returns:
     The job.
 
   Raises:
     SettingsError: names the setting, its value and what would be right.
-    dpdist.ledger.LedgerError: the record is damaged.
+    dpdist.ledger.LedgerError: another process writes the ledger.
   """
   try:
-    return _prepare(config, workdir)
+    return _prepare(config, workdir, ledger)
   except ValueError as error:
     # So that a door can tell a user's mistake from a fault further on.
     raise SettingsError(str(error)) from error
 
 
-def _prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
-  ledger = ledger_lib.Ledger(workdir / "ledger")
+def _prepare(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  ledger: ledger_lib.Ledger,
+) -> Job:
   settings = config_lib.privacy_dict(config)
   # A recorded plan is taken as it stands: another machine could calibrate the
   # last digit differently.
@@ -135,14 +161,19 @@ def _prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
   secret_hash = keys.secret_hash(secret)
   manifest = splits.train.manifest()
   example = splits.train.read(np.zeros(1, np.int64))["inputs"][0]
-  init_key = mechanism.Streams(secret, 0).key("init")
+  init_key = mechanism.Streams(secret, "").key("init")
   params = jax.jit(model.init)(init_key, example)["params"]
+  if not ledger.is_new:
+    ledger.check(config=settings, data=manifest, secret_hash=secret_hash)
+  ledger.acquire()
   if ledger.is_new:
     ledger.open(
-      config=settings, plan=plan, data=manifest, secret_hash=secret_hash
+      config=settings,
+      plan=plan,
+      data=manifest,
+      secret_hash=secret_hash,
+      run="" if config.insecure_seed is not None else secrets.token_hex(16),
     )
-  else:
-    ledger.check(config=settings, data=manifest, secret_hash=secret_hash)
   if config.insecure_seed is not None:
     ledger.notice(
       "insecure_seed fixes every random stream, so anyone can subtract the"
@@ -159,6 +190,7 @@ def _prepare(config: ml_collections.ConfigDict, workdir: pathlib.Path) -> Job:
     secret,
     mesh,
     splits.train,
+    manifest,
     splits.test.read(np.arange(len(splits.test))),
     model,
     params,

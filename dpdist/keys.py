@@ -5,7 +5,7 @@ examples are drawn, the noise, dropout, the initial parameters) is a function of
 (secret, stream, branch, step), so there is no generator state to save, and a
 run that resumes draws what it would have drawn without the interruption.
 
-A stream is a name, such as "sampling" or "noise". A branch is the number of a
+A stream is a name, such as "sampling" or "noise". A branch is the name of a
 history: steps that are run again, but not bit for bit, need randomness that is
 new, and a new branch gives it.
 
@@ -30,7 +30,7 @@ SECRET_BYTES = 32
 
 # One label for each use of HMAC or SHA-256. No label is a prefix of another, so
 # that no input of one use can be an input of another use.
-_DERIVE = b"dpdist.keys/derive/v1\0"
+_DERIVE = b"dpdist.keys/derive/v2\0"
 _HASH = b"dpdist.keys/secret_hash/v1\0"
 _INSECURE = b"dpdist.keys/insecure_secret/v1\0"
 _WORDS = b"dpdist.keys/prng_words/v1\0"
@@ -149,13 +149,13 @@ def secret_hash(secret: bytes) -> str:
   return _mac("secret", secret, _HASH).hex()
 
 
-def derive(secret: bytes, stream: str, *, branch: int = 0) -> bytes:
+def derive(secret: bytes, stream: str, *, branch: str = "") -> bytes:
   """Returns the key of one stream of randomness.
 
   Args:
     secret: `SECRET_BYTES` bytes.
     stream: The name of the stream, not empty.
-    branch: The number of the history that the key is for, in [0, 2^64).
+    branch: The name of the history that the key is for.
 
   Returns:
     `SECRET_BYTES` bytes, which differ between any two (secret, stream, branch).
@@ -165,10 +165,11 @@ def derive(secret: bytes, stream: str, *, branch: int = 0) -> bytes:
   """
   if not isinstance(stream, str) or not stream:
     raise ValueError(f"stream must be a non-empty str, got {stream!r}")
-  number = _nonnegative_int("branch", branch, 64)
+  if not isinstance(branch, str):
+    raise ValueError(f"branch must be a str, got {branch!r}")
   name = stream.encode()
   # With its length in front, no name can run into what follows it.
-  message = len(name).to_bytes(8, "big") + name + number.to_bytes(8, "big")
+  message = len(name).to_bytes(8, "big") + name + branch.encode()
   return _mac("secret", secret, _DERIVE + message)
 
 

@@ -13,14 +13,14 @@ Guarantees:
     plan.num_steps.
   * A changed privacy setting, data set or secret is refused, with a message
     that says what changed.
-  * A record that was altered, removed or reordered is found by the hash chain;
-    so is a ledger older than a checkpoint, which carries the head it was saved
-    under. What came after the last checkpoint can still be cut off.
+  * A record that was altered, removed or reordered is found, and so is a ledger
+    that was rolled back, if not its head and the checkpoints, which carry the
+    head they were saved under, were rolled back with it.
+  * The newest record, if it was torn, counts as spent: as the most that one
+    record can charge.
+  * One writer; see `dpdist.records`, which holds the records.
 
-Records are immutable: record n is the JSON value of key n in a tensorstore
-key-value store, created on the condition that the key does not exist, and names
-the SHA-256 of record n - 1. Two writers cannot both create record n. This
-module imports no jax, so that a budget can be read anywhere.
+This module imports no jax, so that a budget can be read anywhere.
 """
 
 from collections.abc import Mapping
@@ -28,22 +28,34 @@ import dataclasses
 import hashlib
 import json
 import os
-from typing import Any
-
-import tensorstore as ts
+from typing import Any, NamedTuple, Self
 
 from dpdist import plan as plan_lib
+from dpdist import records
 
-_FORMAT = 1
-_NO_RECORD = "0" * 64
+_FORMAT = 2
+# A record charges at most this part of a plan, and at least one step.
+_PARTS = 100
 
-
-class LedgerError(Exception):
-  """The record is damaged, or another process writes it."""
+LedgerError = records.RecordError
 
 
 class RefusedError(ValueError):
   """The record forbids going on with these settings."""
+
+
+class Saved(NamedTuple):
+  """A checkpoint that is on disk.
+
+  Attributes:
+    step: updates made in it.
+    digest: SHA-256 of its manifest, hex.
+    writer: the number of the process that wrote it, in whose folder it is.
+  """
+
+  step: int
+  digest: str
+  writer: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,7 +63,9 @@ class Branch:
   """A line of steps under one set of keys.
 
   Attributes:
-    number: counts from 0; the keys depend on it.
+    number: counts from 0.
+    identity: what its keys depend on. Of all branches of all runs and copies of
+      runs, those with the same secret and identity make the same releases.
     start_step: updates made before its first step.
     stop_step: its steps [start_step, stop_step) are charged.
     fingerprint: of everything that decides the bits of a step.
@@ -60,6 +74,7 @@ class Branch:
   """
 
   number: int
+  identity: str
   start_step: int
   stop_step: int
   fingerprint: str
@@ -69,53 +84,86 @@ class Branch:
 class Ledger:
   """An open ledger. One process writes, any may read.
 
+  A context manager; the writer calls `acquire` before it writes.
+
   Attributes:
-    records: the bodies of all records, in order.
     branches: the branches of the run, in order.
-    checkpoints: (step, digest) of every recorded checkpoint, in order.
+    checkpoints: every recorded checkpoint, in order.
   """
 
-  def __init__(self, directory: str | os.PathLike[str]):
+  def __init__(self, location: str | os.PathLike[str]):
     """Reads and checks every record.
 
     Args:
-      directory: a local path; it need not exist.
+      location: a local path, a URL or a tensorstore spec; see
+        `dpdist.records.Log`. It need not exist.
 
     Raises:
       LedgerError: a record is missing, altered or out of order.
     """
-    self._store = _open_store(directory)
-    self.records: list[dict[str, Any]] = []
     self.branches: list[Branch] = []
-    self.checkpoints: list[tuple[int, str]] = []
-    self._heads = [_NO_RECORD]
-    keys = sorted(key.decode() for key in self._store.list().result())
-    for seq, key in enumerate(keys):
-      if key != _key(seq):
-        raise LedgerError(
-          f"ledger record {seq} is missing: the next key is {key!r}"
-        )
-      self._replay(self._store.read(key).result().value)
+    self.checkpoints: list[Saved] = []
+    self._opened: dict[str, Any] | None = None
+    self._lost_steps = 0
+    self._num_writers = 0
+    self._log = records.Log(location, self._take)
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Lets another process write."""
+    self._log.close()
+
+  def acquire(self) -> None:
+    """Makes this process the one that writes.
+
+    Raises:
+      LedgerError: another process does.
+    """
+    self._log.acquire()
+
+  def confirm(self) -> None:
+    """Raises LedgerError if another process has begun to write."""
+    self._log.confirm()
+
+  @property
+  def records(self) -> list[dict[str, Any]]:
+    """The bodies of all records, in order."""
+    return self._log.records
 
   @property
   def is_new(self) -> bool:
-    """Whether nothing was ever recorded."""
-    return not self.records
+    """Whether no run was ever opened."""
+    return self._opened is None
 
   @property
   def head(self) -> str:
     """SHA-256 of the last record, hex."""
-    return self._heads[-1]
+    return self._log.head
+
+  def has_been_at(self, head: str) -> bool:
+    """Whether a head is that of the ledger, now or before."""
+    return head in self._log.heads
+
+  @property
+  def writer(self) -> int:
+    """The number of the latest process to write, from 1."""
+    return self._num_writers
 
   @property
   def plan(self) -> plan_lib.PrivacyPlan:
     """The plan that the run is bound to."""
-    return plan_lib.PrivacyPlan.from_dict(self.records[0]["plan"])
+    return plan_lib.PrivacyPlan.from_dict(self._open_record["plan"])
 
   @property
   def spent_steps(self) -> int:
     """Steps that may have been released, over all branches."""
-    return sum(b.stop_step - b.start_step for b in self.branches)
+    charged = sum(b.stop_step - b.start_step for b in self.branches)
+    return charged + self._lost_steps
 
   def spent_through(self, step: int) -> int:
     """Steps released when the current branch has just made update `step`."""
@@ -146,22 +194,26 @@ class Ledger:
     plan: plan_lib.PrivacyPlan,
     data: str,
     secret_hash: str,
+    run: str,
   ) -> None:
-    """Writes the first record.
+    """Opens the run.
 
     Args:
       config: the privacy settings as the user gave them, JSON-able.
       plan: what they came to.
       data: the manifest of the training set, hex.
       secret_hash: see `dpdist.keys.secret_hash`.
+      run: a random name of the run, so that runs with one secret do not share
+        keys; "" for a run that is to be repeatable, and has no guarantee.
     """
-    self._append(
+    self._log.append(
       "open",
       format=_FORMAT,
       config=dict(config),
       plan=plan.to_dict(),
       data=data,
       secret_hash=secret_hash,
+      run=run,
     )
 
   def check(
@@ -177,7 +229,7 @@ class Ledger:
     Raises:
       RefusedError: says what changed.
     """
-    opened = self.records[0]
+    opened = self._open_record
     changes = [
       f"{name}: {opened['config'].get(name)!r} -> {config.get(name)!r}"
       for name in sorted({*opened["config"], *config})
@@ -217,7 +269,7 @@ class Ledger:
     Raises:
       LedgerError: the checkpoint knows records that this ledger lacks.
     """
-    if ledger_head and ledger_head not in self._heads:
+    if ledger_head and not self.has_been_at(ledger_head):
       raise LedgerError(
         f"the checkpoint of step {step} was saved under ledger head"
         f" {ledger_head[:12]}, which this ledger does not hold: records were"
@@ -227,7 +279,7 @@ class Ledger:
       branch = self.branches[-1]
       if branch.fingerprint == fingerprint and digest in branch.bases:
         return branch
-    self._append(
+    self._log.append(
       "branch",
       branch=len(self.branches),
       start_step=step,
@@ -254,69 +306,57 @@ class Ledger:
         f"stop_step must be at most {self.last_step}, where the plan of"
         f" {self.plan.num_steps} steps is spent, got {stop_step}"
       )
-    self._append("reserve", branch=branch.number, stop_step=stop_step)
+    while branch.stop_step < stop_step:
+      most = branch.stop_step + _most_steps(self.plan)
+      self._log.append(
+        "reserve", branch=branch.number, stop_step=min(stop_step, most)
+      )
+      branch = self.branches[-1]
 
   def record_checkpoint(self, step: int, digest: str) -> None:
     """Makes a checkpoint one that the current branch may go on from."""
-    self._append(
-      "checkpoint", branch=self.branches[-1].number, step=step, digest=digest
+    self._log.append(
+      "checkpoint",
+      branch=self.branches[-1].number,
+      step=step,
+      digest=digest,
+      writer=self.writer,
     )
 
   def notice(self, text: str) -> None:
     """Records, once, what weakens or voids the run's guarantee."""
     if text not in self.notices:
-      self._append("notice", text=text)
+      self._log.append("notice", text=text)
 
-  def _append(self, kind: str, **body: Any) -> None:
-    record = {"seq": len(self.records), "prev": self.head, "kind": kind}
-    value = _canonical(record | body)
-    key = _key(len(self.records))
-    missing = self._store.read(key).result()
-    # An unsuccessful conditional write returns an empty generation.
-    written = missing.state == "missing" and bool(
-      self._store.write(key, value, if_equal=missing.stamp.generation)
-      .result()
-      .generation
-    )
-    if not written:
-      raise LedgerError(
-        f"another process wrote ledger record {len(self.records)}: one run"
-        " directory takes one writer; this process must stop"
-      )
-    self._replay(value)
-
-  def _replay(self, value: bytes) -> None:
-    """Takes one record into account; the only way state changes."""
-    seq = len(self.records)
-    try:
-      record = json.loads(value)
-      if record["seq"] != seq or record["prev"] != self.head:
-        raise LedgerError(
-          f"ledger record {seq} does not follow record {seq - 1}: one of them"
-          " was altered"
-        )
-      if value != _canonical(record):
-        raise LedgerError(f"ledger record {seq} was altered")
-      self._take(record)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-      raise LedgerError(
-        f"ledger record {seq} cannot be read: {error!r}"
-      ) from error
-    self.records.append(record)
-    self._heads.append(hashlib.sha256(value).hexdigest())
+  @property
+  def _open_record(self) -> dict[str, Any]:
+    if self._opened is None:
+      raise ValueError("no run was opened in this ledger")
+    return self._opened
 
   def _take(self, record: dict[str, Any]) -> None:
+    """Takes one record into account; the only way state changes."""
     kind = record["kind"]
-    if (kind == "open") != (not self.records):
+    if kind == "writer":
+      self._num_writers += 1
+      return
+    if kind == "lost":
+      if not self.is_new:  # Before, nothing can be charged; after, the most.
+        remaining = self.plan.num_steps - self.spent_steps
+        self._lost_steps += min(_most_steps(self.plan), remaining)
+      return
+    if (kind == "open") != self.is_new:
       raise ValueError(f"a record of kind {kind!r} in this place")
     if kind == "open":
       if record["format"] != _FORMAT:
         raise ValueError(f"format {record['format']}, expected {_FORMAT}")
+      self._opened = record
     elif kind == "branch":
       start = record["start_step"]
       self.branches.append(
         Branch(
           len(self.branches),
+          _identity(self._open_record["run"], record),
           start,
           start,
           record["fingerprint"],
@@ -325,8 +365,11 @@ class Ledger:
       )
     elif kind == "reserve":
       branch = self.branches[-1]
-      if record["stop_step"] <= branch.stop_step:
-        raise ValueError("a reservation that reserves nothing")
+      more = record["stop_step"] - branch.stop_step
+      if record["branch"] != branch.number:
+        raise ValueError("a reservation for a branch that has ended")
+      if not 0 < more <= _most_steps(self.plan):
+        raise ValueError(f"a reservation of {more} steps")
       self.branches[-1] = dataclasses.replace(
         branch, stop_step=record["stop_step"]
       )
@@ -335,7 +378,9 @@ class Ledger:
       self.branches[-1] = dataclasses.replace(
         branch, bases=(*branch.bases, record["digest"])
       )
-      self.checkpoints.append((record["step"], record["digest"]))
+      self.checkpoints.append(
+        Saved(record["step"], record["digest"], record["writer"])
+      )
     elif kind == "notice":
       if not isinstance(record["text"], str):
         raise ValueError("a notice without text")
@@ -343,14 +388,19 @@ class Ledger:
       raise ValueError(f"kind {kind!r}")
 
 
-def _open_store(directory: str | os.PathLike[str]) -> ts.KvStore:
-  path = os.path.join(os.path.abspath(directory), "")
-  return ts.KvStore.open({"driver": "file", "path": path}).result()
+def _most_steps(plan: plan_lib.PrivacyPlan) -> int:
+  return -(-plan.num_steps // _PARTS)
 
 
-def _key(seq: int) -> str:
-  return f"{seq:012d}.json"
+def _identity(run: str, record: Mapping[str, Any]) -> str:
+  """What the keys of a branch depend on.
 
-
-def _canonical(record: Mapping[str, Any]) -> bytes:
-  return json.dumps(record, sort_keys=True, separators=(",", ":")).encode()
+  A copy of a run directory could go on with other code from the same record as
+  the original, under the same number; hence everything that decides what its
+  steps release, and not the number alone.
+  """
+  if not run:
+    return str(record["branch"])
+  names = ("branch", "start_step", "fingerprint", "base")
+  text = json.dumps([run, *(record[name] for name in names)])
+  return hashlib.sha256(text.encode()).hexdigest()

@@ -95,11 +95,11 @@ class Streams:
 
   Attributes:
     secret: at least 16 bytes; see `dpdist.keys`.
-    branch: counts from 0.
+    branch: the branch's identity; see `dpdist.ledger.Branch`.
   """
 
   secret: bytes
-  branch: int
+  branch: str
 
   def sampler(self, plan: plan_lib.PrivacyPlan) -> sampling.PoissonSampler:
     """Draws the plan's examples."""

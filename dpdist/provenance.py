@@ -28,6 +28,7 @@ _JAX_CONFIG = (
 _HARMLESS = (
   "checkpoint_every",
   "eval_every",
+  "ledger",
   "max_checkpoints",
   "secret_file",
   "unsafe_metrics",
@@ -54,13 +55,17 @@ def environment(mesh: Mesh) -> dict[str, Any]:
 
 
 def fingerprint(
-  config: Mapping[str, Any], plan_fingerprint: str, environment: Any
+  config: Mapping[str, Any],
+  plan_fingerprint: str,
+  data_manifest: str,
+  environment: Any,
 ) -> str:
   """A digest that is equal only if a step run again gives the same bits.
 
   Args:
     config: all settings, JSON-able.
     plan_fingerprint: of the plan.
+    data_manifest: of the training set.
     environment: from `environment`.
 
   Returns:
@@ -70,7 +75,9 @@ def fingerprint(
   numbers["data"] = {
     k: v for k, v in config["data"].items() if k not in _HARMLESS_DATA
   }
-  text = json.dumps([numbers, plan_fingerprint, environment], sort_keys=True)
+  text = json.dumps(
+    [numbers, plan_fingerprint, data_manifest, environment], sort_keys=True
+  )
   return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -57,14 +57,19 @@ def train(
     dpdist.job.SettingsError: a ValueError; a setting is wrong, or differs from
       the run that workdir holds.
     dpdist.checkpoint.MismatchError: likewise; the model or optimizer differs.
-    dpdist.ledger.LedgerError: the record is damaged or has another writer.
+    dpdist.ledger.LedgerError: the ledger is damaged or has another writer.
     dpdist.preemption.Preempted: a signal asked to stop; all is saved.
   """
   workdir = pathlib.Path(workdir)
-  with preemption.Notice() as stop:
-    job = job_lib.prepare(config, workdir)
+  with (
+    preemption.Notice() as stop,
+    job_lib.open_ledger(config, workdir) as ledger,
+  ):
+    job = job_lib.prepare(config, workdir, ledger)
     with checkpoint.Checkpoints(
-      workdir / "checkpoints", max_to_keep=config.max_checkpoints
+      workdir / "checkpoints",
+      writer=ledger.writer,
+      max_to_keep=config.max_checkpoints,
     ) as checkpoints:
       return _run(config, workdir, job, checkpoints, stop)
 
@@ -89,11 +94,11 @@ def _run(
     digest=restored.digest if restored else "",
     ledger_head=restored.ledger_head if restored else "",
     fingerprint=provenance.fingerprint(
-      config.to_dict(), plan.fingerprint(), environment
+      config.to_dict(), plan.fingerprint(), job.train_manifest, environment
     ),
   )
   last = ledger.last_step
-  streams = mechanism.Streams(job.secret, branch.number)
+  streams = mechanism.Streams(job.secret, branch.identity)
   noise_key = streams.key("noise")
 
   if stop.received and start < last:
@@ -156,8 +161,10 @@ def _run(
           )
       if done % save_every == 0 or done == last or stop.received:
         with clock.paused():
+          ledger.confirm()
           digest = checkpoints.save(state, step=done, ledger_head=ledger.head)
           ledger.record_checkpoint(done, digest)
+          checkpoints.delete_old(ledger.checkpoints)
       if stop.received and done < last:
         raise preemption.Preempted(done)
 

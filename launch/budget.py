@@ -8,7 +8,6 @@ Exit codes: 0 done; 2 wrong usage; anything else is a failure.
 
 from collections.abc import Sequence
 import json
-import os
 import sys
 from typing import Any
 
@@ -18,14 +17,19 @@ from ml_collections import config_flags
 from dpdist import config as config_lib
 from dpdist import ledger as ledger_lib
 from dpdist import plan as plan_lib
+from dpdist import verification
 from launch import exit_codes
 from launch import flag_parsing
+from launch import ledgers
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/: what it plans to spend."
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of a run: what it planned and has spent."
+)
+_LEDGER = flags.DEFINE_string(
+  "ledger", None, "Where the run's ledger is, if not in the directory."
 )
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
@@ -72,18 +76,12 @@ def _planned(plan: plan_lib.PrivacyPlan) -> dict[str, Any]:
 
 
 def _spent(workdir: str) -> dict[str, Any]:
-  path = os.path.join(workdir, "ledger")
-  # Looking must not leave a ledger behind.
-  if not os.path.isdir(path):
-    raise ValueError(
-      f"workdir must be the directory of a run, with a ledger, got {workdir!r}"
-    )
-  ledger = ledger_lib.Ledger(path)
-  if ledger.is_new:
-    raise ValueError(f"the ledger in {workdir!r} is empty: nothing was spent")
+  ledger = ledgers.open_begun(workdir, _LEDGER.value)
   plan = ledger.plan
+  by_accountant = verification.epsilons(ledger)
   return {
-    "epsilon_spent": plan.epsilon(ledger.spent_steps),
+    "epsilon_spent": by_accountant[plan.accountant],
+    **{f"epsilon_spent_{k}": v for k, v in by_accountant.items()},
     "steps_spent": ledger.spent_steps,
     "guarantee": ledger.guarantee,
     **_planned(plan),

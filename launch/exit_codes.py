@@ -4,6 +4,7 @@ Anything else is a failure; Python's own for an uncaught exception is 1.
 """
 
 DONE = 0
+UNSOUND = 1
 USAGE = 2
 # Not 0: a scheduler would take the job for complete and never requeue it.
 PREEMPTED = 75

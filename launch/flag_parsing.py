@@ -28,10 +28,9 @@ def usage_error(message: object) -> int:
 def _parse(argv: Sequence[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
-    config = flags.FLAGS.config
-    if config is not None:
+    if "config" in flags.FLAGS and flags.FLAGS.config is not None:
       # A file that could not be loaded says so when it is first looked into.
-      _ = config.keys
+      _ = flags.FLAGS.config.keys
   except OSError as error:
     reason = str(error).splitlines()[-1].strip()
     sys.exit(usage_error(f"--config cannot be loaded: {reason}"))

@@ -25,13 +25,13 @@ RUNNER = "tests/run.py"
 # Lowest first. A room imports from lower layers only, never from its own; the
 # modules of one room may import one another.
 LAYERS = (
-  ("keys", "mesh", "search"),
+  ("keys", "mesh", "search", "records", "manifest"),
   ("accounting", "sampling", "noise", "clipping"),
   ("plan",),
   ("mechanism", "config"),
-  ("ledger", "step", "checkpoint", "metrics", "sources")
+  ("ledger", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance"),
-  ("data", "datasets", "screen", "report"),
+  ("data", "datasets", "screen", "report", "checkpoint", "verification"),
   ("job",),
   ("summary",),
   ("train",),
@@ -50,7 +50,9 @@ WITHOUT_JAX = (
   "dpdist/ledger",
   "dpdist/plan",
   "dpdist/sampling",
+  "dpdist/verification",
   "launch/budget",
+  "launch/verify",
 )
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax", "grain"}
 

@@ -1,11 +1,15 @@
 """Checkpoints come back whole or not at all."""
 
+import os
+import pathlib
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dpdist import checkpoint
+from dpdist import ledger
 from dpdist import mesh as mesh_lib
 
 
@@ -19,6 +23,16 @@ def _state(value):
   return jax.device_put(state, mesh_lib.replicated(mesh))
 
 
+def _checkpoints(path, writer=1, **kwargs):
+  return checkpoint.Checkpoints(path, writer=writer, **kwargs)
+
+
+def _save(checkpoints, step, value=None, writer=1):
+  value = step if value is None else value
+  digest = checkpoints.save(_state(value), step=step, ledger_head="")
+  return ledger.Saved(step, digest, writer)
+
+
 def _data_files(path):
   return [
     p
@@ -28,10 +42,10 @@ def _data_files(path):
 
 
 def test_round_trip_keeps_bits_and_sharding(tmp_path):
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+  with _checkpoints(tmp_path) as checkpoints:
     state = _state(3.0)
     digest = checkpoints.save(state, step=3, ledger_head="h")
-    got = checkpoints.restore(_state(0.0), [(3, digest)])
+    got = checkpoints.restore(_state(0.0), [ledger.Saved(3, digest, 1)])
   assert (got.step, got.digest, got.ledger_head) == (3, digest, "h")
   assert got.rejected == []
   assert got.state["none"] is None
@@ -41,17 +55,14 @@ def test_round_trip_keeps_bits_and_sharding(tmp_path):
 
 
 def test_nothing_to_restore(tmp_path):
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+  with _checkpoints(tmp_path) as checkpoints:
     assert checkpoints.restore(_state(0.0), []) is None
 
 
 def test_any_flipped_byte_falls_back_to_the_step_before(tmp_path):
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    known = [
-      (step, checkpoints.save(_state(step), step=step, ledger_head=""))
-      for step in (1, 2)
-    ]
-    files = _data_files(tmp_path / "2")
+  with _checkpoints(tmp_path) as checkpoints:
+    known = [_save(checkpoints, step) for step in (1, 2)]
+    files = _data_files(tmp_path / "writer_000001" / "2")
     assert len(files) > 3
     for file in files:
       good = file.read_bytes()
@@ -67,73 +78,114 @@ def test_any_flipped_byte_falls_back_to_the_step_before(tmp_path):
 
 
 def test_missing_or_added_files_and_foreign_manifests_are_refused(tmp_path):
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    known = [
-      (step, checkpoints.save(_state(step), step=step, ledger_head=""))
-      for step in (1, 2)
-    ]
-    extra = tmp_path / "2" / "extra"
+  with _checkpoints(tmp_path) as checkpoints:
+    known = [_save(checkpoints, step) for step in (1, 2)]
+    extra = tmp_path / "writer_000001" / "2" / "extra"
     extra.write_bytes(b"x")
     assert checkpoints.restore(_state(0.0), known).step == 1
     extra.unlink()
-    victim = _data_files(tmp_path / "2")[0]
+    victim = _data_files(tmp_path / "writer_000001" / "2")[0]
     content = victim.read_bytes()
     victim.unlink()
     assert checkpoints.restore(_state(0.0), known).step == 1
     victim.write_bytes(content)
     assert checkpoints.restore(_state(0.0), known).step == 2
-    assert checkpoints.restore(_state(0.0), [(2, "0" * 64)]) is None
-    next((tmp_path / "2").glob("*manifest.json")).unlink()
+    assert (
+      checkpoints.restore(_state(0.0), [ledger.Saved(2, "0" * 64, 1)]) is None
+    )
+    next((tmp_path / "writer_000001" / "2").glob("*manifest.json")).unlink()
     assert checkpoints.restore(_state(0.0), known).step == 1
 
 
-def test_a_step_is_saved_again_after_a_replay(tmp_path):
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    checkpoints.save(_state(1), step=1, ledger_head="old")
-    digest = checkpoints.save(_state(7), step=1, ledger_head="new")
-    got = checkpoints.restore(_state(0.0), [(1, digest)])
-  assert got.ledger_head == "new"
-  assert float(got.state["w"][0, 0]) == 7.0
+def test_a_step_is_saved_again_by_another_writer(tmp_path):
+  with _checkpoints(tmp_path) as checkpoints:
+    old = _save(checkpoints, 1)
+  with _checkpoints(tmp_path, 2) as checkpoints:
+    known = [old, _save(checkpoints, 1, 7, writer=2)]
+    got = checkpoints.restore(_state(0.0), known)
+    assert float(got.state["w"][0, 0]) == 7.0
+    got = checkpoints.restore(_state(0.0), known[:1])
+    assert float(got.state["w"][0, 0]) == 1.0
 
 
-def test_a_save_that_was_cut_off_is_ignored_and_replaced(tmp_path):
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    known = [(1, checkpoints.save(_state(1), step=1, ledger_head=""))]
+def test_a_writer_that_was_shut_out_touches_nothing_of_the_next(tmp_path):
+  with (
+    _checkpoints(tmp_path) as paused,
+    _checkpoints(tmp_path, 2) as checkpoints,
+  ):
+    known = [_save(checkpoints, 1, 7, writer=2)]
+    _save(paused, 1)
+    _save(paused, 2)
+    assert float(checkpoints.restore(_state(0), known).state["w"][0, 0]) == 7.0
+    known.append(_save(checkpoints, 2, 8, writer=2))
+    checkpoints.delete_old(known)
+    assert not (tmp_path / "writer_000001").exists()
+    assert float(checkpoints.restore(_state(0), known).state["w"][0, 0]) == 8.0
+
+
+def test_a_save_that_was_cut_off_is_ignored(tmp_path):
+  with _checkpoints(tmp_path) as checkpoints:
+    known = [_save(checkpoints, 1)]
   # A directory without a manifest is what a kill leaves between Orbax's end
   # and ours.
-  (tmp_path / "2" / "state").mkdir(parents=True)
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
+  (tmp_path / "writer_000001" / "2" / "state").mkdir(parents=True)
+  with _checkpoints(tmp_path, 2) as checkpoints:
     assert checkpoints.restore(_state(0.0), known).step == 1
-    digest = checkpoints.save(_state(2), step=2, ledger_head="")
-    known.append((2, digest))
+    known.append(_save(checkpoints, 2, writer=2))
     assert checkpoints.restore(_state(0.0), known).step == 2
 
 
-def test_saving_goes_on_below_checkpoints_that_were_rejected(tmp_path):
-  directory = tmp_path / "checkpoints"
-  with checkpoint.Checkpoints(directory, max_to_keep=2) as checkpoints:
-    known = [
-      (step, checkpoints.save(_state(step), step=step, ledger_head=""))
-      for step in (10, 20)
-    ]
-  (directory / "30").mkdir()
-  for file in _data_files(directory / "20"):
+def test_damaged_checkpoints_are_passed_over_and_in_time_deleted(tmp_path):
+  with _checkpoints(tmp_path) as checkpoints:
+    known = [_save(checkpoints, step) for step in (10, 20)]
+  for file in _data_files(tmp_path / "writer_000001" / "20"):
     file.write_bytes(b"damaged")
-  with checkpoint.Checkpoints(directory, max_to_keep=2) as checkpoints:
+  with _checkpoints(tmp_path, 2, max_to_keep=2) as checkpoints:
     assert checkpoints.restore(_state(0.0), known).step == 10
-    known.append((15, checkpoints.save(_state(15), step=15, ledger_head="")))
+    known.append(_save(checkpoints, 15, writer=2))
+    checkpoints.delete_old(known)
+    assert not (tmp_path / "writer_000001" / "10").exists()
     assert checkpoints.restore(_state(0.0), known).step == 15
-    known.append((20, checkpoints.save(_state(20), step=20, ledger_head="")))
+    known.append(_save(checkpoints, 20, writer=2))
+    checkpoints.delete_old(known)
+    assert not (tmp_path / "writer_000001").exists()
     assert checkpoints.restore(_state(0.0), known).step == 20
-  aside = sorted(
-    p.name.split(".")[0] for p in (tmp_path / "rejected_checkpoints").iterdir()
-  )
-  assert aside == ["20", "30"]
+
+
+def test_a_checkpoint_is_on_disk_before_its_digest_is_told(
+  tmp_path, monkeypatch
+):
+  """Every file and every directory of it, and those that lead there."""
+  synced = {}
+  sync = os.fsync
+
+  def fsync(descriptor):
+    path = pathlib.Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+    content = path.read_bytes() if path.is_file() else sorted(path.iterdir())
+    synced[path] = content
+    sync(descriptor)
+
+  monkeypatch.setattr(os, "fsync", fsync)
+  directory = tmp_path / "checkpoints"
+  with _checkpoints(directory) as checkpoints:
+    _save(checkpoints, 1)
+  path = directory / "writer_000001" / "1"
+  wanted = [path, *path.rglob("*")]
+  for file in (p for p in wanted if p.is_file()):
+    # Ours was renamed after it was synced.
+    is_ours = file.name == "dpdist_manifest.json"
+    name = file.name + ".tmp" if is_ours else file.name
+    assert synced[file.with_name(name)] == file.read_bytes()
+  for folder in (p for p in wanted if p.is_dir()):
+    assert synced[folder] == sorted(folder.iterdir())
+  assert path in synced[path.parent]
+  assert path.parent in synced[directory]
+  assert directory in synced[tmp_path]
 
 
 def test_a_state_of_another_shape_is_a_mismatch(tmp_path):
-  with checkpoint.Checkpoints(tmp_path) as checkpoints:
-    known = [(1, checkpoints.save(_state(1), step=1, ledger_head=""))]
+  with _checkpoints(tmp_path) as checkpoints:
+    known = [_save(checkpoints, 1)]
     other = _state(0.0)
     other["w"] = {"deeper": other["w"]}
     with pytest.raises(checkpoint.MismatchError, match=r"step 1 .* not fit"):
@@ -141,11 +193,11 @@ def test_a_state_of_another_shape_is_a_mismatch(tmp_path):
 
 
 def test_old_checkpoints_are_deleted(tmp_path):
-  with checkpoint.Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
-    known = [
-      (step, checkpoints.save(_state(step), step=step, ledger_head=""))
-      for step in (1, 2, 3)
-    ]
-    assert not (tmp_path / "1").exists()
+  with _checkpoints(tmp_path, max_to_keep=2) as checkpoints:
+    known = [_save(checkpoints, step) for step in (1, 2, 3)]
+    checkpoints.delete_old(known)
+    assert not (tmp_path / "writer_000001" / "1").exists()
     assert checkpoints.restore(_state(0.0), known[:1]) is None
     assert checkpoints.restore(_state(0.0), known).step == 3
+    # Even where the newest two are lost afterwards, nothing is made up.
+    assert checkpoints.restore(_state(0.0), known[:2]).step == 2

@@ -8,10 +8,10 @@ from dpdist import mesh as mesh_lib
 from dpdist import provenance
 
 
-def _fingerprint(changes=(), environment="here", plan="p"):
+def _fingerprint(changes=(), environment="here", plan="p", data="d"):
   config = digits.get_config()
   config.update_from_flattened_dict(dict(changes))
-  return provenance.fingerprint(config.to_dict(), plan, environment)
+  return provenance.fingerprint(config.to_dict(), plan, data, environment)
 
 
 @pytest.mark.parametrize(
@@ -22,6 +22,7 @@ def _fingerprint(changes=(), environment="here", plan="p"):
     {"max_checkpoints": 9},
     {"unsafe_metrics": True},
     {"secret_file": "elsewhere"},
+    {"ledger": "gs://bucket/run"},
     {"data.num_threads": 1},
     {"data.prefetch": 1},
     {"data.path": "moved"},
@@ -47,9 +48,10 @@ def test_settings_that_change_bits_change_the_fingerprint(changes):
   assert _fingerprint(changes) != _fingerprint()
 
 
-def test_plan_and_environment_change_the_fingerprint():
+def test_plan_data_and_environment_change_the_fingerprint():
   assert _fingerprint(environment="there") != _fingerprint()
   assert _fingerprint(plan="q") != _fingerprint()
+  assert _fingerprint(data="e") != _fingerprint()
 
 
 def test_environment_names_code_packages_and_devices():

@@ -62,9 +62,11 @@ class Cnn(nn.Module):
 
 
 class StandardisedConv(nn.Module):
-  """A convolution whose kernel has mean 0 and norm `gain` for each output
-  (Brock et al. 2021, "Characterizing signal propagation to close the performance
-  gap in unnormalized ResNets", equation 1)."""
+  """A convolution whose kernel has mean 0 and norm `gain` for each output.
+
+  Weight standardisation as in Brock et al. 2021, "Characterizing signal
+  propagation to close the performance gap in unnormalized ResNets", equation 1.
+  """
 
   features: int
   kernel_size: tuple[int, int]

@@ -1,0 +1,390 @@
+"""A log of immutable records, chained by hash, on any key-value store.
+
+Record n is the value of key n in a tensorstore key-value store: a local
+directory, or a bucket. It is written once, on the condition that the key does
+not exist, so nothing is appended to, renamed or overwritten, and two processes
+cannot both write record n. Each record holds a SHA-256 of itself and of the one
+before it.
+
+One value changes, the head. It says how far the log had come at least, and who
+writes it; it is written after each record and, as a sign of life, every few
+seconds.
+
+Guarantees:
+  * Durable when `append` returns. On a local disk tensorstore writes and syncs
+    the file, renames it and syncs the directory; on an object store the write
+    has been committed.
+  * One writer. A writer begins with a record of its own. Whoever wrote before
+    can then write nothing more, since the key it would create exists: a process
+    that was paused and wakes finds itself shut out. This rests on conditional
+    writes and on no clock; the sign of life only keeps a second process from
+    taking over while the first one lives.
+  * A record that is altered, missing, exchanged or repeated is found when the
+    log is read, and named; so is the loss of the newest records, by the head.
+  * A newest record that is damaged, and that the head does not speak of yet,
+    was being written when the machine stopped. It is kept as a lost one, for
+    its reader to assume the worst.
+"""
+
+from collections.abc import Callable, Mapping
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import secrets
+import threading
+import time
+from typing import Any
+
+import tensorstore as ts
+
+FIRST = "0" * 64
+# How often a writer shows that it lives, and how long the next one looks out
+# for that; by the process's own clock. Nothing unsafe comes of either.
+BEAT_SECONDS = 5.0
+PATIENCE_SECONDS = 20.0
+
+_HEAD = "head.json"
+_ATTEMPTS = 5
+
+
+class RecordError(Exception):
+  """The log is damaged, or this process may not write it."""
+
+
+class Log:
+  """An open log. One process writes, any may read.
+
+  Attributes:
+    records: the bodies of all records, in order. Beside those of its user there
+      are the kinds "writer", a process that began to write, and "lost".
+    heads: heads[n] is the SHA-256, hex, of the record before record n.
+  """
+
+  def __init__(
+    self,
+    location: str | os.PathLike[str],
+    take: Callable[[dict[str, Any]], None],
+  ):
+    """Reads and checks every record.
+
+    Args:
+      location: a local path, a URL such as s3://bucket/path, or the JSON of a
+        tensorstore key-value store's spec. It need not exist.
+      take: called with each record that is read or written; raises ValueError,
+        KeyError, TypeError or IndexError for one that makes no sense.
+
+    Raises:
+      ValueError: location is none of these.
+      RecordError: a record is missing, altered or out of order.
+    """
+    try:
+      opening = ts.KvStore.open(_spec(location))
+    except ValueError as error:
+      raise ValueError(
+        "location must be a path, a URL such as gs://bucket/path or the JSON of"
+        f" a key-value store's spec, got {os.fspath(location)!r}: {error}"
+      ) from error
+    self._store = _result(opening)
+    self._take = take
+    self._lock = threading.Lock()
+    self._token = ""
+    self._beats = 0
+    self._stopped = threading.Event()
+    self._heart = threading.Thread(target=self._live, daemon=True)
+    self.records: list[dict[str, Any]] = []
+    self.heads = [FIRST]
+    self._read()
+
+  @property
+  def head(self) -> str:
+    """SHA-256 of the last record, hex."""
+    return self.heads[-1]
+
+  def acquire(self) -> None:
+    """Makes this process the writer.
+
+    Raises:
+      RecordError: another process is writing, or has begun to since the log was
+        read; or the store failed.
+    """
+    before = self._read_head()
+    if before is None:
+      self._write_head(if_missing=True)
+    elif before["open"] and not _is_gone(before):
+      self._watch(before)
+    self._token = secrets.token_hex(16)
+    is_torn = bool(self.records) and self.records[-1]["kind"] == "lost"
+    try:
+      self.append(
+        "writer", token=self._token, torn=self.head if is_torn else ""
+      )
+    except RecordError:
+      self._token = ""
+      raise
+    self._heart.start()
+
+  def append(self, kind: str, **body: Any) -> None:
+    """Writes a record durably.
+
+    Args:
+      kind: what it is about.
+      **body: the rest of it, JSON-able.
+
+    Raises:
+      RecordError: this process is not, or no longer, the writer; or the store
+        failed, and the record may have been written or not.
+    """
+    if not self._token:
+      raise RecordError(
+        "this process must acquire the ledger before it writes there"
+      )
+    with self._lock:
+      seq = len(self.records)
+      value = _sealed({"seq": seq, "prev": self.head, "kind": kind, **body})
+      self._create(seq, value)
+      self._add(value)
+      self._write_head()
+
+  def confirm(self) -> None:
+    """Raises RecordError if another process has begun to write."""
+    with self._lock:
+      if self._is_shut_out():
+        raise RecordError(_shut_out(len(self.records)))
+
+  def close(self) -> None:
+    """Lets the next process write at once."""
+    self._stopped.set()
+    if self._heart.is_alive():
+      self._heart.join()
+    with self._lock, contextlib.suppress(RecordError):
+      if self._token and not self._is_shut_out():
+        self._write_head(is_open=False)
+    self._token = ""
+
+  def _read(self) -> None:
+    # The head first: what is written meanwhile then comes on top.
+    head = self._read_head()
+    names = sorted(
+      name
+      for key in _result(self._store.list())
+      if (name := key.decode()) != _HEAD
+    )
+    for seq, name in enumerate(names):
+      if name != _key(seq):
+        raise RecordError(
+          f"ledger record {seq} is missing: the next key is {name!r}"
+        )
+    values = [
+      _result(read).value for read in [self._store.read(n) for n in names]
+    ]
+    for seq, value in enumerate(values):
+      after = values[seq + 1] if seq + 1 < len(values) else None
+      covered = head is not None and head["seq"] > seq
+      if _is_whole(value):
+        self._add(value)
+      elif _acknowledges(after, value) or (after is None and not covered):
+        self._lose(value)
+      else:
+        raise RecordError(f"ledger record {seq} was altered")
+    if head is None:
+      if values:
+        raise RecordError(f"the ledger's {_HEAD} is missing")
+    elif head["seq"] > len(values):
+      raise RecordError(
+        f"ledger records {len(values)} to {head['seq'] - 1} are missing: the"
+        " ledger was rolled back"
+      )
+    elif self.heads[head["seq"]] != head["head"]:
+      raise RecordError(
+        f"ledger record {head['seq'] - 1} is not the one that {_HEAD} speaks of"
+      )
+
+  def _add(self, value: bytes) -> None:
+    seq = len(self.records)
+    try:
+      record = json.loads(value)
+      if record["seq"] != seq or record["prev"] != self.head:
+        raise RecordError(
+          f"ledger record {seq} does not follow record {seq - 1}: one of them"
+          " is another's"
+        )
+      self._take(record)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+      raise RecordError(
+        f"ledger record {seq} cannot be understood: {error!r}"
+      ) from error
+    self.records.append(record)
+    self.heads.append(_digest(value))
+
+  def _lose(self, value: bytes) -> None:
+    record = {"seq": len(self.records), "kind": "lost"}
+    self._take(record)
+    self.records.append(record)
+    self.heads.append(_digest(value))
+
+  def _create(self, seq: int, value: bytes) -> None:
+    """Writes a value under a key that does not exist; safe to repeat."""
+    key = _key(seq)
+    problem: Exception | None = None
+    for attempt in range(_ATTEMPTS):
+      try:
+        found = self._store.read(key).result()
+        if found.state == "missing":
+          stamp = self._store.write(
+            key, value, if_equal=found.stamp.generation
+          ).result()
+          # A condition that does not hold gives an empty generation.
+          if stamp.generation:
+            return
+        elif found.value == value:
+          return  # An attempt had succeeded, though its answer was lost.
+        else:
+          raise RecordError(_shut_out(seq))
+      except (ValueError, OSError) as error:
+        problem = error
+        time.sleep(0.05 * 2**attempt)
+    raise RecordError(
+      f"ledger record {seq} could not be written: {problem}"
+    ) from problem
+
+  def _is_shut_out(self) -> bool:
+    found = _result(self._store.read(_key(len(self.records))))
+    return found.state != "missing"
+
+  def _read_head(self) -> dict[str, Any] | None:
+    found = _result(self._store.read(_HEAD))
+    if found.state == "missing":
+      return None
+    if not _is_whole(found.value):
+      raise RecordError(f"the ledger's {_HEAD} was altered")
+    return json.loads(found.value)
+
+  def _write_head(
+    self, *, is_open: bool = True, if_missing: bool = False
+  ) -> None:
+    self._beats += 1
+    condition = {}
+    if if_missing:
+      found = _result(self._store.read(_HEAD))
+      condition = {"if_equal": found.stamp.generation}
+    value = {
+      "seq": len(self.records),
+      "head": self.head,
+      "open": is_open,
+      "writer": self._token,
+      "beat": self._beats,
+      "pid": os.getpid(),
+      "started": _started(os.getpid()),
+      "host": _host(),
+      "host_name": platform.node(),
+    }
+    _result(self._store.write(_HEAD, _sealed(value), **condition))
+
+  def _watch(self, before: dict[str, Any]) -> None:
+    """Waits for a sign of life of the writer that `before` names."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+      if self._read_head() != before:
+        raise RecordError(
+          f"process {before['pid']} on {before['host_name']} writes this"
+          " ledger: one run directory takes one writer"
+        )
+      time.sleep(PATIENCE_SECONDS / 100)
+
+  def _live(self) -> None:
+    while not self._stopped.wait(BEAT_SECONDS):
+      # Nobody depends on a single beat.
+      with self._lock, contextlib.suppress(RecordError):
+        if self._is_shut_out():
+          return
+        self._write_head()
+
+
+def _spec(location: str | os.PathLike[str]) -> Any:
+  text = os.fspath(location)
+  if text.startswith("{"):
+    return json.loads(text)
+  if "://" in text:
+    return text.rstrip("/") + "/"
+  return {"driver": "file", "path": os.path.join(os.path.abspath(text), "")}
+
+
+def _result(future: Any) -> Any:
+  try:
+    return future.result()
+  except (ValueError, OSError, NotImplementedError) as error:
+    raise RecordError(f"the ledger's store failed: {error}") from error
+
+
+def _key(seq: int) -> str:
+  return f"{seq:012d}.json"
+
+
+def _canonical(value: Mapping[str, Any]) -> bytes:
+  return json.dumps(
+    value, sort_keys=True, separators=(",", ":"), allow_nan=False
+  ).encode()
+
+
+def _digest(value: bytes) -> str:
+  return hashlib.sha256(value).hexdigest()
+
+
+def _sealed(value: Mapping[str, Any]) -> bytes:
+  return _canonical({**value, "sha256": _digest(_canonical(value))})
+
+
+def _is_whole(value: bytes) -> bool:
+  """Whether a value is exactly what `_sealed` made."""
+  try:
+    body = json.loads(value)
+    del body["sha256"]
+    return _sealed(body) == value
+  except (ValueError, KeyError, TypeError):
+    return False
+
+
+def _acknowledges(after: bytes | None, value: bytes) -> bool:
+  """Whether a writer began after a lost record, and knew that it was lost."""
+  if after is None or not _is_whole(after):
+    return False
+  return json.loads(after).get("torn") == _digest(value)
+
+
+def _shut_out(seq: int) -> str:
+  return (
+    f"another process wrote ledger record {seq}: one run directory takes one"
+    " writer; this process must stop"
+  )
+
+
+def _is_gone(head: Mapping[str, Any]) -> bool:
+  """Whether the process that wrote a head is known to have ended."""
+  return (
+    bool(head["host"])
+    and head["host"] == _host()
+    and head["started"] != _started(head["pid"])
+  )
+
+
+def _host() -> str:
+  """Names this boot of this machine, and the space of its process numbers."""
+  try:
+    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+  except OSError:
+    return ""
+
+
+def _started(pid: int) -> str:
+  """When a process of this machine began; "" if it has ended."""
+  try:
+    stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
+  except OSError:
+    return ""
+  # After the name, which may hold anything but ends with the last parenthesis.
+  state, *rest = stat.rpartition(")")[2].split()
+  return "" if state in "ZX" else rest[18]

@@ -1,0 +1,178 @@
+"""Whether the record of a run is whole and agrees with what the run left.
+
+Everything is recomputed from the records; nothing that a run wrote about itself
+is believed. Imports no jax, so that a record can be verified anywhere.
+"""
+
+import json
+import math
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+from dpdist import accounting
+from dpdist import ledger as ledger_lib
+from dpdist import manifest
+from dpdist import metrics
+
+# Two machines may differ in the last digits of an epsilon.
+_TOLERANCE = 1e-6
+
+
+class Finding(NamedTuple):
+  """One thing that was checked.
+
+  Attributes:
+    what: was checked.
+    found: what there is.
+    problem: what is wrong with it; "" if nothing is.
+  """
+
+  what: str
+  found: str
+  problem: str
+
+
+def verify(
+  workdir: str | os.PathLike[str], ledger: ledger_lib.Ledger
+) -> list[Finding]:
+  """Checks a run.
+
+  Args:
+    workdir: its directory.
+    ledger: its ledger, whose chain was checked when it was read.
+
+  Returns:
+    What was found, in the order of the checks. The record is sound if no
+    finding has a problem.
+  """
+  workdir = pathlib.Path(workdir)
+  return [
+    Finding(
+      "ledger",
+      f"{len(ledger.records)} records by {ledger.writer} processes, unaltered",
+      "",
+    ),
+    _plan(ledger),
+    _steps(ledger),
+    _epsilon(ledger),
+    _checkpoints(workdir, ledger),
+    _metrics(workdir, ledger),
+    _result(workdir, ledger),
+  ]
+
+
+def epsilons(ledger: ledger_lib.Ledger) -> dict[str, float]:
+  """The epsilon that was spent, by each accountant."""
+  plan = ledger.plan
+  return {
+    accountant: accounting.epsilon(
+      noise_multiplier=plan.noise_multiplier,
+      sampling_probability=plan.sampling_probability,
+      num_steps=ledger.spent_steps,
+      delta=plan.delta,
+      accountant=accountant,
+    )
+    for accountant in ("pld", "rdp")
+  }
+
+
+def _plan(ledger: ledger_lib.Ledger) -> Finding:
+  plan = ledger.plan
+  found = (
+    f"{plan.num_steps} steps of noise multiplier {plan.noise_multiplier:g}, by"
+    f" {plan.accountant} epsilon {plan.epsilon():.6g} at delta {plan.delta:g}"
+  )
+  target = plan.target_epsilon
+  problem = ""
+  if target is not None and plan.epsilon() > target * (1 + _TOLERANCE):
+    problem = f"it spends more than its target epsilon {target:g}"
+  return Finding("plan", found, problem)
+
+
+def _steps(ledger: ledger_lib.Ledger) -> Finding:
+  plan = ledger.plan
+  found = (
+    f"{ledger.spent_steps} of {plan.num_steps} charged, on"
+    f" {len(ledger.branches)} branches"
+  )
+  problem = ""
+  if ledger.spent_steps > plan.num_steps:
+    problem = "more steps are charged than planned"
+  for step, _, _ in ledger.checkpoints:
+    if step > max(branch.stop_step for branch in ledger.branches):
+      problem = f"the checkpoint of step {step} is of a step not charged"
+  return Finding("steps", found, problem)
+
+
+def _epsilon(ledger: ledger_lib.Ledger) -> Finding:
+  found = ", ".join(f"{v:.6g} ({k})" for k, v in epsilons(ledger).items())
+  return Finding("epsilon spent", found, "")
+
+
+def _checkpoints(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
+  whole, problem = 0, ""
+  for i, saved in enumerate(reversed(ledger.checkpoints)):
+    path = manifest.folder(workdir / "checkpoints", saved.writer)
+    path = path / str(saved.step)
+    if i and not path.exists():
+      continue  # In time older ones are deleted.
+    wrong = manifest.problem(path, saved.digest)
+    if wrong is None:
+      whole += 1
+      meta = json.loads((path / "meta" / "metadata").read_text())
+      if not ledger.has_been_at(meta["ledger_head"]):
+        wrong = "it was saved under a ledger head that the ledger lacks"
+    if wrong is not None and not problem:
+      problem = f"step {saved.step}: {wrong}"
+  return Finding(
+    "checkpoints",
+    f"{len(ledger.checkpoints)} recorded, {whole} there and whole",
+    problem,
+  )
+
+
+def _metrics(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
+  rows = metrics.read(workdir)
+  told = max((row.get("epsilon", 0.0) for row in rows), default=0.0)
+  spent = ledger.plan.epsilon(ledger.spent_steps)
+  problem = ""
+  if told > spent * (1 + _TOLERANCE):
+    problem = f"they tell of epsilon {told:.6g}, the ledger of {spent:.6g}"
+  last = max((row["step"] for row in rows), default=0)
+  if last > max((branch.stop_step for branch in ledger.branches), default=0):
+    problem = f"they tell of step {last}, which was not charged"
+  return Finding("metrics", f"{len(rows)} rows, to step {last}", problem)
+
+
+def _result(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
+  path = workdir / "result.json"
+  if not path.exists():
+    return Finding("result", "none yet", "")
+  result = json.loads(path.read_text())
+  plan = ledger.plan
+  expected: dict[str, Any] = {
+    "epsilon": plan.epsilon(ledger.spent_steps),
+    "steps_charged": ledger.spent_steps,
+    "guarantee": ledger.guarantee,
+    "delta": plan.delta,
+    "noise_multiplier": plan.noise_multiplier,
+    "sampling_probability": plan.sampling_probability,
+    "l2_clip_norm": plan.l2_clip_norm,
+    "accountant": plan.accountant,
+    "neighboring_relation": plan.neighboring_relation,
+  }
+  problems = [
+    f"{name} is {result.get(name)!r}, by the ledger {value!r}"
+    for name, value in expected.items()
+    if not _same(result.get(name), value)
+  ]
+  return Finding(
+    "result", f"epsilon {result.get('epsilon')}", "; ".join(problems)
+  )
+
+
+def _same(one: Any, other: Any) -> bool:
+  if isinstance(one, float) and isinstance(other, float):
+    return math.isclose(one, other, rel_tol=_TOLERANCE)
+  return bool(one == other)

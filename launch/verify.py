@@ -1,0 +1,54 @@
+r"""Checks the record of a run from the ground up. Imports no jax.
+
+  python -m launch.verify --workdir=/tmp/digits
+
+Exit codes: 0 the record is whole and agrees with what the run left; 1 it does
+not; 2 wrong usage.
+"""
+
+from collections.abc import Sequence
+import json
+
+from absl import flags
+
+from dpdist import ledger as ledger_lib
+from dpdist import verification
+from launch import exit_codes
+from launch import flag_parsing
+from launch import ledgers
+
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_LEDGER = flags.DEFINE_string(
+  "ledger", None, "Where its ledger is, if not in the directory."
+)
+_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
+flags.mark_flag_as_required("workdir")
+
+
+def main(argv: Sequence[str]) -> int:
+  """Returns an exit code."""
+  del argv
+  workdir = str(_WORKDIR.value)
+  try:
+    ledger = ledgers.open_begun(workdir, _LEDGER.value)
+    findings = verification.verify(workdir, ledger)
+  except ValueError as error:
+    return flag_parsing.usage_error(error)
+  except ledger_lib.LedgerError as error:
+    findings = [verification.Finding("ledger", "damaged", str(error))]
+  sound = not any(finding.problem for finding in findings)
+  if _JSON.value:
+    rows = [finding._asdict() for finding in findings]
+    print(json.dumps({"sound": sound, "findings": rows}, indent=2))
+  else:
+    for finding in findings:
+      mark = "WRONG" if finding.problem else "ok"
+      print(f"{mark:<5}  {finding.what:<13}  {finding.found}")
+      if finding.problem:
+        print(f"       {'':<13}  {finding.problem}")
+    print("The record is sound." if sound else "The record is NOT sound.")
+  return exit_codes.DONE if sound else exit_codes.UNSOUND
+
+
+if __name__ == "__main__":
+  flag_parsing.run(main)
