@@ -50,7 +50,8 @@ def verify(
   return [
     Finding(
       "ledger",
-      f"{len(ledger.records)} records by {ledger.writer} processes, unaltered",
+      f"{len(ledger.records)} records, unaltered; written to by"
+      f" {ledger.writer} process{'es' * (ledger.writer != 1)}",
       "",
     ),
     _plan(ledger),
@@ -92,9 +93,10 @@ def _plan(ledger: ledger_lib.Ledger) -> Finding:
 
 def _steps(ledger: ledger_lib.Ledger) -> Finding:
   plan = ledger.plan
+  branches = len(ledger.branches)
   found = (
     f"{ledger.spent_steps} of {plan.num_steps} charged, on"
-    f" {len(ledger.branches)} branches"
+    f" {branches} branch{'es' * (branches != 1)}"
   )
   problem = ""
   if ledger.spent_steps > plan.num_steps:

@@ -55,7 +55,7 @@ def test_a_run_is_sound_and_can_be_verified_without_jax(run):
   report = json.loads(done.stdout)
   assert report["sound"]
   found = {row["what"]: row["found"] for row in report["findings"]}
-  assert found["steps"] == "6 of 6 charged, on 1 branches"
+  assert found["steps"] == "6 of 6 charged, on 1 branch"
   assert found["checkpoints"] == "3 recorded, 2 there and whole"
   assert "(pld)" in found["epsilon spent"]
   assert "(rdp)" in found["epsilon spent"]
