@@ -12,6 +12,7 @@ Nothing random is stored: keys are functions of the secret and the step.
 """
 
 from collections.abc import Sequence
+import contextlib
 import os
 import pathlib
 import shutil
@@ -161,5 +162,6 @@ class Checkpoints:
       if path not in keep and path.parent <= self._folder:
         shutil.rmtree(path, ignore_errors=True)
     for path in self._directory.glob("writer_*"):
-      if path < self._folder and not any(path.iterdir()):
-        path.rmdir()
+      if path < self._folder:
+        with contextlib.suppress(OSError):  # It is not empty.
+          path.rmdir()

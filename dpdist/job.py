@@ -21,6 +21,7 @@ from dpdist import datasets
 from dpdist import keys
 from dpdist import ledger as ledger_lib
 from dpdist import losses
+from dpdist import manifest
 from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import models
@@ -75,12 +76,21 @@ def open_ledger(
 
   Raises:
     SettingsError: config.ledger is no place for one.
-    dpdist.ledger.LedgerError: it is damaged.
+    dpdist.ledger.LedgerError: it is damaged, or older than a checkpoint.
   """
+  # Before the ledger, which another process may be writing.
+  heads = manifest.ledger_heads(workdir / "checkpoints")
   try:
-    return ledger_lib.Ledger(config.ledger or workdir / "ledger")
+    ledger = ledger_lib.Ledger(config.ledger or workdir / "ledger")
   except ValueError as error:
     raise SettingsError(f"ledger: {error}") from error
+  for path, head in heads.items():
+    if not ledger.has_been_at(head):
+      raise ledger_lib.LedgerError(
+        f"{path} was saved under ledger head {head[:12]}, which this ledger"
+        " does not hold: it was removed or rolled back, or is another run's"
+      )
+  return ledger
 
 
 def prepare(
@@ -159,18 +169,18 @@ def _prepare(
 
   secret = _secret(config, workdir, is_new=ledger.is_new)
   secret_hash = keys.secret_hash(secret)
-  manifest = splits.train.manifest()
+  train_manifest = splits.train.manifest()
   example = splits.train.read(np.zeros(1, np.int64))["inputs"][0]
   init_key = mechanism.Streams(secret, "").key("init")
   params = jax.jit(model.init)(init_key, example)["params"]
   if not ledger.is_new:
-    ledger.check(config=settings, data=manifest, secret_hash=secret_hash)
+    ledger.check(config=settings, data=train_manifest, secret_hash=secret_hash)
   ledger.acquire()
   if ledger.is_new:
     ledger.open(
       config=settings,
       plan=plan,
-      data=manifest,
+      data=train_manifest,
       secret_hash=secret_hash,
       run="" if config.insecure_seed is not None else secrets.token_hex(16),
     )
@@ -190,7 +200,7 @@ def _prepare(
     secret,
     mesh,
     splits.train,
-    manifest,
+    train_manifest,
     splits.test.read(np.arange(len(splits.test))),
     model,
     params,

@@ -5,6 +5,7 @@ marker is gone. A manifest tells. Imports no jax, so that checkpoints can be
 verified anywhere.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -16,6 +17,23 @@ _MANIFEST = "dpdist_manifest.json"
 def folder(directory: pathlib.Path, writer: int) -> pathlib.Path:
   """Where the checkpoints of a writer are, below those of the run."""
   return directory / f"writer_{writer:06d}"
+
+
+def ledger_heads(directory: pathlib.Path) -> dict[str, str]:
+  """The ledger's head that each checkpoint of a run was saved under.
+
+  Args:
+    directory: of the run's checkpoints; it need not exist.
+
+  Returns:
+    By path; those that cannot be read are left out.
+  """
+  found = {}
+  for file in sorted(directory.glob("writer_*/*/meta/metadata")):
+    with contextlib.suppress(OSError, ValueError, KeyError):
+      head = json.loads(file.read_text())["ledger_head"]
+      found[str(file.parent.parent)] = head
+  return found
 
 
 def write(path: pathlib.Path) -> str:
@@ -51,7 +69,10 @@ def problem(path: pathlib.Path, digest: str) -> str | None:
     return "it has no manifest"
   if hashlib.sha256(text).hexdigest() != digest:
     return "its manifest is not the one in the ledger"
-  expected, found = json.loads(text), _file_digests(path)
+  try:
+    expected, found = json.loads(text), _file_digests(path)
+  except OSError as error:
+    return f"it cannot be read: {error}"
   for name in sorted({*expected, *found}):
     if expected.get(name) != found.get(name):
       return f"{name} is damaged, missing or new"

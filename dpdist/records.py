@@ -160,7 +160,7 @@ class Log:
     if self._heart.is_alive():
       self._heart.join()
     with self._lock, contextlib.suppress(RecordError):
-      if self._token and not self._is_shut_out():
+      if self._token:
         self._write_head(is_open=False)
     self._token = ""
 
@@ -265,11 +265,12 @@ class Log:
   def _write_head(
     self, *, is_open: bool = True, if_missing: bool = False
   ) -> None:
+    # In this order: a process that is paused before it writes, while another
+    # takes over, then finds the head changed, and cannot turn it back.
+    found = _result(self._store.read(_HEAD))
+    if (found.state != "missing") if if_missing else self._is_shut_out():
+      raise RecordError(_shut_out(len(self.records)))
     self._beats += 1
-    condition = {}
-    if if_missing:
-      found = _result(self._store.read(_HEAD))
-      condition = {"if_equal": found.stamp.generation}
     value = {
       "seq": len(self.records),
       "head": self.head,
@@ -281,7 +282,9 @@ class Log:
       "host": _host(),
       "host_name": platform.node(),
     }
-    _result(self._store.write(_HEAD, _sealed(value), **condition))
+    _result(
+      self._store.write(_HEAD, _sealed(value), if_equal=found.stamp.generation)
+    )
 
   def _watch(self, before: dict[str, Any]) -> None:
     """Waits for a sign of life of the writer that `before` names."""

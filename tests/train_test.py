@@ -244,6 +244,22 @@ def test_a_damaged_checkpoint_falls_back_and_ends_the_same(finished, tmp_path):
   assert result["steps_charged"] == 12
 
 
+@pytest.mark.parametrize("remove", [False, True], ids=["older", "removed"])
+def test_a_ledger_that_the_checkpoints_are_ahead_of_is_refused(
+  finished, tmp_path, remove
+):
+  """Though its own head agrees with it; and nothing is written."""
+  old, run = tmp_path / "old", tmp_path / "run"
+  _prepare(_config(), old)
+  shutil.copytree(finished[0], run)
+  shutil.rmtree(run / "ledger")
+  if not remove:
+    shutil.copytree(old / "ledger", run / "ledger")
+  for _ in range(2):
+    with pytest.raises(ledger_lib.LedgerError, match="rolled back"):
+      dpdist.train(_config(), run)
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
