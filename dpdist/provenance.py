@@ -24,6 +24,8 @@ _JAX_CONFIG = (
   "jax_threefry_partitionable",
   "jax_use_shardy_partitioner",
 )
+# Of the environment's variables, those that may change it too.
+_VARIABLES = ("JAX_", "LIBTPU_", "NVIDIA_TF32", "TF_", "XLA_")
 # Settings that no bit of a step depends on.
 _HARMLESS = (
   "checkpoint_every",
@@ -46,7 +48,13 @@ def environment(mesh: Mesh) -> dict[str, Any]:
     "code_sha256": _code_digest(),
     "device_kind": device.device_kind,
     "mesh": dict(mesh.shape),
+    "backend": device.client.platform_version,
     "xla_flags": xla_flags,
+    "variables": {
+      name: value
+      for name, value in sorted(os.environ.items())
+      if name.startswith(_VARIABLES)
+    },
     "jax_config": {name: jax.config.values.get(name) for name in _JAX_CONFIG},
     "unrepeatable": unrepeatable(device.platform, xla_flags),
     "num_processes": jax.process_count(),

@@ -48,6 +48,18 @@ def test_settings_that_change_bits_change_the_fingerprint(changes):
   assert _fingerprint(changes) != _fingerprint()
 
 
+@pytest.mark.parametrize(
+  "name", ["JAX_DISABLE_MOST_OPTIMIZATIONS", "LIBTPU_INIT_ARGS"]
+)
+def test_variables_that_may_change_bits_are_in_the_environment(
+  name, monkeypatch
+):
+  mesh = mesh_lib.make({"data": -1, "fsdp": 1, "model": 1})
+  before = provenance.environment(mesh)
+  monkeypatch.setenv(name, "1")
+  assert provenance.environment(mesh) != before
+
+
 def test_plan_data_and_environment_change_the_fingerprint():
   assert _fingerprint(environment="there") != _fingerprint()
   assert _fingerprint(plan="q") != _fingerprint()

@@ -261,6 +261,27 @@ def test_a_paused_writer_wakes_shut_out(tmp_path, monkeypatch):
   _writer(tmp_path).close()
 
 
+def test_a_writer_paused_before_it_writes_the_head_cannot_turn_it_back(
+  tmp_path, monkeypatch
+):
+  monkeypatch.setattr(records, "PATIENCE_SECONDS", 0.0)
+  log = _writer(tmp_path)
+  look = log._is_shut_out
+
+  def pause():
+    answer = look()
+    other = _writer(tmp_path)
+    other.append("d")
+    other.close()
+    return answer
+
+  monkeypatch.setattr(log, "_is_shut_out", pause)
+  before = json.loads((tmp_path / "head.json").read_text())
+  log.close()
+  after = json.loads((tmp_path / "head.json").read_text())
+  assert (before["seq"], after["seq"]) == (1, 3)
+
+
 def test_confirm_tells_a_writer_that_it_was_shut_out(tmp_path, monkeypatch):
   monkeypatch.setattr(records, "PATIENCE_SECONDS", 0.1)
   one = _writer(tmp_path)
