@@ -14,8 +14,8 @@ Guarantees:
   * A changed privacy setting, data set or secret is refused, with a message
     that says what changed.
   * A record that was altered, removed or reordered is found, and so is a ledger
-    that was rolled back, if not its head and the checkpoints, which carry the
-    head they were saved under, were rolled back with it.
+    that was rolled back, unless its head was too and no checkpoint, which
+    carries the head it was saved under, is newer.
   * The newest record, if it was torn, counts as spent: as the most that one
     record can charge.
   * One writer; see `dpdist.records`, which holds the records.
@@ -99,6 +99,7 @@ class Ledger:
         `dpdist.records.Log`. It need not exist.
 
     Raises:
+      ValueError: location is none of these.
       LedgerError: a record is missing, altered or out of order.
     """
     self.branches: list[Branch] = []

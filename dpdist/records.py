@@ -81,7 +81,9 @@ class Log:
       RecordError: a record is missing, altered or out of order.
     """
     try:
-      opening = ts.KvStore.open(_spec(location))
+      spec = ts.KvStore.Spec(_spec(location))
+      _check_durable(spec.to_json())
+      opening = ts.KvStore.open(spec)
     except ValueError as error:
       raise ValueError(
         "location must be a path, a URL such as gs://bucket/path or the JSON of"
@@ -190,7 +192,8 @@ class Log:
       else:
         raise RecordError(f"ledger record {seq} was altered")
     if head is None:
-      if values:
+      # The first writer may have begun just after we looked.
+      if values and self._read_head() is None:
         raise RecordError(f"the ledger's {_HEAD} is missing")
     elif head["seq"] > len(values):
       raise RecordError(
@@ -313,6 +316,15 @@ def _spec(location: str | os.PathLike[str]) -> Any:
   if "://" in text:
     return text.rstrip("/") + "/"
   return {"driver": "file", "path": os.path.join(os.path.abspath(text), "")}
+
+
+def _check_durable(spec: dict[str, Any]) -> None:
+  """Refuses stores that forget, and options that switch safety off."""
+  if spec["driver"] not in ("file", "gcs", "s3"):
+    raise ValueError(f"driver must be file, gcs or s3, got {spec['driver']!r}")
+  unsafe = {"context", "file_io_locking", "file_io_sync"} & spec.keys()
+  if unsafe:
+    raise ValueError(f"the spec must leave out {sorted(unsafe)}")
 
 
 def _result(future: Any) -> Any:

@@ -96,6 +96,20 @@ def test_every_deleted_record_is_found(history):
     _open(history)
 
 
+def test_a_reader_that_looked_just_before_the_first_writer_is_no_alarm(
+  history, monkeypatch
+):
+  look, looks = records.Log._read_head, []
+
+  def late(self):
+    looks.append(self)
+    return None if len(looks) == 1 else look(self)
+
+  monkeypatch.setattr(records.Log, "_read_head", late)
+  assert len(_open(history).records) == 5
+  assert len(looks) == 2
+
+
 def test_every_swapped_or_repeated_record_is_found(history):
   files = _files(history)
   contents = [file.read_bytes() for file in files]
@@ -313,7 +327,17 @@ def test_the_store_that_fails_is_reported(tmp_path):
     _writer(tmp_path / "file" / "below")
 
 
-@pytest.mark.parametrize("location", ["nosuch://bucket", "{", '{"driver":"x"}'])
+@pytest.mark.parametrize(
+  "location",
+  [
+    "nosuch://bucket",
+    "memory://bucket",
+    "{",
+    '{"driver":"x"}',
+    '{"driver":"file","path":"/tmp/x/","file_io_locking":{"mode":"none"}}',
+    '{"driver":"file","path":"/tmp/x/","file_io_sync":false}',
+  ],
+)
 def test_a_location_that_is_none_is_named(location):
   with pytest.raises(ValueError, match="location must be .*" + location[0]):
     _open(location)
