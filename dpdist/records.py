@@ -10,6 +10,9 @@ One value changes, the head. It says how far the log had come at least, and who
 writes it; it is written after each record and, as a sign of life, every few
 seconds.
 
+A log has one writer for long (`acquire`, then `append`), or many for a moment
+each (`propose`).
+
 Guarantees:
   * Durable when `append` returns. On a local disk tensorstore writes and syncs
     the file, renames it and syncs the directory; on an object store the write
@@ -23,7 +26,9 @@ Guarantees:
     log is read, and named; so is the loss of the newest records, by the head.
   * A newest record that is damaged, and that the head does not speak of yet,
     was being written when the machine stopped. It is kept as a lost one, for
-    its reader to assume the worst.
+    its reader to assume the worst. The next record says that it was lost.
+  * Without its head, or with a damaged one, a log is not read: nothing could
+    tell whether it was rolled back.
 """
 
 from collections.abc import Callable, Mapping
@@ -33,6 +38,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import secrets
 import threading
 import time
@@ -47,11 +53,16 @@ BEAT_SECONDS = 5.0
 PATIENCE_SECONDS = 20.0
 
 _HEAD = "head.json"
+_RECORD = re.compile(r"\d{12}\.json")
 _ATTEMPTS = 5
 
 
 class RecordError(Exception):
   """The log is damaged, or this process may not write it."""
+
+
+class ShutOutError(RecordError):
+  """Another process has written the record that this one was to write."""
 
 
 class Log:
@@ -118,11 +129,8 @@ class Log:
     elif before["open"] and not _is_gone(before):
       self._watch(before)
     self._token = secrets.token_hex(16)
-    is_torn = bool(self.records) and self.records[-1]["kind"] == "lost"
     try:
-      self.append(
-        "writer", token=self._token, torn=self.head if is_torn else ""
-      )
+      self.append("writer", token=self._token)
     except RecordError:
       self._token = ""
       raise
@@ -144,17 +152,44 @@ class Log:
         "this process must acquire the ledger before it writes there"
       )
     with self._lock:
-      seq = len(self.records)
-      value = _sealed({"seq": seq, "prev": self.head, "kind": kind, **body})
-      self._create(seq, value)
-      self._add(value)
+      self._write_record(kind, body)
       self._write_head()
+
+  def propose(
+    self, decide: Callable[[], tuple[str, Mapping[str, Any]] | None]
+  ) -> None:
+    """Writes a record durably, in a log that any process may write.
+
+    Args:
+      decide: returns the record's kind and the rest of it, or None if there is
+        nothing to write; called again, after `take` has been shown their
+        records, whenever others were faster. What it raises comes through.
+
+    Raises:
+      RecordError: the store failed, and the record may have been written or
+        not; or the log is damaged.
+    """
+    with self._lock:
+      if self._read_head() is None:
+        with contextlib.suppress(ShutOutError):
+          self._write_head(is_open=False, if_missing=True)
+      while (decided := decide()) is not None:
+        kind, body = decided
+        # Two processes that decide alike must not take one record for both's.
+        nonce = secrets.token_hex(16)
+        try:
+          self._write_record(kind, {**body, "nonce": nonce})
+        except ShutOutError:
+          self._read()
+        else:
+          self._advance_head()
+          return
 
   def confirm(self) -> None:
     """Raises RecordError if another process has begun to write."""
     with self._lock:
       if self._is_shut_out():
-        raise RecordError(_shut_out(len(self.records)))
+        raise ShutOutError(_shut_out(len(self.records)))
 
   def close(self) -> None:
     """Lets the next process write at once."""
@@ -167,6 +202,7 @@ class Log:
     self._token = ""
 
   def _read(self) -> None:
+    """Reads what is there beyond the records that were read before."""
     # The head first: what is written meanwhile then comes on top.
     head = self._read_head()
     names = sorted(
@@ -175,19 +211,25 @@ class Log:
       if (name := key.decode()) != _HEAD
     )
     for seq, name in enumerate(names):
+      if not _RECORD.fullmatch(name):
+        raise RecordError(f"{name!r} is no record of the ledger: take it away")
       if name != _key(seq):
         raise RecordError(
           f"ledger record {seq} is missing: the next key is {name!r}"
         )
+    first = len(self.records)
     values = [
       _result(read).value for read in [self._store.read(n) for n in names]
-    ]
-    for seq, value in enumerate(values):
-      after = values[seq + 1] if seq + 1 < len(values) else None
-      covered = head is not None and head["seq"] > seq
+    ][first:]
+    for i, value in enumerate(values):
+      seq = first + i
       if _is_whole(value):
         self._add(value)
-      elif _acknowledges(after, value) or (after is None and not covered):
+        continue
+      # Several in a row may be lost; what follows them knows of each.
+      after = next((v for v in values[i:] if _is_whole(v)), None)
+      covered = head is not None and head["seq"] > seq
+      if _acknowledges(after, value) or (after is None and not covered):
         self._lose(value)
       else:
         raise RecordError(f"ledger record {seq} was altered")
@@ -195,15 +237,27 @@ class Log:
       # The first writer may have begun just after we looked.
       if values and self._read_head() is None:
         raise RecordError(f"the ledger's {_HEAD} is missing")
-    elif head["seq"] > len(values):
+    elif head["seq"] > len(self.records):
       raise RecordError(
-        f"ledger records {len(values)} to {head['seq'] - 1} are missing: the"
-        " ledger was rolled back"
+        f"ledger records {len(self.records)} to {head['seq'] - 1} are missing:"
+        " the ledger was rolled back"
       )
     elif self.heads[head["seq"]] != head["head"]:
       raise RecordError(
         f"ledger record {head['seq'] - 1} is not the one that {_HEAD} speaks of"
       )
+
+  def _write_record(self, kind: str, body: Mapping[str, Any]) -> None:
+    seq = len(self.records)
+    record = {"seq": seq, "prev": self.head, "kind": kind, **body}
+    lost = 0
+    while lost < seq and self.records[seq - lost - 1]["kind"] == "lost":
+      lost += 1
+    if lost:
+      record["torn"] = self.heads[-lost:]
+    value = _sealed(record)
+    self._create(seq, value)
+    self._add(value)
 
   def _add(self, value: bytes) -> None:
     seq = len(self.records)
@@ -245,7 +299,7 @@ class Log:
         elif found.value == value:
           return  # An attempt had succeeded, though its answer was lost.
         else:
-          raise RecordError(_shut_out(seq))
+          raise ShutOutError(_shut_out(seq))
       except (ValueError, OSError) as error:
         problem = error
         time.sleep(0.05 * 2**attempt)
@@ -272,7 +326,21 @@ class Log:
     # takes over, then finds the head changed, and cannot turn it back.
     found = _result(self._store.read(_HEAD))
     if (found.state != "missing") if if_missing else self._is_shut_out():
-      raise RecordError(_shut_out(len(self.records)))
+      raise ShutOutError(_shut_out(len(self.records)))
+    self._put_head(found, is_open=is_open)
+
+  def _advance_head(self) -> None:
+    """Makes the head speak of all records that were read, or of more."""
+    while True:
+      found = _result(self._store.read(_HEAD))
+      if found.state == "missing" or not _is_whole(found.value):
+        raise RecordError(f"the ledger's {_HEAD} is missing or was altered")
+      if json.loads(found.value)["seq"] >= len(self.records):
+        return
+      self._put_head(found, is_open=False)
+
+  def _put_head(self, found: Any, *, is_open: bool) -> None:
+    """Writes the head where it is still the one that was found."""
     self._beats += 1
     value = {
       "seq": len(self.records),
@@ -293,7 +361,10 @@ class Log:
     """Waits for a sign of life of the writer that `before` names."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
-      if self._read_head() != before:
+      now = self._read_head()
+      if now is not None and not now["open"]:
+        return
+      if now != before:
         raise RecordError(
           f"process {before['pid']} on {before['host_name']} writes this"
           " ledger: one run directory takes one writer"
@@ -366,7 +437,7 @@ def _acknowledges(after: bytes | None, value: bytes) -> bool:
   """Whether a writer began after a lost record, and knew that it was lost."""
   if after is None or not _is_whole(after):
     return False
-  return json.loads(after).get("torn") == _digest(value)
+  return _digest(value) in json.loads(after).get("torn", [])
 
 
 def _shut_out(seq: int) -> str:

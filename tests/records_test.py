@@ -341,3 +341,75 @@ def test_the_store_that_fails_is_reported(tmp_path):
 def test_a_location_that_is_none_is_named(location):
   with pytest.raises(ValueError, match="location must be .*" + location[0]):
     _open(location)
+
+
+def test_two_torn_records_in_a_row_are_both_lost(history):
+  """The process that came after the first one was stopped, too."""
+  for seq in (5, 6):
+    (history / f"{seq:012d}.json").write_bytes(b"{")
+  log = _writer(history)
+  log.append("after")
+  log.close()
+  kinds = [r["kind"] for r in _open(history).records]
+  assert kinds[5:] == ["lost", "lost", "writer", "after"]
+  (history / "000000000005.json").write_bytes(b"")
+  with pytest.raises(records.RecordError, match="record 5 was altered"):
+    _open(history)
+
+
+def test_a_stray_file_is_named(history):
+  (history / "notes.txt").write_text("mine")
+  with pytest.raises(records.RecordError, match=r"'notes\.txt' is no record"):
+    _open(history)
+
+
+def test_a_writer_that_closes_meanwhile_is_no_living_writer(
+  tmp_path, monkeypatch
+):
+  child = _child(tmp_path)
+  assert child.stdout.readline() == "acquired\n"
+  log, sleep = _open(tmp_path), time.sleep
+
+  def close(seconds):
+    child.communicate("")
+    sleep(seconds)
+
+  monkeypatch.setattr(time, "sleep", close)
+  log.acquire()
+  log.close()
+
+
+_PROPOSER = """
+import sys
+from dpdist import records
+log = records.Log(sys.argv[1], lambda record: None)
+for i in range(5):
+  def decide():
+    if len(log.records) < 30:
+      return "turn", {"number": len(log.records)}
+  log.propose(decide)
+"""
+
+
+def test_many_that_propose_lose_nothing(tmp_path):
+  """What each decided on rests on all that was written before it."""
+  children = [
+    subprocess.Popen(
+      [sys.executable, "-c", _PROPOSER, str(tmp_path)],
+      cwd=pathlib.Path(__file__).parent.parent,
+    )
+    for _ in range(8)
+  ]
+  assert [child.wait() for child in children] == [0] * 8
+  log = _open(tmp_path)
+  assert [r["number"] for r in log.records] == list(range(30))
+  assert json.loads((tmp_path / "head.json").read_text())["seq"] == 30
+
+
+def test_a_proposal_after_a_torn_record(tmp_path):
+  log = _open(tmp_path)
+  log.propose(lambda: ("a", {}))
+  (tmp_path / "000000000001.json").write_bytes(b"{")
+  log.propose(lambda: ("b", {"seen": len(log.records)}))
+  assert [r["kind"] for r in _open(tmp_path).records] == ["a", "lost", "b"]
+  assert log.records[-1]["seen"] == 2
