@@ -22,10 +22,8 @@ Two accountants are offered, both of them dp_accounting's:
 This module never imports jax, so that a budget can be read without it.
 """
 
-from collections.abc import Callable, Iterator
-import contextlib
+from collections.abc import Callable
 import functools
-import logging
 import math
 import numbers
 from typing import Any
@@ -35,6 +33,7 @@ from dp_accounting.pld import privacy_loss_distribution
 from dp_accounting.rdp import rdp_privacy_accountant
 import numpy as np
 
+from dpdist import renyi
 from dpdist import search
 
 _MOST_STEPS = 10**9
@@ -72,7 +71,7 @@ def training_event(
   count = _check("num_steps", num_steps)
   if count == 0:
     return dp_accounting.NoOpDpEvent()
-  return dp_accounting.SelfComposedDpEvent(_step_event(sigma, q), count)
+  return dp_accounting.SelfComposedDpEvent(renyi.step_event(sigma, q), count)
 
 
 def epsilon(
@@ -257,7 +256,7 @@ def _epsilon(
     return 0.0
   if sigma < search.NO_NOISE:
     return math.inf
-  orders, divergences = _step_rdp(sigma, q)
+  orders, divergences = renyi.step_divergences(sigma, q)
   rdp, _ = rdp_privacy_accountant.compute_epsilon(
     orders, count * divergences, delta
   )
@@ -266,38 +265,6 @@ def _epsilon(
     return rdp
   pld = float(_pld_epsilon(sigma, q, count, delta, rdp))
   return pld if pld < rdp else rdp  # Also where PLD is not a number.
-
-
-@functools.lru_cache(maxsize=1024)
-def _step_rdp(sigma: float, q: float) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the Renyi orders and one step's divergence at each, float64."""
-  accountant = dp_accounting.rdp.RdpAccountant()
-  with _no_word_of_orders_left_out():
-    accountant.compose(_step_event(sigma, q))
-  orders = accountant.orders
-  # Rounding leaves divergences near 1e-16 at zero or below, which would count
-  # as no loss at all. What a mean shift of q alone costs is the true limit
-  # there, and below the computed values everywhere else.
-  divergences = np.maximum(accountant.rdp, orders * (q / sigma) ** 2 / 2)
-  for array in (orders, divergences):
-    array.setflags(write=False)  # Shared by every later query.
-  return orders, divergences
-
-
-@contextlib.contextmanager
-def _no_word_of_orders_left_out() -> Iterator[None]:
-  """Keeps dp_accounting from logging each order whose series did not converge.
-
-  Such an order is left out of the minimum over orders, which loses tightness
-  at most, and a search would log it hundreds of times.
-  """
-  logger = logging.getLogger("absl")
-  keep = lambda record: "failed to converge" not in str(record.msg)
-  logger.addFilter(keep)
-  try:
-    yield
-  finally:
-    logger.removeFilter(keep)
 
 
 def _pld_epsilon(
@@ -343,11 +310,6 @@ def _grid_interval(sigma: float, q: float, rdp: float) -> float:
   exponent = 0.5 / sigma**2 + 10 / sigma  # The loss ten deviations out.
   largest_loss = float(np.logaddexp(0.0, exponent + math.log(q)))
   return max(min(1e-4, q / sigma / 40), 1e-5, largest_loss / 200_000, rdp / 1e6)
-
-
-def _step_event(sigma: float, q: float) -> dp_accounting.DpEvent:
-  event: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(sigma)
-  return event if q == 1.0 else dp_accounting.PoissonSampledDpEvent(q, event)
 
 
 # --- Arguments ----------------------------------------------------------------

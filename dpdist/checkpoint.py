@@ -1,9 +1,8 @@
 """Checkpoints: Orbax, with a manifest that is verified before restore.
 
 Every checkpoint gets a manifest (see `dpdist.manifest`), written and synced
-after Orbax has finished; its digest is recorded in the ledger. A checkpoint is
-restored only if the ledger knows its digest and every file matches; else the
-one before it is tried.
+after Orbax has finished; its digest is recorded in the ledger. A run goes on
+from the newest one that the ledger knows and whose every file matches.
 
 Each process that writes has a folder of its own. One that was taken for dead
 and goes on writing does so where nobody looks.
@@ -16,12 +15,12 @@ import contextlib
 import os
 import pathlib
 import shutil
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import jax
 import orbax.checkpoint as ocp
 
-from dpdist import ledger
+from dpdist import history
 from dpdist import manifest
 
 PyTree = Any
@@ -29,24 +28,6 @@ PyTree = Any
 
 class MismatchError(ValueError):
   """A sound checkpoint does not fit the model or the optimizer."""
-
-
-class Restored(NamedTuple):
-  """A verified checkpoint.
-
-  Attributes:
-    state: the pytree that was saved.
-    step: updates made in it.
-    digest: SHA-256 of its manifest, hex.
-    ledger_head: the head of the ledger when it was saved.
-    rejected: why newer ones were passed over; one line each.
-  """
-
-  state: PyTree
-  step: int
-  digest: str
-  ledger_head: str
-  rejected: list[str]
 
 
 class Checkpoints:
@@ -93,7 +74,7 @@ class Checkpoints:
     Returns:
       The digest, to be recorded in the ledger.
     """
-    self._manager.save(
+    is_saved = self._manager.save(
       step,
       args=ocp.args.Composite(
         state=ocp.args.StandardSave(state),
@@ -101,53 +82,48 @@ class Checkpoints:
       ),
     )
     self._manager.wait_until_finished()
+    if not is_saved:
+      raise RuntimeError(
+        f"Orbax did not save step {step}: {self._folder} holds a newer one"
+      )
     return manifest.write(self._folder / str(step))
 
-  def restore(
-    self, like: PyTree, known: Sequence[ledger.Saved]
-  ) -> Restored | None:
-    """Restores the newest checkpoint that is whole and known.
+  def restore(self, like: PyTree, saved: history.Saved) -> tuple[PyTree, str]:
+    """Restores a checkpoint whose manifest was verified.
 
     Args:
       like: pytree of arrays with the shapes, dtypes and shardings to restore
         to.
-      known: the checkpoints in the ledger, oldest first.
+      saved: which; see `dpdist.manifest.newest`.
 
     Returns:
-      The checkpoint, or None if there is none that can be trusted.
+      The pytree that was saved, and the head of the ledger at that time.
 
     Raises:
-      MismatchError: the newest sound one has other parameters than like.
+      MismatchError: it has other parameters than like.
     """
-    abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-    rejected: list[str] = []
-    for step, digest, writer in reversed(known):
-      path = manifest.folder(self._directory, writer) / str(step)
-      problem = manifest.problem(path, digest)
-      if problem is not None:
-        rejected.append(f"checkpoint of step {step} passed over: {problem}")
-        continue
-      try:
-        restored = self._manager.restore(
-          step,
-          args=ocp.args.Composite(
-            state=ocp.args.StandardRestore(abstract),
-            meta=ocp.args.JsonRestore(),
+    path = manifest.location(self._directory, saved)
+    try:
+      restored = self._manager.restore(
+        saved.step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(
+            jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
           ),
-          directory=path.parent,
-        )
-      except (KeyError, TypeError, ValueError) as error:
-        # Its bytes are right, so it is the settings that changed.
-        raise MismatchError(
-          f"the checkpoint of step {step} in {path} does not fit the model,"
-          " optimizer and ema_decay of these settings; go on with those that"
-          " the run began with"
-        ) from error
-      head = restored.meta["ledger_head"]
-      return Restored(restored.state, step, digest, head, rejected)
-    return None
+          meta=ocp.args.JsonRestore(),
+        ),
+        directory=path.parent,
+      )
+    except (KeyError, TypeError, ValueError) as error:
+      # Its bytes are right, so it is the settings that changed.
+      raise MismatchError(
+        f"the checkpoint of step {saved.step} in {path} does not fit the model,"
+        " optimizer and ema_decay of these settings; go on with those that the"
+        " run began with"
+      ) from error
+    return restored.state, restored.meta["ledger_head"]
 
-  def delete_old(self, known: Sequence[ledger.Saved]) -> None:
+  def delete_old(self, known: Sequence[history.Saved]) -> None:
     """Deletes all but the newest checkpoints, of all writers so far.
 
     Args:
@@ -155,7 +131,7 @@ class Checkpoints:
         this writer's.
     """
     keep = {
-      manifest.folder(self._directory, saved.writer) / str(saved.step)
+      manifest.location(self._directory, saved)
       for saved in known[-self._max_to_keep :]
     }
     for path in self._directory.glob("writer_*/*"):

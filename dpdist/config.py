@@ -26,6 +26,9 @@ def default() -> ml_collections.ConfigDict:
   config.data.num_test = 0  # text: pieces held out
   config.data.inputs_column = "inputs"  # parquet
   config.data.targets_column = "targets"  # parquet
+  # The first 12 digits or more of the training set's manifest, to declare that
+  # the data of a run changed since it began.
+  config.data.changed_to = ""
   config.data.num_threads = 4  # reading ahead
   config.data.prefetch = 4  # steps read ahead
 

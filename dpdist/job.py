@@ -16,6 +16,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from dpdist import composition
 from dpdist import config as config_lib
 from dpdist import datasets
 from dpdist import keys
@@ -41,8 +42,12 @@ class Job(NamedTuple):
   """A run that is ready to start or to go on.
 
   Attributes:
-    plan: the numbers it is bound to.
+    plan: the numbers it is bound to from now on.
+    changes: what changed since the run's segment began, a line each; a segment
+      with `plan` is to be opened if there is any.
+    settings: the privacy settings, as the ledger records them.
     ledger: in agreement with the settings, and this process's to write.
+    found: the checkpoint to go on from.
     secret: what all its randomness comes from.
     mesh: all devices.
     train_source: the private examples.
@@ -56,7 +61,10 @@ class Job(NamedTuple):
   """
 
   plan: plan_lib.PrivacyPlan
+  changes: list[str]
+  settings: dict[str, Any]
   ledger: ledger_lib.Ledger
+  found: manifest.Found
   secret: bytes
   mesh: Mesh
   train_source: sources.Source
@@ -103,7 +111,7 @@ def prepare(
   Args:
     config: settings; see `dpdist.config.default`.
     workdir: the run's directory; made if missing.
-    ledger: of the run; opened, or held against the settings.
+    ledger: of the run; opened if it is new, else held against the settings.
 
   Returns:
     The job.
@@ -124,14 +132,12 @@ def _prepare(
   workdir: pathlib.Path,
   ledger: ledger_lib.Ledger,
 ) -> Job:
+  if ledger.is_ended:
+    raise ValueError(
+      "workdir must not hold a run that was ended, and what it had left given"
+      f" back, got {str(workdir)!r}: start a new run in a new directory"
+    )
   settings = config_lib.privacy_dict(config)
-  # A recorded plan is taken as it stands: another machine could calibrate the
-  # last digit differently.
-  plan = (
-    plan_lib.make_plan(config_lib.privacy_config(config))
-    if ledger.is_new
-    else ledger.plan
-  )
   mesh = mesh_lib.make(config.mesh)
   splits = datasets.load(config.data)
   if len(splits.train) != config.privacy.num_examples:
@@ -139,8 +145,13 @@ def _prepare(
       "privacy.num_examples must be the number of training examples,"
       f" {len(splits.train)}, got {config.privacy.num_examples}"
     )
+  train_manifest = splits.train.manifest()
+  found = manifest.newest(workdir / "checkpoints", ledger.checkpoints)
+  plan, changes = _plan(config, workdir, ledger, found, train_manifest)
   model = models.make(config.model)
-  optimizer, learning_rate = optimizers.make(config.optimizer, plan.num_steps)
+  optimizer, learning_rate = optimizers.make(
+    config.optimizer, config.privacy.num_steps
+  )
   microbatch_size = config.clipping.microbatch_size
   chunk_size = _chunk_size(config, plan, mesh)
   if not 0 <= config.ema_decay < 1:
@@ -168,20 +179,16 @@ def _prepare(
   )
 
   secret = _secret(config, workdir, is_new=ledger.is_new)
-  secret_hash = keys.secret_hash(secret)
-  train_manifest = splits.train.manifest()
   example = splits.train.read(np.zeros(1, np.int64))["inputs"][0]
   init_key = mechanism.Streams(secret, "").key("init")
   params = jax.jit(model.init)(init_key, example)["params"]
-  if not ledger.is_new:
-    ledger.check(config=settings, data=train_manifest, secret_hash=secret_hash)
   ledger.acquire()
   if ledger.is_new:
     ledger.open(
       config=settings,
       plan=plan,
       data=train_manifest,
-      secret_hash=secret_hash,
+      secret_hash=keys.secret_hash(secret),
       run="" if config.insecure_seed is not None else secrets.token_hex(16),
     )
   if config.insecure_seed is not None:
@@ -196,7 +203,10 @@ def _prepare(
     )
   return Job(
     plan,
+    changes,
+    settings,
     ledger,
+    found,
     secret,
     mesh,
     splits.train,
@@ -208,6 +218,44 @@ def _prepare(
     learning_rate,
     chunk_size,
   )
+
+
+def _plan(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  ledger: ledger_lib.Ledger,
+  found: manifest.Found,
+  train_manifest: str,
+) -> tuple[plan_lib.PrivacyPlan, list[str]]:
+  """The plan to go on by, and what changed since the last one was made."""
+  privacy = config_lib.privacy_config(config)
+  if ledger.is_new:
+    return plan_lib.make_plan(privacy), []
+  changes = ledger.changes(
+    config=config_lib.privacy_dict(config),
+    data=train_manifest,
+    secret_hash=keys.secret_hash(_secret(config, workdir, is_new=False)),
+  )
+  declared = config.data.changed_to
+  if "data" in changes and not (
+    len(declared) >= 12 and train_manifest.startswith(declared)
+  ):
+    raise ValueError(
+      f"{changes['data']}: a run sees one data set. To go on with another,"
+      " which the guarantee then covers too, declare it with"
+      f" --config.data.changed_to={train_manifest[:12]}; got {declared!r}"
+    )
+  if not changes:
+    # Taken as it stands: another machine could calibrate the last digit
+    # differently.
+    return ledger.plan, []
+  plan = composition.plan_after(
+    privacy,
+    before=ledger.segment.config,
+    spent=ledger.spent,
+    start_step=found.saved.step if found.saved else 0,
+  )
+  return plan, list(changes.values())
 
 
 def _chunk_size(

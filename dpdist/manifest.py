@@ -5,13 +5,50 @@ marker is gone. A manifest tells. Imports no jax, so that checkpoints can be
 verified anywhere.
 """
 
+from collections.abc import Sequence
 import contextlib
 import hashlib
 import json
 import os
 import pathlib
+from typing import NamedTuple
+
+from dpdist import history
 
 _MANIFEST = "dpdist_manifest.json"
+
+
+class Found(NamedTuple):
+  """The checkpoint that a run can go on from.
+
+  Attributes:
+    saved: the newest that is whole; None if there is none.
+    rejected: why newer ones were passed over; one line each.
+  """
+
+  saved: history.Saved | None
+  rejected: list[str]
+
+
+def newest(directory: pathlib.Path, known: Sequence[history.Saved]) -> Found:
+  """Finds the newest checkpoint that is whole and known.
+
+  Args:
+    directory: of the run's checkpoints; it need not exist.
+    known: the checkpoints in the ledger, oldest first.
+  """
+  rejected: list[str] = []
+  for saved in reversed(known):
+    wrong = problem(location(directory, saved), saved.digest)
+    if wrong is None:
+      return Found(saved, rejected)
+    rejected.append(f"checkpoint of step {saved.step} passed over: {wrong}")
+  return Found(None, rejected)
+
+
+def location(directory: pathlib.Path, saved: history.Saved) -> pathlib.Path:
+  """Where a checkpoint is, below those of the run."""
+  return folder(directory, saved.writer) / str(saved.step)
 
 
 def folder(directory: pathlib.Path, writer: int) -> pathlib.Path:

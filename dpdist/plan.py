@@ -3,7 +3,8 @@
 A `PrivacyConfig` is what a user writes; `make_plan` turns it into the
 `PrivacyPlan` that the sampler, the clipping and the noise are built from, that
 the ledger records, and that a restarted run is held against. Neither imports
-jax.
+jax, nor, until an epsilon is asked for, the accountants: they bring scipy,
+which takes longer to load than a ledger.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,11 +13,10 @@ import hashlib
 import json
 import math
 import numbers
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import dp_accounting
-
-from dpdist import accounting
+if TYPE_CHECKING:
+  import dp_accounting
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,6 +105,8 @@ class PrivacyPlan:
     Raises:
       ValueError: if the plan does not cover that many steps.
     """
+    from dpdist import accounting
+
     return accounting.epsilon(
       noise_multiplier=self.noise_multiplier,
       sampling_probability=self.sampling_probability,
@@ -113,7 +115,7 @@ class PrivacyPlan:
       accountant=self.accountant,
     )
 
-  def event(self, num_steps: int | None = None) -> dp_accounting.DpEvent:
+  def event(self, num_steps: int | None = None) -> "dp_accounting.DpEvent":
     """Returns the same steps as an event for dp_accounting's accountants.
 
     Args:
@@ -122,6 +124,8 @@ class PrivacyPlan:
     Raises:
       ValueError: if the plan does not cover that many steps.
     """
+    from dpdist import accounting
+
     return accounting.training_event(
       noise_multiplier=self.noise_multiplier,
       sampling_probability=self.sampling_probability,
@@ -166,6 +170,18 @@ class PrivacyPlan:
     )
 
 
+class Part(NamedTuple):
+  """Steps under one plan.
+
+  Attributes:
+    plan: their numbers.
+    num_steps: how many there are, at least 0.
+  """
+
+  plan: PrivacyPlan
+  num_steps: int
+
+
 def make_plan(config: PrivacyConfig) -> PrivacyPlan:
   """Returns the plan that a config comes to.
 
@@ -178,6 +194,8 @@ def make_plan(config: PrivacyConfig) -> PrivacyPlan:
   """
   noise_multiplier = config.noise_multiplier
   if config.target_epsilon is not None:
+    from dpdist import accounting
+
     noise_multiplier = accounting.calibrate_noise_multiplier(
       target_epsilon=config.target_epsilon,
       delta=config.target_delta,
@@ -213,7 +231,7 @@ def statement(plan: PrivacyPlan) -> str:
     f"{plan.noise_multiplier} times the l2 sensitivity is added to their sum. "
     f"All {plan.num_steps:,} steps together are (epsilon, delta)-"
     "differentially private with epsilon = "
-    f"{_rounded_up(plan.epsilon())} and delta = {plan.delta:g}, by "
+    f"{rounded_up(plan.epsilon())} and delta = {plan.delta:g}, by "
     f"dp-accounting's {plan.accountant.upper()} accountant. "
     "This holds if nobody's data is in more than one example, if the draws and "
     "the noise stay secret, and if nothing else that was computed from the "
@@ -223,7 +241,7 @@ def statement(plan: PrivacyPlan) -> str:
   )
 
 
-def _rounded_up(epsilon: float) -> str:
+def rounded_up(epsilon: float) -> str:
   """Returns four significant digits, not below the number itself."""
   if epsilon == 0 or math.isinf(epsilon):
     return f"{epsilon:g}"

@@ -35,7 +35,7 @@ _HARMLESS = (
   "secret_file",
   "unsafe_metrics",
 )
-_HARMLESS_DATA = ("num_threads", "path", "prefetch")
+_HARMLESS_DATA = ("changed_to", "num_threads", "path", "prefetch")
 
 
 def environment(mesh: Mesh) -> dict[str, Any]:

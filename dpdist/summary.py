@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpdist import composition
 from dpdist import job as job_lib
 from dpdist import mesh as mesh_lib
 from dpdist import screen
@@ -23,17 +24,21 @@ def start_rows(job: job_lib.Job, *, start_step: int) -> list[tuple[str, str]]:
   Returns:
     (name, value) pairs.
   """
-  plan = job.plan
+  plan, planned = job.plan, job.ledger.planned
   axes = " x ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items())
   device = job.mesh.devices.flat[0]
   rows = [
     ("examples", screen.human_count(plan.num_examples)),
     ("expected batch size", f"{plan.expected_batch_size:,g}"),
     ("sampling probability q", f"{plan.sampling_probability:.6g}, Poisson"),
-    ("steps", screen.human_count(plan.num_steps)),
+    ("steps", screen.human_count(sum(n for _, n in planned))),
     ("l2 clip norm", f"{plan.l2_clip_norm:g}"),
     ("noise multiplier sigma", f"{plan.noise_multiplier:g}"),
-    ("epsilon", f"{plan.epsilon():.4f} ({plan.accountant} accountant)"),
+    (
+      "epsilon",
+      f"{composition.epsilon(planned):.4f}"
+      f" ({composition.accountant_of(planned)} accountant)",
+    ),
     ("delta", f"{plan.delta:g}"),
     ("adjacency", plan.neighboring_relation),
     ("mesh", f"{axes} ({device.device_kind})"),
@@ -69,7 +74,7 @@ def result(
   """
   plan, ledger = job.plan, job.ledger
   values: dict[str, Any] = {
-    "epsilon": plan.epsilon(ledger.spent_steps),
+    "epsilon": composition.epsilon(ledger.spent),
     "delta": plan.delta,
     "guarantee": ledger.guarantee,
     "neighboring_relation": plan.neighboring_relation,
@@ -78,7 +83,8 @@ def result(
     "l2_clip_norm": plan.l2_clip_norm,
     "num_steps": num_steps,
     "steps_charged": ledger.spent_steps,
-    "accountant": plan.accountant,
+    "segments": len(ledger.segments),
+    "accountant": composition.accountant_of(ledger.spent),
     "params_sha256": params_sha256,
     "ledger_head": ledger.head,
     "environment": environment,

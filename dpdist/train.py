@@ -21,13 +21,15 @@ import ml_collections
 import numpy as np
 
 from dpdist import checkpoint
+from dpdist import composition
 from dpdist import data
+from dpdist import history
 from dpdist import job as job_lib
+from dpdist import ledger as ledger_lib
 from dpdist import losses
 from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import metrics
-from dpdist import plan as plan_lib
 from dpdist import preemption
 from dpdist import provenance
 from dpdist import report
@@ -85,43 +87,68 @@ def _run(
   environment = provenance.environment(job.mesh)
 
   state = step.init(job.params)
-  restored = checkpoints.restore(state, ledger.checkpoints)
-  if restored is not None:
-    state = restored.state
+  saved, rejected = job.found
+  ledger_head = ""
+  if saved is not None:
+    state, ledger_head = checkpoints.restore(state, saved)
   start = int(state.step)
+  # Now that nothing can fail any more on settings that do not fit.
+  if job.changes:
+    ledger.open_segment(
+      config=job.settings,
+      plan=plan,
+      data=job.train_manifest,
+      start_step=start,
+    )
   branch = ledger.resume(
     step=start,
-    digest=restored.digest if restored else "",
-    ledger_head=restored.ledger_head if restored else "",
+    digest=saved.digest if saved else "",
+    ledger_head=ledger_head,
     fingerprint=provenance.fingerprint(
       config.to_dict(), plan.fingerprint(), job.train_manifest, environment
     ),
   )
   last = ledger.last_step
+  if rejected and last == 0:
+    # Going on would end with the initial parameters.
+    raise ledger_lib.LedgerError(
+      "no checkpoint can be restored, and the plan is spent; "
+      + "; ".join(rejected)
+    )
   streams = mechanism.Streams(job.secret, branch.identity)
   noise_key = streams.key("noise")
 
   if stop.received and start < last:
     raise preemption.Preempted(start)
   rows = summary.start_rows(job, start_step=start)
-  notices = ledger.notices + (restored.rejected if restored else [])
+  notices = [*ledger.notices, *rejected]
+  if job.changes:
+    notices.append("settings changed: " + "; ".join(job.changes))
   screen.show_start(rows, notices)
 
   evaluate = losses.evaluator(job.model, job.test, job.mesh)
   scores: dict[str, float] = {}
-  eval_every = config.eval_every or max(1, plan.num_steps // 20)
-  save_every = config.checkpoint_every or max(1, plan.num_steps // 10)
+  num_steps = config.privacy.num_steps
+  eval_every = config.eval_every or max(1, num_steps // 20)
+  save_every = config.checkpoint_every or max(1, num_steps // 10)
+  # Steps are kept or lost together with a checkpoint, so one charge serves all
+  # that come before it; but a run is charged in a hundred parts at most, since
+  # each wants its epsilon.
+  charge_every = max(save_every, history.most_steps(plan))
+  epsilon_planned = composition.epsilon(ledger.planned)
   with (
     metrics.Writer(
       workdir, unsafe_metrics=config.unsafe_metrics, start_step=start
     ) as writer,
-    screen.Progress(last, start, plan.epsilon()) as progress,
+    screen.Progress(last, start, epsilon_planned) as progress,
   ):
     clock = _Clock(plan.expected_batch_size)
     for t, chunks in _steps(config, job, streams, start, last):
-      # Charged up to the next checkpoint at once: until then these steps are
-      # kept or lost together, so one record serves them all.
-      ledger.reserve_through(min(last, t - t % save_every + save_every))
+      if ledger.reserve_through(min(last, t - t % charge_every + charge_every)):
+        ledger.record_epsilons(
+          spent=composition.epsilons(ledger.spent),
+          planned=composition.epsilons(ledger.planned),
+        )
 
       accumulator = step.zeros(state.params)
       step_key = streams.key("model_rng", t)
@@ -145,7 +172,7 @@ def _run(
         with clock.paused():
           scores = _scores(evaluate, state)
           values = {
-            "epsilon": plan.epsilon(ledger.spent_through(done)),
+            "epsilon": composition.epsilon(ledger.spent_through(done)),
             "learning_rate": float(job.learning_rate(t)),
             "noisy_gradient_norm": float(released["noisy_gradient_norm"]),
             "examples_per_second": clock.examples_per_second(),
@@ -179,10 +206,10 @@ def _run(
   report.write(
     workdir,
     result=result,
-    statement=plan_lib.statement(plan),
+    statement=composition.statement(ledger.planned),
     rows=rows,
     notices=notices,
-    epsilon_budget=plan.epsilon(),
+    epsilon_budget=epsilon_planned,
   )
   screen.show_end(summary.end_rows(result, workdir))
   return result

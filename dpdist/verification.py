@@ -10,7 +10,8 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
-from dpdist import accounting
+from dpdist import composition
+from dpdist import history
 from dpdist import ledger as ledger_lib
 from dpdist import manifest
 from dpdist import metrics
@@ -57,66 +58,76 @@ def verify(
     _plan(ledger),
     _steps(ledger),
     _epsilon(ledger),
+    _recorded_epsilons(ledger),
     _checkpoints(workdir, ledger),
     _metrics(workdir, ledger),
     _result(workdir, ledger),
   ]
 
 
-def epsilons(ledger: ledger_lib.Ledger) -> dict[str, float]:
-  """The epsilon that was spent, by each accountant."""
-  plan = ledger.plan
-  return {
-    accountant: accounting.epsilon(
-      noise_multiplier=plan.noise_multiplier,
-      sampling_probability=plan.sampling_probability,
-      num_steps=ledger.spent_steps,
-      delta=plan.delta,
-      accountant=accountant,
-    )
-    for accountant in ("pld", "rdp")
-  }
-
-
 def _plan(ledger: ledger_lib.Ledger) -> Finding:
-  plan = ledger.plan
+  plan, planned = ledger.plan, ledger.planned
+  epsilon = composition.epsilon(planned)
   found = (
     f"{plan.num_steps} steps of noise multiplier {plan.noise_multiplier:g}, by"
-    f" {plan.accountant} epsilon {plan.epsilon():.6g} at delta {plan.delta:g}"
+    f" {composition.accountant_of(planned)} epsilon {epsilon:.6g} at delta"
+    f" {plan.delta:g}"
   )
+  if len(ledger.segments) > 1:
+    found += f" with the {len(ledger.segments) - 1} before it"
   target = plan.target_epsilon
   problem = ""
-  if target is not None and plan.epsilon() > target * (1 + _TOLERANCE):
+  if target is not None and epsilon > target * (1 + _TOLERANCE):
     problem = f"it spends more than its target epsilon {target:g}"
   return Finding("plan", found, problem)
 
 
 def _steps(ledger: ledger_lib.Ledger) -> Finding:
-  plan = ledger.plan
+  planned = sum(part.num_steps for part in ledger.planned)
   branches = len(ledger.branches)
-  found = (
-    f"{ledger.spent_steps} of {plan.num_steps} charged, on"
-    f" {branches} branch{'es' * (branches != 1)}"
+  # That each plan holds, and each checkpoint is of steps that were charged, was
+  # checked when the records were read.
+  return Finding(
+    "steps",
+    f"{ledger.spent_steps} of {planned} charged, on"
+    f" {branches} branch{'es' * (branches != 1)}",
+    "",
   )
-  problem = ""
-  if ledger.spent_steps > plan.num_steps:
-    problem = "more steps are charged than planned"
-  for step, _, _ in ledger.checkpoints:
-    if step > max(branch.stop_step for branch in ledger.branches):
-      problem = f"the checkpoint of step {step} is of a step not charged"
-  return Finding("steps", found, problem)
 
 
 def _epsilon(ledger: ledger_lib.Ledger) -> Finding:
-  found = ", ".join(f"{v:.6g} ({k})" for k, v in epsilons(ledger).items())
+  found = ", ".join(
+    f"{value:.6g} ({name})"
+    for name, value in composition.epsilons(ledger.spent).items()
+    if value is not None
+  )
   return Finding("epsilon spent", found, "")
+
+
+def _recorded_epsilons(ledger: ledger_lib.Ledger) -> Finding:
+  """Recomputes every epsilon that the ledger told of on the way."""
+  past, count, problem = history.History(), 0, ""
+  for record in ledger.records:
+    past.take(record)
+    if record["kind"] != "epsilons":
+      continue
+    count += 1
+    for name, parts in (("spent", past.spent), ("planned", past.planned)):
+      right = composition.epsilons(parts)
+      if not problem and (
+        right.keys() != record[name].keys()
+        or not all(_same(record[name][k], right[k]) for k in right)
+      ):
+        problem = (
+          f"record {record['seq']} says {name} {record[name]}, it is {right}"
+        )
+  return Finding("epsilons told", f"{count} recorded on the way", problem)
 
 
 def _checkpoints(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
   whole, problem = 0, ""
   for i, saved in enumerate(reversed(ledger.checkpoints)):
-    path = manifest.folder(workdir / "checkpoints", saved.writer)
-    path = path / str(saved.step)
+    path = manifest.location(workdir / "checkpoints", saved)
     if i and not path.exists():
       continue  # In time older ones are deleted.
     wrong = manifest.problem(path, saved.digest)
@@ -137,7 +148,7 @@ def _checkpoints(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
 def _metrics(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
   rows = metrics.read(workdir)
   told = max((row.get("epsilon", 0.0) for row in rows), default=0.0)
-  spent = ledger.plan.epsilon(ledger.spent_steps)
+  spent = composition.epsilon(ledger.spent)
   problem = ""
   if told > spent * (1 + _TOLERANCE):
     problem = f"they tell of epsilon {told:.6g}, the ledger of {spent:.6g}"
@@ -154,14 +165,14 @@ def _result(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
   result = json.loads(path.read_text())
   plan = ledger.plan
   expected: dict[str, Any] = {
-    "epsilon": plan.epsilon(ledger.spent_steps),
+    "epsilon": composition.epsilon(ledger.spent),
     "steps_charged": ledger.spent_steps,
     "guarantee": ledger.guarantee,
     "delta": plan.delta,
     "noise_multiplier": plan.noise_multiplier,
     "sampling_probability": plan.sampling_probability,
     "l2_clip_norm": plan.l2_clip_norm,
-    "accountant": plan.accountant,
+    "accountant": composition.accountant_of(ledger.spent),
     "neighboring_relation": plan.neighboring_relation,
   }
   problems = [

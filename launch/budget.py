@@ -17,7 +17,6 @@ from ml_collections import config_flags
 from dpdist import config as config_lib
 from dpdist import ledger as ledger_lib
 from dpdist import plan as plan_lib
-from dpdist import verification
 from launch import exit_codes
 from launch import flag_parsing
 from launch import ledgers
@@ -42,7 +41,8 @@ def main(argv: Sequence[str]) -> int:
       facts = _spent(_WORKDIR.value)
     elif _CONFIG.value is not None and _WORKDIR.value is None:
       config = config_lib.privacy_config(_CONFIG.value)
-      facts = _planned(plan_lib.make_plan(config))
+      plan = plan_lib.make_plan(config)
+      facts = {"epsilon_planned": plan.epsilon(), **_numbers(plan)}
     else:
       raise ValueError("give exactly one of --workdir and --config")
   except ValueError as error:
@@ -60,9 +60,8 @@ def main(argv: Sequence[str]) -> int:
   return exit_codes.DONE
 
 
-def _planned(plan: plan_lib.PrivacyPlan) -> dict[str, Any]:
+def _numbers(plan: plan_lib.PrivacyPlan) -> dict[str, Any]:
   return {
-    "epsilon_planned": plan.epsilon(),
     "delta": plan.delta,
     "accountant": plan.accountant,
     "neighboring_relation": plan.neighboring_relation,
@@ -77,14 +76,30 @@ def _planned(plan: plan_lib.PrivacyPlan) -> dict[str, Any]:
 
 def _spent(workdir: str) -> dict[str, Any]:
   ledger = ledgers.open_begun(workdir, _LEDGER.value)
-  plan = ledger.plan
-  by_accountant = verification.epsilons(ledger)
+  told = ledger.epsilons or _computed(ledger)
+  spent, planned = told["spent"], told["planned"]
+  accountant = ledger.plan.accountant
+  if spent[accountant] is None or planned[accountant] is None:
+    accountant = "rdp"
   return {
-    "epsilon_spent": by_accountant[plan.accountant],
-    **{f"epsilon_spent_{k}": v for k, v in by_accountant.items()},
+    "epsilon_spent": spent[accountant],
+    **{f"epsilon_spent_{name}": value for name, value in spent.items()},
     "steps_spent": ledger.spent_steps,
     "guarantee": ledger.guarantee,
-    **_planned(plan),
+    "epsilon_planned": planned[accountant],
+    **_numbers(ledger.plan),
+    "accountant": accountant,
+    "segments": len(ledger.segments),
+  }
+
+
+def _computed(ledger: ledger_lib.Ledger) -> dict[str, dict[str, float | None]]:
+  # Here, since loading the accountants takes longer than all else.
+  from dpdist import composition
+
+  return {
+    "spent": composition.epsilons(ledger.spent),
+    "planned": composition.epsilons(ledger.planned),
   }
 
 

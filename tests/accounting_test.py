@@ -13,6 +13,7 @@ from scipy import optimize
 from scipy import stats
 
 from dpdist import accounting
+from dpdist import renyi
 
 # (sampling probability, noise multiplier, steps, delta), epsilon by RDP and by
 # PLD to four decimals. All were computed apart from this project. The last but
@@ -192,7 +193,7 @@ def test_queries_leave_each_other_alone():
   forwards = [spent(*run) for run in runs]
   for cache in (
     accounting._epsilon,
-    accounting._step_rdp,
+    renyi.step_divergences,
     accounting._step_pld,
   ):
     cache.cache_clear()

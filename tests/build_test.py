@@ -25,11 +25,12 @@ RUNNER = "tests/run.py"
 # Lowest first. A room imports from lower layers only, never from its own; the
 # modules of one room may import one another.
 LAYERS = (
-  ("keys", "mesh", "search", "records", "manifest"),
+  ("keys", "mesh", "search", "records"),
+  ("renyi",),
   ("accounting", "sampling", "noise", "clipping"),
   ("plan",),
-  ("mechanism", "config"),
-  ("ledger", "step", "metrics", "sources")
+  ("mechanism", "config", "composition", "history"),
+  ("ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance"),
   ("data", "datasets", "screen", "report", "checkpoint", "verification"),
   ("job",),

@@ -10,6 +10,7 @@ import pytest
 
 from dpdist import checkpoint
 from dpdist import ledger
+from dpdist import manifest
 from dpdist import mesh as mesh_lib
 
 
@@ -33,6 +34,13 @@ def _save(checkpoints, step, value=None, writer=1):
   return ledger.Saved(step, digest, writer)
 
 
+def _restored(checkpoints, path, known):
+  """The newest sound one's first weight."""
+  saved, _ = manifest.newest(path, known)
+  state, _ = checkpoints.restore(_state(0.0), saved)
+  return float(state["w"][0, 0])
+
+
 def _data_files(path):
   return [
     p
@@ -45,18 +53,18 @@ def test_round_trip_keeps_bits_and_sharding(tmp_path):
   with _checkpoints(tmp_path) as checkpoints:
     state = _state(3.0)
     digest = checkpoints.save(state, step=3, ledger_head="h")
-    got = checkpoints.restore(_state(0.0), [ledger.Saved(3, digest, 1)])
-  assert (got.step, got.digest, got.ledger_head) == (3, digest, "h")
-  assert got.rejected == []
-  assert got.state["none"] is None
-  np.testing.assert_array_equal(got.state["w"], state["w"])
-  assert got.state["w"].sharding == state["w"].sharding
-  assert got.state["step"].dtype == jnp.int32
+    saved = ledger.Saved(3, digest, 1)
+    assert manifest.newest(tmp_path, [saved]) == (saved, [])
+    got, head = checkpoints.restore(_state(0.0), saved)
+  assert head == "h"
+  assert got["none"] is None
+  np.testing.assert_array_equal(got["w"], state["w"])
+  assert got["w"].sharding == state["w"].sharding
+  assert got["step"].dtype == jnp.int32
 
 
 def test_nothing_to_restore(tmp_path):
-  with _checkpoints(tmp_path) as checkpoints:
-    assert checkpoints.restore(_state(0.0), []) is None
+  assert manifest.newest(tmp_path, []) == (None, [])
 
 
 def test_any_flipped_byte_falls_back_to_the_step_before(tmp_path):
@@ -69,12 +77,13 @@ def test_any_flipped_byte_falls_back_to_the_step_before(tmp_path):
       bad = bytearray(good)
       bad[len(bad) // 2] ^= 1
       file.write_bytes(bytes(bad))
-      got = checkpoints.restore(_state(0.0), known)
-      assert got.step == 1
-      assert len(got.rejected) == 1
-      assert "step 2" in got.rejected[0]
+      saved, rejected = manifest.newest(tmp_path, known)
+      assert saved == known[0]
+      assert _restored(checkpoints, tmp_path, known) == 1.0
+      assert len(rejected) == 1
+      assert "step 2" in rejected[0]
       file.write_bytes(good)
-    assert checkpoints.restore(_state(0.0), known).step == 2
+    assert manifest.newest(tmp_path, known).saved.step == 2
 
 
 def test_missing_or_added_files_and_foreign_manifests_are_refused(tmp_path):
@@ -82,19 +91,18 @@ def test_missing_or_added_files_and_foreign_manifests_are_refused(tmp_path):
     known = [_save(checkpoints, step) for step in (1, 2)]
     extra = tmp_path / "writer_000001" / "2" / "extra"
     extra.write_bytes(b"x")
-    assert checkpoints.restore(_state(0.0), known).step == 1
+    assert manifest.newest(tmp_path, known).saved.step == 1
     extra.unlink()
     victim = _data_files(tmp_path / "writer_000001" / "2")[0]
     content = victim.read_bytes()
     victim.unlink()
-    assert checkpoints.restore(_state(0.0), known).step == 1
+    assert manifest.newest(tmp_path, known).saved.step == 1
     victim.write_bytes(content)
-    assert checkpoints.restore(_state(0.0), known).step == 2
-    assert (
-      checkpoints.restore(_state(0.0), [ledger.Saved(2, "0" * 64, 1)]) is None
-    )
+    assert manifest.newest(tmp_path, known).saved.step == 2
+    foreign = [ledger.Saved(2, "0" * 64, 1)]
+    assert manifest.newest(tmp_path, foreign).saved is None
     next((tmp_path / "writer_000001" / "2").glob("*manifest.json")).unlink()
-    assert checkpoints.restore(_state(0.0), known).step == 1
+    assert manifest.newest(tmp_path, known).saved.step == 1
 
 
 def test_a_step_is_saved_again_by_another_writer(tmp_path):
@@ -102,10 +110,8 @@ def test_a_step_is_saved_again_by_another_writer(tmp_path):
     old = _save(checkpoints, 1)
   with _checkpoints(tmp_path, 2) as checkpoints:
     known = [old, _save(checkpoints, 1, 7, writer=2)]
-    got = checkpoints.restore(_state(0.0), known)
-    assert float(got.state["w"][0, 0]) == 7.0
-    got = checkpoints.restore(_state(0.0), known[:1])
-    assert float(got.state["w"][0, 0]) == 1.0
+    assert _restored(checkpoints, tmp_path, known) == 7.0
+    assert _restored(checkpoints, tmp_path, known[:1]) == 1.0
 
 
 def test_a_writer_that_was_shut_out_touches_nothing_of_the_next(tmp_path):
@@ -116,11 +122,11 @@ def test_a_writer_that_was_shut_out_touches_nothing_of_the_next(tmp_path):
     known = [_save(checkpoints, 1, 7, writer=2)]
     _save(paused, 1)
     _save(paused, 2)
-    assert float(checkpoints.restore(_state(0), known).state["w"][0, 0]) == 7.0
+    assert _restored(checkpoints, tmp_path, known) == 7.0
     known.append(_save(checkpoints, 2, 8, writer=2))
     checkpoints.delete_old(known)
     assert not (tmp_path / "writer_000001").exists()
-    assert float(checkpoints.restore(_state(0), known).state["w"][0, 0]) == 8.0
+    assert _restored(checkpoints, tmp_path, known) == 8.0
 
 
 def test_a_save_that_was_cut_off_is_ignored(tmp_path):
@@ -130,9 +136,9 @@ def test_a_save_that_was_cut_off_is_ignored(tmp_path):
   # and ours.
   (tmp_path / "writer_000001" / "2" / "state").mkdir(parents=True)
   with _checkpoints(tmp_path, 2) as checkpoints:
-    assert checkpoints.restore(_state(0.0), known).step == 1
+    assert manifest.newest(tmp_path, known).saved.step == 1
     known.append(_save(checkpoints, 2, writer=2))
-    assert checkpoints.restore(_state(0.0), known).step == 2
+    assert manifest.newest(tmp_path, known).saved.step == 2
 
 
 def test_damaged_checkpoints_are_passed_over_and_in_time_deleted(tmp_path):
@@ -141,15 +147,15 @@ def test_damaged_checkpoints_are_passed_over_and_in_time_deleted(tmp_path):
   for file in _data_files(tmp_path / "writer_000001" / "20"):
     file.write_bytes(b"damaged")
   with _checkpoints(tmp_path, 2, max_to_keep=2) as checkpoints:
-    assert checkpoints.restore(_state(0.0), known).step == 10
+    assert manifest.newest(tmp_path, known).saved.step == 10
     known.append(_save(checkpoints, 15, writer=2))
     checkpoints.delete_old(known)
     assert not (tmp_path / "writer_000001" / "10").exists()
-    assert checkpoints.restore(_state(0.0), known).step == 15
+    assert manifest.newest(tmp_path, known).saved.step == 15
     known.append(_save(checkpoints, 20, writer=2))
     checkpoints.delete_old(known)
     assert not (tmp_path / "writer_000001").exists()
-    assert checkpoints.restore(_state(0.0), known).step == 20
+    assert manifest.newest(tmp_path, known).saved.step == 20
 
 
 def test_a_checkpoint_is_on_disk_before_its_digest_is_told(
@@ -189,7 +195,7 @@ def test_a_state_of_another_shape_is_a_mismatch(tmp_path):
     other = _state(0.0)
     other["w"] = {"deeper": other["w"]}
     with pytest.raises(checkpoint.MismatchError, match=r"step 1 .* not fit"):
-      checkpoints.restore(other, known)
+      checkpoints.restore(other, known[0])
 
 
 def test_old_checkpoints_are_deleted(tmp_path):
@@ -197,7 +203,15 @@ def test_old_checkpoints_are_deleted(tmp_path):
     known = [_save(checkpoints, step) for step in (1, 2, 3)]
     checkpoints.delete_old(known)
     assert not (tmp_path / "writer_000001" / "1").exists()
-    assert checkpoints.restore(_state(0.0), known[:1]) is None
-    assert checkpoints.restore(_state(0.0), known).step == 3
+    assert manifest.newest(tmp_path, known[:1]).saved is None
+    assert manifest.newest(tmp_path, known).saved.step == 3
     # Even where the newest two are lost afterwards, nothing is made up.
-    assert checkpoints.restore(_state(0.0), known[:2]).step == 2
+    assert manifest.newest(tmp_path, known[:2]).saved.step == 2
+
+
+def test_a_save_that_orbax_skips_is_an_error(tmp_path):
+  """It does so, without a word, where a newer step is."""
+  with _checkpoints(tmp_path) as checkpoints:
+    _save(checkpoints, 2)
+    with pytest.raises(RuntimeError, match="did not save step 1"):
+      _save(checkpoints, 1)

@@ -96,7 +96,7 @@ def test_another_release_is_a_new_branch_and_charged_again(
   assert ledger.last_step == 90
   ledger.reserve_through(30)
   assert ledger_lib.Ledger(tmp_path).spent_steps == 40
-  assert ledger.spent_through(15) == 25
+  assert ledger.spent_through(15) == [(_plan(), 25)]
 
 
 def test_a_checkpoint_of_an_older_branch_is_not_a_base_of_a_newer(tmp_path):
@@ -125,23 +125,154 @@ def test_never_past_the_plan(tmp_path):
   assert ledger_lib.Ledger(tmp_path).spent_steps == 100
 
 
+_SAME = {"config": _SETTINGS, "data": "d" * 64, "secret_hash": "5" * 64}
+
+
 @pytest.mark.parametrize(
-  ("changes", "data", "secret_hash", "message"),
+  ("changes", "name", "line"),
   [
-    ({"l2_clip_norm": 2.0}, "d" * 64, "5" * 64, r"l2_clip_norm: 1\.0 -> 2\.0"),
-    ({"num_steps": 101}, "d" * 64, "5" * 64, "num_steps: 100 -> 101"),
-    ({"new": 1}, "d" * 64, "5" * 64, "new: None -> 1"),
-    ({}, "e" * 64, "5" * 64, "training data: manifest dddddddddddd -> eeeee"),
-    ({}, "d" * 64, "6" * 64, "secret: hash 555555555555 -> 666666666666"),
+    (
+      {"config": _SETTINGS | {"l2_clip_norm": 2.0}},
+      "l2_clip_norm",
+      "l2_clip_norm: 1.0 -> 2.0",
+    ),
+    (
+      {"config": _SETTINGS | {"num_steps": 101}},
+      "num_steps",
+      "num_steps: 100 -> 101",
+    ),
+    ({"config": _SETTINGS | {"new": 1}}, "new", "new: None -> 1"),
+    (
+      {"data": "e" * 64},
+      "data",
+      "training data: manifest dddddddddddd -> eeeeeeeeeeee",
+    ),
   ],
 )
-def test_changed_settings_are_refused(
-  tmp_path, changes, data, secret_hash, message
-):
+def test_changes_open_a_segment(tmp_path, changes, name, line):
   ledger = _opened(tmp_path)
-  ledger.check(config=_SETTINGS, data="d" * 64, secret_hash="5" * 64)
+  assert ledger.changes(**_SAME) == {}
+  assert ledger.changes(**_SAME | changes) == {name: line}
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (
+      {"config": _SETTINGS | {"target_delta": 1e-6}},
+      "target_delta: 1e-05 -> 1e-06",
+    ),
+    (
+      {"config": _SETTINGS | {"neighboring_relation": "replace_one"}},
+      "neighboring_relation: None -> 'replace_one'",
+    ),
+    (
+      {"secret_hash": "6" * 64},
+      "secret: hash 555555555555 -> 666666666666",
+    ),
+  ],
+)
+def test_what_a_guarantee_is_about_cannot_change(tmp_path, changes, message):
+  ledger = _opened(tmp_path)
   with pytest.raises(ledger_lib.RefusedError, match=message):
-    ledger.check(config=_SETTINGS | changes, data=data, secret_hash=secret_hash)
+    ledger.changes(**_SAME | changes)
+
+
+def _plan(**changes):
+  return plan_lib.make_plan(plan_lib.PrivacyConfig(**_SETTINGS | changes))
+
+
+def test_a_segment_keeps_what_was_charged_before_it(tmp_path):
+  ledger = _opened(tmp_path)
+  first = _resume(ledger)
+  ledger.reserve_through(20)
+  ledger.record_checkpoint(10, "ten")
+  other = _plan(noise_multiplier=3.0, num_steps=30)
+  ledger.open_segment(config={}, plan=other, data="d" * 64, start_step=10)
+  # Not even with the same fingerprint: the numbers are others.
+  branch = _resume(ledger, 10, "ten")
+  assert branch.identity != first.identity
+  assert (branch.start_step, ledger.last_step) == (10, 40)
+  ledger.reserve_through(25)
+  for found in (ledger, ledger_lib.Ledger(tmp_path)):
+    assert found.spent == [(_plan(), 20), (other, 15)]
+    assert found.planned == [(_plan(), 20), (other, 30)]
+    assert found.spent_through(12) == [(_plan(), 20), (other, 2)]
+    assert found.spent_steps == 35
+    assert found.plan == other
+  with pytest.raises(ledger_lib.RefusedError, match="at most 40"):
+    ledger.reserve_through(41)
+
+
+def test_a_segment_that_charged_nothing_is_left_out(tmp_path):
+  ledger = _opened(tmp_path)
+  other = _plan(noise_multiplier=3.0)
+  ledger.open_segment(config={}, plan=other, data="d" * 64, start_step=0)
+  assert ledger.spent == [(other, 0)]
+
+
+def test_forks_add_up(tmp_path):
+  """From an older checkpoint, again and again."""
+  ledger = _opened(tmp_path)
+  _resume(ledger)
+  ledger.reserve_through(20)
+  ledger.record_checkpoint(10, "ten")
+  ledger.record_checkpoint(20, "twenty")
+  for i in range(3):
+    _resume(ledger, 10, "ten", fingerprint=f"g{i}")
+    ledger.reserve_through(20)
+  assert ledger_lib.Ledger(tmp_path).spent_steps == 20 + 3 * 10
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path):
+  ledger = _writer(tmp_path)
+  with pytest.raises(ValueError, match="in this place"):
+    ledger.notice("before the run is open")
+  ledger.close()
+  ledger = _opened(tmp_path)
+  with pytest.raises(ValueError, match="not the current"):
+    ledger._append("reserve", branch=0, stop_step=1)
+  _resume(ledger)
+  with pytest.raises(ValueError, match="step 7, not charged"):
+    ledger.record_checkpoint(7, "seven")
+  with pytest.raises(ValueError, match="another delta"):
+    ledger.open_segment(
+      config={}, plan=_plan(target_delta=1e-6), data="", start_step=0
+    )
+  ledger.open_segment(config={}, plan=_plan(), data="", start_step=0)
+  with pytest.raises(ValueError, match="no branch has begun"):
+    ledger.reserve_through(1)
+  before = len(ledger_lib.Ledger(tmp_path).records)
+  assert before == len(ledger.records)
+
+
+def test_after_its_end_a_run_charges_nothing(tmp_path):
+  ledger = _opened(tmp_path)
+  _resume(ledger)
+  ledger.reserve_through(3)
+  ledger.end()
+  ledger.end()
+  with pytest.raises(ValueError, match="after the run's end"):
+    ledger.reserve_through(4)
+  ledger.close()
+  # Nor does what is torn after it count.
+  (tmp_path / f"{len(_files(tmp_path)):012d}.json").write_bytes(b"")
+  ended = ledger_lib.Ledger(tmp_path)
+  assert ended.is_ended
+  assert ended.spent_steps == 3
+
+
+def test_epsilons_are_told_until_something_is_charged(tmp_path):
+  ledger = _opened(tmp_path)
+  _resume(ledger)
+  assert ledger.epsilons is None
+  ledger.reserve_through(3)
+  ledger.record_epsilons(spent={"pld": 0.5}, planned={"pld": 1.0})
+  ledger.record_checkpoint(3, "three")
+  told = {"spent": {"pld": 0.5}, "planned": {"pld": 1.0}}
+  assert ledger_lib.Ledger(tmp_path).epsilons == told
+  ledger.reserve_through(4)
+  assert ledger_lib.Ledger(tmp_path).epsilons is None
 
 
 def test_a_second_writer_is_stopped(tmp_path):
@@ -259,7 +390,7 @@ def test_a_ledger_older_than_the_checkpoint_is_found(tmp_path):
     ("refund", {"steps": 20}, "refund"),
     ("reserve", {"branch": 0, "stop_step": 20}, "0 steps"),
     ("reserve", {"branch": 0, "stop_step": 22}, "2 steps"),
-    ("reserve", {"branch": 1, "stop_step": 21}, "a branch that has ended"),
+    ("reserve", {"branch": 1, "stop_step": 21}, "not the current one"),
     ("open", {"format": 2}, "in this place"),
     ("notice", {"text": 7}, "without text"),
   ],

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import shutil
 
 import jax
@@ -11,6 +12,7 @@ import pytest
 from configs import digits
 import dpdist
 from dpdist import checkpoint
+from dpdist import composition
 from dpdist import config as config_lib
 from dpdist import job as job_lib
 from dpdist import keys
@@ -21,6 +23,7 @@ from dpdist import preemption
 from dpdist import provenance
 from dpdist import sampling
 from dpdist import step as step_lib
+from dpdist import verification
 
 
 def _config(**changes):
@@ -263,17 +266,108 @@ def test_a_ledger_that_the_checkpoints_are_ahead_of_is_refused(
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"privacy.l2_clip_norm": 2.0}, r"l2_clip_norm: 0\.1 -> 2\.0"),
-    ({"privacy.noise_multiplier": 2.0}, r"noise_multiplier: 1\.0 -> 2\.0"),
+    ({"privacy.l2_clip_norm": 2.0}, "num_steps must be more than the 12"),
+    ({"privacy.target_delta": 1e-6}, "target_delta: .* -> 1e-06"),
     ({"insecure_seed": 8}, "secret: hash"),
   ],
 )
-def test_changed_settings_are_refused(finished, changes, message):
+def test_changes_that_no_segment_can_take_up_are_refused(
+  finished, changes, message
+):
   workdir, _ = finished
   before = ledger_lib.Ledger(workdir / "ledger").head
   with pytest.raises(ValueError, match=message):
     dpdist.train(_config(**changes), workdir)
   assert ledger_lib.Ledger(workdir / "ledger").head == before
+
+
+def test_changed_settings_open_a_segment(tmp_path, monkeypatch, capsys):
+  with monkeypatch.context() as patch:
+    _crash_at(patch, 6)
+    with pytest.raises(_Crash):
+      dpdist.train(_config(), tmp_path)
+  changes = {
+    "privacy.noise_multiplier": 2.0,
+    "privacy.expected_batch_size": 32,
+  }
+  result = dpdist.train(_config(**changes), tmp_path)
+  assert "noise_multiplier: 1.0 -> 2.0" in capsys.readouterr().out
+  ledger = ledger_lib.Ledger(tmp_path / "ledger")
+  # Eight steps were charged when it stopped; it goes on from the fourth.
+  assert [segment.charged for segment in ledger.segments] == [8, 8]
+  assert ledger.segments[1].start_step == 4
+  assert result["num_steps"] == 12
+  assert result["epsilon"] == composition.epsilon(ledger.spent)
+  assert result["accountant"] == "rdp"
+  assert result["noise_multiplier"] == 2.0
+  # The same settings once more are no change.
+  again = dpdist.train(_config(**changes), tmp_path)
+  assert again["params_sha256"] == result["params_sha256"]
+  assert len(ledger_lib.Ledger(tmp_path / "ledger").segments) == 2
+  findings = verification.verify(
+    tmp_path, ledger_lib.Ledger(tmp_path / "ledger")
+  )
+  assert not [finding for finding in findings if finding.problem]
+  assert "changed on the way" in (tmp_path / "report.html").read_text()
+
+
+def test_a_changed_data_set_is_refused_unless_declared(tmp_path):
+  rng = np.random.default_rng(0)
+
+  def write(directory, seed):
+    directory.mkdir()
+    for name, size in (("train", 64), ("test", 8)):
+      inputs = np.random.default_rng(seed).random((size, 4), np.float32)
+      targets = rng.integers(0, 3, size)
+      np.savez(directory / f"{name}.npz", inputs=inputs, targets=targets)
+
+  def config(path, **changes):
+    return _config(
+      **{
+        "data.name": "npz",
+        "data.path": str(path),
+        "model.width": 8,
+        "privacy.num_examples": 64,
+        "privacy.expected_batch_size": 16,
+      }
+      | changes
+    )
+
+  write(tmp_path / "one", 1)
+  write(tmp_path / "two", 2)
+  run = tmp_path / "run"
+  dpdist.train(config(tmp_path / "one", **{"privacy.num_steps": 4}), run)
+  before = ledger_lib.Ledger(run / "ledger").head
+  longer = {"privacy.num_steps": 6}
+  with pytest.raises(ValueError, match="training data: manifest") as refused:
+    dpdist.train(config(tmp_path / "two", **longer), run)
+  assert ledger_lib.Ledger(run / "ledger").head == before
+  declared = re.search("changed_to=([0-9a-f]{12})", str(refused.value))[1]
+  longer["data.changed_to"] = declared[:11]
+  with pytest.raises(ValueError, match="declare it"):
+    dpdist.train(config(tmp_path / "two", **longer), run)
+  longer["data.changed_to"] = declared
+  result = dpdist.train(config(tmp_path / "two", **longer), run)
+  ledger = ledger_lib.Ledger(run / "ledger")
+  assert [segment.charged for segment in ledger.segments] == [4, 2]
+  assert result["num_steps"] == 6
+  assert ledger.segments[0].data != ledger.segments[1].data
+
+
+def test_without_checkpoint_or_budget_nothing_is_made_up(
+  finished, tmp_path, monkeypatch
+):
+  """The result of a run is not replaced by its initial parameters."""
+  run = tmp_path / "run"
+  shutil.copytree(finished[0], run)
+  for file in run.glob("checkpoints/*/*/dpdist_manifest.json"):
+    file.write_text("?")
+  monkeypatch.setattr(provenance, "environment", lambda mesh: {"new": True})
+  with pytest.raises(
+    ledger_lib.LedgerError, match="plan is spent; checkpoint of step 12"
+  ):
+    dpdist.train(_config(), run)
+  assert json.loads((run / "result.json").read_text())["num_steps"] == 12
 
 
 def test_a_changed_optimizer_that_does_not_fit_is_named(finished):

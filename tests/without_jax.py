@@ -1,4 +1,4 @@
-"""Runs Python where jax cannot be imported, as on a machine without it."""
+"""Runs Python where jax, or more, cannot be imported."""
 
 import subprocess
 import sys
@@ -8,16 +8,18 @@ _BLOCK = """
 import sys
 class _NoJax:
   def find_spec(self, name, path=None, target=None):
-    if name.partition(".")[0] in ("jax", "jaxlib"):
+    if name.partition(".")[0] in {without!r}:
       raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, _NoJax())
 """
 
 
-def run(code: str, *args: str) -> subprocess.CompletedProcess[str]:
+def run(
+  code: str, *args: str, without: tuple[str, ...] = ("jax", "jaxlib")
+) -> subprocess.CompletedProcess[str]:
   """Runs code with args as sys.argv[1:]; the result is not checked."""
   return subprocess.run(
-    [sys.executable, "-c", _BLOCK + code, *args],
+    [sys.executable, "-c", _BLOCK.format(without=without) + code, *args],
     capture_output=True,
     text=True,
     timeout=300,

@@ -1,0 +1,288 @@
+"""What the records of a ledger say, taken in one after the other.
+
+A run is a list of segments, each under one plan. In a segment there are
+branches, each a line of steps under one set of keys. Steps are charged to a
+branch, and so to its segment. Every fact here follows from the records alone.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+from dpdist import plan as plan_lib
+
+FORMAT = 3
+# A record charges at most this part of a plan, and at least one step.
+_PARTS = 100
+
+
+class Saved(NamedTuple):
+  """A checkpoint that is on disk.
+
+  Attributes:
+    step: updates made in it.
+    digest: SHA-256 of its manifest, hex.
+    writer: the number of the process that wrote it, in whose folder it is.
+  """
+
+  step: int
+  digest: str
+  writer: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+  """A line of steps under one set of keys.
+
+  Attributes:
+    number: counts from 0.
+    segment: the number of the one it is in.
+    identity: what its keys depend on. Of all branches of all runs and copies of
+      runs, those with the same secret and identity make the same releases.
+    start_step: updates made before its first step.
+    stop_step: its steps [start_step, stop_step) are charged.
+    fingerprint: of everything that decides the bits of a step.
+    bases: digests of the checkpoints it may go on from: the one it started
+      from ("" for the initial parameters) and its own.
+  """
+
+  number: int
+  segment: int
+  identity: str
+  start_step: int
+  stop_step: int
+  fingerprint: str
+  bases: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+  """The steps of a run under one plan.
+
+  Attributes:
+    plan: the numbers that its steps are bound to; their number counts from the
+      segment's start.
+    config: the privacy settings that it came from, as the user gave them.
+    data: the manifest of the training set, hex.
+    start_step: updates made before it.
+    charged: steps that may have been released in it.
+  """
+
+  plan: plan_lib.PrivacyPlan
+  config: Mapping[str, Any]
+  data: str
+  start_step: int
+  charged: int = 0
+
+
+class History:
+  """What a run did, as far as its records tell.
+
+  Attributes:
+    records: the bodies of all records, in order.
+    segments: the plans of the run, in order, and what was charged under each.
+    branches: the branches of the run, in order.
+    checkpoints: every recorded checkpoint, in order.
+    num_writers: processes that have written so far.
+    secret_hash: see `dpdist.keys.secret_hash`; "" before a run is opened.
+    is_ended: whether nothing can be charged any more.
+  """
+
+  def __init__(self) -> None:
+    self.records: list[dict[str, Any]] = []
+    self.segments: list[Segment] = []
+    self.branches: list[Branch] = []
+    self.checkpoints: list[Saved] = []
+    self.num_writers = 0
+    self.secret_hash = ""
+    self.is_ended = False
+    self._run = ""
+
+  @property
+  def is_new(self) -> bool:
+    """Whether no run was ever opened."""
+    return not self.segments
+
+  @property
+  def segment(self) -> Segment:
+    """The current one."""
+    if self.is_new:
+      raise ValueError("no run was opened in this ledger")
+    return self.segments[-1]
+
+  @property
+  def plan(self) -> plan_lib.PrivacyPlan:
+    """The plan that the run is bound to at present."""
+    return self.segment.plan
+
+  @property
+  def spent(self) -> list[plan_lib.Part]:
+    """Steps that may have been released, by plan, the current one's last.
+
+    Segments that ended before a step was charged are left out.
+    """
+    ended = [segment for segment in self.segments[:-1] if segment.charged]
+    return [
+      plan_lib.Part(segment.plan, segment.charged)
+      for segment in [*ended, self.segment]
+    ]
+
+  @property
+  def planned(self) -> list[plan_lib.Part]:
+    """What `spent` will be at most."""
+    return [*self.spent[:-1], plan_lib.Part(self.plan, self.plan.num_steps)]
+
+  def spent_through(self, step: int) -> list[plan_lib.Part]:
+    """What `spent` was when the current branch had just made update `step`."""
+    branch = self.branches[-1]
+    ahead = branch.stop_step - max(step, branch.start_step)
+    charged = self.segment.charged - ahead
+    return [*self.spent[:-1], plan_lib.Part(self.plan, charged)]
+
+  @property
+  def spent_steps(self) -> int:
+    """Steps that may have been released, over all segments and branches."""
+    return sum(segment.charged for segment in self.segments)
+
+  @property
+  def last_step(self) -> int:
+    """Where the current branch must end for the plan to hold."""
+    remaining = self.plan.num_steps - self.segment.charged
+    return self.branches[-1].stop_step + remaining
+
+  @property
+  def epsilons(self) -> dict[str, Any] | None:
+    """What was recorded last by `record_epsilons`, if it still holds."""
+    for record in reversed(self.records):
+      if record["kind"] == "epsilons":
+        return {k: record[k] for k in ("spent", "planned")}
+      if record["kind"] in ("open", "segment", "reserve", "lost"):
+        return None
+    return None
+
+  @property
+  def notices(self) -> list[str]:
+    """What a reader of any figure from this run has to be told."""
+    found = [r["text"] for r in self.records if r["kind"] == "notice"]
+    return list(dict.fromkeys(found))
+
+  @property
+  def guarantee(self) -> str:
+    """Either "holds", or "void: " and why."""
+    return "void: " + "; ".join(self.notices) if self.notices else "holds"
+
+  def take(self, record: dict[str, Any]) -> None:
+    """Takes one record into account; the only way state changes."""
+    self.check(record)
+    self.records.append(record)
+    kind = record["kind"]
+    if kind == "writer":
+      self.num_writers += 1
+    elif kind == "lost":
+      # Before a run is opened and after its end nothing can be charged; in
+      # between, the most.
+      if not self.is_new and not self.is_ended:
+        remaining = self.plan.num_steps - self.segment.charged
+        self._charge(min(most_steps(self.plan), remaining))
+    elif kind == "end":
+      self.is_ended = True
+    elif kind in ("open", "segment"):
+      if kind == "open":
+        self._run, self.secret_hash = record["run"], record["secret_hash"]
+      plan = plan_lib.PrivacyPlan.from_dict(record["plan"])
+      self.segments.append(
+        Segment(plan, record["config"], record["data"], record["start_step"])
+      )
+    elif kind == "branch":
+      start = record["start_step"]
+      self.branches.append(
+        Branch(
+          len(self.branches),
+          len(self.segments) - 1,
+          _identity(self._run, record),
+          start,
+          start,
+          record["fingerprint"],
+          (record["base"],),
+        )
+      )
+    elif kind == "reserve":
+      branch, stop = self.branches[-1], record["stop_step"]
+      self._charge(stop - branch.stop_step)
+      self.branches[-1] = dataclasses.replace(branch, stop_step=stop)
+    elif kind == "checkpoint":
+      branch, digest = self.branches[-1], record["digest"]
+      self.branches[-1] = dataclasses.replace(
+        branch, bases=(*branch.bases, digest)
+      )
+      self.checkpoints.append(Saved(record["step"], digest, record["writer"]))
+
+  def check(self, record: Mapping[str, Any]) -> None:
+    """Raises ValueError or KeyError for a record that makes no sense here."""
+    kind = record["kind"]
+    if kind in ("writer", "lost"):
+      return
+    if (kind == "open") != self.is_new:
+      raise ValueError(f"a record of kind {kind!r} in this place")
+    if self.is_ended:
+      raise ValueError(f"a record of kind {kind!r} after the run's end")
+    if kind in ("open", "segment"):
+      if kind == "open" and record["format"] != FORMAT:
+        raise ValueError(f"format {record['format']}, expected {FORMAT}")
+      plan = plan_lib.PrivacyPlan.from_dict(record["plan"])
+      if kind == "segment" and any(
+        getattr(plan, name) != getattr(self.plan, name)
+        for name in ("delta", "neighboring_relation")
+      ):
+        raise ValueError("a segment with another delta or relation")
+    elif kind == "branch":
+      if record["branch"] != len(self.branches) or record["start_step"] < 0:
+        raise ValueError("a branch that does not follow")
+    elif kind == "reserve":
+      branch = self._current_branch(record)
+      more = record["stop_step"] - branch.stop_step
+      remaining = self.plan.num_steps - self.segment.charged
+      if not 0 < more <= min(most_steps(self.plan), remaining):
+        raise ValueError(f"a reservation of {more} steps")
+    elif kind == "checkpoint":
+      branch = self._current_branch(record)
+      if not branch.start_step <= record["step"] <= branch.stop_step:
+        raise ValueError(f"a checkpoint of step {record['step']}, not charged")
+    elif kind == "notice":
+      if not isinstance(record["text"], str):
+        raise ValueError("a notice without text")
+    elif kind not in ("end", "epsilons"):
+      raise ValueError(f"kind {kind!r}")
+
+  def _charge(self, num_steps: int) -> None:
+    charged = self.segment.charged + num_steps
+    self.segments[-1] = dataclasses.replace(self.segment, charged=charged)
+
+  def _current_branch(self, record: Mapping[str, Any]) -> Branch:
+    number = record["branch"]
+    if not self.branches or number != self.branches[-1].number:
+      raise ValueError(f"branch {number!r} is not the current one")
+    if self.branches[-1].segment != len(self.segments) - 1:
+      raise ValueError("a segment in which no branch has begun")
+    return self.branches[-1]
+
+
+def most_steps(plan: plan_lib.PrivacyPlan) -> int:
+  """How many steps one record may charge."""
+  return -(-plan.num_steps // _PARTS)
+
+
+def _identity(run: str, record: Mapping[str, Any]) -> str:
+  """What the keys of a branch depend on.
+
+  A copy of a run directory could go on with other code from the same record as
+  the original, under the same number; hence everything that decides what its
+  steps release, and not the number alone.
+  """
+  if not run:
+    return str(record["branch"])
+  names = ("branch", "start_step", "fingerprint", "base")
+  text = json.dumps([run, *(record[name] for name in names)])
+  return hashlib.sha256(text.encode()).hexdigest()

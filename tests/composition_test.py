@@ -1,0 +1,189 @@
+"""What parts of a run spend together, against independent computations."""
+
+import dataclasses
+import math
+
+import dp_accounting
+import pytest
+from scipy import special
+
+from dpdist import accounting
+from dpdist import composition
+from dpdist import plan as plan_lib
+
+_CONFIG = plan_lib.PrivacyConfig(
+  num_examples=10_000,
+  expected_batch_size=200,
+  num_steps=500,
+  l2_clip_norm=1.0,
+  target_delta=1e-5,
+  noise_multiplier=1.2,
+)
+_PLAN = plan_lib.make_plan(_CONFIG)
+
+
+def _part(num_steps, **changes):
+  return plan_lib.Part(dataclasses.replace(_PLAN, **changes), num_steps)
+
+
+def _before(**changes):
+  return dataclasses.asdict(dataclasses.replace(_CONFIG, **changes))
+
+
+def _divergence(plan, order):
+  """Mironov, Talwar & Zhang 2019, section 3.3: the sum for whole orders."""
+  q, sigma = plan.sampling_probability, plan.noise_multiplier
+  terms = [
+    special.gammaln(order + 1)
+    - special.gammaln(k + 1)
+    - special.gammaln(order - k + 1)
+    + (order - k) * math.log1p(-q)
+    + k * math.log(q)
+    + (k * k - k) / (2 * sigma**2)
+    for k in range(order + 1)
+  ]
+  return special.logsumexp(terms) / (order - 1)
+
+
+def _epsilon(divergence, order, delta):
+  """Canonne, Kamath & Steinke 2020, Proposition 12."""
+  return (
+    divergence + math.log1p(-1 / order) - math.log(delta * order) / (order - 1)
+  )
+
+
+def test_steps_of_one_mechanism_are_as_many_steps_of_it():
+  parts = [_part(100), _part(50, l2_clip_norm=3.0), _part(0), _part(7)]
+  assert composition.valid_accountants(parts) == ("pld", "rdp")
+  for accountant in ("pld", "rdp"):
+    assert composition.epsilon(parts, accountant) == accounting.epsilon(
+      noise_multiplier=1.2,
+      sampling_probability=0.02,
+      num_steps=157,
+      delta=1e-5,
+      accountant=accountant,
+    )
+  assert composition.epsilon(parts) == composition.epsilon(parts, "pld")
+  assert composition.epsilon([_part(0)]) == 0.0
+
+
+def test_noise_chosen_after_looking_adds_up_at_one_order_fixed_before():
+  later = _part(60, noise_multiplier=0.9, expected_batch_size=100.0)
+  parts = [_part(100), later]
+  best = min(
+    range(2, 64),
+    key=lambda a: _epsilon(500 * _divergence(_PLAN, a), a, 1e-5),
+  )
+  total = 100 * _divergence(_PLAN, best) + 60 * _divergence(later.plan, best)
+  found = composition.epsilon(parts)
+  assert found == pytest.approx(_epsilon(total, best, 1e-5), rel=1e-9)
+  # The order depends on the first plan alone, not on what came of it.
+  other = 1 * _divergence(_PLAN, best) + 60 * _divergence(later.plan, best)
+  found = composition.epsilon([_part(1), later])
+  assert found == pytest.approx(_epsilon(other, best, 1e-5), rel=1e-9)
+
+
+def test_it_is_no_less_than_numbers_chosen_beforehand_spend():
+  parts = [_part(100), _part(60, noise_multiplier=0.9)]
+  accountant = dp_accounting.pld.PLDAccountant()
+  for plan, num_steps in parts:
+    accountant.compose(plan.event(num_steps))
+  assert composition.epsilon(parts) > accountant.get_epsilon(1e-5)
+
+
+def test_losses_are_not_convolved_where_numbers_changed():
+  parts = [_part(100), _part(60, noise_multiplier=0.9)]
+  assert composition.accountant_of(parts) == "rdp"
+  assert composition.epsilons(parts)["pld"] is None
+  with pytest.raises(ValueError, match=r"accountant .*'rdp'.* got 'pld'"):
+    composition.epsilon(parts, "pld")
+
+
+def test_other_relations_do_not_compose():
+  other = dataclasses.replace(_PLAN)
+  object.__setattr__(other, "neighboring_relation", "replace_one")
+  with pytest.raises(ValueError, match="one neighboring_relation"):
+    composition.epsilon([_part(1), plan_lib.Part(other, 1)])
+
+
+def test_another_clip_norm_leaves_the_mechanism_as_it_is():
+  config = dataclasses.replace(_CONFIG, l2_clip_norm=0.5)
+  plan = composition.plan_after(
+    config, before=_before(), spent=[_part(130)], start_step=100
+  )
+  # Thirty steps that were charged and lost are not had again.
+  assert plan == dataclasses.replace(_PLAN, l2_clip_norm=0.5, num_steps=370)
+  with pytest.raises(ValueError, match="spent"):
+    composition.plan_after(
+      config, before=_before(), spent=[_part(500)], start_step=450
+    )
+
+
+def test_given_noise_is_taken_as_it_is():
+  config = dataclasses.replace(_CONFIG, noise_multiplier=2.0, num_steps=700)
+  plan = composition.plan_after(
+    config, before=_before(), spent=[_part(130)], start_step=100
+  )
+  assert (plan.noise_multiplier, plan.num_steps) == (2.0, 600)
+
+
+@pytest.mark.parametrize("num_examples", [10_000, 12_000])
+def test_a_target_is_for_the_whole_run(num_examples):
+  spent = [_part(130)]
+  config = dataclasses.replace(
+    _CONFIG,
+    noise_multiplier=None,
+    target_epsilon=3.0,
+    num_examples=num_examples,
+  )
+  plan = composition.plan_after(
+    config, before=_before(), spent=spent, start_step=100
+  )
+  whole = [*spent, plan_lib.Part(plan, plan.num_steps)]
+  assert plan.num_steps == 400
+  assert plan.target_epsilon == 3.0
+  assert composition.epsilon(whole) <= 3.0
+  less = dataclasses.replace(
+    plan, noise_multiplier=plan.noise_multiplier * (1 - 1e-4)
+  )
+  assert composition.epsilon([*spent, plan_lib.Part(less, 400)]) > 3.0
+
+
+def test_a_run_that_charged_nothing_is_planned_anew():
+  config = dataclasses.replace(
+    _CONFIG, noise_multiplier=None, target_epsilon=3.0
+  )
+  plan = composition.plan_after(
+    config, before=_before(), spent=[_part(0)], start_step=0
+  )
+  assert plan == plan_lib.make_plan(config)
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"num_steps": 100}, r"num_steps must be more than the 100 .* got 100"),
+    (
+      {"noise_multiplier": None, "target_epsilon": 0.5},
+      r"target_epsilon must be more than .* got 0\.5",
+    ),
+  ],
+)
+def test_what_cannot_be_planned_is_named(changes, message):
+  with pytest.raises(ValueError, match=message):
+    composition.plan_after(
+      dataclasses.replace(_CONFIG, **changes),
+      before=_before(),
+      spent=[_part(130)],
+      start_step=100,
+    )
+
+
+def test_the_statement_tells_of_every_part():
+  alone = composition.statement([_part(500)])
+  assert alone == plan_lib.statement(_PLAN)
+  parts = [_part(100), _part(60, noise_multiplier=0.9)]
+  text = composition.statement(parts)
+  assert "100 steps with noise multiplier 1.2" in text
+  assert "60 steps with noise multiplier 0.9" in text
+  assert "by RDP" in text
