@@ -8,7 +8,7 @@ _BLOCK = """
 import sys
 class _NoJax:
   def find_spec(self, name, path=None, target=None):
-    if name.partition(".")[0] in {without!r}:
+    if name.partition(".")[0] in WITHOUT:
       raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 sys.meta_path.insert(0, _NoJax())
 """
@@ -19,7 +19,12 @@ def run(
 ) -> subprocess.CompletedProcess[str]:
   """Runs code with args as sys.argv[1:]; the result is not checked."""
   return subprocess.run(
-    [sys.executable, "-c", _BLOCK.format(without=without) + code, *args],
+    [
+      sys.executable,
+      "-c",
+      _BLOCK.replace("WITHOUT", repr(without)) + code,
+      *args,
+    ],
     capture_output=True,
     text=True,
     timeout=300,
