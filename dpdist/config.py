@@ -73,6 +73,13 @@ def default() -> ml_collections.ConfigDict:
   config.checkpoint_every = 0  # steps; 0: ten times a run
   config.max_checkpoints = 3  # at least 2
 
+  # A budget that all runs on a data set share: the first one makes it.
+  config.data_budget = ml_collections.ConfigDict()
+  config.data_budget.location = ""  # as for ledger; empty: none
+  config.data_budget.epsilon = config_dict.placeholder(float)  # of all runs
+  config.data_budget.delta = config_dict.placeholder(float)
+  config.data_budget.reservation = ""  # the label of one, for a new run
+
   # Where the ledger is: a directory, gs://... or s3://...; empty: "ledger" in
   # the working directory.
   config.ledger = ""

@@ -88,6 +88,8 @@ class History:
     num_writers: processes that have written so far.
     secret_hash: see `dpdist.keys.secret_hash`; "" before a run is opened.
     is_ended: whether nothing can be charged any more.
+    stake: the run's in a data set's budget, a dict of its "root", "data" and
+      "stake"; None if it has none.
   """
 
   def __init__(self) -> None:
@@ -98,6 +100,7 @@ class History:
     self.num_writers = 0
     self.secret_hash = ""
     self.is_ended = False
+    self.stake: dict[str, str] | None = None
     self._run = ""
 
   @property
@@ -186,6 +189,8 @@ class History:
       if not self.is_new and not self.is_ended:
         remaining = self.plan.num_steps - self.segment.charged
         self._charge(min(most_steps(self.plan), remaining))
+    elif kind == "stake":
+      self.stake = {name: record[name] for name in ("root", "data", "stake")}
     elif kind == "end":
       self.is_ended = True
     elif kind in ("open", "segment"):
@@ -253,7 +258,7 @@ class History:
     elif kind == "notice":
       if not isinstance(record["text"], str):
         raise ValueError("a notice without text")
-    elif kind not in ("end", "epsilons"):
+    elif kind not in ("end", "epsilons", "stake"):
       raise ValueError(f"kind {kind!r}")
 
   def _charge(self, num_steps: int) -> None:

@@ -18,6 +18,7 @@ import optax
 
 from dpdist import composition
 from dpdist import config as config_lib
+from dpdist import data_budget
 from dpdist import datasets
 from dpdist import keys
 from dpdist import ledger as ledger_lib
@@ -47,6 +48,7 @@ class Job(NamedTuple):
       with `plan` is to be opened if there is any.
     settings: the privacy settings, as the ledger records them.
     ledger: in agreement with the settings, and this process's to write.
+    budget: the data set's, in which the run's stake covers `plan`; or None.
     found: the checkpoint to go on from.
     secret: what all its randomness comes from.
     mesh: all devices.
@@ -64,6 +66,7 @@ class Job(NamedTuple):
   changes: list[str]
   settings: dict[str, Any]
   ledger: ledger_lib.Ledger
+  budget: data_budget.DataBudget | None
   found: manifest.Found
   secret: bytes
   mesh: Mesh
@@ -178,6 +181,12 @@ def _prepare(
     config.ema_decay,
   )
 
+  planned = plan_lib.Part(plan, plan.num_steps)
+  budget = _budget(config, ledger, train_manifest)
+  if budget is not None and ledger.is_new:
+    # Here too, so that a run that does not fit leaves no ledger behind.
+    budget.check(budget.cost([planned]), config.data_budget.reservation)
+
   secret = _secret(config, workdir, is_new=ledger.is_new)
   example = splits.train.read(np.zeros(1, np.int64))["inputs"][0]
   init_key = mechanism.Streams(secret, "").key("init")
@@ -191,6 +200,15 @@ def _prepare(
       secret_hash=keys.secret_hash(secret),
       run="" if config.insecure_seed is not None else secrets.token_hex(16),
     )
+  if budget is not None:
+    ended = ledger.spent if changes else ledger.spent[:-1]
+    stake = budget.admit(
+      ledger,
+      [*ended, planned],
+      label=str(workdir.absolute()),
+      reservation=config.data_budget.reservation,
+    )
+    ledger.record_stake(root=budget.root, data=train_manifest, stake=stake)
   if config.insecure_seed is not None:
     ledger.notice(
       "insecure_seed fixes every random stream, so anyone can subtract the"
@@ -206,6 +224,7 @@ def _prepare(
     changes,
     settings,
     ledger,
+    budget,
     found,
     secret,
     mesh,
@@ -256,6 +275,29 @@ def _plan(
     start_step=found.saved.step if found.saved else 0,
   )
   return plan, list(changes.values())
+
+
+def _budget(
+  config: ml_collections.ConfigDict,
+  ledger: ledger_lib.Ledger,
+  train_manifest: str,
+) -> data_budget.DataBudget | None:
+  """The data set's budget, made if it is missing."""
+  settings = config.data_budget
+  if not settings.location:
+    if ledger.stake is not None:
+      raise ValueError(
+        "data_budget.location must be that of the budget in which this run has"
+        f" its stake, {ledger.stake['root']!r}, got ''"
+      )
+    return None
+  return data_budget.open_or_make(
+    settings.location,
+    train_manifest,
+    epsilon=settings.epsilon,
+    delta=settings.delta,
+    neighboring_relation=config.privacy.neighboring_relation,
+  )
 
 
 def _chunk_size(

@@ -291,6 +291,18 @@ class Ledger(history.History):
     if not self.is_ended:
       self._append("end")
 
+  def record_stake(self, *, root: str, data: str, stake: str) -> None:
+    """Records where the run's budget is shared; see `dpdist.data_budget`.
+
+    Args:
+      root: of the budgets.
+      data: the manifest of the data set, hex.
+      stake: the run's name there.
+    """
+    body = {"root": root, "data": data, "stake": stake}
+    if body != self.stake:
+      self._append("stake", **body)
+
   def record_epsilons(
     self,
     *,

@@ -29,6 +29,7 @@ _VARIABLES = ("JAX_", "LIBTPU_", "NVIDIA_TF32", "TF_", "XLA_")
 # Settings that no bit of a step depends on.
 _HARMLESS = (
   "checkpoint_every",
+  "data_budget",
   "eval_every",
   "ledger",
   "max_checkpoints",

@@ -31,6 +31,7 @@ Guarantees:
     tell whether it was rolled back.
 """
 
+import atexit
 from collections.abc import Callable, Mapping
 import contextlib
 import hashlib
@@ -91,16 +92,7 @@ class Log:
       ValueError: location is none of these.
       RecordError: a record is missing, altered or out of order.
     """
-    try:
-      spec = ts.KvStore.Spec(_spec(location))
-      _check_durable(spec.to_json())
-      opening = ts.KvStore.open(spec)
-    except ValueError as error:
-      raise ValueError(
-        "location must be a path, a URL such as gs://bucket/path or the JSON of"
-        f" a key-value store's spec, got {os.fspath(location)!r}: {error}"
-      ) from error
-    self._store = _result(opening)
+    self._store = _open(location)
     self._take = take
     self._lock = threading.Lock()
     self._token = ""
@@ -135,6 +127,8 @@ class Log:
       self._token = ""
       raise
     self._heart.start()
+    # A beat under way while the interpreter goes would abort the process.
+    atexit.register(self._stop_heart)
 
   def append(self, kind: str, **body: Any) -> None:
     """Writes a record durably.
@@ -193,9 +187,8 @@ class Log:
 
   def close(self) -> None:
     """Lets the next process write at once."""
-    self._stopped.set()
-    if self._heart.is_alive():
-      self._heart.join()
+    self._stop_heart()
+    atexit.unregister(self._stop_heart)
     with self._lock, contextlib.suppress(RecordError):
       if self._token:
         self._write_head(is_open=False)
@@ -218,9 +211,8 @@ class Log:
           f"ledger record {seq} is missing: the next key is {name!r}"
         )
     first = len(self.records)
-    values = [
-      _result(read).value for read in [self._store.read(n) for n in names]
-    ][first:]
+    reads = [self._store.read(name) for name in names[first:]]
+    values = [_result(read).value for read in reads]
     for i, value in enumerate(values):
       seq = first + i
       if _is_whole(value):
@@ -371,6 +363,11 @@ class Log:
         )
       time.sleep(PATIENCE_SECONDS / 100)
 
+  def _stop_heart(self) -> None:
+    self._stopped.set()
+    if self._heart.is_alive():
+      self._heart.join()
+
   def _live(self) -> None:
     while not self._stopped.wait(BEAT_SECONDS):
       # Nobody depends on a single beat.
@@ -378,6 +375,30 @@ class Log:
         if self._is_shut_out():
           return
         self._write_head()
+
+
+def folders(root: str | os.PathLike[str]) -> list[str]:
+  """Names of the logs below a place.
+
+  Raises:
+    ValueError: root is no place for logs.
+    RecordError: the store failed.
+  """
+  keys = _result(_open(root).list())
+  return sorted({key.decode().partition("/")[0] for key in keys if b"/" in key})
+
+
+def _open(location: str | os.PathLike[str]) -> ts.KvStore:
+  try:
+    spec = ts.KvStore.Spec(_spec(location))
+    _check_durable(spec.to_json())
+    opening = ts.KvStore.open(spec)
+  except ValueError as error:
+    raise ValueError(
+      "location must be a path, a URL such as gs://bucket/path or the JSON of"
+      f" a key-value store's spec, got {os.fspath(location)!r}: {error}"
+    ) from error
+  return _result(opening)
 
 
 def _spec(location: str | os.PathLike[str]) -> Any:

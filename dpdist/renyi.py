@@ -70,6 +70,18 @@ def epsilon_at(order: int, divergence: float, delta: float) -> float:
   return float(spent)
 
 
+def largest_divergence(order: int, epsilon: float, delta: float) -> float:
+  """Returns the divergence for which `epsilon_at` gives epsilon.
+
+  Not above 0 if the order alone costs more.
+  """
+  return (
+    epsilon
+    - math.log1p(-1 / order)
+    + (math.log(delta) + math.log(order)) / (order - 1)
+  )
+
+
 def best_order(sigma: float, q: float, num_steps: int, delta: float) -> int:
   """Returns the one of `WHOLE_ORDERS` at which steps spend the least."""
   return min(

@@ -3,7 +3,8 @@
 Promises of that order:
   * Every check that can fail on bad settings comes before a step is charged, so
     that a mistake costs no budget.
-  * The ledger has charged a step before the step is computed.
+  * The ledger has charged a step before the step is computed, and the budget
+    that the data set's runs share, if there is one, has been told.
   * A checkpoint is saved when all steps in it are charged, and recorded in the
     ledger when it is durable.
   * Only released values reach a writer or the screen; see `dpdist.metrics`.
@@ -145,6 +146,8 @@ def _run(
     clock = _Clock(plan.expected_batch_size)
     for t, chunks in _steps(config, job, streams, start, last):
       if ledger.reserve_through(min(last, t - t % charge_every + charge_every)):
+        if job.budget is not None:
+          job.budget.follow(ledger)
         ledger.record_epsilons(
           spent=composition.epsilons(ledger.spent),
           planned=composition.epsilons(ledger.planned),

@@ -11,6 +11,7 @@ import pathlib
 from typing import Any, NamedTuple
 
 from dpdist import composition
+from dpdist import data_budget
 from dpdist import history
 from dpdist import ledger as ledger_lib
 from dpdist import manifest
@@ -59,6 +60,7 @@ def verify(
     _steps(ledger),
     _epsilon(ledger),
     _recorded_epsilons(ledger),
+    _data_budget(ledger),
     _checkpoints(workdir, ledger),
     _metrics(workdir, ledger),
     _result(workdir, ledger),
@@ -122,6 +124,29 @@ def _recorded_epsilons(ledger: ledger_lib.Ledger) -> Finding:
           f"record {record['seq']} says {name} {record[name]}, it is {right}"
         )
   return Finding("epsilons told", f"{count} recorded on the way", problem)
+
+
+def _data_budget(ledger: ledger_lib.Ledger) -> Finding:
+  """Whether what the run spent was reserved of the data set's budget."""
+  what = "data budget"
+  if ledger.stake is None:
+    return Finding(what, "none shared", "")
+  budget = data_budget.DataBudget(ledger.stake["root"], ledger.stake["data"])
+  stake = budget.stakes.get(ledger.stake["stake"])
+  if stake is None or budget.terms is None:
+    return Finding(what, budget.root, "the run has no stake in it")
+  found = (
+    f"{budget.share(stake.cost):.2%} reserved for this run, of epsilon"
+    f" {budget.terms.epsilon:g} at delta {budget.terms.delta:g}"
+  )
+  problem = ""
+  if not ledger.has_been_at(stake.head):
+    problem = "a copy of this run went on in its place"
+  elif budget.cost(ledger.spent) > stake.cost * (1 + _TOLERANCE):
+    problem = "the run spent more than was reserved for it"
+  elif budget.reserved > budget.terms.divergence * (1 + _TOLERANCE):
+    problem = "more is reserved than the data set may spend"
+  return Finding(what, found, problem)
 
 
 def _checkpoints(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:

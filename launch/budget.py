@@ -1,9 +1,17 @@
-r"""Shows what a run may spend and has spent. Imports no jax.
+r"""Shows what a run, or all runs on a data set, may spend and have spent.
 
   python -m launch.budget --workdir=/tmp/digits
   python -m launch.budget --config=configs/digits.py
+  python -m launch.budget --dataset=/data/budgets
 
-Exit codes: 0 done; 2 wrong usage; anything else is a failure.
+Runs that share a budget keep it under a root, their
+--config.data_budget.location. What a run left that shall never go on, and the
+room of a search whose runs never came (see launch.reserve), can be given back:
+
+  python -m launch.budget --workdir=/tmp/digits --end
+  python -m launch.budget --dataset=/data/budgets --cancel=search
+
+Imports no jax. Exit codes: 0 done; 2 wrong usage; anything else is a failure.
 """
 
 from collections.abc import Sequence
@@ -27,8 +35,17 @@ _CONFIG = config_flags.DEFINE_config_file(
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of a run: what it planned and has spent."
 )
+_DATASET = flags.DEFINE_string(
+  "dataset", None, "Root of shared budgets: who spent what of each data set's."
+)
 _LEDGER = flags.DEFINE_string(
   "ledger", None, "Where the run's ledger is, if not in the directory."
+)
+_CANCEL = flags.DEFINE_string(
+  "cancel", None, "With --dataset: give back the room of this label."
+)
+_END = flags.DEFINE_bool(
+  "end", False, "With --workdir: end the run for good, and give back the rest."
 )
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
@@ -37,14 +54,7 @@ def main(argv: Sequence[str]) -> int:
   """Returns an exit code."""
   del argv
   try:
-    if _WORKDIR.value is not None and _CONFIG.value is None:
-      facts = _spent(_WORKDIR.value)
-    elif _CONFIG.value is not None and _WORKDIR.value is None:
-      config = config_lib.privacy_config(_CONFIG.value)
-      plan = plan_lib.make_plan(config)
-      facts = {"epsilon_planned": plan.epsilon(), **_numbers(plan)}
-    else:
-      raise ValueError("give exactly one of --workdir and --config")
+    facts = _facts()
   except ValueError as error:
     return flag_parsing.usage_error(error)
   except ledger_lib.LedgerError as error:
@@ -53,11 +63,26 @@ def main(argv: Sequence[str]) -> int:
   if _JSON.value:
     print(json.dumps(facts, indent=2))
   else:
-    width = max(map(len, facts))
-    for name, value in facts.items():
-      shown = f"{value:.6g}" if isinstance(value, float) else value
-      print(f"{name:<{width}}  {shown}")
+    _show(facts)
   return exit_codes.DONE
+
+
+def _facts() -> dict[str, Any]:
+  given = [f for f in (_WORKDIR, _CONFIG, _DATASET) if f.value is not None]
+  if len(given) != 1:
+    raise ValueError("give exactly one of --workdir, --config and --dataset")
+  for action, wanted in (
+    (_CANCEL, _DATASET),
+    (_END, _WORKDIR),
+  ):
+    if action.value not in (None, False) and given[0] is not wanted:
+      raise ValueError(f"--{action.name} goes with --{wanted.name}")
+  if _WORKDIR.value is not None:
+    return _ended(_WORKDIR.value) if _END.value else _spent(_WORKDIR.value)
+  if _DATASET.value is not None:
+    return _shared(_DATASET.value, _CANCEL.value)
+  plan = plan_lib.make_plan(config_lib.privacy_config(_CONFIG.value))
+  return {"epsilon_planned": plan.epsilon(), **_numbers(plan)}
 
 
 def _numbers(plan: plan_lib.PrivacyPlan) -> dict[str, Any]:
@@ -101,6 +126,89 @@ def _computed(ledger: ledger_lib.Ledger) -> dict[str, dict[str, float | None]]:
     "spent": composition.epsilons(ledger.spent),
     "planned": composition.epsilons(ledger.planned),
   }
+
+
+def _ended(workdir: str) -> dict[str, Any]:
+  """Ends a run, and gives back what it left of its data set's budget."""
+  from dpdist import data_budget
+
+  with ledgers.open_begun(workdir, _LEDGER.value) as ledger:
+    if not ledger.is_ended:
+      ledger.acquire()
+      ledger.end()
+    facts = {"steps_spent": ledger.spent_steps, "ended": True}
+    if ledger.stake is None:
+      return facts
+    budget = data_budget.DataBudget(ledger.stake["root"], ledger.stake["data"])
+    given = budget.give_back(ledger)
+    return facts | {"share_given_back": budget.share(given)}
+
+
+def _shared(root: str, cancel: str | None) -> dict[str, Any]:
+  """What the runs on each data set under a root have reserved."""
+  from dpdist import data_budget
+
+  budgets = data_budget.all_below(root)
+  if cancel is not None:
+    holders = [b for b in budgets if cancel in b.reservations]
+    if not holders:
+      raise ValueError(f"cancel must be a label that is there, got {cancel!r}")
+    for budget in holders:
+      budget.cancel(cancel)
+  return {budget.data: _of_data(budget) for budget in budgets}
+
+
+def _of_data(budget: Any) -> dict[str, Any]:
+  terms = budget.terms
+  rows = [
+    {
+      "share": budget.share(stake.cost),
+      "state": "ended" if stake.is_ended else "may go on",
+      "run": stake.label,
+    }
+    for stake in budget.stakes.values()
+  ]
+  rows += [
+    {
+      "share": budget.share(reservation.cost * reservation.free),
+      "state": f"room for {reservation.free}",
+      "run": reservation.label,
+    }
+    for reservation in budget.reservations.values()
+    if reservation.free
+  ]
+  return {
+    "epsilon": terms.epsilon,
+    "delta": terms.delta,
+    "neighboring_relation": terms.neighboring_relation,
+    "epsilon_reserved": budget.epsilon,
+    "share_reserved": budget.share(budget.reserved),
+    "runs": rows,
+  }
+
+
+def _show(facts: dict[str, Any], indent: str = "") -> None:
+  """Prints names and values; what belongs to a name is set in below it."""
+  plain = {k: v for k, v in facts.items() if not isinstance(v, dict | list)}
+  width = max(map(len, plain), default=0)
+  for name, value in plain.items():
+    print(f"{indent}{name:<{width}}  {_text(value)}")
+  for name, value in facts.items():
+    if isinstance(value, dict):
+      print(f"{indent}{name}")
+      _show(value, indent + "  ")
+    elif isinstance(value, list):
+      print(f"{indent}{name}" if value else f"{indent}{name}  none")
+      for row in value:
+        print(
+          f"{indent}  " + "  ".join(f"{_text(v):<10}" for v in row.values())
+        )
+
+
+def _text(value: Any) -> str:
+  if value is None:
+    return "not valid"
+  return f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

@@ -32,8 +32,8 @@ LAYERS = (
   ("mechanism", "config", "composition", "history"),
   ("ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance"),
-  ("data", "datasets", "screen", "report", "checkpoint", "verification"),
-  ("job",),
+  ("data", "data_budget", "datasets", "screen", "report", "checkpoint"),
+  ("job", "verification"),
   ("summary",),
   ("train",),
   ("dpdist",),
@@ -47,6 +47,8 @@ STRANGERS = ("accounting", "sampling", "noise", "clipping")
 # What must answer on a machine without an accelerator's stack.
 WITHOUT_JAX = (
   "dpdist/accounting",
+  "dpdist/composition",
+  "dpdist/data_budget",
   "dpdist/keys",
   "dpdist/ledger",
   "dpdist/plan",

@@ -1,0 +1,76 @@
+r"""Keeps room in a data set's budget for runs to come, for all or for none.
+
+  python -m launch.reserve --config=configs/digits.py --count=20 \
+    --label=search --config.data_budget.location=/data/budgets
+
+A search over settings is as many runs as it tries. Each of them then starts
+with --config.data_budget.reservation=search and is let in, whatever was
+reserved meanwhile, if it costs no more than this config. launch.budget
+--dataset shows the budget, and gives back what nobody came for.
+
+Exit codes: 0 done; 2 wrong usage, or no room; anything else is a failure.
+"""
+
+from collections.abc import Sequence
+import sys
+
+from absl import flags
+from ml_collections import config_flags
+
+from dpdist import config as config_lib
+from dpdist import data_budget
+from dpdist import datasets
+from dpdist import ledger as ledger_lib
+from dpdist import plan as plan_lib
+from launch import exit_codes
+from launch import flag_parsing
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A file in configs/: the dearest of the runs."
+)
+_COUNT = flags.DEFINE_integer("count", None, "How many runs.", lower_bound=1)
+_LABEL = flags.DEFINE_string("label", None, "What the room is called.")
+flags.mark_flags_as_required(["config", "count", "label"])
+
+
+def main(argv: Sequence[str]) -> int:
+  """Returns an exit code."""
+  del argv
+  try:
+    budget, cost = _reserve()
+  except ValueError as error:
+    return flag_parsing.usage_error(error)
+  except ledger_lib.LedgerError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  each, all_runs = budget.share(cost), budget.share(budget.reserved)
+  print(
+    f"{_LABEL.value}: room for {_COUNT.value} runs of {each:.3%} each of this"
+    f" data set's budget, of which {all_runs:.3%} is reserved now"
+  )
+  return exit_codes.DONE
+
+
+def _reserve() -> tuple[data_budget.DataBudget, float]:
+  """Returns the budget, and what one run costs."""
+  config = _CONFIG.value
+  settings = config.data_budget
+  if not settings.location:
+    raise ValueError("data_budget.location must be given, got ''")
+  plan = plan_lib.make_plan(config_lib.privacy_config(config))
+  budget = data_budget.open_or_make(
+    settings.location,
+    datasets.load(config.data).train.manifest(),
+    epsilon=settings.epsilon,
+    delta=settings.delta,
+    neighboring_relation=plan.neighboring_relation,
+  )
+  cost = budget.cost([plan_lib.Part(plan, plan.num_steps)])
+  assert _LABEL.value is not None  # Both flags are required.
+  assert _COUNT.value is not None
+  budget.reserve(_LABEL.value, cost, _COUNT.value)
+  return budget, cost
+
+
+if __name__ == "__main__":
+  flag_parsing.run(main)

@@ -1,0 +1,412 @@
+"""The promises of a budget that runs share, one test each."""
+
+import json
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from configs import digits
+import dpdist
+from dpdist import data_budget
+from dpdist import ledger as ledger_lib
+from dpdist import plan as plan_lib
+from dpdist import records
+from dpdist import renyi
+from dpdist import step as step_lib
+from dpdist import verification
+from tests import without_jax
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_DATA = "d" * 64
+_PLAN = plan_lib.make_plan(
+  plan_lib.PrivacyConfig(
+    num_examples=1000,
+    expected_batch_size=10,
+    num_steps=100,
+    l2_clip_norm=1.0,
+    target_delta=1e-5,
+    noise_multiplier=1.0,
+  )
+)
+_WHOLE = [plan_lib.Part(_PLAN, 100)]
+
+
+@pytest.fixture(autouse=True)
+def _no_patience(monkeypatch):
+  """Takes over from writers of the same test."""
+  monkeypatch.setattr(records, "PATIENCE_SECONDS", 0.0)
+
+
+def _budget(root, epsilon=3.0):
+  budget = data_budget.DataBudget(root, _DATA)
+  budget.make(
+    epsilon=epsilon, delta=1e-6, neighboring_relation="add_or_remove_one"
+  )
+  return budget
+
+
+def _run(path):
+  """The ledger of a run, at its start."""
+  ledger = ledger_lib.Ledger(path)
+  ledger.acquire()
+  if ledger.is_new:
+    ledger.open(
+      config={}, plan=_PLAN, data=_DATA, secret_hash="5" * 64, run="a run"
+    )
+  ledger.resume(step=0, digest="", ledger_head="", fingerprint="f")
+  return ledger
+
+
+def _admit(budget, ledger, **kwargs):
+  return budget.admit(ledger, _WHOLE, label="a run", **kwargs)
+
+
+def test_costs_are_divergences_at_one_order(tmp_path):
+  budget = _budget(tmp_path)
+  terms = budget.terms
+  whole = renyi.epsilon_at(terms.order, terms.divergence, 1e-6)
+  assert whole == pytest.approx(3.0)
+  cost = budget.cost(_WHOLE)
+  assert cost == pytest.approx(
+    100 * renyi.divergence(1.0, 0.01, 1, terms.order)
+  )
+  fits = int(terms.divergence / cost)
+  assert fits > 3
+  budget.reserve("all", cost, fits)
+  assert budget.epsilon <= 3.0
+  with pytest.raises(ledger_lib.RefusedError, match="would be exceeded"):
+    budget.check(cost)
+
+
+def test_the_order_is_the_one_that_leaves_most_room(tmp_path):
+  terms = _budget(tmp_path).terms
+  step = lambda order: renyi.divergence(4.0, 0.01, 1, order)
+  room = {
+    order: renyi.largest_divergence(order, 3.0, 1e-6) / step(order)
+    for order in renyi.WHOLE_ORDERS
+  }
+  assert room[terms.order] > 0.9 * max(room.values())
+
+
+def test_all_or_nothing(tmp_path):
+  budget = _budget(tmp_path)
+  cost = budget.cost(_WHOLE)
+  fits = int(budget.terms.divergence / cost)
+  before = budget.reserved
+  with pytest.raises(ledger_lib.RefusedError, match=f"{fits + 1} runs"):
+    budget.reserve("search", cost, fits + 1)
+  assert budget.reserved == before == 0
+  assert not data_budget.DataBudget(tmp_path, _DATA).reservations
+  budget.reserve("search", cost, fits)
+  with pytest.raises(ledger_lib.RefusedError, match="this run would take"):
+    _admit(budget, _run(tmp_path / "run"))
+  assert not data_budget.DataBudget(tmp_path, _DATA).stakes
+
+
+def test_a_search_has_its_room_whatever_comes_between(tmp_path):
+  budget = _budget(tmp_path)
+  cost = budget.cost(_WHOLE)
+  budget.reserve("search", cost, 2)
+  # Everything else goes to someone else.
+  rest = budget.terms.divergence - budget.reserved
+  budget.reserve("other", rest, 1)
+  total = budget.reserved
+  for name in ("one", "two"):
+    _admit(budget, _run(tmp_path / name), reservation="search")
+    assert budget.reserved == pytest.approx(total)
+  with pytest.raises(ledger_lib.RefusedError, match="no run left"):
+    _admit(budget, _run(tmp_path / "three"), reservation="search")
+  with pytest.raises(ValueError, match=r"one of \['other', 'search'\]"):
+    _admit(budget, _run(tmp_path / "three"), reservation="none")
+
+
+def test_a_run_that_is_dearer_than_its_room_is_refused(tmp_path):
+  budget = _budget(tmp_path)
+  budget.reserve("search", budget.cost(_WHOLE) / 2, 1)
+  with pytest.raises(ledger_lib.RefusedError, match="is for runs that take"):
+    _admit(budget, _run(tmp_path / "one"), reservation="search")
+
+
+def test_a_restart_reserves_nothing_more(tmp_path):
+  budget = _budget(tmp_path)
+  stake = _admit(budget, _run(tmp_path / "run"))
+  for _ in range(3):
+    ledger = _run(tmp_path / "run")
+    budget = _budget(tmp_path)
+    assert _admit(budget, ledger) == stake
+    ledger.reserve_through(1)
+    budget.follow(ledger)
+  assert budget.reserved == budget.cost(_WHOLE)
+
+
+def test_a_changed_plan_reserves_the_difference_or_is_refused(tmp_path):
+  budget = _budget(tmp_path)
+  ledger = _run(tmp_path / "run")
+  _admit(budget, ledger)
+  cost = budget.cost(_WHOLE)
+  longer = [plan_lib.Part(_PLAN, 100), plan_lib.Part(_PLAN, 50)]
+  budget.admit(ledger, longer, label="a run")
+  assert budget.reserved == pytest.approx(1.5 * cost)
+  dearer = [plan_lib.Part(_PLAN, 100_000)]
+  with pytest.raises(ledger_lib.RefusedError, match="what changed in 'a run'"):
+    budget.admit(ledger, dearer, label="a run")
+  # What was reserved may have been spent: a shorter plan gives nothing back.
+  budget.admit(ledger, _WHOLE, label="a run")
+  assert budget.reserved == pytest.approx(1.5 * cost)
+
+
+def test_a_copy_is_charged_by_itself(tmp_path):
+  budget = _budget(tmp_path)
+  ledger = _run(tmp_path / "run")
+  _admit(budget, ledger)
+  ledger.reserve_through(1)
+  budget.follow(ledger)
+  cost = budget.reserved
+  shutil.copytree(tmp_path / "run", tmp_path / "copy")
+  ledger.reserve_through(2)
+  budget.follow(ledger)
+  # The copy knows nothing of the last charge.
+  _admit(_budget(tmp_path), _run(tmp_path / "copy"))
+  assert _budget(tmp_path).reserved == pytest.approx(2 * cost)
+  ledger.reserve_through(3)
+  budget.follow(ledger)
+
+
+def test_a_copy_that_goes_on_in_a_run_s_place_stops_the_run(tmp_path):
+  """Before the run releases anything more; and then it has to pay anew."""
+  budget = _budget(tmp_path)
+  ledger = _run(tmp_path / "run")
+  stake = _admit(budget, ledger)
+  ledger.reserve_through(1)
+  budget.follow(ledger)
+  shutil.copytree(tmp_path / "run", tmp_path / "copy")
+  copy = _run(tmp_path / "copy")
+  other = _budget(tmp_path)
+  assert _admit(other, copy) == stake
+  assert other.reserved == other.cost(_WHOLE)
+  ledger.reserve_through(2)
+  with pytest.raises(records.RecordError, match="a copy of this run went on"):
+    budget.follow(ledger)
+  copy.reserve_through(2)
+  other.follow(copy)
+  again = _budget(tmp_path)
+  assert _admit(again, _run(tmp_path / "run")) != stake
+  assert again.reserved == pytest.approx(2 * again.cost(_WHOLE))
+
+
+def test_only_what_can_never_be_released_is_given_back(tmp_path):
+  budget = _budget(tmp_path)
+  ledger = _run(tmp_path / "run")
+  _admit(budget, ledger)
+  ledger.reserve_through(30)
+  budget.follow(ledger)
+  with pytest.raises(ValueError, match="of a run that was ended"):
+    budget.give_back(ledger)
+  shutil.copytree(tmp_path / "run", tmp_path / "copy")
+  ledger.end()
+  whole = budget.cost(_WHOLE)
+  assert budget.give_back(ledger) == pytest.approx(0.7 * whole)
+  assert budget.reserved == pytest.approx(0.3 * whole)
+  assert budget.give_back(ledger) == 0.0
+  # A copy of the time before the end could go on, but not on this stake.
+  copy = _run(tmp_path / "copy")
+  _admit(budget, copy)
+  assert budget.reserved == pytest.approx(1.3 * whole)
+  stranger = _run(tmp_path / "stranger")
+  stranger.end()
+  with pytest.raises(ValueError, match="holds a stake"):
+    budget.give_back(stranger)
+
+
+def test_room_that_nobody_came_for_is_given_back(tmp_path):
+  budget = _budget(tmp_path)
+  cost = budget.cost(_WHOLE)
+  budget.reserve("search", cost, 3)
+  _admit(budget, _run(tmp_path / "run"), reservation="search")
+  budget.cancel("search")
+  assert budget.reserved == pytest.approx(cost)
+  with pytest.raises(ledger_lib.RefusedError, match="no run left"):
+    _admit(budget, _run(tmp_path / "late"), reservation="search")
+
+
+@pytest.mark.parametrize(
+  ("terms", "message"),
+  [
+    ({"epsilon": 4.0}, "made for epsilon 3 at delta 1e-06.*got epsilon 4"),
+    ({"delta": 1e-5}, "made for epsilon 3 at delta 1e-06.*delta 1e-05"),
+    ({"epsilon": -1.0}, "epsilon must be finite and > 0, got -1"),
+    ({"epsilon": 1e-9}, "epsilon must be large enough for delta=1e-06"),
+    ({"delta": 1.0}, r"delta must be in \(0, 1\), got 1\.0"),
+  ],
+)
+def test_other_terms_are_refused(tmp_path, terms, message):
+  budget = _budget(tmp_path)
+  given = {
+    "epsilon": 3.0,
+    "delta": 1e-6,
+    "neighboring_relation": "add_or_remove_one",
+  }
+  with pytest.raises(ValueError, match=message):
+    budget.make(**given | terms)
+
+
+def test_each_data_set_has_its_own(tmp_path):
+  _budget(tmp_path).reserve("search", 0.1, 1)
+  other = data_budget.DataBudget(tmp_path, "e" * 64)
+  assert other.terms is None
+  with pytest.raises(ValueError, match="no budget for data set eeeeeeeeeeee"):
+    other.check(0.1)
+  assert [b.data for b in data_budget.all_below(tmp_path)] == [_DATA]
+  (tmp_path / _DATA).rename(tmp_path / ("e" * 64))
+  with pytest.raises(records.RecordError, match="another data set"):
+    data_budget.DataBudget(tmp_path, "e" * 64)
+
+
+_CHILD = """
+import sys
+from dpdist import data_budget
+budget = data_budget.DataBudget(sys.argv[1], "d" * 64)
+try:
+  budget.reserve(sys.argv[2], float(sys.argv[3]), 1)
+  print("reserved")
+except ValueError as error:
+  print(error)
+"""
+
+
+def test_of_many_at_once_no_more_are_let_in_than_fit(tmp_path):
+  budget = _budget(tmp_path)
+  cost = budget.terms.divergence / 4
+  children = [
+    subprocess.Popen(
+      [sys.executable, "-c", _CHILD, str(tmp_path), f"run {i}", str(cost)],
+      stdout=subprocess.PIPE,
+      text=True,
+      cwd=_ROOT,
+    )
+    for i in range(10)
+  ]
+  said = [child.communicate()[0] for child in children]
+  assert said.count("reserved\n") == 4
+  assert sum("would be exceeded" in line for line in said) == 6
+  assert _budget(tmp_path).epsilon == pytest.approx(3.0)
+
+
+# --- Runs and doors -----------------------------------------------------------
+
+
+def _config(root, **changes):
+  config = digits.get_config()
+  config.privacy.expected_batch_size = 64
+  config.privacy.num_steps = 4
+  config.privacy.target_epsilon = None
+  config.privacy.noise_multiplier = 2.0
+  config.data_budget.location = str(root)
+  config.data_budget.epsilon = 1.5
+  config.data_budget.delta = 1e-4
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+_DOOR = """
+import runpy
+sys.argv = ["launch.budget", *sys.argv[1:]]
+runpy.run_module("launch.budget", run_name="__main__")
+"""
+
+
+def _door(*args):
+  done = without_jax.run(_DOOR, *args)
+  assert done.returncode == 0, done.stderr
+  return done
+
+
+def _problems(workdir):
+  ledger = ledger_lib.Ledger(workdir / "ledger")
+  return [f for f in verification.verify(workdir, ledger) if f.problem]
+
+
+class _StopError(Exception):
+  pass
+
+
+def _stop(*unused):
+  raise _StopError
+
+
+def test_runs_share_a_budget_and_give_back_what_they_leave(
+  tmp_path, monkeypatch
+):
+  root, one, two = tmp_path / "budgets", tmp_path / "one", tmp_path / "two"
+  dpdist.train(_config(root), one)
+  assert not _problems(one)
+  (budget,) = data_budget.all_below(root)
+  assert [stake.label for stake in budget.stakes.values()] == [str(one)]
+  assert 0 < budget.epsilon <= 1.5
+  with pytest.raises(ValueError, match="would be exceeded"):
+    dpdist.train(_config(root, **{"privacy.num_steps": 3000}), two)
+  assert not two.exists()
+  with pytest.raises(ValueError, match=r"data_budget\.location must be"):
+    dpdist.train(_config(root, **{"data_budget.location": ""}), one)
+  # It stops in its second step, after six of thirty were charged.
+  with monkeypatch.context() as patch:
+    patch.setattr(step_lib.Step, "_ema", _stop)
+    with pytest.raises(_StopError):
+      dpdist.train(_config(root, **{"privacy.num_steps": 30}), two)
+  before = data_budget.all_below(root)[0].reserved
+  facts = json.loads(_door(f"--workdir={two}", "--end", "--json").stdout)
+  assert facts["steps_spent"] == 3
+  assert facts["share_given_back"] > 0
+  with pytest.raises(ValueError, match="run that was ended"):
+    dpdist.train(_config(root), two)
+  (budget,) = data_budget.all_below(root)
+  given = 27 / 34 * before
+  assert before - budget.reserved == pytest.approx(given)
+  done = _door(f"--dataset={root}")
+  assert re.search(rf"ended +{two}", done.stdout)
+  assert re.search(rf"may go on +{one}", done.stdout)
+
+
+def test_a_run_that_spent_more_than_it_reserved_is_found(tmp_path):
+  root, run = tmp_path / "budgets", tmp_path / "run"
+  dpdist.train(_config(root), run)
+  shutil.rmtree(root)
+  (problem,) = _problems(run)
+  assert (problem.what, problem.problem) == (
+    "data budget",
+    "the run has no stake in it",
+  )
+
+
+def test_the_doors_reserve_and_cancel(tmp_path):
+  root = tmp_path / "budgets"
+  reserve = [
+    *(sys.executable, "-m", "launch.reserve"),
+    "--config=configs/digits.py",
+    "--config.privacy.num_steps=4",
+    f"--config.data_budget.location={root}",
+    "--config.data_budget.epsilon=30.0",
+    "--config.data_budget.delta=1e-4",
+    "--label=search",
+  ]
+  for code, count, said in (
+    (2, 999, "would be exceeded"),
+    (0, 3, "room for 3 runs"),
+    (2, 3, "no reservation has yet, got 'search'"),
+  ):
+    done = subprocess.run(
+      [*reserve, f"--count={count}"], cwd=_ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    assert said in done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+  done = _door(f"--dataset={root}", "--cancel=search", "--json")
+  (facts,) = json.loads(done.stdout).values()
+  assert facts["epsilon_reserved"] == 0.0
+  done = without_jax.run(_DOOR, f"--dataset={root}", "--cancel=none")
+  assert done.returncode == 2
+  assert "cancel must be a label that is there, got 'none'" in done.stderr
