@@ -388,8 +388,8 @@ class DataBudget:
       raise ledger_lib.RefusedError(
         f"the data set's budget of epsilon {terms.epsilon:g} at delta"
         f" {terms.delta:g} would be exceeded: {share:.3%} of it is reserved,"
-        f" and {what} would take {more:.3%} (by Renyi divergences of order {terms.order}, since runs are chosen one"
-        " after the other)"
+        f" and {what} would take {more:.3%} (by Renyi divergences of order"
+        f" {terms.order}, since runs are chosen one after the other)"
       )
 
   def _take(self, record: dict[str, Any]) -> None:
