@@ -26,6 +26,8 @@ from dpdist import manifest
 
 PyTree = Any
 
+_DELETED = ".deleted"
+
 
 class MismatchError(ValueError):
   """A sound checkpoint does not fit the model or the optimizer."""
@@ -160,7 +162,11 @@ class Checkpoints:
     }
     for path in self._directory.glob("writer_*/*"):
       if path not in keep and path.parent <= self._folder:
-        shutil.rmtree(path, ignore_errors=True)
+        # Renamed first: half of a checkpoint, after a kill, is no damaged one.
+        gone = path.with_suffix(_DELETED)
+        with contextlib.suppress(OSError):
+          path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
     for path in self._directory.glob("writer_*"):
       if path < self._folder:
         with contextlib.suppress(OSError):  # It is not empty.

@@ -1,0 +1,265 @@
+"""Small real runs of `launch.train` that can be killed, and what must hold.
+
+A run is the real door in a process of its own. The process is forked from one
+that has imported the libraries, and compiles nothing that another compiled, so
+that it starts in a second; or is begun from nothing, with method "spawn".
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import json
+import multiprocessing
+import os
+import pathlib
+import random
+import runpy
+import signal
+import sys
+import time
+from typing import Any, NamedTuple
+
+from dpdist import ledger as ledger_lib
+from dpdist import metrics
+from dpdist import verification
+
+NUM_STEPS = 48
+_ARGS = (
+  "--config=configs/digits.py",
+  "--config.insecure_seed=7",
+  "--config.checkpoint_every=4",
+  "--config.eval_every=1",
+  "--config.model.width=64",
+  "--config.privacy.accountant=rdp",
+  "--config.privacy.expected_batch_size=64",
+  f"--config.privacy.num_steps={NUM_STEPS}",
+)
+# All that the door imports, but not the door.
+_IMPORTED = (
+  *("dpdist.checkpoint", "dpdist.job", "dpdist.report", "dpdist.screen"),
+  *("dpdist.summary", "launch.flag_parsing", "ml_collections.config_flags"),
+  *("matplotlib.figure", "scipy.stats", "sklearn.datasets"),
+)
+
+# What shows, in a run's directory, how far a process has come.
+_SIGNS = (
+  "*",
+  "ledger/*.json",
+  "ledger/*",  # Temporary files and locks too.
+  "metrics.jsonl",
+  "checkpoints/writer_*/*",
+  "checkpoints/writer_*/**/*",
+  "checkpoints/writer_*/*/dpdist_manifest.json*",
+  "tensorboard/*",
+  "re*",  # The result and the report.
+)
+
+
+class Run:
+  """A process that trains.
+
+  Attributes:
+    workdir: its run directory.
+    process: it.
+  """
+
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    *args: str,
+    change: Callable[[], None] | None = None,
+    method: str = "forkserver",
+  ):
+    """Starts it.
+
+    Args:
+      workdir: the run directory.
+      *args: further flags.
+      change: is called in the process before the door is opened.
+      method: of `multiprocessing`: "forkserver" or "spawn".
+    """
+    self.workdir = workdir
+    self._screen = workdir.with_name(f"{workdir.name}-{time.monotonic_ns()}")
+    context: Any = multiprocessing.get_context(method)
+    if method == "forkserver":
+      context.set_forkserver_preload(list(_IMPORTED))
+    self.process = context.Process(
+      target=_train,
+      args=(
+        [*_ARGS, *args, f"--workdir={workdir}"],
+        workdir.with_name("compiled"),
+        self._screen,
+        change,
+      ),
+    )
+    self.process.start()
+
+  @property
+  def screen(self) -> str:
+    """What it has printed so far."""
+    return self._screen.read_text() if self._screen.exists() else ""
+
+  def wait(self) -> int:
+    """Returns its exit code when it has ended."""
+    self.process.join(timeout=300)
+    code = self.process.exitcode
+    if code is None:
+      self.process.kill()
+      raise TimeoutError(self.screen)
+    return code
+
+  def kill(self) -> None:
+    """Kills it, and returns when it is gone."""
+    self.process.kill()
+    self.process.join()
+
+
+def _train(
+  args: list[str],
+  compiled: pathlib.Path,
+  screen: pathlib.Path,
+  change: Callable[[], None] | None,
+) -> None:
+  descriptor = os.open(screen, os.O_CREAT | os.O_WRONLY | os.O_APPEND)
+  os.dup2(descriptor, 1)
+  os.dup2(descriptor, 2)
+  import jax
+
+  jax.config.update("jax_compilation_cache_dir", str(compiled))
+  jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+  if change is not None:
+    change()
+  sys.argv = ["launch.train", *args]
+  runpy.run_module("launch.train", run_name="__main__", alter_sys=True)
+
+
+class Outcome(NamedTuple):
+  """What must not depend on what happened to a run."""
+
+  epsilon: float
+  num_steps: int
+  steps_charged: int
+  params_sha256: str
+
+
+def outcome(workdir: pathlib.Path) -> Outcome:
+  """Of a finished run."""
+  result = json.loads((workdir / "result.json").read_text())
+  return Outcome(*(result[name] for name in Outcome._fields))
+
+
+class Kill(NamedTuple):
+  """Where a run was killed.
+
+  Attributes:
+    workdir: its directory.
+    released: the last step that was released by then.
+    sign: a pattern, in the directory, for what was looked at.
+    changes: how many changes of it were waited for.
+    delay: and how many seconds after that.
+  """
+
+  workdir: pathlib.Path
+  released: int
+  sign: str
+  changes: int
+  delay: float
+
+
+def last_released(workdir: pathlib.Path) -> int:
+  """The last step of which anything can be seen in a run's directory."""
+  steps = [
+    int(path.name)
+    for path in workdir.glob("checkpoints/writer_*/*")
+    if path.name.isdecimal()
+  ]
+  return max([0, *steps, *(row["step"] for row in metrics.read(workdir))])
+
+
+def check(workdir: pathlib.Path, released: int = 0) -> int:
+  """Holds a run's directory, whatever happened to it, against the invariants.
+
+  Args:
+    workdir: of a run that no process writes.
+    released: the last step that was seen there before.
+
+  Returns:
+    The last step that was released so far.
+  """
+  released = max(released, last_released(workdir))
+  ledger = ledger_lib.Ledger(workdir / "ledger")
+  assert released <= ledger.spent_steps <= NUM_STEPS
+  assert len(ledger.branches) <= 1
+  if not ledger.is_new:
+    for finding in verification.verify(workdir, ledger):
+      assert not finding.problem, finding
+  return released
+
+
+def kill_often(
+  directory: pathlib.Path,
+  expected: Outcome,
+  *,
+  kills: int,
+  seed: int,
+  **start: Any,
+) -> Iterator[Kill]:
+  """Kills runs at random moments and starts them again, until each is done.
+
+  Moments go by what a process has done since it was started, and not by the
+  clock alone, so that each part of a run has its share on any machine.
+
+  Args:
+    directory: for the runs' directories.
+    expected: what every run must come to.
+    kills: how many.
+    seed: of the moments.
+    **start: for `Run`.
+
+  Yields:
+    Each kill, when what it left was found to be right.
+  """
+  rng = random.Random(seed)
+  signs: list[str] = []
+  number, released = 0, 0
+  workdir = directory / "0"
+  while kills:
+    signs = signs or rng.sample(_SIGNS, len(_SIGNS))
+    sign, changes = signs.pop(), rng.randint(1, 8)
+    delay = rng.choice([0.0, 0.003 * rng.random(), rng.random()])
+    run = Run(workdir, **start)
+    _wait_for(run, sign, changes, delay)
+    run.kill()
+    released = check(workdir, released)
+    if run.process.exitcode == -signal.SIGKILL:
+      kills -= 1
+      yield Kill(workdir, released, sign, changes, delay)
+    else:
+      _end(run, expected)
+      number, released = number + 1, 0
+      workdir = directory / str(number)
+  _end(Run(workdir, **start), expected)
+
+
+def _end(run: Run, expected: Outcome) -> None:
+  assert run.wait() == 0, run.screen
+  check(run.workdir)
+  assert outcome(run.workdir) == expected
+
+
+def _wait_for(run: Run, sign: str, changes: int, delay: float) -> None:
+  """Waits until what a pattern finds has changed, or the process has ended."""
+  before = _look(run.workdir, sign)
+  while changes and run.process.is_alive():
+    now = _look(run.workdir, sign)
+    changes -= now != before
+    before = now
+    time.sleep(0.001)
+  time.sleep(delay)
+
+
+def _look(workdir: pathlib.Path, sign: str) -> list[tuple[str, int]]:
+  found = []
+  for path in workdir.glob(sign):
+    with contextlib.suppress(FileNotFoundError):
+      found.append((str(path), path.stat().st_size))
+  return sorted(found)
