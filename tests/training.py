@@ -40,17 +40,18 @@ _IMPORTED = (
   *("matplotlib.figure", "scipy.stats", "sklearn.datasets"),
 )
 
-# What shows, in a run's directory, how far a process has come.
+# What shows, in a run's directory, how far a process has come, and the most
+# changes of it to wait for.
 _SIGNS = (
-  "*",
-  "ledger/*.json",
-  "ledger/*",  # Temporary files and locks too.
-  "metrics.jsonl",
-  "checkpoints/writer_*/*",
-  "checkpoints/writer_*/**/*",
-  "checkpoints/writer_*/*/dpdist_manifest.json*",
-  "tensorboard/*",
-  "re*",  # The result and the report.
+  ("*", 4),
+  ("ledger/*.json", 12),
+  ("ledger/*", 12),  # Temporary files and locks too.
+  ("metrics.jsonl", 12),
+  ("checkpoints/writer_*/*", 6),
+  ("checkpoints/writer_*/**/*", 30),
+  ("checkpoints/writer_*/*/dpdist_manifest.json*", 4),
+  ("tensorboard/*", 1),
+  ("re*", 2),  # The result and the report.
 )
 
 
@@ -219,13 +220,14 @@ def kill_often(
     Each kill, when what it left was found to be right.
   """
   rng = random.Random(seed)
-  signs: list[str] = []
+  signs: list[tuple[str, int]] = []
   number, released = 0, 0
   workdir = directory / "0"
   while kills:
     signs = signs or rng.sample(_SIGNS, len(_SIGNS))
-    sign, changes = signs.pop(), rng.randint(1, 8)
-    delay = rng.choice([0.0, 0.003 * rng.random(), rng.random()])
+    sign, most = signs.pop()
+    changes = rng.randint(1, most)
+    delay = rng.choice([0.0, 0.003 * rng.random(), 0.3 * rng.random()])
     run = Run(workdir, **start)
     _wait_for(run, sign, changes, delay)
     run.kill()
