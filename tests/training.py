@@ -69,6 +69,7 @@ class Run:
     *args: str,
     change: Callable[[], None] | None = None,
     method: str = "forkserver",
+    aside: pathlib.Path | None = None,
   ):
     """Starts it.
 
@@ -77,9 +78,11 @@ class Run:
       *args: further flags.
       change: is called in the process before the door is opened.
       method: of `multiprocessing`: "forkserver" or "spawn".
+      aside: where its screen and compiled programs go; None: beside workdir.
     """
     self.workdir = workdir
-    self._screen = workdir.with_name(f"{workdir.name}-{time.monotonic_ns()}")
+    aside = aside or workdir.parent
+    self._screen = aside / f"screen-{time.monotonic_ns()}"
     context: Any = multiprocessing.get_context(method)
     if method == "forkserver":
       context.set_forkserver_preload(list(_IMPORTED))
@@ -87,7 +90,7 @@ class Run:
       target=_train,
       args=(
         [*_ARGS, *args, f"--workdir={workdir}"],
-        workdir.with_name("compiled"),
+        aside / "compiled",
         self._screen,
         change,
       ),

@@ -2,8 +2,8 @@
 
   python -m tests.benchmarks.kills --kills=200
 
-Each process begins from nothing, as `python -m launch.train` does. Ends with an
-assertion if a run was found to have released a step that is not recorded, or to
+With --method=spawn each process begins from nothing, as `python -m launch.train`
+does, which takes some seconds; by default it is forked. Ends with an assertion if a run was found to have released a step that is not recorded, or to
 end with another epsilon or other parameters than one that nothing interrupted.
 """
 
@@ -20,13 +20,16 @@ def main() -> None:
   parser = argparse.ArgumentParser(description="Kills at random moments.")
   parser.add_argument("--kills", type=int, default=200)
   parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument(
+    "--method", choices=["forkserver", "spawn"], default="forkserver"
+  )
   arguments = parser.parse_args()
   began = time.monotonic()
   signs: dict[str, int] = {}
   runs = set()
   with tempfile.TemporaryDirectory() as name:
     directory = pathlib.Path(name)
-    whole = training.Run(directory / "whole", method="spawn")
+    whole = training.Run(directory / "whole", method=arguments.method)
     assert whole.wait() == 0, whole.screen
     expected = training.outcome(whole.workdir)
     for number, kill in enumerate(
@@ -35,7 +38,7 @@ def main() -> None:
         expected,
         kills=arguments.kills,
         seed=arguments.seed,
-        method="spawn",
+        method=arguments.method,
       ),
       start=1,
     ):
