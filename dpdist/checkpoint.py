@@ -33,6 +33,10 @@ class MismatchError(ValueError):
   """A sound checkpoint does not fit the model or the optimizer."""
 
 
+class SaveError(OSError):
+  """A checkpoint could not be saved: no room, or no right to write there."""
+
+
 class Restored(NamedTuple):
   """A verified checkpoint.
 
@@ -94,16 +98,23 @@ class Checkpoints:
 
     Returns:
       The digest, to be recorded in the ledger.
+
+    Raises:
+      SaveError: the directory cannot be written to.
     """
-    self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        meta=ocp.args.JsonSave({"step": step, "ledger_head": ledger_head}),
-      ),
-    )
-    self._manager.wait_until_finished()
-    return manifest.write(self._folder / str(step))
+    path = self._folder / str(step)
+    try:
+      self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          meta=ocp.args.JsonSave({"step": step, "ledger_head": ledger_head}),
+        ),
+      )
+      self._manager.wait_until_finished()
+      return manifest.write(path)
+    except (OSError, ValueError) as error:  # ValueError: tensorstore's.
+      raise SaveError(f"{path} could not be saved: {error}") from error
 
   def restore(
     self, like: PyTree, known: Sequence[ledger.Saved]

@@ -264,7 +264,7 @@ def _wait_for(run: Run, sign: str, changes: int, delay: float) -> None:
 
 def _look(workdir: pathlib.Path, sign: str) -> list[tuple[str, int]]:
   found = []
-  for path in workdir.glob(sign):
-    with contextlib.suppress(FileNotFoundError):
+  with contextlib.suppress(FileNotFoundError):  # It was deleted meanwhile.
+    for path in workdir.glob(sign):
       found.append((str(path), path.stat().st_size))
   return sorted(found)

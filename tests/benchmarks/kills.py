@@ -2,9 +2,11 @@
 
   python -m tests.benchmarks.kills --kills=200
 
-With --method=spawn each process begins from nothing, as `python -m launch.train`
-does, which takes some seconds; by default it is forked. Ends with an assertion if a run was found to have released a step that is not recorded, or to
-end with another epsilon or other parameters than one that nothing interrupted.
+Runs are forked from a process that has imported the libraries; with
+--method=spawn each begins from nothing, as `python -m launch.train` does. Ends
+with an assertion if a run was found to have released a step that is not
+recorded, or to end with another epsilon or other parameters than one that
+nothing interrupted.
 """
 
 import argparse
