@@ -180,7 +180,8 @@ class Log:
           f"ledger record {seq} is missing: the next key is {name!r}"
         )
     values = [
-      _result(read).value for read in [self._store.read(n) for n in names]
+      _written(_result(read).value)
+      for read in [self._store.read(n) for n in names]
     ]
     for seq, value in enumerate(values):
       after = values[seq + 1] if seq + 1 < len(values) else None
@@ -242,7 +243,7 @@ class Log:
           # A condition that does not hold gives an empty generation.
           if stamp.generation:
             return
-        elif found.value == value:
+        elif _written(found.value) == value:
           return  # An attempt had succeeded, though its answer was lost.
         else:
           raise RecordError(_shut_out(seq))
@@ -261,9 +262,10 @@ class Log:
     found = _result(self._store.read(_HEAD))
     if found.state == "missing":
       return None
-    if not _is_whole(found.value):
+    value = _written(found.value)
+    if not _is_whole(value):
       raise RecordError(f"the ledger's {_HEAD} was altered")
-    return json.loads(found.value)
+    return json.loads(value)
 
   def _write_head(
     self, *, is_open: bool = True, if_missing: bool = False
@@ -360,6 +362,19 @@ def _is_whole(value: bytes) -> bool:
     return _sealed(body) == value
   except (ValueError, KeyError, TypeError):
     return False
+
+
+def _written(value: bytes) -> bytes:
+  """A value, less what a killed writer may have left at its end.
+
+  On a disk tensorstore writes over the file that another was writing when it
+  was killed, and does not cut off what is longer.
+  """
+  try:
+    _, end = json.JSONDecoder().raw_decode(value.decode("latin-1"))
+  except ValueError:
+    return value
+  return value[:end] if _is_whole(value[:end]) else value
 
 
 def _acknowledges(after: bytes | None, value: bytes) -> bool:

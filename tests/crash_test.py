@@ -23,7 +23,8 @@ log = records.Log(sys.argv[1], lambda record: None)
 log.acquire()
 done = sum(record["kind"] == "charge" for record in log.records)
 for step in range(done, 3):
-  log.append("charge", step=step)
+  # Longer than what the next writer puts in its place.
+  log.append("charge", step=step, text="." * 400)
   with open(sys.argv[2], "a") as file:
     file.write(f"{step}\\n")
 log.close()
