@@ -126,6 +126,7 @@ class Log:
     except RecordError:
       self._token = ""
       raise
+    _sync_above(self._store.spec().to_json())
     self._heart.start()
 
   def append(self, kind: str, **body: Any) -> None:
@@ -327,6 +328,19 @@ def _check_durable(spec: dict[str, Any]) -> None:
   unsafe = {"context", "file_io_locking", "file_io_sync"} & spec.keys()
   if unsafe:
     raise ValueError(f"the spec must leave out {sorted(unsafe)}")
+
+
+def _sync_above(spec: dict[str, Any]) -> None:
+  """Makes the names of directories durable that were made for a store."""
+  if spec["driver"] != "file":
+    return
+  for folder in pathlib.Path(spec["path"]).parents:
+    with contextlib.suppress(OSError):  # It is another's, or no disk's.
+      descriptor = os.open(folder, os.O_RDONLY)
+      try:
+        os.fsync(descriptor)
+      finally:
+        os.close(descriptor)
 
 
 def _result(future: Any) -> Any:

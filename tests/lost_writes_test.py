@@ -1,0 +1,346 @@
+"""A power cut at any system call, and any part of what was not yet synced lost.
+
+strace shows what a real writer asks of the system. From that a model of a file
+system knows what must be on the disk (file data that was synced; names in a
+directory that was synced), and what may be there or not: everything else, each
+part of it for itself, whatever the order in which it was written.
+"""
+
+import ast
+import os
+import pathlib
+import random
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from dpdist import ledger as ledger_lib
+from dpdist import manifest
+from dpdist import records
+from tests import tracing
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_ON_DESCRIPTORS = (
+  *("write", "writev", "pwrite64", "lseek", "ftruncate", "fsync", "fdatasync"),
+)
+_ON_PATHS = (
+  *("openat", "mkdir", "mkdirat", "rename", "renameat", "renameat2"),
+  *("link", "linkat", "unlink", "unlinkat", "rmdir"),
+)
+
+
+class _File:
+  def __init__(self):
+    self.data, self.synced = bytearray(), b""
+    self.pending = []  # (offset, bytes), or (size, None) that cuts.
+
+  def change(self, offset, piece):
+    _change(self.data, offset, piece)
+    self.pending.append((offset, piece))
+
+  def sync(self):
+    self.synced, self.pending = bytes(self.data), []
+
+  def after(self, has_name, kept):
+    data = bytearray(self.synced)
+    for offset, piece in self.pending:
+      if piece is None:
+        if has_name():
+          _change(data, offset, None)
+      elif size := kept(len(piece)):
+        _change(data, offset, piece[:size])
+    return bytes(data)
+
+
+def _change(data, offset, piece):
+  if piece is None:
+    del data[offset:]
+  else:
+    data.extend(bytes(max(0, offset - len(data))))
+    data[offset : offset + len(piece)] = piece
+
+
+class _Folder:
+  def __init__(self):
+    self.names, self.synced = {}, {}
+    self.pending = []  # {name: what it is from now on, None for nothing}
+
+  def change(self, **names):
+    _rename(self.names, names)
+    self.pending.append(names)
+
+  def sync(self):
+    self.synced, self.pending = dict(self.names), []
+
+  def after(self, has_name, kept):
+    names = dict(self.synced)
+    for change in self.pending:
+      if has_name():
+        _rename(names, change)
+    return {
+      name: item.after(has_name, kept) for name, item in sorted(names.items())
+    }
+
+
+def _rename(names, change):
+  names.update(change)
+  for name in [name for name, item in names.items() if item is None]:
+    del names[name]
+
+
+class _Disk:
+  """What a process has done below a directory that was empty and synced."""
+
+  def __init__(self, path):
+    self._path, self._root = path, _Folder()
+    self._offsets = {}  # Of open files, by descriptor.
+
+  def after(self, has_name, kept):
+    return self._root.after(has_name, kept)
+
+  def do(self, call, text, result):
+    """Takes a system call that succeeded into account."""
+    strings = [
+      ast.literal_eval(f'b"{s}"')
+      for s in re.findall(r'"((?:[^"\\]|\\.)*)"', text)
+    ]
+    opened = re.findall(r"(\d+|AT_FDCWD)<([^>]*)>", text)
+    if call in _ON_DESCRIPTORS:
+      descriptor, path = opened[0]
+      item, last = self._find(path), text.rpartition(", ")[2]
+      if item is None:
+        return
+      if call in ("write", "writev"):
+        piece = b"".join(strings)[:result]
+        item.change(self._offsets[descriptor], piece)
+        self._offsets[descriptor] += result
+      elif call == "pwrite64":
+        item.change(int(last), strings[0][:result])
+      elif call == "lseek":
+        self._offsets[descriptor] = result
+      elif call == "ftruncate":
+        item.change(int(last), None)
+      else:
+        item.sync()
+      return
+    start = opened[0][1] if opened else "/"
+    paths = [os.path.join(start, string.decode()) for string in strings]
+    folder, name = self._place(paths[0])
+    if folder is None:
+      return
+    if call == "openat":
+      if "O_CREAT" in text and name not in folder.names:
+        folder.change(**{name: _File()})
+      item = folder.names.get(name)
+      if isinstance(item, _File):
+        if "O_TRUNC" in text and item.data:
+          item.change(0, None)
+        end = len(item.data) if "O_APPEND" in text else 0
+        self._offsets[str(result)] = end
+    elif call.startswith("mkdir"):
+      folder.change(**{name: _Folder()})
+    elif call.startswith("rename"):
+      other, new = self._place(paths[1])
+      item = folder.names[name]
+      if other is folder:
+        folder.change(**{name: None, new: item})
+      else:
+        other.change(**{new: item})
+        folder.change(**{name: None})
+    elif call.startswith("link"):
+      other, new = self._place(paths[1])
+      other.change(**{new: folder.names[name]})
+    else:
+      folder.change(**{name: None})
+
+  def _find(self, path):
+    folder, name = self._place(path)
+    if folder is None:
+      return None
+    return folder.names.get(name) if name else folder
+
+  def _place(self, path):
+    """The folder that a path is in, and its name there."""
+    if path != self._path and not path.startswith(self._path + "/"):
+      return None, ""
+    *parts, name = path[len(self._path) :].strip("/").split("/")
+    folder = self._root
+    for part in parts:
+      folder = folder.names.get(part)
+      if not isinstance(folder, _Folder):
+        return None, ""
+    return folder, name
+
+
+def _outcomes(rng):
+  """Ways in which what was not synced may fare: names, and bytes of data."""
+  yield lambda: False, lambda size: 0
+  yield lambda: True, lambda size: size
+  yield lambda: True, lambda size: 0
+  yield lambda: False, lambda size: size
+  yield lambda: True, lambda size: size // 2
+  for _ in range(3):
+    yield (
+      lambda: rng.random() < 0.5,
+      lambda size: rng.choice([0, size, rng.randint(0, size)]),
+    )
+
+
+def _write_out(state, path):
+  path.mkdir()
+  for name, item in state.items():
+    if isinstance(item, dict):
+      _write_out(item, path / name)
+    else:
+      (path / name).write_bytes(item)
+
+
+def _read_in(path):
+  return {
+    p.name: _read_in(p) if p.is_dir() else p.read_bytes()
+    for p in sorted(path.iterdir())
+  }
+
+
+def _violations(program, check, path):
+  """Runs a program, and cuts the power at each of its system calls.
+
+  It is given a directory and prints what it has done. `check` is given a
+  directory as the power cut left it, and all that was printed before.
+
+  Returns the messages of the assertions that failed in `check`.
+  """
+  disk_path, trace = path / "disk", path / "trace"
+  disk_path.mkdir()
+  done = subprocess.run(
+    [
+      *("strace", "-f", "-y", "-s", str(2**20)),
+      *("-e", "trace=" + ",".join(_ON_DESCRIPTORS + _ON_PATHS)),
+      *("-o", str(trace), sys.executable, "-c", program, str(disk_path)),
+    ],
+    cwd=_ROOT,
+    capture_output=True,
+    text=True,
+    timeout=300,
+  )
+  assert done.returncode == 0, done.stderr
+  disk, printed, rng = _Disk(str(disk_path)), "", random.Random(0)
+  found, seen = [], set()
+  for call, text, result in tracing.calls(trace.read_text()):
+    if call == "write" and text.startswith("1<"):
+      printed += ast.literal_eval(re.search(r'".*"', text)[0])
+    disk.do(call, text, result)
+    for outcome in _outcomes(rng):
+      state = disk.after(*outcome)
+      key = repr((state, printed))
+      if key in seen:
+        continue
+      seen.add(key)
+      left = path / str(len(seen))
+      _write_out(state, left)
+      try:
+        check(left, printed.split())
+      except (AssertionError, records.RecordError) as error:
+        found.append(str(error).partition("\n")[0])
+      shutil.rmtree(left)
+  # Nothing that the program did has escaped the model.
+  assert disk.after(lambda: True, lambda size: size) == _read_in(disk_path)
+  assert len(seen) > 50
+  return found
+
+
+_LOG = """
+import sys
+from dpdist import records
+{change}
+log = records.Log(sys.argv[1] + "/new/log", lambda record: None)
+log.acquire()
+for step in range(3):
+  log.append("charge", step=step)
+  print(step, flush=True)
+log.close()
+"""
+
+
+def _check_log(path, released):
+  log = records.Log(path / "new" / "log", lambda record: None)
+  charged = [r["step"] for r in log.records if r["kind"] == "charge"]
+  assert {int(step) for step in released} <= set(charged), "not charged"
+  # And it goes on.
+  log.acquire()
+  log.append("charge", step=3)
+  log.close()
+  log = records.Log(path / "new" / "log", lambda record: None)
+  assert log.records[-1]["step"] == 3
+
+
+_NO_SYNC = """
+spec = records._spec
+records._spec = lambda location: {**spec(location), "file_io_sync": False}
+records._check_durable = lambda spec: None
+"""
+
+wants_strace = pytest.mark.skipif(
+  not tracing.is_allowed(), reason="wants strace, and may not trace"
+)
+
+
+@wants_strace
+def test_a_record_survives_whatever_was_not_synced(tmp_path):
+  program = _LOG.format(change="")
+  assert _violations(program, _check_log, tmp_path) == []
+
+
+@wants_strace
+def test_a_record_that_is_not_synced_is_found_missing(tmp_path):
+  program = _LOG.format(change=_NO_SYNC)
+  assert "not charged" in _violations(program, _check_log, tmp_path)
+
+
+_RUN = """
+import sys
+import jax.numpy as jnp
+from dpdist import checkpoint, ledger, manifest, plan
+{change}
+run = ledger.Ledger(sys.argv[1] + "/new/ledger")
+run.acquire()
+run.open(config={{}}, data="", secret_hash="", run="", plan=plan.PrivacyPlan(
+  num_examples=9, expected_batch_size=3.0, num_steps=9, l2_clip_norm=1.0,
+  noise_multiplier=1.0, delta=1e-5, accountant="rdp",
+  neighboring_relation="add_or_remove_one", target_epsilon=None))
+run.resume(step=0, digest="", ledger_head="", fingerprint="")
+with checkpoint.Checkpoints(sys.argv[1] + "/new/checkpoints", writer=1) as all:
+  for step in (1, 2):
+    run.reserve_through(step)
+    print("released", flush=True)
+    digest = all.save({{"w": jnp.ones(3)}}, step=step, ledger_head=run.head)
+    run.record_checkpoint(step, digest)
+    print("saved", flush=True)
+run.close()
+"""
+
+
+def _check_run(path, printed):
+  ledger = ledger_lib.Ledger(path / "new" / "ledger")
+  assert ledger.spent_steps >= printed.count("released"), "not charged"
+  # Each that is recorded must be there, since it was recorded after that.
+  assert len(ledger.checkpoints) >= printed.count("saved"), "not recorded"
+  for saved in ledger.checkpoints:
+    folder = manifest.folder(path / "new" / "checkpoints", saved.writer)
+    problem = manifest.problem(folder / str(saved.step), saved.digest)
+    assert problem is None, "damaged"
+
+
+@wants_strace
+def test_a_checkpoint_survives_whatever_was_not_synced(tmp_path):
+  assert _violations(_RUN.format(change=""), _check_run, tmp_path) == []
+
+
+@wants_strace
+def test_a_checkpoint_that_is_not_synced_is_found_damaged(tmp_path):
+  program = _RUN.format(change="manifest.sync = lambda path: None")
+  found = _violations(program, _check_run, tmp_path)
+  assert set(found) == {"damaged"}
