@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from dpdist import records
+from tests import tracing
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -58,14 +59,9 @@ def _released(path):
   return [int(x) for x in file.read_text().split()] if file.exists() else []
 
 
-def _can_trace():
-  if shutil.which("strace") is None:
-    return False
-  probe = ["strace", "-o", "/dev/null", "true"]
-  return subprocess.run(probe, capture_output=True).returncode == 0
-
-
-@pytest.mark.skipif(not _can_trace(), reason="wants strace, and may not trace")
+@pytest.mark.skipif(
+  not tracing.is_allowed(), reason="wants strace, and may not trace"
+)
 @pytest.mark.parametrize(
   "calls", ["write,pwrite64", "fsync,fdatasync", "rename"]
 )
