@@ -4,11 +4,8 @@ Every run is `launch.train` in a process of its own, and must come to what a run
 comes to that nothing befell; see `tests.training`.
 """
 
-from collections.abc import Callable
 import datetime
 import functools
-import importlib
-import itertools
 import os
 import pathlib
 import random
@@ -75,32 +72,12 @@ def _fails(run, *messages):
     assert message in last
 
 
-def _before(where, call, do):
-  """Has a process do something before it calls a function for the n-th time."""
-  module, *path, name = where.split(":")
-  owner = functools.reduce(getattr, path, importlib.import_module(module))
-  original, calls = getattr(owner, name), itertools.count(1)
-
-  def replaced(*args, **kwargs):
-    if next(calls) == call:
-      do()
-    return original(*args, **kwargs)
-
-  setattr(owner, name, replaced)
-
-
-def before(where: str, call: int, do: Callable[[], None]):
-  return functools.partial(_before, where, call, do)
-
-
-def send(number: signal.Signals):
-  return functools.partial(signal.raise_signal, number)
-
-
 _SAVE = "orbax.checkpoint:CheckpointManager:save"
 _MANIFEST = "dpdist.manifest:write"
 _RECORD = "dpdist.ledger:Ledger:record_checkpoint"
 _RESERVE = "dpdist.ledger:Ledger:reserve_through"
+_TERMINATE = training.send(signal.SIGTERM)
+_DIE = training.send(signal.SIGKILL)
 _ACQUIRE = "dpdist.ledger:Ledger:acquire"
 
 
@@ -112,7 +89,7 @@ def test_killed_a_dozen_times_at_random(aside, expected, tmp_path):
 def test_a_signal_during_a_save_waits_for_its_end(start, expected, tmp_path):
   saved = 0
   for where in (_SAVE, _MANIFEST, _RECORD):
-    run = start(before(where, 2, send(signal.SIGTERM)))
+    run = start(training.before(where, 2, _TERMINATE))
     assert run.wait() == 75, run.screen
     assert "run the same command again" in run.screen
     training.check(run.workdir)
@@ -121,7 +98,10 @@ def test_a_signal_during_a_save_waits_for_its_end(start, expected, tmp_path):
     assert [c.step for c in checkpoints] == [4 * (i + 1) for i in range(saved)]
   # In the last save it comes too late to stop anything.
   left = training.NUM_STEPS // 4 - saved
-  _ends(start(before(_MANIFEST, left, send(signal.SIGTERM))), expected)
+  _ends(
+    start(training.before(_MANIFEST, left, _TERMINATE)),
+    expected,
+  )
 
 
 class _Disk:
@@ -189,7 +169,7 @@ def test_a_read_only_directory_is_named_and_nothing_charged(
   disk.mount("remount,size=64m,ro")
   _fails(run(), str(disk.root), "Read-only file system")
   disk.mount("remount,rw")
-  assert run(before(_SAVE, 3, send(signal.SIGKILL))).wait() < 0
+  assert run(training.before(_SAVE, 3, _DIE)).wait() < 0
   head = ledger_lib.Ledger(disk.root / "run" / "ledger").head
   disk.mount("remount,ro")
   _fails(run(), str(disk.root), "Read-only file system")
@@ -225,7 +205,10 @@ def clock(seconds: float, wander: float = 0.0):
 
 def test_clocks_that_are_years_off_change_nothing(start, expected, tmp_path):
   for offset, wander in ((_YEAR, 0), (-_YEAR, 0), (0, _YEAR)):
-    run = start(clock(offset, wander), before(_SAVE, 3, send(signal.SIGKILL)))
+    run = start(
+      clock(offset, wander),
+      training.before(_SAVE, 3, _DIE),
+    )
     assert run.wait() == -signal.SIGKILL, run.screen
     training.check(tmp_path / "run")
     for path in (tmp_path / "run").rglob("*"):
@@ -241,7 +224,7 @@ def _wait_for(path, number=1):
 
 def held(path: pathlib.Path, call: int):
   """Has a process wait, before it charges, until there is a file."""
-  return before(_RESERVE, call, functools.partial(_wait_for, path))
+  return training.before(_RESERVE, call, functools.partial(_wait_for, path))
 
 
 def _beat_often():
@@ -273,7 +256,9 @@ def test_of_many_launchers_at_once_one_trains(
 ):
   gate, go = tmp_path / "gate", tmp_path / "go"
   gate.mkdir()
-  together = before(_ACQUIRE, 1, functools.partial(_gather, gate, number))
+  together = training.before(
+    _ACQUIRE, 1, functools.partial(_gather, gate, number)
+  )
   runs = [start(_beat_often, together, held(go, 2)) for _ in range(number)]
   left = list(runs)
   while len(left) > 1:
@@ -291,7 +276,7 @@ def _take_over_soon():
 
 
 def test_a_paused_run_wakes_shut_out(start, expected, tmp_path):
-  one = start(before(_RESERVE, 11, send(signal.SIGSTOP)))
+  one = start(training.before(_RESERVE, 11, training.send(signal.SIGSTOP)))
   stat = pathlib.Path(f"/proc/{one.process.pid}/stat")
   while stat.read_text().rpartition(")")[2].split()[0] != "T":
     assert one.process.is_alive(), one.screen

@@ -7,6 +7,9 @@ that it starts in a second; or is begun from nothing, with method "spawn".
 
 from collections.abc import Callable, Iterator
 import contextlib
+import functools
+import importlib
+import itertools
 import json
 import multiprocessing
 import os
@@ -134,6 +137,37 @@ def _train(
     change()
   sys.argv = ["launch.train", *args]
   runpy.run_module("launch.train", run_name="__main__", alter_sys=True)
+
+
+def before(
+  where: str, call: int, do: Callable[[], object]
+) -> Callable[[], None]:
+  """A change to a process: that it does something before a call.
+
+  Args:
+    where: the function, as "module:Class:name".
+    call: before the how-manieth call of it, from 1.
+    do: what.
+  """
+  return functools.partial(_before, where, call, do)
+
+
+def _before(where: str, call: int, do: Callable[[], object]) -> None:
+  module, *path, name = where.split(":")
+  owner = functools.reduce(getattr, path, importlib.import_module(module))
+  original, calls = getattr(owner, name), itertools.count(1)
+
+  def replaced(*args: Any, **kwargs: Any) -> Any:
+    if next(calls) == call:
+      do()
+    return original(*args, **kwargs)
+
+  setattr(owner, name, replaced)
+
+
+def send(number: signal.Signals) -> Callable[[], None]:
+  """Something to do: to send oneself a signal."""
+  return functools.partial(signal.raise_signal, number)
 
 
 class Outcome(NamedTuple):
