@@ -26,8 +26,9 @@ from dpdist import metrics
 from dpdist import verification
 
 NUM_STEPS = 48
+_ROOT = pathlib.Path(__file__).parent.parent
 _ARGS = (
-  "--config=configs/digits.py",
+  f"--config={_ROOT}/configs/digits.py",
   "--config.insecure_seed=7",
   "--config.checkpoint_every=4",
   "--config.eval_every=1",
