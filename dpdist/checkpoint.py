@@ -25,9 +25,15 @@ from dpdist import manifest
 
 PyTree = Any
 
+_DELETED = ".deleted"
+
 
 class MismatchError(ValueError):
   """A sound checkpoint does not fit the model or the optimizer."""
+
+
+class SaveError(OSError):
+  """A checkpoint could not be saved: no room, or no right to write there."""
 
 
 class Checkpoints:
@@ -73,20 +79,27 @@ class Checkpoints:
 
     Returns:
       The digest, to be recorded in the ledger.
+
+    Raises:
+      SaveError: the directory cannot be written to.
     """
-    is_saved = self._manager.save(
-      step,
-      args=ocp.args.Composite(
-        state=ocp.args.StandardSave(state),
-        meta=ocp.args.JsonSave({"step": step, "ledger_head": ledger_head}),
-      ),
-    )
-    self._manager.wait_until_finished()
-    if not is_saved:
-      raise RuntimeError(
-        f"Orbax did not save step {step}: {self._folder} holds a newer one"
+    path = self._folder / str(step)
+    try:
+      is_saved = self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          meta=ocp.args.JsonSave({"step": step, "ledger_head": ledger_head}),
+        ),
       )
-    return manifest.write(self._folder / str(step))
+      self._manager.wait_until_finished()
+      if not is_saved:
+        raise SaveError(
+          f"{path} was not saved: Orbax found a newer checkpoint beside it"
+        )
+      return manifest.write(path)
+    except (OSError, ValueError) as error:  # ValueError: tensorstore's.
+      raise SaveError(f"{path} could not be saved: {error}") from error
 
   def restore(self, like: PyTree, saved: history.Saved) -> tuple[PyTree, str]:
     """Restores a checkpoint whose manifest was verified.
@@ -136,7 +149,11 @@ class Checkpoints:
     }
     for path in self._directory.glob("writer_*/*"):
       if path not in keep and path.parent <= self._folder:
-        shutil.rmtree(path, ignore_errors=True)
+        # Renamed first: half of a checkpoint, after a kill, is no damaged one.
+        gone = path.with_suffix(_DELETED)
+        with contextlib.suppress(OSError):
+          path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
     for path in self._directory.glob("writer_*"):
       if path < self._folder:
         with contextlib.suppress(OSError):  # It is not empty.

@@ -126,6 +126,7 @@ class Log:
     except RecordError:
       self._token = ""
       raise
+    _sync_above(self._store.spec().to_json())
     self._heart.start()
     # A beat under way while the interpreter goes would abort the process.
     atexit.register(self._stop_heart)
@@ -167,6 +168,7 @@ class Log:
       if self._read_head() is None:
         with contextlib.suppress(ShutOutError):
           self._write_head(is_open=False, if_missing=True)
+        _sync_above(self._store.spec().to_json())
       while (decided := decide()) is not None:
         kind, body = decided
         # Two processes that decide alike must not take one record for both's.
@@ -212,7 +214,7 @@ class Log:
         )
     first = len(self.records)
     reads = [self._store.read(name) for name in names[first:]]
-    values = [_result(read).value for read in reads]
+    values = [_written(_result(read).value) for read in reads]
     for i, value in enumerate(values):
       seq = first + i
       if _is_whole(value):
@@ -288,7 +290,7 @@ class Log:
           # A condition that does not hold gives an empty generation.
           if stamp.generation:
             return
-        elif found.value == value:
+        elif _written(found.value) == value:
           return  # An attempt had succeeded, though its answer was lost.
         else:
           raise ShutOutError(_shut_out(seq))
@@ -305,11 +307,7 @@ class Log:
 
   def _read_head(self) -> dict[str, Any] | None:
     found = _result(self._store.read(_HEAD))
-    if found.state == "missing":
-      return None
-    if not _is_whole(found.value):
-      raise RecordError(f"the ledger's {_HEAD} was altered")
-    return json.loads(found.value)
+    return None if found.state == "missing" else _head_of(found)
 
   def _write_head(
     self, *, is_open: bool = True, if_missing: bool = False
@@ -325,9 +323,7 @@ class Log:
     """Makes the head speak of all records that were read, or of more."""
     while True:
       found = _result(self._store.read(_HEAD))
-      if found.state == "missing" or not _is_whole(found.value):
-        raise RecordError(f"the ledger's {_HEAD} is missing or was altered")
-      if json.loads(found.value)["seq"] >= len(self.records):
+      if _head_of(found)["seq"] >= len(self.records):
         return
       self._put_head(found, is_open=False)
 
@@ -419,11 +415,31 @@ def _check_durable(spec: dict[str, Any]) -> None:
     raise ValueError(f"the spec must leave out {sorted(unsafe)}")
 
 
+def _sync_above(spec: dict[str, Any]) -> None:
+  """Makes the names of directories durable that were made for a store."""
+  if spec["driver"] != "file":
+    return
+  for folder in pathlib.Path(spec["path"]).parents:
+    with contextlib.suppress(OSError):  # It is another's, or no disk's.
+      descriptor = os.open(folder, os.O_RDONLY)
+      try:
+        os.fsync(descriptor)
+      finally:
+        os.close(descriptor)
+
+
 def _result(future: Any) -> Any:
   try:
     return future.result()
   except (ValueError, OSError, NotImplementedError) as error:
     raise RecordError(f"the ledger's store failed: {error}") from error
+
+
+def _head_of(found: Any) -> dict[str, Any]:
+  value = _written(found.value)
+  if not _is_whole(value):
+    raise RecordError(f"the ledger's {_HEAD} was altered")
+  return dict(json.loads(value))
 
 
 def _key(seq: int) -> str:
@@ -452,6 +468,19 @@ def _is_whole(value: bytes) -> bool:
     return _sealed(body) == value
   except (ValueError, KeyError, TypeError):
     return False
+
+
+def _written(value: bytes) -> bytes:
+  """A value, less what a killed writer may have left at its end.
+
+  On a disk tensorstore writes over the file that another was writing when it
+  was killed, and does not cut off what is longer.
+  """
+  try:
+    _, end = json.JSONDecoder().raw_decode(value.decode("latin-1"))
+  except ValueError:
+    return value
+  return value[:end] if _is_whole(value[:end]) else value
 
 
 def _acknowledges(after: bytes | None, value: bytes) -> bool:

@@ -46,6 +46,11 @@ def main(argv: Sequence[str]) -> int:
   except ledger.LedgerError as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
+  except OSError as error:
+    # Of a full disk, Python does not say where.
+    place = "" if error.filename else f"{_WORKDIR.value}: "
+    print(f"error: {place}{error}", file=sys.stderr)
+    return 1
   return exit_codes.DONE
 
 

@@ -213,5 +213,5 @@ def test_a_save_that_orbax_skips_is_an_error(tmp_path):
   """It does so, without a word, where a newer step is."""
   with _checkpoints(tmp_path) as checkpoints:
     _save(checkpoints, 2)
-    with pytest.raises(RuntimeError, match="did not save step 1"):
+    with pytest.raises(checkpoint.SaveError, match="1 was not saved"):
       _save(checkpoints, 1)

@@ -12,6 +12,7 @@ import sys
 import pytest
 
 from dpdist import records
+from tests import tracing
 
 _ROOT = pathlib.Path(__file__).parent.parent
 
@@ -23,7 +24,8 @@ log = records.Log(sys.argv[1], lambda record: None)
 log.acquire()
 done = sum(record["kind"] == "charge" for record in log.records)
 for step in range(done, 3):
-  log.append("charge", step=step)
+  # Longer than what the next writer puts in its place.
+  log.append("charge", step=step, text="." * 400)
   with open(sys.argv[2], "a") as file:
     file.write(f"{step}\\n")
 log.close()
@@ -57,14 +59,9 @@ def _released(path):
   return [int(x) for x in file.read_text().split()] if file.exists() else []
 
 
-def _can_trace():
-  if shutil.which("strace") is None:
-    return False
-  probe = ["strace", "-o", "/dev/null", "true"]
-  return subprocess.run(probe, capture_output=True).returncode == 0
-
-
-@pytest.mark.skipif(not _can_trace(), reason="wants strace, and may not trace")
+@pytest.mark.skipif(
+  not tracing.is_allowed(), reason="wants strace, and may not trace"
+)
 @pytest.mark.parametrize(
   "calls", ["write,pwrite64", "fsync,fdatasync", "rename"]
 )

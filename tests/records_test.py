@@ -169,6 +169,19 @@ def test_a_torn_tail_is_kept_as_lost(history, torn):
     _open(history)
 
 
+@pytest.mark.parametrize("name", ["000000000005.json", "head.json"])
+def test_what_a_killed_writer_left_half_written_does_no_harm(history, name):
+  """tensorstore writes over it, and does not cut off what is longer."""
+  (history / (name + ".__lock")).write_bytes(b'{"kind":"open"}' * 100)
+  log = _writer(history)
+  assert log.records == _open(history).records
+  log.append("d")
+  log.close()
+  _writer(history).close()
+  kinds = [r["kind"] for r in _open(history).records]
+  assert kinds[5:] == ["writer", "d", "writer"]
+
+
 def test_a_record_that_the_head_speaks_of_is_never_taken_for_torn(history):
   _files(history)[-1].write_bytes(b"")
   with pytest.raises(records.RecordError, match="record 4 was altered"):
