@@ -3,7 +3,7 @@
 Floating point enters in two compiled programs, and both are for one device,
 whatever the mesh: one adds a group of examples, of fixed size and cut by their
 places in the step's list, to a device's integers; the other turns the total and
-the noise into an update. Every device runs the same. Between them integers
+the noise into an update, on one device of each process. Between them integers
 meet in one reduction, and integers may be added in any order.
 
 A program over several devices would not do: XLA compiles it otherwise for one
@@ -121,21 +121,13 @@ class ExactStep(step_lib.Step):
     noise_key: jax.Array,
   ) -> tuple[step_lib.TrainState, dict[str, jax.Array]]:
     """Ends a step; as `dpdist.step.Step.apply`."""
-    reduced = self.reduce(accumulator)
     devices = _devices(state.step)
-    parts = [
-      finish(
-        self.mechanism,
-        self.optimizer,
-        self.ema_decay,
-        mine,
-        *total,
-        noise_key,
-      )
-      for mine, total in zip(
-        _split(state, devices), _split(reduced, devices), strict=True
-      )
-    ]
+    # On one device, and copied: so it is compiled once a process.
+    mine, total = _split((state, self.reduce(accumulator)), devices[:1])[0]
+    after = finish(
+      self.mechanism, self.optimizer, self.ema_decay, mine, *total, noise_key
+    )
+    parts = [jax.device_put(after, device) for device in devices]
     return _join(parts, self.mesh, mesh_lib.REPLICATED)
 
 

@@ -25,13 +25,14 @@ RUNNER = "tests/run.py"
 # Lowest first. A room imports from lower layers only, never from its own; the
 # modules of one room may import one another.
 LAYERS = (
-  ("keys", "mesh", "search", "records", "manifest"),
+  ("keys", "mesh", "fixed_point", "search", "records", "manifest"),
   ("accounting", "sampling", "noise", "clipping"),
   ("plan",),
   ("mechanism", "config"),
   ("ledger", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance"),
-  ("data", "datasets", "screen", "report", "checkpoint", "verification"),
+  ("data", "datasets", "screen", "report", "checkpoint", "verification")
+  + ("exact_step",),
   ("job",),
   ("summary",),
   ("train",),
