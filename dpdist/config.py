@@ -54,6 +54,9 @@ def default() -> ml_collections.ConfigDict:
   config.clipping = ml_collections.ConfigDict()
   config.clipping.method = "auto"
   config.clipping.microbatch_size = 0  # examples; 0: a device's whole chunk
+  # Sums whose bits do not depend on how many devices and processes there are.
+  config.clipping.exact_sum = False
+  config.clipping.exact_group_size = 32  # examples summed in float32
 
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.name = "sgd"  # any optax optimizer

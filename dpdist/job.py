@@ -20,6 +20,7 @@ from dpdist import composition
 from dpdist import config as config_lib
 from dpdist import data_budget
 from dpdist import datasets
+from dpdist import exact_step
 from dpdist import keys
 from dpdist import ledger as ledger_lib
 from dpdist import losses
@@ -169,12 +170,15 @@ def _prepare(
   for name in ("eval_every", "checkpoint_every"):
     if config[name] < 0:
       raise ValueError(f"{name} must be at least 0, got {config[name]}")
-  step = step_lib.Step(
+  exact = config.clipping.exact_sum
+  make_step = exact_step.ExactStep if exact else step_lib.Step
+  step = make_step(
     mechanism.make(
       plan,
       losses.cross_entropy(model),
       method=config.clipping.method,
       microbatch_size=microbatch_size or None,
+      exact_group_size=config.clipping.exact_group_size if exact else None,
     ),
     optimizer,
     mesh,
@@ -304,13 +308,16 @@ def _chunk_size(
   config: ml_collections.ConfigDict, plan: plan_lib.PrivacyPlan, mesh: Mesh
 ) -> int:
   shards = mesh_lib.num_example_shards(mesh)
-  multiple = shards * max(1, config.clipping.microbatch_size)
+  size, name = config.clipping.microbatch_size, "microbatch_size"
+  if config.clipping.exact_sum:
+    # A group is worked on at once, or in microbatches that divide it.
+    size, name = config.clipping.exact_group_size, "exact_group_size"
+  multiple = shards * max(1, size)
   if config.chunk_size:
     if config.chunk_size < 0 or config.chunk_size % multiple:
       raise ValueError(
         f"chunk_size must be 0 or a multiple of {multiple} (devices that divide"
-        f" the examples times clipping.microbatch_size), got"
-        f" {config.chunk_size}"
+        f" the examples times clipping.{name}), got {config.chunk_size}"
       )
     return config.chunk_size
   # Three standard deviations above the mean, so that about one step in a

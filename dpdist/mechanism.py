@@ -21,12 +21,19 @@ import jax
 import optax
 
 from dpdist import clipping
+from dpdist import fixed_point
 from dpdist import keys
 from dpdist import noise
 from dpdist import plan as plan_lib
 from dpdist import sampling
 
 PyTree = Any
+
+# With exact sums, examples are clipped by this much, a thousandth, earlier.
+_ROOM = 2.0**-10
+# In standard deviations; a float32 normal ends at 5.42.
+_LARGEST_NORMAL = 6
+_LARGEST_GROUP = 2**13
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +45,26 @@ class Mechanism:
     clipped_grad: (params, batch, ...) -> dpdist.clipping.ClippedGrads.
     sensitivity: l2 sensitivity of the clipped sum.
     noise_stddev: standard deviation of the noise on an entry of that sum.
+    exact_group_size: examples whose clipped gradients are summed in float32;
+      the sums of such groups are truncated and summed in integers. None: all is
+      summed in float32.
+
+  Guarantees with exact_group_size:
+    Truncation is inside the sensitivity. N examples make at most M = ceil(N /
+    exact_group_size) groups, and removing one may shift all that follow it, so
+    that two clipped sums, M truncated groups of d entries each, differ by at
+    most the clip norm in use plus 2 M sqrt(d) units of the last limb. The clip
+    norm in use is (1 - 2**-10) C, and `sum_format` takes limbs until that is at
+    most 2**-10 C: together C, the clip norm of the plan. Noise is added in
+    integers as well, so that all rounding after it is of a noisy value. The
+    float32 rounding inside a group is not covered, as it is not without groups.
   """
 
   plan: plan_lib.PrivacyPlan
   clipped_grad: clipping.ClippedGrad
   sensitivity: float
   noise_stddev: float
+  exact_group_size: int | None = None
 
   def noise(self, key: jax.Array) -> optax.GradientTransformation:
     """The noise for sums over all devices; key is a typed PRNG key."""
@@ -53,6 +74,32 @@ class Mechanism:
     """The noisy sum over the expected, never the drawn, batch size."""
     return jax.tree.map(lambda x: x / self.plan.expected_batch_size, noisy_sum)
 
+  @property
+  def largest_in_group(self) -> float:
+    """A bound on every entry of a group's sum.
+
+    The room between the clip norms is more than float32 rounds away in groups
+    of up to 2**13 examples.
+    """
+    assert self.exact_group_size is not None
+    return self.exact_group_size * self.plan.l2_clip_norm
+
+  @property
+  def largest_noise(self) -> float:
+    """A bound on every entry of the noise."""
+    return _LARGEST_NORMAL * self.noise_stddev
+
+  def sum_format(self, params: PyTree) -> fixed_point.Format:
+    """The format of the exact sum of gradients of params."""
+    assert self.exact_group_size is not None
+    num_groups = -(-self.plan.num_examples // self.exact_group_size)
+    return fixed_point.choose(
+      largest=num_groups * self.largest_in_group + self.largest_noise,
+      num_terms=num_groups,
+      num_entries=sum(leaf.size for leaf in jax.tree.leaves(params)),
+      tolerance=_ROOM * self.plan.l2_clip_norm,
+    )
+
 
 def make(
   plan: plan_lib.PrivacyPlan,
@@ -60,6 +107,7 @@ def make(
   *,
   method: str = "auto",
   microbatch_size: int | None = None,
+  exact_group_size: int | None = None,
 ) -> Mechanism:
   """Binds a plan to a loss.
 
@@ -68,10 +116,26 @@ def make(
     loss_fn: (params, example, rng) -> (loss, aux), for one example.
     method: how gradients are clipped; see `dpdist.clipped_grad`.
     microbatch_size: how many gradients exist at once on a device.
+    exact_group_size: see `Mechanism`; a step with one is
+      `dpdist.exact_step.ExactStep`.
 
   Returns:
     The mechanism.
+
+  Raises:
+    ValueError: names the argument, its value and what would be right.
   """
+  if exact_group_size is not None:
+    if not 1 <= exact_group_size <= _LARGEST_GROUP:
+      raise ValueError(
+        f"exact_group_size must be in [1, {_LARGEST_GROUP}], got"
+        f" {exact_group_size}"
+      )
+    if microbatch_size is not None and exact_group_size % microbatch_size:
+      raise ValueError(
+        f"microbatch_size must divide the exact_group_size of"
+        f" {exact_group_size}, got {microbatch_size}"
+      )
   clipped_grad = clipping.clipped_grad(
     loss_fn,
     l2_clip_norm=plan.l2_clip_norm,
@@ -80,8 +144,13 @@ def make(
     microbatch_size=microbatch_size,
   )
   sensitivity = clipped_grad.sensitivity(plan.neighboring_relation)
+  noise_stddev = plan.noise_multiplier * sensitivity
+  if exact_group_size is not None:
+    clipped_grad = dataclasses.replace(
+      clipped_grad, l2_clip_norm=(1 - _ROOM) * plan.l2_clip_norm
+    )
   return Mechanism(
-    plan, clipped_grad, sensitivity, plan.noise_multiplier * sensitivity
+    plan, clipped_grad, sensitivity, noise_stddev, exact_group_size
   )
 
 

@@ -37,6 +37,18 @@ _HARMLESS = (
   "unsafe_metrics",
 )
 _HARMLESS_DATA = ("changed_to", "num_threads", "path", "prefetch")
+# What exact sums make harmless too: how many devices and processes there are,
+# and which of them this is.
+_TOPOLOGY = ("chunk_size", "mesh")
+_TOPOLOGY_ENVIRONMENT = ("mesh", "num_processes")
+_TOPOLOGY_FLAG = "--xla_force_host_platform_device_count"
+_TOPOLOGY_VARIABLES = (
+  "JAX_COORDINATOR_ADDRESS",
+  "JAX_LOCAL_DEVICE_IDS",
+  "JAX_NUM_CPU_DEVICES",
+  "JAX_NUM_PROCESSES",
+  "JAX_PROCESS_ID",
+)
 
 
 def environment(mesh: Mesh) -> dict[str, Any]:
@@ -51,6 +63,7 @@ def environment(mesh: Mesh) -> dict[str, Any]:
     "mesh": dict(mesh.shape),
     "backend": device.client.platform_version,
     "xla_flags": xla_flags,
+    "xla_files": _files(xla_flags),
     "variables": {
       name: value
       for name, value in sorted(os.environ.items())
@@ -67,9 +80,11 @@ def fingerprint(
   config: Mapping[str, Any],
   plan_fingerprint: str,
   data_manifest: str,
-  environment: Any,
+  environment: Mapping[str, Any],
 ) -> str:
   """A digest that is equal only if a step run again gives the same bits.
+
+  With exact sums neither the number of devices and processes nor chunks count.
 
   Args:
     config: all settings, JSON-able.
@@ -84,6 +99,9 @@ def fingerprint(
   numbers["data"] = {
     k: v for k, v in config["data"].items() if k not in _HARMLESS_DATA
   }
+  if config["clipping"]["exact_sum"]:
+    numbers = {k: v for k, v in numbers.items() if k not in _TOPOLOGY}
+    environment = _without_topology(environment)
   text = json.dumps(
     [numbers, plan_fingerprint, data_manifest, environment], sort_keys=True
   )
@@ -103,7 +121,9 @@ def unrepeatable(platform: str, xla_flags: str) -> str:
   """
   if platform in ("cpu", "tpu"):
     return ""
-  if "--xla_gpu_deterministic_ops=true" in xla_flags.split():
+  # Of flags given twice XLA takes the last.
+  flags = dict(_flags(xla_flags))
+  if flags.get("--xla_gpu_deterministic_ops") == "true":
     return ""
   return secrets.token_hex(16)
 
@@ -117,6 +137,47 @@ def params_sha256(params: Any) -> str:
     digest.update(name.encode())
     digest.update(np.ascontiguousarray(array).tobytes())
   return digest.hexdigest()
+
+
+def _flags(xla_flags: str) -> list[tuple[str, str]]:
+  """Names and values; "" where there is none."""
+  parts = [flag.partition("=") for flag in xla_flags.split()]
+  return [(name, value) for name, _, value in parts]
+
+
+def _files(xla_flags: str) -> dict[str, str]:
+  """SHA-256 of the files that flags name: what is in them decides too."""
+  # A name without a value may be a file of flags.
+  names = {value or name for name, value in _flags(xla_flags)}
+  paths = {name.strip("\"'") for name in names}
+  return {
+    path: hashlib.sha256(pathlib.Path(path).read_bytes()).hexdigest()
+    for path in sorted(paths)
+    if os.path.isfile(path)
+  }
+
+
+def _without_topology(environment: Mapping[str, Any]) -> dict[str, Any]:
+  """An environment without what exact sums do not depend on."""
+
+  def flags(text: str) -> str:
+    kept = [x for x in text.split() if x.split("=")[0] != _TOPOLOGY_FLAG]
+    return " ".join(kept)
+
+  variables = {
+    name: flags(value) if name == "XLA_FLAGS" else value
+    for name, value in environment["variables"].items()
+    if name not in _TOPOLOGY_VARIABLES
+  }
+  # A flag that is all there was leaves what no flags at all would.
+  variables = {k: v for k, v in variables.items() if v or k != "XLA_FLAGS"}
+  rest = {
+    k: v for k, v in environment.items() if k not in _TOPOLOGY_ENVIRONMENT
+  }
+  return rest | {
+    "xla_flags": flags(environment["xla_flags"]),
+    "variables": variables,
+  }
 
 
 def _code_digest() -> str:

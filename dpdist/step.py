@@ -7,6 +7,7 @@ have any number of chunks, none included, so that a draw of any size fits any
 memory and nothing recompiles.
 """
 
+from collections.abc import Callable
 import dataclasses
 import functools
 from typing import Any, NamedTuple
@@ -58,6 +59,12 @@ class Stats(NamedTuple):
   loss: jax.Array
 
 
+def no_stats(shards: int) -> Stats:
+  """Of no example, for each device that divides the examples."""
+  count = lambda: jnp.zeros((shards,), jnp.int32)
+  return Stats(count(), count(), count(), jnp.zeros((shards,)))
+
+
 class Accumulator(NamedTuple):
   """A step's sums so far, apart for each device that divides the examples.
 
@@ -100,7 +107,7 @@ class Step:
     return jax.device_put(state, mesh_lib.replicated(self.mesh))
 
   @functools.cached_property
-  def zeros(self) -> jax.stages.Wrapped:
+  def zeros(self) -> Callable[..., Any]:
     """Compiled (params) -> an empty Accumulator."""
     shards = mesh_lib.num_example_shards(self.mesh)
 
@@ -111,14 +118,12 @@ class Step:
         ),
         params,
       )
-      count = lambda: jnp.zeros((shards,), jnp.int32)
-      stats = Stats(count(), count(), count(), jnp.zeros((shards,)))
-      return Accumulator(sums, stats)
+      return Accumulator(sums, no_stats(shards))
 
     return jax.jit(zeros, out_shardings=mesh_lib.examples(self.mesh))
 
   @functools.cached_property
-  def accumulate(self) -> jax.stages.Wrapped:
+  def accumulate(self) -> Callable[..., Any]:
     """Compiled function that adds one chunk; no collective.
 
     Args of the function:
@@ -150,7 +155,8 @@ class Step:
       grads = self.mechanism.clipped_grad(
         params, batch, is_padding_example=is_padding_example, rng=rngs
       )
-      more = Accumulator(grads.sum, self._stats(grads, is_padding_example))
+      stats = count(self.mechanism, grads, is_padding_example)
+      more = Accumulator(grads.sum, stats)
       # The leading axis has one entry a device, here this device's own.
       return jax.tree.map(lambda x, y: x + y[None], accumulator, more)
 
@@ -169,7 +175,7 @@ class Step:
     return jax.jit(accumulate, donate_argnums=(1,))
 
   @functools.cached_property
-  def apply(self) -> jax.stages.Wrapped:
+  def apply(self) -> Callable[..., Any]:
     """Compiled function that ends a step: one reduction, one draw, one update.
 
     Args of the function:
@@ -199,19 +205,14 @@ class Step:
       noisy_sum, noise_state = self.mechanism.noise(noise_key).update(
         reduce(accumulator.clipped_sum), state.noise_state
       )
-      gradient = self.mechanism.mean(noisy_sum)
-      updates, opt_state = self.optimizer.update(
-        gradient, state.opt_state, state.params
-      )
-      params = optax.apply_updates(state.params, updates)
-      new_state = TrainState(
-        state.step + 1,
-        params,
-        opt_state,
-        self._ema(params, state.ema_params, state.step),
+      return update(
+        self.mechanism,
+        self.optimizer,
+        self.ema_decay,
+        state,
+        noisy_sum,
         noise_state,
       )
-      return new_state, {"noisy_gradient_norm": optax.tree.norm(gradient)}
 
     return jax.jit(
       apply,
@@ -220,32 +221,59 @@ class Step:
     )
 
   @functools.cached_property
-  def stats(self) -> jax.stages.Wrapped:
+  def stats(self) -> Callable[..., Any]:
     """Compiled (accumulator) -> Stats over all devices. Sensitive."""
     return jax.jit(
       lambda accumulator: jax.tree.map(jnp.sum, accumulator.stats),
       out_shardings=mesh_lib.replicated(self.mesh),
     )
 
-  def _stats(
-    self, grads: clipping.ClippedGrads, is_padding_example: jax.Array
-  ) -> Stats:
-    real = ~is_padding_example
-    finite = jnp.isfinite(grads.grad_norms)
-    clipped = grads.grad_norms > self.mechanism.plan.l2_clip_norm
-    loss = jnp.where(real & jnp.isfinite(grads.loss), grads.loss, 0)
-    return Stats(
-      num_examples=jnp.sum(real, dtype=jnp.int32),
-      num_clipped=jnp.sum(real & finite & clipped, dtype=jnp.int32),
-      num_nonfinite=jnp.sum(real & ~finite, dtype=jnp.int32),
-      loss=jnp.sum(loss, dtype=jnp.float32),
-    )
 
-  def _ema(
-    self, params: PyTree, ema_params: PyTree | None, step: jax.Array
-  ) -> PyTree | None:
-    if ema_params is None:
-      return None
-    # Early on the average follows closely, so that it forgets the init.
-    decay = jnp.minimum(self.ema_decay, (1.0 + step) / (10.0 + step))
-    return optax.incremental_update(params, ema_params, 1.0 - decay)
+def count(
+  mechanism: mechanism_lib.Mechanism,
+  grads: clipping.ClippedGrads,
+  is_padding_example: jax.Array,
+) -> Stats:
+  """Stats, scalars, of the examples whose gradients are given."""
+  real = ~is_padding_example
+  finite = jnp.isfinite(grads.grad_norms)
+  clipped = grads.grad_norms > mechanism.clipped_grad.l2_clip_norm
+  loss = jnp.where(real & jnp.isfinite(grads.loss), grads.loss, 0)
+  return Stats(
+    num_examples=jnp.sum(real, dtype=jnp.int32),
+    num_clipped=jnp.sum(real & finite & clipped, dtype=jnp.int32),
+    num_nonfinite=jnp.sum(real & ~finite, dtype=jnp.int32),
+    loss=jnp.sum(loss, dtype=jnp.float32),
+  )
+
+
+def update(
+  mechanism: mechanism_lib.Mechanism,
+  optimizer: optax.GradientTransformation,
+  ema_decay: float,
+  state: TrainState,
+  noisy_sum: PyTree,
+  noise_state: noise.GaussianNoiseState,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """What follows the noise: the state after the step, and released metrics."""
+  gradient = mechanism.mean(noisy_sum)
+  updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  new_state = TrainState(
+    state.step + 1,
+    params,
+    opt_state,
+    _ema(ema_decay, params, state.ema_params, state.step),
+    noise_state,
+  )
+  return new_state, {"noisy_gradient_norm": optax.tree.norm(gradient)}
+
+
+def _ema(
+  ema_decay: float, params: PyTree, ema_params: PyTree | None, step: jax.Array
+) -> PyTree | None:
+  if ema_params is None:
+    return None
+  # Early on the average follows closely, so that it forgets the init.
+  decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
+  return optax.incremental_update(params, ema_params, 1.0 - decay)

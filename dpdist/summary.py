@@ -47,6 +47,9 @@ def start_rows(job: job_lib.Job, *, start_step: int) -> list[tuple[str, str]]:
     ("parameters", screen.human_count(_num_params(job))),
     ("memory estimate", screen.human_bytes(_memory(job)) + " a device"),
   ]
+  group_size = job.step.mechanism.exact_group_size
+  if group_size:
+    rows.append(("sums", f"exact, of groups of {group_size}"))
   if start_step:
     rows.append(("resumed after step", screen.human_count(start_step)))
   return rows
@@ -135,6 +138,8 @@ def _memory(job: job_lib.Job) -> int:
     leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
   )
   rows = job.chunk_size // mesh_lib.num_example_shards(job.mesh)
-  size = job.step.mechanism.clipped_grad.microbatch_size
+  mechanism = job.step.mechanism
+  rows = min(rows, mechanism.exact_group_size or rows)
+  size = mechanism.clipped_grad.microbatch_size
   gradients = min(rows, size or rows) + 1  # and the sum
   return state_bytes + gradients * _num_params(job) * np.dtype("f4").itemsize

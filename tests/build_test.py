@@ -25,14 +25,15 @@ RUNNER = "tests/run.py"
 # Lowest first. A room imports from lower layers only, never from its own; the
 # modules of one room may import one another.
 LAYERS = (
-  ("keys", "mesh", "search", "records"),
+  ("keys", "mesh", "fixed_point", "search", "records"),
   ("renyi",),
   ("accounting", "sampling", "noise", "clipping"),
   ("plan",),
   ("mechanism", "config", "composition", "history"),
   ("ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance"),
-  ("data", "data_budget", "datasets", "screen", "report", "checkpoint"),
+  ("data", "data_budget", "datasets", "screen", "report", "checkpoint")
+  + ("exact_step",),
   ("job", "verification"),
   ("summary",),
   ("train",),

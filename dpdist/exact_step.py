@@ -1,0 +1,249 @@
+"""A training step whose bits do not depend on how many devices share it.
+
+Floating point enters in two compiled programs, and both are for one device,
+whatever the mesh: one adds a group of examples, of fixed size and cut by their
+places in the step's list, to a device's integers; the other turns the total and
+the noise into an update, on one device of each process. Between them integers
+meet in one reduction, and integers may be added in any order.
+
+A program over several devices would not do: XLA compiles it otherwise for one
+partition than for more, and rounds otherwise.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+from jax.sharding import SingleDeviceSharding
+import optax
+
+from dpdist import fixed_point
+from dpdist import mechanism as mechanism_lib
+from dpdist import mesh as mesh_lib
+from dpdist import step as step_lib
+
+PyTree = Any
+
+
+class ExactStep(step_lib.Step):
+  """`dpdist.step.Step` with exact sums; mechanism.exact_group_size is set.
+
+  Guarantees:
+    * The state after a step has the same bits on any mesh and any number of
+      processes, for chunks of any size, on devices of one kind.
+    * No sum overflows: see `dpdist.fixed_point.choose`. A step with more than
+      plan.num_examples examples, which the bound does not cover, ends in NaN.
+    * Truncation is inside the sensitivity: see `dpdist.mechanism.Mechanism`.
+
+  The clipped sum of an Accumulator has a tuple of limbs for each parameter.
+  """
+
+  @functools.cached_property
+  def zeros(self) -> Callable[..., Any]:
+    """Compiled (params) -> an empty Accumulator."""
+    shards = mesh_lib.num_example_shards(self.mesh)
+
+    def zeros(params: PyTree) -> step_lib.Accumulator:
+      form = self.mechanism.sum_format(params)
+      sums = jax.tree.map(
+        lambda x: fixed_point.zeros(form, (shards, *x.shape)), params
+      )
+      return step_lib.Accumulator(sums, step_lib.no_stats(shards))
+
+    return jax.jit(zeros, out_shardings=mesh_lib.examples(self.mesh))
+
+  @functools.cached_property
+  def reduce(self) -> jax.stages.Wrapped:
+    """Compiled (accumulator) -> limbs over all devices, examples drawn."""
+    axes = tuple(mesh_lib.EXAMPLES[0])
+
+    @functools.partial(
+      jax.shard_map,
+      mesh=self.mesh,
+      in_specs=mesh_lib.EXAMPLES,
+      out_specs=mesh_lib.REPLICATED,
+    )
+    def reduce(accumulator: step_lib.Accumulator) -> tuple[PyTree, jax.Array]:
+      mine = (accumulator.clipped_sum, accumulator.stats.num_examples)
+      return jax.lax.psum(jax.tree.map(lambda x: x[0], mine), axes)
+
+    return jax.jit(reduce)
+
+  def accumulate(
+    self,
+    params: PyTree,
+    accumulator: step_lib.Accumulator,
+    batch: PyTree,
+    is_padding_example: jax.Array,
+    key: jax.Array,
+    first_row: int,
+  ) -> step_lib.Accumulator:
+    """Adds one chunk; as `dpdist.step.Step.accumulate`.
+
+    A device's rows must be a multiple of the group size.
+    """
+    size = self.mechanism.exact_group_size
+    assert size is not None
+    num_rows = is_padding_example.sharding.shard_shape(
+      is_padding_example.shape
+    )[0]
+    if num_rows % size:
+      raise ValueError(
+        "a chunk must hold a multiple of exact_group_size for each device, got"
+        f" {num_rows} rows a device for groups of {size}"
+      )
+    devices = _devices(is_padding_example)
+    starts = [
+      first_row + (shard.index[0].start or 0)
+      for shard in is_padding_example.addressable_shards
+    ]
+    params = _split(params, devices)
+    rows = _split((batch, is_padding_example), devices)
+    parts = _split(accumulator, devices)
+    # One group on every device before the next, so that all are at work.
+    for row in range(0, num_rows, size):
+      for i in range(len(devices)):
+        group = _cut(rows[i], row, size)
+        parts[i] = add_group(
+          self.mechanism, params[i], parts[i], *group, key, starts[i] + row
+        )
+    return _join(parts, self.mesh, mesh_lib.EXAMPLES)
+
+  def apply(
+    self,
+    state: step_lib.TrainState,
+    accumulator: step_lib.Accumulator,
+    noise_key: jax.Array,
+  ) -> tuple[step_lib.TrainState, dict[str, jax.Array]]:
+    """Ends a step; as `dpdist.step.Step.apply`."""
+    devices = _devices(state.step)
+    # On one device, and copied: so it is compiled once a process.
+    mine, total = _split((state, self.reduce(accumulator)), devices[:1])[0]
+    after = finish(
+      self.mechanism, self.optimizer, self.ema_decay, mine, *total, noise_key
+    )
+    parts = [jax.device_put(after, device) for device in devices]
+    return _join(parts, self.mesh, mesh_lib.REPLICATED)
+
+
+@functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(2,))
+def add_group(
+  mechanism: mechanism_lib.Mechanism,
+  params: PyTree,
+  accumulator: step_lib.Accumulator,
+  batch: PyTree,
+  is_padding_example: jax.Array,
+  key: jax.Array,
+  first_row: jax.Array | int,
+) -> step_lib.Accumulator:
+  """Compiled, for one device: adds one group to the device's accumulator."""
+  form = mechanism.sum_format(params)
+  rows = first_row + jnp.arange(is_padding_example.shape[0])
+  rngs = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
+  grads = mechanism.clipped_grad(
+    params, batch, is_padding_example=is_padding_example, rng=rngs
+  )
+  # The leading axis has one entry a device.
+  total = jax.tree.map(
+    lambda x, limbs: fixed_point.add(
+      limbs, fixed_point.split(form, x[None], mechanism.largest_in_group)
+    ),
+    grads.sum,
+    accumulator.clipped_sum,
+  )
+  stats = step_lib.count(mechanism, grads, is_padding_example)
+  return step_lib.Accumulator(
+    total, jax.tree.map(jnp.add, accumulator.stats, stats)
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3,))
+def finish(
+  mechanism: mechanism_lib.Mechanism,
+  optimizer: optax.GradientTransformation,
+  ema_decay: float,
+  state: step_lib.TrainState,
+  total: PyTree,
+  num_examples: jax.Array,
+  noise_key: jax.Array,
+) -> tuple[step_lib.TrainState, dict[str, jax.Array]]:
+  """Compiled, for one device: noise and update, from the reduced sum."""
+  form = mechanism.sum_format(state.params)
+  zeros = jax.tree.map(
+    lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
+    state.params,
+  )
+  noise, noise_state = mechanism.noise(noise_key).update(
+    zeros, state.noise_state
+  )
+  # More examples than there are would break the bounds of the format.
+  is_sound = num_examples <= mechanism.plan.num_examples
+
+  def add(noise: jax.Array, limbs: fixed_point.Limbs) -> jax.Array:
+    noisy = fixed_point.add(
+      limbs, fixed_point.split(form, noise, mechanism.largest_noise)
+    )
+    value = fixed_point.to_float(form, noisy, noise.dtype)
+    return jnp.where(is_sound, value, jnp.nan)
+
+  noisy_sum = jax.tree.map(add, noise, total)
+  return step_lib.update(
+    mechanism, optimizer, ema_decay, state, noisy_sum, noise_state
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(2,))
+def _cut(rows: PyTree, start: int, size: int) -> PyTree:
+  # Apart from the program that computes, which must not know how many rows the
+  # device has.
+  return jax.tree.map(
+    lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), rows
+  )
+
+
+def _devices(x: jax.Array) -> list[jax.Device]:
+  """This process's, in the order of its shards."""
+  return [shard.device for shard in x.addressable_shards]
+
+
+def _split(tree: PyTree, devices: Sequence[jax.Device]) -> list[PyTree]:
+  """For each device its own part of every array."""
+  leaves, structure = jax.tree.flatten(tree)
+  on_device = [
+    {shard.device: shard.data for shard in leaf.addressable_shards}
+    for leaf in leaves
+  ]
+
+  def part(data: jax.Array, device: jax.Device) -> jax.Array:
+    sharding = SingleDeviceSharding(device)
+    # The shard of a mesh of one device is still that mesh's, and would make a
+    # program of its own. No copy is made.
+    return data if data.sharding == sharding else jax.device_put(data, sharding)
+
+  return [
+    jax.tree.unflatten(
+      structure, [part(leaf[device], device) for leaf in on_device]
+    )
+    for device in devices
+  ]
+
+
+def _join(parts: Sequence[PyTree], mesh: Mesh, spec: PartitionSpec) -> PyTree:
+  """The arrays over the mesh that the devices' parts make up."""
+  sharding = NamedSharding(mesh, spec)
+  shards = mesh_lib.num_example_shards(mesh)
+
+  def join(*arrays: jax.Array) -> jax.Array:
+    shape = arrays[0].shape
+    if spec == mesh_lib.EXAMPLES:
+      shape = (shape[0] * shards, *shape[1:])
+    return jax.make_array_from_single_device_arrays(
+      shape, sharding, list(arrays)
+    )
+
+  return jax.tree.map(join, *parts)

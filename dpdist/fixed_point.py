@@ -1,0 +1,132 @@
+"""Sums of float arrays in integers, which no order of additions can change.
+
+A number is a tuple of int32 limbs, most significant first:
+
+  value = (limbs[0] + limbs[1] / 2**20 + limbs[2] / 2**40 + ...) / 2**exponent
+
+After `carry` every limb but the first is in [0, 2**20), so that each value has
+one form. Scaling by a power of two, truncation and the difference to it are all
+exact in floating point: whatever program they are compiled into, they give the
+same bits.
+"""
+
+from collections.abc import Sequence
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+# 2048 devices, each with a limb of less than 2**20, sum to less than 2**31.
+_LIMB_BITS = 20
+# Of the first limb. The 31st is room for what `choose` is not told of.
+_SUM_BITS = 30
+
+Limbs = tuple[jax.Array, ...]
+
+
+class Format(NamedTuple):
+  """How numbers are laid out.
+
+  Attributes:
+    exponent: the first limb counts units of 2**-exponent.
+    num_limbs: at least 2.
+  """
+
+  exponent: int
+  num_limbs: int
+
+  @property
+  def unit(self) -> float:
+    """What the last limb counts; truncation moves an entry by less."""
+    return math.ldexp(1.0, -self.exponent - _LIMB_BITS * (self.num_limbs - 1))
+
+
+def choose(
+  *, largest: float, num_terms: int, num_entries: int, tolerance: float
+) -> Format:
+  """Chooses a format that cannot overflow and rounds little.
+
+  Guarantees:
+    * A sum whose terms' magnitudes add up to at most `largest` in every entry,
+      made with `add` on each of up to 2048 devices and `carry` after a plain
+      sum of theirs, never overflows, however the terms lie on the devices. A
+      device's first limb is the floor of its sum in units of 2**-exponent, at
+      most 2**30 in magnitude; 2048 floors are off by at most 2048, and 2048
+      of the other limbs are less than 2**31: all is below 2**31.
+    * Two sums of `num_terms` arrays each, truncated, are no further apart in
+      l2 than without truncation plus `tolerance`: an entry of a term moves by
+      less than `unit`, so a sum by less than num_terms * sqrt(num_entries) *
+      unit, and both sums by twice that.
+
+  Args:
+    largest: see above; above 0.
+    num_terms: arrays in a sum, at most.
+    num_entries: of an array.
+    tolerance: above 0.
+
+  Returns:
+    The format with the fewest limbs that does it.
+  """
+  # largest < 2**power, exactly.
+  power = math.frexp(largest)[1]
+  form = Format(_SUM_BITS - power, 2)
+  while 2 * num_terms * math.sqrt(num_entries) * form.unit > tolerance:
+    form = form._replace(num_limbs=form.num_limbs + 1)
+  return form
+
+
+def zeros(form: Format, shape: Sequence[int]) -> Limbs:
+  """The number 0 in every entry."""
+  return tuple(jnp.zeros(shape, jnp.int32) for _ in range(form.num_limbs))
+
+
+def split(form: Format, x: jax.Array, bound: float) -> Limbs:
+  """Limbs of x, truncated towards zero and not carried yet.
+
+  Truncation makes no entry larger, and so no norm.
+
+  Args:
+    form: the format.
+    x: float32 or wider.
+    bound: entries beyond +-bound become it, and NaN 0: neither occurs, but a
+      sum must not overflow even if it did.
+  """
+  x = jnp.clip(jnp.where(jnp.isnan(x), 0, x), -bound, bound)
+  rest = x * math.ldexp(1.0, form.exponent)
+  limbs = []
+  for _ in range(form.num_limbs):
+    whole = jnp.trunc(rest)
+    limbs.append(whole.astype(jnp.int32))
+    rest = (rest - whole) * (1 << _LIMB_BITS)
+  return tuple(limbs)
+
+
+def carry(limbs: Limbs) -> Limbs:
+  """The same number in its one form."""
+  first, *others = limbs
+  over = jnp.zeros_like(first)
+  carried = []
+  for limb in reversed(others):
+    limb = limb + over
+    # Arithmetic shift and mask: floor and remainder, for negative limbs too.
+    over = limb >> _LIMB_BITS
+    carried.append(limb & ((1 << _LIMB_BITS) - 1))
+  return (first + over, *reversed(carried))
+
+
+def add(x: Limbs, y: Limbs) -> Limbs:
+  """The sum of two numbers, carried."""
+  return carry(tuple(a + b for a, b in zip(x, y, strict=True)))
+
+
+def to_float(form: Format, limbs: Limbs, dtype: jnp.dtype) -> jax.Array:
+  """A carried number as a float: within rounding, and the same everywhere.
+
+  Powers of two multiply exactly, so it does not matter whether a compiler
+  fuses multiplications with additions.
+  """
+  value = jnp.zeros_like(limbs[0], dtype)
+  for limb in reversed(limbs):
+    value = value * 2.0**-_LIMB_BITS + limb.astype(dtype)
+  return value * math.ldexp(1.0, -form.exponent)

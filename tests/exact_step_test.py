@@ -1,0 +1,400 @@
+"""Exact sums: the same bits on every mesh, and inside the sensitivity.
+
+Steps are those that users run, compiled for meshes of one to eight devices.
+"""
+
+import dataclasses
+import functools
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dpdist
+from dpdist import exact_step
+from dpdist import losses
+from dpdist import mechanism
+from dpdist import mesh as mesh_lib
+from dpdist import provenance
+from dpdist import step as step_lib
+from dpdist.models import cnn
+from dpdist.models import decoder
+
+_CLIP = 0.75
+_GROUP = 8
+_NUM_EXAMPLES = 200
+_MESHES = {
+  "1": (1, 1, 1),
+  "2": (2, 1, 1),
+  "4": (2, 2, 1),
+  "8": (8, 1, 1),
+  "8, fsdp": (2, 4, 1),
+  "8, model": (2, 2, 2),
+}
+
+
+def _mesh(name):
+  shape = _MESHES[name]
+  return mesh_lib.make(
+    dict(zip(mesh_lib.AXES, shape, strict=True)),
+    jax.devices()[: int(np.prod(shape))],
+  )
+
+
+def _plan(**changes):
+  return dpdist.make_plan(
+    dpdist.PrivacyConfig(
+      **{
+        "num_examples": _NUM_EXAMPLES,
+        "expected_batch_size": 64,
+        "num_steps": 10,
+        "l2_clip_norm": _CLIP,
+        "target_delta": 1e-5,
+        "noise_multiplier": 1.5,
+      }
+      | changes
+    )
+  )
+
+
+def _put(mesh, x):
+  return jax.device_put(x, mesh_lib.examples(mesh))
+
+
+class _Mlp(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    x = nn.relu(nn.Dense(33)(x))
+    if self.has_rng("dropout"):
+      x = nn.Dropout(0.5, deterministic=False)(x)
+    return nn.Dense(10)(x)
+
+
+def _images(rng, *shape):
+  inputs = rng.normal(size=(_NUM_EXAMPLES, *shape)).astype(np.float32)
+  return {
+    "inputs": inputs,
+    "targets": rng.integers(0, 10, _NUM_EXAMPLES, np.int32),
+  }
+
+
+def _tokens(rng):
+  tokens = rng.integers(0, 32, (_NUM_EXAMPLES, 12), np.int32)
+  return {"inputs": tokens, "targets": np.roll(tokens, -1, 1)}
+
+
+@functools.cache
+def _problem(name):
+  """Model, parameters and all examples."""
+  rng = np.random.default_rng(0)
+  if name == "mlp":
+    model, data = _Mlp(), _images(rng, 20)
+  elif name == "cnn":
+    model, data = cnn.CNN(10, 2, jnp.float32), _images(rng, 14, 14, 1)
+  else:
+    model = decoder.Decoder(32, 16, 1, 2, jnp.float32)
+    data = _tokens(rng)
+  params = jax.jit(model.init)(jax.random.key(0), data["inputs"][0])["params"]
+  return model, jax.tree.map(np.asarray, params), data
+
+
+@functools.cache
+def _mechanism(model_name):
+  model, _, _ = _problem(model_name)
+  return mechanism.make(
+    _plan(), losses.cross_entropy(model), exact_group_size=_GROUP
+  )
+
+
+@functools.cache
+def _step(model_name, optimizer_name):
+  """On one device; others share its programs by dataclasses.replace."""
+  optimizer = {
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "adam": optax.adam(1e-2),
+  }[optimizer_name]
+  return exact_step.ExactStep(
+    _mechanism(model_name), optimizer, _mesh("1"), 0.9
+  )
+
+
+def _accumulated(step, params, data, rows, chunk_size, key):
+  """The accumulator of a step that draws the given rows of data."""
+  params = jax.device_put(params, mesh_lib.replicated(step.mesh))
+  accumulator = step.zeros(params)
+  for start in range(0, len(rows), chunk_size):
+    mine = rows[start : start + chunk_size]
+    is_padding_example = np.arange(chunk_size) >= len(mine)
+    padded = np.pad(mine, (0, chunk_size - len(mine)))
+    accumulator = step.accumulate(
+      params,
+      accumulator,
+      {name: _put(step.mesh, x[padded]) for name, x in data.items()},
+      _put(step.mesh, is_padding_example),
+      key,
+      start,
+    )
+  return accumulator
+
+
+_DRAWS = (100, 0, 37)
+
+
+def _digest(step, params, data, chunk_size):
+  """Of all that steps with several chunks, none, and one leave."""
+  state = step.init(jax.tree.map(jnp.array, params))
+  rng = np.random.default_rng(1)
+  for t, size in enumerate(_DRAWS):
+    rows = np.sort(rng.choice(_NUM_EXAMPLES, size, replace=False))
+    accumulator = _accumulated(
+      step, state.params, data, rows, chunk_size, jax.random.key(t)
+    )
+    state, released = step.apply(state, accumulator, jax.random.key(9))
+  for leaf in jax.tree.leaves(state):
+    copies = {np.asarray(s.data).tobytes() for s in leaf.addressable_shards}
+    assert len(copies) == 1
+    assert leaf.sharding == mesh_lib.replicated(step.mesh)
+  assert np.isfinite(float(released["noisy_gradient_norm"]))
+  return provenance.params_sha256((state, released))
+
+
+@pytest.mark.parametrize(
+  ("model", "optimizer"),
+  [
+    ("mlp", "momentum"),
+    ("mlp", "adam"),
+    ("cnn", "momentum"),
+    ("decoder", "adam"),
+  ],
+)
+def test_a_step_has_the_same_bits_on_every_mesh_for_chunks_of_any_size(
+  model, optimizer
+):
+  _, params, data = _problem(model)
+  step = _step(model, optimizer)
+  expected = _digest(step, params, data, 64)
+  # A device more is a compilation more, and the decoder's is long.
+  names = ("1", "2", "4") if model == "decoder" else tuple(_MESHES)
+  for name, chunk_size in [
+    ("1", 8),
+    ("2", 64),
+    ("2", 16),
+    ("4", 128),
+    ("8", 64),
+    ("8, fsdp", 128),
+    ("8, model", 32),
+  ]:
+    if name not in names:
+      continue
+    other = dataclasses.replace(step, mesh=_mesh(name))
+    got = _digest(other, params, data, chunk_size)
+    assert got == expected, (name, chunk_size)
+
+
+def _value(step, params, accumulator):
+  """The exact sum in float64, one vector."""
+  form = step.mechanism.sum_format(params)
+  total, _ = step.reduce(accumulator)
+  values = jax.tree.map(
+    lambda _, limbs: sum(
+      np.ldexp(np.asarray(limb, np.float64), -form.exponent - 20 * i)
+      for i, limb in enumerate(limbs)
+    ),
+    params,
+    total,
+  )
+  return np.concatenate([x.ravel() for x in jax.tree.leaves(values)])
+
+
+def test_the_sum_is_that_of_floats_up_to_rounding():
+  _, params, data = _problem("mlp")
+  exact = dataclasses.replace(_step("mlp", "adam"), mesh=_mesh("8"))
+  plain = step_lib.Step(exact.mechanism, exact.optimizer, exact.mesh)
+  rows = np.arange(100)
+  args = (params, data, rows, 64, jax.random.key(0))
+  total = _value(exact, params, _accumulated(exact, *args))
+  floats = _accumulated(plain, *args)
+  expected = np.concatenate(
+    [np.sum(x, 0).ravel() for x in jax.tree.leaves(floats.clipped_sum)]
+  )
+  assert np.linalg.norm(expected) > 2 * _CLIP
+  np.testing.assert_allclose(total, expected, rtol=1e-5, atol=1e-5)
+  stats, same = exact.stats(_accumulated(exact, *args)), plain.stats(floats)
+  assert stats[:3] == same[:3]
+  assert int(stats.num_examples) == 100
+
+
+def test_removing_any_example_moves_the_sum_within_the_sensitivity():
+  """Though those after it move to other places, and to other groups."""
+  _, params, data = _problem("mlp")
+  step = dataclasses.replace(_step("mlp", "adam"), mesh=_mesh("2"))
+  rng = np.random.default_rng(2)
+  # Dropout would go by the place; here every example keeps its gradient.
+  loss = lambda p, e, rng: losses.cross_entropy(_NoDropout())(p, e, rng)
+  step = dataclasses.replace(
+    step, mechanism=mechanism.make(_plan(), loss, exact_group_size=_GROUP)
+  )
+  key = jax.random.key(0)
+  furthest = 0.0
+  for _ in range(60):
+    scale = np.float32(10.0 ** rng.uniform(-2, 3))
+    changed = data | {"inputs": data["inputs"] * scale}
+    rows = np.sort(rng.choice(_NUM_EXAMPLES, 40, replace=False))
+    without = np.delete(rows, rng.integers(len(rows)))
+    one, two = (
+      _value(step, params, _accumulated(step, params, changed, r, 48, key))
+      for r in (rows, without)
+    )
+    furthest = max(furthest, np.linalg.norm(one - two))
+  assert furthest <= step.mechanism.sensitivity == _CLIP
+  assert furthest > 0.99 * _CLIP
+
+
+class _NoDropout(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(10, name="Dense_1")(
+      nn.relu(nn.Dense(33, name="Dense_0")(x))
+    )
+
+
+def test_one_example_is_no_longer_than_the_clip_norm():
+  _, params, data = _problem("mlp")
+  step = _step("mlp", "adam")
+  data = data | {"inputs": data["inputs"] * 100}
+  for row in range(40):
+    rows = np.array([row])
+    accumulator = _accumulated(
+      step, params, data, rows, _GROUP, jax.random.key(row)
+    )
+    norm = np.linalg.norm(_value(step, params, accumulator))
+    assert 0.99 * _CLIP < norm < _CLIP * (1 - 2**-11)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("clip_norm", [1e-6, 0.75, 3e5])
+def test_all_examples_in_one_direction_do_not_overflow(sign, clip_norm):
+  loss = lambda params, example, rng: (
+    sign * 1e9 * params["w"][0] * example["x"],
+    None,
+  )
+  plan = _plan(l2_clip_norm=clip_norm, noise_multiplier=1e-3)
+  bound = mechanism.make(plan, loss, exact_group_size=_GROUP)
+  bound = dataclasses.replace(bound, noise_stddev=0.0)
+  step = exact_step.ExactStep(bound, optax.sgd(64.0), _mesh("8"))
+  params = {"w": jnp.zeros(3)}
+  data = {"x": np.ones(_NUM_EXAMPLES + 1, np.float32)}
+
+  def after(num_examples):
+    state = step.init(jax.tree.map(jnp.array, params))
+    rows, key = np.arange(num_examples), jax.random.key(0)
+    accumulator = _accumulated(step, state.params, data, rows, 64, key)
+    total = _value(step, params, accumulator)
+    return total, step.apply(state, accumulator, key)[0].params["w"]
+
+  group, _ = after(_GROUP)
+  total, moved = after(_NUM_EXAMPLES)
+  np.testing.assert_array_equal(total, group * (_NUM_EXAMPLES // _GROUP))
+  assert total[0] * sign > 0.998 * _NUM_EXAMPLES * clip_norm
+  np.testing.assert_allclose(-moved, total, rtol=1e-6)
+  # More than the bound covers is not passed over.
+  _, broken = after(_NUM_EXAMPLES + 1)
+  assert np.all(np.isnan(broken))
+
+
+def test_noise_has_its_standard_deviation_on_an_empty_step():
+  loss = lambda params, example, rng: (jnp.sum(params["w"]), None)
+  bound = mechanism.make(_plan(), loss, exact_group_size=_GROUP)
+  step = exact_step.ExactStep(bound, optax.sgd(1.0), _mesh("2"))
+  state = step.init({"w": jnp.zeros(100_000)})
+  after, _ = step.apply(state, step.zeros(state.params), jax.random.key(4))
+  assert int(after.step) == int(after.noise_state.draws) == 1
+  claimed = 1.5 * _CLIP / 64
+  # Standard error 0.22 %.
+  np.testing.assert_allclose(np.std(after.params["w"]) / claimed, 1, atol=0.015)
+  plain = step_lib.Step(bound, optax.sgd(1.0), _mesh("2"))
+  state = plain.init({"w": jnp.zeros(100_000)})
+  same, _ = plain.apply(state, plain.zeros(state.params), jax.random.key(4))
+  np.testing.assert_allclose(
+    after.params["w"], same.params["w"], rtol=1e-5, atol=1e-9
+  )
+
+
+def test_only_integers_meet_and_once():
+  _, params, data = _problem("mlp")
+  step = dataclasses.replace(_step("mlp", "adam"), mesh=_mesh("8"))
+  state = step.init(jax.tree.map(jnp.array, params))
+  accumulator = step.zeros(state.params)
+  collectives = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
+  count = lambda text: [text.count(f" {name}(") for name in collectives]
+
+  text = step.reduce.lower(accumulator).compile().as_text()
+  assert count(text) == [1, 0, 0, 0]
+  assert "f32" not in text
+  one = dataclasses.replace(step, mesh=_mesh("1"))
+  key = jax.random.key(0)
+  group = {name: x[:_GROUP] for name, x in data.items()}
+  add = exact_step.add_group.lower(
+    one.mechanism,
+    params,
+    one.zeros(params),
+    group,
+    np.zeros(_GROUP, bool),
+    key,
+    0,
+  )
+  total, num_examples = one.reduce(one.zeros(params))
+  finish = exact_step.finish.lower(
+    one.mechanism,
+    one.optimizer,
+    0.9,
+    one.init(jax.tree.map(jnp.array, params)),
+    total,
+    num_examples,
+    key,
+  )
+  for lowered in (add, finish):
+    text = lowered.compile().as_text()
+    assert count(text) == [0, 0, 0, 0]
+    assert "num_partitions=" not in text
+
+
+def test_rows_that_make_no_whole_groups_are_refused():
+  _, params, data = _problem("mlp")
+  step = dataclasses.replace(_step("mlp", "adam"), mesh=_mesh("2"))
+  with pytest.raises(ValueError, match="4 rows a device for groups of 8"):
+    _accumulated(step, params, data, np.arange(8), 8, jax.random.key(0))
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    ({"exact_group_size": 0}, r"exact_group_size .* got 0"),
+    ({"exact_group_size": 2**13 + 1}, r"exact_group_size .* 8193"),
+    ({"exact_group_size": 8, "microbatch_size": 3}, "divide .* 8, got 3"),
+  ],
+)
+def test_bad_groups_are_refused(changes, message):
+  with pytest.raises(ValueError, match=message):
+    mechanism.make(_plan(), lambda p, e, rng: (0.0, None), **changes)
+
+
+def test_limbs_are_added_until_truncation_is_inside_the_sensitivity():
+  for num_examples, num_entries, limbs in (
+    (1000, 10**6, 2),
+    (10**6, 10**8, 3),
+    (10**9, 10**10, 4),
+  ):
+    plan = _plan(num_examples=num_examples, noise_multiplier=1.0)
+    bound = mechanism.make(
+      plan, lambda p, e, rng: (0.0, None), exact_group_size=32
+    )
+    params = {"w": jax.ShapeDtypeStruct((num_entries,), jnp.float32)}
+    form = bound.sum_format(params)
+    assert form.num_limbs == limbs
+    groups = -(-num_examples // 32)
+    rounding = 2 * groups * num_entries**0.5 * form.unit
+    assert bound.clipped_grad.l2_clip_norm + rounding <= _CLIP
