@@ -21,6 +21,7 @@ import jax
 import orbax.checkpoint as ocp
 
 from dpdist import history
+from dpdist import hosts
 from dpdist import manifest
 
 PyTree = Any
@@ -97,7 +98,7 @@ class Checkpoints:
         raise SaveError(
           f"{path} was not saved: Orbax found a newer checkpoint beside it"
         )
-      return manifest.write(path)
+      return str(hosts.from_leader(lambda: manifest.write(path)))
     except (OSError, ValueError) as error:  # ValueError: tensorstore's.
       raise SaveError(f"{path} could not be saved: {error}") from error
 

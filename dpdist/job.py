@@ -21,6 +21,8 @@ from dpdist import config as config_lib
 from dpdist import data_budget
 from dpdist import datasets
 from dpdist import exact_step
+from dpdist import history
+from dpdist import hosts
 from dpdist import keys
 from dpdist import ledger as ledger_lib
 from dpdist import losses
@@ -30,6 +32,7 @@ from dpdist import mesh as mesh_lib
 from dpdist import models
 from dpdist import optimizers
 from dpdist import plan as plan_lib
+from dpdist import provenance
 from dpdist import sources
 from dpdist import step as step_lib
 
@@ -48,8 +51,11 @@ class Job(NamedTuple):
     changes: what changed since the run's segment began, a line each; a segment
       with `plan` is to be opened if there is any.
     settings: the privacy settings, as the ledger records them.
-    ledger: in agreement with the settings, and this process's to write.
+    ledger: in agreement with the settings, and this process's to write; None
+      in the processes that are not the leader.
     budget: the data set's, in which the run's stake covers `plan`; or None.
+    writer: the number of the process that writes.
+    notices: what a reader of any figure from this run has to be told.
     found: the checkpoint to go on from.
     secret: what all its randomness comes from.
     mesh: all devices.
@@ -66,8 +72,10 @@ class Job(NamedTuple):
   plan: plan_lib.PrivacyPlan
   changes: list[str]
   settings: dict[str, Any]
-  ledger: ledger_lib.Ledger
+  ledger: ledger_lib.Ledger | None
   budget: data_budget.DataBudget | None
+  writer: int
+  notices: list[str]
   found: manifest.Found
   secret: bytes
   mesh: Mesh
@@ -108,14 +116,15 @@ def open_ledger(
 def prepare(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
-  ledger: ledger_lib.Ledger,
+  ledger: ledger_lib.Ledger | None,
 ) -> Job:
-  """Makes a job, and this process its ledger's writer.
+  """Makes a job, and the leader its ledger's writer.
 
   Args:
     config: settings; see `dpdist.config.default`.
     workdir: the run's directory; made if missing.
     ledger: of the run; opened if it is new, else held against the settings.
+      None in the processes that are not the leader.
 
   Returns:
     The job.
@@ -123,6 +132,7 @@ def prepare(
   Raises:
     SettingsError: names the setting, its value and what would be right.
     dpdist.ledger.LedgerError: another process writes the ledger.
+    dpdist.hosts.LeaderError: the leader raised one of these.
   """
   try:
     return _prepare(config, workdir, ledger)
@@ -134,13 +144,8 @@ def prepare(
 def _prepare(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
-  ledger: ledger_lib.Ledger,
+  ledger: ledger_lib.Ledger | None,
 ) -> Job:
-  if ledger.is_ended:
-    raise ValueError(
-      "workdir must not hold a run that was ended, and what it had left given"
-      f" back, got {str(workdir)!r}: start a new run in a new directory"
-    )
   settings = config_lib.privacy_dict(config)
   mesh = mesh_lib.make(config.mesh)
   splits = datasets.load(config.data)
@@ -150,85 +155,63 @@ def _prepare(
       f" {len(splits.train)}, got {config.privacy.num_examples}"
     )
   train_manifest = splits.train.manifest()
-  found = manifest.newest(workdir / "checkpoints", ledger.checkpoints)
-  plan, changes = _plan(config, workdir, ledger, found, train_manifest)
+  hosts.agree(
+    settings=config.to_dict(),
+    code=provenance.code_digest(),
+    training_data=train_manifest,
+  )
+  plan, changes, found = _agreed_plan(config, workdir, ledger, train_manifest)
   model = models.make(config.model)
   optimizer, learning_rate = optimizers.make(
     config.optimizer, config.privacy.num_steps
   )
-  microbatch_size = config.clipping.microbatch_size
   chunk_size = _chunk_size(config, plan, mesh)
-  if not 0 <= config.ema_decay < 1:
-    raise ValueError(
-      f"ema_decay must be at least 0 and below 1, got {config.ema_decay}"
-    )
-  if config.max_checkpoints < 2:
-    raise ValueError(
-      "max_checkpoints must be at least 2, so that one is whole while the next"
-      f" is written, got {config.max_checkpoints}"
-    )
-  for name in ("eval_every", "checkpoint_every"):
-    if config[name] < 0:
-      raise ValueError(f"{name} must be at least 0, got {config[name]}")
-  exact = config.clipping.exact_sum
-  make_step = exact_step.ExactStep if exact else step_lib.Step
-  step = make_step(
-    mechanism.make(
-      plan,
-      losses.cross_entropy(model),
-      method=config.clipping.method,
-      microbatch_size=microbatch_size or None,
-      exact_group_size=config.clipping.exact_group_size if exact else None,
-    ),
-    optimizer,
-    mesh,
-    config.ema_decay,
-  )
+  _check(config)
+  step = _step(config, plan, model, optimizer, mesh)
 
-  planned = plan_lib.Part(plan, plan.num_steps)
-  budget = _budget(config, ledger, train_manifest)
-  if budget is not None and ledger.is_new:
-    # Here too, so that a run that does not fit leaves no ledger behind.
-    budget.check(budget.cost([planned]), config.data_budget.reservation)
+  def agree_on_secret() -> str:
+    assert ledger is not None
+    return keys.secret_hash(_secret(config, workdir, is_new=ledger.is_new))
 
-  secret = _secret(config, workdir, is_new=ledger.is_new)
+  secret_hash = hosts.from_leader(agree_on_secret)
+  secret = _secret(config, workdir, is_new=False)
+  if keys.secret_hash(secret) != secret_hash:
+    raise ValueError(
+      "secret_file must be the same file for all processes, and is another"
+      f" than process 0's in process {jax.process_index()}"
+    )
   example = splits.train.read(np.zeros(1, np.int64))["inputs"][0]
   init_key = mechanism.Streams(secret, "").key("init")
   params = jax.jit(model.init)(init_key, example)["params"]
-  ledger.acquire()
-  if ledger.is_new:
-    ledger.open(
-      config=settings,
-      plan=plan,
-      data=train_manifest,
-      secret_hash=keys.secret_hash(secret),
-      run="" if config.insecure_seed is not None else secrets.token_hex(16),
-    )
-  if budget is not None:
-    ended = ledger.spent if changes else ledger.spent[:-1]
-    stake = budget.admit(
+
+  budget: data_budget.DataBudget | None = None
+
+  def begin() -> dict[str, Any]:
+    nonlocal budget
+    assert ledger is not None
+    budget = _budget(config, ledger, train_manifest)
+    _begin(
+      config,
+      workdir,
       ledger,
-      [*ended, planned],
-      label=str(workdir.absolute()),
-      reservation=config.data_budget.reservation,
+      budget,
+      plan=plan,
+      settings=settings,
+      data=train_manifest,
+      secret_hash=secret_hash,
+      is_changed=bool(changes),
     )
-    ledger.record_stake(root=budget.root, data=train_manifest, stake=stake)
-  if config.insecure_seed is not None:
-    ledger.notice(
-      "insecure_seed fixes every random stream, so anyone can subtract the"
-      " noise"
-    )
-  if config.unsafe_metrics:
-    ledger.notice(
-      "unsafe_metrics shows training loss, batch size and clip fraction, which"
-      " no noise covers"
-    )
+    return {"writer": ledger.writer, "notices": ledger.notices}
+
+  begun = hosts.from_leader(begin)
   return Job(
     plan,
     changes,
     settings,
     ledger,
     budget,
+    begun["writer"],
+    begun["notices"],
     found,
     secret,
     mesh,
@@ -241,6 +224,117 @@ def _prepare(
     learning_rate,
     chunk_size,
   )
+
+
+def _agreed_plan(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  ledger: ledger_lib.Ledger | None,
+  train_manifest: str,
+) -> tuple[plan_lib.PrivacyPlan, list[str], manifest.Found]:
+  """What the leader decides on: plan, changes, and where to go on from."""
+
+  def decide() -> dict[str, Any]:
+    assert ledger is not None
+    if ledger.is_ended:
+      raise ValueError(
+        "workdir must not hold a run that was ended, and what it had left given"
+        f" back, got {str(workdir)!r}: start a new run in a new directory"
+      )
+    found = manifest.newest(workdir / "checkpoints", ledger.checkpoints)
+    plan, changes = _plan(config, workdir, ledger, found, train_manifest)
+    return {"plan": plan.to_dict(), "changes": changes, "found": found}
+
+  told = hosts.from_leader(decide)
+  saved, rejected = told["found"]
+  found = manifest.Found(history.Saved(*saved) if saved else None, rejected)
+  return plan_lib.PrivacyPlan.from_dict(told["plan"]), told["changes"], found
+
+
+def _begin(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  ledger: ledger_lib.Ledger,
+  budget: data_budget.DataBudget | None,
+  *,
+  plan: plan_lib.PrivacyPlan,
+  settings: dict[str, Any],
+  data: str,
+  secret_hash: str,
+  is_changed: bool,
+) -> None:
+  """Makes this process the writer, and the run one that is paid for."""
+  planned = plan_lib.Part(plan, plan.num_steps)
+  if budget is not None and ledger.is_new:
+    # Here too, so that a run that does not fit leaves no ledger behind.
+    budget.check(budget.cost([planned]), config.data_budget.reservation)
+  ledger.acquire()
+  if ledger.is_new:
+    ledger.open(
+      config=settings,
+      plan=plan,
+      data=data,
+      secret_hash=secret_hash,
+      run="" if config.insecure_seed is not None else secrets.token_hex(16),
+    )
+  if budget is not None:
+    ended = ledger.spent if is_changed else ledger.spent[:-1]
+    stake = budget.admit(
+      ledger,
+      [*ended, planned],
+      label=str(workdir.absolute()),
+      reservation=config.data_budget.reservation,
+    )
+    ledger.record_stake(root=budget.root, data=data, stake=stake)
+  if config.insecure_seed is not None:
+    ledger.notice(
+      "insecure_seed fixes every random stream, so anyone can subtract the"
+      " noise"
+    )
+  if config.unsafe_metrics:
+    ledger.notice(
+      "unsafe_metrics shows training loss, batch size and clip fraction, which"
+      " no noise covers"
+    )
+
+
+def _step(
+  config: ml_collections.ConfigDict,
+  plan: plan_lib.PrivacyPlan,
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+) -> step_lib.Step:
+  exact = config.clipping.exact_sum
+  make_step = exact_step.ExactStep if exact else step_lib.Step
+  return make_step(
+    mechanism.make(
+      plan,
+      losses.cross_entropy(model),
+      method=config.clipping.method,
+      microbatch_size=config.clipping.microbatch_size or None,
+      exact_group_size=config.clipping.exact_group_size if exact else None,
+    ),
+    optimizer,
+    mesh,
+    config.ema_decay,
+  )
+
+
+def _check(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for a setting that nothing else looks at so early."""
+  if not 0 <= config.ema_decay < 1:
+    raise ValueError(
+      f"ema_decay must be at least 0 and below 1, got {config.ema_decay}"
+    )
+  if config.max_checkpoints < 2:
+    raise ValueError(
+      "max_checkpoints must be at least 2, so that one is whole while the next"
+      f" is written, got {config.max_checkpoints}"
+    )
+  for name in ("eval_every", "checkpoint_every"):
+    if config[name] < 0:
+      raise ValueError(f"{name} must be at least 0, got {config[name]}")
 
 
 def _plan(

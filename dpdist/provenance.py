@@ -1,6 +1,6 @@
 """What decides the bits of a step: versions, code, devices, settings."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import hashlib
 from importlib import metadata
 import json
@@ -37,18 +37,13 @@ _HARMLESS = (
   "unsafe_metrics",
 )
 _HARMLESS_DATA = ("changed_to", "num_threads", "path", "prefetch")
-# What exact sums make harmless too: how many devices and processes there are,
-# and which of them this is.
+# Which process this is, and where it meets the others.
+_WHO = ("JAX_COORDINATOR_ADDRESS", "JAX_LOCAL_DEVICE_IDS", "JAX_PROCESS_ID")
+# What exact sums make harmless too: how many devices and processes there are.
 _TOPOLOGY = ("chunk_size", "mesh")
 _TOPOLOGY_ENVIRONMENT = ("mesh", "num_processes")
 _TOPOLOGY_FLAG = "--xla_force_host_platform_device_count"
-_TOPOLOGY_VARIABLES = (
-  "JAX_COORDINATOR_ADDRESS",
-  "JAX_LOCAL_DEVICE_IDS",
-  "JAX_NUM_CPU_DEVICES",
-  "JAX_NUM_PROCESSES",
-  "JAX_PROCESS_ID",
-)
+_TOPOLOGY_VARIABLES = ("JAX_NUM_CPU_DEVICES", "JAX_NUM_PROCESSES")
 
 
 def environment(mesh: Mesh) -> dict[str, Any]:
@@ -58,7 +53,7 @@ def environment(mesh: Mesh) -> dict[str, Any]:
   return {
     "packages": {name: metadata.version(name) for name in _PACKAGES},
     "python": platform.python_version(),
-    "code_sha256": _code_digest(),
+    "code_sha256": code_digest(),
     "device_kind": device.device_kind,
     "mesh": dict(mesh.shape),
     "backend": device.client.platform_version,
@@ -67,7 +62,7 @@ def environment(mesh: Mesh) -> dict[str, Any]:
     "variables": {
       name: value
       for name, value in sorted(os.environ.items())
-      if name.startswith(_VARIABLES)
+      if name.startswith(_VARIABLES) and name not in _WHO
     },
     "jax_config": {name: jax.config.values.get(name) for name in _JAX_CONFIG},
     "unrepeatable": unrepeatable(device.platform, xla_flags),
@@ -80,7 +75,7 @@ def fingerprint(
   config: Mapping[str, Any],
   plan_fingerprint: str,
   data_manifest: str,
-  environment: Mapping[str, Any],
+  environments: Sequence[Mapping[str, Any]],
 ) -> str:
   """A digest that is equal only if a step run again gives the same bits.
 
@@ -90,7 +85,7 @@ def fingerprint(
     config: all settings, JSON-able.
     plan_fingerprint: of the plan.
     data_manifest: of the training set.
-    environment: from `environment`.
+    environments: from `environment`, of every process in order.
 
   Returns:
     SHA-256, hex.
@@ -101,9 +96,11 @@ def fingerprint(
   }
   if config["clipping"]["exact_sum"]:
     numbers = {k: v for k, v in numbers.items() if k not in _TOPOLOGY}
-    environment = _without_topology(environment)
-  text = json.dumps(
-    [numbers, plan_fingerprint, data_manifest, environment], sort_keys=True
+    # What there is of them, however often.
+    kinds = {_canonical(_without_topology(e)) for e in environments}
+    environments = [json.loads(kind) for kind in sorted(kinds)]
+  text = _canonical(
+    [numbers, plan_fingerprint, data_manifest, list(environments)]
   )
   return hashlib.sha256(text.encode()).hexdigest()
 
@@ -137,6 +134,10 @@ def params_sha256(params: Any) -> str:
     digest.update(name.encode())
     digest.update(np.ascontiguousarray(array).tobytes())
   return digest.hexdigest()
+
+
+def _canonical(value: Any) -> str:
+  return json.dumps(value, sort_keys=True)
 
 
 def _flags(xla_flags: str) -> list[tuple[str, str]]:
@@ -180,7 +181,8 @@ def _without_topology(environment: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-def _code_digest() -> str:
+def code_digest() -> str:
+  """SHA-256 of the package's source, hex."""
   digest = hashlib.sha256()
   root = pathlib.Path(__file__).parent
   for file in sorted(root.rglob("*.py")):

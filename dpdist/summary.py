@@ -1,5 +1,6 @@
 """What a run tells a person at its start and its end."""
 
+from collections.abc import Sequence
 import json
 import os
 import pathlib
@@ -10,21 +11,29 @@ import numpy as np
 
 from dpdist import composition
 from dpdist import job as job_lib
+from dpdist import ledger as ledger_lib
 from dpdist import mesh as mesh_lib
+from dpdist import plan as plan_lib
 from dpdist import screen
 
 
-def start_rows(job: job_lib.Job, *, start_step: int) -> list[tuple[str, str]]:
+def start_rows(
+  job: job_lib.Job,
+  planned: Sequence[plan_lib.Part],
+  *,
+  start_step: int,
+) -> list[tuple[str, str]]:
   """The table shown before the first step and in the report.
 
   Args:
     job: the run.
+    planned: what it will have spent at its end.
     start_step: updates that the restored state has.
 
   Returns:
     (name, value) pairs.
   """
-  plan, planned = job.plan, job.ledger.planned
+  plan = job.plan
   axes = " x ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items())
   device = job.mesh.devices.flat[0]
   rows = [
@@ -57,6 +66,7 @@ def start_rows(job: job_lib.Job, *, start_step: int) -> list[tuple[str, str]]:
 
 def result(
   job: job_lib.Job,
+  ledger: ledger_lib.Ledger,
   *,
   num_steps: int,
   scores: dict[str, float],
@@ -67,6 +77,7 @@ def result(
 
   Args:
     job: the run.
+    ledger: its ledger.
     num_steps: updates in the final parameters.
     scores: held-out metrics, "test/NAME" and perhaps "test_ema/NAME".
     params_sha256: of the final parameters.
@@ -75,7 +86,7 @@ def result(
   Returns:
     A JSON-able dict.
   """
-  plan, ledger = job.plan, job.ledger
+  plan = job.plan
   values: dict[str, Any] = {
     "epsilon": composition.epsilon(ledger.spent),
     "delta": plan.delta,

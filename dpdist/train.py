@@ -12,10 +12,11 @@ Promises of that order:
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import json
 import os
 import pathlib
 import time
-from typing import Any
+from typing import Any, NamedTuple, Self
 
 import jax
 import ml_collections
@@ -25,6 +26,7 @@ from dpdist import checkpoint
 from dpdist import composition
 from dpdist import data
 from dpdist import history
+from dpdist import hosts
 from dpdist import job as job_lib
 from dpdist import ledger as ledger_lib
 from dpdist import losses
@@ -61,20 +63,43 @@ def train(
       the run that workdir holds.
     dpdist.checkpoint.MismatchError: likewise; the model or optimizer differs.
     dpdist.ledger.LedgerError: the ledger is damaged or has another writer.
+    dpdist.hosts.LeaderError: in the job's other processes, if its first raised
+      one of these.
     dpdist.preemption.Preempted: a signal asked to stop; all is saved.
   """
   workdir = pathlib.Path(workdir)
-  with (
-    preemption.Notice() as stop,
-    job_lib.open_ledger(config, workdir) as ledger,
-  ):
+  with contextlib.ExitStack() as stack:
+    stop = stack.enter_context(preemption.Notice())
+    ledger: ledger_lib.Ledger | None = None
+
+    def open_ledger() -> None:
+      nonlocal ledger
+      ledger = stack.enter_context(job_lib.open_ledger(config, workdir))
+
+    hosts.from_leader(open_ledger)
     job = job_lib.prepare(config, workdir, ledger)
-    with checkpoint.Checkpoints(
-      workdir / "checkpoints",
-      writer=ledger.writer,
-      max_to_keep=config.max_checkpoints,
-    ) as checkpoints:
-      return _run(config, workdir, job, checkpoints, stop)
+    checkpoints = stack.enter_context(
+      checkpoint.Checkpoints(
+        workdir / "checkpoints",
+        writer=job.writer,
+        max_to_keep=config.max_checkpoints,
+      )
+    )
+    return _run(config, workdir, job, checkpoints, stop)
+
+
+class _Line(NamedTuple):
+  """The line of steps that a run goes on with.
+
+  Attributes:
+    branch: the identity of its keys.
+    last: where it must end.
+    epsilon_planned: of the run, by then.
+  """
+
+  branch: str
+  last: int
+  epsilon_planned: float
 
 
 def _run(
@@ -86,6 +111,7 @@ def _run(
 ) -> dict[str, Any]:
   plan, step, ledger = job.plan, job.step, job.ledger
   environment = provenance.environment(job.mesh)
+  environments = hosts.gather(json.dumps(environment))
 
   state = step.init(job.params)
   saved, rejected = job.found
@@ -93,39 +119,50 @@ def _run(
   if saved is not None:
     state, ledger_head = checkpoints.restore(state, saved)
   start = int(state.step)
-  # Now that nothing can fail any more on settings that do not fit.
-  if job.changes:
-    ledger.open_segment(
-      config=job.settings,
-      plan=plan,
-      data=job.train_manifest,
-      start_step=start,
+
+  def go_on() -> _Line:
+    assert ledger is not None
+    # Now that nothing can fail any more on settings that do not fit.
+    if job.changes:
+      ledger.open_segment(
+        config=job.settings,
+        plan=plan,
+        data=job.train_manifest,
+        start_step=start,
+      )
+    branch = ledger.resume(
+      step=start,
+      digest=saved.digest if saved else "",
+      ledger_head=ledger_head,
+      fingerprint=provenance.fingerprint(
+        config.to_dict(),
+        plan.fingerprint(),
+        job.train_manifest,
+        [json.loads(text) for text in environments],
+      ),
     )
-  branch = ledger.resume(
-    step=start,
-    digest=saved.digest if saved else "",
-    ledger_head=ledger_head,
-    fingerprint=provenance.fingerprint(
-      config.to_dict(), plan.fingerprint(), job.train_manifest, environment
-    ),
-  )
-  last = ledger.last_step
-  if rejected and last == 0:
-    # Going on would end with the initial parameters.
-    raise ledger_lib.LedgerError(
-      "no checkpoint can be restored, and the plan is spent; "
-      + "; ".join(rejected)
-    )
-  streams = mechanism.Streams(job.secret, branch.identity)
+    if rejected and ledger.last_step == 0:
+      # Going on would end with the initial parameters.
+      raise ledger_lib.LedgerError(
+        "no checkpoint can be restored, and the plan is spent; "
+        + "; ".join(rejected)
+      )
+    epsilon_planned = composition.epsilon(ledger.planned)
+    return _Line(branch.identity, ledger.last_step, epsilon_planned)
+
+  branch, last, epsilon_planned = hosts.from_leader(go_on)
+  streams = mechanism.Streams(job.secret, branch)
   noise_key = streams.key("noise")
 
-  if stop.received and start < last:
+  if hosts.any_process(stop.received) and start < last:
     raise preemption.Preempted(start)
-  rows = summary.start_rows(job, start_step=start)
-  notices = [*ledger.notices, *rejected]
+  notices = [*job.notices, *rejected]
   if job.changes:
     notices.append("settings changed: " + "; ".join(job.changes))
-  screen.show_start(rows, notices)
+  rows: list[tuple[str, str]] = []
+  if ledger is not None:
+    rows = summary.start_rows(job, ledger.planned, start_step=start)
+    screen.show_start(rows, notices)
 
   evaluate = losses.evaluator(job.model, job.test, job.mesh)
   scores: dict[str, float] = {}
@@ -136,22 +173,18 @@ def _run(
   # that come before it; but a run is charged in a hundred parts at most, since
   # each wants its epsilon.
   charge_every = max(save_every, history.most_steps(plan))
-  epsilon_planned = composition.epsilon(ledger.planned)
-  with (
-    metrics.Writer(
-      workdir, unsafe_metrics=config.unsafe_metrics, start_step=start
-    ) as writer,
-    screen.Progress(last, start, epsilon_planned) as progress,
-  ):
+  shown: contextlib.AbstractContextManager[_Display | None] = (
+    contextlib.nullcontext()
+    if ledger is None
+    else _Display(config, workdir, start, last, epsilon_planned)
+  )
+  with shown as display:
     clock = _Clock(plan.expected_batch_size)
     for t, chunks in _steps(config, job, streams, start, last):
-      if ledger.reserve_through(min(last, t - t % charge_every + charge_every)):
-        if job.budget is not None:
-          job.budget.follow(ledger)
-        ledger.record_epsilons(
-          spent=composition.epsilons(ledger.spent),
-          planned=composition.epsilons(ledger.planned),
-        )
+      # The other processes need no word of it: nothing of a step can be seen
+      # before this one has taken part in its sum.
+      if ledger is not None:
+        _charge(job, min(last, t - t % charge_every + charge_every))
 
       accumulator = step.zeros(state.params)
       step_key = streams.key("model_rng", t)
@@ -169,53 +202,142 @@ def _run(
       jax.block_until_ready(released)
 
       done = t + 1
+      is_stopped = hosts.any_process(stop.received)
       clock.tick()
-      progress.update(done)
+      if display is not None:
+        display.update(done)
       if done % eval_every == 0 or done == last:
         with clock.paused():
           scores = _scores(evaluate, state)
-          values = {
-            "epsilon": composition.epsilon(ledger.spent_through(done)),
-            "learning_rate": float(job.learning_rate(t)),
-            "noisy_gradient_norm": float(released["noisy_gradient_norm"]),
-            "examples_per_second": clock.examples_per_second(),
-          }
-          writer.write(done, values | scores)
+          sensitive: dict[str, float] = {}
           if config.unsafe_metrics:
-            writer.write_sensitive(done, _sensitive(step.stats(accumulator)))
-          progress.update(
-            done,
-            epsilon=values["epsilon"],
-            examples_per_second=values["examples_per_second"],
-            metrics=scores,
-          )
-      if done % save_every == 0 or done == last or stop.received:
+            sensitive = _sensitive(step.stats(accumulator))
+          if ledger is not None and display is not None:
+            values = {
+              "epsilon": composition.epsilon(ledger.spent_through(done)),
+              "learning_rate": float(job.learning_rate(t)),
+              "noisy_gradient_norm": float(released["noisy_gradient_norm"]),
+              "examples_per_second": clock.examples_per_second(),
+            }
+            display.tell(done, values, scores, sensitive)
+      if done % save_every == 0 or done == last or is_stopped:
         with clock.paused():
-          ledger.confirm()
-          digest = checkpoints.save(state, step=done, ledger_head=ledger.head)
-          ledger.record_checkpoint(done, digest)
-          checkpoints.delete_old(ledger.checkpoints)
-      if stop.received and done < last:
+          _save(job, checkpoints, state, done)
+      if is_stopped and done < last:
         raise preemption.Preempted(done)
 
-  result = summary.result(
-    job,
-    num_steps=int(state.step),
-    scores=scores or _scores(evaluate, state),
-    params_sha256=provenance.params_sha256(state.params),
-    environment=environment,
+  scores = scores or _scores(evaluate, state)
+
+  def finish() -> dict[str, Any]:
+    assert ledger is not None
+    result = summary.result(
+      job,
+      ledger,
+      num_steps=int(state.step),
+      scores=scores,
+      params_sha256=provenance.params_sha256(state.params),
+      environment=environment,
+    )
+    summary.write_result(workdir / "result.json", result)
+    report.write(
+      workdir,
+      result=result,
+      statement=composition.statement(ledger.planned),
+      rows=rows,
+      notices=notices,
+      epsilon_budget=epsilon_planned,
+    )
+    screen.show_end(summary.end_rows(result, workdir))
+    return result
+
+  return dict(hosts.from_leader(finish))
+
+
+class _Display:
+  """Metrics and progress, as the leader shows them; a context manager."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    start: int,
+    last: int,
+    epsilon_planned: float,
+  ):
+    self._stack = contextlib.ExitStack()
+    with contextlib.ExitStack() as stack:
+      self._writer = stack.enter_context(
+        metrics.Writer(
+          workdir, unsafe_metrics=config.unsafe_metrics, start_step=start
+        )
+      )
+      self._progress = stack.enter_context(
+        screen.Progress(last, start, epsilon_planned)
+      )
+      self._stack = stack.pop_all()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *raised: Any) -> None:
+    self._stack.__exit__(*raised)
+
+  def update(self, done: int) -> None:
+    """Shows that a step was made."""
+    self._progress.update(done)
+
+  def tell(
+    self,
+    done: int,
+    values: dict[str, float],
+    scores: dict[str, float],
+    sensitive: dict[str, float],
+  ) -> None:
+    """Writes and shows a row of metrics."""
+    self._writer.write(done, values | scores)
+    if sensitive:
+      self._writer.write_sensitive(done, sensitive)
+    self._progress.update(
+      done,
+      epsilon=values["epsilon"],
+      examples_per_second=values["examples_per_second"],
+      metrics=scores,
+    )
+
+
+def _charge(job: job_lib.Job, stop_step: int) -> None:
+  """Charges steps, in the leader, unless they are charged already."""
+  ledger = job.ledger
+  assert ledger is not None
+  if not ledger.reserve_through(stop_step):
+    return
+  if job.budget is not None:
+    job.budget.follow(ledger)
+  ledger.record_epsilons(
+    spent=composition.epsilons(ledger.spent),
+    planned=composition.epsilons(ledger.planned),
   )
-  summary.write_result(workdir / "result.json", result)
-  report.write(
-    workdir,
-    result=result,
-    statement=composition.statement(ledger.planned),
-    rows=rows,
-    notices=notices,
-    epsilon_budget=epsilon_planned,
-  )
-  screen.show_end(summary.end_rows(result, workdir))
-  return result
+
+
+def _save(
+  job: job_lib.Job,
+  checkpoints: checkpoint.Checkpoints,
+  state: step_lib.TrainState,
+  done: int,
+) -> None:
+  """Saves a checkpoint in all processes, and records it."""
+  ledger = job.ledger
+
+  def confirm() -> str:
+    assert ledger is not None
+    ledger.confirm()
+    return ledger.head
+
+  head = hosts.from_leader(confirm)
+  digest = checkpoints.save(state, step=done, ledger_head=head)
+  if ledger is not None:
+    ledger.record_checkpoint(done, digest)
+    checkpoints.delete_old(ledger.checkpoints)
 
 
 def _steps(

@@ -18,6 +18,7 @@ from ml_collections import config_flags
 
 import dpdist
 from dpdist import checkpoint
+from dpdist import hosts
 from dpdist import job
 from dpdist import ledger
 from dpdist import preemption
@@ -37,13 +38,18 @@ def main(argv: Sequence[str]) -> int:
   """Returns an exit code."""
   del argv
   try:
+    hosts.start()
     dpdist.train(_CONFIG.value, str(_WORKDIR.value))
-  except (job.SettingsError, checkpoint.MismatchError) as error:
+  except (
+    job.SettingsError,
+    checkpoint.MismatchError,
+    hosts.StartError,
+  ) as error:
     return flag_parsing.usage_error(error)
   except preemption.Preempted as stopped:
     print(stopped, file=sys.stderr)
     return exit_codes.PREEMPTED
-  except ledger.LedgerError as error:
+  except (ledger.LedgerError, hosts.LeaderError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   except OSError as error:

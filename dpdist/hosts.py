@@ -1,0 +1,145 @@
+"""The processes of a job: how they meet, and how they agree.
+
+A job is one process, or several that run the same program on a mesh of all
+their devices. One of them, the leader, writes the ledger and what a run leaves;
+the others are told what it found, and stop if it does.
+"""
+
+from collections.abc import Callable
+import hashlib
+import json
+import os
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+
+class LeaderError(RuntimeError):
+  """The leader stopped; says why."""
+
+
+class StartError(ValueError):
+  """The environment does not say how the processes of the job meet."""
+
+
+class DisagreementError(ValueError):
+  """The processes of a job were started differently."""
+
+
+def start() -> None:
+  """Meets the other processes, if the environment names any.
+
+  JAX_COORDINATOR_ADDRESS is the address and port of process 0, and
+  JAX_NUM_PROCESSES and JAX_PROCESS_ID say how many there are and which one this
+  is. Without the first, the job is this process alone. Comes before anything
+  touches a device.
+
+  Raises:
+    StartError: the variables make no sense.
+    RuntimeError: the others could not be met.
+  """
+  address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+  if not address:
+    return
+  numbers = {}
+  for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
+    value = os.environ.get(name, "")
+    if not value.isdecimal():
+      raise StartError(
+        f"{name} must be a number where JAX_COORDINATOR_ADDRESS is given, got"
+        f" {value!r}"
+      )
+    numbers[name] = int(value)
+  count, number = numbers.values()
+  if number >= count:
+    raise StartError(
+      f"JAX_PROCESS_ID must be below JAX_NUM_PROCESSES={count}, got {number}"
+    )
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  jax.distributed.initialize(address, count, number)
+
+
+def is_leader() -> bool:
+  """Whether this process is the one that writes."""
+  return jax.process_index() == 0
+
+
+def from_leader(make: Callable[[], Any]) -> Any:
+  """What a function returns in the leader, in every process.
+
+  Args:
+    make: called in the leader alone; returns something JSON-able.
+
+  Raises:
+    LeaderError: in the other processes, if it raised; in the leader what it
+      raised comes through.
+  """
+  if jax.process_count() == 1:
+    return make()
+  if not is_leader():
+    told = _broadcast(None)
+    if "problem" in told:
+      raise LeaderError(f"process 0 stopped: {told['problem']}")
+    return told["value"]
+  try:
+    value = make()
+  except Exception as error:
+    _broadcast({"problem": str(error) or repr(error)})
+    raise
+  # As the others will see it: tuples become lists.
+  return _broadcast({"value": value})["value"]
+
+
+def gather(text: str) -> list[str]:
+  """The texts of all processes, in their order."""
+  if jax.process_count() == 1:
+    return [text]
+  value = text.encode()
+  sizes = multihost_utils.process_allgather(np.int32(len(value)))
+  padded = np.zeros(int(np.max(sizes)), np.uint8)
+  padded[: len(value)] = np.frombuffer(value, np.uint8)
+  rows = np.asarray(multihost_utils.process_allgather(padded))
+  return [
+    row[:size].astype(np.uint8).tobytes().decode()
+    for row, size in zip(rows, sizes, strict=True)
+  ]
+
+
+def agree(**facts: Any) -> None:
+  """Makes sure that all processes were started alike.
+
+  Args:
+    **facts: JSON-able, by what they are called.
+
+  Raises:
+    DisagreementError: names the first fact that differs, and where.
+  """
+  for name, fact in facts.items():
+    text = json.dumps(fact, sort_keys=True)
+    digests = gather(hashlib.sha256(text.encode()).hexdigest())
+    others = [i for i, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+      raise DisagreementError(
+        f"{name} must be the same in all processes, but that of process 0"
+        f" (SHA-256 {digests[0][:12]}) is not that of {others}"
+      )
+
+
+def any_process(flag: bool) -> bool:
+  """Whether a flag is set in any process."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(np.any(multihost_utils.process_allgather(np.bool_(flag))))
+
+
+def _broadcast(value: Any) -> Any:
+  """Sends the leader's value to all; the others' is not looked at."""
+  data = json.dumps(value).encode()
+  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+  padded = np.zeros(size, np.uint8)
+  if is_leader():
+    padded[:] = np.frombuffer(data, np.uint8)
+  sent = np.asarray(multihost_utils.broadcast_one_to_all(padded))
+  return json.loads(sent.astype(np.uint8).tobytes())
