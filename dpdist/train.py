@@ -223,6 +223,8 @@ def _run(
       if done % save_every == 0 or done == last or is_stopped:
         with clock.paused():
           _save(job, checkpoints, state, done)
+        # A signal during the save need not cost another one.
+        is_stopped = hosts.any_process(stop.received)
       if is_stopped and done < last:
         raise preemption.Preempted(done)
 

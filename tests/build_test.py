@@ -25,7 +25,7 @@ RUNNER = "tests/run.py"
 # Lowest first. A room imports from lower layers only, never from its own; the
 # modules of one room may import one another.
 LAYERS = (
-  ("keys", "mesh", "fixed_point", "search", "records"),
+  ("keys", "hosts", "mesh", "fixed_point", "search", "records"),
   ("renyi",),
   ("accounting", "sampling", "noise", "clipping"),
   ("plan",),

@@ -215,3 +215,22 @@ def test_a_save_that_orbax_skips_is_an_error(tmp_path):
     _save(checkpoints, 2)
     with pytest.raises(checkpoint.SaveError, match="1 was not saved"):
       _save(checkpoints, 1)
+
+
+def test_a_deletion_that_was_cut_off_leaves_no_damaged_checkpoint(
+  tmp_path, monkeypatch
+):
+  def cut_off(path, **unused):
+    _data_files(path)[0].unlink()
+    raise KeyboardInterrupt
+
+  with _checkpoints(tmp_path, max_to_keep=2) as checkpoints:
+    known = [_save(checkpoints, step) for step in (1, 2, 3)]
+    with monkeypatch.context() as patch:
+      patch.setattr(checkpoint.shutil, "rmtree", cut_off)
+      with pytest.raises(KeyboardInterrupt):
+        checkpoints.delete_old(known)
+    folder = tmp_path / "writer_000001"
+    assert not (folder / "1").exists()
+    checkpoints.delete_old(known)
+    assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]

@@ -20,6 +20,8 @@ ON_PATHS = (
 
 
 class _File:
+  """What it reads as, what of that is synced, and what came after that."""
+
   def __init__(self):
     self.data, self.synced = bytearray(), b""
     self.pending = []  # (offset, bytes), or (size, None) that cuts.
@@ -51,6 +53,8 @@ def _change(data, offset, piece):
 
 
 class _Folder:
+  """The same of the names in a directory; a rename is one change."""
+
   def __init__(self):
     self.names, self.synced = {}, {}
     self.pending = []  # {name: what it is from now on, None for nothing}
@@ -86,6 +90,12 @@ class Disk:
     self._offsets = {}  # Of open files, by descriptor.
 
   def after(self, has_name, kept):
+    """What is there after a power cut: bytes, or a dict, by name.
+
+    Args:
+      has_name: whether an unsynced change of names was kept.
+      kept: how many bytes of an unsynced write, of so many, were kept.
+    """
     return self._root.after(has_name, kept)
 
   def do(self, call, text, result):

@@ -253,3 +253,13 @@ def test_steps_may_not_go_back(tmp_path):
       writer.write_sensitive(6, {"train_loss": 1.0})
   with pytest.raises(ValueError, match=r"start_step must be .* got -1"):
     metrics.Writer(tmp_path, unsafe_metrics=True, start_step=-1)
+
+
+def test_a_clock_that_is_set_back_stops_nothing(tmp_path, monkeypatch):
+  now = metrics.time.time
+  with metrics.Writer(tmp_path, unsafe_metrics=False) as writer:
+    writer.write(1, {"epsilon": 0.5})
+    monkeypatch.setattr(metrics.time, "time", lambda: now() - 365 * 24 * 3600)
+    for step in range(2, 50):
+      writer.write(step, {"epsilon": 0.5})
+  assert len(_scalars(tmp_path)) == len(metrics.read(tmp_path)) == 49
