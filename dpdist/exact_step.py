@@ -43,6 +43,14 @@ class ExactStep(step_lib.Step):
   The clipped sum of an Accumulator has a tuple of limbs for each parameter.
   """
 
+  def _replicate(self, tree: PyTree) -> PyTree:
+    # Device by device: jax.device_put to a mesh of processes with one device
+    # each makes arrays whose shards cannot be had (jax 0.10.2).
+    replicated = mesh_lib.replicated(self.mesh)
+    devices = replicated.addressable_devices_indices_map(())
+    parts = [jax.device_put(tree, device) for device in devices]
+    return _join(parts, self.mesh, mesh_lib.REPLICATED)
+
   @functools.cached_property
   def zeros(self) -> Callable[..., Any]:
     """Compiled (params) -> an empty Accumulator."""
@@ -127,8 +135,7 @@ class ExactStep(step_lib.Step):
     after = finish(
       self.mechanism, self.optimizer, self.ema_decay, mine, *total, noise_key
     )
-    parts = [jax.device_put(after, device) for device in devices]
-    return _join(parts, self.mesh, mesh_lib.REPLICATED)
+    return self._replicate(after)
 
 
 @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(2,))

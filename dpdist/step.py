@@ -96,7 +96,10 @@ class Step:
 
   def init(self, params: PyTree) -> TrainState:
     """The state before the first step, replicated over the mesh."""
-    state = TrainState(
+    return self._replicate(self._initial(params))
+
+  def _initial(self, params: PyTree) -> TrainState:
+    return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
       opt_state=self.optimizer.init(params),
@@ -104,7 +107,9 @@ class Step:
       ema_params=jax.tree.map(jnp.copy, params) if self.ema_decay else None,
       noise_state=noise.GaussianNoiseState(jnp.zeros((), jnp.int32)),
     )
-    return jax.device_put(state, mesh_lib.replicated(self.mesh))
+
+  def _replicate(self, tree: PyTree) -> PyTree:
+    return jax.device_put(tree, mesh_lib.replicated(self.mesh))
 
   @functools.cached_property
   def zeros(self) -> Callable[..., Any]:
