@@ -96,9 +96,10 @@ class Step:
 
   def init(self, params: PyTree) -> TrainState:
     """The state before the first step, replicated over the mesh."""
-    return self._replicate(self._initial(params))
+    return self._replicate(self.initial(params))
 
-  def _initial(self, params: PyTree) -> TrainState:
+  def initial(self, params: PyTree) -> TrainState:
+    """The same, where params are; may be traced."""
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,

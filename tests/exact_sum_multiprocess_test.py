@@ -135,7 +135,7 @@ def one_device():
 
 
 @pytest.mark.parametrize(
-  ("num_processes", "devices_each"), [(1, 4), (2, 2), (4, 1), (1, 8), (2, 1)]
+  ("num_processes", "devices_each"), [(1, 4), (2, 2), (4, 1), (2, 1)]
 )
 def test_clusters_end_with_the_same_bits(
   one_device, num_processes, devices_each

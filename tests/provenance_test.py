@@ -1,5 +1,6 @@
 """What a replay may differ in, and what not."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -48,6 +49,83 @@ def test_settings_that_change_bits_change_the_fingerprint(changes):
   assert _fingerprint(changes) != _fingerprint()
 
 
+_SIZES = {"data": -1, "fsdp": 1, "model": 1}
+_COUNT = "--xla_force_host_platform_device_count"
+
+
+def _exact(monkeypatch, changes=(), sizes=(), devices=8, flags="", **variables):
+  """The fingerprint with exact sums, here but for what is given."""
+  with monkeypatch.context() as patch:
+    patch.setenv("XLA_FLAGS", flags)
+    for name, value in variables.items():
+      patch.setenv(name, value)
+    mesh = mesh_lib.make(_SIZES | dict(sizes), jax.devices()[:devices])
+    environment = provenance.environment(mesh)
+  changes = {"clipping.exact_sum": True} | dict(changes)
+  return _fingerprint(changes, environment)
+
+
+_TOPOLOGY = [
+  {"devices": 4},
+  {"devices": 1},
+  {"sizes": {"fsdp": 2}},
+  {"changes": {"chunk_size": 64}},
+  {"changes": {"mesh.fsdp": 2}},
+  {"flags": f" {_COUNT}=4"},
+  {"JAX_COORDINATOR_ADDRESS": "10.0.0.1:1234"},
+  {"JAX_PROCESS_ID": "1"},
+  {"JAX_NUM_PROCESSES": "2"},
+  {"JAX_LOCAL_DEVICE_IDS": "0,1"},
+]
+
+
+@pytest.mark.parametrize("topology", _TOPOLOGY)
+def test_exact_sums_make_the_topology_harmless(topology, monkeypatch):
+  assert _exact(monkeypatch, **topology) == _exact(monkeypatch)
+  floats = {"clipping.exact_sum": False}
+  topology = topology | {"changes": floats | topology.get("changes", {})}
+  assert _exact(monkeypatch, **topology) != _exact(monkeypatch, floats)
+
+
+def test_exact_sums_make_the_number_of_processes_harmless(monkeypatch):
+  one = _exact(monkeypatch)
+  monkeypatch.setattr(jax, "process_count", lambda: 4)
+  assert _exact(monkeypatch) == one
+
+
+@pytest.mark.parametrize(
+  "other",
+  [
+    {"changes": {"clipping.exact_group_size": 16}},
+    {"changes": {"clipping.microbatch_size": 2}},
+    {"changes": {"ema_decay": 0.5}},
+    {"flags": f"{_COUNT}=8 --xla_cpu_enable_fast_math=true"},
+    {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+    {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"},
+  ],
+)
+def test_exact_sums_keep_what_else_changes_bits(other, monkeypatch):
+  assert _exact(monkeypatch, **other) != _exact(monkeypatch)
+
+
+def test_exact_sums_are_not_the_others(monkeypatch):
+  floats = _exact(monkeypatch, {"clipping.exact_sum": False})
+  assert _exact(monkeypatch) != floats
+
+
+@pytest.mark.parametrize("flag", ["--xla_gpu_load_autotune_results_from=", ""])
+def test_files_that_flags_name_count_by_their_content(
+  flag, tmp_path, monkeypatch
+):
+  file = tmp_path / "results"
+  monkeypatch.setenv("XLA_FLAGS", f"--xla_a=1 {flag}{file}")
+  environments = []
+  for content in ("one", "two", "one"):
+    file.write_text(content)
+    environments.append(provenance.environment(mesh_lib.make(_SIZES)))
+  assert environments[0] == environments[2] != environments[1]
+
+
 @pytest.mark.parametrize(
   "name", ["JAX_DISABLE_MOST_OPTIMIZATIONS", "LIBTPU_INIT_ARGS"]
 )
@@ -79,7 +157,11 @@ def test_gpus_repeat_themselves_only_when_told_to():
   deterministic = "--xla_a=1 --xla_gpu_deterministic_ops=true"
   for platform, flags in (("cpu", ""), ("tpu", ""), ("cuda", deterministic)):
     assert provenance.unrepeatable(platform, flags) == ""
-  for flags in ("", "--xla_gpu_deterministic_ops=false"):
+  # Of two XLA takes the last.
+  flags = f"--xla_gpu_deterministic_ops=false {deterministic}"
+  assert provenance.unrepeatable("gpu", flags) == ""
+  contradiction = f"{deterministic} --xla_gpu_deterministic_ops=false"
+  for flags in ("", "--xla_gpu_deterministic_ops=false", contradiction):
     one, two = (provenance.unrepeatable("gpu", flags) for _ in range(2))
     assert one
     assert two
