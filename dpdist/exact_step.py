@@ -17,8 +17,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec
 from jax.sharding import SingleDeviceSharding
 import optax
 
@@ -112,7 +110,7 @@ class ExactStep(step_lib.Step):
         parts[i] = add_group(
           self.mechanism, params[i], parts[i], *group, key, starts[i] + row
         )
-    return _join(parts, self.mesh, mesh_lib.EXAMPLES)
+    return _join(parts, self.mesh)
 
   def apply(
     self,
@@ -127,8 +125,7 @@ class ExactStep(step_lib.Step):
     after = finish(
       self.mechanism, self.optimizer, self.ema_decay, mine, *total, noise_key
     )
-    parts = [jax.device_put(after, device) for device in devices]
-    return _join(parts, self.mesh, mesh_lib.REPLICATED)
+    return mesh_lib.replicate(after, self.mesh)
 
 
 @functools.partial(jax.jit, static_argnums=(0,), donate_argnums=(2,))
@@ -233,17 +230,14 @@ def _split(tree: PyTree, devices: Sequence[jax.Device]) -> list[PyTree]:
   ]
 
 
-def _join(parts: Sequence[PyTree], mesh: Mesh, spec: PartitionSpec) -> PyTree:
-  """The arrays over the mesh that the devices' parts make up."""
-  sharding = NamedSharding(mesh, spec)
+def _join(parts: Sequence[PyTree], mesh: Mesh) -> PyTree:
+  """The arrays over the mesh whose rows the devices have."""
   shards = mesh_lib.num_example_shards(mesh)
 
   def join(*arrays: jax.Array) -> jax.Array:
-    shape = arrays[0].shape
-    if spec == mesh_lib.EXAMPLES:
-      shape = (shape[0] * shards, *shape[1:])
+    rows, *rest = arrays[0].shape
     return jax.make_array_from_single_device_arrays(
-      shape, sharding, list(arrays)
+      (rows * shards, *rest), mesh_lib.examples(mesh), list(arrays)
     )
 
   return jax.tree.map(join, *parts)

@@ -169,8 +169,16 @@ def _prepare(
   _check(config)
   step = _step(config, plan, model, optimizer, mesh)
 
+  budget: data_budget.DataBudget | None = None
+
   def agree_on_secret() -> str:
+    nonlocal budget
     assert ledger is not None
+    budget = _budget(config, ledger, train_manifest)
+    if budget is not None and ledger.is_new:
+      # Here too, so that a run that does not fit leaves nothing behind.
+      whole = plan_lib.Part(plan, plan.num_steps)
+      budget.check(budget.cost([whole]), config.data_budget.reservation)
     return keys.secret_hash(_secret(config, workdir, is_new=ledger.is_new))
 
   secret_hash = hosts.from_leader(agree_on_secret)
@@ -184,12 +192,8 @@ def _prepare(
   init_key = mechanism.Streams(secret, "").key("init")
   params = jax.jit(model.init)(init_key, example)["params"]
 
-  budget: data_budget.DataBudget | None = None
-
   def begin() -> dict[str, Any]:
-    nonlocal budget
     assert ledger is not None
-    budget = _budget(config, ledger, train_manifest)
     _begin(
       config,
       workdir,
@@ -264,10 +268,6 @@ def _begin(
   is_changed: bool,
 ) -> None:
   """Makes this process the writer, and the run one that is paid for."""
-  planned = plan_lib.Part(plan, plan.num_steps)
-  if budget is not None and ledger.is_new:
-    # Here too, so that a run that does not fit leaves no ledger behind.
-    budget.check(budget.cost([planned]), config.data_budget.reservation)
   ledger.acquire()
   if ledger.is_new:
     ledger.open(
@@ -281,7 +281,7 @@ def _begin(
     ended = ledger.spent if is_changed else ledger.spent[:-1]
     stake = budget.admit(
       ledger,
-      [*ended, planned],
+      [*ended, plan_lib.Part(plan, plan.num_steps)],
       label=str(workdir.absolute()),
       reservation=config.data_budget.reservation,
     )

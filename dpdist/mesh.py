@@ -7,6 +7,7 @@ one of its devices. Parameters are replicated on all three.
 
 from collections.abc import Mapping, Sequence
 import math
+from typing import Any
 
 import jax
 from jax.sharding import AxisType
@@ -70,6 +71,23 @@ def examples(mesh: Mesh) -> NamedSharding:
 def replicated(mesh: Mesh) -> NamedSharding:
   """The whole array on every device."""
   return NamedSharding(mesh, REPLICATED)
+
+
+def replicate(tree: Any, mesh: Mesh) -> Any:
+  """Copies a pytree of arrays of this process to every device of the mesh.
+
+  All processes must have the same values.
+  """
+  sharding = replicated(mesh)
+  devices = sharding.addressable_devices_indices_map(())
+
+  # Device by device: jax.device_put to a mesh of processes with one device each
+  # makes arrays whose shards cannot be had (jax 0.10.2).
+  def copy(x: jax.Array) -> jax.Array:
+    parts = [jax.device_put(x, device) for device in devices]
+    return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
+
+  return jax.tree.map(copy, tree)
 
 
 def local_rows(mesh: Mesh, chunk_size: int) -> np.ndarray:

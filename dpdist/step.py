@@ -96,7 +96,11 @@ class Step:
 
   def init(self, params: PyTree) -> TrainState:
     """The state before the first step, replicated over the mesh."""
-    state = TrainState(
+    return mesh_lib.replicate(self.initial(params), self.mesh)
+
+  def initial(self, params: PyTree) -> TrainState:
+    """The same, where params are; may be traced."""
+    return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
       opt_state=self.optimizer.init(params),
@@ -104,7 +108,6 @@ class Step:
       ema_params=jax.tree.map(jnp.copy, params) if self.ema_decay else None,
       noise_state=noise.GaussianNoiseState(jnp.zeros((), jnp.int32)),
     )
-    return jax.device_put(state, mesh_lib.replicated(self.mesh))
 
   @functools.cached_property
   def zeros(self) -> Callable[..., Any]:

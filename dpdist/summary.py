@@ -144,7 +144,7 @@ def _num_params(job: job_lib.Job) -> int:
 
 def _memory(job: job_lib.Job) -> int:
   """Bytes of state, accumulator and per-example gradients on a device."""
-  state = jax.eval_shape(job.step.init, job.params)
+  state = jax.eval_shape(job.step.initial, job.params)
   state_bytes = sum(
     leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
   )

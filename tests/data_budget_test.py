@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from configs import digits
@@ -16,7 +17,7 @@ from dpdist import ledger as ledger_lib
 from dpdist import plan as plan_lib
 from dpdist import records
 from dpdist import renyi
-from dpdist import step as step_lib
+from dpdist import sampling
 from dpdist import verification
 from tests import without_jax
 
@@ -334,8 +335,10 @@ class _StopError(Exception):
   pass
 
 
-def _stop(*unused):
-  raise _StopError
+def _stop(self, step):
+  if step == 2:
+    raise _StopError
+  return np.arange(3)
 
 
 def test_runs_share_a_budget_and_give_back_what_they_leave(
@@ -352,9 +355,9 @@ def test_runs_share_a_budget_and_give_back_what_they_leave(
   assert not two.exists()
   with pytest.raises(ValueError, match=r"data_budget\.location must be"):
     dpdist.train(_config(root, **{"data_budget.location": ""}), one)
-  # It stops in its second step, after six of thirty were charged.
+  # It stops in its third step, after three of thirty were charged.
   with monkeypatch.context() as patch:
-    patch.setattr(step_lib.Step, "_ema", _stop)
+    patch.setattr(sampling.PoissonSampler, "__call__", _stop)
     with pytest.raises(_StopError):
       dpdist.train(_config(root, **{"privacy.num_steps": 30}), two)
   before = data_budget.all_below(root)[0].reserved

@@ -1,5 +1,6 @@
 """What a replay may differ in, and what not."""
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -8,10 +9,11 @@ from dpdist import mesh as mesh_lib
 from dpdist import provenance
 
 
-def _fingerprint(changes=(), environment="here", plan="p", data="d"):
+def _fingerprint(changes=(), *environments, plan="p", data="d"):
   config = digits.get_config()
   config.update_from_flattened_dict(dict(changes))
-  return provenance.fingerprint(config.to_dict(), plan, data, environment)
+  environments = environments or ({"kind": "here"},)
+  return provenance.fingerprint(config.to_dict(), plan, data, environments)
 
 
 @pytest.mark.parametrize(
@@ -48,6 +50,101 @@ def test_settings_that_change_bits_change_the_fingerprint(changes):
   assert _fingerprint(changes) != _fingerprint()
 
 
+_SIZES = {"data": -1, "fsdp": 1, "model": 1}
+_COUNT = "--xla_force_host_platform_device_count"
+
+
+def _exact(monkeypatch, changes=(), sizes=(), devices=8, flags="", **variables):
+  """The fingerprint with exact sums, here but for what is given."""
+  with monkeypatch.context() as patch:
+    patch.setenv("XLA_FLAGS", flags)
+    for name, value in variables.items():
+      patch.setenv(name, value)
+    mesh = mesh_lib.make(_SIZES | dict(sizes), jax.devices()[:devices])
+    environment = provenance.environment(mesh)
+  changes = {"clipping.exact_sum": True} | dict(changes)
+  return _fingerprint(changes, environment)
+
+
+_TOPOLOGY = [
+  {"devices": 4},
+  {"devices": 1},
+  {"sizes": {"fsdp": 2}},
+  {"changes": {"chunk_size": 64}},
+  {"changes": {"mesh.fsdp": 2}},
+  {"flags": f" {_COUNT}=4"},
+  {"JAX_NUM_PROCESSES": "2"},
+]
+
+
+@pytest.mark.parametrize("topology", _TOPOLOGY)
+def test_exact_sums_make_the_topology_harmless(topology, monkeypatch):
+  assert _exact(monkeypatch, **topology) == _exact(monkeypatch)
+  floats = {"clipping.exact_sum": False}
+  topology = topology | {"changes": floats | topology.get("changes", {})}
+  assert _exact(monkeypatch, **topology) != _exact(monkeypatch, floats)
+
+
+def test_exact_sums_make_the_number_of_processes_harmless():
+  here = provenance.environment(mesh_lib.make(_SIZES))
+  for exact, same in ((True, True), (False, False)):
+    changes = {"clipping.exact_sum": exact}
+    one = _fingerprint(changes, here)
+    several = _fingerprint(changes, *[here | {"num_processes": 4}] * 4)
+    assert (several == one) is same
+  # But not what they run on.
+  there = here | {"host": {"machine": "another"}}
+  assert _fingerprint(changes, here, there) != _fingerprint(changes, here)
+  changes = {"clipping.exact_sum": True}
+  assert _fingerprint(changes, here, there) != _fingerprint(changes, here)
+  assert _fingerprint(changes, here, there, there) == _fingerprint(
+    changes, there, here
+  )
+
+
+@pytest.mark.parametrize(
+  "name", ["JAX_COORDINATOR_ADDRESS", "JAX_LOCAL_DEVICE_IDS", "JAX_PROCESS_ID"]
+)
+def test_where_processes_meet_changes_nothing(name, monkeypatch):
+  for exact in (True, False):
+    changes = {"clipping.exact_sum": exact}
+    before = _exact(monkeypatch, changes)
+    assert _exact(monkeypatch, changes, **{name: "1"}) == before
+
+
+@pytest.mark.parametrize(
+  "other",
+  [
+    {"changes": {"clipping.exact_group_size": 16}},
+    {"changes": {"clipping.microbatch_size": 2}},
+    {"changes": {"ema_decay": 0.5}},
+    {"flags": f"{_COUNT}=8 --xla_cpu_enable_fast_math=true"},
+    {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+    {"XLA_PYTHON_CLIENT_ALLOCATOR": "platform"},
+  ],
+)
+def test_exact_sums_keep_what_else_changes_bits(other, monkeypatch):
+  assert _exact(monkeypatch, **other) != _exact(monkeypatch)
+
+
+def test_exact_sums_are_not_the_others(monkeypatch):
+  floats = _exact(monkeypatch, {"clipping.exact_sum": False})
+  assert _exact(monkeypatch) != floats
+
+
+@pytest.mark.parametrize("flag", ["--xla_gpu_load_autotune_results_from=", ""])
+def test_files_that_flags_name_count_by_their_content(
+  flag, tmp_path, monkeypatch
+):
+  file = tmp_path / "results"
+  monkeypatch.setenv("XLA_FLAGS", f"--xla_a=1 {flag}{file}")
+  environments = []
+  for content in ("one", "two", "one"):
+    file.write_text(content)
+    environments.append(provenance.environment(mesh_lib.make(_SIZES)))
+  assert environments[0] == environments[2] != environments[1]
+
+
 @pytest.mark.parametrize(
   "name", ["JAX_DISABLE_MOST_OPTIMIZATIONS", "LIBTPU_INIT_ARGS"]
 )
@@ -61,7 +158,7 @@ def test_variables_that_may_change_bits_are_in_the_environment(
 
 
 def test_plan_data_and_environment_change_the_fingerprint():
-  assert _fingerprint(environment="there") != _fingerprint()
+  assert _fingerprint((), {"kind": "there"}) != _fingerprint()
   assert _fingerprint(plan="q") != _fingerprint()
   assert _fingerprint(data="e") != _fingerprint()
 
@@ -79,7 +176,11 @@ def test_gpus_repeat_themselves_only_when_told_to():
   deterministic = "--xla_a=1 --xla_gpu_deterministic_ops=true"
   for platform, flags in (("cpu", ""), ("tpu", ""), ("cuda", deterministic)):
     assert provenance.unrepeatable(platform, flags) == ""
-  for flags in ("", "--xla_gpu_deterministic_ops=false"):
+  # Of two XLA takes the last.
+  flags = f"--xla_gpu_deterministic_ops=false {deterministic}"
+  assert provenance.unrepeatable("gpu", flags) == ""
+  contradiction = f"{deterministic} --xla_gpu_deterministic_ops=false"
+  for flags in ("", "--xla_gpu_deterministic_ops=false", contradiction):
     one, two = (provenance.unrepeatable("gpu", flags) for _ in range(2))
     assert one
     assert two

@@ -2,8 +2,12 @@
 
 import functools
 import json
+import os
+import pathlib
 import re
 import shutil
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -136,6 +140,56 @@ def test_a_crashed_run_ends_with_the_same_parameters(
   assert result["epsilon"] == expected["epsilon"]
   assert result["steps_charged"] == 12
   assert metrics.read(tmp_path)[-1]["step"] == 12
+
+
+_EXACT = {"clipping.exact_sum": True, "clipping.exact_group_size": 8}
+_ON_OTHER_DEVICES = """
+import sys
+
+import pytest
+
+import dpdist
+from tests import train_test
+
+with pytest.MonkeyPatch.context() as patch:
+  if sys.argv[2]:
+    train_test._crash_at(patch, int(sys.argv[2]))
+  dpdist.train(train_test._config(**train_test._EXACT), sys.argv[1])
+"""
+
+
+def _on_other_devices(num_devices, workdir, crash_step=""):
+  """Goes on in a process of its own; returns what it says as it fails."""
+  flag = f"--xla_force_host_platform_device_count={num_devices}"
+  return subprocess.run(
+    [sys.executable, "-c", _ON_OTHER_DEVICES, workdir, str(crash_step)],
+    cwd=pathlib.Path(__file__).parent.parent,
+    env=os.environ | {"XLA_FLAGS": flag},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  ).stderr
+
+
+def test_exact_sums_go_on_for_free_on_fewer_devices(tmp_path, monkeypatch):
+  """Eight devices, then four, then one: as two that nothing interrupted."""
+  whole, workdir = tmp_path / "whole", tmp_path / "run"
+  result = lambda path: json.loads((path / "result.json").read_text())
+  assert _on_other_devices(2, whole) == ""
+  expected = result(whole)
+  with monkeypatch.context() as patch:
+    _crash_at(patch, 6)
+    with pytest.raises(_Crash):
+      dpdist.train(_config(**_EXACT), workdir)
+  assert "_Crash" in _on_other_devices(4, workdir, 9)
+  assert _on_other_devices(1, workdir) == ""
+  got = result(workdir)
+  assert got["environment"]["mesh"]["data"] == 1
+  assert expected["environment"]["mesh"]["data"] == 2
+  assert got["params_sha256"] == expected["params_sha256"]
+  assert got["steps_charged"] == got["num_steps"] == 12
+  assert len(ledger_lib.Ledger(workdir / "ledger").branches) == 1
 
 
 def test_every_step_is_charged_before_it_is_computed(tmp_path, monkeypatch):
@@ -457,6 +511,14 @@ def test_a_signal_saves_and_the_run_goes_on(finished, tmp_path, monkeypatch):
     ({"mesh.data": 3}, "mesh must use all 8 devices"),
     ({"mesh.fsdp": 0}, "mesh must give each axis"),
     ({"chunk_size": 12}, r"chunk_size .* 8 .* 12"),
+    (
+      {"chunk_size": 64, "clipping.exact_sum": True},
+      r"chunk_size .* 256 .*exact_group_size.* 64",
+    ),
+    (
+      {"clipping.exact_sum": True, "clipping.microbatch_size": 5},
+      "microbatch_size must divide .* 32, got 5",
+    ),
     ({"clipping.method": "magic"}, r"method .* 'magic'"),
     ({"ema_decay": 1.0}, r"ema_decay .* 1\.0"),
     ({"max_checkpoints": 1}, r"max_checkpoints .* 1"),
