@@ -227,6 +227,22 @@ def test_the_sum_is_that_of_floats_up_to_rounding():
   assert int(stats.num_examples) == 100
 
 
+def test_randomness_belongs_to_the_place_in_the_steps_list():
+  loss = lambda params, example, rng: (
+    params["w"][example["i"]] * jax.random.normal(rng),
+    None,
+  )
+  bound = mechanism.make(_plan(l2_clip_norm=1e3), loss, exact_group_size=_GROUP)
+  params = {"w": jnp.zeros(64)}
+  exact = exact_step.ExactStep(bound, optax.sgd(1.0), _mesh("2"))
+  plain = step_lib.Step(bound, optax.sgd(1.0), _mesh("2"))
+  args = (params, {"i": np.arange(64)}, np.arange(64), 32, jax.random.key(9))
+  draws = _value(exact, params, _accumulated(exact, *args))
+  assert np.unique(draws).size == 64
+  floats = _accumulated(plain, *args).clipped_sum["w"]
+  np.testing.assert_allclose(draws, np.sum(floats, 0), atol=1e-4)
+
+
 def test_removing_any_example_moves_the_sum_within_the_sensitivity():
   """Though those after it move to other places, and to other groups."""
   _, params, data = _problem("mlp")
@@ -362,6 +378,27 @@ def test_only_integers_meet_and_once():
     text = lowered.compile().as_text()
     assert count(text) == [0, 0, 0, 0]
     assert "num_partitions=" not in text
+
+
+@pytest.mark.parametrize("mesh_name", ["1", "2"])
+def test_what_rounds_is_compiled_for_one_device(mesh_name, monkeypatch):
+  """Even on a mesh of one: its arrays make XLA compile another program."""
+  shardings = set()
+
+  def watch(compiled):
+    def call(*args):
+      arrays = [x for x in jax.tree.leaves(args) if isinstance(x, jax.Array)]
+      shardings.update(type(x.sharding) for x in arrays)
+      return compiled(*args)
+
+    return call
+
+  for name in ("add_group", "finish"):
+    monkeypatch.setattr(exact_step, name, watch(getattr(exact_step, name)))
+  _, params, data = _problem("mlp")
+  step = dataclasses.replace(_step("mlp", "adam"), mesh=_mesh(mesh_name))
+  _digest(step, params, data, 64)
+  assert shardings == {jax.sharding.SingleDeviceSharding}
 
 
 def test_rows_that_make_no_whole_groups_are_refused():
