@@ -6,7 +6,6 @@ anything.
 
 import math
 import pathlib
-import secrets
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -16,12 +15,11 @@ import ml_collections
 import numpy as np
 import optax
 
-from dpdist import composition
+from dpdist import admission
 from dpdist import config as config_lib
 from dpdist import data_budget
 from dpdist import datasets
 from dpdist import exact_step
-from dpdist import history
 from dpdist import hosts
 from dpdist import keys
 from dpdist import ledger as ledger_lib
@@ -37,10 +35,6 @@ from dpdist import sources
 from dpdist import step as step_lib
 
 PyTree = Any
-
-
-class SettingsError(ValueError):
-  """A setting is wrong, or contradicts the run that the directory holds."""
 
 
 class Job(NamedTuple):
@@ -89,30 +83,6 @@ class Job(NamedTuple):
   chunk_size: int
 
 
-def open_ledger(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path
-) -> ledger_lib.Ledger:
-  """Opens the ledger of a run, to be read.
-
-  Raises:
-    SettingsError: config.ledger is no place for one.
-    dpdist.ledger.LedgerError: it is damaged, or older than a checkpoint.
-  """
-  # Before the ledger, which another process may be writing.
-  heads = manifest.ledger_heads(workdir / "checkpoints")
-  try:
-    ledger = ledger_lib.Ledger(config.ledger or workdir / "ledger")
-  except ValueError as error:
-    raise SettingsError(f"ledger: {error}") from error
-  for path, head in heads.items():
-    if not ledger.has_been_at(head):
-      raise ledger_lib.LedgerError(
-        f"{path} was saved under ledger head {head[:12]}, which this ledger"
-        " does not hold: it was removed or rolled back, or is another run's"
-      )
-  return ledger
-
-
 def prepare(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
@@ -138,7 +108,7 @@ def prepare(
     return _prepare(config, workdir, ledger)
   except ValueError as error:
     # So that a door can tell a user's mistake from a fault further on.
-    raise SettingsError(str(error)) from error
+    raise admission.SettingsError(str(error)) from error
 
 
 def _prepare(
@@ -160,7 +130,9 @@ def _prepare(
     code=provenance.code_digest(),
     training_data=train_manifest,
   )
-  plan, changes, found = _agreed_plan(config, workdir, ledger, train_manifest)
+  plan, changes, found = admission.decide(
+    config, workdir, ledger, train_manifest
+  )
   model = models.make(config.model)
   optimizer, learning_rate = optimizers.make(
     config.optimizer, config.privacy.num_steps
@@ -174,15 +146,17 @@ def _prepare(
   def agree_on_secret() -> str:
     nonlocal budget
     assert ledger is not None
-    budget = _budget(config, ledger, train_manifest)
+    budget = admission.shared_budget(config, ledger, train_manifest)
     if budget is not None and ledger.is_new:
       # Here too, so that a run that does not fit leaves nothing behind.
       whole = plan_lib.Part(plan, plan.num_steps)
       budget.check(budget.cost([whole]), config.data_budget.reservation)
-    return keys.secret_hash(_secret(config, workdir, is_new=ledger.is_new))
+    return keys.secret_hash(
+      admission.secret(config, workdir, is_new=ledger.is_new)
+    )
 
   secret_hash = hosts.from_leader(agree_on_secret)
-  secret = _secret(config, workdir, is_new=False)
+  secret = admission.secret(config, workdir, is_new=False)
   if keys.secret_hash(secret) != secret_hash:
     raise ValueError(
       "secret_file must be the same file for all processes, and is another"
@@ -194,7 +168,7 @@ def _prepare(
 
   def begin() -> dict[str, Any]:
     assert ledger is not None
-    _begin(
+    admission.begin(
       config,
       workdir,
       ledger,
@@ -228,74 +202,6 @@ def _prepare(
     learning_rate,
     chunk_size,
   )
-
-
-def _agreed_plan(
-  config: ml_collections.ConfigDict,
-  workdir: pathlib.Path,
-  ledger: ledger_lib.Ledger | None,
-  train_manifest: str,
-) -> tuple[plan_lib.PrivacyPlan, list[str], manifest.Found]:
-  """What the leader decides on: plan, changes, and where to go on from."""
-
-  def decide() -> dict[str, Any]:
-    assert ledger is not None
-    if ledger.is_ended:
-      raise ValueError(
-        "workdir must not hold a run that was ended, and what it had left given"
-        f" back, got {str(workdir)!r}: start a new run in a new directory"
-      )
-    found = manifest.newest(workdir / "checkpoints", ledger.checkpoints)
-    plan, changes = _plan(config, workdir, ledger, found, train_manifest)
-    return {"plan": plan.to_dict(), "changes": changes, "found": found}
-
-  told = hosts.from_leader(decide)
-  saved, rejected = told["found"]
-  found = manifest.Found(history.Saved(*saved) if saved else None, rejected)
-  return plan_lib.PrivacyPlan.from_dict(told["plan"]), told["changes"], found
-
-
-def _begin(
-  config: ml_collections.ConfigDict,
-  workdir: pathlib.Path,
-  ledger: ledger_lib.Ledger,
-  budget: data_budget.DataBudget | None,
-  *,
-  plan: plan_lib.PrivacyPlan,
-  settings: dict[str, Any],
-  data: str,
-  secret_hash: str,
-  is_changed: bool,
-) -> None:
-  """Makes this process the writer, and the run one that is paid for."""
-  ledger.acquire()
-  if ledger.is_new:
-    ledger.open(
-      config=settings,
-      plan=plan,
-      data=data,
-      secret_hash=secret_hash,
-      run="" if config.insecure_seed is not None else secrets.token_hex(16),
-    )
-  if budget is not None:
-    ended = ledger.spent if is_changed else ledger.spent[:-1]
-    stake = budget.admit(
-      ledger,
-      [*ended, plan_lib.Part(plan, plan.num_steps)],
-      label=str(workdir.absolute()),
-      reservation=config.data_budget.reservation,
-    )
-    ledger.record_stake(root=budget.root, data=data, stake=stake)
-  if config.insecure_seed is not None:
-    ledger.notice(
-      "insecure_seed fixes every random stream, so anyone can subtract the"
-      " noise"
-    )
-  if config.unsafe_metrics:
-    ledger.notice(
-      "unsafe_metrics shows training loss, batch size and clip fraction, which"
-      " no noise covers"
-    )
 
 
 def _step(
@@ -337,67 +243,6 @@ def _check(config: ml_collections.ConfigDict) -> None:
       raise ValueError(f"{name} must be at least 0, got {config[name]}")
 
 
-def _plan(
-  config: ml_collections.ConfigDict,
-  workdir: pathlib.Path,
-  ledger: ledger_lib.Ledger,
-  found: manifest.Found,
-  train_manifest: str,
-) -> tuple[plan_lib.PrivacyPlan, list[str]]:
-  """The plan to go on by, and what changed since the last one was made."""
-  privacy = config_lib.privacy_config(config)
-  if ledger.is_new:
-    return plan_lib.make_plan(privacy), []
-  changes = ledger.changes(
-    config=config_lib.privacy_dict(config),
-    data=train_manifest,
-    secret_hash=keys.secret_hash(_secret(config, workdir, is_new=False)),
-  )
-  declared = config.data.changed_to
-  if "data" in changes and not (
-    len(declared) >= 12 and train_manifest.startswith(declared)
-  ):
-    raise ValueError(
-      f"{changes['data']}: a run sees one data set. To go on with another,"
-      " which the guarantee then covers too, declare it with"
-      f" --config.data.changed_to={train_manifest[:12]}; got {declared!r}"
-    )
-  if not changes:
-    # Taken as it stands: another machine could calibrate the last digit
-    # differently.
-    return ledger.plan, []
-  plan = composition.plan_after(
-    privacy,
-    before=ledger.segment.config,
-    spent=ledger.spent,
-    start_step=found.saved.step if found.saved else 0,
-  )
-  return plan, list(changes.values())
-
-
-def _budget(
-  config: ml_collections.ConfigDict,
-  ledger: ledger_lib.Ledger,
-  train_manifest: str,
-) -> data_budget.DataBudget | None:
-  """The data set's budget, made if it is missing."""
-  settings = config.data_budget
-  if not settings.location:
-    if ledger.stake is not None:
-      raise ValueError(
-        "data_budget.location must be that of the budget in which this run has"
-        f" its stake, {ledger.stake['root']!r}, got ''"
-      )
-    return None
-  return data_budget.open_or_make(
-    settings.location,
-    train_manifest,
-    epsilon=settings.epsilon,
-    delta=settings.delta,
-    neighboring_relation=config.privacy.neighboring_relation,
-  )
-
-
 def _chunk_size(
   config: ml_collections.ConfigDict, plan: plan_lib.PrivacyPlan, mesh: Mesh
 ) -> int:
@@ -420,18 +265,3 @@ def _chunk_size(
   size = math.ceil(batch + 3 * math.sqrt(batch))
   size = min(size, plan.num_examples)
   return size + -size % multiple
-
-
-def _secret(
-  config: ml_collections.ConfigDict, workdir: pathlib.Path, *, is_new: bool
-) -> bytes:
-  if config.insecure_seed is not None:
-    return keys.insecure_secret(config.insecure_seed)
-  path = pathlib.Path(config.secret_file or workdir / "secret")
-  if not is_new and not path.exists():
-    raise ValueError(
-      "secret_file must be the secret that this run began with, but there is"
-      f" no {path}: without it the run cannot go on"
-    )
-  workdir.mkdir(parents=True, exist_ok=True)
-  return keys.load_or_create_secret(path)

@@ -22,6 +22,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from dpdist import admission
 from dpdist import checkpoint
 from dpdist import composition
 from dpdist import data
@@ -59,8 +60,8 @@ def train(
     What `result.json` holds.
 
   Raises:
-    dpdist.job.SettingsError: a ValueError; a setting is wrong, or differs from
-      the run that workdir holds.
+    dpdist.admission.SettingsError: a ValueError; a setting is wrong, or
+      differs from the run that workdir holds.
     dpdist.checkpoint.MismatchError: likewise; the model or optimizer differs.
     dpdist.ledger.LedgerError: the ledger is damaged or has another writer.
     dpdist.hosts.LeaderError: in the job's other processes, if its first raised
@@ -74,7 +75,7 @@ def train(
 
     def open_ledger() -> None:
       nonlocal ledger
-      ledger = stack.enter_context(job_lib.open_ledger(config, workdir))
+      ledger = stack.enter_context(admission.open_ledger(config, workdir))
 
     hosts.from_leader(open_ledger)
     job = job_lib.prepare(config, workdir, ledger)

@@ -17,9 +17,9 @@ from absl import flags
 from ml_collections import config_flags
 
 import dpdist
+from dpdist import admission
 from dpdist import checkpoint
 from dpdist import hosts
-from dpdist import job
 from dpdist import ledger
 from dpdist import preemption
 from launch import exit_codes
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> int:
     hosts.start()
     dpdist.train(_CONFIG.value, str(_WORKDIR.value))
   except (
-    job.SettingsError,
+    admission.SettingsError,
     checkpoint.MismatchError,
     hosts.StartError,
   ) as error:

@@ -34,7 +34,8 @@ LAYERS = (
   + ("models", "losses", "optimizers", "preemption", "provenance"),
   ("data", "data_budget", "datasets", "screen", "report", "checkpoint")
   + ("exact_step",),
-  ("job", "verification"),
+  ("admission", "verification"),
+  ("job",),
   ("summary",),
   ("train",),
   ("dpdist",),

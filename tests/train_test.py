@@ -15,6 +15,7 @@ import pytest
 
 from configs import digits
 import dpdist
+from dpdist import admission
 from dpdist import checkpoint
 from dpdist import composition
 from dpdist import config as config_lib
@@ -73,7 +74,7 @@ def _crash_at(monkeypatch, crash_step):
 
 
 def _prepare(config, workdir):
-  with job_lib.open_ledger(config, workdir) as ledger:
+  with admission.open_ledger(config, workdir) as ledger:
     return job_lib.prepare(config, workdir, ledger)
 
 

@@ -1,0 +1,213 @@
+"""Jobs of several processes: they agree, stop together, and come back resized.
+
+Real processes on this machine, which meet over gloo. Each run is one of those
+in `tests.training`, with exact sums.
+"""
+
+import functools
+import os
+import pathlib
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from dpdist import hosts
+from dpdist import ledger as ledger_lib
+from tests import training
+
+_ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _address():
+  with socket.socket() as server:
+    server.bind(("127.0.0.1", 0))
+    return f"127.0.0.1:{server.getsockname()[1]}"
+
+
+def _variables(address, count, number, devices):
+  return {
+    "JAX_COORDINATOR_ADDRESS": address,
+    "JAX_NUM_PROCESSES": str(count),
+    "JAX_PROCESS_ID": str(number),
+    "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+  }
+
+
+def _become(variables, changes):
+  """In the process, before it starts: which one of the job it is."""
+  os.environ |= variables
+  for change in changes:
+    change()
+
+
+@pytest.fixture
+def job(tmp_path):
+  """Starts a job of several processes; kills what is left of it."""
+  runs = []
+
+  def start(count, devices, *changes, args=((),), workdir=tmp_path / "run"):
+    address = _address()
+    started = [
+      training.Run(
+        workdir,
+        "--config.clipping.exact_sum=True",
+        "--config.clipping.exact_group_size=16",
+        "--config.eval_every=6",
+        *args[i % len(args)],
+        # Changes are for the last process.
+        change=functools.partial(
+          _become,
+          _variables(address, count, i, devices)
+          if count > 1
+          else {"XLA_FLAGS": _variables("", 1, 0, devices)["XLA_FLAGS"]},
+          changes if i == count - 1 else (),
+        ),
+        aside=tmp_path / f"process{i}",
+      )
+      for i in range(count)
+    ]
+    runs.extend(started)
+    return started
+
+  for i in range(4):
+    (tmp_path / f"process{i}").mkdir()
+  yield start
+  for run in runs:
+    run.kill()
+
+
+def _codes(runs):
+  return [run.wait() for run in runs]
+
+
+_APPLY = "dpdist.exact_step:ExactStep:apply"
+
+
+def test_a_job_comes_back_on_another_number_of_processes_and_devices(
+  job, tmp_path
+):
+  (whole,) = job(1, 1, workdir=tmp_path / "whole")
+  assert whole.wait() == 0, whole.screen
+  expected = training.outcome(tmp_path / "whole")
+  workdir = tmp_path / "run"
+  kill = training.before(_APPLY, 10, training.send(signal.SIGKILL))
+  stop = training.before(_APPLY, 10, training.send(signal.SIGTERM))
+
+  # Two devices of one process, which is killed in its tenth step.
+  (run,) = job(1, 2, kill)
+  assert run.wait() == -signal.SIGKILL
+  assert training.check(workdir) == 8
+  # Two processes, of which the second is asked to stop, in step 8 + 10.
+  runs = job(2, 2, stop)
+  assert _codes(runs) == [75, 75], runs[0].screen
+  assert training.check(workdir, 8) == 18
+  for run in runs:
+    assert "stopped after step 18" in run.screen
+  # Four processes; then one device to the end.
+  runs = job(4, 1, stop)
+  assert _codes(runs) == [75] * 4, runs[0].screen
+  assert training.check(workdir, 18) == 28
+  (run,) = job(1, 1)
+  assert run.wait() == 0, run.screen
+  training.check(workdir)
+  assert training.outcome(workdir) == expected
+  # It was one line of steps, all under the same keys.
+  ledger = ledger_lib.Ledger(workdir / "ledger")
+  assert len(ledger.branches) == 1
+  assert ledger.spent_steps == training.NUM_STEPS
+  assert ledger.writer == 4
+
+
+def test_processes_with_other_settings_stop_before_anything_is_charged(
+  job, tmp_path
+):
+  runs = job(2, 1, args=[(), ("--config.optimizer.learning_rate=0.5",)])
+  assert _codes(runs) == [2, 2]
+  for run in runs:
+    assert "settings must be the same in all processes" in run.screen
+    assert "Traceback" not in run.screen
+  assert not (tmp_path / "run" / "ledger").exists()
+
+
+def test_what_stops_the_leader_stops_all(job, tmp_path):
+  (tmp_path / "run" / "ledger").mkdir(parents=True)
+  (tmp_path / "run" / "ledger" / "stray").write_text("")
+  runs = job(2, 1)
+  assert _codes(runs) == [1, 1]
+  assert "'stray' is no record of the ledger" in runs[0].screen
+  assert "process 0 stopped: 'stray' is no record" in runs[1].screen
+  for run in runs:
+    assert "Traceback" not in run.screen
+
+
+@pytest.mark.parametrize(
+  ("changes", "message"),
+  [
+    (
+      {"JAX_NUM_PROCESSES": "two"},
+      "JAX_NUM_PROCESSES must be a number .*'two'",
+    ),
+    ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID must be a number .*'-1'"),
+    ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID must be below .*=2, got 2"),
+  ],
+)
+def test_an_environment_that_makes_no_sense_is_named(
+  monkeypatch, changes, message
+):
+  for name, value in (_variables("here:1", 2, 0, 1) | changes).items():
+    monkeypatch.setenv(name, value)
+  with pytest.raises(hosts.StartError, match=message):
+    hosts.start()
+
+
+_TALK = """
+import sys
+from dpdist import hosts
+hosts.start()
+import jax
+number = jax.process_index()
+texts = hosts.gather(["", "ünïcode" * 1000][number])
+assert texts == ["", "ünïcode" * 1000], texts
+value = {"text": "ü", "none": None, "number": 0.1, "list": [1, [2]]}
+assert hosts.from_leader(lambda: value) == value
+assert hosts.from_leader(lambda: None) is None
+assert hosts.any_process(False) is False
+assert hosts.any_process(number == 1) is True
+hosts.agree(same={"a": 1, "b": 2})
+for name, fact, error in (
+  ("fact", number, hosts.DisagreementError),
+  ("leader", lambda: 1 / 0, (ZeroDivisionError, hosts.LeaderError)[number]),
+):
+  try:
+    hosts.from_leader(fact) if callable(fact) else hosts.agree(fact=fact)
+  except error as caught:
+    print(name, caught)
+"""
+
+
+def test_processes_tell_one_another():
+  address = _address()
+  children = [
+    subprocess.Popen(
+      [sys.executable, "-c", _TALK],
+      env=os.environ | _variables(address, 2, i, 1),
+      cwd=_ROOT,
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  said = []
+  for child in children:
+    out, err = child.communicate(timeout=120)
+    assert child.returncode == 0, err
+    said.append(out)
+  for out in said:
+    assert "fact must be the same in all processes" in out
+    assert "is not that of [1]" in out
+  assert "leader division by zero" in said[0]
+  assert "leader process 0 stopped: division by zero" in said[1]
