@@ -34,18 +34,17 @@ Guarantees:
 import atexit
 from collections.abc import Callable, Mapping
 import contextlib
-import hashlib
 import json
 import os
-import pathlib
-import platform
 import re
 import secrets
 import threading
 import time
 from typing import Any
 
-import tensorstore as ts
+from dpdist import liveness
+from dpdist import seals
+from dpdist import stores
 
 FIRST = "0" * 64
 # How often a writer shows that it lives, and how long the next one looks out
@@ -92,7 +91,7 @@ class Log:
       ValueError: location is none of these.
       RecordError: a record is missing, altered or out of order.
     """
-    self._store = _open(location)
+    self._store = _result(stores.opening(location))
     self._take = take
     self._lock = threading.Lock()
     self._token = ""
@@ -118,7 +117,7 @@ class Log:
     before = self._read_head()
     if before is None:
       self._write_head(if_missing=True)
-    elif before["open"] and not _is_gone(before):
+    elif before["open"] and not liveness.is_gone(before):
       self._watch(before)
     self._token = secrets.token_hex(16)
     try:
@@ -126,7 +125,7 @@ class Log:
     except RecordError:
       self._token = ""
       raise
-    _sync_above(self._store.spec().to_json())
+    stores.sync_above(self._store)
     self._heart.start()
     # A beat under way while the interpreter goes would abort the process.
     atexit.register(self._stop_heart)
@@ -168,7 +167,7 @@ class Log:
       if self._read_head() is None:
         with contextlib.suppress(ShutOutError):
           self._write_head(is_open=False, if_missing=True)
-        _sync_above(self._store.spec().to_json())
+        stores.sync_above(self._store)
       while (decided := decide()) is not None:
         kind, body = decided
         # Two processes that decide alike must not take one record for both's.
@@ -214,14 +213,14 @@ class Log:
         )
     first = len(self.records)
     reads = [self._store.read(name) for name in names[first:]]
-    values = [_written(_result(read).value) for read in reads]
+    values = [seals.written(_result(read).value) for read in reads]
     for i, value in enumerate(values):
       seq = first + i
-      if _is_whole(value):
+      if seals.is_whole(value):
         self._add(value)
         continue
       # Several in a row may be lost; what follows them knows of each.
-      after = next((v for v in values[i:] if _is_whole(v)), None)
+      after = next((v for v in values[i:] if seals.is_whole(v)), None)
       covered = head is not None and head["seq"] > seq
       if _acknowledges(after, value) or (after is None and not covered):
         self._lose(value)
@@ -249,7 +248,7 @@ class Log:
       lost += 1
     if lost:
       record["torn"] = self.heads[-lost:]
-    value = _sealed(record)
+    value = seals.sealed(record)
     self._create(seq, value)
     self._add(value)
 
@@ -268,13 +267,13 @@ class Log:
         f"ledger record {seq} cannot be understood: {error!r}"
       ) from error
     self.records.append(record)
-    self.heads.append(_digest(value))
+    self.heads.append(seals.digest(value))
 
   def _lose(self, value: bytes) -> None:
     record = {"seq": len(self.records), "kind": "lost"}
     self._take(record)
     self.records.append(record)
-    self.heads.append(_digest(value))
+    self.heads.append(seals.digest(value))
 
   def _create(self, seq: int, value: bytes) -> None:
     """Writes a value under a key that does not exist; safe to repeat."""
@@ -290,7 +289,7 @@ class Log:
           # A condition that does not hold gives an empty generation.
           if stamp.generation:
             return
-        elif _written(found.value) == value:
+        elif seals.written(found.value) == value:
           return  # An attempt had succeeded, though its answer was lost.
         else:
           raise ShutOutError(_shut_out(seq))
@@ -336,13 +335,12 @@ class Log:
       "open": is_open,
       "writer": self._token,
       "beat": self._beats,
-      "pid": os.getpid(),
-      "started": _started(os.getpid()),
-      "host": _host(),
-      "host_name": platform.node(),
+      **liveness.card(),
     }
     _result(
-      self._store.write(_HEAD, _sealed(value), if_equal=found.stamp.generation)
+      self._store.write(
+        _HEAD, seals.sealed(value), if_equal=found.stamp.generation
+      )
     )
 
   def _watch(self, before: dict[str, Any]) -> None:
@@ -380,52 +378,8 @@ def folders(root: str | os.PathLike[str]) -> list[str]:
     ValueError: root is no place for logs.
     RecordError: the store failed.
   """
-  keys = _result(_open(root).list())
+  keys = _result(_result(stores.opening(root)).list())
   return sorted({key.decode().partition("/")[0] for key in keys if b"/" in key})
-
-
-def _open(location: str | os.PathLike[str]) -> ts.KvStore:
-  try:
-    spec = ts.KvStore.Spec(_spec(location))
-    _check_durable(spec.to_json())
-    opening = ts.KvStore.open(spec)
-  except ValueError as error:
-    raise ValueError(
-      "location must be a path, a URL such as gs://bucket/path or the JSON of"
-      f" a key-value store's spec, got {os.fspath(location)!r}: {error}"
-    ) from error
-  return _result(opening)
-
-
-def _spec(location: str | os.PathLike[str]) -> Any:
-  text = os.fspath(location)
-  if text.startswith("{"):
-    return json.loads(text)
-  if "://" in text:
-    return text.rstrip("/") + "/"
-  return {"driver": "file", "path": os.path.join(os.path.abspath(text), "")}
-
-
-def _check_durable(spec: dict[str, Any]) -> None:
-  """Refuses stores that forget, and options that switch safety off."""
-  if spec["driver"] not in ("file", "gcs", "s3"):
-    raise ValueError(f"driver must be file, gcs or s3, got {spec['driver']!r}")
-  unsafe = {"context", "file_io_locking", "file_io_sync"} & spec.keys()
-  if unsafe:
-    raise ValueError(f"the spec must leave out {sorted(unsafe)}")
-
-
-def _sync_above(spec: dict[str, Any]) -> None:
-  """Makes the names of directories durable that were made for a store."""
-  if spec["driver"] != "file":
-    return
-  for folder in pathlib.Path(spec["path"]).parents:
-    with contextlib.suppress(OSError):  # It is another's, or no disk's.
-      descriptor = os.open(folder, os.O_RDONLY)
-      try:
-        os.fsync(descriptor)
-      finally:
-        os.close(descriptor)
 
 
 def _result(future: Any) -> Any:
@@ -436,8 +390,8 @@ def _result(future: Any) -> Any:
 
 
 def _head_of(found: Any) -> dict[str, Any]:
-  value = _written(found.value)
-  if not _is_whole(value):
+  value = seals.written(found.value)
+  if not seals.is_whole(value):
     raise RecordError(f"the ledger's {_HEAD} was altered")
   return dict(json.loads(value))
 
@@ -446,48 +400,11 @@ def _key(seq: int) -> str:
   return f"{seq:012d}.json"
 
 
-def _canonical(value: Mapping[str, Any]) -> bytes:
-  return json.dumps(
-    value, sort_keys=True, separators=(",", ":"), allow_nan=False
-  ).encode()
-
-
-def _digest(value: bytes) -> str:
-  return hashlib.sha256(value).hexdigest()
-
-
-def _sealed(value: Mapping[str, Any]) -> bytes:
-  return _canonical({**value, "sha256": _digest(_canonical(value))})
-
-
-def _is_whole(value: bytes) -> bool:
-  """Whether a value is exactly what `_sealed` made."""
-  try:
-    body = json.loads(value)
-    del body["sha256"]
-    return _sealed(body) == value
-  except (ValueError, KeyError, TypeError):
-    return False
-
-
-def _written(value: bytes) -> bytes:
-  """A value, less what a killed writer may have left at its end.
-
-  On a disk tensorstore writes over the file that another was writing when it
-  was killed, and does not cut off what is longer.
-  """
-  try:
-    _, end = json.JSONDecoder().raw_decode(value.decode("latin-1"))
-  except ValueError:
-    return value
-  return value[:end] if _is_whole(value[:end]) else value
-
-
 def _acknowledges(after: bytes | None, value: bytes) -> bool:
   """Whether a writer began after a lost record, and knew that it was lost."""
-  if after is None or not _is_whole(after):
+  if after is None or not seals.is_whole(after):
     return False
-  return _digest(value) in json.loads(after).get("torn", [])
+  return seals.digest(value) in json.loads(after).get("torn", [])
 
 
 def _shut_out(seq: int) -> str:
@@ -495,32 +412,3 @@ def _shut_out(seq: int) -> str:
     f"another process wrote ledger record {seq}: one run directory takes one"
     " writer; this process must stop"
   )
-
-
-def _is_gone(head: Mapping[str, Any]) -> bool:
-  """Whether the process that wrote a head is known to have ended."""
-  return (
-    bool(head["host"])
-    and head["host"] == _host()
-    and head["started"] != _started(head["pid"])
-  )
-
-
-def _host() -> str:
-  """Names this boot of this machine, and the space of its process numbers."""
-  try:
-    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-  except OSError:
-    return ""
-
-
-def _started(pid: int) -> str:
-  """When a process of this machine began; "" if it has ended."""
-  try:
-    stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
-  except OSError:
-    return ""
-  # After the name, which may hold anything but ends with the last parenthesis.
-  state, *rest = stat.rpartition(")")[2].split()
-  return "" if state in "ZX" else rest[18]

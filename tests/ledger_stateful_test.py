@@ -1,10 +1,12 @@
-"""Runs, kills, copies, lost checkpoints and changed code, in any order.
+"""Runs, kills, copies, lost checkpoints, other code or settings, in any order.
 
 A model of a run whose "parameters" are a digest of all that went into them.
 Whatever happens, no key meets two inputs at one step, and every ledger covers
 what was released under it.
 """
 
+import collections
+import dataclasses
 import hashlib
 import pathlib
 import shutil
@@ -14,22 +16,26 @@ import hypothesis
 from hypothesis import stateful
 from hypothesis import strategies as st
 
+from dpdist import composition
 from dpdist import ledger as ledger_lib
 from dpdist import plan as plan_lib
 from dpdist import records
 
 _NUM_STEPS = 300  # So that a record charges up to three.
-_PLAN = plan_lib.PrivacyPlan(
+_CONFIG = plan_lib.PrivacyConfig(
   num_examples=1000,
-  expected_batch_size=10.0,
+  expected_batch_size=10,
   num_steps=_NUM_STEPS,
   l2_clip_norm=1.0,
   noise_multiplier=1.0,
-  delta=1e-5,
-  accountant="pld",
-  neighboring_relation="add_or_remove_one",
-  target_epsilon=None,
+  target_delta=1e-5,
 )
+# What may be changed on the way.
+_CONFIGS = [
+  _CONFIG,
+  dataclasses.replace(_CONFIG, l2_clip_norm=2.0),
+  dataclasses.replace(_CONFIG, noise_multiplier=2.0),
+]
 
 
 def _digest(*parts):
@@ -39,13 +45,19 @@ def _digest(*parts):
 class _Process:
   """A training loop that may be dead, without having noticed."""
 
-  def __init__(self, run, code):
-    self.run, self.code = run, code
+  def __init__(self, run, code, config):
+    self.run = run
+    # Training may differ by either.
+    self.code = _digest(code, config)
     self.ledger = ledger_lib.Ledger(run.path)
     self.ledger.acquire()
+    facts = {"config": dataclasses.asdict(config), "data": "d"}
     if self.ledger.is_new:
       self.ledger.open(
-        config={}, plan=_PLAN, data="d", secret_hash="s", run=run.name
+        **facts,
+        plan=plan_lib.make_plan(config),
+        secret_hash="s",
+        run=run.name,
       )
     self.step, self.state, digest, head = 0, "initial", "", ""
     for saved in reversed(self.ledger.checkpoints):
@@ -53,16 +65,30 @@ class _Process:
         self.state, head = run.checkpoints[saved]
         self.step, digest, _ = saved
         break
+    if self.ledger.changes(**facts, secret_hash="s"):
+      plan = composition.plan_after(
+        config,
+        before=self.ledger.segment.config,
+        spent=self.ledger.spent,
+        start_step=self.step,
+      )
+      self.ledger.open_segment(**facts, plan=plan, start_step=self.step)
     self.branch = self.ledger.resume(
-      step=self.step, digest=digest, ledger_head=head, fingerprint=code
+      step=self.step, digest=digest, ledger_head=head, fingerprint=self.code
     )
+    self.numbers = _numbers(self.ledger.plan)
+
+
+def _numbers(plan):
+  """What a step's price depends on."""
+  return plan.noise_multiplier, plan.sampling_probability
 
 
 class _Run:
   def __init__(self, path, name):
     self.path, self.name = path, name
     self.checkpoints = {}  # Saved -> (state, ledger head)
-    self.released = set()  # (identity, step)
+    self.released = {}  # (identity, step) -> numbers
 
 
 class Machine(stateful.RuleBasedStateMachine):
@@ -84,12 +110,13 @@ class Machine(stateful.RuleBasedStateMachine):
   @stateful.rule(
     number=st.integers(0, 11),
     code=st.sampled_from(["v1", "v2"]),
+    config=st.sampled_from(_CONFIGS),
     steps=st.integers(0, 7),
   )
-  def launch(self, number, code, steps):
+  def launch(self, number, code, config, steps):
     """Also where one is running, or paused: it is taken for dead."""
     run = self.runs[number % len(self.runs)]
-    self.processes.append(_Process(run, code))
+    self.processes.append(_Process(run, code, config))
     self._train(self.processes[-1], steps)
 
   @stateful.precondition(lambda self: self.processes)
@@ -109,7 +136,7 @@ class Machine(stateful.RuleBasedStateMachine):
       key = (process.branch.identity, step)
       given = _digest(process.state, process.code)
       assert self.inputs.setdefault(key, given) == given
-      run.released.add(key)
+      assert run.released.setdefault(key, process.numbers) == process.numbers
       process.state = _digest(given, key)
     process.step = max(stop, process.step)
 
@@ -159,7 +186,7 @@ class Machine(stateful.RuleBasedStateMachine):
       other = _Run(self.root / str(len(self.runs)), run.name)
       shutil.copytree(run.path, other.path)
       other.checkpoints = dict(run.checkpoints)
-      other.released = set(run.released)
+      other.released = dict(run.released)
       self.runs.append(other)
 
   @stateful.invariant()
@@ -167,7 +194,12 @@ class Machine(stateful.RuleBasedStateMachine):
     for run in getattr(self, "runs", []):
       spent = ledger_lib.Ledger(run.path)
       if not spent.is_new:
-        assert len(run.released) <= spent.spent_steps <= _NUM_STEPS
+        assert len(run.released) <= spent.spent_steps
+        charged = collections.Counter()
+        for plan, num_steps in spent.spent:
+          assert num_steps <= plan.num_steps
+          charged[_numbers(plan)] += num_steps
+        assert collections.Counter(run.released.values()) <= charged
 
 
 Machine.TestCase.settings = hypothesis.settings(

@@ -133,9 +133,10 @@ def _check_log(path, released):
 
 
 _NO_SYNC = """
-spec = records._spec
-records._spec = lambda location: {**spec(location), "file_io_sync": False}
-records._check_durable = lambda spec: None
+from dpdist import stores
+spec = stores._spec
+stores._spec = lambda location: {**spec(location), "file_io_sync": False}
+stores._check_durable = lambda spec: None
 """
 
 wants_strace = pytest.mark.skipif(

@@ -1,0 +1,45 @@
+"""JSON values that carry their own SHA-256."""
+
+from collections.abc import Mapping
+import hashlib
+import json
+from typing import Any
+
+
+def digest(value: bytes) -> str:
+  """SHA-256, hex."""
+  return hashlib.sha256(value).hexdigest()
+
+
+def _canonical(value: Mapping[str, Any]) -> bytes:
+  return json.dumps(
+    value, sort_keys=True, separators=(",", ":"), allow_nan=False
+  ).encode()
+
+
+def sealed(value: Mapping[str, Any]) -> bytes:
+  """Canonical JSON of a value and of its digest, under "sha256"."""
+  return _canonical({**value, "sha256": digest(_canonical(value))})
+
+
+def is_whole(value: bytes) -> bool:
+  """Whether a value is exactly what `sealed` made."""
+  try:
+    body = json.loads(value)
+    del body["sha256"]
+    return sealed(body) == value
+  except (ValueError, KeyError, TypeError):
+    return False
+
+
+def written(value: bytes) -> bytes:
+  """A value, less what a killed writer may have left at its end.
+
+  On a disk tensorstore writes over the file that another was writing when it
+  was killed, and does not cut off what is longer.
+  """
+  try:
+    _, end = json.JSONDecoder().raw_decode(value.decode("latin-1"))
+  except ValueError:
+    return value
+  return value[:end] if is_whole(value[:end]) else value

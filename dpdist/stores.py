@@ -1,0 +1,65 @@
+"""Key-value stores that keep what they were given: local disks and buckets."""
+
+import contextlib
+import json
+import os
+import pathlib
+from typing import Any
+
+import tensorstore as ts
+
+
+def opening(location: str | os.PathLike[str]) -> ts.Future:
+  """Opens a store.
+
+  Args:
+    location: a local path, a URL such as s3://bucket/path, or the JSON of a
+      tensorstore key-value store's spec.
+
+  Returns:
+    A future of a `tensorstore.KvStore`.
+
+  Raises:
+    ValueError: location is none of these, or a store that may forget.
+  """
+  try:
+    spec = ts.KvStore.Spec(_spec(location))
+    _check_durable(spec.to_json())
+    return ts.KvStore.open(spec)
+  except ValueError as error:
+    raise ValueError(
+      "location must be a path, a URL such as gs://bucket/path or the JSON of"
+      f" a key-value store's spec, got {os.fspath(location)!r}: {error}"
+    ) from error
+
+
+def _spec(location: str | os.PathLike[str]) -> Any:
+  text = os.fspath(location)
+  if text.startswith("{"):
+    return json.loads(text)
+  if "://" in text:
+    return text.rstrip("/") + "/"
+  return {"driver": "file", "path": os.path.join(os.path.abspath(text), "")}
+
+
+def _check_durable(spec: dict[str, Any]) -> None:
+  """Refuses stores that forget, and options that switch safety off."""
+  if spec["driver"] not in ("file", "gcs", "s3"):
+    raise ValueError(f"driver must be file, gcs or s3, got {spec['driver']!r}")
+  unsafe = {"context", "file_io_locking", "file_io_sync"} & spec.keys()
+  if unsafe:
+    raise ValueError(f"the spec must leave out {sorted(unsafe)}")
+
+
+def sync_above(store: ts.KvStore) -> None:
+  """Makes the names of directories durable that were made for a store."""
+  spec = store.spec().to_json()
+  if spec["driver"] != "file":
+    return
+  for folder in pathlib.Path(spec["path"]).parents:
+    with contextlib.suppress(OSError):  # It is another's, or no disk's.
+      descriptor = os.open(folder, os.O_RDONLY)
+      try:
+        os.fsync(descriptor)
+      finally:
+        os.close(descriptor)
