@@ -11,6 +11,8 @@ import sys
 
 import pytest
 
+pytestmark = pytest.mark.cluster
+
 _ROOT = pathlib.Path(__file__).parent.parent
 _PROGRAM = """
 import sys

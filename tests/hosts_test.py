@@ -18,6 +18,8 @@ from dpdist import hosts
 from dpdist import ledger as ledger_lib
 from tests import training
 
+pytestmark = pytest.mark.cluster
+
 _ROOT = pathlib.Path(__file__).parent.parent
 
 

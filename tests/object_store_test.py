@@ -215,5 +215,39 @@ def test_a_write_that_comes_late_shuts_its_writer_out_and_no_other(location):
   assert _kinds(location) == ["writer", "writer", "b"]
 
 
+@pytest.mark.parametrize("lost", ["answer", "request"])
+def test_a_proposal_is_written_once_whatever_is_lost(location, proxy, lost):
+  left = [3]
+
+  def lose(method, key):
+    if method == "PUT" and key == _key(1) and left[0]:
+      left[0] -= 1
+      return lost
+    return ""
+
+  log = _open(location)
+  log.propose(lambda: ("a", {}))
+  proxy.lose = lose
+  log.propose(lambda: ("b", {}))
+  assert left[0] < 3
+  assert _kinds(location) == ["a", "b"]
+
+
+def test_many_threads_propose_at_once(location):
+  """Each has a log of its own; what it decides on rests on all before it."""
+
+  def work():
+    log = _open(location)
+    for _ in range(4):
+      log.propose(lambda: ("turn", {"number": len(log.records)}))
+
+  threads = [threading.Thread(target=work) for _ in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert [r["number"] for r in _open(location).records] == list(range(16))
+
+
 def _key(seq):
   return f"{seq:012d}.json"
