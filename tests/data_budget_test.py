@@ -350,6 +350,11 @@ def test_runs_share_a_budget_and_give_back_what_they_leave(
   (budget,) = data_budget.all_below(root)
   assert [stake.label for stake in budget.stakes.values()] == [str(one)]
   assert 0 < budget.epsilon <= 1.5
+  # It was told of every charge, so that a copy could not go on for nothing.
+  log = records.Log(one / "ledger", lambda record: None)
+  last = max(r["seq"] for r in log.records if r["kind"] == "reserve")
+  (stake,) = budget.stakes.values()
+  assert stake.head == log.heads[last + 1]
   with pytest.raises(ValueError, match="would be exceeded"):
     dpdist.train(_config(root, **{"privacy.num_steps": 3000}), two)
   assert not two.exists()

@@ -166,8 +166,8 @@ def _digest(step, params, data, chunk_size):
   [
     ("mlp", "momentum"),
     ("mlp", "adam"),
-    ("cnn", "momentum"),
-    ("decoder", "adam"),
+    pytest.param("cnn", "momentum", marks=pytest.mark.cluster),
+    pytest.param("decoder", "adam", marks=pytest.mark.cluster),
   ],
 )
 def test_a_step_has_the_same_bits_on_every_mesh_for_chunks_of_any_size(

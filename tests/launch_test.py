@@ -63,15 +63,14 @@ def test_kill_and_restart_ends_with_the_same_parameters(tmp_path):
   assert "Private training" in out
   expected = json.loads((whole / "result.json").read_text())
 
-  for step in (9, 20):
-    process = _start("train", *_TRAIN, f"--workdir={killed}")
-    _wait_for_step(process, killed, step)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
-    ledger = ledger_lib.Ledger(killed / "ledger")
-    assert ledger.spent_steps >= _steps_seen(killed) >= step
-    assert not (killed / "result.json").exists()
+  process = _start("train", *_TRAIN, f"--workdir={killed}")
+  _wait_for_step(process, killed, 20)
+  process.kill()
+  process.communicate()
+  assert process.returncode == -signal.SIGKILL
+  ledger = ledger_lib.Ledger(killed / "ledger")
+  assert ledger.spent_steps >= _steps_seen(killed) >= 20
+  assert not (killed / "result.json").exists()
 
   process = _start("train", *_TRAIN, f"--workdir={killed}")
   _wait_for_step(process, killed, 26)

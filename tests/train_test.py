@@ -173,6 +173,7 @@ def _on_other_devices(num_devices, workdir, crash_step=""):
   ).stderr
 
 
+@pytest.mark.cluster
 def test_exact_sums_go_on_for_free_on_fewer_devices(tmp_path, monkeypatch):
   """Eight devices, then four, then one: as two that nothing interrupted."""
   whole, workdir = tmp_path / "whole", tmp_path / "run"
