@@ -91,6 +91,13 @@ def begin(
   is_changed: bool,
 ) -> None:
   """Makes this process the writer, and the run one that is paid for."""
+  is_void = config.insecure_seed is not None or config.unsafe_metrics
+  if budget is not None and is_void:
+    raise ValueError(
+      "data_budget.location must be '' for a run without a guarantee, which no"
+      " budget can cover (insecure_seed or unsafe_metrics), got"
+      f" {budget.root!r}"
+    )
   ledger.acquire()
   if ledger.is_new:
     ledger.open(
@@ -101,6 +108,8 @@ def begin(
       run="" if config.insecure_seed is not None else secrets.token_hex(16),
     )
   if budget is not None:
+    # Before the stake, so that none is without a run that knows where it is.
+    ledger.record_stake(root=budget.root, data=data, stake="")
     ended = ledger.spent if is_changed else ledger.spent[:-1]
     stake = budget.admit(
       ledger,
@@ -167,19 +176,27 @@ def shared_budget(
   """The data set's budget, made if it is missing."""
   settings = config.data_budget
   if not settings.location:
-    if ledger.stake is not None:
+    if ledger.stakes:
       raise ValueError(
         "data_budget.location must be that of the budget in which this run has"
-        f" its stake, {ledger.stake['root']!r}, got ''"
+        f" its stake, {ledger.stakes[-1]['root']!r}, got ''"
       )
     return None
-  return data_budget.open_or_make(
+  budget = data_budget.open_or_make(
     settings.location,
     train_manifest,
     epsilon=settings.epsilon,
     delta=settings.delta,
     neighboring_relation=config.privacy.neighboring_relation,
   )
+  for stake in ledger.stakes:
+    if stake["data"] == train_manifest and stake["stake"] not in budget.stakes:
+      raise ValueError(
+        "data_budget.location must be that of the budget in which this run has"
+        f" its stake, {stake['root']!r}, got {settings.location!r}, which does"
+        " not know of it: it is another one, or was rolled back"
+      )
+  return budget
 
 
 def secret(

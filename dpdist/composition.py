@@ -17,8 +17,10 @@ may be asked then:
   (arXiv:2602.06756) give counterexamples. The order taken here is the best one
   for the first part's plan.
 
-A filter bounds what a run releases that stops at its budget. Who raises the
-budget after a look has the guarantee of the raised one.
+A filter bounds a procedure by a sum that was fixed before looking. What is
+computed here is the sum on the way that was taken; the procedure is bounded by
+the largest sum, at that order, that the run was planned for at any time. Who
+raises the target after a look has the guarantee of the raised one.
 
 Imports no jax.
 """
@@ -95,17 +97,7 @@ def epsilon(
       delta=first.delta,
       accountant=accountant,
     )
-  order = renyi.best_order(
-    first.noise_multiplier,
-    first.sampling_probability,
-    first.num_steps,
-    first.delta,
-  )
-  divergence = sum(
-    renyi.divergence(sigma, q, num_steps, order)
-    for (sigma, q), num_steps in mechanisms.items()
-  )
-  return renyi.epsilon_at(order, divergence, first.delta)
+  return _at_fixed_order(parts)
 
 
 def plan_after(
@@ -161,15 +153,17 @@ def plan_after(
     plan = dataclasses.replace(
       draft, noise_multiplier=search.six_digits(-index)
     )
-    return epsilon([*spent, plan_lib.Part(plan, left)], accountant)
+    del accountant  # It is "rdp", and of these the order is fixed.
+    return _at_fixed_order([*spent, plan_lib.Part(plan, left)])
 
   index = search.calibrate(
     search.NOISE_MULTIPLIERS, total, config.target_epsilon, "rdp", slope=1.0
   )
   if index is None:
     raise ValueError(
-      f"target_epsilon must be more than {epsilon(spent, 'rdp'):.6g}, which is"
-      f" spent by Renyi divergences, got {config.target_epsilon}"
+      f"target_epsilon must be more than {_at_fixed_order(spent):.6g}, which"
+      " is spent by Renyi divergences of an order fixed before, got"
+      f" {config.target_epsilon}"
     )
   return dataclasses.replace(
     draft,
@@ -182,21 +176,48 @@ def statement(parts: Sequence[plan_lib.Part]) -> str:
   """What the parts together guarantee, and when, in plain words."""
   if len(parts) == 1:
     return plan_lib.statement(parts[0].plan)
+  first, last = parts[0].plan, parts[-1].plan
   listed = "; ".join(
-    f"{num_steps:,} steps with noise multiplier {plan.noise_multiplier},"
-    f" sampling probability {plan.sampling_probability:.6g} and l2 clip norm"
-    f" {plan.l2_clip_norm}"
+    f"{num_steps:,} steps that draw each of {plan.num_examples:,} examples with"
+    f" probability {plan.sampling_probability:.6g}, clip to l2 norm"
+    f" {plan.l2_clip_norm} and add noise of {plan.noise_multiplier} times the"
+    " sensitivity"
     for plan, num_steps in parts
   )
-  accountant = accountant_of(parts).upper()
+  how = accountant_of(parts).upper()
+  if len(_mechanisms(parts)) > 1:
+    how += (
+      " at an order that the first settings fixed, since later ones may have"
+      " been chosen by looking at what was released. The number is that of the"
+      " way that was taken; the run as a procedure is bounded by the largest"
+      " epsilon, at that order, that it was planned for at any time"
+    )
   return (
-    f"The settings of this run changed on the way. It consists of {listed}."
-    " Together they are (epsilon, delta)-differentially private with epsilon ="
-    f" {plan_lib.rounded_up(epsilon(parts))} and delta ="
-    f" {parts[0].plan.delta:g}, by {accountant}, which holds although later"
-    " numbers may have been chosen by looking at what was released before. For"
-    f" the last part: {plan_lib.statement(parts[-1].plan)}"
+    "The unit of privacy is one example (neighboring relation"
+    f" {last.neighboring_relation}). The settings of this run changed on the"
+    f" way. It consists of {listed}. Together they are (epsilon,"
+    " delta)-differentially private with epsilon ="
+    f" {plan_lib.rounded_up(epsilon(parts))} and delta = {first.delta:g}, by"
+    f" {how}. This holds if nobody's data is in more than one example, if the"
+    " draws and the noise stay secret, and if nothing else that was computed"
+    " from the data is released."
   )
+
+
+def _at_fixed_order(parts: Sequence[plan_lib.Part]) -> float:
+  """The filter's epsilon: at the order that is best for the first plan."""
+  first = parts[0].plan
+  order = renyi.best_order(
+    first.noise_multiplier,
+    first.sampling_probability,
+    first.num_steps,
+    first.delta,
+  )
+  divergence = sum(
+    renyi.divergence(sigma, q, num_steps, order)
+    for (sigma, q), num_steps in _mechanisms(parts).items()
+  )
+  return renyi.epsilon_at(order, divergence, first.delta)
 
 
 def _mechanisms(

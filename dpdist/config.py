@@ -78,7 +78,7 @@ def default() -> ml_collections.ConfigDict:
 
   # A budget that all runs on a data set share: the first one makes it.
   config.data_budget = ml_collections.ConfigDict()
-  config.data_budget.location = ""  # as for ledger; empty: none
+  config.data_budget.location = ""  # a directory or a URL; empty: none
   config.data_budget.epsilon = config_dict.placeholder(float)  # of all runs
   config.data_budget.delta = config_dict.placeholder(float)
   config.data_budget.reservation = ""  # the label of one, for a new run

@@ -39,6 +39,9 @@ from dpdist import renyi
 _FORMAT = 1
 # What rounding may make a sum of costs that fits look like.
 _ROUNDING = 1e-9
+# How much dearer a run may be than the one its room is kept for: some units in
+# the last digit of a noise multiplier that another machine calibrated.
+_CALIBRATION = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +116,9 @@ class DataBudget:
       dpdist.records.RecordError: a record is missing, altered or out of order.
     """
     self.root = os.fspath(root)
+    if "://" not in self.root:
+      # So that a run finds it from wherever it is started.
+      self.root = os.path.abspath(self.root)
     self.data = data
     self.terms: Terms | None = None
     self.stakes: dict[str, Stake] = {}
@@ -189,7 +195,12 @@ class DataBudget:
       if self.terms is None:
         body = dataclasses.asdict(terms)
         return "make", {"format": _FORMAT, "data": self.data, **body}
-      if self.terms != terms:
+      # Not what was computed: another machine may round otherwise.
+      if (epsilon, delta, neighboring_relation) != (
+        self.terms.epsilon,
+        self.terms.delta,
+        self.terms.neighboring_relation,
+      ):
         raise ledger_lib.RefusedError(
           f"the budget of data set {self.data[:12]} in {self.root} was made for"
           f" epsilon {self.terms.epsilon:g} at delta {self.terms.delta:g},"
@@ -207,6 +218,8 @@ class DataBudget:
   def reserve(self, label: str, cost: float, count: int) -> None:
     """Keeps room for runs to come, for all of them or for none.
 
+    With a little to spare for each, as calibrations differ.
+
     Args:
       label: a name that no reservation has yet.
       cost: the divergence of each run.
@@ -218,14 +231,17 @@ class DataBudget:
     """
     if count < 1:
       raise ValueError(f"count must be at least 1, got {count}")
+    if not 0 <= cost < math.inf:
+      raise ValueError(f"cost must be finite and >= 0, got {cost}")
 
     def decide() -> tuple[str, Mapping[str, Any]]:
       if not label or label in self.reservations:
         raise ValueError(
           f"label must be a name that no reservation has yet, got {label!r}"
         )
-      self._check_fits(cost * count, f"{count} runs")
-      return "reserve", {"label": label, "cost": cost, "count": count}
+      each = cost * (1 + _CALIBRATION)
+      self._check_fits(each * count, f"{count} runs")
+      return "reserve", {"label": label, "cost": each, "count": count}
 
     self._log.propose(decide)
 
@@ -279,7 +295,8 @@ class DataBudget:
       more = cost - self.stakes[name].cost
       if more > 0:
         self._check_fits(more, f"what changed in {label!r}")
-      cost = max(cost, self.stakes[name].cost)
+      # Less where the plan is smaller now: it holds all that was charged, and
+      # who would charge more has to be admitted again.
       return "grow", {"stake": name, "cost": cost, "head": ledger.head}
 
     self._log.propose(decide)
@@ -333,6 +350,7 @@ class DataBudget:
           "ledger must be of a run that holds a stake in this budget"
         )
       if self.stakes[name].is_ended:
+        given = 0.0
         return None
       cost = self.cost(ledger.spent)
       given = self.stakes[name].cost - cost
@@ -340,6 +358,10 @@ class DataBudget:
 
     self._log.propose(decide)
     return given
+
+  def holds(self, ledger: ledger_lib.Ledger) -> bool:
+    """Whether a run has a stake here, and is not a copy of one that has."""
+    return self._find(ledger) is not None
 
   @property
   def _terms(self) -> Terms:
@@ -461,11 +483,14 @@ def open_or_make(
     dpdist.records.RecordError: it is damaged.
   """
   budget = DataBudget(root, data)
+  if budget.terms is not None:
+    epsilon = budget.terms.epsilon if epsilon is None else epsilon
+    delta = budget.terms.delta if delta is None else delta
   if epsilon is not None and delta is not None:
     budget.make(
       epsilon=epsilon, delta=delta, neighboring_relation=neighboring_relation
     )
-  elif budget.terms is None:
+  else:
     raise ValueError(
       "data_budget.epsilon and data_budget.delta must be given where the data"
       f" set has no budget yet, as in {os.fspath(root)!r}, got {epsilon} and"

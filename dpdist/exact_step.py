@@ -33,13 +33,23 @@ class ExactStep(step_lib.Step):
 
   Guarantees:
     * The state after a step has the same bits on any mesh and any number of
-      processes, for chunks of any size, on devices of one kind.
+      processes, for chunks of any size, on devices of one kind and, on CPUs,
+      with as many threads (`dpdist.provenance.pin_threads`): XLA's CPU back end
+      cuts the sums of convolutions by their number.
     * No sum overflows: see `dpdist.fixed_point.choose`. A step with more than
       plan.num_examples examples, which the bound does not cover, ends in NaN.
     * Truncation is inside the sensitivity: see `dpdist.mechanism.Mechanism`.
 
   The clipped sum of an Accumulator has a tuple of limbs for each parameter.
   """
+
+  def __post_init__(self) -> None:
+    shards = mesh_lib.num_example_shards(self.mesh)
+    if shards > fixed_point.MOST_DEVICES:
+      raise ValueError(
+        f"clipping.exact_sum must be False where more than"
+        f" {fixed_point.MOST_DEVICES} devices divide the examples, got {shards}"
+      )
 
   @functools.cached_property
   def zeros(self) -> Callable[..., Any]:
@@ -182,11 +192,13 @@ def finish(
   is_sound = num_examples <= mechanism.plan.num_examples
 
   def add(noise: jax.Array, limbs: fixed_point.Limbs) -> jax.Array:
-    noisy = fixed_point.add(
-      limbs, fixed_point.split(form, noise, mechanism.largest_noise)
+    part = fixed_point.split(
+      form, noise, mechanism.largest_noise, is_floored=True
     )
+    # Carried first: with the noise, a limb of 2048 devices would overflow.
+    noisy = fixed_point.add(fixed_point.carry(limbs), part)
     value = fixed_point.to_float(form, noisy, noise.dtype)
-    return jnp.where(is_sound, value, jnp.nan)
+    return jnp.where(is_sound & jnp.isfinite(noise), value, jnp.nan)
 
   noisy_sum = jax.tree.map(add, noise, total)
   return step_lib.update(

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 # 2048 devices, each with a limb of less than 2**20, sum to less than 2**31.
 _LIMB_BITS = 20
+MOST_DEVICES = 2048
 # Of the first limb. The 31st is room for what `choose` is not told of.
 _SUM_BITS = 30
 
@@ -81,7 +82,9 @@ def zeros(form: Format, shape: Sequence[int]) -> Limbs:
   return tuple(jnp.zeros(shape, jnp.int32) for _ in range(form.num_limbs))
 
 
-def split(form: Format, x: jax.Array, bound: float) -> Limbs:
+def split(
+  form: Format, x: jax.Array, bound: float, *, is_floored: bool = False
+) -> Limbs:
   """Limbs of x, truncated towards zero and not carried yet.
 
   Truncation makes no entry larger, and so no norm.
@@ -91,12 +94,16 @@ def split(form: Format, x: jax.Array, bound: float) -> Limbs:
     x: float32 or wider.
     bound: entries beyond +-bound become it, and NaN 0: neither occurs, but a
       sum must not overflow even if it did.
+    is_floored: rounds down instead. Then the sum of a number of this format and
+      x is what rounding their exact sum would have given, so that noise can be
+      split alone, and the rounding still comes after it.
   """
   x = jnp.clip(jnp.where(jnp.isnan(x), 0, x), -bound, bound)
   rest = x * math.ldexp(1.0, form.exponent)
   limbs = []
-  for _ in range(form.num_limbs):
-    whole = jnp.trunc(rest)
+  for i in range(form.num_limbs):
+    is_last = i == form.num_limbs - 1
+    whole = jnp.floor(rest) if is_last and is_floored else jnp.trunc(rest)
     limbs.append(whole.astype(jnp.int32))
     rest = (rest - whole) * (1 << _LIMB_BITS)
   return tuple(limbs)

@@ -88,8 +88,9 @@ class History:
     num_writers: processes that have written so far.
     secret_hash: see `dpdist.keys.secret_hash`; "" before a run is opened.
     is_ended: whether nothing can be charged any more.
-    stake: the run's in a data set's budget, a dict of its "root", "data" and
-      "stake"; None if it has none.
+    places: where the run has, or was about to take, a stake in a data set's
+      budget, in order: dicts of "root", "data" and "stake", "" before it is
+      taken.
   """
 
   def __init__(self) -> None:
@@ -100,7 +101,7 @@ class History:
     self.num_writers = 0
     self.secret_hash = ""
     self.is_ended = False
-    self.stake: dict[str, str] | None = None
+    self.places: list[dict[str, str]] = []
     self._run = ""
 
   @property
@@ -156,6 +157,11 @@ class History:
     return self.branches[-1].stop_step + remaining
 
   @property
+  def stakes(self) -> list[dict[str, str]]:
+    """Those of `places` that were taken."""
+    return [place for place in self.places if place["stake"]]
+
+  @property
   def epsilons(self) -> dict[str, Any] | None:
     """What was recorded last by `record_epsilons`, if it still holds."""
     for record in reversed(self.records):
@@ -190,7 +196,7 @@ class History:
         remaining = self.plan.num_steps - self.segment.charged
         self._charge(min(most_steps(self.plan), remaining))
     elif kind == "stake":
-      self.stake = {name: record[name] for name in ("root", "data", "stake")}
+      self.places.append({k: record[k] for k in ("root", "data", "stake")})
     elif kind == "end":
       self.is_ended = True
     elif kind in ("open", "segment"):

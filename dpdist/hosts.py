@@ -15,9 +15,12 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
+# How long a process that stops waits for the others to do so.
+_SHUTDOWN_SECONDS = 10
 
-class LeaderError(RuntimeError):
-  """The leader stopped; says why."""
+
+class PeerError(RuntimeError):
+  """Another process of the job stopped; says which, and why."""
 
 
 class StartError(ValueError):
@@ -58,7 +61,9 @@ def start() -> None:
       f"JAX_PROCESS_ID must be below JAX_NUM_PROCESSES={count}, got {number}"
     )
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  jax.distributed.initialize(address, count, number)
+  jax.distributed.initialize(
+    address, count, number, shutdown_timeout_seconds=_SHUTDOWN_SECONDS
+  )
 
 
 def is_leader() -> bool:
@@ -73,7 +78,7 @@ def from_leader(make: Callable[[], Any]) -> Any:
     make: called in the leader alone; returns something JSON-able.
 
   Raises:
-    LeaderError: in the other processes, if it raised; in the leader what it
+    PeerError: in the other processes, if it raised; in the leader what it
       raised comes through.
   """
   if jax.process_count() == 1:
@@ -81,7 +86,7 @@ def from_leader(make: Callable[[], Any]) -> Any:
   if not is_leader():
     told = _broadcast(None)
     if "problem" in told:
-      raise LeaderError(f"process 0 stopped: {told['problem']}")
+      raise PeerError(f"process 0 stopped: {told['problem']}")
     return told["value"]
   try:
     value = make()
@@ -90,6 +95,31 @@ def from_leader(make: Callable[[], Any]) -> Any:
     raise
   # As the others will see it: tuples become lists.
   return _broadcast({"value": value})["value"]
+
+
+def in_all(make: Callable[[], Any]) -> Any:
+  """What a function returns, in each process its own.
+
+  Args:
+    make: called in every process.
+
+  Raises:
+    PeerError: it raised in another process; where it did, what it raised comes
+      through.
+  """
+  problem: Exception | None = None
+  value = None
+  try:
+    value = make()
+  except Exception as error:
+    problem = error
+  told = gather("" if problem is None else str(problem) or repr(problem))
+  if problem is not None:
+    raise problem
+  for number, text in enumerate(told):
+    if text:
+      raise PeerError(f"process {number} stopped: {text}")
+  return value
 
 
 def gather(text: str) -> list[str]:

@@ -102,7 +102,7 @@ def prepare(
   Raises:
     SettingsError: names the setting, its value and what would be right.
     dpdist.ledger.LedgerError: another process writes the ledger.
-    dpdist.hosts.LeaderError: the leader raised one of these.
+    dpdist.hosts.PeerError: the leader raised one of these.
   """
   try:
     return _prepare(config, workdir, ledger)
@@ -117,17 +117,13 @@ def _prepare(
   ledger: ledger_lib.Ledger | None,
 ) -> Job:
   settings = config_lib.privacy_dict(config)
-  mesh = mesh_lib.make(config.mesh)
-  splits = datasets.load(config.data)
-  if len(splits.train) != config.privacy.num_examples:
-    raise ValueError(
-      "privacy.num_examples must be the number of training examples,"
-      f" {len(splits.train)}, got {config.privacy.num_examples}"
-    )
-  train_manifest = splits.train.manifest()
+  mesh, splits, train_manifest = hosts.in_all(lambda: _load(config))
+  environment = provenance.environment(mesh)
   hosts.agree(
     settings=config.to_dict(),
-    code=provenance.code_digest(),
+    code=environment["code_sha256"],
+    packages=environment["packages"],
+    jax_config=environment["jax_config"],
     training_data=train_manifest,
   )
   plan, changes, found = admission.decide(
@@ -156,12 +152,8 @@ def _prepare(
     )
 
   secret_hash = hosts.from_leader(agree_on_secret)
-  secret = admission.secret(config, workdir, is_new=False)
-  if keys.secret_hash(secret) != secret_hash:
-    raise ValueError(
-      "secret_file must be the same file for all processes, and is another"
-      f" than process 0's in process {jax.process_index()}"
-    )
+  secret = hosts.in_all(lambda: admission.secret(config, workdir, is_new=False))
+  hosts.agree(secret_file=keys.secret_hash(secret))
   example = splits.train.read(np.zeros(1, np.int64))["inputs"][0]
   init_key = mechanism.Streams(secret, "").key("init")
   params = jax.jit(model.init)(init_key, example)["params"]
@@ -204,6 +196,20 @@ def _prepare(
   )
 
 
+def _load(
+  config: ml_collections.ConfigDict,
+) -> tuple[Mesh, datasets.Splits, str]:
+  """What may be found, or not, by each process: devices and data."""
+  mesh = mesh_lib.make(config.mesh)
+  splits = datasets.load(config.data)
+  if len(splits.train) != config.privacy.num_examples:
+    raise ValueError(
+      "privacy.num_examples must be the number of training examples,"
+      f" {len(splits.train)}, got {config.privacy.num_examples}"
+    )
+  return mesh, splits, splits.train.manifest()
+
+
 def _step(
   config: ml_collections.ConfigDict,
   plan: plan_lib.PrivacyPlan,
@@ -238,9 +244,14 @@ def _check(config: ml_collections.ConfigDict) -> None:
       "max_checkpoints must be at least 2, so that one is whole while the next"
       f" is written, got {config.max_checkpoints}"
     )
-  for name in ("eval_every", "checkpoint_every"):
-    if config[name] < 0:
-      raise ValueError(f"{name} must be at least 0, got {config[name]}")
+  for section, name in (
+    (config, "eval_every"),
+    (config, "checkpoint_every"),
+    (config.data, "num_threads"),
+    (config.data, "prefetch"),
+  ):
+    if section[name] < 0:
+      raise ValueError(f"{name} must be at least 0, got {section[name]}")
 
 
 def _chunk_size(

@@ -297,10 +297,11 @@ class Ledger(history.History):
     Args:
       root: of the budgets.
       data: the manifest of the data set, hex.
-      stake: the run's name there.
+      stake: the run's name there; "": it is about to get one.
     """
     body = {"root": root, "data": data, "stake": stake}
-    if body != self.stake:
+    known = [place for place in self.places if place | {"stake": ""} == body]
+    if body not in self.places and not known:
       self._append("stake", **body)
 
   def record_epsilons(

@@ -33,6 +33,8 @@ PyTree = Any
 _ROOM = 2.0**-10
 # In standard deviations; a float32 normal ends at 5.42.
 _LARGEST_NORMAL = 6
+# Of float32, less what scaling to limbs needs.
+_LARGEST_FLOAT = 2.0**96
 _LARGEST_GROUP = 2**13
 
 
@@ -56,8 +58,9 @@ class Mechanism:
     most the clip norm in use plus 2 M sqrt(d) units of the last limb. The clip
     norm in use is (1 - 2**-10) C, and `sum_format` takes limbs until that is at
     most 2**-10 C: together C, the clip norm of the plan. Noise is added in
-    integers as well, so that all rounding after it is of a noisy value. The
-    float32 rounding inside a group is not covered, as it is not without groups.
+    integers as well, rounded down to their unit, so that all rounding is of a
+    noisy value. The float32 rounding inside a group is not covered, as it is
+    not without groups.
   """
 
   plan: plan_lib.PrivacyPlan
@@ -89,13 +92,21 @@ class Mechanism:
     """A bound on every entry of the noise."""
     return _LARGEST_NORMAL * self.noise_stddev
 
+  @property
+  def largest_sum(self) -> float:
+    """A bound on every entry of the noisy sum."""
+    return self._most_groups * self.largest_in_group + self.largest_noise
+
+  @property
+  def _most_groups(self) -> int:
+    assert self.exact_group_size is not None
+    return -(-self.plan.num_examples // self.exact_group_size)
+
   def sum_format(self, params: PyTree) -> fixed_point.Format:
     """The format of the exact sum of gradients of params."""
-    assert self.exact_group_size is not None
-    num_groups = -(-self.plan.num_examples // self.exact_group_size)
     return fixed_point.choose(
-      largest=num_groups * self.largest_in_group + self.largest_noise,
-      num_terms=num_groups,
+      largest=self.largest_sum,
+      num_terms=self._most_groups,
       num_entries=sum(leaf.size for leaf in jax.tree.leaves(params)),
       tolerance=_ROOM * self.plan.l2_clip_norm,
     )
@@ -149,9 +160,16 @@ def make(
     clipped_grad = dataclasses.replace(
       clipped_grad, l2_clip_norm=(1 - _ROOM) * plan.l2_clip_norm
     )
-  return Mechanism(
+  made = Mechanism(
     plan, clipped_grad, sensitivity, noise_stddev, exact_group_size
   )
+  if exact_group_size is not None and not made.largest_sum < _LARGEST_FLOAT:
+    raise ValueError(
+      "l2_clip_norm and noise_multiplier must keep a sum of all examples below"
+      f" {_LARGEST_FLOAT:g} with exact sums, got {plan.l2_clip_norm} and"
+      f" {plan.noise_multiplier}"
+    )
+  return made
 
 
 @dataclasses.dataclass(frozen=True, repr=False)
@@ -163,8 +181,8 @@ class Streams:
   one before it; its keys are all new.
 
   Attributes:
-    secret: at least 16 bytes; see `dpdist.keys`.
-    branch: the branch's identity; see `dpdist.ledger.Branch`.
+    secret: 32 bytes; see `dpdist.keys`.
+    branch: the branch's identity; see `dpdist.history.Branch`.
   """
 
   secret: bytes

@@ -15,6 +15,8 @@ import math
 import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dpdist import search
+
 if TYPE_CHECKING:
   import dp_accounting
 
@@ -204,6 +206,11 @@ def make_plan(config: PrivacyConfig) -> PrivacyPlan:
       accountant=config.accountant,
     )
   assert noise_multiplier is not None  # One of the two was given.
+  if noise_multiplier < search.NO_NOISE:
+    raise ValueError(
+      f"noise_multiplier must be at least {search.NO_NOISE:g}, below which"
+      f" epsilon is infinite, got {noise_multiplier}"
+    )
   return PrivacyPlan(
     num_examples=config.num_examples,
     expected_batch_size=config.expected_batch_size,

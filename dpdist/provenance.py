@@ -14,18 +14,28 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
-_PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax")
+_PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "ml_dtypes")
+# Of those that are installed: the libraries that a GPU computes with.
+_GPU_PACKAGES = ("jax-cuda", "jax-rocm", "nvidia-")
 # Those of JAX's own options that change what a program computes.
 _JAX_CONFIG = (
   "jax_default_matmul_precision",
   "jax_default_prng_impl",
+  "jax_disable_most_optimizations",
   "jax_enable_x64",
+  "jax_exec_time_optimization_effort",
   "jax_numpy_dtype_promotion",
+  "jax_optimization_level",
   "jax_threefry_partitionable",
   "jax_use_shardy_partitioner",
 )
 # Of the environment's variables, those that may change it too.
-_VARIABLES = ("JAX_", "LIBTPU_", "NVIDIA_TF32", "TF_", "XLA_")
+_VARIABLES = (
+  *("CUBLAS", "CUDA_", "CUDNN_", "JAX_", "LIBTPU_", "NCCL_", "NPROC"),
+  *("NVIDIA_TF32", "OMP_", "PJRT_NPROC", "TF_", "XLA_"),
+)
+# As many devices of one process can come and go without a change of bits.
+_THREADS = 32
 # Settings that no bit of a step depends on.
 _HARMLESS = (
   "checkpoint_every",
@@ -38,20 +48,24 @@ _HARMLESS = (
 )
 _HARMLESS_DATA = ("changed_to", "num_threads", "path", "prefetch")
 # Which process this is, and where it meets the others.
-_WHO = ("JAX_COORDINATOR_ADDRESS", "JAX_LOCAL_DEVICE_IDS", "JAX_PROCESS_ID")
+_WHO = (
+  *("CUDA_VISIBLE_DEVICES", "JAX_COORDINATOR_ADDRESS"),
+  *("JAX_COORDINATOR_BIND_ADDRESS", "JAX_LOCAL_DEVICE_IDS"),
+  *("JAX_PARTITION_INDEX", "JAX_PROCESS_ID", "JAX_SLICE_INDEX"),
+)
 # What exact sums make harmless too: how many devices and processes there are.
 _TOPOLOGY = ("chunk_size", "mesh")
-_TOPOLOGY_ENVIRONMENT = ("mesh", "num_processes")
+_TOPOLOGY_ENVIRONMENT = ("local_devices", "mesh", "num_processes")
 _TOPOLOGY_FLAG = "--xla_force_host_platform_device_count"
 _TOPOLOGY_VARIABLES = ("JAX_NUM_CPU_DEVICES", "JAX_NUM_PROCESSES")
 
 
 def environment(mesh: Mesh) -> dict[str, Any]:
   """Versions, code and devices, JSON-able."""
-  device = mesh.devices.flat[0]
+  device = jax.local_devices()[0]
   xla_flags = os.environ.get("XLA_FLAGS", "")
   return {
-    "packages": {name: metadata.version(name) for name in _PACKAGES},
+    "packages": _versions(),
     "python": platform.python_version(),
     "code_sha256": code_digest(),
     "device_kind": device.device_kind,
@@ -67,6 +81,7 @@ def environment(mesh: Mesh) -> dict[str, Any]:
     "jax_config": {name: jax.config.values.get(name) for name in _JAX_CONFIG},
     "unrepeatable": unrepeatable(device.platform, xla_flags),
     "num_processes": jax.process_count(),
+    "local_devices": jax.local_device_count(),
     "host": _host(),
   }
 
@@ -79,7 +94,8 @@ def fingerprint(
 ) -> str:
   """A digest that is equal only if a step run again gives the same bits.
 
-  With exact sums neither the number of devices and processes nor chunks count.
+  With exact sums, on machines of one kind, neither the number of devices and
+  processes nor chunks count.
 
   Args:
     config: all settings, JSON-able.
@@ -95,10 +111,11 @@ def fingerprint(
     k: v for k, v in config["data"].items() if k not in _HARMLESS_DATA
   }
   if config["clipping"]["exact_sum"]:
-    numbers = {k: v for k, v in numbers.items() if k not in _TOPOLOGY}
-    # What there is of them, however often.
     kinds = {_canonical(_without_topology(e)) for e in environments}
-    environments = [json.loads(kind) for kind in sorted(kinds)]
+    # Between machines of several kinds it matters which one computes what.
+    if len(kinds) == 1:
+      environments = [json.loads(kind) for kind in kinds]
+      numbers = {k: v for k, v in numbers.items() if k not in _TOPOLOGY}
   text = _canonical(
     [numbers, plan_fingerprint, data_manifest, list(environments)]
   )
@@ -191,8 +208,38 @@ def code_digest() -> str:
   return digest.hexdigest()
 
 
+def pin_threads() -> None:
+  """Gives XLA's CPU back end as many threads on any number of devices.
+
+  It would take as many as there are processors or devices, and cuts the sums of
+  convolutions by their number. To be called before a device is touched; a
+  number that is given (NPROC) stays.
+  """
+  os.environ.setdefault("NPROC", str(max(_THREADS, _processors())))
+
+
+def _processors() -> int:
+  return len(os.sched_getaffinity(0))
+
+
+def _threads() -> int:
+  """How many threads XLA's CPU back end takes."""
+  given = os.environ.get("NPROC") or os.environ.get("PJRT_NPROC") or ""
+  wanted = int(given) if given.isdecimal() else _processors()
+  return max(wanted, jax.local_device_count())
+
+
+def _versions() -> dict[str, str]:
+  versions = {name: metadata.version(name) for name in _PACKAGES}
+  for package in metadata.distributions():
+    name = str(package.metadata["Name"])
+    if name.startswith(_GPU_PACKAGES):
+      versions[name] = package.version
+  return versions
+
+
 def _host() -> dict[str, Any]:
-  """What XLA's CPU code and its thread pool, hence rounding, depend on."""
+  """What XLA's CPU code, hence rounding, depends on."""
   lines: set[str] = set()
   cpuinfo = pathlib.Path("/proc/cpuinfo")
   if cpuinfo.exists():
@@ -203,6 +250,6 @@ def _host() -> dict[str, Any]:
     }
   return {
     "machine": platform.machine(),
-    "cpus": len(os.sched_getaffinity(0)),
+    "threads": _threads(),
     "cpu_sha256": hashlib.sha256("\n".join(sorted(lines)).encode()).hexdigest(),
   }

@@ -64,7 +64,7 @@ def train(
       differs from the run that workdir holds.
     dpdist.checkpoint.MismatchError: likewise; the model or optimizer differs.
     dpdist.ledger.LedgerError: the ledger is damaged or has another writer.
-    dpdist.hosts.LeaderError: in the job's other processes, if its first raised
+    dpdist.hosts.PeerError: in the job's other processes, if its first raised
       one of these.
     dpdist.preemption.Preempted: a signal asked to stop; all is saved.
   """

@@ -128,25 +128,25 @@ def _recorded_epsilons(ledger: ledger_lib.Ledger) -> Finding:
 
 def _data_budget(ledger: ledger_lib.Ledger) -> Finding:
   """Whether what the run spent was reserved of the data set's budget."""
-  what = "data budget"
-  if ledger.stake is None:
-    return Finding(what, "none shared", "")
-  budget = data_budget.DataBudget(ledger.stake["root"], ledger.stake["data"])
-  stake = budget.stakes.get(ledger.stake["stake"])
-  if stake is None or budget.terms is None:
-    return Finding(what, budget.root, "the run has no stake in it")
-  found = (
-    f"{budget.share(stake.cost):.2%} reserved for this run, of epsilon"
-    f" {budget.terms.epsilon:g} at delta {budget.terms.delta:g}"
-  )
-  problem = ""
-  if not ledger.has_been_at(stake.head):
-    problem = "a copy of this run went on in its place"
-  elif budget.cost(ledger.spent) > stake.cost * (1 + _TOLERANCE):
-    problem = "the run spent more than was reserved for it"
-  elif budget.reserved > budget.terms.divergence * (1 + _TOLERANCE):
-    problem = "more is reserved than the data set may spend"
-  return Finding(what, found, problem)
+  what, found, problem = "data budget", [], ""
+  for place in ledger.stakes:
+    budget = data_budget.DataBudget(place["root"], place["data"])
+    stake = budget.stakes.get(place["stake"])
+    if stake is None or budget.terms is None:
+      return Finding(what, budget.root, "the run has no stake in it")
+    found.append(
+      f"{budget.share(stake.cost):.2%} reserved for this run, of epsilon"
+      f" {budget.terms.epsilon:g} at delta {budget.terms.delta:g}"
+    )
+    if budget.reserved > budget.terms.divergence * (1 + _TOLERANCE):
+      problem = "more is reserved than the data set may spend"
+    if place != ledger.stakes[-1]:
+      continue
+    if not ledger.has_been_at(stake.head):
+      problem = "a copy of this run went on in its place"
+    elif budget.cost(ledger.spent) > stake.cost * (1 + _TOLERANCE):
+      problem = "the run spent more than was reserved for it"
+  return Finding(what, "; ".join(found) or "none shared", problem)
 
 
 def _checkpoints(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:

@@ -113,6 +113,7 @@ def _spent(workdir: str) -> dict[str, Any]:
     "guarantee": ledger.guarantee,
     "epsilon_planned": planned[accountant],
     **_numbers(ledger.plan),
+    "steps_planned": sum(part.num_steps for part in ledger.planned),
     "accountant": accountant,
     "segments": len(ledger.segments),
   }
@@ -136,12 +137,14 @@ def _ended(workdir: str) -> dict[str, Any]:
     if not ledger.is_ended:
       ledger.acquire()
       ledger.end()
-    facts = {"steps_spent": ledger.spent_steps, "ended": True}
-    if ledger.stake is None:
-      return facts
-    budget = data_budget.DataBudget(ledger.stake["root"], ledger.stake["data"])
-    given = budget.give_back(ledger)
-    return facts | {"share_given_back": budget.share(given)}
+    facts: dict[str, Any] = {"steps_spent": ledger.spent_steps, "ended": True}
+    places = {(place["root"], place["data"]) for place in ledger.places}
+    for root, data in sorted(places):
+      budget = data_budget.DataBudget(root, data)
+      if budget.holds(ledger):
+        given = budget.give_back(ledger)
+        facts[f"share_given_back_{data[:12]}"] = budget.share(given)
+    return facts
 
 
 def _shared(root: str, cancel: str | None) -> dict[str, Any]:
@@ -151,11 +154,14 @@ def _shared(root: str, cancel: str | None) -> dict[str, Any]:
   budgets = data_budget.all_below(root)
   if cancel is not None:
     holders = [b for b in budgets if cancel in b.reservations]
-    if not holders:
-      raise ValueError(f"cancel must be a label that is there, got {cancel!r}")
-    for budget in holders:
-      budget.cancel(cancel)
-  return {budget.data: _of_data(budget) for budget in budgets}
+    if len(holders) != 1:
+      raise ValueError(
+        "cancel must be a label of one data set's budget, got"
+        f" {cancel!r}, which {len(holders)} have"
+      )
+    holders[0].cancel(cancel)
+  made = [budget for budget in budgets if budget.terms is not None]
+  return {budget.data: _of_data(budget) for budget in made}
 
 
 def _of_data(budget: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from dpdist import checkpoint
 from dpdist import hosts
 from dpdist import ledger
 from dpdist import preemption
+from dpdist import provenance
 from launch import exit_codes
 from launch import flag_parsing
 
@@ -38,6 +39,8 @@ def main(argv: Sequence[str]) -> int:
   """Returns an exit code."""
   del argv
   try:
+    if _CONFIG.value.clipping.exact_sum:
+      provenance.pin_threads()
     hosts.start()
     dpdist.train(_CONFIG.value, str(_WORKDIR.value))
   except (
@@ -49,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
   except preemption.Preempted as stopped:
     print(stopped, file=sys.stderr)
     return exit_codes.PREEMPTED
-  except (ledger.LedgerError, hosts.LeaderError) as error:
+  except (ledger.LedgerError, hosts.PeerError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   except OSError as error:

@@ -165,7 +165,7 @@ def test_a_run_that_charged_nothing_is_planned_anew():
     ({"num_steps": 100}, r"num_steps must be more than the 100 .* got 100"),
     (
       {"noise_multiplier": None, "target_epsilon": 0.5},
-      r"target_epsilon must be more than .* got 0\.5",
+      r"target_epsilon must be more than .* order fixed before, got 0\.5",
     ),
   ],
 )
@@ -184,6 +184,11 @@ def test_the_statement_tells_of_every_part():
   assert alone == plan_lib.statement(_PLAN)
   parts = [_part(100), _part(60, noise_multiplier=0.9)]
   text = composition.statement(parts)
-  assert "100 steps with noise multiplier 1.2" in text
-  assert "60 steps with noise multiplier 0.9" in text
-  assert "by RDP" in text
+  assert "100 steps that draw each" in text
+  assert "noise of 1.2 times" in text
+  assert "60 steps that draw each" in text
+  assert "noise of 0.9 times" in text
+  assert "by RDP at an order that the first settings fixed" in text
+  # The event is the same, so all holds as without a change.
+  text = composition.statement([_part(100), _part(60, l2_clip_norm=3.0)])
+  assert "by PLD. This holds" in text

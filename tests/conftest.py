@@ -12,6 +12,8 @@ os.environ["XLA_FLAGS"] = (
   + f" --xla_force_host_platform_device_count={_DEVICES}"
 )
 os.environ["JAX_PLATFORMS"] = "cpu"
+# As many threads in every process that a test starts, whatever its devices.
+os.environ.setdefault("NPROC", str(max(_DEVICES, os.cpu_count() or 1)))
 
 import jax  # noqa: E402
 

@@ -77,7 +77,8 @@ def test_costs_are_divergences_at_one_order(tmp_path):
   )
   fits = int(terms.divergence / cost)
   assert fits > 3
-  budget.reserve("all", cost, fits)
+  budget.reserve("all", cost, fits - 1)
+  _admit(budget, _run(tmp_path / "run"))
   assert budget.epsilon <= 3.0
   with pytest.raises(ledger_lib.RefusedError, match="would be exceeded"):
     budget.check(cost)
@@ -102,7 +103,7 @@ def test_all_or_nothing(tmp_path):
     budget.reserve("search", cost, fits + 1)
   assert budget.reserved == before == 0
   assert not data_budget.DataBudget(tmp_path, _DATA).reservations
-  budget.reserve("search", cost, fits)
+  budget.reserve("search", cost * 1.05, fits - 1)
   with pytest.raises(ledger_lib.RefusedError, match="this run would take"):
     _admit(budget, _run(tmp_path / "run"))
   assert not data_budget.DataBudget(tmp_path, _DATA).stakes
@@ -114,11 +115,11 @@ def test_a_search_has_its_room_whatever_comes_between(tmp_path):
   budget.reserve("search", cost, 2)
   # Everything else goes to someone else.
   rest = budget.terms.divergence - budget.reserved
-  budget.reserve("other", rest, 1)
+  budget.reserve("other", rest / 1.001, 1)
   total = budget.reserved
   for name in ("one", "two"):
     _admit(budget, _run(tmp_path / name), reservation="search")
-    assert budget.reserved == pytest.approx(total)
+    assert budget.reserved == pytest.approx(total, rel=1e-4)
   with pytest.raises(ledger_lib.RefusedError, match="no run left"):
     _admit(budget, _run(tmp_path / "three"), reservation="search")
   with pytest.raises(ValueError, match=r"one of \['other', 'search'\]"):
@@ -155,9 +156,9 @@ def test_a_changed_plan_reserves_the_difference_or_is_refused(tmp_path):
   dearer = [plan_lib.Part(_PLAN, 100_000)]
   with pytest.raises(ledger_lib.RefusedError, match="what changed in 'a run'"):
     budget.admit(ledger, dearer, label="a run")
-  # What was reserved may have been spent: a shorter plan gives nothing back.
+  # A plan holds all that was charged, so a smaller one gives the rest back.
   budget.admit(ledger, _WHOLE, label="a run")
-  assert budget.reserved == pytest.approx(1.5 * cost)
+  assert budget.reserved == pytest.approx(cost)
 
 
 def test_a_copy_is_charged_by_itself(tmp_path):
@@ -281,7 +282,7 @@ except ValueError as error:
 
 def test_of_many_at_once_no_more_are_let_in_than_fit(tmp_path):
   budget = _budget(tmp_path)
-  cost = budget.terms.divergence / 4
+  cost = budget.terms.divergence / 4.1
   children = [
     subprocess.Popen(
       [sys.executable, "-c", _CHILD, str(tmp_path), f"run {i}", str(cost)],
@@ -294,7 +295,7 @@ def test_of_many_at_once_no_more_are_let_in_than_fit(tmp_path):
   said = [child.communicate()[0] for child in children]
   assert said.count("reserved\n") == 4
   assert sum("would be exceeded" in line for line in said) == 6
-  assert _budget(tmp_path).epsilon == pytest.approx(3.0)
+  assert 2.9 < _budget(tmp_path).epsilon <= 3.0
 
 
 # --- Runs and doors -----------------------------------------------------------
@@ -368,7 +369,8 @@ def test_runs_share_a_budget_and_give_back_what_they_leave(
   before = data_budget.all_below(root)[0].reserved
   facts = json.loads(_door(f"--workdir={two}", "--end", "--json").stdout)
   assert facts["steps_spent"] == 3
-  assert facts["share_given_back"] > 0
+  (given_back,) = (v for k, v in facts.items() if k.startswith("share"))
+  assert given_back > 0
   with pytest.raises(ValueError, match="run that was ended"):
     dpdist.train(_config(root), two)
   (budget,) = data_budget.all_below(root)
@@ -377,6 +379,71 @@ def test_runs_share_a_budget_and_give_back_what_they_leave(
   done = _door(f"--dataset={root}")
   assert re.search(rf"ended +{two}", done.stdout)
   assert re.search(rf"may go on +{one}", done.stdout)
+
+
+def test_a_run_cannot_leave_the_budget_that_it_has_its_stake_in(
+  tmp_path, monkeypatch
+):
+  one, other = tmp_path / "one", tmp_path / "other"
+  monkeypatch.chdir(tmp_path)
+  dpdist.train(_config("one"), tmp_path / "run")
+  before = ledger_lib.Ledger(tmp_path / "run" / "ledger").head
+  with pytest.raises(ValueError, match="does not know of it"):
+    dpdist.train(_config(other), tmp_path / "run")
+  # Nor where it is what it was before the run came.
+  shutil.copytree(one, tmp_path / "kept")
+  data = next(one.iterdir()).name
+  shutil.rmtree(one)
+  data_budget.DataBudget(one, data).make(
+    epsilon=1.5, delta=1e-4, neighboring_relation="add_or_remove_one"
+  )
+  with pytest.raises(ValueError, match="was rolled back"):
+    dpdist.train(_config(one), tmp_path / "run")
+  assert ledger_lib.Ledger(tmp_path / "run" / "ledger").head == before
+  # But it may have moved, and be named from elsewhere.
+  shutil.rmtree(one)
+  (tmp_path / "kept").rename(one)
+  monkeypatch.chdir("/")
+  dpdist.train(_config(one), tmp_path / "run")
+  (budget,) = data_budget.all_below(one)
+  assert len(budget.stakes) == 1
+
+
+@pytest.mark.parametrize(
+  "void", [{"insecure_seed": 3}, {"unsafe_metrics": True}]
+)
+def test_a_run_without_a_guarantee_takes_no_part(tmp_path, void):
+  with pytest.raises(ValueError, match="a run without a guarantee"):
+    dpdist.train(_config(tmp_path / "budgets", **void), tmp_path / "run")
+  assert not (tmp_path / "run" / "ledger").exists()
+
+
+def test_a_stake_that_the_ledger_was_not_told_of_is_given_back(
+  tmp_path, monkeypatch
+):
+  """The process was killed between the two."""
+  with monkeypatch.context() as patch:
+    told = ledger_lib.Ledger.record_stake
+
+    def killed(self, **place):
+      if place["stake"]:
+        raise _StopError
+      told(self, **place)
+
+    patch.setattr(ledger_lib.Ledger, "record_stake", killed)
+    with pytest.raises(_StopError):
+      dpdist.train(_config(tmp_path / "budgets"), tmp_path / "run")
+  (budget,) = data_budget.all_below(tmp_path / "budgets")
+  assert budget.reserved > 0
+  _door(f"--workdir={tmp_path / 'run'}", "--end")
+  (budget,) = data_budget.all_below(tmp_path / "budgets")
+  assert budget.reserved == 0
+
+
+def test_a_cost_that_makes_no_sense_is_refused(tmp_path):
+  for cost in (-1.0, float("nan"), float("inf")):
+    with pytest.raises(ValueError, match="cost must be"):
+      _budget(tmp_path).reserve("search", cost, 1)
 
 
 def test_a_run_that_spent_more_than_it_reserved_is_found(tmp_path):
@@ -417,4 +484,5 @@ def test_the_doors_reserve_and_cancel(tmp_path):
   assert facts["epsilon_reserved"] == 0.0
   done = without_jax.run(_DOOR, f"--dataset={root}", "--cancel=none")
   assert done.returncode == 2
-  assert "cancel must be a label that is there, got 'none'" in done.stderr
+  assert "cancel must be a label of one data set's budget" in done.stderr
+  assert "'none', which 0 have" in done.stderr

@@ -144,3 +144,83 @@ def test_clusters_end_with_the_same_bits(
 ):
   digests = _digests(num_processes, devices_each)
   assert digests == [one_device] * num_processes
+
+
+_CNN = """
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import dpdist
+from dpdist import exact_step
+from dpdist import losses
+from dpdist import mechanism
+from dpdist import mesh as mesh_lib
+from dpdist import provenance
+from dpdist.models import cnn
+
+provenance.pin_threads()
+rng = np.random.default_rng(0)
+data = {
+  "inputs": rng.normal(size=(32, 28, 28, 1)).astype(np.float32),
+  "targets": rng.integers(0, 10, 32),
+}
+model = cnn.CNN(10, 16, jnp.float32)
+plan = dpdist.make_plan(
+  dpdist.PrivacyConfig(
+    num_examples=32,
+    expected_batch_size=32,
+    num_steps=3,
+    l2_clip_norm=1.0,
+    target_delta=1e-5,
+    noise_multiplier=1.0,
+  )
+)
+mesh = mesh_lib.make({"data": -1, "fsdp": 1, "model": 1})
+step = exact_step.ExactStep(
+  mechanism.make(
+    plan,
+    losses.cross_entropy(model),
+    method="two_pass",
+    exact_group_size=8,
+  ),
+  optax.sgd(0.1),
+  mesh,
+)
+params = model.init(jax.random.key(0), data["inputs"][0])["params"]
+state = step.init(params)
+put = lambda x: jax.device_put(x, mesh_lib.examples(mesh))
+accumulator = step.accumulate(
+  state.params,
+  step.zeros(state.params),
+  {name: put(x) for name, x in data.items()},
+  put(np.zeros(32, bool)),
+  jax.random.key(1),
+  0,
+)
+state, _ = step.apply(state, accumulator, jax.random.key(9))
+print(provenance.params_sha256(state.params))
+"""
+
+
+def test_convolutions_do_not_depend_on_how_many_devices_a_process_has():
+  """XLA cuts their sums by the number of threads, that of devices at least."""
+  digests = []
+  for devices in (1, 4):
+    flag = f"--xla_force_host_platform_device_count={devices}"
+    environment = os.environ | {"XLA_FLAGS": flag, "JAX_PLATFORMS": "cpu"}
+    environment.pop("NPROC", None)
+    done = subprocess.run(
+      [sys.executable, "-c", _CNN],
+      cwd=_ROOT,
+      env=environment,
+      capture_output=True,
+      text=True,
+      timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    digests.append(done.stdout.split()[-1])
+  assert digests[0] == digests[1]

@@ -181,7 +181,7 @@ assert hosts.any_process(number == 1) is True
 hosts.agree(same={"a": 1, "b": 2})
 for name, fact, error in (
   ("fact", number, hosts.DisagreementError),
-  ("leader", lambda: 1 / 0, (ZeroDivisionError, hosts.LeaderError)[number]),
+  ("leader", lambda: 1 / 0, (ZeroDivisionError, hosts.PeerError)[number]),
 ):
   try:
     hosts.from_leader(fact) if callable(fact) else hosts.agree(fact=fact)

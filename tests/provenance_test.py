@@ -1,5 +1,7 @@
 """What a replay may differ in, and what not."""
 
+import os
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -97,9 +99,32 @@ def test_exact_sums_make_the_number_of_processes_harmless():
   assert _fingerprint(changes, here, there) != _fingerprint(changes, here)
   changes = {"clipping.exact_sum": True}
   assert _fingerprint(changes, here, there) != _fingerprint(changes, here)
-  assert _fingerprint(changes, here, there, there) == _fingerprint(
+  assert _fingerprint(changes, here, there) != _fingerprint(
     changes, there, here
   )
+
+
+def test_the_number_of_threads_is_part_of_what_rounds(monkeypatch):
+  """XLA's CPU back end cuts sums of convolutions by it."""
+  mesh = mesh_lib.make(_SIZES)
+  monkeypatch.setenv("NPROC", "40")
+  forty = provenance.environment(mesh)
+  monkeypatch.setenv("NPROC", "41")
+  other = provenance.environment(mesh)
+  for exact in (True, False):
+    changes = {"clipping.exact_sum": exact}
+    assert _fingerprint(changes, forty) != _fingerprint(changes, other)
+  assert forty["host"]["threads"] == 40
+  # Never fewer than devices.
+  monkeypatch.setenv("NPROC", "3")
+  assert provenance.environment(mesh)["host"]["threads"] == 8
+  monkeypatch.delenv("NPROC")
+  provenance.pin_threads()
+  pinned = int(os.environ["NPROC"])
+  assert pinned >= max(32, os.cpu_count())
+  monkeypatch.setenv("NPROC", "5")
+  provenance.pin_threads()
+  assert os.environ["NPROC"] == "5"
 
 
 @pytest.mark.parametrize(

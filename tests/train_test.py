@@ -73,6 +73,13 @@ def _crash_at(monkeypatch, crash_step):
   monkeypatch.setattr(sampling.PoissonSampler, "__call__", crash)
 
 
+def _change_environment(monkeypatch):
+  environment = provenance.environment
+  monkeypatch.setattr(
+    provenance, "environment", lambda mesh: environment(mesh) | {"new": True}
+  )
+
+
 def _prepare(config, workdir):
   with admission.open_ledger(config, workdir) as ledger:
     return job_lib.prepare(config, workdir, ledger)
@@ -224,7 +231,7 @@ def test_changed_code_or_devices_open_a_branch_and_stay_in_budget(
     with pytest.raises(_Crash):
       dpdist.train(_config(), tmp_path)
   assert ledger_lib.Ledger(tmp_path / "ledger").spent_steps == 8
-  monkeypatch.setattr(provenance, "environment", lambda mesh: {"new": True})
+  _change_environment(monkeypatch)
   derived = set()
   derive = keys.derive
 
@@ -418,7 +425,7 @@ def test_without_checkpoint_or_budget_nothing_is_made_up(
   shutil.copytree(finished[0], run)
   for file in run.glob("checkpoints/*/*/dpdist_manifest.json"):
     file.write_text("?")
-  monkeypatch.setattr(provenance, "environment", lambda mesh: {"new": True})
+  _change_environment(monkeypatch)
   with pytest.raises(
     ledger_lib.LedgerError, match="plan is spent; checkpoint of step 12"
   ):
@@ -526,6 +533,8 @@ def test_a_signal_saves_and_the_run_goes_on(finished, tmp_path, monkeypatch):
     ({"max_checkpoints": 1}, r"max_checkpoints .* 1"),
     ({"eval_every": -1}, r"eval_every .* -1"),
     ({"checkpoint_every": -1}, r"checkpoint_every .* -1"),
+    ({"data.num_threads": -1}, r"num_threads .* -1"),
+    ({"privacy.noise_multiplier": 1e-150}, r"noise_multiplier .* 1e-150"),
     ({"data.name": "magic"}, r"data.name .*'magic'"),
   ],
 )
