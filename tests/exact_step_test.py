@@ -15,6 +15,7 @@ import pytest
 
 import dpdist
 from dpdist import exact_step
+from dpdist import fixed_point
 from dpdist import losses
 from dpdist import mechanism
 from dpdist import mesh as mesh_lib
@@ -437,3 +438,51 @@ def test_limbs_are_added_until_truncation_is_inside_the_sensitivity():
     groups = -(-num_examples // 32)
     rounding = 2 * groups * num_entries**0.5 * form.unit
     assert bound.clipped_grad.l2_clip_norm + rounding <= _CLIP
+
+
+def test_noise_on_the_sum_of_2048_devices_does_not_overflow():
+  """Each has a sum just below 0, whose limbs are as large as they get."""
+  step = _step("mlp", "momentum")
+  _, params, _ = _problem("mlp")
+  form = step.mechanism.sum_format(params)
+  one = fixed_point.add(
+    fixed_point.zeros(form, ()),
+    fixed_point.split(form, jnp.float32(-1e-9), 1.0),
+  )
+  # As devices add: modulo 2**32, without carries.
+  reduced = tuple(jnp.int32(np.int32(int(x) * 2048)) for x in one)
+
+  def end(limbs):
+    state = step.initial(jax.tree.map(jnp.array, params))
+    total = jax.tree.map(
+      lambda x: tuple(jnp.broadcast_to(y, x.shape) for y in limbs), params
+    )
+    return exact_step.finish(
+      step.mechanism,
+      step.optimizer,
+      step.ema_decay,
+      state,
+      total,
+      jnp.int32(0),
+      jax.random.key(9),
+    )[0].params
+
+  # The same number, with limbs that leave room for everything.
+  carried = end(fixed_point.carry(reduced))
+  assert provenance.params_sha256(end(reduced)) == provenance.params_sha256(
+    carried
+  )
+
+
+def test_more_devices_than_a_sum_has_room_for_are_refused(monkeypatch):
+  monkeypatch.setattr(fixed_point, "MOST_DEVICES", 4)
+  with pytest.raises(ValueError, match=r"exact_sum must be False .* got 8"):
+    dataclasses.replace(_step("mlp", "momentum"), mesh=_mesh("8"))
+
+
+@pytest.mark.parametrize("changes", [{"l2_clip_norm": 1e30}])
+def test_a_sum_beyond_float32_is_refused(changes):
+  with pytest.raises(ValueError, match=r"l2_clip_norm and .* got 1e\+30"):
+    mechanism.make(
+      _plan(**changes), lambda p, e, r: (0.0, None), exact_group_size=8
+    )
