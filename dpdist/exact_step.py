@@ -11,6 +11,7 @@ partition than for more, and rounds otherwise.
 """
 
 from collections.abc import Callable, Sequence
+import dataclasses
 import functools
 from typing import Any
 
@@ -28,6 +29,7 @@ from dpdist import step as step_lib
 PyTree = Any
 
 
+@dataclasses.dataclass(frozen=True)
 class ExactStep(step_lib.Step):
   """`dpdist.step.Step` with exact sums; mechanism.exact_group_size is set.
 

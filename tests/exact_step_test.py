@@ -447,7 +447,7 @@ def test_noise_on_the_sum_of_2048_devices_does_not_overflow():
   form = step.mechanism.sum_format(params)
   one = fixed_point.add(
     fixed_point.zeros(form, ()),
-    fixed_point.split(form, jnp.float32(-1e-9), 1.0),
+    fixed_point.split(form, jnp.float32(-2 * form.unit), 1.0),
   )
   # As devices add: modulo 2**32, without carries.
   reduced = tuple(jnp.int32(np.int32(int(x) * 2048)) for x in one)
