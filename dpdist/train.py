@@ -34,6 +34,7 @@ from dpdist import losses
 from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import metrics
+from dpdist import odometer as odometer_lib
 from dpdist import preemption
 from dpdist import provenance
 from dpdist import report
@@ -171,15 +172,19 @@ def _run(
   eval_every = config.eval_every or max(1, num_steps // 20)
   save_every = config.checkpoint_every or max(1, num_steps // 10)
   # Steps are kept or lost together with a checkpoint, so one charge serves all
-  # that come before it; but a run is charged in a hundred parts at most, since
-  # each wants its epsilon.
+  # that come before it; and no run needs more than a hundred.
   charge_every = max(save_every, history.most_steps(plan))
   shown: contextlib.AbstractContextManager[_Display | None] = (
     contextlib.nullcontext()
     if ledger is None
     else _Display(config, workdir, start, last, epsilon_planned)
   )
-  with shown as display:
+  told: contextlib.AbstractContextManager[odometer_lib.Odometer | None] = (
+    contextlib.nullcontext()
+    if ledger is None
+    else odometer_lib.Odometer(ledger)
+  )
+  with shown as display, told as odometer:
     clock = _Clock(plan.expected_batch_size)
     for t, chunks in _steps(config, job, streams, start, last):
       # The other processes need no word of it: nothing of a step can be seen
@@ -203,6 +208,8 @@ def _run(
       jax.block_until_ready(released)
 
       done = t + 1
+      if odometer is not None:
+        odometer.poll()
       is_stopped = hosts.any_process(stop.received)
       clock.tick()
       if display is not None:
@@ -228,6 +235,8 @@ def _run(
         is_stopped = hosts.any_process(stop.received)
       if is_stopped and done < last:
         raise preemption.Preempted(done)
+    if odometer is not None:
+      odometer.poll(wait=True)
 
   scores = scores or _scores(evaluate, state)
 
@@ -316,10 +325,6 @@ def _charge(job: job_lib.Job, stop_step: int) -> None:
     return
   if job.budget is not None:
     job.budget.follow(ledger)
-  ledger.record_epsilons(
-    spent=composition.epsilons(ledger.spent),
-    planned=composition.epsilons(ledger.planned),
-  )
 
 
 def _save(

@@ -34,7 +34,7 @@ LAYERS = (
   ("ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance"),
   ("data", "data_budget", "datasets", "screen", "report", "checkpoint")
-  + ("exact_step",),
+  + ("exact_step", "odometer"),
   ("admission", "verification"),
   ("job",),
   ("summary",),

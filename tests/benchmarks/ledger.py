@@ -7,6 +7,7 @@ Records are written as `dpdist.train` writes them, on a local disk, synced.
 
 import argparse
 from collections.abc import Callable
+import contextlib
 import functools
 import json
 import os
@@ -21,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from dpdist import ledger as ledger_lib
+from dpdist import odometer as odometer_lib
 from dpdist import plan as plan_lib
 from tests import training
 
@@ -50,10 +52,16 @@ def _open(path: pathlib.Path, num_steps: int) -> ledger_lib.Ledger:
 
 
 def _charge(
-  ledger: ledger_lib.Ledger, step: int, save_every: int, last: int
+  ledger: ledger_lib.Ledger,
+  step: int,
+  save_every: int,
+  last: int,
+  odometer: odometer_lib.Odometer | None = None,
 ) -> None:
   """What training does about a step, but for the step itself."""
   ledger.reserve_through(min(last, step - step % save_every + save_every))
+  if odometer is not None:
+    odometer.poll()
   if (step + 1) % save_every == 0:
     ledger.record_checkpoint(step + 1, f"{step:064x}")
 
@@ -75,10 +83,16 @@ def step_cost(path: pathlib.Path) -> dict[str, float]:
 
   def train(ledger: ledger_lib.Ledger | None) -> None:
     w = weights
-    for step in range(_NUM_STEPS):
-      if ledger is not None:
-        _charge(ledger, step, _NUM_STEPS // 10, _NUM_STEPS)
-      w = jax.block_until_ready(update(w))
+    told = (
+      contextlib.nullcontext()
+      if ledger is None
+      else odometer_lib.Odometer(ledger)
+    )
+    with told as odometer:
+      for step in range(_NUM_STEPS):
+        if ledger is not None:
+          _charge(ledger, step, _NUM_STEPS // 10, _NUM_STEPS, odometer)
+        w = jax.block_until_ready(update(w))
 
   train(None)
   alone, charged, ledger_only = [], [], []
