@@ -24,6 +24,7 @@ class Odometer:
     self._pool = futures.ThreadPoolExecutor(1)
     self._work: futures.Future[dict[str, Any]] | None = None
     self._charged = 0
+    self._seen = ""  # The ledger's head when all was recorded.
 
   def __enter__(self) -> Self:
     return self
@@ -37,6 +38,8 @@ class Odometer:
     Args:
       wait: until all that is charged is recorded.
     """
+    if self._seen == self._ledger.head:
+      return  # As after most steps: nothing was written.
     while self._ledger.epsilons is None:
       if self._work is None:
         self._charged = self._ledger.spent_steps
@@ -48,6 +51,7 @@ class Odometer:
       found, self._work = self._work.result(), None
       if self._charged == self._ledger.spent_steps:
         self._ledger.record_epsilons(**found)
+    self._seen = self._ledger.head
 
 
 def _epsilons(
