@@ -300,8 +300,10 @@ class Ledger(history.History):
       stake: the run's name there; "": it is about to get one.
     """
     body = {"root": root, "data": data, "stake": stake}
-    known = [place for place in self.places if place | {"stake": ""} == body]
-    if body not in self.places and not known:
+    about_to = not stake and any(
+      (place["root"], place["data"]) == (root, data) for place in self.places
+    )
+    if body not in self.places and not about_to:
       self._append("stake", **body)
 
   def record_epsilons(

@@ -12,6 +12,7 @@ Promises of that order:
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import functools
 import json
 import os
 import pathlib
@@ -187,10 +188,11 @@ def _run(
   with shown as display, told as odometer:
     clock = _Clock(plan.expected_batch_size)
     for t, chunks in _steps(config, job, streams, start, last):
-      # The other processes need no word of it: nothing of a step can be seen
-      # before this one has taken part in its sum.
-      if ledger is not None:
-        _charge(job, min(last, t - t % charge_every + charge_every))
+      # All wait for it: a sum may pass between the others before the leader
+      # takes part in it.
+      if t == start or t % charge_every == 0:
+        stop_step = min(last, t - t % charge_every + charge_every)
+        hosts.from_leader(functools.partial(_charge, job, stop_step))
 
       accumulator = step.zeros(state.params)
       step_key = streams.key("model_rng", t)
@@ -276,7 +278,6 @@ class _Display:
     last: int,
     epsilon_planned: float,
   ):
-    self._stack = contextlib.ExitStack()
     with contextlib.ExitStack() as stack:
       self._writer = stack.enter_context(
         metrics.Writer(

@@ -50,7 +50,9 @@ def job(tmp_path):
   """Starts a job of several processes; kills what is left of it."""
   runs = []
 
-  def start(count, devices, *changes, args=((),), workdir=tmp_path / "run"):
+  def start(
+    count, devices, *changes, args=((),), workdir=tmp_path / "run", leader=False
+  ):
     address = _address()
     started = [
       training.Run(
@@ -59,13 +61,13 @@ def job(tmp_path):
         "--config.clipping.exact_group_size=16",
         "--config.eval_every=6",
         *args[i % len(args)],
-        # Changes are for the last process.
+        # Changes are for one process: the last one, or the leader.
         change=functools.partial(
           _become,
           _variables(address, count, i, devices)
           if count > 1
           else {"XLA_FLAGS": _variables("", 1, 0, devices)["XLA_FLAGS"]},
-          changes if i == count - 1 else (),
+          changes if i == (0 if leader else count - 1) else (),
         ),
         aside=tmp_path / f"process{i}",
       )
@@ -143,6 +145,21 @@ def test_what_stops_the_leader_stops_all(job, tmp_path):
   assert "process 0 stopped: 'stray' is no record" in runs[1].screen
   for run in runs:
     assert "Traceback" not in run.screen
+
+
+def _fail():
+  raise ledger_lib.LedgerError("no room for a record")
+
+
+def test_nobody_computes_a_step_that_could_not_be_charged(job, tmp_path):
+  reserve = training.before("dpdist.ledger:Ledger:reserve_through", 3, _fail)
+  runs = job(3, 1, reserve, leader=True)
+  assert _codes(runs) == [1, 1, 1], runs[0].screen
+  assert "error: no room for a record" in runs[0].screen
+  for run in runs[1:]:
+    assert "process 0 stopped: no room for a record" in run.screen
+  # Charged twice, up to the checkpoints of steps 4 and 8.
+  assert training.check(tmp_path / "run") == 8
 
 
 @pytest.mark.parametrize(

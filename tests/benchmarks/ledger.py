@@ -29,6 +29,7 @@ from tests import training
 _ROUNDS = 5
 _NUM_STEPS = 10_000
 _RESERVE = "dpdist.ledger:Ledger:reserve_through"
+_POLL = "dpdist.odometer:Odometer:poll"  # Once a step.
 
 
 def _open(path: pathlib.Path, num_steps: int) -> ledger_lib.Ledger:
@@ -149,7 +150,7 @@ def start_cost(path: pathlib.Path, step: int) -> dict[str, float]:
     "--config.checkpoint_every=20000",
     "--config.eval_every=20000",
   )
-  stop = training.before(_RESERVE, step, training.send(signal.SIGTERM))
+  stop = training.before(_POLL, step, training.send(signal.SIGTERM))
   first = run(change=stop)
   assert first.wait() == 75, first.screen
   end = training.before(_RESERVE, 1, _leave)
