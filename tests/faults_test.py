@@ -235,7 +235,7 @@ def test_a_clock_ahead_does_not_take_over_from_a_living_writer(
   start, expected, tmp_path
 ):
   go = tmp_path / "go"
-  one = start(_beat_often, held(go, 9))
+  one = start(_beat_often, held(go, 3))
   _wait_for(tmp_path / "run" / "checkpoints" / "writer_000001" / "8")
   for offset in (_YEAR, -_YEAR):
     _fails(start(clock(offset)), "writes this ledger")
@@ -276,7 +276,7 @@ def _take_over_soon():
 
 
 def test_a_paused_run_wakes_shut_out(start, expected, tmp_path):
-  one = start(training.before(_RESERVE, 11, training.send(signal.SIGSTOP)))
+  one = start(training.before(_RESERVE, 4, training.send(signal.SIGSTOP)))
   stat = pathlib.Path(f"/proc/{one.process.pid}/stat")
   while stat.read_text().rpartition(")")[2].split()[0] != "T":
     assert one.process.is_alive(), one.screen
