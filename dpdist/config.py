@@ -33,11 +33,15 @@ def default() -> ml_collections.ConfigDict:
   config.data.prefetch = 4  # steps read ahead
 
   config.model = ml_collections.ConfigDict()
-  config.model.name = "random_features"  # random_features, cnn, decoder
+  config.model.name = "random_features"
+  # random_features, cnn, decoder, stacked_decoder
   config.model.num_outputs = 10  # classes, or the vocabulary
   config.model.width = 0  # features, channels, or the decoder's dimension
-  config.model.depth = 0  # decoder: blocks
-  config.model.num_heads = 0  # decoder
+  config.model.depth = 0  # decoders: blocks
+  config.model.num_heads = 0  # decoders
+  config.model.num_kv_heads = 0  # stacked_decoder; 0: as many as heads
+  config.model.head_dim = 0  # stacked_decoder; 0: width over heads
+  config.model.hidden = 0  # stacked_decoder; 0: four times the width
   config.model.dtype = "float32"  # of the computation; sums are float32
 
   config.privacy = ml_collections.ConfigDict()
@@ -67,9 +71,9 @@ def default() -> ml_collections.ConfigDict:
   config.ema_decay = 0.0  # of the averaged parameters; 0: none
 
   config.mesh = ml_collections.ConfigDict()
-  config.mesh.data = -1  # -1: the devices that remain
-  config.mesh.fsdp = 1
-  config.mesh.model = 1
+  config.mesh.data = -1  # divides examples; -1: the devices that remain
+  config.mesh.fsdp = 1  # divides examples and every parameter
+  config.mesh.model = 1  # divides what the model has rules for
 
   config.chunk_size = 0  # examples over the mesh at once; 0: chosen
   config.eval_every = 0  # steps; 0: twenty times a run

@@ -42,6 +42,8 @@ class ExactStep(step_lib.Step):
       plan.num_examples examples, which the bound does not cover, ends in NaN.
     * Truncation is inside the sensitivity: see `dpdist.mechanism.Mechanism`.
 
+  Every device has all parameters, whatever the mesh.
+
   The clipped sum of an Accumulator has a tuple of limbs for each parameter.
   """
 
@@ -52,6 +54,10 @@ class ExactStep(step_lib.Step):
         f"clipping.exact_sum must be False where more than"
         f" {fixed_point.MOST_DEVICES} devices divide the examples, got {shards}"
       )
+
+  def specs(self, params: PyTree) -> PyTree:
+    """As `dpdist.step.Step.specs`; nothing is divided."""
+    return jax.tree.map(lambda x: mesh_lib.REPLICATED, params)
 
   @functools.cached_property
   def zeros(self) -> Callable[..., Any]:

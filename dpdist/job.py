@@ -4,6 +4,8 @@ All that can be wrong with settings is found here, before the ledger charges
 anything.
 """
 
+from collections.abc import Callable
+import functools
 import math
 import pathlib
 from typing import Any, NamedTuple
@@ -28,6 +30,7 @@ from dpdist import manifest
 from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import models
+from dpdist import noise
 from dpdist import optimizers
 from dpdist import plan as plan_lib
 from dpdist import provenance
@@ -57,7 +60,8 @@ class Job(NamedTuple):
     train_manifest: names their content, hex.
     test: all held-out examples, arrays "inputs" and "targets".
     model: maps inputs to logits.
-    params: initial parameters.
+    params: the parameters' shapes.
+    init: makes the state before the first step, on the mesh.
     step: the two halves of a step.
     learning_rate: as a function of the step.
     chunk_size: examples over the mesh at once.
@@ -78,6 +82,7 @@ class Job(NamedTuple):
   test: dict[str, np.ndarray]
   model: nn.Module
   params: PyTree
+  init: Callable[[], step_lib.TrainState]
   step: step_lib.Step
   learning_rate: optax.Schedule
   chunk_size: int
@@ -155,8 +160,10 @@ def _prepare(
   secret = hosts.in_all(lambda: admission.secret(config, workdir, is_new=False))
   hosts.agree(secret_file=keys.secret_hash(secret))
   example = splits.train.read(np.zeros(1, np.int64))["inputs"][0]
-  init_key = mechanism.Streams(secret, "").key("init")
-  params = jax.jit(model.init)(init_key, example)["params"]
+  init_args = (mechanism.Streams(secret, "").words("init"), example)
+  make = functools.partial(make_params, model)
+  params = jax.eval_shape(make, *init_args)
+  step.specs(params)  # The mesh must fit them.
 
   def begin() -> dict[str, Any]:
     assert ledger is not None
@@ -190,10 +197,24 @@ def _prepare(
     splits.test.read(np.arange(len(splits.test))),
     model,
     params,
+    functools.partial(step.init_from, make, *init_args),
     step,
     learning_rate,
     chunk_size,
   )
+
+
+def make_params(
+  model: nn.Module, words: jax.Array, example: jax.Array
+) -> PyTree:
+  """A model's initial parameters.
+
+  Args:
+    model: maps the inputs of one example to logits.
+    words: uint32 [2], of the key of the stream "init".
+    example: inputs of one example, of which only the shape matters.
+  """
+  return model.init(noise.as_key(words), example)["params"]
 
 
 def _load(
@@ -219,6 +240,16 @@ def _step(
 ) -> step_lib.Step:
   exact = config.clipping.exact_sum
   make_step = exact_step.ExactStep if exact else step_lib.Step
+  rules = models.partitioning(model)
+  if mesh.shape["model"] > 1 and (exact or not rules):
+    reason = (
+      "with clipping.exact_sum"
+      if exact
+      else f"for model.name={config.model.name!r}, which has no rules for it"
+    )
+    raise ValueError(
+      f"mesh.model must be 1 {reason}, got {mesh.shape['model']}"
+    )
   return make_step(
     mechanism.make(
       plan,
@@ -230,6 +261,7 @@ def _step(
     optimizer,
     mesh,
     config.ema_decay,
+    rules,
   )
 
 

@@ -18,6 +18,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 from dpdist import clipping
@@ -198,5 +199,9 @@ class Streams:
 
   def key(self, stream: str, step: int | None = None) -> jax.Array:
     """A typed PRNG key for a named stream."""
+    return noise.as_key(self.words(stream, step))
+
+  def words(self, stream: str, step: int | None = None) -> np.ndarray:
+    """The uint32 [2] that the key is made of."""
     key = keys.derive(self.secret, stream, branch=self.branch)
-    return noise.as_key(keys.prng_words(key, step))
+    return keys.prng_words(key, step)

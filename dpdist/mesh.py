@@ -1,15 +1,18 @@
 """The device mesh, and how arrays lie on it.
 
-Three axes: `data` and `fsdp` divide the examples of a chunk; `model` is there
-for models that split single operations, and today computes the same on every
-one of its devices. Parameters are replicated on all three.
+Three axes. `data` and `fsdp` divide the examples of a chunk; `fsdp` divides
+each parameter as well, and all that is kept beside it. `model` divides the
+parameters that a model has rules for, and with them single operations; there
+XLA's partitioner decides what is sent when.
 """
 
 from collections.abc import Mapping, Sequence
 import math
+import re
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 from jax.sharding import Mesh
 from jax.sharding import NamedSharding
@@ -17,8 +20,14 @@ from jax.sharding import PartitionSpec
 import numpy as np
 
 AXES = ("data", "fsdp", "model")
-EXAMPLES = PartitionSpec(("data", "fsdp"))
+EXAMPLE_AXES = ("data", "fsdp")
+EXAMPLES = PartitionSpec(EXAMPLE_AXES)
 REPLICATED = PartitionSpec()
+
+# How a model's parameters are divided over `model`: a pattern, searched for in
+# the parameter's path, as "blocks/up/kernel", and which of its last dimensions
+# is divided, as (None, "model").
+Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 
 def make(
@@ -73,6 +82,115 @@ def replicated(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, REPLICATED)
 
 
+def manual_axes(mesh: Mesh) -> frozenset[str]:
+  """The axes along which shard_map works by hand; the others are XLA's."""
+  return frozenset(EXAMPLE_AXES if mesh.shape["model"] > 1 else AXES)
+
+
+def partition(params: Any, mesh: Mesh, rules: Rules = ()) -> Any:
+  """How parameters are divided.
+
+  Over `model` by the first rule that fits; over `fsdp` along the longest
+  dimension that is left and can be divided evenly, the last of equals. What
+  cannot be divided is whole on every device.
+
+  Args:
+    params: pytree of arrays or shapes.
+    mesh: with the axes `AXES`.
+    rules: of the model.
+
+  Returns:
+    A PartitionSpec for each parameter.
+
+  Raises:
+    ValueError: a rule does not fit a parameter's shape.
+  """
+
+  def spec(path: Any, leaf: Any) -> PartitionSpec:
+    name = jax.tree_util.keystr(path, simple=True, separator="/")
+    axes = _model_axes(name, leaf.shape, mesh.shape["model"], rules)
+    size = mesh.shape["fsdp"]
+    free = [
+      (length, i)
+      for i, length in enumerate(leaf.shape)
+      if axes[i] is None and length % size == 0
+    ]
+    if size > 1 and free:
+      axes[max(free)[1]] = "fsdp"
+    return PartitionSpec(*axes) if any(axes) else REPLICATED
+
+  return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def _model_axes(
+  name: str, shape: tuple[int, ...], size: int, rules: Rules
+) -> list[str | None]:
+  axes: list[str | None] = [None] * len(shape)
+  if size == 1:
+    return axes
+  for pattern, last in rules:
+    if not re.search(pattern, name):
+      continue
+    if len(last) > len(shape):
+      raise ValueError(
+        f"the model's rule {pattern!r} must be for at most the {len(shape)}"
+        f" dimensions of {name}, got {last}"
+      )
+    axes[len(shape) - len(last) :] = last
+    for length, axis in zip(shape, axes, strict=True):
+      if axis is not None and length % size:
+        raise ValueError(
+          f"mesh.model must divide the dimensions of {name} {shape} that the"
+          f" model divides, {last}, got {size}"
+        )
+    break
+  return axes
+
+
+def without_model(spec: PartitionSpec) -> PartitionSpec:
+  """What a spec says of the axes that are not `model`."""
+  return PartitionSpec(*(None if axis == "model" else axis for axis in spec))
+
+
+def summed_axes(spec: PartitionSpec) -> tuple[str, ...]:
+  """The axes that divide the examples and not an array of that spec."""
+  return tuple(axis for axis in EXAMPLE_AXES if axis not in spec)
+
+
+def stacked(spec: PartitionSpec) -> PartitionSpec:
+  """Of partial sums, one for each device along `summed_axes`, stacked along a
+  new first axis of the array."""
+  return PartitionSpec(summed_axes(spec), *spec)
+
+
+def constrain(tree: Any, specs: Any, mesh: Mesh) -> Any:
+  """Says how a traced pytree lies."""
+  return jax.tree.map(
+    lambda x, spec: jax.lax.with_sharding_constraint(
+      x, NamedSharding(mesh, spec)
+    ),
+    tree,
+    specs,
+  )
+
+
+def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
+  """Divides a pytree of whole arrays of this process.
+
+  All processes must have the same values.
+  """
+
+  def divide(x: jax.Array, spec: PartitionSpec) -> jax.Array:
+    if spec == REPLICATED:
+      return replicate(x, mesh)
+    host = np.asarray(x)
+    return jax.make_array_from_callback(
+      host.shape, NamedSharding(mesh, spec), lambda index: host[index]
+    )
+
+  return jax.tree.map(divide, tree, specs)
+
+
 def replicate(tree: Any, mesh: Mesh) -> Any:
   """Copies a pytree of arrays of this process to every device of the mesh.
 
@@ -88,6 +206,31 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
     return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
 
   return jax.tree.map(copy, tree)
+
+
+def whole(x: jax.Array | np.ndarray) -> np.ndarray:
+  """An array in this process's memory, wherever its parts are.
+
+  To be called in all processes.
+  """
+  if isinstance(x, jax.Array) and not (
+    x.is_fully_addressable or x.is_fully_replicated
+  ):
+    return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+  return np.asarray(x)
+
+
+def bytes_per_device(tree: Any, specs: Any, mesh: Mesh) -> int:
+  """What arrays or shapes take on one device."""
+  sizes = jax.tree.map(
+    lambda x, spec: (
+      math.prod(NamedSharding(mesh, spec).shard_shape(x.shape))
+      * x.dtype.itemsize
+    ),
+    tree,
+    specs,
+  )
+  return sum(jax.tree.leaves(sizes))
 
 
 def local_rows(mesh: Mesh, chunk_size: int) -> np.ndarray:

@@ -14,6 +14,8 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
+from dpdist import mesh as mesh_lib
+
 _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "ml_dtypes")
 # Of those that are installed: the libraries that a GPU computes with.
 _GPU_PACKAGES = ("jax-cuda", "jax-rocm", "nvidia-")
@@ -143,10 +145,13 @@ def unrepeatable(platform: str, xla_flags: str) -> str:
 
 
 def params_sha256(params: Any) -> str:
-  """SHA-256 over the paths, dtypes, shapes and bytes of all parameters."""
+  """SHA-256 over the paths, dtypes, shapes and bytes of all parameters.
+
+  To be called in all processes: it may be that none has all parameters.
+  """
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-    array = np.asarray(leaf)
+    array = mesh_lib.whole(leaf)
     name = f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}"
     digest.update(name.encode())
     digest.update(np.ascontiguousarray(array).tobytes())

@@ -1,20 +1,28 @@
 """One training step: accumulate chunks, then apply.
 
 `accumulate` adds a chunk's clipped sum to each device's own accumulator and
-touches no network. `apply` reduces the accumulators over the mesh, draws noise
-once, divides by the expected batch size and updates the parameters. A step may
-have any number of chunks, none included, so that a draw of any size fits any
-memory and nothing recompiles.
+touches no network where every device has all parameters. `apply` reduces the
+accumulators over the mesh, draws noise once, divides by the expected batch size
+and updates the parameters. A step may have any number of chunks, none included,
+so that a draw of any size fits any memory and nothing recompiles.
+
+Where the mesh divides parameters (see `dpdist.mesh.partition`), everything that
+is kept beside them is divided likewise: accumulator, noise, optimizer's state,
+average. `accumulate` then puts a parameter together where the loss uses it, and
+adds up over `fsdp` at once, so that only `data` is left for `apply`.
 """
 
 from collections.abc import Callable
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
 import optax
 
 from dpdist import clipping
@@ -70,7 +78,7 @@ class Accumulator(NamedTuple):
 
   Attributes:
     clipped_sum: pytree like params, float32 or wider, with a leading axis over
-      those devices.
+      those devices; of what `fsdp` divides, over those along `data`.
     stats: Stats of [devices] arrays.
   """
 
@@ -87,16 +95,63 @@ class Step:
     optimizer: applied to the noisy mean.
     mesh: with the axes of `dpdist.mesh`.
     ema_decay: of the moving average of the parameters; 0 keeps none.
+    rules: by which the model's parameters are divided over `model`.
   """
 
   mechanism: mechanism_lib.Mechanism
   optimizer: optax.GradientTransformation
   mesh: Mesh
   ema_decay: float = 0.0
+  rules: mesh_lib.Rules = ()
+
+  def specs(self, params: PyTree) -> PyTree:
+    """How parameters lie on the mesh: pytree like params of PartitionSpecs."""
+    return mesh_lib.partition(params, self.mesh, self.rules)
+
+  def state_specs(self, state: TrainState) -> TrainState:
+    """How a state lies on the mesh.
+
+    What an optimizer keeps for a parameter, of the same shape, lies like it.
+    """
+    specs = self.specs(state.params)
+    like = jax.tree.map(lambda x, spec: (x.shape, spec), state.params, specs)
+    opt_state = optax.tree.map_params(
+      self.optimizer,
+      lambda x, at: at[1] if x.shape == at[0] else mesh_lib.REPLICATED,
+      state.opt_state,
+      like,
+      transform_non_params=lambda x: mesh_lib.REPLICATED,
+    )
+    return TrainState(
+      step=mesh_lib.REPLICATED,
+      params=specs,
+      opt_state=opt_state,
+      ema_params=None if state.ema_params is None else specs,
+      noise_state=noise.GaussianNoiseState(mesh_lib.REPLICATED),
+    )
 
   def init(self, params: PyTree) -> TrainState:
-    """The state before the first step, replicated over the mesh."""
-    return mesh_lib.replicate(self.initial(params), self.mesh)
+    """The state before the first step, on the mesh, from whole parameters."""
+    state = self.initial(params)
+    return mesh_lib.place(state, self.state_specs(state), self.mesh)
+
+  def init_from(self, make: Callable[..., PyTree], *args: Any) -> TrainState:
+    """The same, where no device need ever have all parameters.
+
+    Args:
+      make: from args to parameters; traced.
+      *args: NumPy arrays, equal in all processes.
+    """
+
+    def initial(*args: Any) -> TrainState:
+      return self.initial(make(*args))
+
+    specs = self.state_specs(jax.eval_shape(initial, *args))
+    if all(spec == mesh_lib.REPLICATED for spec in jax.tree.leaves(specs)):
+      # The program of one device, whose bits do not depend on the mesh.
+      return mesh_lib.place(jax.jit(initial)(*args), specs, self.mesh)
+    shardings = jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
+    return jax.jit(initial, out_shardings=shardings)(*args)
 
   def initial(self, params: PyTree) -> TrainState:
     """The same, where params are; may be traced."""
@@ -116,21 +171,42 @@ class Step:
 
     def zeros(params: PyTree) -> Accumulator:
       sums = jax.tree.map(
-        lambda x: jnp.zeros(
-          (shards, *x.shape), jnp.promote_types(x.dtype, jnp.float32)
+        lambda x, spec: jnp.zeros(
+          (self._num_summed(spec), *x.shape),
+          jnp.promote_types(x.dtype, jnp.float32),
         ),
         params,
+        self.specs(params),
       )
-      return Accumulator(sums, no_stats(shards))
+      return self._constrained(params, Accumulator(sums, no_stats(shards)))
 
-    return jax.jit(zeros, out_shardings=mesh_lib.examples(self.mesh))
+    return jax.jit(zeros)
+
+  def _num_summed(self, spec: PartitionSpec) -> int:
+    axes = mesh_lib.summed_axes(spec)
+    return math.prod(self.mesh.shape[axis] for axis in axes)
+
+  def _constrained(
+    self, params: PyTree, accumulator: Accumulator
+  ) -> Accumulator:
+    """Says how a traced accumulator lies."""
+    specs = jax.tree.map(mesh_lib.stacked, self.specs(params))
+    return Accumulator(
+      mesh_lib.constrain(accumulator.clipped_sum, specs, self.mesh),
+      jax.lax.with_sharding_constraint(
+        accumulator.stats, mesh_lib.examples(self.mesh)
+      ),
+    )
 
   @functools.cached_property
   def accumulate(self) -> Callable[..., Any]:
-    """Compiled function that adds one chunk; no collective.
+    """Compiled function that adds one chunk.
+
+    No collective, but for what puts divided parameters together and adds up
+    their sums.
 
     Args of the function:
-      params: replicated.
+      params: as in the state.
       accumulator: of the same step; its memory is reused.
       batch: pytree; leading axis the chunk, sharded over the examples' devices.
       is_padding_example: [chunk] bool, sharded alike.
@@ -142,13 +218,8 @@ class Step:
       The accumulator with the chunk's clipped sum.
     """
 
-    @functools.partial(
-      jax.shard_map,
-      mesh=self.mesh,
-      in_specs=(mesh_lib.REPLICATED,) + (mesh_lib.EXAMPLES,) * 4,
-      out_specs=mesh_lib.EXAMPLES,
-    )
     def local(
+      specs: PyTree,
       params: PyTree,
       accumulator: Accumulator,
       batch: PyTree,
@@ -156,7 +227,11 @@ class Step:
       rngs: jax.Array,
     ) -> Accumulator:
       grads = self.mechanism.clipped_grad(
-        params, batch, is_padding_example=is_padding_example, rng=rngs
+        params,
+        batch,
+        is_padding_example=is_padding_example,
+        rng=rngs,
+        param_specs=specs,
       )
       stats = count(self.mechanism, grads, is_padding_example)
       more = Accumulator(grads.sum, stats)
@@ -173,7 +248,19 @@ class Step:
     ) -> Accumulator:
       rows = first_row + jnp.arange(is_padding_example.shape[0])
       rngs = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
-      return local(params, accumulator, batch, is_padding_example, rngs)
+      specs = jax.tree.map(mesh_lib.without_model, self.specs(params))
+      sums = Accumulator(
+        jax.tree.map(mesh_lib.stacked, specs), mesh_lib.EXAMPLES
+      )
+      run = jax.shard_map(
+        functools.partial(local, specs),
+        mesh=self.mesh,
+        in_specs=(specs, sums) + (mesh_lib.EXAMPLES,) * 3,
+        out_specs=sums,
+        axis_names=mesh_lib.manual_axes(self.mesh),
+      )
+      after = run(params, accumulator, batch, is_padding_example, rngs)
+      return self._constrained(params, after)
 
     return jax.jit(accumulate, donate_argnums=(1,))
 
@@ -189,16 +276,33 @@ class Step:
     Returns of the function:
       The state after the step, and released metrics: "noisy_gradient_norm".
     """
-    axes = tuple(mesh_lib.EXAMPLES[0])
 
-    @functools.partial(
-      jax.shard_map,
-      mesh=self.mesh,
-      in_specs=mesh_lib.EXAMPLES,
-      out_specs=mesh_lib.REPLICATED,
-    )
-    def reduce(clipped_sum: PyTree) -> PyTree:
-      return jax.lax.psum(jax.tree.map(lambda x: x[0], clipped_sum), axes)
+    def reduce(params: PyTree, clipped_sum: PyTree) -> PyTree:
+      specs = self.specs(params)
+      manual = jax.tree.map(mesh_lib.without_model, specs)
+      parts = jax.tree.map(mesh_lib.stacked, manual)
+
+      @functools.partial(
+        jax.shard_map,
+        mesh=self.mesh,
+        in_specs=(parts,),
+        out_specs=manual,
+        axis_names=mesh_lib.manual_axes(self.mesh),
+      )
+      def add(clipped_sum: PyTree) -> PyTree:
+        # Together, so that it is one reduction, for all along the same axes.
+        leaves, structure = jax.tree.flatten(clipped_sum)
+        axes = [
+          mesh_lib.summed_axes(spec) for spec in structure.flatten_up_to(manual)
+        ]
+        for over in dict.fromkeys(axes):
+          chosen = [i for i, mine in enumerate(axes) if mine == over]
+          total = jax.lax.psum([leaves[i][0] for i in chosen], over)
+          for i, x in zip(chosen, total, strict=True):
+            leaves[i] = x
+        return structure.unflatten(leaves)
+
+      return mesh_lib.constrain(add(clipped_sum), specs, self.mesh)
 
     def apply(
       state: TrainState, accumulator: Accumulator, noise_key: jax.Array
@@ -206,9 +310,9 @@ class Step:
       # Outside shard_map: inside, each device would draw, and the sum of their
       # draws, or copies of one block, is not the noise that was planned.
       noisy_sum, noise_state = self.mechanism.noise(noise_key).update(
-        reduce(accumulator.clipped_sum), state.noise_state
+        reduce(state.params, accumulator.clipped_sum), state.noise_state
       )
-      return update(
+      after, released = update(
         self.mechanism,
         self.optimizer,
         self.ema_decay,
@@ -216,12 +320,13 @@ class Step:
         noisy_sum,
         noise_state,
       )
+      specs = self.state_specs(after)
+      released = jax.lax.with_sharding_constraint(
+        released, mesh_lib.replicated(self.mesh)
+      )
+      return mesh_lib.constrain(after, specs, self.mesh), released
 
-    return jax.jit(
-      apply,
-      donate_argnums=(0,),
-      out_shardings=mesh_lib.replicated(self.mesh),
-    )
+    return jax.jit(apply, donate_argnums=(0,))
 
   @functools.cached_property
   def stats(self) -> Callable[..., Any]:

@@ -145,8 +145,8 @@ def _num_params(job: job_lib.Job) -> int:
 def _memory(job: job_lib.Job) -> int:
   """Bytes of state, accumulator and per-example gradients on a device."""
   state = jax.eval_shape(job.step.initial, job.params)
-  state_bytes = sum(
-    leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)
+  state_bytes = mesh_lib.bytes_per_device(
+    state, job.step.state_specs(state), job.mesh
   )
   rows = job.chunk_size // mesh_lib.num_example_shards(job.mesh)
   mechanism = job.step.mechanism

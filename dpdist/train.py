@@ -116,7 +116,7 @@ def _run(
   environment = provenance.environment(job.mesh)
   environments = hosts.gather(json.dumps(environment))
 
-  state = step.init(job.params)
+  state = job.init()
   saved, rejected = job.found
   ledger_head = ""
   if saved is not None:
@@ -241,6 +241,8 @@ def _run(
       odometer.poll(wait=True)
 
   scores = scores or _scores(evaluate, state)
+  # In all processes, each of which may have a part alone.
+  params_sha256 = provenance.params_sha256(state.params)
 
   def finish() -> dict[str, Any]:
     assert ledger is not None
@@ -249,7 +251,7 @@ def _run(
       ledger,
       num_steps=int(state.step),
       scores=scores,
-      params_sha256=provenance.params_sha256(state.params),
+      params_sha256=params_sha256,
       environment=environment,
     )
     summary.write_result(workdir / "result.json", result)

@@ -261,8 +261,11 @@ def _noise_of_steps(mesh, num_steps, noise_multiplier=1.5):
     state, _ = step.apply(state, accumulator, key)
     for leaf in state.params.values():
       # One draw: replicas that drew for themselves would differ.
-      copies = {np.asarray(s.data).tobytes() for s in leaf.addressable_shards}
-      assert len(copies) == 1
+      copies = {
+        (str(s.index), np.asarray(s.data).tobytes())
+        for s in leaf.addressable_shards
+      }
+      assert len(copies) == len({index for index, _ in copies})
     after = jax.tree.map(np.asarray, state.params)
     steps.append(jax.tree.map(lambda x, y: x - y, before, after))
     before = after

@@ -265,7 +265,7 @@ def test_empty_draws_train_on_noise_alone_and_count(tmp_path):
   assert result["num_steps"] == result["steps_charged"] == 3
   rows = metrics.read(tmp_path)
   assert rows[-1]["noisy_gradient_norm"] > 0
-  initial = provenance.params_sha256(job.params)
+  initial = provenance.params_sha256(job.init().params)
   assert result["params_sha256"] != initial
 
 

@@ -22,6 +22,7 @@ from dpdist.clipping import factors
 from dpdist.clipping import gradients
 from dpdist.clipping import manual_axes
 from dpdist.clipping import reference
+from dpdist.clipping import shards
 from dpdist.clipping.program import Block
 from dpdist.clipping.program import Site
 from dpdist.clipping.rules import Rule
@@ -37,7 +38,7 @@ class Problem(NamedTuple):
   Attributes:
     block: the loss of one example, taken apart.
     rules: cover all its sites.
-    leaves: the parameters.
+    leaves: the parameters; some may be `shards.Shard`s.
     groups: for each parameter the number of the group it is clipped with.
     scaling: how gradients are shortened.
     platform: "cpu", "gpu" or "tpu".
@@ -45,7 +46,7 @@ class Problem(NamedTuple):
 
   block: Block
   rules: Sequence[Rule]
-  leaves: Sequence[jax.Array]
+  leaves: Sequence[Any]
   groups: Sequence[int]
   scaling: Scaling
   platform: str
@@ -73,8 +74,8 @@ def clipped_sum(
     keep: [B] bool; an example that is not kept contributes exactly 0.
 
   Returns:
-    The sum of each parameter's gradients, float32 or wider; the outputs of the
-    loss, [B, ...]; the norms before clipping, [B] a group.
+    The sum of each parameter's gradients, float32 or wider, of a shard's its
+    part of the sum over its mesh axis; the outputs of the loss, [B, ...]; the norms before clipping, [B] a group.
   """
   operands, cotangents, outs = backward(problem, examples)
   squares = [
@@ -148,6 +149,9 @@ def norms_of(
       operands, cotangents
     )
     return {group: square}, formed
+
+  # Here, and not once for each example.
+  problem = problem._replace(leaves=[shards.whole(x) for x in problem.leaves])
 
   def one(args: tuple[dict[Key, jax.Array], dict[Key, jax.Array]]) -> Any:
     of_weights = _of_weights(problem, rule, *args)
@@ -280,7 +284,8 @@ def weighted_sum(
     scales: for each group, [B].
 
   Returns:
-    For each parameter its sum, float32 or wider.
+    For each parameter its sum, float32 or wider; for a shard its part of the
+    sum over its mesh axis.
   """
   groups = problem.groups
   of_weights: dict[Key, jax.Array] = {}
@@ -302,7 +307,10 @@ def weighted_sum(
     problem, products, operands, cotangents, scales[0] != 0
   )
   sums = to_leaves(problem, of_weights, frozenset(range(len(groups))))
-  return [sums[i] + of_leaves.get(i, 0.0) for i in range(len(groups))]
+  return shards.sums(
+    problem.leaves,
+    [sums[i] + of_leaves.get(i, 0.0) for i in range(len(groups))],
+  )
 
 
 def _products(

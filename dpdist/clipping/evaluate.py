@@ -14,6 +14,7 @@ from jax.extend import core
 import jax.numpy as jnp
 
 from dpdist.clipping import program
+from dpdist.clipping import shards
 from dpdist.clipping.program import Block
 from dpdist.clipping.program import Kind
 from dpdist.clipping.program import Site
@@ -22,6 +23,8 @@ PyTree = Any
 Key = tuple[int, ...]
 # What runs a product: (site, weight, operand, tap) -> output.
 Product = Callable[[Site, jax.Array, jax.Array, Any], jax.Array]
+# What puts a parameter together: (shard) -> array.
+Gather = Callable[[shards.Shard], jax.Array]
 
 
 def tapped(
@@ -40,17 +43,19 @@ def forward(
   *,
   product: Product = tapped,
   per_iteration: frozenset[Key] | None = None,
+  gather: Gather = shards.Shard.whole,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
   """Runs a block on one example.
 
   Args:
     block: from `splitting.split`.
-    values: of its inputs.
+    values: of its inputs; those of weights may be `shards.Shard`s.
     taps: for each site's key what is added to its output; a site without one
       runs as it is. In a loop with a leading axis over the iterations.
     product: runs the products.
     per_iteration: the keys whose tap has an axis over the iterations of every
       loop; the other taps are handed to each iteration whole. None: all.
+    gather: puts a shard together with the others, where it is used.
 
   Returns:
     The outputs; and the data operand of every product, by key, with a leading
@@ -62,8 +67,13 @@ def forward(
   promoted: dict[Any, Any] = {}
   operands: dict[Key, jax.Array] = {}
 
-  def read(atom: Any) -> Any:
+  def read_part(atom: Any) -> Any:
     return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+  def read(atom: Any) -> Any:
+    if isinstance(read_part(atom), shards.Shard):
+      env[atom] = gather(env[atom])
+    return read_part(atom)
 
   def read_data(atom: Any) -> Any:
     if block.kind_of(atom) != Kind.WEIGHT:
@@ -71,7 +81,7 @@ def forward(
     if atom not in promoted:
       if atom in block.promotions:
         tap = taps.get(block.sites[block.promotions[atom]].key)
-        promoted[atom] = env[atom] if tap is None else env[atom] + tap
+        promoted[atom] = read(atom) if tap is None else read(atom) + tap
       else:
         eqn = block.definition[atom]
         (promoted[atom],) = program.bind(
@@ -92,14 +102,14 @@ def forward(
     elif number in block.blocks:
       inner = block.blocks[number]
       arguments = [
-        read(x) if kind == Kind.WEIGHT else read_data(x)
+        read_part(x) if kind == Kind.WEIGHT else read_data(x)
         for x, kind in zip(eqn.invars, inner.kinds, strict=True)
       ]
       keys = [site.key for site in inner.all_sites() if site.key in taps]
       inner_taps = {key: taps[key] for key in keys}
       run = _loop if inner.loop is not None else _rematerialised
       outs, more = run(
-        eqn, inner, arguments, inner_taps, product, per_iteration
+        eqn, inner, arguments, inner_taps, product, per_iteration, gather
       )
       operands.update(more)
     else:
@@ -117,10 +127,17 @@ def _loop(
   taps: dict[Key, Any],
   product: Product,
   per_iteration: frozenset[Key] | None,
+  gather: Gather,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
   num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-  consts = values[:num_consts]
+  # Once for all iterations: what does not change, and what is divided by them.
+  once = lambda x: gather(x) if isinstance(x, shards.Shard) else x
+  consts = [once(x) for x in values[:num_consts]]
   carry = values[num_consts : num_consts + num_carry]
+  stacked = [
+    gather(x) if isinstance(x, shards.Shard) and x.divides_rows() else x
+    for x in values[num_consts + num_carry :]
+  ]
   sliced = {
     k: x for k, x in taps.items() if per_iteration is None or k in per_iteration
   }
@@ -134,13 +151,14 @@ def _loop(
       whole | taps_now,
       product=product,
       per_iteration=per_iteration,
+      gather=gather,
     )
     return outs[:num_carry], (outs[num_carry:], operands)
 
   carry, (ys, operands) = jax.lax.scan(
     step,
     list(carry),
-    (list(values[num_consts + num_carry :]), sliced),
+    (stacked, sliced),
     length=body.loop,
     reverse=eqn.params["reverse"],
     unroll=eqn.params["unroll"],
@@ -155,10 +173,16 @@ def _rematerialised(
   taps: dict[Key, Any],
   product: Product,
   per_iteration: frozenset[Key] | None,
+  gather: Gather,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
   def run(values: Any, taps: Any) -> Any:
     return forward(
-      block, values, taps, product=product, per_iteration=per_iteration
+      block,
+      values,
+      taps,
+      product=product,
+      per_iteration=per_iteration,
+      gather=gather,
     )
 
   return jax.checkpoint(
@@ -180,15 +204,18 @@ def to_parameters(
 
   Args:
     block: from `splitting.split`.
-    values: of the inputs; only those of weights are used.
+    values: of the inputs; only those of weights are used, which may be
+      `shards.Shard`s.
     cotangents: for some sites' keys the gradient with respect to the site's
       weight, of shape `Site.weight_shape`.
 
   Returns:
     For each input that is a weight its gradient, None for the others. Float32
-    or wider wherever the way is made of moves and casts alone.
+    or wider wherever the way is made of moves and casts alone. Whole, also
+    where the weight is not.
   """
   jaxpr = block.jaxpr.jaxpr
+  values = [shards.whole(x) for x in values]
   inputs = {
     x: value.astype(_wide(value.dtype))
     for x, kind, value in zip(jaxpr.invars, block.kinds, values, strict=True)

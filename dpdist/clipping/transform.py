@@ -17,6 +17,7 @@ from dpdist.clipping import microbatches
 from dpdist.clipping import program
 from dpdist.clipping import reference
 from dpdist.clipping import rules
+from dpdist.clipping import shards
 from dpdist.clipping import splitting
 from dpdist.clipping import two_pass
 from dpdist.clipping.scaling import Scaling
@@ -105,6 +106,7 @@ class ClippedGrad:
     *,
     is_padding_example: jax.Array | None = None,
     rng: jax.Array | None = None,
+    param_specs: PyTree | None = None,
   ) -> ClippedGrads:
     """Computes the clipped sum of a batch; see `clipped_grad`.
 
@@ -115,6 +117,11 @@ class ClippedGrad:
         0, whatever it holds. None: no padding.
       rng: a PRNG key, split over the examples, or keys of shape [B]; handed to
         loss_fn as its third argument. None: loss_fn takes two arguments.
+      param_specs: inside shard_map, for parameters of which a device holds a
+        part: pytree like params of PartitionSpecs, those that params came in
+        by, each with one mesh axis at most, along which the batch is divided
+        too. The loss sees the whole parameter; its entry of the sum is a part
+        again, of the sum over the devices of that axis. None: all are whole.
 
     Returns:
       ClippedGrads.
@@ -138,10 +145,14 @@ class ClippedGrad:
     checks.params(params)
     params = manual_axes.cast_to_varying(params, axes)
     keep = manual_axes.cast_to_varying(keep, axes)
+    structure: Any = jax.tree.structure(params)
+    leaves = shards.wrap(params, param_specs, axes)
+    whole = lambda: structure.unflatten([shards.whole(x) for x in leaves])
 
     examples = (batch,) if rng is None else (batch, rng)
     scaling, groups, norm_def = self._scaling(params)
-    traced = self._trace(params, examples)
+    # Only for its shapes; nobody uses what is gathered here.
+    traced = self._trace(whole(), examples)
     checks.refuse_sharded_outside_shard_map(batch, traced.block)
     checks.loss(traced.block, traced.shapes[0], axes)
     method, _ = self._method(traced, axes)
@@ -150,10 +161,11 @@ class ClippedGrad:
       examples: tuple[PyTree, ...], keep: jax.Array
     ) -> tuple[list[jax.Array], jax.Array, list[jax.Array], Any]:
       if method == "vmap":
-        return reference.clipped_sum(
-          traced.loss_fn, params, examples, keep, groups, scaling
+        total, *rest = reference.clipped_sum(
+          traced.loss_fn, whole(), examples, keep, groups, scaling
         )
-      problem = self._problem(traced, params, groups, scaling, method)
+        return shards.sums(leaves, total), *rest
+      problem = self._problem(traced, leaves, groups, scaling, method)
       engine = {"bookkeeping": bookkeeping, "two_pass": two_pass}[method]
       total, outs, norms = engine.clipped_sum(
         problem, jax.tree.leaves(examples), keep
@@ -179,7 +191,7 @@ class ClippedGrad:
       or (self._platform == "tpu" and self.microbatch_size is None),
     )
     return ClippedGrads(
-      jax.tree.unflatten(jax.tree.structure(params), total),
+      structure.unflatten(total),
       loss,
       jax.tree.unflatten(norm_def, norms),
       aux if self.has_aux else None,
@@ -212,7 +224,9 @@ class ClippedGrad:
     chosen = (
       []
       if method == "vmap"
-      else self._problem(traced, params, groups, scaling, method).rules
+      else self._problem(
+        traced, jax.tree.leaves(params), groups, scaling, method
+      ).rules
     )
     text = explain.table(method, reason, self._platform, chosen, names)
     print(text)
@@ -269,7 +283,7 @@ class ClippedGrad:
   def _problem(
     self,
     traced: "_Traced",
-    params: PyTree,
+    leaves: list[Any],
     groups: list[int],
     scaling: Scaling,
     method: str,
@@ -280,7 +294,7 @@ class ClippedGrad:
     return bookkeeping.Problem(
       traced.block,
       rules.choose(traced.block.all_sites(), groups, model),
-      jax.tree.leaves(params),
+      leaves,
       groups,
       scaling,
       self._platform,

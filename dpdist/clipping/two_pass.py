@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from dpdist.clipping import bookkeeping
 from dpdist.clipping import evaluate
 from dpdist.clipping import manual_axes
+from dpdist.clipping import shards
 from dpdist.clipping.program import Site
 from dpdist.clipping.rules import Rule
 
@@ -47,7 +48,7 @@ def clipped_sum(
     and not problem.block.has_custom_vjp()
     and not _rounds_what_is_kept(problem)
   ):
-    sums = _weighted_gradient(problem, examples, scales[0])
+    sums = _weighted_gradient(problem, examples, scales[0], jnp.any(kept))
   else:
     # Several scales an example, products that would be summed in less than
     # float32, a derivative of the user's, that need not scale with the loss, or
@@ -63,8 +64,7 @@ def clipped_sum(
     sums = bookkeeping.weighted_sum(
       problem, operands, cotangents, formed, scales
     )
-  some = jnp.any(kept)
-  return [jnp.where(some, x, 0) for x in sums], outs, norms
+  return sums, outs, norms
 
 
 def _squared_norms(
@@ -192,14 +192,34 @@ def _weighted_gradient(
   problem: bookkeeping.Problem,
   examples: Sequence[jax.Array],
   scale: jax.Array,
+  some: jax.Array,
 ) -> list[jax.Array]:
-  """The ordinary gradient of the sum of scaled losses."""
+  """The ordinary gradient of the sum of scaled losses; 0 unless some are kept,
+  in what a device adds to the sum of a shard too."""
 
-  def losses(leaves: list[jax.Array]) -> jax.Array:
+  def gather(shard: shards.Shard) -> jax.Array:
+    return _kept_if(shard.whole(), some)
+
+  def losses(leaves: list[Any]) -> jax.Array:
     one = lambda example: evaluate.forward(
-      problem.block, [*leaves, *example], {}
+      problem.block, [*leaves, *example], {}, gather=gather
     )[0][0]
     return jax.vmap(one)(list(examples))
 
   _, pull = jax.vjp(losses, list(problem.leaves))
-  return pull(scale)[0]
+  return [
+    x.part if isinstance(x, shards.Shard) else jnp.where(some, x, 0)
+    for x in pull(scale)[0]
+  ]
+
+
+@jax.custom_vjp
+def _kept_if(x: jax.Array, some: jax.Array) -> jax.Array:
+  """x, whose gradient is 0 unless some is True: NaN included."""
+  del some
+  return x
+
+
+_kept_if.defvjp(
+  lambda x, some: (x, some), lambda some, g: (jnp.where(some, g, 0), None)
+)

@@ -4,9 +4,11 @@ from flax import linen as nn
 import jax.numpy as jnp
 import ml_collections
 
+from dpdist import mesh
 from dpdist.models import cnn
 from dpdist.models import decoder
 from dpdist.models import random_features
+from dpdist.models import stacked_decoder
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -40,9 +42,39 @@ def make(config: ml_collections.ConfigDict) -> nn.Module:
       num_heads=_size(config, "num_heads"),
       dtype=dtype,
     )
+  if config.name == "stacked_decoder":
+    width, num_heads = _size(config, "width"), _size(config, "num_heads")
+    num_kv_heads = config.num_kv_heads or num_heads
+    if num_heads % num_kv_heads:
+      raise ValueError(
+        f"model.num_kv_heads must divide the model.num_heads of {num_heads},"
+        f" got {num_kv_heads}"
+      )
+    head_dim = config.head_dim or width // num_heads
+    if head_dim < 2 or head_dim % 2:
+      raise ValueError(
+        "model.head_dim, by default width over heads, must be even, got"
+        f" {head_dim}"
+      )
+    return stacked_decoder.StackedDecoder(
+      vocabulary=_size(config, "num_outputs"),
+      width=width,
+      depth=_size(config, "depth"),
+      num_heads=num_heads,
+      num_kv_heads=num_kv_heads,
+      head_dim=head_dim,
+      hidden=config.hidden or 4 * width,
+      dtype=dtype,
+    )
   raise ValueError(
-    f"model.name must be random_features, cnn or decoder, got {config.name!r}"
+    "model.name must be random_features, cnn, decoder or stacked_decoder, got"
+    f" {config.name!r}"
   )
+
+
+def partitioning(model: nn.Module) -> mesh.Rules:
+  """A model's own rules for the mesh axis `model`; empty without any."""
+  return getattr(model, "partitioning", ())
 
 
 def _size(config: ml_collections.ConfigDict, name: str) -> int:

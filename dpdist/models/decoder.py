@@ -4,6 +4,8 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
+from dpdist import mesh
+
 
 class Decoder(nn.Module):
   """Logits [length, vocabulary] of tokens [length], each from those before it.
@@ -17,6 +19,20 @@ class Decoder(nn.Module):
   depth: int
   num_heads: int
   dtype: jnp.dtype
+
+  @property
+  def partitioning(self) -> mesh.Rules:
+    """Heads, the wide layer and the vocabulary are divided over `model`."""
+    return (
+      ("(query|key|value)/kernel$", (None, "model", None)),
+      ("(query|key|value)/bias$", ("model", None)),
+      ("out/kernel$", ("model", None, None)),
+      ("_Block_.*/Dense_0/kernel$", (None, "model")),
+      ("_Block_.*/Dense_0/bias$", ("model",)),
+      ("_Block_.*/Dense_1/kernel$", ("model", None)),
+      ("embedding$", ("model", None)),
+      ("^Dense_0/kernel$", (None, "model")),
+    )
 
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:

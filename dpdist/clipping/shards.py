@@ -1,0 +1,114 @@
+"""Parameters of which each device holds a part.
+
+A loss is traced, taken apart and judged as if every parameter were whole. A
+part is put together with the others only where the whole is used: before a
+product, or inside the loop or the rematerialised block that uses it, so that no
+more than one block of a deep model is ever whole. Norms are those of the whole
+parameter's gradient. The clipped sum goes back through the same door, where the
+devices' sums are added and each keeps its part (Rajbhandari et al. 2020, "ZeRO:
+Memory Optimizations Toward Training Trillion Parameter Models", section 5).
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import PartitionSpec
+
+PyTree = Any
+
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=["part"],
+  meta_fields=["axis", "dimension"],
+)
+@dataclasses.dataclass(frozen=True)
+class Shard:
+  """This device's part of an array.
+
+  Attributes:
+    part: the array's entries on this device.
+    axis: the mesh axis along which the parts lie.
+    dimension: of the array that they make up, counted from its end, so that it
+      stays the same where leading dimensions come and go.
+  """
+
+  part: jax.Array
+  axis: str
+  dimension: int
+
+  def whole(self) -> jax.Array:
+    """The array."""
+    return jax.lax.all_gather(
+      self.part, self.axis, axis=self.dimension % self.part.ndim, tiled=True
+    )
+
+  def divides_rows(self) -> bool:
+    """Whether the parts lie along the array's first dimension."""
+    return self.dimension == -self.part.ndim
+
+  def sum(self, total: jax.Array) -> jax.Array:
+    """This device's part of the sum of all devices' arrays."""
+    return jax.lax.psum_scatter(
+      total,
+      self.axis,
+      scatter_dimension=self.dimension % total.ndim,
+      tiled=True,
+    )
+
+
+def wrap(
+  params: PyTree, specs: PyTree | None, axes: frozenset[str]
+) -> list[Any]:
+  """The leaves of params, those that are parts as `Shard`s.
+
+  Args:
+    params: pytree of arrays, as they are inside shard_map.
+    specs: None, or a pytree like params of PartitionSpecs with one mesh axis at
+      most, of axes.
+    axes: along which the batch is divided.
+
+  Raises:
+    ValueError: a spec is anything else.
+  """
+  leaves, structure = jax.tree.flatten(params)
+  if specs is None:
+    return leaves
+  # mypy takes JAX's own class of tree structures for a mere name.
+  any_structure: Any = structure
+  return [
+    _wrap(leaf, spec, axes)
+    for leaf, spec in zip(
+      leaves, any_structure.flatten_up_to(specs), strict=True
+    )
+  ]
+
+
+def _wrap(leaf: jax.Array, spec: PartitionSpec, axes: frozenset[str]) -> Any:
+  named = [(i, name) for i, name in enumerate(spec) if name is not None]
+  if not named:
+    return leaf
+  if len(named) > 1 or named[0][1] not in axes:
+    # A sum over devices that have the same examples would count them twice.
+    raise ValueError(
+      "param_specs must name at most one mesh axis a parameter, of those along"
+      f" which the batch is divided, {sorted(axes)}, got {spec}"
+    )
+  ((dimension, axis),) = named
+  return Shard(leaf, axis, dimension - leaf.ndim)
+
+
+def whole(x: Any) -> Any:
+  """An array, whether or not it came in parts."""
+  return x.whole() if isinstance(x, Shard) else x
+
+
+def sums(leaves: Sequence[Any], totals: Sequence[jax.Array]) -> list[jax.Array]:
+  """Of each whole parameter's sum on this device what the device keeps."""
+  return [
+    leaf.sum(total) if isinstance(leaf, Shard) else total
+    for leaf, total in zip(leaves, totals, strict=True)
+  ]

@@ -1,0 +1,144 @@
+"""A decoder-only transformer whose blocks are one loop, for large models.
+
+Compiled once for any depth, and rematerialised block by block: a backward pass
+keeps the input of each block and nothing else, and a mesh that divides the
+parameters puts one block together at a time.
+"""
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from dpdist import mesh
+
+
+class StackedDecoder(nn.Module):
+  """Logits [length, vocabulary] of tokens [length], each from those before it.
+
+  Pre-norm blocks of causal grouped-query attention (Ainslie et al. 2023, "GQA")
+  with rotary positions (Su et al. 2021, "RoFormer") and a gated layer (Shazeer
+  2020, "GLU Variants Improve Transformer"), without biases; embedding and output
+  are one table. RMS norm looks at one token of one example, so examples never
+  mix.
+
+  Attributes:
+    vocabulary: tokens.
+    width: of the residual stream.
+    depth: blocks.
+    num_heads: of queries.
+    num_kv_heads: of keys and values; divides num_heads.
+    head_dim: even.
+    hidden: width of the gated layer.
+    dtype: of the computation.
+  """
+
+  vocabulary: int
+  width: int
+  depth: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  hidden: int
+  dtype: jnp.dtype
+
+  @property
+  def partitioning(self) -> mesh.Rules:
+    """Heads, the gated layer and the vocabulary are divided over `model`."""
+    # All heads share the keys where there is one of them.
+    shared = self.num_kv_heads == 1
+    heads = (None, "model") if shared else ("model", None)
+    keys = (None, None, None) if shared else (None, "model", None)
+    return (
+      ("query$", (None, *heads, None)),
+      ("key$|value$", keys),
+      ("attention_out$", (*heads, None, None)),
+      ("gate$|up$", (None, "model")),
+      ("down$", ("model", None)),
+      ("embedding$", ("model", None)),
+    )
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    table = self.param(
+      "embedding",
+      nn.initializers.normal(0.02),
+      (self.vocabulary, self.width),
+    )
+    x = jnp.take(table, inputs, axis=0).astype(self.dtype)
+    # In a loop nothing can be merged with what is computed again.
+    block = nn.remat(_Block, prevent_cse=False)
+    blocks = nn.scan(
+      block,
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      length=self.depth,
+    )
+    x, _ = blocks(
+      self.num_heads,
+      self.num_kv_heads,
+      self.head_dim,
+      self.hidden,
+      self.dtype,
+      name="blocks",
+    )(x, None)
+    x = nn.RMSNorm(dtype=self.dtype)(x)
+    return x @ table.astype(self.dtype).T
+
+
+class _Block(nn.Module):
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  hidden: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, unused: None) -> tuple[jax.Array, None]:
+    del unused
+    x = x + self._attention(nn.RMSNorm(dtype=self.dtype)(x))
+    x = x + self._gated(nn.RMSNorm(dtype=self.dtype)(x))
+    return x, None
+
+  def _weight(
+    self, name: str, shape: tuple[int, ...], num_in: int = 1
+  ) -> jax.Array:
+    init = nn.initializers.lecun_normal(
+      in_axis=tuple(range(num_in)), out_axis=tuple(range(num_in, len(shape)))
+    )
+    return self.param(name, init, shape).astype(self.dtype)
+
+  def _attention(self, x: jax.Array) -> jax.Array:
+    length, width = x.shape
+    groups = self.num_heads // self.num_kv_heads
+    heads = (self.num_kv_heads, self.head_dim)
+    queries = (self.num_kv_heads, groups, self.head_dim)
+    q = jnp.einsum("td,dkgh->tkgh", x, self._weight("query", (width, *queries)))
+    k = jnp.einsum("td,dkh->tkh", x, self._weight("key", (width, *heads)))
+    v = jnp.einsum("td,dkh->tkh", x, self._weight("value", (width, *heads)))
+    q, k = _rotated(q), _rotated(k)
+    scores = jnp.einsum("tkgh,skh->kgts", q, k) * self.head_dim**-0.5
+    seen = jnp.tril(jnp.ones((length, length), bool))
+    scores = jnp.where(seen, scores.astype(jnp.float32), -jnp.inf)
+    weights = jax.nn.softmax(scores).astype(self.dtype)
+    mixed = jnp.einsum("kgts,skh->tkgh", weights, v)
+    return jnp.einsum(
+      "tkgh,kghd->td",
+      mixed,
+      self._weight("attention_out", (*queries, width), num_in=3),
+    )
+
+  def _gated(self, x: jax.Array) -> jax.Array:
+    width = x.shape[-1]
+    gate = x @ self._weight("gate", (width, self.hidden))
+    up = x @ self._weight("up", (width, self.hidden))
+    return (nn.silu(gate) * up) @ self._weight("down", (self.hidden, width))
+
+
+def _rotated(x: jax.Array) -> jax.Array:
+  """Turns each pair of entries by an angle that grows with the position."""
+  length, half = x.shape[0], x.shape[-1] // 2
+  turns = jnp.arange(length)[:, None] * 10_000.0 ** (-jnp.arange(half) / half)
+  turns = turns.reshape((length, *(1,) * (x.ndim - 2), half))
+  sin, cos = jnp.sin(turns).astype(x.dtype), jnp.cos(turns).astype(x.dtype)
+  one, two = jnp.split(x, 2, axis=-1)
+  return jnp.concatenate([one * cos - two * sin, one * sin + two * cos], -1)
