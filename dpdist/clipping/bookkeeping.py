@@ -75,7 +75,8 @@ def clipped_sum(
 
   Returns:
     The sum of each parameter's gradients, float32 or wider, of a shard's its
-    part of the sum over its mesh axis; the outputs of the loss, [B, ...]; the norms before clipping, [B] a group.
+    part of the sum over its mesh axis; the outputs of the loss, [B, ...]; the
+    norms before clipping, [B] a group.
   """
   operands, cotangents, outs = backward(problem, examples)
   squares = [

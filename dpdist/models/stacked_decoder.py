@@ -17,9 +17,9 @@ class StackedDecoder(nn.Module):
 
   Pre-norm blocks of causal grouped-query attention (Ainslie et al. 2023, "GQA")
   with rotary positions (Su et al. 2021, "RoFormer") and a gated layer (Shazeer
-  2020, "GLU Variants Improve Transformer"), without biases; embedding and output
-  are one table. RMS norm looks at one token of one example, so examples never
-  mix.
+  2020, "GLU Variants Improve Transformer"), without biases; embedding and
+  output are one table. RMS norm looks at one token of one example, so examples
+  never mix.
 
   Attributes:
     vocabulary: tokens.
