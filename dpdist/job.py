@@ -138,9 +138,9 @@ def _prepare(
   optimizer, learning_rate = optimizers.make(
     config.optimizer, config.privacy.num_steps
   )
-  chunk_size = _chunk_size(config, plan, mesh)
+  size = chunk_size(config, plan, mesh)
   _check(config)
-  step = _step(config, plan, model, optimizer, mesh)
+  step = make_step(config, plan, model, optimizer, mesh)
 
   budget: data_budget.DataBudget | None = None
 
@@ -200,7 +200,7 @@ def _prepare(
     functools.partial(step.init_from, make, *init_args),
     step,
     learning_rate,
-    chunk_size,
+    size,
   )
 
 
@@ -231,13 +231,28 @@ def _load(
   return mesh, splits, splits.train.manifest()
 
 
-def _step(
+def make_step(
   config: ml_collections.ConfigDict,
   plan: plan_lib.PrivacyPlan,
   model: nn.Module,
   optimizer: optax.GradientTransformation,
   mesh: Mesh,
+  *,
+  platform: str | None = None,
 ) -> step_lib.Step:
+  """The step of a config, on a mesh.
+
+  Args:
+    config: settings.
+    plan: the numbers.
+    model: maps the inputs of one example to logits.
+    optimizer: applied to the noisy mean.
+    mesh: all devices.
+    platform: what it is compiled for; see `dpdist.clipped_grad`.
+
+  Raises:
+    ValueError: names the setting, its value and what would be right.
+  """
   exact = config.clipping.exact_sum
   make_step = exact_step.ExactStep if exact else step_lib.Step
   rules = models.partitioning(model)
@@ -257,6 +272,7 @@ def _step(
       method=config.clipping.method,
       microbatch_size=config.clipping.microbatch_size or None,
       exact_group_size=config.clipping.exact_group_size if exact else None,
+      platform=platform,
     ),
     optimizer,
     mesh,
@@ -286,9 +302,14 @@ def _check(config: ml_collections.ConfigDict) -> None:
       raise ValueError(f"{name} must be at least 0, got {section[name]}")
 
 
-def _chunk_size(
+def chunk_size(
   config: ml_collections.ConfigDict, plan: plan_lib.PrivacyPlan, mesh: Mesh
 ) -> int:
+  """Examples over the mesh at once, as set or chosen.
+
+  Raises:
+    ValueError: what is set cannot be divided evenly.
+  """
   shards = mesh_lib.num_example_shards(mesh)
   size, name = config.clipping.microbatch_size, "microbatch_size"
   if config.clipping.exact_sum:

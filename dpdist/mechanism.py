@@ -120,6 +120,7 @@ def make(
   method: str = "auto",
   microbatch_size: int | None = None,
   exact_group_size: int | None = None,
+  platform: str | None = None,
 ) -> Mechanism:
   """Binds a plan to a loss.
 
@@ -130,6 +131,7 @@ def make(
     microbatch_size: how many gradients exist at once on a device.
     exact_group_size: see `Mechanism`; a step with one is
       `dpdist.exact_step.ExactStep`.
+    platform: what it is compiled for; see `dpdist.clipped_grad`.
 
   Returns:
     The mechanism.
@@ -154,6 +156,7 @@ def make(
     has_aux=True,
     method=method,
     microbatch_size=microbatch_size,
+    platform=platform,
   )
   sensitivity = clipped_grad.sensitivity(plan.neighboring_relation)
   noise_stddev = plan.noise_multiplier * sensitivity

@@ -82,6 +82,11 @@ def show_end(
   _show_table("Finished", rows, console or _console())
 
 
+def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+  """Prints (name, value) pairs under a title to standard output."""
+  _show_table(title, rows, _console())
+
+
 class _Bar(rich.progress.Progress):
   """A bar with a line of facts below it, so that both fit 80 columns."""
 

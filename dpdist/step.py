@@ -130,6 +130,13 @@ class Step:
       noise_state=noise.GaussianNoiseState(mesh_lib.REPLICATED),
     )
 
+  def accumulator_specs(self, params: PyTree) -> Accumulator:
+    """How an accumulator lies on the mesh."""
+    return Accumulator(
+      jax.tree.map(mesh_lib.stacked, self.specs(params)),
+      Stats(*[mesh_lib.EXAMPLES] * len(Stats._fields)),
+    )
+
   def init(self, params: PyTree) -> TrainState:
     """The state before the first step, on the mesh, from whole parameters."""
     state = self.initial(params)
@@ -190,13 +197,8 @@ class Step:
     self, params: PyTree, accumulator: Accumulator
   ) -> Accumulator:
     """Says how a traced accumulator lies."""
-    specs = jax.tree.map(mesh_lib.stacked, self.specs(params))
-    return Accumulator(
-      mesh_lib.constrain(accumulator.clipped_sum, specs, self.mesh),
-      jax.lax.with_sharding_constraint(
-        accumulator.stats, mesh_lib.examples(self.mesh)
-      ),
-    )
+    specs = self.accumulator_specs(params)
+    return mesh_lib.constrain(accumulator, specs, self.mesh)
 
   @functools.cached_property
   def accumulate(self) -> Callable[..., Any]:

@@ -1,0 +1,254 @@
+"""What a config would need on a pod of TPUs, told without one.
+
+The step that runs is the step that is compiled here, by the pod's own
+compiler, for shapes alone: no device, no data, no budget. What the compiler
+tells (memory, collectives) is exact for its version. Times are bounds from
+below: the busiest of arithmetic, memory and network at its published peak, with
+all else hidden behind it.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+import ml_collections
+import numpy as np
+
+from dpdist import chips
+from dpdist import compiled
+from dpdist import config as config_lib
+from dpdist import datasets
+from dpdist import job
+from dpdist import mesh as mesh_lib
+from dpdist import models
+from dpdist import noise
+from dpdist import optimizers
+from dpdist import plan as plan_lib
+from dpdist import products
+from dpdist import step as step_lib
+
+PyTree = Any
+
+
+def forecast(
+  config: ml_collections.ConfigDict, topology: str, num_slices: int = 1
+) -> dict[str, Any]:
+  """Compiles a config's step for a pod.
+
+  Args:
+    config: settings; its data need not be there for models of tokens.
+    topology: see `dpdist.chips.devices`.
+    num_slices: the same.
+
+  Returns:
+    JSON-able: "epsilon" of the plan, "num_chips", "parameters", "chunk_size",
+    "chunks_per_step"; "memory", bytes a chip by kind, with "peak" and
+    "capacity"; "fits"; "accumulate" and "apply", each with "flops", "bytes",
+    "seconds" and "collectives"; "step_seconds"; "scaling", a row for each
+    number of chips. What a program does that does not fit is left out.
+
+  Raises:
+    ValueError: names the setting, its value and what would be right.
+  """
+  devices = chips.devices(topology, num_slices)
+  chip = chips.CHIPS[topology.partition(":")[0]]
+  plan = plan_lib.make_plan(config_lib.privacy_config(config))
+  mesh = mesh_lib.make(config.mesh, devices)
+  model = models.make(config.model)
+  optimizer, _ = optimizers.make(config.optimizer, config.privacy.num_steps)
+  step = job.make_step(config, plan, model, optimizer, mesh, platform="tpu")
+  if config.clipping.exact_sum:
+    raise ValueError(
+      "clipping.exact_sum must be False to compile for a topology: its programs"
+      " are for one device each, got True"
+    )
+  chunk_size = job.chunk_size(config, plan, mesh)
+  example = _example(config)
+  state = _state(step, model, example["inputs"])
+  arguments = _arguments(step, state, example, chunk_size)
+  key = arguments[4]
+  memory = _memory(step, state, arguments)
+  facts: dict[str, Any] = {
+    "topology": topology,
+    "num_slices": num_slices,
+    "num_chips": len(devices),
+    "mesh": dict(mesh.shape),
+    "epsilon": plan.epsilon(),
+    "delta": config.privacy.target_delta,
+    "noise_multiplier": plan.noise_multiplier,
+    "num_steps": plan.num_steps,
+    "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+    "expected_batch_size": plan.expected_batch_size,
+    "chunk_size": chunk_size,
+    "chunks_per_step": math.ceil(plan.expected_batch_size / chunk_size),
+    "memory": memory | {"capacity": chip.memory_bytes},
+  }
+  held = sum(memory.values())
+  peaks = []
+  for name, function, args in (
+    ("accumulate", step.accumulate, arguments),
+    ("apply", step.apply, (state, arguments[1], key)),
+  ):
+    traced = function.trace(*args)
+    try:
+      program = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      return facts | {"fits": False, "reason": _reason(error)}
+    work = products.count(traced.jaxpr.jaxpr).times(1 / mesh.shape["model"])
+    analysis = program.memory_analysis()
+    grown = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    memory[f"{name}_temp"] = analysis.temp_size_in_bytes + max(0, grown)
+    peaks.append(held + memory[f"{name}_temp"])
+    # Nothing loops in `apply`, which touches all of the state.
+    num_bytes = work.num_bytes
+    if name == "apply":
+      num_bytes = float(program.cost_analysis()["bytes accessed"])
+    found = compiled.collectives(program.as_text())
+    facts[name] = {
+      "flops": work.flops,
+      "bytes": num_bytes,
+      "collectives": [
+        dataclasses.asdict(x) | {"bytes_sent": x.bytes_sent} for x in found
+      ],
+      "seconds": _seconds(chip, work.flops, num_bytes, found),
+    }
+  facts["memory"] |= memory | {"peak": max(peaks)}
+  facts["fits"] = max(peaks) <= chip.memory_bytes
+  facts["scaling"] = _scaling(facts)
+  facts["step_seconds"] = facts["scaling"][-1]["step_seconds"]
+  return facts
+
+
+def _example(config: ml_collections.ConfigDict) -> dict[str, Any]:
+  """The shapes of one example; of tokens, without the data."""
+  if config.model.name in ("decoder", "stacked_decoder"):
+    tokens = jax.ShapeDtypeStruct((config.data.sequence_length,), jnp.int32)
+    return {"inputs": tokens, "targets": tokens}
+  one = datasets.load(config.data).train.read(np.zeros(1, np.int64))
+  return {
+    name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in one.items()
+  }
+
+
+def _placed(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
+  return jax.tree.map(
+    lambda x, spec: jax.ShapeDtypeStruct(
+      x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
+    ),
+    tree,
+    specs,
+  )
+
+
+def _state(step: step_lib.Step, model: Any, example: Any) -> PyTree:
+  """The state's shapes, on the mesh."""
+  make = functools.partial(job.make_params, model)
+  state = jax.eval_shape(
+    lambda words, example: step.initial(make(words, example)),
+    jax.ShapeDtypeStruct((2,), jnp.uint32),
+    example,
+  )
+  return _placed(state, step.state_specs(state), step.mesh)
+
+
+def _arguments(
+  step: step_lib.Step, state: PyTree, example: PyTree, chunk_size: int
+) -> tuple[PyTree, ...]:
+  """Of `accumulate`, on the mesh."""
+  shapes = jax.eval_shape(step.zeros, state.params)
+  accumulator = _placed(shapes, step.accumulator_specs(state.params), step.mesh)
+  over = lambda x: jax.ShapeDtypeStruct(
+    (chunk_size, *x.shape), x.dtype, sharding=mesh_lib.examples(step.mesh)
+  )
+  everywhere = lambda x: jax.ShapeDtypeStruct(
+    x.shape, x.dtype, sharding=mesh_lib.replicated(step.mesh)
+  )
+  key = jax.eval_shape(noise.as_key, np.zeros(2, np.uint32))
+  return (
+    state.params,
+    accumulator,
+    jax.tree.map(over, example),
+    over(jax.ShapeDtypeStruct((), jnp.bool_)),
+    everywhere(key),
+    everywhere(jax.ShapeDtypeStruct((), jnp.int32)),
+  )
+
+
+def _memory(
+  step: step_lib.Step, state: PyTree, arguments: tuple[PyTree, ...]
+) -> dict[str, int]:
+  """Bytes that a chip holds throughout a step, by kind."""
+
+  def size(tree: PyTree) -> int:
+    specs = jax.tree.map(lambda x: x.sharding.spec, tree)
+    return mesh_lib.bytes_per_device(tree, specs, step.mesh)
+
+  return {
+    "parameters": size(state.params),
+    "optimizer": size(state.opt_state),
+    "average": size(state.ema_params),
+    "accumulator": size(arguments[1].clipped_sum),
+    "batch": size(arguments[2]),
+  }
+
+
+def _seconds(
+  chip: chips.Chip,
+  flops: float,
+  num_bytes: float,
+  found: list[compiled.Collective],
+) -> dict[str, float]:
+  sent = lambda between: sum(
+    x.bytes_sent for x in found if x.is_between_slices == between
+  )
+  return {
+    "arithmetic": flops / chip.flops_per_second,
+    "memory": num_bytes / chip.memory_bandwidth,
+    "links": sent(False) / chip.link_bandwidth,
+    "network": sent(True) / chip.network_bandwidth,
+  }
+
+
+def _scaling(facts: dict[str, Any]) -> list[dict[str, float]]:
+  """Of fewer chips, that divide the examples among fewer, up to all.
+
+  A chunk takes as long on fewer chips and holds fewer examples.
+  """
+  accumulate = max(facts["accumulate"]["seconds"].values())
+  apply = max(facts["apply"]["seconds"].values())
+  data = facts["mesh"]["data"]
+  rows: list[dict[str, float]] = []
+  for share in (8, 4, 2, 1):
+    if data % share:
+      continue
+    num_chips = facts["num_chips"] // share
+    chunk_size = facts["chunk_size"] / share
+    chunks = math.ceil(facts["expected_batch_size"] / chunk_size)
+    seconds = chunks * accumulate + apply
+    first = rows[0] if rows else None
+    work = num_chips * seconds
+    rows.append(
+      {
+        "num_chips": num_chips,
+        "chunks_per_step": chunks,
+        "step_seconds": seconds,
+        "efficiency": first["num_chips"] * first["step_seconds"] / work
+        if first
+        else 1.0,
+      }
+    )
+  return rows
+
+
+def _reason(error: Exception) -> str:
+  """What the compiler says of its memory, on one line."""
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  told = [line for line in lines if "Used" in line or "exceed" in line.lower()]
+  return (told or lines)[0]
