@@ -68,7 +68,7 @@ def forecast(
       " are for one device each, got True"
     )
   chunk_size = job.chunk_size(config, plan, mesh)
-  example = _example(config)
+  example = example_shapes(config)
   state = _state(step, model, example["inputs"])
   arguments = _arguments(step, state, example, chunk_size)
   key = arguments[4]
@@ -90,10 +90,11 @@ def forecast(
   }
   held = sum(memory.values())
   peaks = []
-  for name, function, args in (
+  programs: list[tuple[str, Any, tuple[PyTree, ...]]] = [
     ("accumulate", step.accumulate, arguments),
     ("apply", step.apply, (state, arguments[1], key)),
-  ):
+  ]
+  for name, function, args in programs:
     traced = function.trace(*args)
     try:
       program = traced.lower().compile()
@@ -121,12 +122,12 @@ def forecast(
     }
   facts["memory"] |= memory | {"peak": max(peaks)}
   facts["fits"] = max(peaks) <= chip.memory_bytes
-  facts["scaling"] = _scaling(facts)
+  facts["scaling"] = scaling(facts)
   facts["step_seconds"] = facts["scaling"][-1]["step_seconds"]
   return facts
 
 
-def _example(config: ml_collections.ConfigDict) -> dict[str, Any]:
+def example_shapes(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """The shapes of one example; of tokens, without the data."""
   if config.model.name in ("decoder", "stacked_decoder"):
     tokens = jax.ShapeDtypeStruct((config.data.sequence_length,), jnp.int32)
@@ -216,7 +217,7 @@ def _seconds(
   }
 
 
-def _scaling(facts: dict[str, Any]) -> list[dict[str, float]]:
+def scaling(facts: dict[str, Any]) -> list[dict[str, float]]:
   """Of fewer chips, that divide the examples among fewer, up to all.
 
   A chunk takes as long on fewer chips and holds fewer examples.

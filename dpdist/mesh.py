@@ -12,6 +12,7 @@ import re
 from typing import Any
 
 import jax
+from jax.experimental import mesh_utils
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType
 from jax.sharding import Mesh
@@ -59,12 +60,31 @@ def make(
     raise ValueError(
       f"mesh must use all {len(devices)} devices, got {dict(sizes)}"
     )
-  return jax.make_mesh(
-    tuple(shape),
-    AXES,
-    axis_types=(AxisType.Auto,) * len(AXES),
-    devices=devices,
+  return Mesh(
+    _arranged(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES)
   )
+
+
+def _arranged(
+  shape: Sequence[int], devices: Sequence[jax.Device]
+) -> np.ndarray:
+  """Neighbours on the mesh are neighbours in the machine; slices, which only
+  the data center's network joins, are whole along `data`."""
+  slices: dict[int, list[jax.Device]] = {}
+  for device in devices:
+    slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
+  data, *rest = shape
+  if data % len(slices):
+    raise ValueError(
+      f"mesh.data must be a multiple of the {len(slices)} slices, got {data}"
+    )
+  parts = [
+    mesh_utils.create_device_mesh(
+      (data // len(slices), *rest), part, allow_split_physical_axes=True
+    )
+    for _, part in sorted(slices.items())
+  ]
+  return np.concatenate(parts)
 
 
 def num_example_shards(mesh: Mesh) -> int:

@@ -108,34 +108,32 @@ class Step:
     """How parameters lie on the mesh: pytree like params of PartitionSpecs."""
     return mesh_lib.partition(params, self.mesh, self.rules)
 
-  def state_specs(self, state: TrainState) -> TrainState:
+  def state_specs(self, state: TrainState) -> PyTree:
     """How a state lies on the mesh.
 
     What an optimizer keeps for a parameter, of the same shape, lies like it.
     """
-    specs = self.specs(state.params)
+    specs, whole = self.specs(state.params), mesh_lib.REPLICATED
     like = jax.tree.map(lambda x, spec: (x.shape, spec), state.params, specs)
     opt_state = optax.tree.map_params(
       self.optimizer,
-      lambda x, at: at[1] if x.shape == at[0] else mesh_lib.REPLICATED,
+      lambda x, at: at[1] if x.shape == at[0] else whole,
       state.opt_state,
       like,
-      transform_non_params=lambda x: mesh_lib.REPLICATED,
+      transform_non_params=lambda x: whole,
     )
-    return TrainState(
-      step=mesh_lib.REPLICATED,
+    everywhere = jax.tree.map(lambda x: whole, state)
+    return everywhere._replace(
       params=specs,
       opt_state=opt_state,
       ema_params=None if state.ema_params is None else specs,
-      noise_state=noise.GaussianNoiseState(mesh_lib.REPLICATED),
     )
 
-  def accumulator_specs(self, params: PyTree) -> Accumulator:
-    """How an accumulator lies on the mesh."""
-    return Accumulator(
-      jax.tree.map(mesh_lib.stacked, self.specs(params)),
-      Stats(*[mesh_lib.EXAMPLES] * len(Stats._fields)),
-    )
+  def accumulator_specs(self, params: PyTree) -> PyTree:
+    """How an accumulator lies on the mesh: of PartitionSpecs."""
+    sums = jax.tree.map(mesh_lib.stacked, self.specs(params))
+    stats = jax.tree.map(lambda x: mesh_lib.EXAMPLES, no_stats(1))
+    return Accumulator(sums, stats)
 
   def init(self, params: PyTree) -> TrainState:
     """The state before the first step, on the mesh, from whole parameters."""
@@ -251,8 +249,8 @@ class Step:
       rows = first_row + jnp.arange(is_padding_example.shape[0])
       rngs = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
       specs = jax.tree.map(mesh_lib.without_model, self.specs(params))
-      sums = Accumulator(
-        jax.tree.map(mesh_lib.stacked, specs), mesh_lib.EXAMPLES
+      sums: Any = Accumulator(
+        jax.tree.map(mesh_lib.stacked, specs), self.accumulator_specs({}).stats
       )
       run = jax.shard_map(
         functools.partial(local, specs),
@@ -293,7 +291,9 @@ class Step:
       )
       def add(clipped_sum: PyTree) -> PyTree:
         # Together, so that it is one reduction, for all along the same axes.
-        leaves, structure = jax.tree.flatten(clipped_sum)
+        leaves, treedef = jax.tree.flatten(clipped_sum)
+        # mypy takes JAX's own class of tree structures for a mere name.
+        structure: Any = treedef
         axes = [
           mesh_lib.summed_axes(spec) for spec in structure.flatten_up_to(manual)
         ]

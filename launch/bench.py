@@ -88,7 +88,7 @@ def _memory_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     "apply_temp": "temporaries (apply)",
   }
   rows = [
-    (names.get(name, name), f"{size / _GB:.3f} GB")
+    (str(names.get(name, name)), f"{size / _GB:.3f} GB")
     for name, size in memory.items()
   ]
   if peak is None:

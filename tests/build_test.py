@@ -26,7 +26,7 @@ RUNNER = "tests/run.py"
 # modules of one room may import one another.
 LAYERS = (
   ("keys", "hosts", "mesh", "fixed_point", "search")
-  + ("seals", "liveness", "stores"),
+  + ("seals", "liveness", "stores", "chips", "compiled", "products"),
   ("records", "renyi"),
   ("accounting", "sampling", "noise", "clipping"),
   ("plan",),
@@ -37,7 +37,7 @@ LAYERS = (
   + ("exact_step", "odometer"),
   ("admission", "verification"),
   ("job",),
-  ("summary",),
+  ("summary", "forecast"),
   ("train",),
   ("dpdist",),
   ("configs",),
