@@ -38,7 +38,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.privacy.l2_clip_norm = 1.0
   config.privacy.noise_multiplier = 0.614
   config.privacy.target_delta = 1.1e-10
-  config.privacy.accountant = "rdp"
   config.optimizer.name = "adam"
   config.optimizer.learning_rate = 1e-3
   # Sixteen neighbours divide the parameters; four sequences a chip at once.
