@@ -176,7 +176,10 @@ def pipe(files):
 
   class Pipe:
     def write(self, text):
-      files.path(5).write_text(text)
+      # For reading too, so that it does not wait for who may have given up.
+      descriptor = os.open(files.path(5), os.O_RDWR)
+      os.write(descriptor, text.encode())
+      os.close(descriptor)
 
   files.path(5).unlink()
   os.mkfifo(files.path(5))
@@ -216,12 +219,12 @@ import numpy as np
 from dpdist import retrying
 class Pipe:
   def read(self, indices):
+    print("reading", flush=True)
     with open(sys.argv[1]) as file:
       return {"targets": np.array([int(file.read())])}
 source = retrying.RetryingSource(
   Pipe(), name="x", retry_seconds=0, stall_seconds=5, tell=print
 )
-print("reading", flush=True)
 print(source.read(np.array([5]))["targets"])
 """
 
@@ -235,6 +238,7 @@ def test_a_process_that_was_stopped_has_lost_no_patience(files, pipe):
     text=True,
   )
   assert child.stdout.readline() == "reading\n"
+  time.sleep(0.5)  # So that its clock runs.
   child.send_signal(signal.SIGSTOP)
   time.sleep(6)  # Longer than it would wait.
   child.send_signal(signal.SIGCONT)
