@@ -31,6 +31,7 @@ class RetryingSource:
   Seconds are counted in waits, not by the clock: a process that was stopped and
   wakes up has lost none of its patience. Each attempt has a thread, which does
   not keep the interpreter from ending; those that a source starts itself may.
+  Where nothing can stall, or no limit is set, there is none, which is cheaper.
 
   Guarantees:
     A read returns what one attempt returned as a whole.
@@ -68,7 +69,10 @@ class RetryingSource:
     self._source = source
     self._name = name
     self._retry_seconds = retry_seconds
-    self._stall_seconds = stall_seconds
+    is_in_memory = isinstance(source, sources.ArraySource) and (
+      source.is_in_memory
+    )
+    self._stall_seconds = 0 if is_in_memory else stall_seconds
     self._tell = tell
     self._closed = threading.Event()
     self._lock = threading.Lock()
@@ -113,13 +117,17 @@ class RetryingSource:
     try:
       while True:
         attempt, silence = _Attempt(make), 0.0
-        while not attempt.ends_within(_TICK_SECONDS):
-          silence += _TICK_SECONDS
-          if is_in_trouble:
-            patience -= _TICK_SECONDS
-          if 0 < stall_seconds <= silence:
-            trouble(f"has not answered for {stall_seconds:g} s")
-          self._check_open()
+        if stall_seconds:
+          attempt.start()
+          while not attempt.ends_within(_TICK_SECONDS):
+            silence += _TICK_SECONDS
+            if is_in_trouble:
+              patience -= _TICK_SECONDS
+            if silence >= stall_seconds:
+              trouble(f"has not answered for {stall_seconds:g} s")
+            self._check_open()
+        else:
+          attempt.run()
         error = attempt.error
         if error is None:
           return attempt.value
@@ -154,7 +162,7 @@ class RetryingSource:
 
 
 class _Attempt(threading.Thread):
-  """One attempt, begun.
+  """One attempt, to be started or run.
 
   Attributes:
     value: what was returned.
@@ -166,7 +174,6 @@ class _Attempt(threading.Thread):
     self._make = make
     self.value: Any = None
     self.error: BaseException | None = None
-    self.start()
 
   def run(self) -> None:
     """Calls the function."""

@@ -116,6 +116,11 @@ class ArraySource:
   def __len__(self) -> int:
     return len(next(iter(self._arrays.values())))
 
+  @property
+  def is_in_memory(self) -> bool:
+    """Whether no read touches a file."""
+    return not any(_is_mapped(array) for array in self._arrays.values())
+
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """See `Source.read`."""
     indices = _check_indices(indices, len(self))
@@ -319,6 +324,16 @@ def _check_indices(indices: np.ndarray, num_examples: int) -> np.ndarray:
     # No value in the message: which examples are read is private.
     raise ValueError(f"indices must be in [0, {num_examples})")
   return indices.astype(np.int64)
+
+
+def _is_mapped(array: np.ndarray) -> bool:
+  """Whether an array, or what it is a view of, is a file's content."""
+  owner: Any = array
+  while isinstance(owner, np.ndarray):
+    if isinstance(owner, np.memmap):
+      return True
+    owner = owner.base
+  return False
 
 
 def _check_paths(paths: Path | Sequence[Path]) -> list[str]:

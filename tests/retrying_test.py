@@ -260,7 +260,7 @@ def test_silence_without_a_limit_is_not_trouble(files, pipe):
 def test_closing_ends_the_waiting(files, pipe):
   files.path(7).unlink()
   told = threading.Event()
-  source = waiting(files, tell=lambda line: told.set())
+  source = waiting(files, tell=lambda line: told.set(), stall=FOREVER)
   silent, results = in_threads(1, lambda: squares(source, [5]))
   failing, more = in_threads(1, lambda: squares(source, [7]))
   assert told.wait(TIMEOUT)
@@ -278,6 +278,23 @@ def test_a_broken_contract_is_not_tried_again(files):
   ):
     squares(waiting(files), [5])
   assert files.attempts == 1
+
+
+@pytest.mark.parametrize("in_memory", [True, False])
+def test_only_reads_that_touch_a_file_have_threads(tmp_path, in_memory):
+  np.save(tmp_path / "x.npy", np.arange(NUM_EXAMPLES))
+  threads = []
+
+  def convert(batch):
+    threads.append(threading.current_thread())
+    return batch
+
+  array = np.load(tmp_path / "x.npy", mmap_mode=None if in_memory else "r")
+  source = waiting(
+    sources.ArraySource({"x": array}, convert=convert), stall=FOREVER
+  )
+  assert source.read(np.array([3]))["x"].tolist() == [3]
+  assert (threads == [threading.current_thread()]) == in_memory
 
 
 def test_other_errors_come_through(files):
