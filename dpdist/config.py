@@ -31,6 +31,8 @@ def default() -> ml_collections.ConfigDict:
   config.data.changed_to = ""
   config.data.num_threads = 4  # reading ahead
   config.data.prefetch = 4  # steps read ahead
+  config.data.retry_seconds = 60.0  # waited for data in trouble, then stopped
+  config.data.stall_seconds = 120.0  # a read as long is trouble; 0: none is
 
   config.model = ml_collections.ConfigDict()
   config.model.name = "random_features"

@@ -83,8 +83,10 @@ def steps(
 
   Raises:
     ValueError: on the call, an argument is out of range; on iteration, a draw
-      or the source breaks its contract. Errors of the source and the sampler
-      surface unchanged at the step that they belong to.
+      or the source breaks its contract.
+    dpdist.sources.ReadError: the source raised it; the step is named then.
+      Other errors of the source and the sampler surface unchanged, at the step
+      that they belong to.
   """
   if not 0 <= start_step <= num_steps:
     raise ValueError(
@@ -111,10 +113,13 @@ def steps(
   def load(step_and_indices: tuple[int, np.ndarray]) -> tuple[int, list[Chunk]]:
     step, indices = step_and_indices
     _check_draw(step, indices, len(source))
-    return step, [
-      _read_chunk(source, indices[start : start + chunk_size], rows)
-      for start in range(0, len(indices), chunk_size)
-    ]
+    try:
+      return step, [
+        _read_chunk(source, indices[start : start + chunk_size], rows)
+        for start in range(0, len(indices), chunk_size)
+      ]
+    except sources.ReadError as error:
+      raise sources.ReadError(f"step {step}: {error}") from error
 
   dataset = (
     grain.MapDataset.source(_Draws(sampler, num_steps))

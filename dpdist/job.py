@@ -34,7 +34,8 @@ from dpdist import noise
 from dpdist import optimizers
 from dpdist import plan as plan_lib
 from dpdist import provenance
-from dpdist import sources
+from dpdist import retrying
+from dpdist import screen
 from dpdist import step as step_lib
 
 PyTree = Any
@@ -56,7 +57,7 @@ class Job(NamedTuple):
     found: the checkpoint to go on from.
     secret: what all its randomness comes from.
     mesh: all devices.
-    train_source: the private examples.
+    train_source: the private examples; to be closed when all is over.
     train_manifest: names their content, hex.
     test: all held-out examples, arrays "inputs" and "targets".
     model: maps inputs to logits.
@@ -77,7 +78,7 @@ class Job(NamedTuple):
   found: manifest.Found
   secret: bytes
   mesh: Mesh
-  train_source: sources.Source
+  train_source: retrying.RetryingSource
   train_manifest: str
   test: dict[str, np.ndarray]
   model: nn.Module
@@ -222,7 +223,19 @@ def _load(
 ) -> tuple[Mesh, datasets.Splits, str]:
   """What may be found, or not, by each process: devices and data."""
   mesh = mesh_lib.make(config.mesh)
-  splits = datasets.load(config.data)
+  name, path = config.data.name, config.data.path
+  splits = datasets.Splits(
+    *[
+      retrying.RetryingSource(
+        source,
+        name=f"data set {name!r}" + (f" in {path!r}" if path else ""),
+        retry_seconds=config.data.retry_seconds,
+        stall_seconds=config.data.stall_seconds,
+        tell=screen.warn,
+      )
+      for source in datasets.load(config.data)
+    ]
+  )
   if len(splits.train) != config.privacy.num_examples:
     raise ValueError(
       "privacy.num_examples must be the number of training examples,"

@@ -253,9 +253,18 @@ def bytes_per_device(tree: Any, specs: Any, mesh: Mesh) -> int:
   return sum(jax.tree.leaves(sizes))
 
 
-def local_rows(mesh: Mesh, chunk_size: int) -> np.ndarray:
-  """The rows of a chunk that this process holds, ascending, int64."""
-  indices = examples(mesh).addressable_devices_indices_map((chunk_size,))
+def local_rows(
+  mesh: Mesh, chunk_size: int, devices: Sequence[jax.Device] | None = None
+) -> np.ndarray:
+  """The rows of a chunk that a process holds, ascending, int64.
+
+  Args:
+    mesh: of the job.
+    chunk_size: examples over the mesh at once.
+    devices: of the process; None: those of this one.
+  """
+  devices = mesh.local_devices if devices is None else devices
+  indices = examples(mesh).devices_indices_map((chunk_size,))
   return np.unique(
-    [np.arange(chunk_size)[index] for index in indices.values() if index]
+    [np.arange(chunk_size)[indices[device]] for device in devices]
   )

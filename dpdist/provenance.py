@@ -48,7 +48,10 @@ _HARMLESS = (
   "secret_file",
   "unsafe_metrics",
 )
-_HARMLESS_DATA = ("changed_to", "num_threads", "path", "prefetch")
+_HARMLESS_DATA = (
+  *("changed_to", "num_threads", "path", "prefetch"),
+  *("retry_seconds", "stall_seconds"),
+)
 # Which process this is, and where it meets the others.
 _WHO = (
   *("CUDA_VISIBLE_DEVICES", "JAX_COORDINATOR_ADDRESS"),

@@ -87,6 +87,12 @@ def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
   _show_table(title, rows, _console())
 
 
+def warn(line: str) -> None:
+  """Prints a warning, from any thread and whatever else is shown."""
+  # Not by rich: a bar that is shown lets lines pass above it.
+  print(f"WARNING: {line}", file=sys.stderr, flush=True)
+
+
 class _Bar(rich.progress.Progress):
   """A bar with a line of facts below it, so that both fit 80 columns."""
 

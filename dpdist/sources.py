@@ -9,19 +9,28 @@ An example is one unit of privacy. By convention it is named
 `{"inputs": ..., "targets": ...}`, but any names will do.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import contextlib
+import copy
+import errno
 import hashlib
 import io
 import json
 import math
 import os
+import re
 from typing import Any, Protocol
+import zipfile
 
 import numpy as np
 
 Path = str | os.PathLike[str]
 
 _HASH_BLOCK_BYTES = 1 << 24
+
+
+class ReadError(OSError):
+  """A data set could not be read. Names no example and no file of it."""
 
 
 class Source(Protocol):
@@ -45,8 +54,10 @@ class Source(Protocol):
       beyond the first axis, and dtypes, are the same at every call.
 
     Raises:
-      ValueError: an index is out of range. The message does not repeat the
-        index, because which examples are read is private.
+      ValueError: an index is out of range, or what is there is no example. The
+        message does not repeat the index, because which examples are read is
+        private.
+      OSError: they cannot be had now, but perhaps later.
     """
     ...
 
@@ -104,6 +115,11 @@ class ArraySource:
 
   def __len__(self) -> int:
     return len(next(iter(self._arrays.values())))
+
+  @property
+  def is_in_memory(self) -> bool:
+    """Whether no read touches a file."""
+    return not any(_is_mapped(array) for array in self._arrays.values())
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """See `Source.read`."""
@@ -193,6 +209,7 @@ class ArrayRecordSource:
 
   Raises:
     ValueError: no such file, or no records.
+    OSError: a file cannot be read, or is no ArrayRecord file.
   """
 
   def __init__(self, paths: Path | Sequence[Path]):
@@ -200,23 +217,26 @@ class ArrayRecordSource:
 
     self._paths = _check_paths(paths)
     self._manifest: str | None = None
-    self._records = grain.sources.ArrayRecordDataSource(self._paths)
+    with _array_record_errors():
+      self._records = grain.sources.ArrayRecordDataSource(self._paths)
     if not len(self._records):
       raise ValueError(f"paths must hold records, got {self._paths} with none")
-    self._spec = _spec(_decode_record(self._records[0]))
+    with _array_record_errors():
+      first = self._records[0]
+    self._spec = _spec(_decode_record(first))
 
   def __len__(self) -> int:
     return len(self._records)
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """See `Source.read`; also ValueError where records differ in shape."""
+    """See `Source.read`; ValueError too where records differ in shape."""
     indices = _check_indices(indices, len(self))
     batch = {
       name: np.empty((len(indices), *shape), dtype)
       for name, (shape, dtype) in self._spec.items()
     }
     if len(indices):
-      records = self._records.__getitems__(indices.tolist())
+      records = self._fetch(indices.tolist())
       for row, record in enumerate(records):
         example = _decode_record(record)
         # Without this check, NumPy would broadcast or cast without a word.
@@ -228,6 +248,21 @@ class ArrayRecordSource:
         for name, array in example.items():
           batch[name][row] = array
     return batch
+
+  def _fetch(self, indices: list[int]) -> Sequence[bytes]:
+    records = self._records
+    try:
+      with _array_record_errors():
+        found = records.__getitems__(indices)
+      if b"" in found:
+        # So it returns what lies behind the end of a file (array_record 0.8.6).
+        raise OSError(errno.EIO, "a file of it is cut short")
+    except OSError:
+      # A reader that failed would fail for ever: a copy has none, and opens
+      # what it needs.
+      self._records = copy.copy(records)
+      raise
+    return found
 
   def manifest(self) -> str:
     """SHA-256 over base names, sizes and bytes of the files, in order."""
@@ -291,6 +326,16 @@ def _check_indices(indices: np.ndarray, num_examples: int) -> np.ndarray:
   return indices.astype(np.int64)
 
 
+def _is_mapped(array: np.ndarray) -> bool:
+  """Whether an array, or what it is a view of, is a file's content."""
+  owner: Any = array
+  while isinstance(owner, np.ndarray):
+    if isinstance(owner, np.memmap):
+      return True
+    owner = owner.base
+  return False
+
+
 def _check_paths(paths: Path | Sequence[Path]) -> list[str]:
   paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
   names = [os.fspath(path) for path in paths]
@@ -302,9 +347,25 @@ def _check_paths(paths: Path | Sequence[Path]) -> list[str]:
   return names
 
 
+@contextlib.contextmanager
+def _array_record_errors() -> Iterator[None]:
+  """Makes OSErrors of the RuntimeErrors that ArrayRecord raises for them."""
+  try:
+    yield
+  except (EOFError, RuntimeError) as error:
+    # What follows the reason tells the file, and the place in it.
+    reason = re.split(r"; | \(|, ", str(error))[0]
+    raise OSError(errno.EIO, reason) from error
+
+
 def _decode_record(record: bytes) -> dict[str, np.ndarray]:
-  with np.load(io.BytesIO(record), allow_pickle=False) as archive:
-    return {name: archive[name] for name in archive.files}
+  try:
+    with np.load(io.BytesIO(record), allow_pickle=False) as archive:
+      return {name: archive[name] for name in archive.files}
+  except (AttributeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    raise ValueError(
+      "paths must hold records that are .npz archives, got one that is not"
+    ) from error
 
 
 def _spec(

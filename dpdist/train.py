@@ -68,6 +68,8 @@ def train(
     dpdist.ledger.LedgerError: the ledger is damaged or has another writer.
     dpdist.hosts.PeerError: in the job's other processes, if its first raised
       one of these.
+    dpdist.sources.ReadError: the data could not be read, for long; what is
+      saved and charged so far is gone on with.
     dpdist.preemption.Preempted: a signal asked to stop; all is saved.
   """
   workdir = pathlib.Path(workdir)
@@ -81,6 +83,7 @@ def train(
 
     hosts.from_leader(open_ledger)
     job = job_lib.prepare(config, workdir, ledger)
+    stack.callback(job.train_source.close)
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(
         workdir / "checkpoints",

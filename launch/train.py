@@ -11,6 +11,7 @@ or settings that the run in --workdir forbids; anything else is a failure.
 """
 
 from collections.abc import Sequence
+import os
 import sys
 
 from absl import flags
@@ -23,6 +24,7 @@ from dpdist import hosts
 from dpdist import ledger
 from dpdist import preemption
 from dpdist import provenance
+from dpdist import sources
 from launch import exit_codes
 from launch import flag_parsing
 
@@ -55,6 +57,10 @@ def main(argv: Sequence[str]) -> int:
   except (ledger.LedgerError, hosts.PeerError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
+  except sources.ReadError as error:
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    # Not by way of Python, which would wait for a thread that still reads.
+    os._exit(1)
   except OSError as error:
     # Of a full disk, Python does not say where.
     place = "" if error.filename else f"{_WORKDIR.value}: "

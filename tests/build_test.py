@@ -33,8 +33,8 @@ LAYERS = (
   ("mechanism", "config", "composition", "history"),
   ("ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance"),
-  ("data", "data_budget", "datasets", "screen", "report", "checkpoint")
-  + ("exact_step", "odometer"),
+  ("data", "data_budget", "datasets", "retrying", "screen", "report")
+  + ("checkpoint", "exact_step", "odometer"),
   ("admission", "verification"),
   ("job",),
   ("summary", "forecast"),

@@ -1,11 +1,14 @@
 """Tests of dpdist.data."""
 
+import math
 import threading
 
+import jax
 import numpy as np
 import pytest
 
 from dpdist import data
+from dpdist import mesh as mesh_lib
 from dpdist import sampling
 from dpdist import sources
 
@@ -111,41 +114,136 @@ def test_chunks_have_one_shape_and_zeros_for_padding():
   assert chunk.batch["inputs"].tolist() == [[11, 110]] + [[0, 0]] * 3
 
 
-@pytest.mark.parametrize("num_hosts", [1, 2, 3, 4])
-@pytest.mark.parametrize("interleaved", [False, True])
-def test_every_drawn_example_is_in_exactly_one_row(num_hosts, interleaved):
-  chunk_size = 8
-  sampler = poisson()
-  options = {"sampler": sampler, "num_steps": 60, "chunk_size": chunk_size}
-  single = list(run(**options))
-  positions = np.arange(chunk_size)
-  if interleaved:
-    rows = [positions[host::num_hosts] for host in range(num_hosts)]
-  else:
-    rows = np.array_split(positions, num_hosts)
-  hosts = [list(run(**options, rows=mine)) for mine in rows]
+# Hosts.
 
-  sizes = []
+
+class Counted:
+  """A source of which one knows what was read."""
+
+  def __init__(self, source):
+    self._source = source
+    self._lock = threading.Lock()
+    self.times = np.zeros(len(source), int)
+
+  def __len__(self):
+    return len(self._source)
+
+  def read(self, indices):
+    with self._lock:
+      np.add.at(self.times, indices, 1)
+    return self._source.read(indices)
+
+
+def on_disk(directory):
+  """The numbered examples in a file, from which each host reads for itself."""
+  path = directory / "train.array_record"
+  whole = numbered_source().read(np.arange(NUM_EXAMPLES))
+  sources.write_array_record(
+    path,
+    [{k: a[i] for k, a in whole.items()} for i in range(NUM_EXAMPLES)],
+  )
+  return sources.ArrayRecordSource(path)
+
+
+def uneven(step):
+  """Draws of none, of some, and of more than any chunk here holds."""
+  return poisson(step, [0.05, 0.2, 0.7][step % 3])(step)
+
+
+def assert_hosts_share_the_draw(source, chunk_size, rows, num_steps=30):
+  """Reads as each host would; returns how often every row was read."""
+  readers = [Counted(source) for _ in rows]
+  options = {
+    "sampler": uneven,
+    "num_steps": num_steps,
+    "chunk_size": chunk_size,
+  }
+  hosts = [
+    list(run(reader, rows=mine, **options))
+    for reader, mine in zip(readers, rows, strict=True)
+  ]
+  single = list(run(source, **options))
+  drawn = [uneven(step).tolist() for step in range(num_steps)]
+  owners = np.bincount(np.concatenate(rows), minlength=chunk_size)
   for step, chunks in single:
-    draw = sampler(step).tolist()
-    sizes.append(len(draw))
-    assert [i for chunk in chunks for i in ids(chunk)] == draw
-    parts = [host[step] for host in hosts]
-    assert {part_step for part_step, _ in parts} == {step}
-    union = [i for _, part in parts for chunk in part for i in ids(chunk)]
-    assert sorted(union) == draw
-    for _, part in parts:
-      assert len(part) == len(chunks) == -(-len(draw) // chunk_size)
-    for mine, (_, part) in zip(rows, parts, strict=True):
+    assert [i for chunk in chunks for i in ids(chunk)] == drawn[step]
+    for mine, host in zip(rows, hosts, strict=True):
+      host_step, part = host[step]
+      assert host_step == step
+      # Agreed on without a word: also where a host has nothing but padding.
+      assert len(part) == len(chunks) == -(-len(drawn[step]) // chunk_size)
       for chunk, whole in zip(part, chunks, strict=True):
         for name, array in whole.batch.items():
           np.testing.assert_array_equal(chunk.batch[name], array[mine])
         np.testing.assert_array_equal(
           chunk.is_padding_example, whole.is_padding_example[mine]
         )
+  expected = np.zeros((len(rows), NUM_EXAMPLES), int)
+  for draw in drawn:
+    for position, example in enumerate(draw):
+      for host, mine in enumerate(rows):
+        expected[host, example] += position % chunk_size in mine
+  # Nothing else was touched, not even once.
+  np.testing.assert_array_equal([r.times for r in readers], expected)
   # What makes the above worth while.
+  sizes = [len(draw) for draw in drawn]
   assert min(sizes) == 0
   assert max(sizes) > chunk_size
+  return owners
+
+
+@pytest.mark.parametrize("num_hosts", [1, 2, 3, 4, 8, 16])
+@pytest.mark.parametrize("interleaved", [False, True])
+def test_hosts_read_the_draw_of_one_host_each_example_once(
+  num_hosts, interleaved
+):
+  positions = np.arange(16)
+  if interleaved:
+    rows = [positions[host::num_hosts] for host in range(num_hosts)]
+  else:
+    rows = np.array_split(positions, num_hosts)
+  owners = assert_hosts_share_the_draw(numbered_source(), 16, rows)
+  assert (owners == 1).all()
+
+
+def test_hosts_read_from_a_file_what_is_theirs(tmp_path):
+  rows = np.array_split(np.arange(16), 3)
+  owners = assert_hosts_share_the_draw(on_disk(tmp_path), 16, rows)
+  assert (owners == 1).all()
+
+
+@pytest.mark.parametrize(
+  ("sizes", "num_hosts", "readers_of_a_row"),
+  [
+    ((8, 1, 1), 1, 1),
+    ((8, 1, 1), 2, 1),
+    ((1, 8, 1), 4, 1),
+    ((2, 4, 1), 8, 1),
+    ((3, 1, 1), 3, 1),
+    ((3, 2, 1), 3, 1),
+    ((3, 2, 1), 2, 1),
+    ((2, 2, 2), 4, 1),
+    ((2, 2, 2), 1, 1),
+    # Where a model is cut over hosts, each of them needs its examples.
+    ((2, 2, 2), 8, 2),
+    ((2, 1, 4), 4, 2),
+    ((1, 1, 8), 8, 8),
+  ],
+)
+def test_hosts_of_a_mesh_read_the_draw_of_one_host(
+  sizes, num_hosts, readers_of_a_row
+):
+  devices = jax.devices()[: math.prod(sizes)]
+  mesh = mesh_lib.make(
+    dict(zip(mesh_lib.AXES, sizes, strict=True)), devices=devices
+  )
+  chunk_size = 12 if 3 in sizes else 8
+  rows = [
+    mesh_lib.local_rows(mesh, chunk_size, part)
+    for part in np.array_split(devices, num_hosts)
+  ]
+  owners = assert_hosts_share_the_draw(numbered_source(), chunk_size, rows)
+  assert (owners == readers_of_a_row).all()
 
 
 def test_rows_may_be_in_any_order():
@@ -263,6 +361,15 @@ def test_errors_of_the_source_surface_at_their_step(num_threads):
   # It is over then: going on would leave a step out.
   assert list(iterator) == []
   join_readers()
+
+
+def test_a_source_that_cannot_be_read_is_named_with_its_step():
+  iterator = run(FailingSource(sources.ReadError("data set 'x' is gone")))
+  for _ in range(3):
+    next(iterator)
+  with pytest.raises(sources.ReadError) as caught:
+    next(iterator)
+  assert str(caught.value) == "step 3: data set 'x' is gone"
 
 
 @pytest.mark.parametrize("num_threads", [0, 2])

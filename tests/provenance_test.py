@@ -29,6 +29,8 @@ def _fingerprint(changes=(), *environments, plan="p", data="d"):
     {"ledger": "gs://bucket/run"},
     {"data.num_threads": 1},
     {"data.prefetch": 1},
+    {"data.retry_seconds": 1.0},
+    {"data.stall_seconds": 1.0},
     {"data.path": "moved"},
   ],
 )

@@ -2,9 +2,11 @@
 
 from concurrent import futures
 import hashlib
+import os
 import shutil
 import sys
 
+from array_record.python import array_record_module
 import numpy as np
 import pyarrow
 from pyarrow import parquet
@@ -377,3 +379,49 @@ def test_parquet_without_pyarrow_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "pyarrow", None)
   with pytest.raises(ModuleNotFoundError, match=r"dpdist\[parquet\]"):
     sources.ParquetSource("a", {"inputs": "x"})
+
+
+# Trouble.
+
+
+def test_an_array_record_that_is_away_is_an_os_error_and_then_read(tmp_path):
+  expected = array_record_source(tmp_path).read(np.arange(12))
+  source = array_record_source(tmp_path)
+  file = tmp_path / "b.array_record"
+  file.rename(tmp_path / "away")
+  with pytest.raises(OSError, match="No such file or directory") as caught:
+    source.read(np.arange(12))
+  # Which file a step reads from is private.
+  assert "b.array_record" not in str(caught.value)
+  (tmp_path / "away").rename(file)
+  for name, array in source.read(np.arange(12)).items():
+    np.testing.assert_array_equal(array, expected[name])
+
+
+def test_an_array_record_that_is_cut_off_is_an_os_error(tmp_path):
+  source = array_record_source(tmp_path)
+  file = tmp_path / "b.array_record"
+  content = file.read_bytes()
+  source.read(np.arange(12))
+  os.truncate(file, 100)
+  with pytest.raises(OSError, match="cut short"):
+    source.read(np.arange(12))
+  file.write_bytes(content)
+  source.read(np.arange(12))
+
+
+@pytest.mark.parametrize("record", [b"", b"none", b"PK\x03\x04none"])
+def test_a_record_that_holds_no_example_is_refused(tmp_path, record):
+  path = tmp_path / "data.array_record"
+  writer = array_record_module.ArrayRecordWriter(str(path), "group_size:1")
+  writer.write(record)
+  writer.close()
+  with pytest.raises(ValueError, match=r"must hold records that are \.npz"):
+    sources.ArrayRecordSource(path)
+
+
+def test_a_file_that_is_no_array_record_is_an_os_error(tmp_path):
+  path = tmp_path / "data.array_record"
+  path.write_text("none" * 30_000)
+  with pytest.raises(OSError, match=r"riegeli|Riegeli|ArrayRecord"):
+    sources.ArrayRecordSource(path)
