@@ -16,6 +16,7 @@ import pytest
 
 from dpdist import hosts
 from dpdist import ledger as ledger_lib
+from dpdist import metrics
 from tests import training
 
 pytestmark = pytest.mark.cluster
@@ -123,6 +124,28 @@ def test_a_job_comes_back_on_another_number_of_processes_and_devices(
   assert len(ledger.branches) == 1
   assert ledger.spent_steps == training.NUM_STEPS
   assert ledger.writer == 4
+
+
+def test_parameters_that_are_divided_between_processes(job, tmp_path):
+  args = [("--config.clipping.exact_sum=False", "--config.mesh.fsdp=4")]
+  (one,) = job(1, 4, args=args, workdir=tmp_path / "one")
+  assert one.wait() == 0, one.screen
+  # No process has all parameters; they save together, and stop.
+  stop = training.before("dpdist.train:_save", 5, training.send(signal.SIGTERM))
+  runs = job(2, 2, stop, args=args)
+  assert _codes(runs) == [75, 75], runs[0].screen
+  runs = job(2, 2, args=args)
+  assert _codes(runs) == [0, 0], runs[0].screen
+  workdir = tmp_path / "run"
+  training.check(workdir)
+  ledger = ledger_lib.Ledger(workdir / "ledger")
+  assert len(ledger.branches) == 1
+  assert ledger.spent_steps == training.NUM_STEPS
+  losses = [
+    metrics.read(path)[-1]["test/loss"] for path in (workdir, tmp_path / "one")
+  ]
+  # Sums between processes round otherwise than those between devices.
+  assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_processes_with_other_settings_stop_before_anything_is_charged(

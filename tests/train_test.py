@@ -201,6 +201,30 @@ def test_exact_sums_go_on_for_free_on_fewer_devices(tmp_path, monkeypatch):
   assert len(ledger_lib.Ledger(workdir / "ledger").branches) == 1
 
 
+def test_a_run_whose_mesh_divides_the_parameters_goes_on_on_another(
+  tmp_path, monkeypatch
+):
+  divided = {"mesh.data": 2, "mesh.fsdp": 4}
+  whole = dpdist.train(_config(**divided), tmp_path / "whole")
+  workdirs = [tmp_path / "same", tmp_path / "other"]
+  for workdir in workdirs:
+    with monkeypatch.context() as patch:
+      _crash_at(patch, 6)
+      with pytest.raises(_Crash):
+        dpdist.train(_config(**divided), workdir)
+  # On the same mesh it is the same run.
+  again = dpdist.train(_config(**divided), workdirs[0])
+  assert again["params_sha256"] == whole["params_sha256"]
+  assert again["steps_charged"] == again["num_steps"] == 12
+  # On another its sums round otherwise: the steps after the checkpoint are
+  # charged again, and the budget holds.
+  other = dpdist.train(_config(**{"mesh.data": 4, "mesh.fsdp": 2}), workdirs[1])
+  assert other["epsilon"] == whole["epsilon"] == _plan().epsilon()
+  assert other["steps_charged"] == 12
+  assert other["num_steps"] == 8
+  assert other["test"]["accuracy"] > 0.5
+
+
 def test_every_step_is_charged_before_it_is_computed(tmp_path, monkeypatch):
   charged = []
   make = step_lib.Step.apply.func
@@ -519,6 +543,14 @@ def test_a_signal_saves_and_the_run_goes_on(finished, tmp_path, monkeypatch):
     ({"optimizer.schedule": "magic"}, r"optimizer.schedule .* 'magic'"),
     ({"mesh.data": 3}, "mesh must use all 8 devices"),
     ({"mesh.fsdp": 0}, "mesh must give each axis"),
+    (
+      {"mesh.model": 2},
+      "mesh.model must be 1 for model.name='random_features'.* got 2",
+    ),
+    (
+      {"mesh.model": 2, "clipping.exact_sum": True},
+      "mesh.model must be 1 with clipping.exact_sum, got 2",
+    ),
     ({"chunk_size": 12}, r"chunk_size .* 8 .* 12"),
     (
       {"chunk_size": 64, "clipping.exact_sum": True},
