@@ -44,6 +44,7 @@ _HARMLESS = (
   "ledger",
   "max_checkpoints",
   "secret_file",
+  "stuck_after",
   "unsafe_metrics",
 )
 _HARMLESS_DATA = ("changed_to", "num_threads", "path", "prefetch")
