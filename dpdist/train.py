@@ -36,6 +36,7 @@ from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import metrics
 from dpdist import odometer as odometer_lib
+from dpdist import operations
 from dpdist import preemption
 from dpdist import progress as progress_lib
 from dpdist import provenance
@@ -202,6 +203,7 @@ def _run(
   )
   with shown as display, told as odometer:
     clock = _Clock(plan.expected_batch_size)
+    measured = start + 1  # The first step compiles.
     progress.enter(start, "reading")
     for t, chunks in _steps(config, job, streams, start, last):
       # All wait for it: a sum may pass between the others before the leader
@@ -241,6 +243,8 @@ def _run(
         display.update(done)
       if done % eval_every == 0 or done == last:
         progress.enter(t, "evaluating")
+        machines = hosts.gather(operations.measure(progress, done - measured))
+        measured = done
         with clock.paused():
           scores = _scores(evaluate, state)
           sensitive: dict[str, float] = {}
@@ -253,7 +257,7 @@ def _run(
               "noisy_gradient_norm": float(released["noisy_gradient_norm"]),
               "examples_per_second": clock.examples_per_second(),
             }
-            display.tell(done, values, scores, sensitive)
+            display.tell(done, values, scores, sensitive, machines)
       if done % save_every == 0 or done == last or is_stopped:
         progress.enter(t, "saving")
         with clock.paused():
@@ -311,6 +315,9 @@ class _Display:
           workdir, unsafe_metrics=config.unsafe_metrics, start_step=start
         )
       )
+      self._operations = stack.enter_context(
+        operations.Writer(workdir, start_step=start)
+      )
       self._progress = stack.enter_context(
         screen.Progress(last, start, epsilon_planned)
       )
@@ -332,8 +339,10 @@ class _Display:
     values: dict[str, float],
     scores: dict[str, float],
     sensitive: dict[str, float],
+    machines: list[str],
   ) -> None:
     """Writes and shows a row of metrics."""
+    self._operations.write(done, machines)
     self._writer.write(done, values | scores)
     if sensitive:
       self._writer.write_sensitive(done, sensitive)

@@ -55,9 +55,7 @@ def start(
     become = functools.partial(
       _become, variables, (changes or {}).get(number, ())
     )
-    runs.append(
-      training.Run(workdir, *_ARGS, *args, change=become, aside=own)
-    )
+    runs.append(training.Run(workdir, *_ARGS, *args, change=become, aside=own))
   return runs
 
 
