@@ -196,7 +196,7 @@ def test_a_run_saves_and_ends_before_its_machine_does(stack, tmp_path):
   run = training.Run(
     tmp_path / "run", change=functools.partial(_on_google, server.host)
   )
-  while run.process.is_alive() and training.last_released(run.workdir) < 2:
+  while run.process.is_alive() and training.last_released(run.workdir) < 1:
     time.sleep(0.01)
   server.change("preempted", "TRUE")
   assert run.wait() == 75, run.screen
@@ -206,7 +206,7 @@ def test_a_run_saves_and_ends_before_its_machine_does(stack, tmp_path):
 
 
 def _on_google(host):
-  """In the run: where the server is, and that step 3 waits for its word."""
+  """In the run: where the server is, and that step 2 waits for its word."""
   os.environ["GCE_METADATA_HOST"] = host
   receive, arrived = preemption.Notice._receive, threading.Event()
 
@@ -215,6 +215,5 @@ def _on_google(host):
     arrived.set()
 
   preemption.Notice._receive = observed
-  training.before(
-    "dpdist.step:Step:apply", 3, functools.partial(arrived.wait, 60)
-  )()
+  wait = functools.partial(arrived.wait, 60)
+  training.before("dpdist.train:_Clock:tick", 2, wait)()
