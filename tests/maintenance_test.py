@@ -216,4 +216,4 @@ def _on_google(host):
 
   preemption.Notice._receive = observed
   wait = functools.partial(arrived.wait, 60)
-  training.before("dpdist.train:_Clock:tick", 2, wait)()
+  training.before("dpdist.metrics:Writer:write", 2, wait)()
