@@ -200,9 +200,11 @@ def test_a_run_saves_and_ends_before_its_machine_does(stack, tmp_path):
     time.sleep(0.01)
   server.change("preempted", "TRUE")
   assert run.wait() == 75, run.screen
-  stopped = "stopped after step 3 (the machine's preemption)"
+  # In the step in which it heard of it, or in the next.
+  released = training.check(tmp_path / "run")
+  assert released in (2, 3)
+  stopped = f"stopped after step {released} (the machine's preemption)"
   assert stopped in run.screen
-  assert training.check(tmp_path / "run") == 3
 
 
 def _on_google(host):
