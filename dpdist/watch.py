@@ -112,9 +112,10 @@ class Watch:
         self._stack.enter_context(end)
       self._selector.register(waked, selectors.EVENT_READ, lambda: None)
       self._stack.callback(_abort_slowly())
-      self._thread = threading.Thread(target=self._look_out, daemon=True)
-      self._thread.start()
+      # Before the thread begins, which adds what it accepts.
       self._stack = self._stack.pop_all()
+    self._thread = threading.Thread(target=self._look_out, daemon=True)
+    self._thread.start()
     return self
 
   def __exit__(
