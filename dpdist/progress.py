@@ -1,6 +1,6 @@
 """What a process is doing: which phase of which step, and for how long.
 
-The training loop says so here, for a few hundred nanoseconds a time. Others
+The training loop says so here, for less than a microsecond a time. Others
 read it: `dpdist.watch` to find who holds a job up, `dpdist.operations` to tell
 where the time goes.
 """
