@@ -81,6 +81,9 @@ def default() -> ml_collections.ConfigDict:
   config.eval_every = 0  # steps; 0: twenty times a run
   config.checkpoint_every = 0  # steps; 0: ten times a run
   config.max_checkpoints = 3  # at least 2
+  # Seconds that any part of a step may take in a job of several processes, or
+  # one of them be silent, before all end; 0: any time.
+  config.stuck_after = 600.0
 
   # A budget that all runs on a data set share: the first one makes it.
   config.data_budget = ml_collections.ConfigDict()

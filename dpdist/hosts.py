@@ -5,7 +5,8 @@ their devices. One of them, the leader, writes the ledger and what a run leaves;
 the others are told what it found, and stop if it does.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+import contextlib
 import hashlib
 import json
 import os
@@ -21,6 +22,10 @@ _SHUTDOWN_SECONDS = 10
 
 class PeerError(RuntimeError):
   """Another process of the job stopped; says which, and why."""
+
+
+class LostError(RuntimeError):
+  """The other processes could not be reached; `dpdist.watch` finds out why."""
 
 
 class StartError(ValueError):
@@ -61,6 +66,8 @@ def start() -> None:
       f"JAX_PROCESS_ID must be below JAX_NUM_PROCESSES={count}, got {number}"
     )
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  # It would swallow signals; see `dpdist.preemption`.
+  jax.config.update("jax_enable_preemption_service", False)
   jax.distributed.initialize(
     address, count, number, shutdown_timeout_seconds=_SHUTDOWN_SECONDS
   )
@@ -80,6 +87,7 @@ def from_leader(make: Callable[[], Any]) -> Any:
   Raises:
     PeerError: in the other processes, if it raised; in the leader what it
       raised comes through.
+    LostError: the others could not be reached.
   """
   if jax.process_count() == 1:
     return make()
@@ -127,10 +135,10 @@ def gather(text: str) -> list[str]:
   if jax.process_count() == 1:
     return [text]
   value = text.encode()
-  sizes = multihost_utils.process_allgather(np.int32(len(value)))
+  sizes = _all_gather(np.int32(len(value)))
   padded = np.zeros(int(np.max(sizes)), np.uint8)
   padded[: len(value)] = np.frombuffer(value, np.uint8)
-  rows = np.asarray(multihost_utils.process_allgather(padded))
+  rows = _all_gather(padded)
   return [
     row[:size].astype(np.uint8).tobytes().decode()
     for row, size in zip(rows, sizes, strict=True)
@@ -161,15 +169,32 @@ def any_process(flag: bool) -> bool:
   """Whether a flag is set in any process."""
   if jax.process_count() == 1:
     return flag
-  return bool(np.any(multihost_utils.process_allgather(np.bool_(flag))))
+  return bool(np.any(_all_gather(np.bool_(flag))))
+
+
+def _all_gather(value: Any) -> np.ndarray:
+  with _reaching():
+    return np.asarray(multihost_utils.process_allgather(value))
 
 
 def _broadcast(value: Any) -> Any:
   """Sends the leader's value to all; the others' is not looked at."""
   data = json.dumps(value).encode()
-  size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
-  padded = np.zeros(size, np.uint8)
-  if is_leader():
-    padded[:] = np.frombuffer(data, np.uint8)
-  sent = np.asarray(multihost_utils.broadcast_one_to_all(padded))
+  with _reaching():
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    padded = np.zeros(size, np.uint8)
+    if is_leader():
+      padded[:] = np.frombuffer(data, np.uint8)
+    sent = np.asarray(multihost_utils.broadcast_one_to_all(padded))
   return json.loads(sent.astype(np.uint8).tobytes())
+
+
+@contextlib.contextmanager
+def _reaching() -> Iterator[None]:
+  """Tells a lost process from a mistake: JAX has a ValueError for both."""
+  try:
+    yield
+  except (ValueError, RuntimeError) as error:
+    raise LostError(
+      f"the other processes could not be reached: {error}"
+    ) from error

@@ -308,6 +308,7 @@ def _check(config: ml_collections.ConfigDict) -> None:
   for section, name in (
     (config, "eval_every"),
     (config, "checkpoint_every"),
+    (config, "stuck_after"),
     (config.data, "num_threads"),
     (config.data, "prefetch"),
   ):

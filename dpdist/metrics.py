@@ -18,12 +18,9 @@ import math
 import operator
 import os
 import pathlib
-import time
 from typing import Any, Self
 
-from tensorboardX import event_file_writer
-from tensorboardX.proto import event_pb2
-from tensorboardX.proto import summary_pb2
+from dpdist import events
 
 _HELD_OUT = ("accuracy", "loss", "perplexity")
 
@@ -50,7 +47,6 @@ SENSITIVE: frozenset[str] = frozenset(
 """Names computed from the true batch, which no noise covers."""
 
 _FILE = "metrics.jsonl"
-_FLUSH_SECONDS = 10.0
 
 
 def check_released(names: Iterable[str]) -> None:
@@ -123,7 +119,7 @@ class Writer:
         open(workdir / _FILE, "a", encoding="ascii")
       )
       self._tensorboard = stack.enter_context(
-        _Events(workdir / "tensorboard", purge_step=start_step + 1)
+        events.Events(workdir / "tensorboard", purge_step=start_step + 1)
       )
       self._open_files = stack.pop_all()
 
@@ -187,49 +183,6 @@ class Writer:
 
   def __exit__(self, *raised: Any) -> None:
     self._open_files.__exit__(*raised)
-
-
-class _Events:
-  """A file for TensorBoard; a context manager.
-
-  Not `tensorboardX.SummaryWriter`: it writes in a thread, and where that dies,
-  of a full disk or of a clock set back, the run waits for it for ever.
-  """
-
-  def __init__(self, folder: pathlib.Path, *, purge_step: int):
-    folder.mkdir(parents=True, exist_ok=True)
-    # Files are named by the second: a quick restart would overwrite one.
-    self._writer = event_file_writer.EventsWriter(
-      str(folder / "events"), f".{time.time_ns()}"
-    )
-    self._flushed = time.monotonic()
-    log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-    self._write(event_pb2.Event(step=purge_step, session_log=log))
-
-  def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Writes scalars."""
-    scalars = [
-      summary_pb2.Summary.Value(tag=name, simple_value=value)
-      for name, value in values.items()
-    ]
-    self._write(
-      event_pb2.Event(step=step, summary=summary_pb2.Summary(value=scalars))
-    )
-
-  def _write(self, event: event_pb2.Event) -> None:
-    event.wall_time = time.time()
-    self._writer.write_event(event)
-    if time.monotonic() > self._flushed + _FLUSH_SECONDS:
-      self._writer.flush()
-      self._flushed = time.monotonic()
-
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, kind: type[BaseException] | None, *unused: object) -> None:
-    # A full disk is full here too; what it spoilt first is what to tell.
-    with contextlib.suppress(*[OSError] if kind else []):
-      self._writer.close()
 
 
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:

@@ -1,9 +1,10 @@
-"""Being asked to stop: SIGTERM from a scheduler, or Ctrl-C."""
+"""Being asked to stop, by whoever may."""
 
-import signal
-import threading
-from types import FrameType
-from typing import Any, Self
+import contextlib
+from typing import Self
+
+from dpdist import maintenance
+from dpdist import signals
 
 
 class Preempted(Exception):  # noqa: N818 - it is not an error
@@ -13,40 +14,44 @@ class Preempted(Exception):  # noqa: N818 - it is not an error
     step: updates in the checkpoint that was saved.
   """
 
-  def __init__(self, step: int):
-    super().__init__(f"stopped after step {step}; run the same command again")
+  def __init__(self, step: int, reason: str = ""):
+    """Says what to do.
+
+    Args:
+      step: see above.
+      reason: what asked to stop, if this process knows.
+    """
+    told = f" ({reason})" if reason else ""
+    super().__init__(
+      f"stopped after step {step}{told}; run the same command again"
+    )
     self.step = step
 
 
 class Notice:
-  """Turns the first SIGTERM or SIGINT into a flag; a context manager.
+  """Turns the first request to stop into a flag; a context manager.
 
-  A second signal acts as it would have without this, so that a run which hangs
-  in saving can still be ended. Outside the main thread, where Python delivers
-  no signals, nothing is installed.
+  Requests are signals (see `dpdist.signals`) and, on Google's machines, what
+  comes before one is taken away (see `dpdist.maintenance`).
 
   Attributes:
-    received: whether a signal came.
+    received: whether one came.
+    reason: which; "" until then.
   """
 
   def __init__(self) -> None:
     self.received = False
-    self._previous: dict[signal.Signals, Any] = {}
+    self.reason = ""
+    self._stack = contextlib.ExitStack()
 
   def __enter__(self) -> Self:
-    if threading.current_thread() is threading.main_thread():
-      for number in (signal.SIGTERM, signal.SIGINT):
-        self._previous[number] = signal.signal(number, self._receive)
+    self._stack.enter_context(signals.Signals(self._receive))
+    self._stack.enter_context(maintenance.Maintenance(self._receive))
     return self
 
   def __exit__(self, *unused: object) -> None:
-    self._restore()
+    self._stack.close()
 
-  def _receive(self, number: int, frame: FrameType | None) -> None:
-    del number, frame
+  def _receive(self, reason: str) -> None:
+    self.reason = self.reason or reason
     self.received = True
-    self._restore()
-
-  def _restore(self) -> None:
-    while self._previous:
-      signal.signal(*self._previous.popitem())

@@ -46,6 +46,7 @@ _HARMLESS = (
   "ledger",
   "max_checkpoints",
   "secret_file",
+  "stuck_after",
   "unsafe_metrics",
 )
 _HARMLESS_DATA = (

@@ -36,12 +36,22 @@ from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import metrics
 from dpdist import odometer as odometer_lib
+from dpdist import operations
 from dpdist import preemption
+from dpdist import progress as progress_lib
 from dpdist import provenance
 from dpdist import report
 from dpdist import screen
 from dpdist import step as step_lib
 from dpdist import summary
+from dpdist import watch
+
+# What each process of a job comes to by itself, about its settings or its run.
+_OWN_ERRORS = (
+  admission.SettingsError,
+  checkpoint.MismatchError,
+  ledger_lib.LedgerError,
+)
 
 _Evaluate = Callable[[Any], dict[str, float]]
 
@@ -66,8 +76,9 @@ def train(
       differs from the run that workdir holds.
     dpdist.checkpoint.MismatchError: likewise; the model or optimizer differs.
     dpdist.ledger.LedgerError: the ledger is damaged or has another writer.
-    dpdist.hosts.PeerError: in the job's other processes, if its first raised
-      one of these.
+    dpdist.hosts.PeerError: another of the job's processes raised one of these,
+      failed or was lost. Where this one cannot raise, because it hangs in a
+      collective, it ends.
     dpdist.sources.ReadError: the data could not be read, for long; what is
       saved and charged so far is gone on with.
     dpdist.preemption.Preempted: a signal asked to stop; all is saved.
@@ -75,6 +86,10 @@ def train(
   workdir = pathlib.Path(workdir)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(preemption.Notice())
+    progress = progress_lib.Progress()
+    stack.enter_context(
+      watch.Watch(progress, config.stuck_after, own=_OWN_ERRORS)
+    )
     ledger: ledger_lib.Ledger | None = None
 
     def open_ledger() -> None:
@@ -91,7 +106,7 @@ def train(
         max_to_keep=config.max_checkpoints,
       )
     )
-    return _run(config, workdir, job, checkpoints, stop)
+    return _run(config, workdir, job, checkpoints, stop, progress)
 
 
 class _Line(NamedTuple):
@@ -114,6 +129,7 @@ def _run(
   job: job_lib.Job,
   checkpoints: checkpoint.Checkpoints,
   stop: preemption.Notice,
+  progress: progress_lib.Progress,
 ) -> dict[str, Any]:
   plan, step, ledger = job.plan, job.step, job.ledger
   environment = provenance.environment(job.mesh)
@@ -161,7 +177,7 @@ def _run(
   noise_key = streams.key("noise")
 
   if hosts.any_process(stop.received) and start < last:
-    raise preemption.Preempted(start)
+    raise preemption.Preempted(start, stop.reason)
   notices = [*job.notices, *rejected]
   if job.changes:
     notices.append("settings changed: " + "; ".join(job.changes))
@@ -190,13 +206,17 @@ def _run(
   )
   with shown as display, told as odometer:
     clock = _Clock(plan.expected_batch_size)
+    measured = start + 1  # The first step compiles.
+    progress.enter(start, "reading")
     for t, chunks in _steps(config, job, streams, start, last):
       # All wait for it: a sum may pass between the others before the leader
       # takes part in it.
       if t == start or t % charge_every == 0:
+        progress.enter(t, "charging")
         stop_step = min(last, t - t % charge_every + charge_every)
         hosts.from_leader(functools.partial(_charge, job, stop_step))
 
+      progress.enter(t, "compiling" if t == start else "computing")
       accumulator = step.zeros(state.params)
       step_key = streams.key("model_rng", t)
       for first_row, batch, is_padding_example in chunks:
@@ -208,11 +228,16 @@ def _run(
           step_key,
           first_row,
         )
+      if jax.process_count() > 1 and t > start:
+        # So that who is slow can be told from who waits.
+        jax.block_until_ready(accumulator.stats)
+        progress.enter(t, "reducing")
       state, released = step.apply(state, accumulator, noise_key)
       # One step in flight: more would only pile up their inputs.
       jax.block_until_ready(released)
 
       done = t + 1
+      progress.enter(t, "agreeing")
       if odometer is not None:
         odometer.poll()
       is_stopped = hosts.any_process(stop.received)
@@ -220,6 +245,9 @@ def _run(
       if display is not None:
         display.update(done)
       if done % eval_every == 0 or done == last:
+        progress.enter(t, "evaluating")
+        machines = hosts.gather(operations.measure(progress, done - measured))
+        measured = done
         with clock.paused():
           scores = _scores(evaluate, state)
           sensitive: dict[str, float] = {}
@@ -232,14 +260,17 @@ def _run(
               "noisy_gradient_norm": float(released["noisy_gradient_norm"]),
               "examples_per_second": clock.examples_per_second(),
             }
-            display.tell(done, values, scores, sensitive)
+            display.tell(done, values, scores, sensitive, machines)
       if done % save_every == 0 or done == last or is_stopped:
+        progress.enter(t, "saving")
         with clock.paused():
           _save(job, checkpoints, state, done)
         # A signal during the save need not cost another one.
         is_stopped = hosts.any_process(stop.received)
       if is_stopped and done < last:
-        raise preemption.Preempted(done)
+        raise preemption.Preempted(done, stop.reason)
+      progress.enter(done, "reading")
+    progress.enter(last, "finishing")
     if odometer is not None:
       odometer.poll(wait=True)
 
@@ -289,6 +320,9 @@ class _Display:
           workdir, unsafe_metrics=config.unsafe_metrics, start_step=start
         )
       )
+      self._operations = stack.enter_context(
+        operations.Writer(workdir, start_step=start)
+      )
       self._progress = stack.enter_context(
         screen.Progress(last, start, epsilon_planned)
       )
@@ -310,8 +344,10 @@ class _Display:
     values: dict[str, float],
     scores: dict[str, float],
     sensitive: dict[str, float],
+    machines: list[str],
   ) -> None:
     """Writes and shows a row of metrics."""
+    self._operations.write(done, machines)
     self._writer.write(done, values | scores)
     if sensitive:
       self._writer.write_sensitive(done, sensitive)

@@ -13,8 +13,10 @@ or settings that the run in --workdir forbids; anything else is a failure.
 from collections.abc import Sequence
 import os
 import sys
+import traceback
 
 from absl import flags
+import jax
 from ml_collections import config_flags
 
 import dpdist
@@ -25,6 +27,7 @@ from dpdist import ledger
 from dpdist import preemption
 from dpdist import provenance
 from dpdist import sources
+from dpdist import watch
 from launch import exit_codes
 from launch import flag_parsing
 
@@ -40,6 +43,21 @@ flags.mark_flags_as_required(["config", "workdir"])
 def main(argv: Sequence[str]) -> int:
   """Returns an exit code."""
   del argv
+  try:
+    code = _main()
+  except BaseException:
+    if not jax.distributed.is_initialized():
+      raise
+    traceback.print_exc()
+    code = 1
+  if code in (exit_codes.DONE, exit_codes.PREEMPTED):
+    return code
+  if jax.distributed.is_initialized():
+    watch.leave(code)
+  return code
+
+
+def _main() -> int:
   try:
     if _CONFIG.value.clipping.exact_sum:
       provenance.pin_threads()

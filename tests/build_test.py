@@ -26,15 +26,17 @@ RUNNER = "tests/run.py"
 # modules of one room may import one another.
 LAYERS = (
   ("keys", "hosts", "mesh", "fixed_point", "search")
-  + ("seals", "liveness", "stores", "chips", "compiled", "products"),
-  ("records", "renyi"),
-  ("accounting", "sampling", "noise", "clipping"),
+  + ("seals", "liveness", "stores", "progress", "signals", "maintenance")
+  + ("events", "chips", "compiled", "products"),
+  ("records", "renyi", "verdict"),
+  ("accounting", "sampling", "noise", "clipping", "peers"),
   ("plan",),
   ("mechanism", "config", "composition", "history"),
   ("ledger", "manifest", "step", "metrics", "sources")
-  + ("models", "losses", "optimizers", "preemption", "provenance"),
+  + ("models", "losses", "optimizers", "preemption", "provenance")
+  + ("operations",),
   ("data", "data_budget", "datasets", "retrying", "screen", "report")
-  + ("checkpoint", "exact_step", "odometer"),
+  + ("checkpoint", "exact_step", "odometer", "watch"),
   ("admission", "verification"),
   ("job",),
   ("summary", "forecast"),

@@ -1,34 +1,22 @@
 import json
 import math
-import struct
 
 import pytest
 from tensorboardX.proto import event_pb2
 
+from dpdist import events
 from dpdist import metrics
+from tests import events as tensorboard
 
 FILE = "metrics.jsonl"
 
 
 def _events(workdir):
-  """Reads the records of all event files: length, crc, bytes, crc."""
-  events = []
-  for path in sorted((workdir / "tensorboard").iterdir()):
-    data, at = path.read_bytes(), 0
-    while at < len(data):
-      (length,) = struct.unpack_from("<Q", data, at)
-      event = event_pb2.Event.FromString(data[at + 12 : at + 12 + length])
-      events.append(event)
-      at += length + 16
-  return events
+  return tensorboard.read(workdir / "tensorboard")
 
 
 def _scalars(workdir):
-  return {
-    (value.tag, event.step): value.simple_value
-    for event in _events(workdir)
-    for value in event.summary.value
-  }
+  return tensorboard.scalars(workdir / "tensorboard")
 
 
 def test_the_two_sets_are_exactly_these():
@@ -256,10 +244,10 @@ def test_steps_may_not_go_back(tmp_path):
 
 
 def test_a_clock_that_is_set_back_stops_nothing(tmp_path, monkeypatch):
-  now = metrics.time.time
+  now = events.time.time
   with metrics.Writer(tmp_path, unsafe_metrics=False) as writer:
     writer.write(1, {"epsilon": 0.5})
-    monkeypatch.setattr(metrics.time, "time", lambda: now() - 365 * 24 * 3600)
+    monkeypatch.setattr(events.time, "time", lambda: now() - 365 * 24 * 3600)
     for step in range(2, 50):
       writer.write(step, {"epsilon": 0.5})
   assert len(_scalars(tmp_path)) == len(metrics.read(tmp_path)) == 49

@@ -7,10 +7,11 @@ import threading
 import pytest
 
 from dpdist import preemption
+from dpdist import signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_first_signal_sets_the_flag_and_second_acts(number):
+def test_first_signal_sets_the_flag_and_a_later_one_acts(monkeypatch, number):
   seen = []
   previous = signal.signal(number, lambda *_: seen.append("before"))
   try:
@@ -18,11 +19,37 @@ def test_first_signal_sets_the_flag_and_second_acts(number):
       assert not notice.received
       os.kill(os.getpid(), number)
       assert notice.received
+      assert notice.reason == number.name
+      # What several senders pass on is one request.
+      os.kill(os.getpid(), number)
       assert seen == []
+      now = signals.time.monotonic()
+      monkeypatch.setattr(signals.time, "monotonic", lambda: now + 2)
       os.kill(os.getpid(), number)
       assert seen == ["before"]
+      os.kill(os.getpid(), number)
+      assert seen == ["before"] * 2
     os.kill(os.getpid(), number)
-    assert seen == ["before"] * 2
+    assert seen == ["before"] * 3
+  finally:
+    signal.signal(number, previous)
+
+
+@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGUSR2])
+def test_early_warnings_count_under_slurm_alone(monkeypatch, number):
+  seen = []
+  previous = signal.signal(number, lambda *_: seen.append("before"))
+  try:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    with preemption.Notice() as notice:
+      os.kill(os.getpid(), number)
+      assert not notice.received
+    assert seen == ["before"]
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    with preemption.Notice() as notice:
+      os.kill(os.getpid(), number)
+      assert notice.received
+    assert seen == ["before"]
   finally:
     signal.signal(number, previous)
 

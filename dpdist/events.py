@@ -1,0 +1,62 @@
+"""A file of scalars for TensorBoard."""
+
+from collections.abc import Mapping
+import contextlib
+import pathlib
+import time
+from typing import Self
+
+from tensorboardX import event_file_writer
+from tensorboardX.proto import event_pb2
+from tensorboardX.proto import summary_pb2
+
+_FLUSH_SECONDS = 10.0
+
+
+class Events:
+  """A file for TensorBoard; a context manager.
+
+  Not `tensorboardX.SummaryWriter`: it writes in a thread, and where that dies,
+  of a full disk or of a clock set back, the run waits for it for ever.
+  """
+
+  def __init__(self, folder: pathlib.Path, *, purge_step: int):
+    """Begins a file of its own in a folder, which is made if it is missing.
+
+    Args:
+      folder: for TensorBoard to look into.
+      purge_step: what other files hold of this step and later is hidden.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    # Files are named by the second: a quick restart would overwrite one.
+    self._writer = event_file_writer.EventsWriter(
+      str(folder / "events"), f".{time.time_ns()}"
+    )
+    self._flushed = time.monotonic()
+    log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+    self._write(event_pb2.Event(step=purge_step, session_log=log))
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """Writes scalars."""
+    scalars = [
+      summary_pb2.Summary.Value(tag=name, simple_value=value)
+      for name, value in values.items()
+    ]
+    self._write(
+      event_pb2.Event(step=step, summary=summary_pb2.Summary(value=scalars))
+    )
+
+  def _write(self, event: event_pb2.Event) -> None:
+    event.wall_time = time.time()
+    self._writer.write_event(event)
+    if time.monotonic() > self._flushed + _FLUSH_SECONDS:
+      self._writer.flush()
+      self._flushed = time.monotonic()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, kind: object, *unused: object) -> None:
+    # A full disk is full here too; what it spoilt first is what to tell.
+    with contextlib.suppress(*[OSError] if kind else []):
+      self._writer.close()

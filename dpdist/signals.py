@@ -1,0 +1,65 @@
+"""Signals that ask a process to stop, told once."""
+
+from collections.abc import Callable
+import os
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Any, Self
+
+# Within this time of the first signal another one is the same request: a
+# launcher, a shell and a scheduler may each pass on what they were sent.
+_ECHO_SECONDS = 1.0
+
+
+def that_ask_to_stop() -> tuple[signal.Signals, ...]:
+  """SIGTERM and SIGINT; under Slurm also what `--signal` may send early.
+
+  Slurm sends SIGTERM when the grace time of a preemption begins. A job that
+  wants to know before its time limit asks for a signal of its own choice, as in
+  `sbatch --signal=USR1@60`; elsewhere SIGUSR1 and SIGUSR2 keep their meaning.
+  """
+  always = (signal.SIGTERM, signal.SIGINT)
+  if "SLURM_JOB_ID" in os.environ:
+    return (*always, signal.SIGUSR1, signal.SIGUSR2)
+  return always
+
+
+class Signals:
+  """Tells of the first signal that asks to stop; a context manager.
+
+  A later one acts as it would have without this, so that a run which hangs in
+  saving can still be ended. Outside the main thread, where Python delivers no
+  signals, nothing is installed.
+  """
+
+  def __init__(self, receive: Callable[[str], None]):
+    """Nothing is installed yet.
+
+    Args:
+      receive: is called in the main thread with the signal's name.
+    """
+    self._receive = receive
+    self._first: float | None = None
+    self._previous: dict[signal.Signals, Any] = {}
+
+  def __enter__(self) -> Self:
+    if threading.current_thread() is threading.main_thread():
+      for number in that_ask_to_stop():
+        self._previous[number] = signal.signal(number, self._handle)
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    while self._previous:
+      signal.signal(*self._previous.popitem())
+
+  def _handle(self, number: int, frame: FrameType | None) -> None:
+    del frame
+    now = time.monotonic()
+    if self._first is None:
+      self._first = now
+      self._receive(signal.Signals(number).name)
+    elif now > self._first + _ECHO_SECONDS:
+      self.__exit__()
+      signal.raise_signal(number)
