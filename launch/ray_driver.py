@@ -130,13 +130,12 @@ def _attempt(arguments: list[str], stop: _Stop) -> list[int]:
     Their exit codes; -1 for one that was lost with its node, or made to end.
   """
   import ray
-  from ray.util import placement_group as groups
   from ray.util import scheduling_strategies
 
   bundle: dict[str, float] = {"CPU": _CPUS.value}
   if _GPUS.value:
     bundle["GPU"] = _GPUS.value
-  group = groups.placement_group([bundle] * _NODES.value, "STRICT_SPREAD")
+  group = ray.util.placement_group([bundle] * _NODES.value, "STRICT_SPREAD")
   try:
     deadline = time.monotonic() + _WAIT.value
     while not group.wait(1):
@@ -165,7 +164,7 @@ def _attempt(arguments: list[str], stop: _Stop) -> list[int]:
     return _run(actors, arguments, stop)
   finally:
     # With the actors in it.
-    groups.remove_placement_group(group)
+    ray.util.remove_placement_group(group)
 
 
 def _run(actors: list[Any], arguments: list[str], stop: _Stop) -> list[int]:

@@ -110,9 +110,9 @@ def main(argv: Sequence[str]) -> int:
   del argv
   engine = _ENGINES[str(_TO.value)]
   try:
-    plan = plan_lib.make_plan(config_lib.privacy_config(_CONFIG.value))
     job = _job(engine)
     files = engine.files(job)
+    plan = plan_lib.make_plan(config_lib.privacy_config(_CONFIG.value))
   except ValueError as error:
     return flag_parsing.usage_error(error)
   print(

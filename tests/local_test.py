@@ -105,7 +105,7 @@ def test_two_processes_end_with_the_parameters_of_one(tmp_path):
 def test_ctrl_c_saves_the_same_step_in_all_and_the_run_goes_on(tmp_path):
   workdir = tmp_path / "run"
   # Its own group, as a terminal would have it, and all of that gets the signal.
-  door = _local(workdir, num_steps=300, process_group=0)
+  door = _local(workdir, num_steps=60, process_group=0)
   _wait_for_step(door, workdir, 4)
   trainers = _trainers(door.pid)
   assert set(trainers) == {0, 1}
@@ -123,7 +123,7 @@ def test_ctrl_c_saves_the_same_step_in_all_and_the_run_goes_on(tmp_path):
   assert "stopped and saved" in err.splitlines()[-1]
   assert "Traceback" not in out + err
   assert all(map(_is_gone, trainers.values()))
-  door = _local(workdir, num_steps=300)
+  door = _local(workdir, num_steps=60)
   out, err = door.communicate(timeout=300)
   assert door.returncode == 0, err
   assert "resumed after step" in out
@@ -150,7 +150,7 @@ def test_no_process_outlives_a_killed_door(tmp_path):
   trainers = _trainers(door.pid)
   assert set(trainers) == {0, 1}
   door.kill()
-  door.wait()
+  door.communicate()
   deadline = time.monotonic() + 60
   while not all(map(_is_gone, trainers.values())):
     assert time.monotonic() < deadline
