@@ -145,19 +145,18 @@ def _attempt(arguments: list[str], stop: _Stop) -> list[int]:
           file=sys.stderr,
         )
         return [_LOST]
-    actor = ray.remote(_Process).options(
-      num_cpus=_CPUS.value,
-      num_gpus=_GPUS.value,
-      # `stop` is called while `run` goes on.
-      max_concurrency=2,
-    )
+    actor = ray.remote(_Process)
     actors = [
       actor.options(
+        num_cpus=_CPUS.value,
+        num_gpus=_GPUS.value,
+        # `stop` is called while `run` goes on.
+        max_concurrency=2,
         scheduling_strategy=(
           scheduling_strategies.PlacementGroupSchedulingStrategy(
             group, placement_group_bundle_index=rank
           )
-        )
+        ),
       ).remote()
       for rank in range(_NODES.value)
     ]

@@ -30,7 +30,8 @@ _CLUSTER = """
 import sys
 from ray import cluster_utils
 cluster = cluster_utils.Cluster(
-  initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": True}
+  initialize_head=True,
+  head_node_args={"num_cpus": 1, "include_dashboard": True},
 )
 cluster.add_node(num_cpus=1)
 print("ADDRESS", cluster.address, cluster.head_node.webui_url, flush=True)
@@ -163,7 +164,7 @@ def test_a_submitted_job_trains_to_the_end(cluster, tmp_path):
   submit = subprocess.run(
     [
       *(sys.executable, "-m", "launch.submit", "--to=ray", "--nodes=2"),
-      *(f"--address={cluster.dashboard}", f"--directory={_ROOT}"),
+      *(f"--address=http://{cluster.dashboard}", f"--directory={_ROOT}"),
       *_SETTINGS,
       "--config.privacy.num_steps=12",
       f"--workdir={workdir}",

@@ -107,6 +107,7 @@ def test_a_dry_run_prints_all_and_says_what_it_will_spend(engine, tmp_path):
     _CONFIG,
     "--workdir=/shared/digits",
     "--config.privacy.num_steps=7",
+    "--config.privacy.accountant=rdp",  # The quicker one.
     *_NEEDED[engine],
   ]
   done = _submit(*args)
@@ -126,6 +127,7 @@ def test_a_missing_tool_is_named(engine, tmp_path):
     [
       *(sys.executable, "-m", "launch.submit", f"--to={engine}"),
       *(_CONFIG, "--workdir=/shared/digits", *_NEEDED[engine]),
+      "--config.privacy.accountant=rdp",
     ],
     cwd=_ROOT,
     env={**os.environ, "PATH": str(tmp_path)},
@@ -160,6 +162,7 @@ def test_a_missing_tool_is_named(engine, tmp_path):
     ),
     (["--to=tpu-vm", "--image=a"], "accelerator must be given"),
     (["--to=tpu-vm", *_NEEDED["tpu-vm"], "--nodes=2"], "nodes must not"),
+    (["--to=ray", "--address=host:8265"], "address must begin with http://"),
     (["--to=ray", "--cpus=0"], "cpus must be at least 1"),
   ],
 )

@@ -35,6 +35,11 @@ class Job(job_lib.Job):
     self.check_at_least(1, "cpus")
     self.check_at_least(0, "gpus")
     self.check_words("address")
+    # Anything else would be taken for a cluster's own port, and waited for.
+    if self.address and not self.address.startswith(("http://", "https://")):
+      raise job_lib.JobError(
+        f"address must begin with http:// or https://, got {self.address!r}"
+      )
 
 
 def files(job: Job) -> Mapping[str, str]:

@@ -101,7 +101,8 @@ def _script(job: Job) -> str:
       "--mount=type=bind,source=/run/dpdist,target=/run/dpdist,readonly"
     )
     steps += [
-      "(umask 077; mkdir -p /run/dpdist && gcloud secrets versions access latest"
+      "(umask 077; mkdir -p /run/dpdist &&"
+      " gcloud secrets versions access latest"
       f" --secret={job.secret} --out-file={_SECRET_FILE}) || exit 1",
     ]
   if registry.endswith(".pkg.dev"):
