@@ -30,7 +30,7 @@ def cluster():
 def _submit(variables, folder, *args):
   return subprocess.run(
     [
-      *(sys.executable, "-m", "launch.submit", "--to=slurm", *args),
+      *(sys.executable, "-m", "launch.submit", "--to=slurm"),
       *(f"--config={_ROOT}/configs/digits.py", f"--workdir={folder}/run"),
       "--config.insecure_seed=7",
       "--config.checkpoint_every=4",
@@ -39,6 +39,7 @@ def _submit(variables, folder, *args):
       "--config.privacy.accountant=rdp",
       "--config.privacy.expected_batch_size=64",
       f"--python={sys.executable}",
+      *args,
     ],
     cwd=folder,
     env=variables,
