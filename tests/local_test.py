@@ -304,3 +304,18 @@ except ChildProcessError:
     timeout=120,
   )
   assert done.stdout.split("\n") == ["refused", "no child is left", ""], done
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux can do this")
+def test_a_silent_process_does_not_outlive_a_killed_door():
+  # It prints no more, and so would not miss its reader.
+  door = _pod("echo $$; exec sleep 1000", 2)
+  assert door.stdout is not None
+  pids = [int(door.stdout.readline().split()[-1]) for _ in range(2)]
+  door.kill()
+  door.wait()
+  deadline = time.monotonic() + 60
+  while not all(map(_is_gone, pids)):
+    assert time.monotonic() < deadline
+    time.sleep(0.02)
+  door.communicate()
