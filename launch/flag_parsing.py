@@ -1,6 +1,7 @@
 """absl flags with the exit codes of this project's doors."""
 
 from collections.abc import Callable, Sequence
+import functools
 import sys
 from typing import NoReturn
 
@@ -11,11 +12,18 @@ from absl import logging
 from launch import exit_codes
 
 
-def run(main: Callable[[Sequence[str]], int]) -> NoReturn:
-  """Runs a door's main under absl; bad flags end with `exit_codes.USAGE`."""
+def run(
+  main: Callable[[Sequence[str]], int], *, passes_on: bool = False
+) -> NoReturn:
+  """Runs a door's main under absl; bad flags end with `exit_codes.USAGE`.
+
+  Args:
+    main: gets the program's name, and returns an exit code.
+    passes_on: whether it must be given `--`, and gets what follows too.
+  """
   # Libraries log each file they write; --verbosity=0 shows it.
   logging.set_verbosity(logging.WARNING)
-  app.run(main, flags_parser=_parse)
+  app.run(main, flags_parser=functools.partial(_parse, passes_on))
   raise AssertionError("app.run does not return")
 
 
@@ -25,7 +33,11 @@ def usage_error(message: object) -> int:
   return exit_codes.USAGE
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
+def _parse(passes_on: bool, argv: Sequence[str]) -> list[str]:
+  passed: list[str] = []
+  if passes_on and "--" in argv:
+    end = argv.index("--")
+    argv, passed = argv[:end], list(argv[end + 1 :])
   try:
     rest = flags.FLAGS(argv)
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
@@ -44,4 +56,6 @@ def _parse(argv: Sequence[str]) -> list[str]:
     sys.exit(usage_error(f"{error}\nTry --help."))
   if len(rest) > 1:
     sys.exit(usage_error(f"unexpected argument {rest[1]!r}\nTry --help."))
-  return rest
+  if passes_on and not passed:
+    sys.exit(usage_error("no arguments to pass on after --\nTry --help."))
+  return rest + passed

@@ -60,6 +60,9 @@ WITHOUT_JAX = (
   "dpdist/sampling",
   "dpdist/verification",
   "launch/budget",
+  "launch/local",
+  "launch/ray_driver",
+  "launch/submit",
   "launch/verify",
 )
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax", "grain"}

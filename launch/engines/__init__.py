@@ -1,0 +1,1 @@
+"""Job files for engines that run several processes: one module an engine."""

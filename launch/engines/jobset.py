@@ -1,0 +1,255 @@
+"""Kubernetes: a JobSet, its service account and its volume."""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+import yaml
+
+from launch import exit_codes
+from launch.engines import job as job_lib
+
+TOOL = ("kubectl", "kubectl, and JobSet in the cluster")
+
+_PORT = 8476
+_GROUP = "train"
+_SECRET_FOLDER = "/run/secrets/dpdist"
+# Processes save in less, and are killed after it.
+_GRACE_SECONDS = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Job(job_lib.Job):
+  """A job under Kubernetes; a node is a pod of one process.
+
+  Attributes:
+    image: that has dpdist installed, and the config at its path.
+    namespace: of all objects.
+    service_account: one that exists; "": one of the job's name, made here.
+    secret: the Kubernetes Secret with the run's secret under the key `secret`;
+      "": the job's name and `-secret`.
+    claim: a ReadWriteMany volume claim that exists; "": one of the job's name,
+      made here.
+    storage: size of the one made here.
+    storage_class: of the one made here; "": the cluster's.
+    cpus: processors of a pod.
+    memory: of a pod.
+    gpus: GPUs of a pod.
+    accelerator: on GKE, of TPUs: "tpu-v6e-slice".
+    topology: of TPUs: "4x4".
+    chips_per_node: TPU chips of a pod.
+    python: the interpreter in the image.
+  """
+
+  image: str = ""
+  namespace: str = "default"
+  service_account: str = ""
+  secret: str = ""
+  claim: str = ""
+  storage: str = "10Gi"
+  storage_class: str = ""
+  cpus: int = 1
+  memory: str = "4Gi"
+  gpus: int = 0
+  accelerator: str = ""
+  topology: str = ""
+  chips_per_node: int = 0
+  python: str = "python"
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    if not self.image:
+      raise job_lib.JobError("image must be given with --to=jobset")
+    tpu = (self.accelerator, self.topology, self.chips_per_node)
+    if any(tpu) and not all(tpu):
+      raise job_lib.JobError(
+        "accelerator, topology and chips_per_node go together, got"
+        f" {self.accelerator!r}, {self.topology!r} and {self.chips_per_node}"
+      )
+    self.check_at_least(1, "cpus")
+    self.check_at_least(0, "gpus", "chips_per_node")
+    self.check_words(
+      *("image", "namespace", "service_account", "secret", "claim"),
+      *("storage", "storage_class", "memory", "accelerator", "topology"),
+    )
+
+
+def files(job: Job) -> Mapping[str, str]:
+  """The objects in one file, by its name."""
+  objects = []
+  if not job.service_account:
+    objects.append(_service_account(job))
+  if not job.claim:
+    objects.append(_claim(job))
+  objects.append(_jobset(job))
+  text = yaml.safe_dump_all(objects, sort_keys=False, allow_unicode=True)
+  return {f"{job.name}.yaml": text}
+
+
+def command(job: Job, folder: str) -> list[str]:
+  """What submits the files in a folder."""
+  return ["kubectl", "apply", f"--filename={folder}/{job.name}.yaml"]
+
+
+def _metadata(job: Job) -> dict[str, str]:
+  return {"name": job.name, "namespace": job.namespace}
+
+
+def _service_account(job: Job) -> dict[str, Any]:
+  """Bound to no role: the processes ask nothing of Kubernetes."""
+  return {
+    "apiVersion": "v1",
+    "kind": "ServiceAccount",
+    "metadata": _metadata(job),
+    "automountServiceAccountToken": False,
+  }
+
+
+def _claim(job: Job) -> dict[str, Any]:
+  spec: dict[str, Any] = {
+    "accessModes": ["ReadWriteMany"],
+    "resources": {"requests": {"storage": job.storage}},
+  }
+  if job.storage_class:
+    spec["storageClassName"] = job.storage_class
+  return {
+    "apiVersion": "v1",
+    "kind": "PersistentVolumeClaim",
+    "metadata": _metadata(job),
+    "spec": spec,
+  }
+
+
+def _jobset(job: Job) -> dict[str, Any]:
+  return {
+    "apiVersion": "jobset.x-k8s.io/v1alpha2",
+    "kind": "JobSet",
+    "metadata": _metadata(job),
+    "spec": {
+      # The headless service's: where the pods find process 0, by a name that
+      # is there before it is ready.
+      "network": {
+        "enableDNSHostnames": True,
+        "subdomain": job.name,
+        "publishNotReadyAddresses": True,
+      },
+      # A failed Job fails at once where its settings were refused; else all of
+      # its pods are made anew, so many times.
+      "failurePolicy": {
+        "maxRestarts": job.max_restarts,
+        "rules": [
+          {
+            "name": "refused",
+            "action": "FailJobSet",
+            "onJobFailureReasons": ["PodFailurePolicy"],
+          }
+        ],
+      },
+      "replicatedJobs": [
+        {"name": _GROUP, "replicas": 1, "template": {"spec": _job(job)}}
+      ],
+    },
+  }
+
+
+def _job(job: Job) -> dict[str, Any]:
+  return {
+    "completionMode": "Indexed",
+    "completions": job.nodes,
+    "parallelism": job.nodes,
+    # No pod comes back alone after a failure: the others cannot go on.
+    "backoffLimit": 0,
+    "podFailurePolicy": {
+      "rules": [
+        _on_exit(exit_codes.USAGE, "FailJob"),
+        # All have saved and stopped together, and come back so.
+        _on_exit(exit_codes.PREEMPTED, "Ignore"),
+      ]
+    },
+    "template": {
+      "spec": {
+        "serviceAccountName": job.service_account or job.name,
+        "automountServiceAccountToken": False,
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": _GRACE_SECONDS,
+        "nodeSelector": _node_selector(job),
+        "containers": [_container(job)],
+        "volumes": _volumes(job),
+      }
+    },
+  }
+
+
+def _on_exit(code: int, action: str) -> dict[str, Any]:
+  return {
+    "action": action,
+    "onExitCodes": {
+      "containerName": _GROUP,
+      "operator": "In",
+      "values": [code],
+    },
+  }
+
+
+def _node_selector(job: Job) -> dict[str, str]:
+  if not job.accelerator:
+    return {}
+  return {
+    "cloud.google.com/gke-tpu-accelerator": job.accelerator,
+    "cloud.google.com/gke-tpu-topology": job.topology,
+  }
+
+
+def _container(job: Job) -> dict[str, Any]:
+  resources: dict[str, Any] = {"cpu": job.cpus, "memory": job.memory}
+  if job.gpus:
+    resources["nvidia.com/gpu"] = job.gpus
+  if job.chips_per_node:
+    resources["google.com/tpu"] = job.chips_per_node
+  # The pod of index 0, of the only Job of the group.
+  leader = f"{job.name}-{_GROUP}-0-0.{job.name}"
+  index = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+  return {
+    "name": _GROUP,
+    "image": job.image,
+    # Kubernetes would replace $(NAME).
+    "command": [
+      part.replace("$", "$$")
+      for part in job.train(job.python, f"{_SECRET_FOLDER}/secret")
+    ],
+    "env": [
+      {"name": "JAX_COORDINATOR_ADDRESS", "value": f"{leader}:{_PORT}"},
+      {"name": "JAX_NUM_PROCESSES", "value": str(job.nodes)},
+      {
+        "name": "JAX_PROCESS_ID",
+        "valueFrom": {"fieldRef": {"fieldPath": index}},
+      },
+    ],
+    "ports": [{"containerPort": _PORT}],
+    "resources": {
+      "requests": {name: str(value) for name, value in resources.items()},
+      "limits": {name: str(value) for name, value in resources.items()},
+    },
+    "securityContext": {"allowPrivilegeEscalation": False},
+    "volumeMounts": [
+      {"name": "workdir", "mountPath": job.workdir},
+      {"name": "secret", "mountPath": _SECRET_FOLDER, "readOnly": True},
+    ],
+  }
+
+
+def _volumes(job: Job) -> list[dict[str, Any]]:
+  return [
+    {
+      "name": "workdir",
+      "persistentVolumeClaim": {"claimName": job.claim or job.name},
+    },
+    {
+      "name": "secret",
+      "secret": {
+        "secretName": job.secret or f"{job.name}-secret",
+        "defaultMode": 0o400,
+        "items": [{"key": "secret", "path": "secret"}],
+      },
+    },
+  ]

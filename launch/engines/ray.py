@@ -1,0 +1,79 @@
+"""Ray: a job whose driver, `launch.ray_driver`, places one process a node."""
+
+from collections.abc import Mapping
+import dataclasses
+
+import yaml
+
+from launch.engines import job as job_lib
+
+TOOL = ("ray", "Ray (pip install 'ray[default]')")
+
+_SAVE_SECONDS = 60
+
+
+@dataclasses.dataclass(frozen=True)
+class Job(job_lib.Job):
+  """A job under Ray.
+
+  Attributes:
+    address: of the dashboard, "http://HOST:8265"; "": RAY_ADDRESS.
+    directory: the checkout, which Ray sends to the nodes.
+    cpus: processors of a process.
+    gpus: GPUs of a process.
+    python: the interpreter on the nodes.
+  """
+
+  address: str = ""
+  directory: str = "."
+  cpus: int = 1
+  gpus: int = 0
+  python: str = "python"
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    self.check_at_least(1, "cpus")
+    self.check_at_least(0, "gpus")
+    self.check_words("address")
+    # Anything else would be taken for a cluster's own port, and waited for.
+    if self.address and not self.address.startswith(("http://", "https://")):
+      raise job_lib.JobError(
+        f"address must begin with http:// or https://, got {self.address!r}"
+      )
+
+
+def files(job: Job) -> Mapping[str, str]:
+  """The runtime environment, by its name."""
+  environment = {
+    "working_dir": job.directory,
+    "excludes": [".git", "tests"],
+    "env_vars": {
+      # Lines come when they are printed.
+      "PYTHONUNBUFFERED": "1",
+      # `ray job stop` would kill the driver after three.
+      "RAY_JOB_STOP_WAIT_TIME_S": str(_SAVE_SECONDS),
+    },
+  }
+  return {f"{job.name}.runtime_env.yaml": yaml.safe_dump(environment)}
+
+
+def command(job: Job, folder: str) -> list[str]:
+  """What submits the files in a folder."""
+  address = [f"--address={job.address}"] if job.address else []
+  driver = [
+    *(job.python, "-m", "launch.ray_driver"),
+    f"--nodes={job.nodes}",
+    f"--cpus={job.cpus}",
+    f"--gpus={job.gpus}",
+    f"--max_restarts={job.max_restarts}",
+    "--",
+    *job.train(job.python)[4:],
+  ]
+  # Ray joins the words of the entry point by itself.
+  return [
+    *("ray", "job", "submit", *address),
+    f"--runtime-env={folder}/{job.name}.runtime_env.yaml",
+    f'--metadata-json={{"name": "{job.name}"}}',
+    "--",
+    *driver,
+  ]

@@ -1,0 +1,104 @@
+"""Slurm: a batch script that requeues itself."""
+
+from collections.abc import Mapping
+import dataclasses
+import shlex
+
+from launch.engines import job as job_lib
+
+TOOL = ("sbatch", "Slurm's client (Debian: slurm-client)")
+
+# Between the signal and the end of the time limit.
+_SAVE_SECONDS = 60
+# What processes have to save or to give up when one of them has ended.
+_WAIT_SECONDS = 120
+
+
+@dataclasses.dataclass(frozen=True)
+class Job(job_lib.Job):
+  """A job under Slurm.
+
+  Attributes:
+    processes_per_node: processes of a node.
+    cpus: processors of each process.
+    gpus: GPUs of each process.
+    memory: of a node, as Slurm writes it: "16G"; "": the partition's.
+    time_limit: minutes; 0: the partition's.
+    partition: "": the cluster's.
+    account: "": the user's.
+    python: the interpreter.
+  """
+
+  processes_per_node: int = 1
+  cpus: int = 1
+  gpus: int = 0
+  memory: str = ""
+  time_limit: int = 0
+  partition: str = ""
+  account: str = ""
+  python: str = "python"
+
+  def __post_init__(self) -> None:
+    super().__post_init__()
+    self.check_at_least(1, "processes_per_node", "cpus")
+    self.check_at_least(0, "gpus", "time_limit")
+    self.check_words("memory", "partition", "account")
+
+
+def files(job: Job) -> Mapping[str, str]:
+  """The batch script, by its name."""
+  return {f"{job.name}.sbatch": _script(job)}
+
+
+def command(job: Job, folder: str) -> list[str]:
+  """What submits the files in a folder."""
+  return ["sbatch", f"{folder}/{job.name}.sbatch"]
+
+
+def _script(job: Job) -> str:
+  options = {
+    "job-name": job.name,
+    "nodes": job.nodes,
+    "ntasks-per-node": job.processes_per_node,
+    "cpus-per-task": job.cpus,
+    "gpus-per-task": job.gpus,
+    "mem": job.memory,
+    "time": job.time_limit,
+    "partition": job.partition,
+    "account": job.account,
+    "output": f"{job.name}-%j.log",
+    "open-mode": "append",
+    # To the processes, and not to this script, which waits for them.
+    "signal": f"TERM@{_SAVE_SECONDS}",
+  }
+  lines = [
+    f"#SBATCH --{name}={value}" for name, value in options.items() if value
+  ]
+  return f"""\
+#!/bin/bash
+{chr(10).join(lines)}
+#SBATCH --requeue
+
+# No pipe after srun: its exit status decides. One process that ends does not
+# take those along that still save, but they have {_WAIT_SECONDS} seconds.
+srun --kill-on-bad-exit=0 --wait={_WAIT_SECONDS} \\
+  {shlex.join(job.train(job.python))}
+status=$?
+
+again() {{
+  echo "exit status $status: $1; requeued" >&2
+  scontrol requeue "$SLURM_JOB_ID"
+  exit "$status"
+}}
+
+# 75: stopped, and saved. From 128: a signal ended a process. Slurm itself
+# requeues what it preempts and what a node's failure ends.
+if [ "$status" -eq 75 ]; then
+  again "stopped and saved"
+elif [ "$status" -ge 128 ]; then
+  if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.max_restarts} ]; then
+    again "a process was killed"
+  fi
+fi
+exit "$status"
+"""
