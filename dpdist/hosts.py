@@ -9,15 +9,11 @@ from collections.abc import Callable, Iterator
 import contextlib
 import hashlib
 import json
-import os
 from typing import Any
 
 import jax
 from jax.experimental import multihost_utils
 import numpy as np
-
-# How long a process that stops waits for the others to do so.
-_SHUTDOWN_SECONDS = 10
 
 
 class PeerError(RuntimeError):
@@ -28,49 +24,8 @@ class LostError(RuntimeError):
   """The other processes could not be reached; `dpdist.watch` finds out why."""
 
 
-class StartError(ValueError):
-  """The environment does not say how the processes of the job meet."""
-
-
 class DisagreementError(ValueError):
   """The processes of a job were started differently."""
-
-
-def start() -> None:
-  """Meets the other processes, if the environment names any.
-
-  JAX_COORDINATOR_ADDRESS is the address and port of process 0, and
-  JAX_NUM_PROCESSES and JAX_PROCESS_ID say how many there are and which one this
-  is. Without the first, the job is this process alone. Comes before anything
-  touches a device.
-
-  Raises:
-    StartError: the variables make no sense.
-    RuntimeError: the others could not be met.
-  """
-  address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-  if not address:
-    return
-  numbers = {}
-  for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"):
-    value = os.environ.get(name, "")
-    if not value.isdecimal():
-      raise StartError(
-        f"{name} must be a number where JAX_COORDINATOR_ADDRESS is given, got"
-        f" {value!r}"
-      )
-    numbers[name] = int(value)
-  count, number = numbers.values()
-  if number >= count:
-    raise StartError(
-      f"JAX_PROCESS_ID must be below JAX_NUM_PROCESSES={count}, got {number}"
-    )
-  jax.config.update("jax_cpu_collectives_implementation", "gloo")
-  # It would swallow signals; see `dpdist.preemption`.
-  jax.config.update("jax_enable_preemption_service", False)
-  jax.distributed.initialize(
-    address, count, number, shutdown_timeout_seconds=_SHUTDOWN_SECONDS
-  )
 
 
 def is_leader() -> bool:

@@ -26,6 +26,7 @@ from dpdist import hosts
 from dpdist import ledger
 from dpdist import preemption
 from dpdist import provenance
+from dpdist import rendezvous
 from dpdist import sources
 from dpdist import watch
 from launch import exit_codes
@@ -36,6 +37,19 @@ _CONFIG = config_flags.DEFINE_config_file(
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of the run; made if missing, gone on with if not."
+)
+flags.DEFINE_string(
+  "coordinator_address",
+  None,
+  "HOST:PORT of process 0 of a job of several; else JAX_COORDINATOR_ADDRESS, or"
+  " what Slurm, Open MPI or a pod of TPUs says.",
+)
+flags.DEFINE_integer(
+  "num_processes", None, "Of the job; else JAX_NUM_PROCESSES."
+)
+flags.DEFINE_integer("process_id", None, "Of this one; else JAX_PROCESS_ID.")
+_START_TIMEOUT = flags.DEFINE_integer(
+  "start_timeout", 300, "Seconds in which the processes must have met."
 )
 flags.mark_flags_as_required(["config", "workdir"])
 
@@ -61,18 +75,26 @@ def _main() -> int:
   try:
     if _CONFIG.value.clipping.exact_sum:
       provenance.pin_threads()
-    hosts.start()
+    names = ("coordinator_address", "num_processes", "process_id")
+    rendezvous.start(
+      {name: flags.FLAGS[name].value for name in names},
+      timeout=_START_TIMEOUT.value,
+    )
     dpdist.train(_CONFIG.value, str(_WORKDIR.value))
   except (
     admission.SettingsError,
     checkpoint.MismatchError,
-    hosts.StartError,
+    rendezvous.StartError,
   ) as error:
     return flag_parsing.usage_error(error)
   except preemption.Preempted as stopped:
     print(stopped, file=sys.stderr)
     return exit_codes.PREEMPTED
-  except (ledger.LedgerError, hosts.PeerError) as error:
+  except (
+    ledger.LedgerError,
+    hosts.PeerError,
+    rendezvous.MeetError,
+  ) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   except sources.ReadError as error:

@@ -14,7 +14,6 @@ import sys
 
 import pytest
 
-from dpdist import hosts
 from dpdist import ledger as ledger_lib
 from dpdist import metrics
 from tests import training
@@ -185,30 +184,11 @@ def test_nobody_computes_a_step_that_could_not_be_charged(job, tmp_path):
   assert training.check(tmp_path / "run") == 8
 
 
-@pytest.mark.parametrize(
-  ("changes", "message"),
-  [
-    (
-      {"JAX_NUM_PROCESSES": "two"},
-      "JAX_NUM_PROCESSES must be a number .*'two'",
-    ),
-    ({"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID must be a number .*'-1'"),
-    ({"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID must be below .*=2, got 2"),
-  ],
-)
-def test_an_environment_that_makes_no_sense_is_named(
-  monkeypatch, changes, message
-):
-  for name, value in (_variables("here:1", 2, 0, 1) | changes).items():
-    monkeypatch.setenv(name, value)
-  with pytest.raises(hosts.StartError, match=message):
-    hosts.start()
-
-
 _TALK = """
 import sys
 from dpdist import hosts
-hosts.start()
+from dpdist import rendezvous
+rendezvous.start({})
 import jax
 number = jax.process_index()
 texts = hosts.gather(["", "ünïcode" * 1000][number])

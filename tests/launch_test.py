@@ -141,6 +141,24 @@ def test_every_config_trains_two_steps(name, tmp_path):
       "--config.privacy.num_examples=128",
       "--config.privacy.expected_batch_size=16",
     ]
+  elif name in ("decoder_1b", "decoder_8b"):
+    # Their way, in small.
+    args += [
+      "--config.data.name=text",
+      "--config.data.num_train=128",
+      "--config.data.num_test=16",
+      "--config.data.sequence_length=16",
+      "--config.model.num_outputs=256",
+      "--config.model.width=32",
+      "--config.model.depth=2",
+      "--config.model.head_dim=8",
+      "--config.model.hidden=64",
+      "--config.privacy.num_examples=128",
+      "--config.privacy.expected_batch_size=16",
+      "--config.mesh.fsdp=2",
+      "--config.clipping.microbatch_size=2",
+      "--config.chunk_size=16",
+    ]
   code, _, err = _run("train", *args)
   assert code == 0, err
   result = json.loads((tmp_path / "run" / "result.json").read_text())

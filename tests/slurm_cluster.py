@@ -39,8 +39,15 @@ KillWait=60
 JobRequeue=1
 NodeName=n1 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=2
 NodeName=n2 NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=2
-PartitionName=main Nodes=n1,n2 Default=YES MaxTime=INFINITE State=UP
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+PartitionName=main Nodes=n1,n2 Default=YES State=UP PriorityTier=1 GraceTime=60
+PartitionName=high Nodes=n1,n2 State=UP PriorityTier=10
 """
+
+
+_HOSTS = pathlib.Path("/etc/hosts")
+_NAMES = "127.0.0.1 n1 n2  # two nodes of a test\n"
 
 
 @contextlib.contextmanager
@@ -81,6 +88,7 @@ def running() -> Iterator[dict[str, str]]:
         subprocess.Popen(words, env=variables, stdout=log, stderr=log)
       )
 
+  _name_nodes()
   try:
     munge = folder / "munge"
     start(
@@ -103,7 +111,15 @@ def running() -> Iterator[dict[str, str]]:
       except subprocess.TimeoutExpired:
         process.kill()
         process.wait()
+    _HOSTS.write_text(_HOSTS.read_text().replace(_NAMES, ""))
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _name_nodes() -> None:
+  """Makes the nodes' names known, as a cluster's are."""
+  text = _HOSTS.read_text()
+  if _NAMES not in text:  # It is there after a test that was killed.
+    _HOSTS.write_text(text.rstrip("\n") + "\n" + _NAMES)
 
 
 def _idle(variables: dict[str, str]) -> int:

@@ -77,7 +77,6 @@ def test_a_stopped_job_requeues_itself_and_ends(cluster, tmp_path):
   done = _submit(
     cluster,
     tmp_path,
-    # One process, so that this holds with or without detection of Slurm.
     *("--nodes=1", "--config.privacy.num_steps=150"),
   )
   assert done.returncode == 0, done.stderr
@@ -94,6 +93,38 @@ def test_a_stopped_job_requeues_itself_and_ends(cluster, tmp_path):
   log = _log(tmp_path)
   assert "exit status 75: stopped and saved; requeued" in log
   assert "resumed after step" in log
+
+
+def test_a_job_of_two_nodes_gives_way_to_a_higher_partition(cluster, tmp_path):
+  done = _submit(
+    cluster,
+    tmp_path,
+    *("--nodes=2", "--cpus=2", "--partition=main"),
+    "--config.privacy.num_steps=150",
+  )
+  assert done.returncode == 0, done.stderr
+  steps = tmp_path / "run/metrics.jsonl"
+  _wait(lambda: steps.exists() and steps.read_text().count("\n") > 4, tmp_path)
+  # The other one wants both nodes, for as long as it takes to be seen.
+  subprocess.run(
+    [
+      *("sbatch", "--partition=high", "--nodes=2", "--exclusive"),
+      *(f"--output={tmp_path}/high.log", "--wrap=touch seen; sleep 1"),
+    ],
+    env=cluster,
+    cwd=tmp_path,
+    check=True,
+  )
+  _wait(lambda: (tmp_path / "seen").exists(), tmp_path)
+  assert not (tmp_path / "run/result.json").exists()
+  _wait(lambda: (tmp_path / "run/result.json").exists(), tmp_path, 500)
+  result = json.loads((tmp_path / "run/result.json").read_text())
+  assert result["steps_charged"] == result["num_steps"] == 150
+  assert result["epsilon"] == pytest.approx(2.0, abs=0.01)
+  log = _log(tmp_path)
+  assert "resumed after step" in log
+  # Two processes, on a mesh of both nodes.
+  assert "mesh                    data 2" in log
 
 
 def _log(folder):

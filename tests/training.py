@@ -27,7 +27,7 @@ from dpdist import verification
 
 NUM_STEPS = 48
 _ROOT = pathlib.Path(__file__).parent.parent
-_ARGS = (
+ARGS = (
   f"--config={_ROOT}/configs/digits.py",
   "--config.insecure_seed=7",
   "--config.checkpoint_every=4",
@@ -93,7 +93,7 @@ class Run:
     self.process = context.Process(
       target=_train,
       args=(
-        [*_ARGS, *args, f"--workdir={workdir}"],
+        [*ARGS, *args, f"--workdir={workdir}"],
         aside / "compiled",
         self._screen,
         change,
