@@ -135,6 +135,7 @@ def _prepare(
   plan, changes, found = admission.decide(
     config, workdir, ledger, train_manifest
   )
+  hosts.agree(plan=plan.fingerprint())
   model = models.make(config.model)
   optimizer, learning_rate = optimizers.make(
     config.optimizer, config.privacy.num_steps

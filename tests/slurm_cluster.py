@@ -124,7 +124,7 @@ def _name_nodes() -> None:
 
 def _idle(variables: dict[str, str]) -> int:
   done = subprocess.run(
-    ["sinfo", "--noheader", "--Node", "--format=%T"],
+    ["sinfo", "--noheader", "--Node", "--partition=main", "--format=%T"],
     env=variables,
     capture_output=True,
     text=True,
