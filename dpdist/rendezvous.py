@@ -9,6 +9,8 @@ from collections.abc import Mapping
 import ipaddress
 import os
 import socket
+import sys
+import threading
 import time
 from typing import NamedTuple
 
@@ -16,6 +18,8 @@ import jax
 
 # How long a process that stops waits for the others to do so.
 _SHUTDOWN_SECONDS = 10
+# How much longer JAX may wait for the others than we do.
+_MARGIN_SECONDS = 60
 _VARIABLES = {
   "coordinator_address": "JAX_COORDINATOR_ADDRESS",
   "num_processes": "JAX_NUM_PROCESSES",
@@ -119,7 +123,8 @@ def start(flags: Mapping[str, object], *, timeout: int = 300) -> None:
   Raises:
     StartError: what is given makes no sense, or this host would tell the others
       an address at which they cannot reach it.
-    MeetError: they could not be met.
+    MeetError: they could not be met. Where time runs out inside JAX, the
+      process says so and ends with 1.
   """
   if timeout < 1:
     raise StartError(f"--start_timeout must be at least 1, got {timeout}")
@@ -134,23 +139,35 @@ def start(flags: Mapping[str, object], *, timeout: int = 300) -> None:
   # It would swallow signals; see `dpdist.preemption`.
   jax.config.update("jax_enable_preemption_service", False)
   left = max(1, timeout - int(time.monotonic() - began))
+  where = meeting.address or f"the address that {meeting.engine} names"
+  problem = (
+    f"the processes of the job did not meet at {where} within {left} s: check"
+    " that all were started, that process 0 runs there and that no firewall is"
+    " between"
+  )
+  # Out of time, JAX would abort the process, with a page of its own.
+  timer = threading.Timer(left, _give_up, [problem])
+  timer.daemon = True
+  timer.start()
   try:
     jax.distributed.initialize(
       meeting.address,
       meeting.num_processes,
       meeting.process_id,
       cluster_detection_method=meeting.engine,
-      initialization_timeout=left,
+      initialization_timeout=left + _MARGIN_SECONDS,
       shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
   except Exception as error:
-    where = meeting.address or f"the address that {meeting.engine} names"
     reason = str(error).splitlines()[0] if str(error) else repr(error)
-    raise MeetError(
-      f"the processes of the job did not meet at {where} within {left} s: check"
-      " that all were started, that process 0 runs there and that no firewall"
-      f" is between ({reason})"
-    ) from error
+    raise MeetError(f"{problem} ({reason})") from error
+  finally:
+    timer.cancel()
+
+
+def _give_up(problem: str) -> None:
+  print(f"error: {problem}", file=sys.stderr, flush=True)
+  os._exit(1)
 
 
 def resolve(host: str, timeout: float) -> list[str]:

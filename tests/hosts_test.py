@@ -130,7 +130,8 @@ def test_parameters_that_are_divided_between_processes(job, tmp_path):
   (one,) = job(1, 4, args=args, workdir=tmp_path / "one")
   assert one.wait() == 0, one.screen
   # No process has all parameters; they save together, and stop.
-  stop = training.before("dpdist.train:_save", 5, training.send(signal.SIGTERM))
+  save = "dpdist.checkpoint:Checkpoints:save"
+  stop = training.before(save, 5, training.send(signal.SIGTERM))
   runs = job(2, 2, stop, args=args)
   assert _codes(runs) == [75, 75], runs[0].screen
   runs = job(2, 2, args=args)
