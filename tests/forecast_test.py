@@ -81,9 +81,9 @@ def test_fsdp_gathers_by_block_and_scatters_sums():
   assert len(large) == 7 * 4
   stack = max(x["num_bytes"] for x in gathers)
   assert stack <= 256 * 1024 * 4
-  # The sums of a block's weights, once.
+  # The sums of a block's weights, once; XLA reduces small ones whole.
   scatters = _kinds(accumulate, kind="reduce-scatter", num_runs=3)
-  assert len(scatters) == 7
+  assert [x["num_bytes"] for x in scatters] == [256 * 1024 * 4] * 3
   # For the released norm, a number.
   assert sum(x["num_bytes"] for x in apply["collectives"]) < 1000
 
@@ -100,9 +100,10 @@ def test_large_decoders_fit(config, args, num_chips, fsdp):
   assert memory["parameters"] == pytest.approx(per_chip, rel=0.01)
   assert memory["optimizer"] == pytest.approx(2 * per_chip, rel=0.01)
   depth = 26 if config == "decoder_1b" else 32
-  assert len(
-    _kinds(facts["accumulate"], kind="all-gather", num_runs=depth)
-  ) == (7 * 4)
+  looped = lambda kind: _kinds(facts["accumulate"], kind=kind, num_runs=depth)
+  assert len(looped("all-gather")) == 7 * 4
+  if config == "decoder_8b":
+    assert len(looped("reduce-scatter")) == 7
 
 
 @pytest.mark.tpu
