@@ -11,7 +11,6 @@ or settings that the run in --workdir forbids; anything else is a failure.
 """
 
 from collections.abc import Sequence
-import os
 import sys
 import traceback
 
@@ -98,9 +97,9 @@ def _main() -> int:
     print(f"error: {error}", file=sys.stderr)
     return 1
   except sources.ReadError as error:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    # Not by way of Python, which would wait for a thread that still reads.
-    os._exit(1)
+    print(f"error: {error}", file=sys.stderr)
+    # Python's ordinary end would wait for a thread that still reads.
+    watch.leave(1)
   except OSError as error:
     # Of a full disk, Python does not say where.
     place = "" if error.filename else f"{_WORKDIR.value}: "

@@ -16,6 +16,7 @@ import pytest
 
 from dpdist import datasets
 from dpdist import sources
+from tests import jobs
 from tests import training
 
 pytestmark = pytest.mark.cluster
@@ -146,3 +147,37 @@ def test_a_run_stops_when_its_data_stays_away_and_goes_on_later(
   assert run.wait() == 0, run.screen
   training.check(workdir)
   assert training.outcome(workdir) == expected
+
+
+def test_processes_stop_together_when_data_stays_away_and_go_on_later(
+  data, tmp_path
+):
+  args = (
+    "--config.data.name=array_record",
+    f"--config.data.path={data}",
+    "--config.data.retry_seconds=1",
+  )
+  (whole,) = jobs.start(tmp_path / "whole", 1, *args, aside=tmp_path)
+  assert whole.wait() == 0, whole.screen
+  file = str(data / "train-1.array_record")
+  workdir = tmp_path / "run"
+  # They read from the same files, so that one takes them from both; who needs
+  # them first is chance.
+  change = _before_the_first_step(_take_away, file)
+  runs = jobs.start(workdir, 2, *args, aside=tmp_path, changes={1: [change]})
+  assert [run.wait() for run in runs] == [1, 1], runs[0].screen
+  for run in runs:
+    (line,) = [x for x in run.screen.splitlines() if x.startswith("error:")]
+    assert re.match(
+      r"error: (process \d \(.*\) failed: )?step \d+: data set 'array_record'"
+      " in .* was waited for 1 s",
+      line,
+    )
+    assert "Traceback" not in run.screen
+  training.check(workdir)
+
+  _bring_back(file)
+  runs = jobs.start(workdir, 2, *args, aside=tmp_path)
+  assert [run.wait() for run in runs] == [0, 0], runs[0].screen
+  training.check(workdir)
+  assert training.outcome(workdir) == training.outcome(tmp_path / "whole")
