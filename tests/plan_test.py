@@ -10,6 +10,7 @@ import pytest
 
 from dpdist import accounting
 from dpdist import plan as plan_lib
+from dpdist import statements
 
 _CONFIG = {
   "num_examples": 1_000,
@@ -214,7 +215,7 @@ def test_plans_are_frozen():
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 def test_statement(accountant):
   plan = _plan(accountant=accountant)
-  text = plan_lib.statement(plan)
+  text = statements.of_plan(plan)
   for fact in (
     "one example of the 1,000",
     "add_or_remove_one",
@@ -237,4 +238,4 @@ def test_statement(accountant):
 )
 def test_a_stated_epsilon_is_rounded_up(monkeypatch, epsilon, stated):
   monkeypatch.setattr(accounting, "epsilon", lambda **_: epsilon)
-  assert f"epsilon = {stated} and" in plan_lib.statement(_plan())
+  assert f"epsilon = {stated} and" in statements.of_plan(_plan())
