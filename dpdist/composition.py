@@ -133,8 +133,9 @@ def plan_after(
           f"{name} must be empty in a run whose settings change on the way, got"
           f" {getattr(plan, name)}"
         )
-  after = config.to_dict()
-  changed = {k for k in after.keys() | before if after.get(k) != before.get(k)}
+  earlier = plan_lib.PrivacyConfig(**before)
+  names = [field.name for field in dataclasses.fields(config)]
+  changed = {x for x in names if getattr(config, x) != getattr(earlier, x)}
   if changed <= {"l2_clip_norm"}:
     # The mechanism stays as it is in units of its sensitivity, and so does what
     # remains of its steps.

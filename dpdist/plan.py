@@ -196,12 +196,10 @@ class PrivacyPlan:
     """Returns what the accountants compose for the first steps of the plan.
 
     Args:
-      num_steps: in [0, `self.num_steps`]; None means all of them.
-
-    Raises:
-      ValueError: if the plan does not cover that many steps.
+      num_steps: at least 0; None means all of the plan's. The last setting
+        holds beyond them.
     """
-    stop = self._covered(num_steps)
+    stop = self.num_steps if num_steps is None else num_steps
     ends = [setting.start for setting in self.settings[1:]] + [stop]
     found = []
     for setting, end in zip(self.settings, ends, strict=True):
@@ -250,7 +248,7 @@ class PrivacyPlan:
     """
     from dpdist import accountants
 
-    steps = self.steps(num_steps)
+    steps = self.steps(self._covered(num_steps))
     for delta in deltas:
       if not 0 < delta < 1:
         raise ValueError(f"deltas must be in (0, 1), got {delta!r}")
@@ -267,7 +265,7 @@ class PrivacyPlan:
     """
     from dpdist import accountants
 
-    return accountants.event(self.steps(num_steps))
+    return accountants.event(self.steps(self._covered(num_steps)))
 
   def to_dict(self) -> dict[str, Any]:
     """Returns a dict that JSON carries without loss.
