@@ -1,5 +1,6 @@
 """What a clipped sum refuses before anything is computed."""
 
+import math
 from typing import Any
 
 import jax
@@ -9,6 +10,58 @@ from dpdist.clipping import manual_axes
 from dpdist.clipping.program import Block
 
 PyTree = Any
+
+_METHODS = ("auto", "bookkeeping", "two_pass", "vmap")
+_PLATFORMS = ("cpu", "gpu", "tpu")
+# The square of a gradient entry below about 1e-19 is 0 in float32, so that a
+# norm near that size would be taken for nothing.
+_SMALLEST_NORM = 1e-12
+
+
+def arguments(
+  *,
+  l2_clip_norm: PyTree,
+  method: str,
+  microbatch_size: int | None,
+  platform: str | None,
+  normalize_gamma: float | None,
+) -> None:
+  """Those of `clipped_grad`."""
+  for norm in jax.tree.leaves(l2_clip_norm):
+    if not _is_number(norm) or norm < _SMALLEST_NORM:
+      raise ValueError(
+        f"l2_clip_norm must be finite and at least {_SMALLEST_NORM}, got"
+        f" {norm!r}"
+      )
+  if not jax.tree.leaves(l2_clip_norm):
+    raise ValueError(f"l2_clip_norm must hold a norm, got {l2_clip_norm!r}")
+  if method not in _METHODS:
+    raise ValueError(f"method must be one of {_METHODS}, got {method!r}")
+  if platform is not None and platform not in _PLATFORMS:
+    raise ValueError(
+      f"platform must be None or one of {_PLATFORMS}, got {platform!r}"
+    )
+  if normalize_gamma is not None and (
+    not _is_number(normalize_gamma) or normalize_gamma <= 0
+  ):
+    raise ValueError(
+      "normalize_gamma must be None or finite and above 0, got"
+      f" {normalize_gamma!r}"
+    )
+  if microbatch_size is not None and (
+    isinstance(microbatch_size, bool)
+    or not isinstance(microbatch_size, int)
+    or microbatch_size < 1
+  ):
+    raise ValueError(
+      f"microbatch_size must be None or an int above 0, got {microbatch_size!r}"
+    )
+
+
+def _is_number(x: Any) -> bool:
+  return (
+    isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+  )
 
 
 def params(tree: PyTree) -> None:
