@@ -27,14 +27,7 @@ def arguments(
   normalize_gamma: float | None,
 ) -> None:
   """Those of `clipped_grad`."""
-  for norm in jax.tree.leaves(l2_clip_norm):
-    if not _is_number(norm) or norm < _SMALLEST_NORM:
-      raise ValueError(
-        f"l2_clip_norm must be finite and at least {_SMALLEST_NORM}, got"
-        f" {norm!r}"
-      )
-  if not jax.tree.leaves(l2_clip_norm):
-    raise ValueError(f"l2_clip_norm must hold a norm, got {l2_clip_norm!r}")
+  norms(l2_clip_norm)
   if method not in _METHODS:
     raise ValueError(f"method must be one of {_METHODS}, got {method!r}")
   if platform is not None and platform not in _PLATFORMS:
@@ -56,6 +49,18 @@ def arguments(
     raise ValueError(
       f"microbatch_size must be None or an int above 0, got {microbatch_size!r}"
     )
+
+
+def norms(l2_clip_norm: PyTree) -> None:
+  """Clip norms that are none."""
+  for norm in jax.tree.leaves(l2_clip_norm):
+    if not _is_number(norm) or norm < _SMALLEST_NORM:
+      raise ValueError(
+        f"l2_clip_norm must be finite and at least {_SMALLEST_NORM}, got"
+        f" {norm!r}"
+      )
+  if not jax.tree.leaves(l2_clip_norm):
+    raise ValueError(f"l2_clip_norm must hold a norm, got {l2_clip_norm!r}")
 
 
 def _is_number(x: Any) -> bool:
