@@ -2,6 +2,8 @@
 
 from dpdist.clipping.freezing import merge
 from dpdist.clipping.freezing import partition
+from dpdist.clipping.groups import into_groups
+from dpdist.clipping.groups import mean_of_group
 from dpdist.clipping.statistics import UnsafeStatistics
 from dpdist.clipping.statistics import unsafe_statistics
 from dpdist.clipping.transform import ClippedGrad
@@ -17,6 +19,8 @@ __all__ = [
   "UnsafeStatistics",
   "VirtualStep",
   "clipped_grad",
+  "into_groups",
+  "mean_of_group",
   "merge",
   "partition",
   "unsafe_statistics",

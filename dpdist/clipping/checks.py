@@ -115,6 +115,18 @@ def batch_size(batch: PyTree) -> int:
   return shapes[0][0]
 
 
+def padding(is_padding_example: Any, batch_size: int) -> jax.Array:
+  """As an array [batch_size] of bool; all False for None."""
+  if is_padding_example is None:
+    return jnp.zeros((batch_size,), bool)
+  if jnp.shape(is_padding_example) != (batch_size,):
+    raise ValueError(
+      "is_padding_example must have one entry an example, shape"
+      f" ({batch_size},), got {jnp.shape(is_padding_example)}"
+    )
+  return jnp.asarray(is_padding_example, bool)
+
+
 def refuse_sharded_outside_shard_map(batch: PyTree, block: Block) -> None:
   """A batch of which the partitioner would make wrong gradients.
 

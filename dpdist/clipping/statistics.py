@@ -82,7 +82,9 @@ def unsafe_statistics(
     )
   size = checks.batch_size(batch)
   rng = checks.per_example_keys(rng, size, axes)
-  grads = fn(params, batch, is_padding_example=is_padding_example, rng=rng)
+  grads = jax.jit(fn)(
+    params, batch, is_padding_example=is_padding_example, rng=rng
+  )
 
   parts = freezing.split(params, fn.frozen)
   groups = grouping.groups(params, fn.l2_clip_norm, parts.is_frozen)
@@ -90,9 +92,7 @@ def unsafe_statistics(
   scaling = Scaling(
     tuple(map(float, thresholds)), fn.rescale_to_unit_norm, fn.normalize_gamma
   )
-  keep = jnp.ones((size,), bool)
-  if is_padding_example is not None:
-    keep = ~jnp.asarray(is_padding_example, bool)
+  keep = ~checks.padding(is_padding_example, size)
   factors = scaling.of_norms(jax.tree.leaves(grads.grad_norms), keep)
 
   def loss_fn(trainable: list[Any], *example: Any) -> Any:

@@ -6,7 +6,6 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from dpdist.clipping import bookkeeping
 from dpdist.clipping import checks
@@ -133,15 +132,7 @@ class ClippedGrad:
     """
     batch_size = checks.batch_size(batch)
     axes = manual_axes.varying_axes((batch, is_padding_example, rng))
-    if is_padding_example is None:
-      keep = jnp.ones((batch_size,), bool)
-    elif jnp.shape(is_padding_example) != (batch_size,):
-      raise ValueError(
-        "is_padding_example must have one entry an example, shape"
-        f" ({batch_size},), got {jnp.shape(is_padding_example)}"
-      )
-    else:
-      keep = ~jnp.asarray(is_padding_example, bool)
+    keep = ~checks.padding(is_padding_example, batch_size)
     rng = checks.per_example_keys(rng, batch_size, axes)
     checks.params(freezing.partition(params, self.frozen)[0])
     params = manual_axes.cast_to_varying(params, axes)
