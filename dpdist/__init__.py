@@ -12,6 +12,7 @@ if TYPE_CHECKING:
   import dpdist.accounting as accounting  # noqa: F401
   from dpdist.clipping import ClippedGrads as ClippedGrads
   from dpdist.clipping import clipped_grad as clipped_grad
+  from dpdist.gradients import private_gradients as private_gradients
   from dpdist.noise import gaussian_noise as gaussian_noise
   from dpdist.plan import PrivacyConfig as PrivacyConfig
   from dpdist.plan import PrivacyPlan as PrivacyPlan
@@ -28,6 +29,7 @@ _HOME = {
   "clipped_grad": "clipping",
   "gaussian_noise": "noise",
   "make_plan": "plan",
+  "private_gradients": "gradients",
   "train": "train",
 }
 

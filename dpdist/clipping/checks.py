@@ -115,6 +115,12 @@ def batch_size(batch: PyTree) -> int:
   return shapes[0][0]
 
 
+def group_size(size: int) -> None:
+  """One of `groups.into_groups`."""
+  if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    raise ValueError(f"group_size must be an int above 0, got {size!r}")
+
+
 def padding(is_padding_example: Any, batch_size: int) -> jax.Array:
   """As an array [batch_size] of bool; all False for None."""
   if is_padding_example is None:

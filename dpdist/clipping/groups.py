@@ -55,12 +55,7 @@ def into_groups(
     ValueError: group_size does not divide the batch, or is_padding_example does
       not fit it.
   """
-  if (
-    isinstance(group_size, bool)
-    or not isinstance(group_size, int)
-    or group_size < 1
-  ):
-    raise ValueError(f"group_size must be an int above 0, got {group_size!r}")
+  checks.group_size(group_size)
   size = checks.batch_size(batch)
   if size % group_size:
     raise ValueError(
