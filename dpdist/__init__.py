@@ -18,6 +18,7 @@ if TYPE_CHECKING:
   from dpdist.plan import PrivacyPlan as PrivacyPlan
   from dpdist.plan import make_plan as make_plan
   from dpdist.sampling import PoissonSampler as PoissonSampler
+  from dpdist.stateful import with_state as with_state
   from dpdist.train import train as train
 
 _HOME = {
@@ -31,6 +32,7 @@ _HOME = {
   "make_plan": "plan",
   "private_gradients": "gradients",
   "train": "train",
+  "with_state": "stateful",
 }
 
 __all__ = sorted(_HOME)

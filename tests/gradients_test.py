@@ -90,13 +90,13 @@ def test_it_is_the_clipped_sum_and_noise_over_the_expected_batch(name):
 
 
 def test_noise_has_the_deviation_of_the_plan():
-  # The deviation's own standard error is 0.16 % of it, so that 1 % is 6.
-  params = _params(200_000)
+  # The deviation's own standard error is 0.32 % of it, so that 2 % is 6.
+  params = _params(50_000)
   for size, expected in ((1, 0.3), (4, 2.4)):
     fn = _make(group_size=size)
-    batch, padding = jnp.zeros((4, 200_000)), np.ones(4, bool)
+    batch, padding = jnp.zeros((4, 50_000)), np.ones(4, bool)
     got, _ = fn(params, batch, fn.init(params), is_padding_example=padding)
-    np.testing.assert_allclose(np.std(got.gradient["w"]), expected, rtol=0.01)
+    np.testing.assert_allclose(np.std(got.gradient["w"]), expected, rtol=0.02)
 
 
 @pytest.mark.parametrize("size", [1, 2])
