@@ -12,6 +12,7 @@ if TYPE_CHECKING:
   import dpdist.accounting as accounting  # noqa: F401
   from dpdist.clipping import ClippedGrads as ClippedGrads
   from dpdist.clipping import clipped_grad as clipped_grad
+  from dpdist.dp_config import DPConfig as DPConfig
   from dpdist.gradients import private_gradients as private_gradients
   from dpdist.noise import gaussian_noise as gaussian_noise
   from dpdist.plan import PrivacyConfig as PrivacyConfig
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 _HOME = {
   "ClippedGrads": "clipping",
+  "DPConfig": "dp_config",
   "PoissonSampler": "sampling",
   "PrivacyConfig": "plan",
   "PrivacyPlan": "plan",

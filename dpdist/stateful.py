@@ -98,13 +98,13 @@ class StatefulGrad:
     size = checks.batch_size(batch)
     axes = manual_axes.varying_axes((batch, is_padding_example, rng))
     is_real = ~checks.padding(is_padding_example, size)
-    rng = checks.per_example_keys(rng, size, axes)
+    keys = checks.per_example_keys(rng, size, axes)
     new_state = self._new_state(params, network_state, batch)
     got = self.clipped_grad(
       (params, network_state),
       batch,
       is_padding_example=is_padding_example,
-      rng=rng,
+      rng=keys,
     )
 
     def total(x: jax.Array) -> jax.Array:

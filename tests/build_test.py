@@ -31,7 +31,7 @@ LAYERS = (
   ("records", "renyi", "verdict"),
   ("accounting", "sampling", "noise", "clipping", "peers"),
   ("plan",),
-  ("mechanism", "config", "composition", "history"),
+  ("mechanism", "config", "dp_config", "composition", "history"),
   ("gradients", "stateful", "ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance")
   + ("operations",),
@@ -54,6 +54,7 @@ WITHOUT_JAX = (
   "dpdist/accounting",
   "dpdist/composition",
   "dpdist/data_budget",
+  "dpdist/dp_config",
   "dpdist/keys",
   "dpdist/ledger",
   "dpdist/plan",
