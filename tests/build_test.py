@@ -37,7 +37,7 @@ LAYERS = (
   + ("operations",),
   ("data", "data_budget", "datasets", "retrying", "screen", "report")
   + ("checkpoint", "exact_step", "odometer", "watch"),
-  ("admission", "verification"),
+  ("admission", "verification", "display"),
   ("job",),
   ("summary", "forecast"),
   ("train",),

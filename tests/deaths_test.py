@@ -144,7 +144,7 @@ def _fail(error):
 
 def test_a_process_that_fails_is_named(start, expected, tmp_path):
   for number, where, error in (
-    (1, _READ, OSError("the disk of the data is gone")),
+    (1, _READ, RuntimeError("the data source is broken")),
     (0, _CONFIRM, ledger_lib.LedgerError("the bucket is gone")),
     # Outside of all that processes do together.
     (0, "dpdist.metrics:Writer:write", OSError("the disk of metrics is gone")),

@@ -168,11 +168,15 @@ with pytest.MonkeyPatch.context() as patch:
 
 def _on_other_devices(num_devices, workdir, crash_step=""):
   """Goes on in a process of its own; returns what it says as it fails."""
-  flag = f"--xla_force_host_platform_device_count={num_devices}"
+  # Of a flag given twice, the last counts.
+  flags = (
+    os.environ["XLA_FLAGS"]
+    + f" --xla_force_host_platform_device_count={num_devices}"
+  )
   return subprocess.run(
     [sys.executable, "-c", _ON_OTHER_DEVICES, workdir, str(crash_step)],
     cwd=pathlib.Path(__file__).parent.parent,
-    env=os.environ | {"XLA_FLAGS": flag},
+    env=os.environ | {"XLA_FLAGS": flags},
     capture_output=True,
     text=True,
     timeout=300,
