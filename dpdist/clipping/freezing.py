@@ -75,8 +75,8 @@ def split(
   flags = _flags(params, frozen, structure)
   if flags and all(flags):
     raise ValueError(
-      "frozen must leave a parameter to train, got all of them frozen:"
-      f" {names(params)}"
+      f"frozen must leave a parameter to train, got {frozen!r} for the"
+      f" parameters {names(params)}"
     )
   by_kind: dict[bool, list[Any]] = {False: [], True: []}
   for flag, leaf in zip(flags, leaves or flat, strict=True):
