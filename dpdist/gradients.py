@@ -158,6 +158,7 @@ def private_gradients(
   rescale_to_unit_norm: bool = False,
   frozen: Any = None,
   group_size: int = 1,
+  rows_are_fixed: bool = False,
   batch_axis: int = 0,
 ) -> PrivateGradientFn:
   """Turns the loss of one example into private gradients of a batch.
@@ -183,8 +184,9 @@ def private_gradients(
     frozen: parameters that are not trained; see `dpdist.clipped_grad`.
     group_size: so many neighbouring rows are averaged and clipped as one. One
       example may turn a group's gradient over, so there is twice the noise.
-      Only for rows that stay where they are whoever else is there, which those
-      of a Poisson draw do not: see `dpdist.clipping.groups`.
+    rows_are_fixed: says that an example's row does not depend on which others
+      are there, as groups need: see `dpdist.clipping.groups`. Of a Poisson draw
+      that is closed up it is not true, and no noise would do.
     batch_axis: 0.
 
   Returns:
@@ -201,6 +203,12 @@ def private_gradients(
   if not isinstance(plan, plan_lib.PrivacyPlan):
     raise ValueError(f"plan must come from dpdist.make_plan, got {plan!r}")
   checks.group_size(group_size)
+  if group_size > 1 and rows_are_fixed is not True:
+    raise ValueError(
+      f"group_size must be 1, got {group_size}, unless rows_are_fixed=True: in"
+      " a draw that is closed up, one more example moves all later ones to other"
+      " groups"
+    )
   if group_size > 1:
     loss_fn = clipping.mean_of_group(loss_fn, has_aux=has_aux)
   clipped_grad = clipping.clipped_grad(

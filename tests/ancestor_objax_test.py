@@ -30,7 +30,7 @@ def _make(m, norm, sigma=1.0, **kwargs):
     )
   )
   return dpdist.private_gradients(
-    _loss, plan, seed=_SEED, group_size=m, **kwargs
+    _loss, plan, seed=_SEED, group_size=m, rows_are_fixed=m > 1, **kwargs
   )
 
 

@@ -216,6 +216,7 @@ ROWS = [
   # Private gradients and noise.
   *_changed(_gradients, "batch_axis", "must be 0", 1, -1, (0, 0), True, None),
   *_changed(_gradients, "group_size", "an int above 0", 0, None),
+  *_changed(_gradients, "group_size", "unless rows_are_fixed=True", 2),
   *_changed(_gradients, "l2_clip_norm", "finite and at least", -1.0),
   *_changed(_gradients, "plan", "dpdist.make_plan", "plan", 3),
   (lambda: _gradients(seed=1.5), "seed", "float", "int, non-empty bytes"),

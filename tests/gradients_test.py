@@ -58,7 +58,7 @@ _OPTIONS = {
   "by layer": ({"l2_clip_norm": {"scale": 3.0, "w": 4.0}}, 5.0),
   "rescaled": ({"rescale_to_unit_norm": True}, 1.0),
   "frozen": ({"frozen": lambda path: path == "scale"}, 2.0),
-  "groups": ({"group_size": 4}, 4.0),
+  "groups": ({"group_size": 4, "rows_are_fixed": True}, 4.0),
 }
 
 
@@ -73,6 +73,7 @@ def test_it_is_the_clipped_sum_and_noise_over_the_expected_batch(name):
   assert fn.noise_stddev == 1.5 * sensitivity
   clip = {"l2_clip_norm": 2.0, "method": "vmap"} | options
   size = clip.pop("group_size", 1)
+  clip.pop("rows_are_fixed", None)
   if size == 1:
     expected = dpdist.clipped_grad(_loss, has_aux=True, **clip)(params, batch)
     total = expected.sum
@@ -93,7 +94,7 @@ def test_noise_has_the_deviation_of_the_plan():
   # The deviation's own standard error is 0.32 % of it, so that 2 % is 6.
   params = _params(50_000)
   for size, expected in ((1, 0.3), (4, 2.4)):
-    fn = _make(group_size=size)
+    fn = _make(group_size=size, rows_are_fixed=True)
     batch, padding = jnp.zeros((4, 50_000)), np.ones(4, bool)
     got, _ = fn(params, batch, fn.init(params), is_padding_example=padding)
     np.testing.assert_allclose(np.std(got.gradient["w"]), expected, rtol=0.02)
@@ -101,7 +102,7 @@ def test_noise_has_the_deviation_of_the_plan():
 
 @pytest.mark.parametrize("size", [1, 2])
 def test_values_are_means_over_real_examples(size):
-  fn = _make(group_size=size)
+  fn = _make(group_size=size, rows_are_fixed=True)
   padding = np.array([0, 0, 1, 0, 1, 1], bool)
   x = np.asarray(_batch(6, 3))
   batch = jnp.asarray(np.where(padding[:, None], np.nan, x))
@@ -151,7 +152,9 @@ def test_each_example_has_its_own_randomness():
 
 
 def test_repr_tells_settings_and_no_secret():
-  fn = _make(group_size=2, method="two_pass", l2_clip_norm=0.5)
+  fn = _make(
+    group_size=2, rows_are_fixed=True, method="two_pass", l2_clip_norm=0.5
+  )
   text = repr(fn)
   for part in ("group_size=2", "'two_pass'", "l2_clip_norm=0.5", "frozen=None"):
     assert part in text
@@ -178,6 +181,7 @@ def test_devices_do_not_each_draw():
   [
     ({"batch_axis": 1}, r"batch_axis must be 0, got 1"),
     ({"group_size": 0}, r"group_size .* above 0, got 0"),
+    ({"group_size": 4}, r"group_size .* 1, got 4, unless rows_are_fixed=True"),
     ({"seed": 1.5}, r"seed must be an int"),
     ({"l2_clip_norm": -1.0}, r"l2_clip_norm .* -1\.0"),
     ({"method": "magic"}, r"method .* 'magic'"),
