@@ -39,6 +39,7 @@ class PrivacyConfig:
     noise_multiplier: noise standard deviation over l2 sensitivity, above 0.
     accountant: "pld" or "rdp", see `dpdist.accounting`.
     neighboring_relation: "add_or_remove_one".
+    unit: "example" or "user", what is counted above and protected.
 
   Raises:
     ValueError: if an attribute is out of its range.
@@ -53,6 +54,7 @@ class PrivacyConfig:
   noise_multiplier: float | None = None
   accountant: str = "pld"
   neighboring_relation: str = "add_or_remove_one"
+  unit: str = "example"
 
   def __post_init__(self) -> None:
     _check(self)
@@ -89,6 +91,7 @@ class PrivacyPlan:
   accountant: str
   neighboring_relation: str
   target_epsilon: float | None
+  unit: str = "example"
 
   def __post_init__(self) -> None:
     _check(self)
@@ -136,7 +139,10 @@ class PrivacyPlan:
 
   def to_dict(self) -> dict[str, Any]:
     """Returns a dict that JSON carries without loss."""
-    return dataclasses.asdict(self)
+    values = dataclasses.asdict(self)
+    if self.unit == "example":
+      del values["unit"]
+    return values
 
   @classmethod
   def from_dict(cls, values: Mapping[str, Any]) -> "PrivacyPlan":
@@ -146,7 +152,8 @@ class PrivacyPlan:
       ValueError: if a key is missing, or unknown, or a value out of its range.
     """
     known = {field.name for field in dataclasses.fields(cls)}
-    missing, unknown = known - values.keys(), values.keys() - known
+    missing = known - values.keys() - {"unit"}
+    unknown = values.keys() - known
     if missing or unknown:
       raise ValueError(
         f"a plan must have the keys {sorted(known)} and no other, got "
@@ -221,6 +228,7 @@ def make_plan(config: PrivacyConfig) -> PrivacyPlan:
     accountant=config.accountant,
     neighboring_relation=config.neighboring_relation,
     target_epsilon=config.target_epsilon,
+    unit=config.unit,
   )
 
 
@@ -277,6 +285,11 @@ _RULES: dict[str, tuple[tuple[Any, Any], Callable[[Any], bool], str]] = {
     (str, str),
     lambda x: x == "add_or_remove_one",
     "'add_or_remove_one'",
+  ),
+  "unit": (
+    (str, str),
+    lambda x: x in ("example", "user"),
+    "'example' or 'user'",
   ),
 }
 

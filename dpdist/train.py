@@ -30,6 +30,7 @@ from dpdist import data
 from dpdist import history
 from dpdist import hosts
 from dpdist import job as job_lib
+from dpdist import keys
 from dpdist import ledger as ledger_lib
 from dpdist import losses
 from dpdist import mechanism
@@ -44,6 +45,7 @@ from dpdist import report
 from dpdist import screen
 from dpdist import step as step_lib
 from dpdist import summary
+from dpdist import units
 from dpdist import watch
 
 # What each process of a job comes to by itself, about its settings or its run.
@@ -98,7 +100,7 @@ def train(
 
     hosts.from_leader(open_ledger)
     job = job_lib.prepare(config, workdir, ledger)
-    stack.callback(job.train_source.close)
+    stack.callback(job.close)
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(
         workdir / "checkpoints",
@@ -411,8 +413,12 @@ def _steps(
       batch, is_padding_example = jax.tree.map(put, tuple(chunk))
       yield i * job.chunk_size, batch, is_padding_example
 
+  source: data.Rows = job.train_source
+  if isinstance(source, units.UnitSource):
+    key = keys.derive(job.secret, "unit_examples", branch=streams.branch)
+    source = source.drawing(key)
   for t, chunks in data.steps(
-    job.train_source,
+    source,
     streams.sampler(job.plan),
     start_step=start,
     num_steps=last,

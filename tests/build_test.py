@@ -27,7 +27,7 @@ RUNNER = "tests/run.py"
 LAYERS = (
   ("keys", "hosts", "rendezvous", "mesh", "fixed_point", "search")
   + ("seals", "liveness", "stores", "progress", "signals", "maintenance")
-  + ("events", "chips", "compiled", "products"),
+  + ("events", "chips", "compiled", "products", "fetch"),
   ("records", "renyi", "verdict"),
   ("accounting", "sampling", "noise", "clipping", "peers"),
   ("plan",),
@@ -35,6 +35,8 @@ LAYERS = (
   ("ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance")
   + ("operations",),
+  ("units",),
+  ("chitchat",),
   ("data", "data_budget", "datasets", "retrying", "screen", "report")
   + ("checkpoint", "exact_step", "odometer", "watch"),
   ("admission", "verification"),
