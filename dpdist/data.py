@@ -18,7 +18,6 @@ import numpy as np
 
 from dpdist import sources
 
-
 # Where rows are read; or, where what they hold depends on the step, a function
 # from a step to that.
 Rows = sources.Source | Callable[[int], sources.Source]
