@@ -14,8 +14,8 @@ from dpdist import sampling
 from dpdist import sources
 from dpdist import units
 
-# Of users 0 to 5: none, one, as many as slots, more, none, very many.
-OWNERS = np.array([5] * 3 + [1] + [2] * 3 + [3] * 5 + [5] * 37)
+# Of users 0 to 5: none, one, as many as slots, more, as many more, very many.
+OWNERS = np.array([5] * 3 + [1] + [2] * 3 + [3] * 5 + [5] * 37 + [4] * 5)
 SLOTS = 3
 KEY = bytes(range(32))
 
@@ -71,18 +71,23 @@ def test_a_choice_depends_on_key_step_and_user_alone():
     assert slots_of(other.read(np.array([5]))) != [whole[5]]
 
 
-def test_a_choice_is_uniform_over_time():
+def test_a_choice_is_uniform_over_time_and_apart_from_other_users():
   at = users().drawing(KEY)
   counts, pairs = np.zeros(len(OWNERS)), np.zeros((5, 5))
+  num_alike = 0
   for step in range(4000):
-    few, many = slots_of(at(step).read(np.array([3, 5])))
+    few, other, many = slots_of(at(step).read(np.array([3, 4, 5])))
     counts[few + many] += 1
-    pairs[np.ix_(np.array(few) - 7, np.array(few) - 7)] += 1
+    few, other = np.array(few) - 7, np.array(other) - 49
+    pairs[np.ix_(few, few)] += 1
+    num_alike += (few == other).all()
   # Each of 5 in 3 slots, of 40 in 3, and each two of 5: in standard deviations.
   for found, p in (
     (counts[OWNERS == 3], 3 / 5),
     (counts[OWNERS == 5], 3 / 40),
     (pairs[np.triu_indices(5, 1)], 3 / 10),
+    # Two users of 5 take the same places by chance alone.
+    (num_alike, 1 / 10),
   ):
     deviation = (found - 4000 * p) / np.sqrt(4000 * p * (1 - p))
     assert np.abs(deviation).max() < 4.5
@@ -235,7 +240,7 @@ def test_integers_name_users_too(tmp_path):
     ({"unit_of_example": OWNERS - 2}, "unit_of_example must be in .* got -1"),
     (
       {"unit_of_example": OWNERS[1:]},
-      "one integer for each of the 49 examples",
+      "one integer for each of the 54 examples",
     ),
     ({"unit_of_example": OWNERS / 1}, "one integer for each .* got float64"),
   ],

@@ -13,8 +13,10 @@ import dpdist
 from dpdist import admission
 from dpdist import chitchat
 from dpdist import config as config_lib
+from dpdist import datasets
 from dpdist import exact_step
 from dpdist import fetch
+from dpdist import forecast
 from dpdist import job as job_lib
 from dpdist import ledger
 from dpdist import losses
@@ -322,6 +324,19 @@ def test_bad_settings_are_named_before_anything_is_spent(
   with pytest.raises(admission.SettingsError, match=message):
     dpdist.train(_config(directory, **changes), tmp_path)
   assert not (tmp_path / "checkpoints").exists()
+
+
+def test_shapes_that_are_compiled_for_are_those_that_are_read(directory):
+  config = _config(directory)
+  row = datasets.load(config.data).train.read(np.arange(1))
+  example = forecast.example_shapes(config)
+  shapes = forecast.unit_shapes(config, example)
+  assert {k: (x.shape[1:], x.dtype) for k, x in row.items()} == {
+    k: (x.shape, x.dtype) for k, x in shapes.items()
+  }
+  assert example["inputs"].shape == (4,)
+  config.data.examples_per_unit = 0
+  assert forecast.unit_shapes(config, example) == example
 
 
 # Chit-chat.
