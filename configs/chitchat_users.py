@@ -14,7 +14,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = config_lib.default()
   config.data.name = "chitchat"
   config.data.sequence_length = 64
-  config.data.examples_per_unit = 8
+  config.data.examples_per_unit = 4
   config.model.name = "decoder"
   config.model.num_outputs = 256
   config.model.width = 32
@@ -23,12 +23,12 @@ def get_config() -> ml_collections.ConfigDict:
   config.privacy.unit = "user"
   config.privacy.num_examples = 1068
   config.privacy.expected_batch_size = 256
-  config.privacy.num_steps = 200
+  config.privacy.num_steps = 400
   config.privacy.l2_clip_norm = 0.5
   config.privacy.target_epsilon = 8.0
   config.privacy.target_delta = 1e-4
   config.optimizer.name = "adam"
-  config.optimizer.learning_rate = 3e-3
+  config.optimizer.learning_rate = 1e-2
   config.optimizer.warmup_steps = 10
   config.optimizer.schedule = "cosine"
   return config
