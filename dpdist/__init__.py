@@ -6,6 +6,8 @@ imported.
 """
 
 import importlib
+import sys
+import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,10 +42,21 @@ def __getattr__(name: str) -> Any:
   home = _HOME[name]
   module = importlib.import_module(f"dpdist.{home or name}")
   value = getattr(module, name) if home else module
-  # Kept: a submodule of the same name would otherwise win after its import.
   globals()[name] = value
   return value
 
 
 def __dir__() -> list[str]:
   return sorted({*globals(), *_HOME})
+
+
+class _Face(types.ModuleType):
+  """Keeps `dpdist.train` the function, after an `import dpdist.train` too."""
+
+  def __setattr__(self, name: str, value: Any) -> None:
+    # Python gives a package its submodules as attributes.
+    if not (_HOME.get(name) == name and isinstance(value, types.ModuleType)):
+      super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Face

@@ -185,9 +185,11 @@ class DataBudget:
       RefusedError: the budget has other terms.
     """
     if not 0 < delta < 1:
-      raise ValueError(f"delta must be in (0, 1), got {delta}")
+      raise ValueError(f"data_budget.delta must be in (0, 1), got {delta}")
     if not 0 < epsilon < math.inf:
-      raise ValueError(f"epsilon must be finite and > 0, got {epsilon}")
+      raise ValueError(
+        f"data_budget.epsilon must be finite and > 0, got {epsilon}"
+      )
     order, divergence = _best_order(epsilon, delta)
     terms = Terms(epsilon, delta, neighboring_relation, order, divergence)
 
@@ -522,6 +524,7 @@ def _best_order(epsilon: float, delta: float) -> tuple[int, float]:
   order = max(room, key=lambda order: room[order] / order)
   if room[order] <= 0:
     raise ValueError(
-      f"epsilon must be large enough for delta={delta}, got {epsilon}"
+      f"data_budget.epsilon must be large enough for data_budget.delta={delta},"
+      f" got {epsilon}"
     )
   return order, room[order]

@@ -16,8 +16,7 @@ import functools
 import json
 import os
 import pathlib
-import time
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import ml_collections
@@ -27,6 +26,7 @@ from dpdist import admission
 from dpdist import checkpoint
 from dpdist import composition
 from dpdist import data
+from dpdist import display as display_lib
 from dpdist import history
 from dpdist import hosts
 from dpdist import job as job_lib
@@ -35,7 +35,6 @@ from dpdist import ledger as ledger_lib
 from dpdist import losses
 from dpdist import mechanism
 from dpdist import mesh as mesh_lib
-from dpdist import metrics
 from dpdist import odometer as odometer_lib
 from dpdist import operations
 from dpdist import preemption
@@ -196,10 +195,10 @@ def _run(
   # Steps are kept or lost together with a checkpoint, so one charge serves all
   # that come before it; and no run needs more than a hundred.
   charge_every = max(save_every, history.most_steps(plan))
-  shown: contextlib.AbstractContextManager[_Display | None] = (
+  shown: contextlib.AbstractContextManager[display_lib.Display | None] = (
     contextlib.nullcontext()
     if ledger is None
-    else _Display(config, workdir, start, last, epsilon_planned)
+    else display_lib.Display(config, workdir, start, last, epsilon_planned)
   )
   told: contextlib.AbstractContextManager[odometer_lib.Odometer | None] = (
     contextlib.nullcontext()
@@ -207,7 +206,7 @@ def _run(
     else odometer_lib.Odometer(ledger)
   )
   with shown as display, told as odometer:
-    clock = _Clock(plan.expected_batch_size)
+    clock = display_lib.Clock(plan.expected_batch_size)
     measured = start + 1  # The first step compiles.
     progress.enter(start, "reading")
     for t, chunks in _steps(config, job, streams, start, last):
@@ -305,62 +304,6 @@ def _run(
   return dict(hosts.from_leader(finish))
 
 
-class _Display:
-  """Metrics and progress, as the leader shows them; a context manager."""
-
-  def __init__(
-    self,
-    config: ml_collections.ConfigDict,
-    workdir: pathlib.Path,
-    start: int,
-    last: int,
-    epsilon_planned: float,
-  ):
-    with contextlib.ExitStack() as stack:
-      self._writer = stack.enter_context(
-        metrics.Writer(
-          workdir, unsafe_metrics=config.unsafe_metrics, start_step=start
-        )
-      )
-      self._operations = stack.enter_context(
-        operations.Writer(workdir, start_step=start)
-      )
-      self._progress = stack.enter_context(
-        screen.Progress(last, start, epsilon_planned)
-      )
-      self._stack = stack.pop_all()
-
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *raised: Any) -> None:
-    self._stack.__exit__(*raised)
-
-  def update(self, done: int) -> None:
-    """Shows that a step was made."""
-    self._progress.update(done)
-
-  def tell(
-    self,
-    done: int,
-    values: dict[str, float],
-    scores: dict[str, float],
-    sensitive: dict[str, float],
-    machines: list[str],
-  ) -> None:
-    """Writes and shows a row of metrics."""
-    self._operations.write(done, machines)
-    self._writer.write(done, values | scores)
-    if sensitive:
-      self._writer.write_sensitive(done, sensitive)
-    self._progress.update(
-      done,
-      epsilon=values["epsilon"],
-      examples_per_second=values["examples_per_second"],
-      metrics=scores,
-    )
-
-
 def _charge(job: job_lib.Job, stop_step: int) -> None:
   """Charges steps, in the leader, unless they are charged already."""
   ledger = job.ledger
@@ -449,37 +392,3 @@ def _sensitive(stats: step_lib.Stats) -> dict[str, float]:
     "clip_fraction": int(stats.num_clipped) / examples,
     "num_nonfinite": int(stats.num_nonfinite),
   }
-
-
-class _Clock:
-  """Training speed since the last look, without evaluation and saving.
-
-  Counted in expected examples: how many were really drawn is private.
-  """
-
-  def __init__(self, expected_batch_size: float):
-    self._expected_batch_size = expected_batch_size
-    self._steps = 0
-    self._seconds = 0.0
-    self._since: float | None = None
-
-  def tick(self) -> None:
-    """Counts a step; the first one compiles, and only starts the clock."""
-    if self._since is None:
-      self._since = time.monotonic()
-    else:
-      self._steps += 1
-
-  @contextlib.contextmanager
-  def paused(self) -> Iterator[None]:
-    """Leaves out the time of its block."""
-    now = time.monotonic()
-    self._seconds += now - (now if self._since is None else self._since)
-    yield
-    self._since = time.monotonic()
-
-  def examples_per_second(self) -> float:
-    """The speed while paused; starts anew."""
-    speed = self._steps * self._expected_batch_size / (self._seconds or 1.0)
-    self._steps, self._seconds = 0, 0.0
-    return speed

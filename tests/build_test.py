@@ -39,7 +39,7 @@ LAYERS = (
   ("chitchat",),
   ("data", "data_budget", "datasets", "retrying", "screen", "report")
   + ("checkpoint", "exact_step", "odometer", "watch"),
-  ("admission", "verification"),
+  ("admission", "verification", "display"),
   ("job",),
   ("summary", "forecast"),
   ("train",),

@@ -1,5 +1,8 @@
 """The public face."""
 
+import subprocess
+import sys
+
 import pytest
 
 import dpdist
@@ -36,6 +39,11 @@ def test_every_public_name_resolves():
     assert getattr(dpdist, name) is not None
     assert name in dir(dpdist)
   assert callable(dpdist.train)
+
+
+def test_a_module_does_not_hide_the_name_that_it_is_home_to():
+  code = "import dpdist.train; assert callable(dpdist.train), dpdist.train"
+  subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_an_unknown_name_is_an_attribute_error():
