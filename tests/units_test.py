@@ -222,6 +222,20 @@ def test_files_say_whose_an_example_is(tmp_path, name):
   assert held_out.keys() == {"inputs", "targets"}
 
 
+def test_identities_may_be_in_a_dictionary_and_in_two_files(tmp_path):
+  rows, test = _rows()
+  for number, part in enumerate((slice(0, 3), slice(3, None))):
+    columns = {k: pyarrow.array(x[part]) for k, x in rows.items()}
+    columns["user"] = columns["user"].dictionary_encode()
+    parquet.write_table(
+      pyarrow.table(columns), tmp_path / f"train{number}.parquet"
+    )
+  parquet.write_table(pyarrow.table(test), tmp_path / "test.parquet")
+  train, _ = datasets.load(_config(tmp_path, "parquet"))
+  batch = train.read(np.arange(3))
+  assert batch["inputs"].tolist() == [[2, 0], [1, 3], [4, 0]]
+
+
 def test_integers_name_users_too(tmp_path):
   _write(tmp_path, "parquet", _rows((7, 7, -1), (8,)))
   train, _ = datasets.load(_config(tmp_path, "parquet"))
