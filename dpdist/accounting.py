@@ -1,56 +1,50 @@
 """What a run of DP-SGD spends, and the settings that spend a given budget.
 
-Every function here is about one mechanism: `num_steps` times, each of the
-examples is drawn with `sampling_probability`, apart from the others (Poisson
-sampling), and Gaussian noise whose standard deviation is `noise_multiplier`
-times the l2 sensitivity is added to the sum of the clipped gradients. Two data
-sets are neighbours when one has exactly one example more than the other.
+Every function here is about `num_steps` noisy sums of clipped gradients. By
+default each of the examples is drawn at each step with `sampling_probability`,
+apart from the others (Poisson sampling), the noise's standard deviation is
+`noise_multiplier` times the l2 sensitivity, and two data sets are neighbours
+when one has exactly one example more than the other. Other ways of sampling,
+other neighbours, several examples a user and groups that are clipped as one are
+named by the further keyword arguments of `dpdist.pairs.of`, which say what each
+of them takes: `sampling`, `neighboring_relation`, `num_examples`,
+`truncated_batch_size`, `cycle_length`, `examples_per_user`, `group_size`.
 
 Two accountants are offered, both of them dp_accounting's:
 
-* `"rdp"` composes Renyi divergences (Mironov, Talwar & Zhang 2019,
-  arXiv:1908.10530) and converts them with Proposition 12 of Canonne, Kamath &
-  Steinke 2020 (arXiv:2004.00010). A query takes tens of milliseconds, and a
-  tenth of one at another number of steps.
-* `"pld"` convolves privacy loss distributions (Koskela, Jalko & Honkela 2020,
-  arXiv:1906.03049), discretised pessimistically by connecting the dots
-  (Doroshenko et al. 2022, arXiv:2207.04380). It is the tighter of the two, and
-  a query takes tenths of a second. Where the grid is too coarse to be the
-  tighter bound - delta of 1e-15 or less, or epsilon beyond 500 - it answers
-  with the RDP bound, which is as valid.
+* `"rdp"` composes Renyi divergences (see `dpdist.renyi`) and converts them with
+  Proposition 12 of Canonne, Kamath & Steinke 2020 (arXiv:2004.00010). A query
+  takes tens of milliseconds, and a tenth of one at another number of steps.
+  It knows nothing of truncated samples or several examples a user.
+* `"pld"` convolves privacy loss distributions (see
+  `dpdist.loss_distributions`). It is the tighter of the two, and a query takes
+  tenths of a second. Where the grid is too coarse to be the tighter bound -
+  delta of 1e-12 or less, or epsilon beyond 500 - it answers with the RDP bound,
+  which is as valid.
 
 This module never imports jax, so that a budget can be read without it.
 """
 
 from collections.abc import Callable
-import functools
 import math
 import numbers
 from typing import Any
 
 import dp_accounting
-from dp_accounting.pld import privacy_loss_distribution
-from dp_accounting.rdp import rdp_privacy_accountant
-import numpy as np
 
-from dpdist import renyi
+from dpdist import accountants
+from dpdist import pairs as pairs_lib
 from dpdist import search
 
 _MOST_STEPS = 10**9
 
-# Beyond it e^-epsilon nears the smallest double, and no longer matters.
-_LARGEST_PLD_EPSILON = 500.0
-# Below it rounding in the convolutions, which differs by processor, moved
-# epsilon by five percent, downwards too.
-_SMALLEST_PLD_DELTA = 1e-12
-# More steps than this are composed in two stages, because the bound that sizes
-# the convolution grows with the steps where their square root would do.
-_LONG_RUN = 10**5
-_TAIL_MASS = 1e-15
-
 
 def training_event(
-  *, noise_multiplier: float, sampling_probability: float, num_steps: int
+  *,
+  noise_multiplier: float,
+  sampling_probability: float,
+  num_steps: int,
+  **settings: Any,
 ) -> dp_accounting.DpEvent:
   """Returns the event that dp_accounting's own accountants understand.
 
@@ -58,20 +52,17 @@ def training_event(
     noise_multiplier: noise standard deviation over l2 sensitivity, at least 0.
     sampling_probability: of each example at each step, in (0, 1].
     num_steps: number of noisy updates, at least 0.
+    **settings: see `dpdist.pairs.of`.
 
   Returns:
-    A `NoOpDpEvent` for no step at all, otherwise a `SelfComposedDpEvent` of a
-    (Poisson sampled, unless the probability is 1) `GaussianDpEvent`.
+    A `NoOpDpEvent` for no step at all, otherwise a `SelfComposedDpEvent` of the
+    event of a step; see `dpdist.renyi.step_event`.
 
   Raises:
     ValueError: if an argument is out of its range.
   """
-  sigma = _check("noise_multiplier", noise_multiplier)
-  q = _check("sampling_probability", sampling_probability)
-  count = _check("num_steps", num_steps)
-  if count == 0:
-    return dp_accounting.NoOpDpEvent()
-  return dp_accounting.SelfComposedDpEvent(renyi.step_event(sigma, q), count)
+  steps = _steps(noise_multiplier, sampling_probability, num_steps, settings)
+  return accountants.event(steps)
 
 
 def epsilon(
@@ -81,6 +72,7 @@ def epsilon(
   num_steps: int,
   delta: float,
   accountant: str = "pld",
+  **settings: Any,
 ) -> float:
   """Returns an upper bound on the epsilon that a run spends at `delta`.
 
@@ -90,21 +82,53 @@ def epsilon(
     num_steps: number of noisy updates, at least 0.
     delta: in (0, 1).
     accountant: "pld" or "rdp".
+    **settings: see `dpdist.pairs.of`.
 
   Returns:
     Epsilon, at least 0: 0.0 for no step at all, infinity for steps without
     noise.
 
   Raises:
-    ValueError: if an argument is out of its range.
+    ValueError: if an argument is out of its range, or there is no bound by that
+      accountant.
   """
-  return _epsilon(
-    _check("noise_multiplier", noise_multiplier),
-    _check("sampling_probability", sampling_probability),
-    _check("num_steps", num_steps),
+  return accountants.epsilon(
+    _steps(noise_multiplier, sampling_probability, num_steps, settings),
     _check("delta", delta),
     _check("accountant", accountant),
   )
+
+
+def delta(
+  *,
+  epsilon: float,
+  noise_multiplier: float,
+  sampling_probability: float,
+  num_steps: int,
+  accountant: str = "pld",
+  **settings: Any,
+) -> float:
+  """Returns an upper bound on the delta at which a run spends `epsilon`.
+
+  Args:
+    epsilon: finite and at least 0.
+    noise_multiplier: as in `epsilon`, and so are the others.
+    sampling_probability: in (0, 1].
+    num_steps: at least 0.
+    accountant: "pld" or "rdp".
+    **settings: see `dpdist.pairs.of`.
+
+  Returns:
+    In [0, 1].
+
+  Raises:
+    ValueError: as `epsilon`.
+  """
+  steps = _steps(noise_multiplier, sampling_probability, num_steps, settings)
+  kind = _check("accountant", accountant)
+  if isinstance(epsilon, bool) or not 0 <= epsilon < math.inf:
+    raise ValueError(f"epsilon must be finite and >= 0, got {epsilon!r}")
+  return accountants.delta(steps, float(epsilon), kind)
 
 
 def calibrate_noise_multiplier(
@@ -114,6 +138,7 @@ def calibrate_noise_multiplier(
   sampling_probability: float,
   num_steps: int,
   accountant: str = "pld",
+  **settings: Any,
 ) -> float:
   """Returns the least noise multiplier that spends at most `target_epsilon`.
 
@@ -123,6 +148,7 @@ def calibrate_noise_multiplier(
     sampling_probability: in (0, 1].
     num_steps: at least 0.
     accountant: "pld" or "rdp".
+    **settings: see `dpdist.pairs.of`.
 
   Returns:
     The smallest number of six significant digits for which `epsilon` is at most
@@ -140,15 +166,47 @@ def calibrate_noise_multiplier(
   if count == 0:
     return 0.0
 
-  spent = lambda n, kind: _epsilon(search.six_digits(-n), q, count, delta, kind)
+  return least_noise_multiplier(
+    lambda sigma: _steps(sigma, q, count, settings),
+    target_epsilon=target,
+    delta=delta,
+    accountant=accountant,
+  )
+
+
+def least_noise_multiplier(
+  steps: Callable[[float], accountants.Steps],
+  *,
+  target_epsilon: float,
+  delta: float,
+  accountant: str,
+) -> float:
+  """As `calibrate_noise_multiplier`, for steps that differ.
+
+  Args:
+    steps: from a noise multiplier to pairs, and how often each is composed.
+    target_epsilon: the budget, above 0.
+    delta: in (0, 1).
+    accountant: "pld" or "rdp".
+
+  Raises:
+    ValueError: if no noise is enough.
+  """
+
+  def spent(n: int, kind: str) -> float:
+    return accountants.epsilon(steps(search.six_digits(-n)), delta, kind)
+
   index = search.calibrate(
-    search.NOISE_MULTIPLIERS, spent, target, accountant, slope=1.0
+    search.NOISE_MULTIPLIERS,
+    spent,
+    target_epsilon,
+    accountants.in_turn(steps(1.0), accountant),
+    slope=1.0,
   )
   if index is None:
     raise ValueError(
-      f"target_epsilon must be within reach of noise_multiplier="
-      f"{search.MOST_NOISE:g}, got {target_epsilon} for num_steps={num_steps}, "
-      f"delta={delta}"
+      "target_epsilon must be within reach of noise_multiplier="
+      f"{search.MOST_NOISE:g}, got {target_epsilon} for delta={delta}"
     )
   return search.six_digits(-index)
 
@@ -160,6 +218,7 @@ def calibrate_num_steps(
   noise_multiplier: float,
   sampling_probability: float,
   accountant: str = "pld",
+  **settings: Any,
 ) -> int:
   """Returns the largest number of steps that spends at most `target_epsilon`.
 
@@ -169,6 +228,7 @@ def calibrate_num_steps(
     noise_multiplier: at least 0.
     sampling_probability: in (0, 1].
     accountant: "pld" or "rdp".
+    **settings: see `dpdist.pairs.of`.
 
   Raises:
     ValueError: if an argument is out of its range, if a single step already
@@ -180,11 +240,19 @@ def calibrate_num_steps(
   delta = _check("delta", delta)
   accountant = _check("accountant", accountant)
 
-  spent = lambda count, kind: _epsilon(sigma, q, count, delta, kind)
+  def spent(count: int, kind: str) -> float:
+    return accountants.epsilon(_steps(sigma, q, count, settings), delta, kind)
+
   grid = search.Grid(1, _MOST_STEPS + 1)
-  count = search.calibrate(grid, spent, target, accountant, slope=0.5)
+  count = search.calibrate(
+    grid,
+    spent,
+    target,
+    accountants.in_turn(_steps(sigma, q, 1, settings), accountant),
+    slope=0.5,
+  )
   if count is None:
-    least = _epsilon(sigma, q, 1, delta, accountant)
+    least = spent(1, accountant)
     raise ValueError(
       f"target_epsilon must be at least {least:.6g}, which one step spends at "
       f"noise_multiplier={noise_multiplier}, got {target_epsilon}"
@@ -205,6 +273,7 @@ def calibrate_batch_size(
   num_steps: int,
   num_examples: int,
   accountant: str = "pld",
+  **settings: Any,
 ) -> int:
   """Returns the largest expected batch that spends at most `target_epsilon`.
 
@@ -215,10 +284,11 @@ def calibrate_batch_size(
     num_steps: at least 0.
     num_examples: size of the training set, at least 1.
     accountant: "pld" or "rdp".
+    **settings: see `dpdist.pairs.of`; all but `num_examples`.
 
   Returns:
     An integer in [1, num_examples]; the sampling probability is that integer
-    over `num_examples`.
+    over `num_examples` (times `cycle_length`).
 
   Raises:
     ValueError: if an argument is out of its range, or an expected batch of one
@@ -231,12 +301,23 @@ def calibrate_batch_size(
   delta = _check("delta", delta)
   accountant = _check("accountant", accountant)
 
-  spent = lambda batch, kind: _epsilon(sigma, batch / size, count, delta, kind)
+  if settings.get("sampling") == "truncated_poisson":
+    settings["num_examples"] = size
+  turns = settings.get("cycle_length", 1)
+
+  def spent(batch: int, kind: str) -> float:
+    steps = _steps(sigma, batch * turns / size, count, settings)
+    return accountants.epsilon(steps, delta, kind)
+
   batch = search.calibrate(
-    search.Grid(1, size), spent, target, accountant, slope=1.0
+    search.Grid(1, size // turns),
+    spent,
+    target,
+    accountants.in_turn(_steps(sigma, 1.0, 1, settings), accountant),
+    slope=1.0,
   )
   if batch is None:
-    least = _epsilon(sigma, 1 / size, count, delta, accountant)
+    least = spent(1, accountant)
     raise ValueError(
       f"target_epsilon must be at least {least:.6g}, which an expected batch "
       f"of 1 spends at noise_multiplier={noise_multiplier}, "
@@ -245,71 +326,20 @@ def calibrate_batch_size(
   return batch
 
 
-# --- The two accountants ------------------------------------------------------
-
-
-@functools.lru_cache(maxsize=4096)
-def _epsilon(
-  sigma: float, q: float, count: int, delta: float, kind: str
-) -> float:
-  if count == 0:
-    return 0.0
-  if sigma < search.NO_NOISE:
-    return math.inf
-  orders, divergences = renyi.step_divergences(sigma, q)
-  rdp, _ = rdp_privacy_accountant.compute_epsilon(
-    orders, count * divergences, delta
+def _steps(
+  noise_multiplier: float,
+  sampling_probability: float,
+  num_steps: int,
+  settings: dict[str, Any],
+) -> accountants.Steps:
+  pair = pairs_lib.of(
+    noise_multiplier=_check("noise_multiplier", noise_multiplier),
+    sampling_probability=_check("sampling_probability", sampling_probability),
+    **settings,
   )
-  rdp = float(rdp)
-  if kind == "rdp" or rdp > _LARGEST_PLD_EPSILON or delta < _SMALLEST_PLD_DELTA:
-    return rdp
-  pld = float(_pld_epsilon(sigma, q, count, delta, rdp))
-  return pld if pld < rdp else rdp  # Also where PLD is not a number.
-
-
-def _pld_epsilon(
-  sigma: float, q: float, count: int, delta: float, rdp: float
-) -> float:
-  if q == 1.0:  # Gaussians compose exactly, with no convolution.
-    sigma, count = sigma / math.sqrt(count), 1
-  # With many steps, rounding can make a total mass above 1 overflow; the NaN
-  # that follows is the caller's to replace.
-  with np.errstate(over="ignore", invalid="ignore"):
-    step = _step_pld(sigma, q, _grid_interval(sigma, q, rdp))
-    if count <= _LONG_RUN:
-      return step.self_compose(count, _TAIL_MASS).get_epsilon_for_delta(delta)
-    inner = math.isqrt(count)
-    outer, rest = divmod(count, inner)
-    # Each of the outer copies brings its own truncated tail.
-    loss = step.self_compose(inner, _TAIL_MASS / outer).self_compose(outer)
-    if rest:
-      loss = loss.compose(step.self_compose(rest))
-    return loss.get_epsilon_for_delta(delta)
-
-
-@functools.lru_cache(maxsize=8)
-def _step_pld(
-  sigma: float, q: float, interval: float
-) -> privacy_loss_distribution.PrivacyLossDistribution:
-  return privacy_loss_distribution.from_gaussian_mechanism(
-    sigma, value_discretization_interval=interval, sampling_prob=q
-  )
-
-
-def _grid_interval(sigma: float, q: float, rdp: float) -> float:
-  """Returns the spacing of the grid of privacy losses.
-
-  Rounding a loss to a grid of spacing h adds about h^2 / 6 to its variance,
-  which is about (q / sigma)^2 or more, and epsilon grows as the root of the
-  variance. A fortieth of q / sigma therefore costs about one part in twenty
-  thousand, whatever the number of steps; 1e-4 alone costs ten at q=.001.
-  Coarser grids are as valid. They are used where a finer one would lose mass
-  to rounding (1e-5) or would not fit: a step's losses in 200,000 points, a
-  run's in a few million.
-  """
-  exponent = 0.5 / sigma**2 + 10 / sigma  # The loss ten deviations out.
-  largest_loss = float(np.logaddexp(0.0, exponent + math.log(q)))
-  return max(min(1e-4, q / sigma / 40), 1e-5, largest_loss / 200_000, rdp / 1e6)
+  count = _check("num_steps", num_steps)
+  turns = pairs_lib.num_turns(count, settings.get("cycle_length", 1))
+  return ((pair, turns),)
 
 
 # --- Arguments ----------------------------------------------------------------

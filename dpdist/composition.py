@@ -27,23 +27,32 @@ Imports no jax.
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import math
 from typing import Any
 
-from dpdist import accounting
+from dpdist import accountants
+from dpdist import pairs as pairs_lib
 from dpdist import plan as plan_lib
 from dpdist import renyi
 from dpdist import search
+from dpdist import statements
 
 
 def valid_accountants(parts: Sequence[plan_lib.Part]) -> tuple[str, ...]:
-  """Those that hold for parts chosen one after the other."""
-  return ("pld", "rdp") if len(_mechanisms(parts)) <= 1 else ("rdp",)
+  """Those that hold for parts chosen one after the other; there may be none."""
+  pairs = _pairs(parts)
+  valid = []
+  if not _was_chosen_on_the_way(parts):
+    valid.append("pld")
+  if all(pair.has_renyi for pair in pairs):
+    valid.append("rdp")
+  return tuple(valid)
 
 
 def accountant_of(parts: Sequence[plan_lib.Part]) -> str:
-  """The last part's accountant if it is valid for all of them, else "rdp"."""
-  wanted = parts[-1].plan.accountant
-  return wanted if wanted in valid_accountants(parts) else "rdp"
+  """The last part's accountant if it is valid for all of them, else another."""
+  wanted, valid = parts[-1].plan.accountant, valid_accountants(parts)
+  return wanted if wanted in valid or not valid else valid[0]
 
 
 def epsilons(parts: Sequence[plan_lib.Part]) -> dict[str, float | None]:
@@ -72,11 +81,9 @@ def epsilon(
       different relations.
   """
   first = parts[0].plan
-  if any(
-    part.plan.neighboring_relation != first.neighboring_relation
-    for part in parts
-  ):
-    raise ValueError("parts must have one neighboring_relation")
+  for name in plan_lib.KEPT:
+    if any(getattr(part.plan, name) != getattr(first, name) for part in parts):
+      raise ValueError(f"parts must have one {name}")
   valid = valid_accountants(parts)
   if accountant is None:
     accountant = accountant_of(parts)
@@ -85,19 +92,9 @@ def epsilon(
       f"accountant must be one of {valid} for numbers that changed on the way,"
       f" got {accountant!r}"
     )
-  mechanisms = _mechanisms(parts)
-  if not mechanisms:
-    return 0.0
-  if len(mechanisms) == 1:
-    ((sigma, q), num_steps) = mechanisms.popitem()
-    return accounting.epsilon(
-      noise_multiplier=sigma,
-      sampling_probability=q,
-      num_steps=num_steps,
-      delta=first.delta,
-      accountant=accountant,
-    )
-  return _at_fixed_order(parts)
+  if _was_chosen_on_the_way(parts):
+    return _at_fixed_order(parts)
+  return accountants.epsilon([*_pairs(parts).items()], first.delta, accountant)
 
 
 def plan_after(
@@ -128,9 +125,17 @@ def plan_after(
       f"num_steps must be more than the {start_step} updates that were made,"
       f" got {config.num_steps}"
     )
-  after = dataclasses.asdict(config)
-  changed = {k for k in after.keys() | before if after.get(k) != before.get(k)}
   current, charged = spent[-1]
+  for plan in (config, current):
+    for name in ("noise_schedule", "batch_size_schedule"):
+      if getattr(plan, name):
+        raise ValueError(
+          f"{name} must be empty in a run whose settings change on the way, got"
+          f" {getattr(plan, name)}"
+        )
+  earlier = plan_lib.PrivacyConfig(**before)
+  names = [field.name for field in dataclasses.fields(config)]
+  changed = {x for x in names if getattr(config, x) != getattr(earlier, x)}
   if changed <= {"l2_clip_norm"}:
     # The mechanism stays as it is in units of its sensitivity, and so does what
     # remains of its steps.
@@ -142,12 +147,18 @@ def plan_after(
     )
   config = dataclasses.replace(config, num_steps=left)
   spent = [part for part in spent if part.num_steps]
-  if not spent or config.target_epsilon is None:
+  if not spent:
     return plan_lib.make_plan(config)
+  if config.target_epsilon is None:
+    plan = plan_lib.make_plan(config)
+    _check_can_follow(spent, plan)
+    return plan
   # Any noise multiplier will do for a draft.
   draft = plan_lib.make_plan(
     dataclasses.replace(config, target_epsilon=None, noise_multiplier=1.0)
   )
+
+  _check_can_follow(spent, draft)
 
   def total(index: int, accountant: str) -> float:
     plan = dataclasses.replace(
@@ -157,7 +168,7 @@ def plan_after(
     return _at_fixed_order([*spent, plan_lib.Part(plan, left)])
 
   index = search.calibrate(
-    search.NOISE_MULTIPLIERS, total, config.target_epsilon, "rdp", slope=1.0
+    search.NOISE_MULTIPLIERS, total, config.target_epsilon, ["rdp"], slope=1.0
   )
   if index is None:
     raise ValueError(
@@ -172,20 +183,33 @@ def plan_after(
   )
 
 
+def _check_can_follow(
+  spent: Sequence[plan_lib.Part], plan: plan_lib.PrivacyPlan
+) -> None:
+  """Raises ValueError where no accountant holds for what would be spent."""
+  if not valid_accountants([*spent, plan_lib.Part(plan, plan.num_steps)]):
+    raise ValueError(
+      "the settings of a run can change on the way only where there are Renyi"
+      " divergences, so not with sampling='truncated_poisson' or"
+      " examples_per_user above 1"
+    )
+
+
 def statement(parts: Sequence[plan_lib.Part]) -> str:
   """What the parts together guarantee, and when, in plain words."""
   if len(parts) == 1:
-    return plan_lib.statement(parts[0].plan)
+    return statements.of_plan(parts[0].plan)
   first, last = parts[0].plan, parts[-1].plan
   listed = "; ".join(
-    f"{num_steps:,} steps that draw each of {plan.num_examples:,} examples with"
-    f" probability {plan.sampling_probability:.6g}, clip to l2 norm"
+    f"{num_steps:,} steps that draw each of {plan.num_examples:,} rows with"
+    f" probability {plan.sampling_probability:.6g}"
+    f" ({statements.sampling(plan)}), clip to l2 norm"
     f" {plan.l2_clip_norm} and add noise of {plan.noise_multiplier} times the"
     " sensitivity"
     for plan, num_steps in parts
   )
   how = accountant_of(parts).upper()
-  if len(_mechanisms(parts)) > 1:
+  if _was_chosen_on_the_way(parts):
     how += (
       " at an order that the first settings fixed, since later ones may have"
       " been chosen by looking at what was released. The number is that of the"
@@ -193,40 +217,38 @@ def statement(parts: Sequence[plan_lib.Part]) -> str:
       " epsilon, at that order, that it was planned for at any time"
     )
   return (
-    "The unit of privacy is one example (neighboring relation"
-    f" {last.neighboring_relation}). The settings of this run changed on the"
+    f"{statements.unit(last)} The settings of this run changed on the"
     f" way. It consists of {listed}. Together they are (epsilon,"
     " delta)-differentially private with epsilon ="
-    f" {plan_lib.rounded_up(epsilon(parts))} and delta = {first.delta:g}, by"
-    f" {how}. This holds if nobody's data is in more than one example, if the"
-    " draws and the noise stay secret, and if nothing else that was computed"
-    " from the data is released."
+    f" {statements.rounded_up(epsilon(parts))} and delta = {first.delta:g}, by"
+    f" {how}. {statements.assumptions(last)}"
   )
 
 
 def _at_fixed_order(parts: Sequence[plan_lib.Part]) -> float:
   """The filter's epsilon: at the order that is best for the first plan."""
   first = parts[0].plan
-  order = renyi.best_order(
-    first.noise_multiplier,
-    first.sampling_probability,
-    first.num_steps,
-    first.delta,
-  )
-  divergence = sum(
-    renyi.divergence(sigma, q, num_steps, order)
-    for (sigma, q), num_steps in _mechanisms(parts).items()
+  order = renyi.best_order(first.steps(), first.delta)
+  divergence = math.fsum(
+    renyi.divergence(pair, count, order)
+    for pair, count in _pairs(parts).items()
   )
   return renyi.epsilon_at(order, divergence, first.delta)
 
 
-def _mechanisms(
-  parts: Sequence[plan_lib.Part],
-) -> dict[tuple[float, float], int]:
-  """Steps by noise multiplier and sampling probability."""
-  found: dict[tuple[float, float], int] = {}
+def _was_chosen_on_the_way(parts: Sequence[plan_lib.Part]) -> bool:
+  """Whether what later steps are may depend on what earlier ones released.
+
+  Not where there is one plan, schedule and all, or one pair.
+  """
+  taken = [part for part in parts if part.num_steps]
+  return len(taken) > 1 and len(_pairs(parts)) > 1
+
+
+def _pairs(parts: Sequence[plan_lib.Part]) -> dict[pairs_lib.Pair, int]:
+  """How often each pair is composed."""
+  found: dict[pairs_lib.Pair, int] = {}
   for plan, num_steps in parts:
-    if num_steps:
-      key = plan.noise_multiplier, plan.sampling_probability
-      found[key] = found.get(key, 0) + num_steps
+    for pair, count in plan.steps(num_steps):
+      found[pair] = found.get(pair, 0) + count
   return found

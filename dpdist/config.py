@@ -5,7 +5,6 @@ of the form --config.a.b=value change it once more. Imports no jax, so that
 `launch.budget` can read any config anywhere.
 """
 
-import dataclasses
 from typing import Any
 
 import ml_collections
@@ -61,7 +60,16 @@ def default() -> ml_collections.ConfigDict:
   config.privacy.noise_multiplier = config_dict.placeholder(float)
   config.privacy.accountant = "pld"  # or rdp
   config.privacy.neighboring_relation = "add_or_remove_one"
-  config.privacy.unit = "example"  # or user: what is counted and protected
+  # or replace_one, zero_out
+  config.privacy.sampling = "poisson"
+  # or truncated_poisson, cyclic_poisson, fixed_size
+  config.privacy.truncated_batch_size = config_dict.placeholder(int)
+  config.privacy.cycle_length = 1  # parts of the rows that take turns
+  config.privacy.examples_per_user = 1  # rows that anyone may have at most
+  config.privacy.group_size = 1  # rows averaged and clipped as one
+  config.privacy.noise_schedule = ()  # (step, noise_multiplier), later ones
+  config.privacy.batch_size_schedule = ()  # (step, expected_batch_size)
+  config.privacy.unit = "example"  # what a row is: example or user
 
   config.clipping = ml_collections.ConfigDict()
   config.clipping.method = "auto"
@@ -118,4 +126,4 @@ def privacy_config(config: ml_collections.ConfigDict) -> plan_lib.PrivacyConfig:
 
 def privacy_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """The same, JSON-able, as the ledger records it."""
-  return dataclasses.asdict(privacy_config(config))
+  return privacy_config(config).to_dict()

@@ -160,14 +160,14 @@ class DataBudget:
           f" {self._terms.neighboring_relation!r}, got"
           f" {plan.neighboring_relation!r}"
         )
-    return math.fsum(
-      renyi.divergence(
-        plan.noise_multiplier,
-        plan.sampling_probability,
-        num_steps,
-        self._terms.order,
+    pairs = [x for plan, num_steps in parts for x in plan.steps(num_steps)]
+    if not all(pair.has_renyi for pair, _ in pairs):
+      raise ledger_lib.RefusedError(
+        "a data set's budget adds up Renyi divergences, which there are not for"
+        " sampling='truncated_poisson' and examples_per_user above 1"
       )
-      for plan, num_steps in parts
+    return math.fsum(
+      renyi.divergence(pair, count, self._terms.order) for pair, count in pairs
     )
 
   def make(

@@ -245,7 +245,7 @@ class History:
       plan = plan_lib.PrivacyPlan.from_dict(record["plan"])
       if kind == "segment" and any(
         getattr(plan, name) != getattr(self.plan, name)
-        for name in ("delta", "neighboring_relation")
+        for name in plan_lib.KEPT
       ):
         raise ValueError("a segment with another delta or relation")
     elif kind == "branch":

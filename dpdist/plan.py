@@ -7,7 +7,7 @@ jax, nor, until an epsilon is asked for, the accountants: they bring scipy,
 which takes longer to load than a ledger.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import hashlib
 import json
@@ -15,10 +15,32 @@ import math
 import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dpdist import pairs as pairs_lib
 from dpdist import search
 
 if TYPE_CHECKING:
   import dp_accounting
+
+
+# What a guarantee is about, so that no run may change it.
+KEPT = ("delta", "neighboring_relation", "unit", "examples_per_user")
+
+
+class Setting(NamedTuple):
+  """What holds from a step of the plan on.
+
+  Attributes:
+    start: the first such step, from 0.
+    noise_multiplier: noise standard deviation over l2 sensitivity.
+    expected_batch_size: of a step.
+  """
+
+  start: int
+  noise_multiplier: float
+  expected_batch_size: float
+
+
+Schedule = tuple[tuple[int, float], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,20 +51,36 @@ class PrivacyConfig:
   follows from it.
 
   Attributes:
-    num_examples: size of the training set, a public number.
-    expected_batch_size: mean of the number of examples in a step, above 0 and
-      at most `num_examples`; it need not be whole.
+    num_examples: rows of the training set, a public number.
+    expected_batch_size: mean of the number of rows in a step, above 0 and at
+      most `num_examples`; it need not be whole, but with sampling="fixed_size".
     num_steps: number of noisy updates, at least 1.
     l2_clip_norm: bound on the l2 norm of one example's gradient, above 0.
     target_delta: in (0, 1); customarily well below 1 / `num_examples`.
     target_epsilon: the budget that the noise is calibrated to, above 0.
     noise_multiplier: noise standard deviation over l2 sensitivity, above 0.
     accountant: "pld" or "rdp", see `dpdist.accounting`.
-    neighboring_relation: "add_or_remove_one".
-    unit: "example" or "user", what is counted above and protected.
+    neighboring_relation: "add_or_remove_one", "replace_one" (doubles the l2
+      sensitivity) or "zero_out" (a row is replaced by one that contributes
+      nothing).
+    sampling: "poisson"; "truncated_poisson", whose draws are cut to
+      `truncated_batch_size`; "cyclic_poisson", which draws from one of
+      `cycle_length` parts of the rows after the other; "fixed_size", without
+      replacement, anew at each step, which needs "replace_one".
+    truncated_batch_size: most rows in a step; for "truncated_poisson" alone.
+    cycle_length: for "cyclic_poisson" alone.
+    examples_per_user: how many rows, drawn apart from one another, whoever is
+      protected may have; at least 1.
+    group_size: how many rows that follow one another are averaged and clipped
+      as one; at least 1. Each is protected, at the price of half the noise.
+    noise_schedule: (step, noise_multiplier) from later steps on, rising; not
+      with `target_epsilon`.
+    batch_size_schedule: (step, expected_batch_size), likewise.
+    unit: "example" or "user": what a row is.
 
   Raises:
-    ValueError: if an attribute is out of its range.
+    ValueError: if an attribute is out of its range, or they are for no
+      mechanism with a proof; see `dpdist.pairs`.
   """
 
   num_examples: int
@@ -54,6 +92,13 @@ class PrivacyConfig:
   noise_multiplier: float | None = None
   accountant: str = "pld"
   neighboring_relation: str = "add_or_remove_one"
+  sampling: str = "poisson"
+  truncated_batch_size: int | None = None
+  cycle_length: int = 1
+  examples_per_user: int = 1
+  group_size: int = 1
+  noise_schedule: Schedule = ()
+  batch_size_schedule: Schedule = ()
   unit: str = "example"
 
   def __post_init__(self) -> None:
@@ -64,6 +109,15 @@ class PrivacyConfig:
         f"target_epsilon={self.target_epsilon!r} and "
         f"noise_multiplier={self.noise_multiplier!r}"
       )
+    if self.noise_schedule and self.noise_multiplier is None:
+      raise ValueError(
+        "noise_schedule must be empty with target_epsilon, which calibrates one"
+        f" noise multiplier for all steps, got {self.noise_schedule}"
+      )
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns a dict that JSON carries; without what is as it is by default."""
+    return _to_dict(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,14 +125,14 @@ class PrivacyPlan:
   """What a run is bound to; made by `make_plan`.
 
   Attributes:
-    num_examples: size of the training set.
-    expected_batch_size: what the noisy sum is divided by; float.
+    num_examples: rows of the training set.
+    expected_batch_size: rows of a step, in the mean; float.
     num_steps: number of noisy updates that the plan covers.
     l2_clip_norm: bound on the l2 norm of one example's gradient.
     noise_multiplier: noise standard deviation over l2 sensitivity.
     delta: at which epsilon is meant.
     accountant: "pld" or "rdp".
-    neighboring_relation: "add_or_remove_one".
+    neighboring_relation: see `PrivacyConfig`, and so all that follow but
     target_epsilon: what the noise was calibrated to; None if it was given.
   """
 
@@ -91,6 +145,13 @@ class PrivacyPlan:
   accountant: str
   neighboring_relation: str
   target_epsilon: float | None
+  sampling: str = "poisson"
+  truncated_batch_size: int | None = None
+  cycle_length: int = 1
+  examples_per_user: int = 1
+  group_size: int = 1
+  noise_schedule: Schedule = ()
+  batch_size_schedule: Schedule = ()
   unit: str = "example"
 
   def __post_init__(self) -> None:
@@ -98,8 +159,69 @@ class PrivacyPlan:
 
   @property
   def sampling_probability(self) -> float:
-    """With which each example is drawn at each step, in (0, 1]."""
-    return self.expected_batch_size / self.num_examples
+    """With which each row is drawn at step 0, in (0, 1].
+
+    With "cyclic_poisson", at a step where its part has its turn.
+    """
+    return self.probability(self.settings[0])
+
+  def probability(self, setting: Setting) -> float:
+    """As `sampling_probability`, under a setting."""
+    return setting.expected_batch_size * self.cycle_length / self.num_examples
+
+  @property
+  def num_units(self) -> int:
+    """How many rows, or groups of rows, are drawn from."""
+    return -(-self.num_examples // self.group_size)
+
+  @property
+  def settings(self) -> tuple[Setting, ...]:
+    """What holds from step to step, in order; one where nothing changes."""
+    noise, sizes = dict(self.noise_schedule), dict(self.batch_size_schedule)
+    found = [Setting(0, self.noise_multiplier, self.expected_batch_size)]
+    for start in sorted({*noise, *sizes}):
+      _, sigma, size = found[-1]
+      found.append(
+        Setting(start, noise.get(start, sigma), sizes.get(start, size))
+      )
+    return tuple(found)
+
+  def setting(self, step: int) -> Setting:
+    """What holds at a step of the plan, from 0."""
+    return [found for found in self.settings if found.start <= step][-1]
+
+  def steps(
+    self, num_steps: int | None = None
+  ) -> list[tuple[pairs_lib.Pair, int]]:
+    """Returns what the accountants compose for the first steps of the plan.
+
+    Args:
+      num_steps: at least 0; None means all of the plan's. The last setting
+        holds beyond them.
+    """
+    stop = self.num_steps if num_steps is None else num_steps
+    ends = [setting.start for setting in self.settings[1:]] + [stop]
+    found = []
+    for setting, end in zip(self.settings, ends, strict=True):
+      count = min(end, stop) - setting.start
+      if count > 0:
+        turns = pairs_lib.num_turns(count, self.cycle_length)
+        found.append((self._pair(setting), turns))
+    return found
+
+  def _pair(self, setting: Setting) -> pairs_lib.Pair:
+    is_truncated = self.sampling == "truncated_poisson"
+    return pairs_lib.of(
+      noise_multiplier=setting.noise_multiplier,
+      sampling_probability=self.probability(setting),
+      sampling=self.sampling,
+      neighboring_relation=self.neighboring_relation,
+      num_examples=self.num_examples if is_truncated else None,
+      truncated_batch_size=self.truncated_batch_size,
+      cycle_length=self.cycle_length,
+      examples_per_user=self.examples_per_user,
+      group_size=self.group_size,
+    )
 
   def epsilon(self, num_steps: int | None = None) -> float:
     """Returns the epsilon spent at `delta` by the first steps of the plan.
@@ -110,15 +232,27 @@ class PrivacyPlan:
     Raises:
       ValueError: if the plan does not cover that many steps.
     """
-    from dpdist import accounting
+    return self.curve([self.delta], num_steps)[0]
 
-    return accounting.epsilon(
-      noise_multiplier=self.noise_multiplier,
-      sampling_probability=self.sampling_probability,
-      num_steps=self._covered(num_steps),
-      delta=self.delta,
-      accountant=self.accountant,
-    )
+  def curve(
+    self, deltas: Sequence[float], num_steps: int | None = None
+  ) -> list[float]:
+    """Returns the epsilons that the first steps spend at several deltas.
+
+    Args:
+      deltas: each in (0, 1).
+      num_steps: in [0, `self.num_steps`]; None means all of them.
+
+    Raises:
+      ValueError: if an argument is out of its range.
+    """
+    from dpdist import accountants
+
+    steps = self.steps(self._covered(num_steps))
+    for delta in deltas:
+      if not 0 < delta < 1:
+        raise ValueError(f"deltas must be in (0, 1), got {delta!r}")
+    return [accountants.epsilon(steps, x, self.accountant) for x in deltas]
 
   def event(self, num_steps: int | None = None) -> "dp_accounting.DpEvent":
     """Returns the same steps as an event for dp_accounting's accountants.
@@ -129,20 +263,17 @@ class PrivacyPlan:
     Raises:
       ValueError: if the plan does not cover that many steps.
     """
-    from dpdist import accounting
+    from dpdist import accountants
 
-    return accounting.training_event(
-      noise_multiplier=self.noise_multiplier,
-      sampling_probability=self.sampling_probability,
-      num_steps=self._covered(num_steps),
-    )
+    return accountants.event(self.steps(self._covered(num_steps)))
 
   def to_dict(self) -> dict[str, Any]:
-    """Returns a dict that JSON carries without loss."""
-    values = dataclasses.asdict(self)
-    if self.unit == "example":
-      del values["unit"]
-    return values
+    """Returns a dict that JSON carries without loss.
+
+    What is as it is by default is left out, so that a plan made before there
+    was a choice is the same plan.
+    """
+    return _to_dict(self)
 
   @classmethod
   def from_dict(cls, values: Mapping[str, Any]) -> "PrivacyPlan":
@@ -152,12 +283,13 @@ class PrivacyPlan:
       ValueError: if a key is missing, or unknown, or a value out of its range.
     """
     known = {field.name for field in dataclasses.fields(cls)}
-    missing = known - values.keys() - {"unit"}
-    unknown = values.keys() - known
+    needed = known - _defaults(cls).keys()
+    missing, unknown = needed - values.keys(), values.keys() - known
     if missing or unknown:
       raise ValueError(
-        f"a plan must have the keys {sorted(known)} and no other, got "
-        f"{sorted(missing)} missing and {sorted(unknown)} unknown"
+        f"a plan must have the keys {sorted(needed)} and of others only"
+        f" {sorted(known - needed)}, got {sorted(missing)} missing and"
+        f" {sorted(unknown)} unknown"
       )
     return cls(**values)
 
@@ -201,73 +333,44 @@ def make_plan(config: PrivacyConfig) -> PrivacyPlan:
   Raises:
     ValueError: if no noise multiplier reaches the target.
   """
+  values = _to_dict(config)
+  values["delta"] = values.pop("target_delta")
+  draft = PrivacyPlan(**values | {"noise_multiplier": 1.0})
   noise_multiplier = config.noise_multiplier
   if config.target_epsilon is not None:
     from dpdist import accounting
 
-    noise_multiplier = accounting.calibrate_noise_multiplier(
+    noise_multiplier = accounting.least_noise_multiplier(
+      lambda sigma: dataclasses.replace(draft, noise_multiplier=sigma).steps(),
       target_epsilon=config.target_epsilon,
       delta=config.target_delta,
-      sampling_probability=config.expected_batch_size / config.num_examples,
-      num_steps=config.num_steps,
       accountant=config.accountant,
     )
   assert noise_multiplier is not None  # One of the two was given.
-  if noise_multiplier < search.NO_NOISE:
+  plan = dataclasses.replace(draft, noise_multiplier=noise_multiplier)
+  for _, sigma, _ in plan.settings:
+    if sigma < search.NO_NOISE:
+      raise ValueError(
+        f"noise_multiplier must be at least {search.NO_NOISE:g}, below which"
+        f" epsilon is infinite, got {sigma}"
+      )
+  if plan.accountant == "rdp" and not all(p.has_renyi for p, _ in plan.steps()):
     raise ValueError(
-      f"noise_multiplier must be at least {search.NO_NOISE:g}, below which"
-      f" epsilon is infinite, got {noise_multiplier}"
+      "accountant must be 'pld' for truncated samples and several examples a"
+      " user, got 'rdp'"
     )
-  return PrivacyPlan(
-    num_examples=config.num_examples,
-    expected_batch_size=config.expected_batch_size,
-    num_steps=config.num_steps,
-    l2_clip_norm=config.l2_clip_norm,
-    noise_multiplier=noise_multiplier,
-    delta=config.target_delta,
-    accountant=config.accountant,
-    neighboring_relation=config.neighboring_relation,
-    target_epsilon=config.target_epsilon,
-    unit=config.unit,
-  )
-
-
-def statement(plan: PrivacyPlan) -> str:
-  """Returns what the plan guarantees, and when, in plain words."""
-  return (
-    f"The unit of privacy is one example of the {plan.num_examples:,} in the "
-    "training set: whoever sees everything that training releases can hardly "
-    "tell whether any one of them was there (neighboring relation "
-    f"{plan.neighboring_relation}). "
-    "At each step every example is drawn, apart from all others (Poisson "
-    f"sampling), with probability q = {plan.expected_batch_size:g} / "
-    f"{plan.num_examples:,} = {plan.sampling_probability:.6g}, gradients are "
-    f"clipped to l2 norm {plan.l2_clip_norm}, and Gaussian noise of "
-    f"{plan.noise_multiplier} times the l2 sensitivity is added to their sum. "
-    f"All {plan.num_steps:,} steps together are (epsilon, delta)-"
-    "differentially private with epsilon = "
-    f"{rounded_up(plan.epsilon())} and delta = {plan.delta:g}, by "
-    f"dp-accounting's {plan.accountant.upper()} accountant. "
-    "This holds if nobody's data is in more than one example, if the draws and "
-    "the noise stay secret, and if nothing else that was computed from the "
-    "data is released. "
-    "It does not cover choices made by looking at the data, such as trying "
-    "several settings and keeping the best."
-  )
-
-
-def rounded_up(epsilon: float) -> str:
-  """Returns four significant digits, not below the number itself."""
-  if epsilon == 0 or math.isinf(epsilon):
-    return f"{epsilon:g}"
-  unit = 10.0 ** (math.floor(math.log10(epsilon)) - 3)
-  return f"{math.ceil(epsilon / unit) * unit:.4g}"
+  return plan
 
 
 _REAL, _WHOLE = (float, numbers.Real), (int, numbers.Integral)
 _POSITIVE = (_REAL, lambda x: 0 < x < math.inf, "finite and > 0")
 _COUNT = (_WHOLE, lambda x: x >= 1, "an integer >= 1")
 _DELTA = (_REAL, lambda x: 0 < x < 1, "in (0, 1)")
+
+
+def _one_of(choices: tuple[str, ...]) -> tuple[Any, Callable[[Any], bool], str]:
+  return (str, str), lambda x: x in choices, f"one of {choices}"
+
 
 # What an attribute is turned into and from, what holds of it, and how to say
 # so. Nothing holds of NaN.
@@ -281,16 +384,13 @@ _RULES: dict[str, tuple[tuple[Any, Any], Callable[[Any], bool], str]] = {
   "target_epsilon": _POSITIVE,
   "noise_multiplier": _POSITIVE,
   "accountant": ((str, str), lambda x: x in ("pld", "rdp"), "'pld' or 'rdp'"),
-  "neighboring_relation": (
-    (str, str),
-    lambda x: x == "add_or_remove_one",
-    "'add_or_remove_one'",
-  ),
-  "unit": (
-    (str, str),
-    lambda x: x in ("example", "user"),
-    "'example' or 'user'",
-  ),
+  "truncated_batch_size": _COUNT,
+  "cycle_length": _COUNT,
+  "examples_per_user": _COUNT,
+  "group_size": _COUNT,
+  "neighboring_relation": _one_of(pairs_lib.NEIGHBORING_RELATIONS),
+  "sampling": _one_of(pairs_lib.SAMPLINGS),
+  "unit": _one_of(("example", "user")),
 }
 
 
@@ -298,18 +398,93 @@ def _check(record: PrivacyConfig | PrivacyPlan) -> None:
   """Holds each attribute against its rule, and makes it a plain number."""
   for field in dataclasses.fields(record):
     value = getattr(record, field.name)
-    if value is None and field.type == float | None:
+    if value is None and "None" in str(field.type):
       continue
-    (plain, kind), holds, right = _RULES[field.name]
-    if not _is(kind, value) or not holds(plain(value)):
-      raise ValueError(f"{field.name} must be {right}, got {value!r}")
+    if field.name.endswith("_schedule"):
+      value = _checked_schedule(field.name, value, record.num_steps)
+    else:
+      (plain, kind), holds, right = _RULES[field.name]
+      if not _is(kind, value) or not holds(plain(value)):
+        raise ValueError(f"{field.name} must be {right}, got {value!r}")
+      value = plain(value)
     # The same plan must have the same fingerprint, written 1 or 1.0.
-    object.__setattr__(record, field.name, plain(value))
-  if record.expected_batch_size > record.num_examples:
+    object.__setattr__(record, field.name, value)
+  largest = record.num_examples / record.cycle_length
+  sizes = [x for _, x in record.batch_size_schedule]
+  for size in (record.expected_batch_size, *sizes):
+    if size > largest:
+      over = "num_examples" + (
+        f" / cycle_length={largest:g}"
+        if record.cycle_length > 1
+        else f"={record.num_examples}"
+      )
+      raise ValueError(
+        f"expected_batch_size must be at most {over}, got {size!r}"
+      )
+    if record.sampling == "fixed_size" and size != int(size):
+      raise ValueError(
+        "expected_batch_size must be whole with sampling='fixed_size', got"
+        f" {size!r}"
+      )
+  is_truncated = record.sampling == "truncated_poisson"
+  pairs_lib.of(  # Refuses what is no mechanism.
+    noise_multiplier=1.0,
+    sampling_probability=1.0,
+    sampling=record.sampling,
+    neighboring_relation=record.neighboring_relation,
+    num_examples=record.num_examples if is_truncated else None,
+    truncated_batch_size=record.truncated_batch_size,
+    cycle_length=record.cycle_length,
+    examples_per_user=record.examples_per_user,
+    group_size=record.group_size,
+  )
+
+
+def _checked_schedule(name: str, value: Any, num_steps: int) -> Schedule:
+  """A schedule as plain tuples."""
+  number = {
+    "noise_schedule": "noise_multiplier",
+    "batch_size_schedule": "expected_batch_size",
+  }[name]
+  try:
+    schedule = tuple((int(step), float(x)) for step, x in value)
+  except (TypeError, ValueError):
+    schedule = ((-1, 0.0),)
+  starts = [start for start, _ in schedule]
+  if (
+    any(start != given[0] for start, given in zip(starts, value, strict=False))
+    or starts != sorted(set(starts))
+    or not all(0 < start < num_steps for start in starts)
+    or not all(0 < x < math.inf for _, x in schedule)
+  ):
     raise ValueError(
-      f"expected_batch_size must be at most num_examples="
-      f"{record.num_examples}, got {record.expected_batch_size!r}"
+      f"{name} must be (step, {number}) pairs, of rising steps in"
+      f" [1, num_steps={num_steps}) and numbers that are finite and > 0, got"
+      f" {value!r}"
     )
+  return schedule
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+  return {
+    field.name: field.default
+    for field in dataclasses.fields(cls)
+    if field.default is not dataclasses.MISSING
+  }
+
+
+def _to_dict(record: PrivacyConfig | PrivacyPlan) -> dict[str, Any]:
+  # Of a config, what was there before the choice is told as it always was.
+  kept = {field.name for field in dataclasses.fields(PrivacyPlan)}
+  kept -= _defaults(PrivacyPlan).keys()
+  kept |= {"target_delta"}
+  defaults = _defaults(type(record))
+  return {
+    # As JSON gives it back.
+    name: [*map(list, value)] if name.endswith("_schedule") else value
+    for name, value in dataclasses.asdict(record).items()
+    if name in kept or value != defaults[name]
+  }
 
 
 def _is(kind: Any, value: Any) -> bool:

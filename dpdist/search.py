@@ -7,8 +7,9 @@ that fits, and both it and the one after it were queried: nothing rests on a
 tolerance.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import itertools
 import math
 
@@ -65,7 +66,7 @@ def calibrate(
   grid: Grid,
   spent: Callable[[int, str], float],
   target: float,
-  accountant: str,
+  accountants: Sequence[str],
   *,
   slope: float,
 ) -> int | None:
@@ -75,15 +76,23 @@ def calibrate(
     grid: the integers to choose from.
     spent: epsilon at an integer, by an accountant.
     target: the budget.
-    accountant: "pld" or "rdp".
+    accountants: the last one decides. None is ever above the one before it,
+      which is cheaper to ask: where the one before ends, it begins, and fits.
     slope: a guess at that of log epsilon over the grid's logarithm.
   """
-  best = _largest(grid, lambda n: spent(n, "rdp"), target, grid.start, slope)
-  if accountant == "rdp" or best == grid.highest:
-    return best
-  # PLD is dear and never above RDP: where RDP ends, PLD begins and fits.
-  start = grid.lowest if best is None else best
-  return _largest(grid, lambda n: spent(n, "pld"), target, start, slope)
+  start, best = grid.start, None
+  for name in accountants:
+    best = _largest(
+      grid, functools.partial(_at, spent, name), target, start, slope
+    )
+    if best == grid.highest:
+      return best
+    start = grid.lowest if best is None else best
+  return best
+
+
+def _at(spent: Callable[[int, str], float], accountant: str, n: int) -> float:
+  return spent(n, accountant)
 
 
 def _largest(

@@ -12,7 +12,9 @@ import pytest
 from scipy import optimize
 from scipy import stats
 
+from dpdist import accountants
 from dpdist import accounting
+from dpdist import loss_distributions
 from dpdist import renyi
 
 # (sampling probability, noise multiplier, steps, delta), epsilon by RDP and by
@@ -192,9 +194,10 @@ def test_queries_leave_each_other_alone():
   )
   forwards = [spent(*run) for run in runs]
   for cache in (
-    accounting._epsilon,
+    accountants._epsilon,
+    accountants._loss,
     renyi.step_divergences,
-    accounting._step_pld,
+    loss_distributions._step,
   ):
     cache.cache_clear()
   backwards = [spent(*run) for run in reversed(runs)]

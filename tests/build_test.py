@@ -31,8 +31,8 @@ LAYERS = (
   ("records", "renyi", "verdict"),
   ("accounting", "sampling", "noise", "clipping", "peers"),
   ("plan",),
-  ("mechanism", "config", "composition", "history"),
-  ("ledger", "manifest", "step", "metrics", "sources")
+  ("mechanism", "config", "dp_config", "composition", "history"),
+  ("gradients", "stateful", "ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance")
   + ("operations",),
   ("units",),
@@ -56,6 +56,7 @@ WITHOUT_JAX = (
   "dpdist/accounting",
   "dpdist/composition",
   "dpdist/data_budget",
+  "dpdist/dp_config",
   "dpdist/keys",
   "dpdist/ledger",
   "dpdist/plan",

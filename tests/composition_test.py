@@ -10,6 +10,7 @@ from scipy import special
 from dpdist import accounting
 from dpdist import composition
 from dpdist import plan as plan_lib
+from dpdist import statements
 
 _CONFIG = plan_lib.PrivacyConfig(
   num_examples=10_000,
@@ -181,7 +182,7 @@ def test_what_cannot_be_planned_is_named(changes, message):
 
 def test_the_statement_tells_of_every_part():
   alone = composition.statement([_part(500)])
-  assert alone == plan_lib.statement(_PLAN)
+  assert alone == statements.of_plan(_PLAN)
   parts = [_part(100), _part(60, noise_multiplier=0.9)]
   text = composition.statement(parts)
   assert "100 steps that draw each" in text

@@ -14,6 +14,7 @@ from configs import digits
 import dpdist
 from dpdist import data_budget
 from dpdist import ledger as ledger_lib
+from dpdist import pairs
 from dpdist import plan as plan_lib
 from dpdist import records
 from dpdist import renyi
@@ -66,6 +67,10 @@ def _admit(budget, ledger, **kwargs):
   return budget.admit(ledger, _WHOLE, label="a run", **kwargs)
 
 
+def _pair(sigma):
+  return pairs.of(noise_multiplier=sigma, sampling_probability=0.01)
+
+
 def test_costs_are_divergences_at_one_order(tmp_path):
   budget = _budget(tmp_path)
   terms = budget.terms
@@ -73,7 +78,7 @@ def test_costs_are_divergences_at_one_order(tmp_path):
   assert whole == pytest.approx(3.0)
   cost = budget.cost(_WHOLE)
   assert cost == pytest.approx(
-    100 * renyi.divergence(1.0, 0.01, 1, terms.order)
+    100 * renyi.divergence(_pair(1.0), 1, terms.order)
   )
   fits = int(terms.divergence / cost)
   assert fits > 3
@@ -86,7 +91,7 @@ def test_costs_are_divergences_at_one_order(tmp_path):
 
 def test_the_order_is_the_one_that_leaves_most_room(tmp_path):
   terms = _budget(tmp_path).terms
-  step = lambda order: renyi.divergence(4.0, 0.01, 1, order)
+  step = lambda order: renyi.divergence(_pair(4.0), 1, order)
   room = {
     order: renyi.largest_divergence(order, 3.0, 1e-6) / step(order)
     for order in renyi.WHOLE_ORDERS

@@ -8,8 +8,10 @@ import dp_accounting
 import numpy as np
 import pytest
 
+from dpdist import accountants
 from dpdist import accounting
 from dpdist import plan as plan_lib
+from dpdist import statements
 
 _CONFIG = {
   "num_examples": 1_000,
@@ -30,7 +32,7 @@ def _plan(**changes):
 
 def test_plan_of_a_noise_multiplier():
   plan = _plan()
-  assert dataclasses.asdict(plan) == {
+  assert plan.to_dict() == {
     "num_examples": 1_000,
     "expected_batch_size": 80.0,
     "num_steps": 500,
@@ -114,7 +116,13 @@ def test_exactly_one_of_target_and_noise(given):
     *[("target_epsilon", x) for x in (0, -1, math.nan, math.inf, True)],
     *[("noise_multiplier", x) for x in (0, -1, math.nan, math.inf, "1")],
     *[("accountant", x) for x in ("prv", "", None)],
-    *[("neighboring_relation", x) for x in ("replace_one", "", None)],
+    *[("neighboring_relation", x) for x in ("replace", "", None)],
+    *[("sampling", x) for x in ("shuffled", "", None)],
+    *[("truncated_batch_size", x) for x in (0, 1.5, "9", True)],
+    *[("cycle_length", x) for x in (0, -1, 2.0, None)],
+    *[("examples_per_user", x) for x in (0, 1.5, None)],
+    *[("group_size", x) for x in (0, 2.0, None)],
+    *[("unit", x) for x in ("person", "", None)],
   ],
 )
 def test_bad_settings_are_named(name, value):
@@ -146,7 +154,7 @@ def test_round_trip_through_json_is_exact(changes):
   assert again.fingerprint() == plan.fingerprint()
 
 
-@pytest.mark.parametrize("name", [f.name for f in dataclasses.fields(_plan())])
+@pytest.mark.parametrize("name", sorted(_plan().to_dict()))
 def test_a_key_is_missing(name):
   values = _plan().to_dict()
   del values[name]
@@ -214,7 +222,7 @@ def test_plans_are_frozen():
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
 def test_statement(accountant):
   plan = _plan(accountant=accountant)
-  text = plan_lib.statement(plan)
+  text = statements.of_plan(plan)
   for fact in (
     "one example of the 1,000",
     "add_or_remove_one",
@@ -236,5 +244,5 @@ def test_statement(accountant):
   [(0.0, "0"), (math.inf, "inf"), (1.00001, "1.001"), (123.41, "123.5")],
 )
 def test_a_stated_epsilon_is_rounded_up(monkeypatch, epsilon, stated):
-  monkeypatch.setattr(accounting, "epsilon", lambda **_: epsilon)
-  assert f"epsilon = {stated} and" in plan_lib.statement(_plan())
+  monkeypatch.setattr(accountants, "epsilon", lambda *_: epsilon)
+  assert f"epsilon = {stated} and" in statements.of_plan(_plan())

@@ -1,0 +1,210 @@
+"""What one noisy step is to an accountant.
+
+However a step samples and whatever the neighboring relation, its privacy is
+that of one pair of distributions (a dominating pair: Zhu, Dong & Wang 2022,
+arXiv:2106.08567). There are four kinds here, all of Gaussians on a line whose
+unit is the clip norm C, and noise of standard deviation sigma:
+
+  "presence"  q N(1) + (1-q) N(0) against N(0): with probability q the data of
+              one unit are in the sum, or they are not. (Mironov, Talwar & Zhang
+              2019, arXiv:1908.10530.)
+  "exchange"  the sum has, with probability q, something of a unit that may be
+              anything else in the other data set; what the sum has otherwise
+              may depend on the sample as well. The unit here is the l2
+              distance of the exchange, twice the clip norm. Amplification by
+              advanced joint convexity bounds the hockey-stick divergence of
+              order a >= 1 by that of q N(1) + (1-q) N(0) against N(0), and
+              that of order a < 1 by the same with the distributions exchanged
+              (Balle, Barthe & Gaboardi 2018, arXiv:1807.01647; Zhu, Dong & Wang
+              2022, Proposition 30). The larger of what adding and removing
+              compose to is not a bound: Lebeda et al. 2024, arXiv:2405.20769.
+  "binomial"  the sum has K of a unit's rows, K from Binomial(k, q).
+  "truncated" as "presence", but a sample of more than B of n rows is cut to B
+              (Ganesh 2025, arXiv:2508.15089).
+
+Imports no jax, and no accountant.
+"""
+
+import math
+from typing import NamedTuple
+
+SAMPLINGS = ("poisson", "truncated_poisson", "cyclic_poisson", "fixed_size")
+NEIGHBORING_RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
+
+
+class Pair(NamedTuple):
+  """One step.
+
+  Attributes:
+    kind: "presence", "exchange", "binomial" or "truncated".
+    sigma: standard deviation of the noise, in the kind's unit.
+    q: with which probability a row takes part, in (0, 1].
+    rows: k of "binomial".
+    num_examples: n of "truncated".
+    limit: B of "truncated".
+  """
+
+  kind: str
+  sigma: float
+  q: float
+  rows: int = 1
+  num_examples: int = 0
+  limit: int = 0
+
+  @property
+  def has_renyi(self) -> bool:
+    """Whether there is a bound on its Renyi divergences."""
+    return self.kind in ("presence", "exchange")
+
+
+def of(
+  *,
+  noise_multiplier: float,
+  sampling_probability: float,
+  sampling: str = "poisson",
+  neighboring_relation: str = "add_or_remove_one",
+  num_examples: int | None = None,
+  truncated_batch_size: int | None = None,
+  cycle_length: int = 1,
+  examples_per_user: int = 1,
+  group_size: int = 1,
+) -> Pair:
+  """Returns the pair of one step in which a unit can take part.
+
+  Args:
+    noise_multiplier: noise standard deviation over the l2 sensitivity of the
+      clipped sum under the relation, which for "replace_one" is twice the clip
+      norm; see `dpdist.clipping.ClippedGrad.sensitivity`.
+    sampling_probability: with which a row takes part in such a step; the
+      sample size over the number of examples with "fixed_size".
+    sampling: one of `SAMPLINGS`.
+    neighboring_relation: one of `NEIGHBORING_RELATIONS`.
+    num_examples: rows of the larger one of two neighbouring data sets; only
+      for "truncated_poisson", which needs it.
+    truncated_batch_size: to which a larger sample is cut; likewise.
+    cycle_length: into how many parts the rows are divided that take turns; only
+      for "cyclic_poisson". A unit takes part in one step of so many.
+    examples_per_user: how many rows, drawn apart from one another, a unit has.
+    group_size: how many rows are averaged and clipped as one. The rows of a
+      group are always the same. A group is drawn as a whole, and one row of
+      it can turn its gradient over, which is an exchange.
+
+  Raises:
+    ValueError: the settings are for no mechanism with a proof.
+  """
+  _check_settings(
+    sampling,
+    neighboring_relation,
+    num_examples,
+    truncated_batch_size,
+    cycle_length,
+    examples_per_user,
+    group_size,
+  )
+  sigma, q = noise_multiplier, sampling_probability
+  if truncated_batch_size is not None:
+    assert num_examples is not None
+    if truncated_batch_size < num_examples:
+      return Pair(
+        "truncated",
+        sigma,
+        q,
+        num_examples=num_examples,
+        limit=truncated_batch_size,
+      )
+    return Pair("presence", sigma, q)
+  if examples_per_user > 1:
+    return Pair("binomial", sigma, q, rows=examples_per_user)
+  if neighboring_relation == "replace_one":
+    # In a group, too, no more can be exchanged than the whole gradient.
+    return Pair("exchange", sigma, q)
+  if group_size > 1:
+    # Noise was measured in clip norms; an exchange is two of them long.
+    return Pair("exchange", sigma / 2, q)
+  return Pair("presence", sigma, q)
+
+
+def num_turns(num_steps: int, cycle_length: int = 1) -> int:
+  """In how many of the steps a unit can take part."""
+  return math.ceil(num_steps / cycle_length)
+
+
+def _check_settings(
+  sampling: str,
+  neighboring_relation: str,
+  num_examples: int | None,
+  truncated_batch_size: int | None,
+  cycle_length: int,
+  examples_per_user: int,
+  group_size: int,
+) -> None:
+  """Raises ValueError for settings that go together in no mechanism here."""
+  _check_one_of("sampling", sampling, SAMPLINGS)
+  _check_one_of(
+    "neighboring_relation", neighboring_relation, NEIGHBORING_RELATIONS
+  )
+  for name, count in (
+    ("cycle_length", cycle_length),
+    ("examples_per_user", examples_per_user),
+    ("group_size", group_size),
+  ):
+    _check_count(name, count)
+  if (truncated_batch_size is not None) != (sampling == "truncated_poisson"):
+    raise ValueError(
+      "truncated_batch_size must be given with sampling='truncated_poisson',"
+      f" and not without, got {truncated_batch_size!r} with {sampling!r}"
+    )
+  if truncated_batch_size is not None:
+    _check_count("truncated_batch_size", truncated_batch_size)
+    if num_examples is None:
+      raise ValueError(
+        "num_examples must be given with sampling='truncated_poisson', got None"
+      )
+    _check_count("num_examples", num_examples)
+  if cycle_length > 1 and sampling != "cyclic_poisson":
+    raise ValueError(
+      f"cycle_length must be 1 unless sampling='cyclic_poisson', got"
+      f" {cycle_length} with {sampling!r}"
+    )
+  if sampling == "fixed_size" and neighboring_relation != "replace_one":
+    raise ValueError(
+      "neighboring_relation must be 'replace_one' with sampling='fixed_size',"
+      " where a row more is a row less of something else, got"
+      f" {neighboring_relation!r}"
+    )
+  if sampling == "truncated_poisson" and neighboring_relation == "replace_one":
+    raise ValueError(
+      "neighboring_relation must be 'add_or_remove_one' or 'zero_out' with"
+      " sampling='truncated_poisson', got 'replace_one'"
+    )
+  if examples_per_user > 1:
+    if sampling != "poisson":
+      raise ValueError(
+        "sampling must be 'poisson' with examples_per_user above 1, got"
+        f" {sampling!r}"
+      )
+    if neighboring_relation == "replace_one":
+      raise ValueError(
+        "neighboring_relation must be 'add_or_remove_one' or 'zero_out' with"
+        " examples_per_user above 1, got 'replace_one'"
+      )
+    if group_size > 1:
+      raise ValueError(
+        "group_size must be 1 with examples_per_user above 1, got"
+        f" {group_size}: whose rows are in a group is not known"
+      )
+  if group_size > 1 and sampling not in ("poisson", "cyclic_poisson"):
+    raise ValueError(
+      "sampling must be 'poisson' or 'cyclic_poisson' with group_size above 1,"
+      f" got {sampling!r}"
+    )
+
+
+def _check_one_of(name: str, value: str, right: tuple[str, ...]) -> None:
+  if value not in right:
+    raise ValueError(f"{name} must be one of {right}, got {value!r}")
+
+
+def _check_count(name: str, value: int) -> None:
+  if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+    raise ValueError(f"{name} must be an integer >= 1, got {value!r}")
