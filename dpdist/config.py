@@ -18,13 +18,18 @@ def default() -> ml_collections.ConfigDict:
   config = ml_collections.ConfigDict()
 
   config.data = ml_collections.ConfigDict()
-  config.data.name = "digits"  # digits, text, npz, idx, array_record, parquet
+  config.data.name = "digits"
+  # digits, text, npz, idx, array_record, parquet, chitchat
   config.data.path = ""  # directory or file, where the name needs one
   config.data.sequence_length = 64  # text: tokens of an example
   config.data.num_train = 0  # text: pieces to train on
   config.data.num_test = 0  # text: pieces held out
   config.data.inputs_column = "inputs"  # parquet
   config.data.targets_column = "targets"  # parquet
+  # Slots of a user, where the unit of privacy is one (privacy.unit): at a step
+  # a user's examples are at most as many. 0: the unit is an example.
+  config.data.examples_per_unit = 0
+  config.data.unit_column = "user"  # says whose each example is
   # The first 12 digits or more of the training set's manifest, to declare that
   # the data of a run changed since it began.
   config.data.changed_to = ""

@@ -18,6 +18,10 @@ import numpy as np
 
 from dpdist import sources
 
+# Where rows are read; or, where what they hold depends on the step, a function
+# from a step to that.
+Rows = sources.Source | Callable[[int], sources.Source]
+
 
 class Chunk(NamedTuple):
   """This host's rows of one chunk of a draw.
@@ -35,7 +39,7 @@ class Chunk(NamedTuple):
 
 
 def steps(
-  source: sources.Source,
+  source: Rows,
   sampler: Callable[[int], np.ndarray],
   *,
   start_step: int,
@@ -66,7 +70,8 @@ def steps(
     any row. A draw is never cut: a step that cannot be had raises.
 
   Args:
-    source: where examples are read; called from `num_threads` threads.
+    source: where examples, or whole units of several (see `dpdist.units`), are
+      read; called from `num_threads` threads.
     sampler: from a step to strictly increasing integer indices (k,) below
       len(source), the same on every host. Called from the same threads.
     start_step: first step to yield.
@@ -112,10 +117,11 @@ def steps(
 
   def load(step_and_indices: tuple[int, np.ndarray]) -> tuple[int, list[Chunk]]:
     step, indices = step_and_indices
-    _check_draw(step, indices, len(source))
+    rows_of = source(step) if callable(source) else source
+    _check_draw(step, indices, len(rows_of))
     try:
       return step, [
-        _read_chunk(source, indices[start : start + chunk_size], rows)
+        _read_chunk(rows_of, indices[start : start + chunk_size], rows)
         for start in range(0, len(indices), chunk_size)
       ]
     except sources.ReadError as error:

@@ -10,7 +10,10 @@ import zlib
 import ml_collections
 import numpy as np
 
+from dpdist import chitchat
+from dpdist import fetch
 from dpdist import sources
+from dpdist import units
 
 # The third byte of an idx file names its element type; all are big-endian.
 _IDX_DTYPES = {
@@ -58,14 +61,32 @@ def load(config: ml_collections.ConfigDict) -> Splits:
         test*.array_record, as `sources.write_array_record` makes them.
       * "parquet": a directory with train*.parquet and test*.parquet;
         `inputs_column`, `targets_column`.
+      * "chitchat": see `dpdist.chitchat`. Of users.
+
+      With `examples_per_unit` above 0, the unit of privacy is a user, and train
+      is a `units.UnitSource`. Whose an example is, an integer or a string, is
+      told by `unit_column`: a column of the Parquet files, an array of
+      train.npz and test.npz, or, for array_record, an array in the order of the
+      records in train_{unit_column}.npy and test_{unit_column}.npy. Test stays
+      a source of examples, and no user may be in both.
 
   Raises:
-    ValueError: an unknown name, a path without the files, or too little text.
+    ValueError: an unknown name, a path without the files, or too little text;
+      users who are not told, or are in both parts.
     ModuleNotFoundError: a package of an optional extra is missing.
   """
   if config.name not in _LOADERS:
     raise ValueError(
       f"data.name must be one of {sorted(_LOADERS)}, got {config.name!r}"
+    )
+  slots = _slots(config)
+  if slots < 0:
+    raise ValueError(f"data.examples_per_unit must be at least 0, got {slots}")
+  if slots and config.name not in _OF_USERS:
+    raise ValueError(
+      f"data.examples_per_unit must be 0 for data.name={config.name!r}, which"
+      f" does not tell users apart ({', '.join(sorted(_OF_USERS))} do), got"
+      f" {slots}"
     )
   return _LOADERS[config.name](config)
 
@@ -222,32 +243,103 @@ def _idx_file(directory: str, name: str) -> str:
   )
 
 
-def _npz(config: ml_collections.ConfigDict) -> Splits:
-  def split(prefix: str) -> sources.ArraySource:
-    (path,) = _files(config.path, f"{prefix}.npz")
-    return sources.ArraySource.from_npz(path)
+def _chitchat(config: ml_collections.ConfigDict) -> Splits:
+  if not _slots(config):
+    raise ValueError(
+      "data.examples_per_unit must be at least 1 for data.name='chitchat',"
+      " whose units are users, got 0"
+    )
+  path = config.path or fetch.find("chitchat") / "dataset.json"
+  train, test = chitchat.load(
+    path,
+    sequence_length=config.sequence_length,
+    examples_per_unit=config.examples_per_unit,
+  )
+  return Splits(train, test)
 
-  return Splits(split("train"), split("test"))
+
+def _npz(config: ml_collections.ConfigDict) -> Splits:
+  def split(prefix: str) -> _Part:
+    (path,) = _files(config.path, f"{prefix}.npz")
+    if not _slots(config):
+      return _Part(sources.ArraySource.from_npz(path), None)
+    with np.load(path, allow_pickle=False) as archive:
+      arrays = {name: archive[name] for name in archive.files}
+    ids = arrays.pop(config.unit_column, None)
+    if ids is None:
+      raise ValueError(
+        f"data.unit_column must be one of {sorted(arrays)} of {path}, got"
+        f" {config.unit_column!r}"
+      )
+    return _Part(sources.ArraySource(arrays), ids)
+
+  return _splits(config, split("train"), split("test"))
 
 
 def _array_record(config: ml_collections.ConfigDict) -> Splits:
-  def split(prefix: str) -> sources.ArrayRecordSource:
-    return sources.ArrayRecordSource(
-      _files(config.path, f"{prefix}*.array_record")
-    )
+  def split(prefix: str) -> _Part:
+    paths = _files(config.path, f"{prefix}*.array_record")
+    source = sources.ArrayRecordSource(paths)
+    if not _slots(config):
+      return _Part(source, None)
+    (path,) = _files(config.path, f"{prefix}_{config.unit_column}.npy")
+    return _Part(source, np.load(path, allow_pickle=False))
 
-  return Splits(split("train"), split("test"))
+  return _splits(config, split("train"), split("test"))
 
 
 def _parquet(config: ml_collections.ConfigDict) -> Splits:
   columns = {"inputs": config.inputs_column, "targets": config.targets_column}
 
-  def split(prefix: str) -> sources.ParquetSource:
-    return sources.ParquetSource(
-      _files(config.path, f"{prefix}*.parquet"), columns
-    )
+  def split(prefix: str) -> _Part:
+    paths = _files(config.path, f"{prefix}*.parquet")
+    source = sources.ParquetSource(paths, columns)
+    if not _slots(config):
+      return _Part(source, None)
+    return _Part(source, units.parquet_ids(paths, config.unit_column))
 
-  return Splits(split("train"), split("test"))
+  return _splits(config, split("train"), split("test"))
+
+
+class _Part(NamedTuple):
+  """Examples, and whose they are."""
+
+  source: sources.Source
+  ids: np.ndarray | None
+
+
+def _splits(
+  config: ml_collections.ConfigDict, train: _Part, test: _Part
+) -> Splits:
+  """Makes units of the examples to train on, where ids tell whose they are."""
+  if train.ids is None or test.ids is None:
+    return Splits(train.source, test.source)
+  name = f"data.unit_column={config.unit_column!r}"
+  for source, ids in (train.source, train.ids), (test.source, test.ids):
+    if ids.shape != (len(source),):
+      raise ValueError(
+        f"{name} must say of each of the {len(source)} examples whose it is,"
+        f" got {ids.dtype} {ids.shape}"
+      )
+  unit_of_example, num_units = units.number(train.ids, name=name)
+  units.number(test.ids, name=name)
+  # What is held out is not protected: its metrics are released as they are.
+  shared = len(np.intersect1d(train.ids, test.ids))
+  if shared:
+    raise ValueError(
+      f"{name} must hold no user in both parts, or what is held out would give"
+      f" away users that training protects, got {shared} who are"
+    )
+  return Splits(
+    units.UnitSource(
+      train.source, unit_of_example, num_units, config.examples_per_unit
+    ),
+    test.source,
+  )
+
+
+def _slots(config: ml_collections.ConfigDict) -> int:
+  return config.get("examples_per_unit", 0)
 
 
 def _files(directory: str, pattern: str) -> list[str]:
@@ -267,4 +359,6 @@ _LOADERS = {
   "npz": _npz,
   "array_record": _array_record,
   "parquet": _parquet,
+  "chitchat": _chitchat,
 }
+_OF_USERS = {"npz", "array_record", "parquet", "chitchat"}

@@ -31,6 +31,7 @@ from dpdist import optimizers
 from dpdist import plan as plan_lib
 from dpdist import products
 from dpdist import step as step_lib
+from dpdist import units
 
 PyTree = Any
 
@@ -70,7 +71,7 @@ def forecast(
   chunk_size = job.chunk_size(config, plan, mesh)
   example = example_shapes(config)
   state = _state(step, model, example["inputs"])
-  arguments = _arguments(step, state, example, chunk_size)
+  arguments = _arguments(step, state, unit_shapes(config, example), chunk_size)
   key = arguments[4]
   memory = _memory(step, state, arguments)
   facts: dict[str, Any] = {
@@ -132,10 +133,24 @@ def example_shapes(config: ml_collections.ConfigDict) -> dict[str, Any]:
   if config.model.name in ("decoder", "stacked_decoder"):
     tokens = jax.ShapeDtypeStruct((config.data.sequence_length,), jnp.int32)
     return {"inputs": tokens, "targets": tokens}
-  one = datasets.load(config.data).train.read(np.zeros(1, np.int64))
+  one = job.one_example(datasets.load(config.data).train)
   return {
-    name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for name, x in one.items()
+    name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in one.items()
   }
+
+
+def unit_shapes(
+  config: ml_collections.ConfigDict, example: dict[str, Any]
+) -> dict[str, Any]:
+  """The shapes of one unit of privacy, which is a row of a chunk."""
+  slots = config.data.examples_per_unit
+  if not slots:
+    return example
+  shapes = {
+    name: jax.ShapeDtypeStruct((slots, *x.shape), x.dtype)
+    for name, x in example.items()
+  }
+  return shapes | {units.EMPTY_SLOT: jax.ShapeDtypeStruct((slots,), jnp.bool_)}
 
 
 def _placed(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:

@@ -5,6 +5,7 @@ anything.
 """
 
 from collections.abc import Callable
+import dataclasses
 import functools
 import math
 import pathlib
@@ -36,7 +37,9 @@ from dpdist import plan as plan_lib
 from dpdist import provenance
 from dpdist import retrying
 from dpdist import screen
+from dpdist import sources
 from dpdist import step as step_lib
+from dpdist import units
 
 PyTree = Any
 
@@ -57,7 +60,7 @@ class Job(NamedTuple):
     found: the checkpoint to go on from.
     secret: what all its randomness comes from.
     mesh: all devices.
-    train_source: the private examples; to be closed when all is over.
+    train_source: the private examples or users; `close` when all is over.
     train_manifest: names their content, hex.
     test: all held-out examples, arrays "inputs" and "targets".
     model: maps inputs to logits.
@@ -65,7 +68,8 @@ class Job(NamedTuple):
     init: makes the state before the first step, on the mesh.
     step: the two halves of a step.
     learning_rate: as a function of the step.
-    chunk_size: examples over the mesh at once.
+    chunk_size: examples, or users, over the mesh at once.
+    close: ends the waiting for data that does not come.
   """
 
   plan: plan_lib.PrivacyPlan
@@ -78,7 +82,7 @@ class Job(NamedTuple):
   found: manifest.Found
   secret: bytes
   mesh: Mesh
-  train_source: retrying.RetryingSource
+  train_source: sources.Source
   train_manifest: str
   test: dict[str, np.ndarray]
   model: nn.Module
@@ -87,6 +91,7 @@ class Job(NamedTuple):
   step: step_lib.Step
   learning_rate: optax.Schedule
   chunk_size: int
+  close: Callable[[], None]
 
 
 def prepare(
@@ -123,7 +128,7 @@ def _prepare(
   ledger: ledger_lib.Ledger | None,
 ) -> Job:
   settings = config_lib.privacy_dict(config)
-  mesh, splits, train_manifest = hosts.in_all(lambda: _load(config))
+  mesh, splits, train_manifest, close = hosts.in_all(lambda: _load(config))
   environment = provenance.environment(mesh)
   hosts.agree(
     settings=config.to_dict(),
@@ -161,7 +166,7 @@ def _prepare(
   secret_hash = hosts.from_leader(agree_on_secret)
   secret = hosts.in_all(lambda: admission.secret(config, workdir, is_new=False))
   hosts.agree(secret_file=keys.secret_hash(secret))
-  example = splits.train.read(np.zeros(1, np.int64))["inputs"][0]
+  example = one_example(splits.train)["inputs"]
   init_args = (mechanism.Streams(secret, "").words("init"), example)
   make = functools.partial(make_params, model)
   params = jax.eval_shape(make, *init_args)
@@ -203,6 +208,7 @@ def _prepare(
     step,
     learning_rate,
     size,
+    close,
   )
 
 
@@ -219,30 +225,52 @@ def make_params(
   return model.init(noise.as_key(words), example)["params"]
 
 
+def one_example(source: sources.Source) -> dict[str, np.ndarray]:
+  """An example, for its shapes; of units, one without the axis of slots."""
+  row = {k: x[0] for k, x in source.read(np.zeros(1, np.int64)).items()}
+  if isinstance(source, units.UnitSource):
+    del row[units.EMPTY_SLOT]
+    return {k: x[0] for k, x in row.items()}
+  return row
+
+
 def _load(
   config: ml_collections.ConfigDict,
-) -> tuple[Mesh, datasets.Splits, str]:
+) -> tuple[Mesh, datasets.Splits, str, Callable[[], None]]:
   """What may be found, or not, by each process: devices and data."""
   mesh = mesh_lib.make(config.mesh)
   name, path = config.data.name, config.data.path
-  splits = datasets.Splits(
-    *[
-      retrying.RetryingSource(
-        source,
-        name=f"data set {name!r}" + (f" in {path!r}" if path else ""),
-        retry_seconds=config.data.retry_seconds,
-        stall_seconds=config.data.stall_seconds,
-        tell=screen.warn,
-      )
-      for source in datasets.load(config.data)
-    ]
-  )
-  if len(splits.train) != config.privacy.num_examples:
-    raise ValueError(
-      "privacy.num_examples must be the number of training examples,"
-      f" {len(splits.train)}, got {config.privacy.num_examples}"
+
+  def retried(source: sources.Source) -> retrying.RetryingSource:
+    return retrying.RetryingSource(
+      source,
+      name=f"data set {name!r}" + (f" in {path!r}" if path else ""),
+      retry_seconds=config.data.retry_seconds,
+      stall_seconds=config.data.stall_seconds,
+      tell=screen.warn,
     )
-  return mesh, splits, splits.train.manifest()
+
+  train, test = datasets.load(config.data)
+  unit = "example"
+  if isinstance(train, units.UnitSource):
+    unit, examples = "user", retried(train.examples)
+    train = dataclasses.replace(train, examples=examples)
+  else:
+    train = examples = retried(train)
+  if config.privacy.unit != unit:
+    raise ValueError(
+      f"privacy.unit must be {unit!r} with data.examples_per_unit="
+      f"{config.data.examples_per_unit}, which makes that the unit, got"
+      f" {config.privacy.unit!r}"
+    )
+  if len(train) != config.privacy.num_examples:
+    what = {"example": "training examples", "user": "users to train on"}[unit]
+    raise ValueError(
+      f"privacy.num_examples must be the number of {what}, {len(train)}, got"
+      f" {config.privacy.num_examples}"
+    )
+  splits = datasets.Splits(train, retried(test))
+  return mesh, splits, train.manifest(), examples.close
 
 
 def make_step(
@@ -282,7 +310,7 @@ def make_step(
   return make_step(
     mechanism.make(
       plan,
-      losses.cross_entropy(model),
+      loss_fn(config, model),
       method=config.clipping.method,
       microbatch_size=config.clipping.microbatch_size or None,
       exact_group_size=config.clipping.exact_group_size if exact else None,
@@ -293,6 +321,16 @@ def make_step(
     config.ema_decay,
     rules,
   )
+
+
+def loss_fn(
+  config: ml_collections.ConfigDict, model: nn.Module
+) -> Callable[..., Any]:
+  """The loss of one unit of privacy: of an example, or a user's mean."""
+  loss = losses.cross_entropy(model)
+  if config.data.examples_per_unit:
+    return losses.mean_over_unit(loss, empty_slot=units.EMPTY_SLOT)
+  return loss
 
 
 def _check(config: ml_collections.ConfigDict) -> None:

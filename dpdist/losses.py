@@ -1,4 +1,4 @@
-"""The loss of one example, and held-out metrics."""
+"""The loss of one example, or of one user, and held-out metrics."""
 
 from collections.abc import Callable, Mapping
 import functools
@@ -36,6 +36,52 @@ def cross_entropy(model: nn.Module) -> Callable[..., tuple[jax.Array, None]]:
     return jnp.mean(_cross_entropy(logits, example["targets"])), None
 
   return loss_fn
+
+
+def mean_over_unit(
+  loss_fn: Callable[..., tuple[jax.Array, None]], *, empty_slot: str
+) -> Callable[..., tuple[jax.Array, None]]:
+  """The mean of a loss over the examples of one unit, such as a user.
+
+  Its gradient is clipped as one, so that the clip norm bounds what a user does
+  to a sum, however many examples are theirs.
+
+  Guarantees:
+    * A unit without an example has the loss 0, whose gradient is exactly 0.
+    * What lies in empty slots counts for nothing, and need not be a number.
+
+  Args:
+    loss_fn: (params, example, rng) -> (loss, None), for one example.
+    empty_slot: the name, among a unit's arrays, of bool [slots] that is True
+      where no example lies; see `dpdist.units`.
+
+  Returns:
+    loss_fn(params, unit, rng) -> (loss, None); a unit's other arrays are those
+    of an example with a leading axis [slots]. Each slot has its own rng.
+  """
+
+  def unit_loss(
+    params: PyTree, unit: Mapping[str, jax.Array], rng: jax.Array
+  ) -> tuple[jax.Array, None]:
+    is_empty = unit[empty_slot]
+    count = jnp.sum(~is_empty)
+    has_any = count > 0
+    # A copy of an example that is there: the gradient of a loss that is not
+    # finite would not be 0, though its weight is.
+    stand_in = jnp.argmin(is_empty)
+
+    def fill(x: jax.Array) -> jax.Array:
+      one = jnp.where(has_any, x[stand_in], jnp.zeros_like(x[0]))
+      mask = is_empty.reshape(is_empty.shape + (1,) * (x.ndim - 1))
+      return jnp.where(mask, one, x)
+
+    examples = {name: fill(x) for name, x in unit.items() if name != empty_slot}
+    rngs = jax.random.split(rng, is_empty.shape[0])
+    losses, _ = jax.vmap(loss_fn, in_axes=(None, 0, 0))(params, examples, rngs)
+    total = jnp.sum(jnp.where(is_empty, 0, losses))
+    return total / jnp.maximum(1, count), None
+
+  return unit_loss
 
 
 def evaluator(

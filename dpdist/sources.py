@@ -123,7 +123,7 @@ class ArraySource:
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """See `Source.read`."""
-    indices = _check_indices(indices, len(self))
+    indices = check_indices(indices, len(self))
     batch = {name: array[indices] for name, array in self._arrays.items()}
     return self._convert(batch) if self._convert else batch
 
@@ -230,7 +230,7 @@ class ArrayRecordSource:
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """See `Source.read`; ValueError too where records differ in shape."""
-    indices = _check_indices(indices, len(self))
+    indices = check_indices(indices, len(self))
     batch = {
       name: np.empty((len(indices), *shape), dtype)
       for name, (shape, dtype) in self._spec.items()
@@ -313,7 +313,7 @@ def write_array_record(
     writer.close()
 
 
-def _check_indices(indices: np.ndarray, num_examples: int) -> np.ndarray:
+def check_indices(indices: np.ndarray, num_examples: int) -> np.ndarray:
   """Indices as int64. Negative ones are refused: they would wrap around."""
   indices = np.asarray(indices)
   if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):

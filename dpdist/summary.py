@@ -38,7 +38,7 @@ def start_rows(
   axes = " x ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items())
   device = job.mesh.devices.flat[0]
   rows = [
-    ("examples", screen.human_count(plan.num_examples)),
+    (f"{plan.unit}s", screen.human_count(plan.num_examples)),
     ("expected batch size", f"{plan.expected_batch_size:,g}"),
     (
       "sampling probability q",

@@ -30,6 +30,7 @@ from dpdist import display as display_lib
 from dpdist import history
 from dpdist import hosts
 from dpdist import job as job_lib
+from dpdist import keys
 from dpdist import ledger as ledger_lib
 from dpdist import losses
 from dpdist import mechanism
@@ -43,6 +44,7 @@ from dpdist import report
 from dpdist import screen
 from dpdist import step as step_lib
 from dpdist import summary
+from dpdist import units
 from dpdist import watch
 
 # What each process of a job comes to by itself, about its settings or its run.
@@ -97,7 +99,7 @@ def train(
 
     hosts.from_leader(open_ledger)
     job = job_lib.prepare(config, workdir, ledger)
-    stack.callback(job.train_source.close)
+    stack.callback(job.close)
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(
         workdir / "checkpoints",
@@ -211,9 +213,7 @@ def _run(
     clock = display_lib.Clock(plan.expected_batch_size)
     measured = start + 1  # The first step compiles.
     progress.enter(start, "reading")
-    for t, chunks in _steps(
-      config, job, streams.sampler(plan, first_release), start, last
-    ):
+    for t, chunks in _steps(config, job, streams, first_release, start, last):
       # All wait for it: a sum may pass between the others before the leader
       # takes part in it.
       if t == start or t % charge_every == 0:
@@ -344,7 +344,8 @@ def _save(
 def _steps(
   config: ml_collections.ConfigDict,
   job: job_lib.Job,
-  sampler: Callable[[int], np.ndarray],
+  streams: mechanism.Streams,
+  first_release: int,
   start: int,
   last: int,
 ) -> Iterator[tuple[int, Iterator[tuple[int, Any, jax.Array]]]]:
@@ -362,9 +363,13 @@ def _steps(
       batch, is_padding_example = jax.tree.map(put, tuple(chunk))
       yield i * job.chunk_size, batch, is_padding_example
 
+  source: data.Rows = job.train_source
+  if isinstance(source, units.UnitSource):
+    key = keys.derive(job.secret, "unit_examples", branch=streams.branch)
+    source = source.drawing(key)
   for t, chunks in data.steps(
-    job.train_source,
-    sampler,
+    source,
+    streams.sampler(job.plan, first_release),
     start_step=start,
     num_steps=last,
     chunk_size=job.chunk_size,

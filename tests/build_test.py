@@ -27,7 +27,7 @@ RUNNER = "tests/run.py"
 LAYERS = (
   ("keys", "hosts", "rendezvous", "mesh", "fixed_point", "search")
   + ("seals", "liveness", "stores", "progress", "signals", "maintenance")
-  + ("events", "chips", "compiled", "products"),
+  + ("events", "chips", "compiled", "products", "fetch"),
   ("pairs",),
   ("records", "renyi", "loss_distributions", "verdict"),
   ("accountants",),
@@ -38,6 +38,8 @@ LAYERS = (
   ("gradients", "stateful", "ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance")
   + ("operations",),
+  ("units",),
+  ("chitchat",),
   ("data", "data_budget", "datasets", "retrying", "screen", "report")
   + ("checkpoint", "exact_step", "odometer", "watch"),
   ("admission", "verification", "display"),

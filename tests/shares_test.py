@@ -4,6 +4,7 @@ import functools
 import itertools
 import json
 
+import numpy as np
 import pytest
 
 from tests import jobs
@@ -70,3 +71,33 @@ def test_each_process_reads_its_own_part_of_the_draw(tmp_path):
       assert [*itertools.chain(*mine)] == chunk
     # Some had nothing to read, and knew it.
     assert [] in parts[-1]
+
+
+def test_users_are_shared_as_examples_are(tmp_path):
+  rng = np.random.default_rng(0)
+  for prefix, ids in ("train", rng.integers(0, 40, 400)), ("test", [50] * 20):
+    np.savez(
+      tmp_path / f"{prefix}.npz",
+      inputs=rng.normal(size=(len(ids), 4)).astype(np.float32),
+      targets=rng.integers(0, 10, len(ids)).astype(np.int32),
+      user=ids,
+    )
+  args = (
+    "--config.data.name=npz",
+    f"--config.data.path={tmp_path}",
+    "--config.data.examples_per_unit=3",
+    "--config.privacy.unit=user",
+    "--config.privacy.num_examples=40",
+    "--config.privacy.expected_batch_size=20",
+    "--config.privacy.num_steps=8",
+    "--config.chunk_size=48",
+  )
+  found = []
+  for count in (1, 3):
+    directory = tmp_path / str(count)
+    directory.mkdir()
+    runs = jobs.start(directory / "run", count, *args, aside=directory)
+    assert [run.wait() for run in runs] == [0] * count, runs[0].screen
+    result = json.loads((directory / "run" / "result.json").read_text())
+    found.append(result["params_sha256"])
+  assert found[0] == found[1]

