@@ -251,26 +251,34 @@ def _load(
     )
 
   train, test = datasets.load(config.data)
-  unit = "example"
+  unit, group_size = "example", config.privacy.group_size
   if isinstance(train, units.UnitSource):
     unit, examples = "user", retried(train.examples)
     train = dataclasses.replace(train, examples=examples)
   else:
     train = examples = retried(train)
+  num_rows, manifest = len(train), train.manifest()
+  if group_size > 1:
+    if unit == "user":
+      raise ValueError(
+        "privacy.group_size must be 1 where users are the unit, got"
+        f" {group_size}"
+      )
+    train = units.in_groups(train, group_size)
   if config.privacy.unit != unit:
     raise ValueError(
       f"privacy.unit must be {unit!r} with data.examples_per_unit="
       f"{config.data.examples_per_unit}, which makes that the unit, got"
       f" {config.privacy.unit!r}"
     )
-  if len(train) != config.privacy.num_examples:
+  if num_rows != config.privacy.num_examples:
     what = {"example": "training examples", "user": "users to train on"}[unit]
     raise ValueError(
-      f"privacy.num_examples must be the number of {what}, {len(train)}, got"
+      f"privacy.num_examples must be the number of {what}, {num_rows}, got"
       f" {config.privacy.num_examples}"
     )
   splits = datasets.Splits(train, retried(test))
-  return mesh, splits, train.manifest(), examples.close
+  return mesh, splits, manifest, examples.close
 
 
 def make_step(
@@ -326,9 +334,9 @@ def make_step(
 def loss_fn(
   config: ml_collections.ConfigDict, model: nn.Module
 ) -> Callable[..., Any]:
-  """The loss of one unit of privacy: of an example, or a user's mean."""
+  """The loss of what is clipped as one: of an example, or a mean."""
   loss = losses.cross_entropy(model)
-  if config.data.examples_per_unit:
+  if config.data.examples_per_unit or config.privacy.group_size > 1:
     return losses.mean_over_unit(loss, empty_slot=units.EMPTY_SLOT)
   return loss
 

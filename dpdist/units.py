@@ -181,6 +181,26 @@ class _Drawn:
     return np.sort([moved[i] for i in range(used)])
 
 
+def in_groups(examples: sources.Source, size: int) -> UnitSource:
+  """A source whose rows are groups of examples that follow one another.
+
+  Groups are the same at every step, whoever is drawn. If they were cut from
+  what was drawn, one example more would move all that follow it into other
+  groups, and so change many gradients and not one.
+
+  Args:
+    examples: what the groups are made of.
+    size: of a group, at least 1; the last one may be smaller.
+
+  Raises:
+    ValueError: size is out of its range.
+  """
+  if size < 1:
+    raise ValueError(f"size must be at least 1, got {size}")
+  group_of_example = np.arange(len(examples), dtype=np.int64) // size
+  return UnitSource(examples, group_of_example, -(-len(examples) // size), size)
+
+
 def number(ids: np.ndarray, *, name: str) -> tuple[np.ndarray, int]:
   """Numbers the units that a column of identities names.
 
