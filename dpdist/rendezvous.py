@@ -182,12 +182,17 @@ def resolve(host: str, timeout: float) -> list[str]:
 
   Raises:
     MeetError: it has none within timeout seconds.
+    StartError: it never will.
   """
   end = time.monotonic() + timeout
   while True:
     try:
       found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
       return [str(address[4][0]) for address in found]
+    except UnicodeError as error:
+      raise StartError(
+        f"the coordinator's host {host!r} is no name of a host: {error}"
+      ) from error
     except socket.gaierror as error:
       if time.monotonic() >= end:
         raise MeetError(

@@ -83,6 +83,9 @@ def test_a_name_that_does_not_come_up_is_told():
   ):
     rendezvous.resolve("no-such-host.invalid", 0.1)
   assert "127.0.0.1" in rendezvous.resolve("localhost", 1)
+  for host in ("a..b", 70 * "a"):
+    with pytest.raises(rendezvous.StartError, match="is no name of a host"):
+      rendezvous.resolve(host, 60)
 
 
 def test_a_name_that_is_loopback_is_refused_where_others_are_elsewhere():
