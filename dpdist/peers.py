@@ -71,7 +71,7 @@ class Peer:
           self._last = (step, phase, seconds)
         else:
           messages.append(message)
-      except (ValueError, TypeError, KeyError):
+      except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return messages
 
@@ -101,8 +101,18 @@ def host_of(address: str) -> str:
   return address.rpartition(":")[0].strip("[]")
 
 
-def listen() -> socket.socket:
-  """A server on a port that was free, for IPv4 and, where it is had, IPv6."""
+def listen(address: str = "") -> socket.socket:
+  """A server on a port that was free.
+
+  Args:
+    address: that it is called at; "": any of this machine, by IPv4 and, where
+      it is had, IPv6.
+  """
+  if address:
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    return socket.create_server(
+      (address, 0), family=family, backlog=_MOST_CALLERS
+    )
   with contextlib.suppress(OSError, ValueError):
     return socket.create_server(
       ("", 0),

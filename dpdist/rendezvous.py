@@ -155,6 +155,10 @@ def start(flags: Mapping[str, object], *, timeout: int = 300) -> None:
       meeting.num_processes,
       meeting.process_id,
       cluster_detection_method=meeting.engine,
+      # Process 0's. JAX's own choice is all networks.
+      coordinator_bind_address=(
+        meeting.address if loopback(meeting.address) else None
+      ),
       initialization_timeout=left + _MARGIN_SECONDS,
       shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
@@ -178,12 +182,17 @@ def resolve(host: str, timeout: float) -> list[str]:
 
   Raises:
     MeetError: it has none within timeout seconds.
+    StartError: it never will.
   """
   end = time.monotonic() + timeout
   while True:
     try:
       found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
       return [str(address[4][0]) for address in found]
+    except UnicodeError as error:
+      raise StartError(
+        f"the coordinator's host {host!r} is no name of a host: {error}"
+      ) from error
     except socket.gaierror as error:
       if time.monotonic() >= end:
         raise MeetError(
@@ -192,6 +201,19 @@ def resolve(host: str, timeout: float) -> list[str]:
           " it"
         ) from error
       time.sleep(min(1, max(0.0, end - time.monotonic())))
+
+
+def loopback(address: str | None) -> str:
+  """The host of HOST:PORT if it is a loopback address; "" if it is not.
+
+  All processes are on one machine then. A name proves nothing: other machines
+  may know it by another address.
+  """
+  host = (address or "").rpartition(":")[0].strip("[]")
+  try:
+    return host if ipaddress.ip_address(host).is_loopback else ""
+  except ValueError:
+    return ""
 
 
 def check_own_name(name: str, coordinator: list[str]) -> None:

@@ -31,6 +31,7 @@ from dpdist import hosts
 from dpdist import peers
 from dpdist import preemption
 from dpdist import progress as progress_lib
+from dpdist import rendezvous
 from dpdist import verdict
 
 _FAILED = 1
@@ -92,6 +93,7 @@ class Watch:
     self._stack = contextlib.ExitStack()
     self._selector = selectors.DefaultSelector()
     self._peers: list[peers.Peer] = []
+    self._server: socket.socket | None = None
     self._death = ""
     self._failure: _Cause | None = None
     self._due: float | None = None
@@ -163,7 +165,11 @@ class Watch:
     token = secrets.token_hex(16)
 
     def call() -> dict[str, Any]:
-      server = self._stack.enter_context(peers.listen())
+      where = distributed.global_state.coordinator_address
+      server = self._stack.enter_context(
+        peers.listen(rendezvous.loopback(where))
+      )
+      self._server = server
       self._selector.register(
         server, selectors.EVENT_READ, lambda: self._accept(server, token)
       )
@@ -260,17 +266,37 @@ class Watch:
     with contextlib.suppress(OSError):  # It went away before it was met.
       self._add(server.accept()[0], token)
 
+  def _shut(self, peer: peers.Peer) -> None:
+    self._selector.unregister(peer.connection)
+    peer.connection.close()
+    peer.is_closed = True
+
+  def _shut_door(self) -> None:
+    """Once all are there, who else calls or called is a stranger."""
+    named = {peer.number for peer in self._peers if peer.name}
+    if self._server is None or len(named) < jax.process_count() - 1:
+      return
+    self._selector.unregister(self._server)
+    self._server.close()
+    self._server = None
+    strangers = [peer for peer in self._peers if not peer.name]
+    for peer in strangers:
+      if not peer.is_closed:
+        self._shut(peer)
+      self._peers.remove(peer)
+
   def _hear(self, peer: peers.Peer) -> None:
+    if peer.is_closed:
+      return
     messages = peer.receive()
     if messages is None:
-      self._selector.unregister(peer.connection)
-      peer.connection.close()
-      peer.is_closed = True
+      self._shut(peer)
       if peer.name and not peer.is_excused:
         self._death = self._death or f"{peer.name} ended without a word"
         self._settle()
       peer.is_excused = True
       return
+    self._shut_door()
     for message in messages:
       if "cause" in message:
         self._cause = _Cause(*message["cause"])
@@ -279,6 +305,9 @@ class Watch:
         self._note_failure(peer.number, peer.name, message["failed"])
       elif "bye" in message:
         peer.is_excused = True
+        if peer.number == 0:
+          # No cause will be told by a leader that has left.
+          self._known.set()
 
   def _note_failure(self, number: int, name: str, text: str) -> None:
     if self._failure is None:

@@ -5,8 +5,8 @@ r"""Trains with several processes on this machine: the laptop's pod.
 
 What follows `--` goes to each `python -m launch.train`. They meet at a free
 port of this machine. Each line that they print begins with the rank of the
-process. Ctrl-C or SIGTERM makes all save the same step and stop; a second one
-kills them. When one fails, all stop.
+process. Ctrl-C or SIGTERM makes all save the same step and stop; one more, a
+second or more later, kills them. When one fails, all stop.
 
 Exit codes: 0 done; 75 stopped by a signal, saved, run it again; 2 wrong usage;
 else that of the first process that failed, 128 and the signal's number for one

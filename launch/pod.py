@@ -18,6 +18,9 @@ import rich.text
 # How long after SIGTERM comes SIGKILL.
 _TERM_SECONDS = 10.0
 _LOOK_SECONDS = 0.1
+# A closed terminal hangs up twice, by itself and by its shell: within this time
+# of the first signal another one is the same request (see `dpdist.signals`).
+_ECHO_SECONDS = 1.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 _PR_SET_PDEATHSIG = 1
@@ -43,9 +46,9 @@ class Pod:
 
   Each leads a process group of its own, so that Ctrl-C in a terminal reaches
   them through here alone. SIGTERM, SIGINT or SIGHUP is passed on as one SIGTERM
-  to each; a second kills them. Once one has ended with another code than 0, the
-  others have a time of grace to end by themselves; then they get SIGTERM, and
-  ten seconds later SIGKILL.
+  to each; one more, a second or more later, kills them. Once one has ended with
+  another code than 0, the others have a time of grace to end by themselves;
+  then they get SIGTERM, and ten seconds later SIGKILL.
 
   If this process is killed, Linux kills them at once. Elsewhere they end at the
   next line that they print, since nobody reads it.
@@ -76,6 +79,7 @@ class Pod:
     self._alive: dict[int, subprocess.Popen[bytes]] = {}
     self._selector = selectors.DefaultSelector()
     self._passed_on = 0
+    self._first = 0.0
     self._forced = False
     self._deadline: float | None = None
 
@@ -184,6 +188,11 @@ class Pod:
 
   def _receive(self, number: int, frame: FrameType | None) -> None:
     del frame
+    now = time.monotonic()
+    if not self.signals:
+      self._first = now
+    elif now <= self._first + _ECHO_SECONDS:
+      return
     self.signals.append(number)
 
 

@@ -26,6 +26,7 @@ from dpdist import ledger
 from dpdist import preemption
 from dpdist import provenance
 from dpdist import rendezvous
+from dpdist import signals
 from dpdist import sources
 from dpdist import watch
 from launch import exit_codes
@@ -79,6 +80,10 @@ def _main() -> int:
       {name: flags.FLAGS[name].value for name in names},
       timeout=_START_TIMEOUT.value,
     )
+    # For after the run, until this process has ended, since the others may be
+    # waited for: one that is asked to stop when all have stopped for another
+    # one's sake would be taken for killed.
+    signals.Signals(lambda name: None).__enter__()
     dpdist.train(_CONFIG.value, str(_WORKDIR.value))
   except (
     admission.SettingsError,

@@ -13,6 +13,7 @@ import time
 import pytest
 
 from dpdist import ledger as ledger_lib
+from dpdist import preemption
 from tests import jobs
 from tests import training
 
@@ -185,6 +186,23 @@ def test_any_process_may_be_asked_to_stop(start, expected, tmp_path):
     assert f"stopped after step {saved} ({name})" in runs[number].screen
     assert training.check(tmp_path / "run") == saved
   _comes_to(start, 2, expected, tmp_path / "run")
+
+
+def _ask_when_all_have_stopped():
+  leave = preemption.Notice.__exit__
+
+  def ask_late(self, *raised):
+    leave(self, *raised)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  preemption.Notice.__exit__ = ask_late
+
+
+def test_who_is_asked_to_stop_when_all_have_stopped_ends_as_they_do(start):
+  stop = training.before(_APPLY, 3, training.send(signal.SIGTERM))
+  runs = start(2, of_0=[stop], of_1=[_ask_when_all_have_stopped])
+  assert _codes(runs) == [75, 75], runs[0].screen
+  assert "stopped after step 3; run the same" in runs[1].screen
 
 
 def _under_slurm():

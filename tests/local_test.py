@@ -276,10 +276,27 @@ def test_a_signal_is_passed_on_once_and_a_second_kills(signals, code):
   for _ in range(2):
     assert "caught" in door.stdout.readline()
   if signals == 2:
+    time.sleep(1.1)
     door.send_signal(signal.SIGTERM)
   rest, err = door.communicate(timeout=120)
   assert not rest
   assert door.returncode == code, err
+
+
+def test_a_terminal_that_is_closed_hangs_up_twice_and_kills_nothing():
+  script = (
+    "trap 'echo caught; sleep 0.5; exit 75' TERM; echo ready;"
+    " while :; do sleep 0.1; done"
+  )
+  door = _pod(script, 2)
+  assert door.stdout is not None
+  for _ in range(2):
+    assert "ready" in door.stdout.readline()
+  door.send_signal(signal.SIGHUP)
+  assert "caught" in door.stdout.readline()
+  door.send_signal(signal.SIGHUP)
+  _, err = door.communicate(timeout=120)
+  assert door.returncode == 75, err
 
 
 def test_what_cannot_be_started_leaves_nothing():

@@ -83,6 +83,9 @@ def test_a_name_that_does_not_come_up_is_told():
   ):
     rendezvous.resolve("no-such-host.invalid", 0.1)
   assert "127.0.0.1" in rendezvous.resolve("localhost", 1)
+  for host in ("a..b", 70 * "a"):
+    with pytest.raises(rendezvous.StartError, match="is no name of a host"):
+      rendezvous.resolve(host, 60)
 
 
 def test_a_name_that_is_loopback_is_refused_where_others_are_elsewhere():
@@ -91,6 +94,29 @@ def test_a_name_that_is_loopback_is_refused_where_others_are_elsewhere():
     rendezvous.check_own_name("localhost", ["192.0.2.1"])
   # On one machine nobody else has to reach it.
   rendezvous.check_own_name("localhost", ["127.0.0.1"])
+
+
+@pytest.mark.parametrize(
+  ("address", "bound"),
+  [
+    ("127.0.0.1:7", "127.0.0.1:7"),
+    ("[::1]:7", "[::1]:7"),
+    ("localhost:7", None),
+  ],
+)
+def test_processes_of_one_machine_meet_where_no_other_can_call(
+  monkeypatch, address, bound
+):
+  given = {}
+  monkeypatch.setattr(rendezvous.jax.config, "update", lambda *unused: None)
+  monkeypatch.setattr(
+    rendezvous.jax.distributed,
+    "initialize",
+    lambda *args, **kwargs: given.update(kwargs),
+  )
+  flags = {"coordinator_address": address, "num_processes": 2, "process_id": 0}
+  rendezvous.start(flags)
+  assert given["coordinator_bind_address"] == bound
 
 
 def _free_port():

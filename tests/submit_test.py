@@ -225,6 +225,7 @@ def test_slurm_hands_every_word_on_as_it_is():
   )
   assert done.returncode == 0, done.stderr
   words = done.stdout.split("\0")[:-1]
+  assert "--cpus-per-task=3" in words
   assert words[-len(_HOSTILE) - 1 :] == [
     *_HOSTILE,
     f"--workdir={_COMMON['workdir']}",

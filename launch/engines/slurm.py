@@ -80,8 +80,10 @@ def _script(job: Job) -> str:
 #SBATCH --requeue
 
 # No pipe after srun: its exit status decides. One process that ends does not
-# take those along that still save, but they have {_WAIT_SECONDS} seconds.
-srun --kill-on-bad-exit=0 --wait={_WAIT_SECONDS} \\
+# take those along that still save, but they have {_WAIT_SECONDS} seconds. From
+# Slurm 22.05 on, srun does not hear from sbatch how many processors a task has.
+srun --cpus-per-task={job.cpus} \\
+  --kill-on-bad-exit=0 --wait={_WAIT_SECONDS} \\
   {shlex.join(job.train(job.python))}
 status=$?
 
