@@ -46,7 +46,9 @@ def test_noise_is_float32_with_a_known_deviation_and_a_key_for_each_leaf():
   fn = dpdist.private_gradients(loss, plan, seed=1)
   assert fn.noise_stddev == 1.5
   params = {name: jnp.zeros(50, jnp.bfloat16) for name in "ab"}
-  got, _ = fn(params, jnp.zeros((4, 50), jnp.bfloat16), fn.init(params))
+  got, _ = jax.jit(fn)(
+    params, jnp.zeros((4, 50), jnp.bfloat16), fn.init(params)
+  )
   a, b = (np.asarray(got.gradient[name]) for name in "ab")
   assert a.dtype == b.dtype == np.float32
   assert np.unique([a, b]).size == 100
@@ -67,7 +69,7 @@ def test_a_loss_with_network_state_rng_and_metrics():
     l2_clip_norm=1.0,
     aggregate={"loss": "mean", "inputs": "sum", "rng": "stack"},
   )
-  got = fn(
+  got = jax.jit(fn)(
     {"w": jnp.float32(2.0)},
     {"calls": jnp.int32(4)},
     jnp.array([0.5, 1.5, -3.0, 100.0]),

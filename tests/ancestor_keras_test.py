@@ -1,5 +1,6 @@
 """What users of jax_privacy's DPKerasConfig could do, with its numbers."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,7 +43,7 @@ def test_gradient_of_a_quadratic(norm, rescale, expected):
   )
   a, x = jnp.array([3.0, -2.0]), jnp.array([[1.0, 2.0]])
   state = fn.init(a)
-  got, _ = fn(a, x, state)
+  got, _ = jax.jit(fn)(a, x, state)
   drawn, _ = noise.gaussian_noise(1.0 if rescale else norm, 1).update(
     jnp.zeros(2), state
   )

@@ -96,7 +96,9 @@ def test_noise_has_the_deviation_of_the_plan():
   for size, expected in ((1, 0.3), (4, 2.4)):
     fn = _make(group_size=size, rows_are_fixed=True)
     batch, padding = jnp.zeros((4, 50_000)), np.ones(4, bool)
-    got, _ = fn(params, batch, fn.init(params), is_padding_example=padding)
+    got, _ = jax.jit(fn)(
+      params, batch, fn.init(params), is_padding_example=padding
+    )
     np.testing.assert_allclose(np.std(got.gradient["w"]), expected, rtol=0.02)
 
 
@@ -115,7 +117,7 @@ def test_values_are_means_over_real_examples(size):
 
 def test_nobody_drawn_is_noise_all_the_same():
   fn = _make()
-  got, _ = fn(
+  got, _ = jax.jit(fn)(
     _params(),
     _batch(4, 3),
     fn.init(_params()),

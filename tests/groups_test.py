@@ -1,5 +1,7 @@
 """Groups of examples are averaged, and clipped as one."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -19,14 +21,19 @@ def _batch(size):
   return jnp.asarray(rng.normal(size=(size, 3)), jnp.float32)
 
 
-def _sum(batch, size, *, norm=1.0, padding=None, method="auto"):
+@functools.cache
+def _fn(norm, method):
   fn = clipping.clipped_grad(
     clipping.mean_of_group(_loss), l2_clip_norm=norm, method=method
   )
+  return jax.jit(fn)
+
+
+def _sum(batch, size, *, norm=1.0, padding=None, method="auto"):
   groups, is_padding = clipping.into_groups(
     batch, size, is_padding_example=padding
   )
-  return fn(jnp.zeros(3), groups, is_padding_example=is_padding)
+  return _fn(norm, method)(jnp.zeros(3), groups, is_padding_example=is_padding)
 
 
 @pytest.mark.parametrize("method", ["bookkeeping", "two_pass", "vmap"])
@@ -42,13 +49,12 @@ def test_the_mean_of_a_group_is_clipped(method):
 
 
 @pytest.mark.parametrize("method", ["bookkeeping", "two_pass", "vmap"])
-@pytest.mark.parametrize("bad", [0.0, np.nan, np.inf])
-def test_padding_has_no_share_in_a_mean(method, bad):
+def test_padding_has_no_share_in_a_mean(method):
   batch = _batch(8)
   # One group of half padding, one of nothing else.
   padding = np.array([0, 0, 1, 0, 1, 1, 0, 0], bool)
   got = _sum(
-    jnp.where(padding[:, None], bad, batch),
+    jnp.where(padding[:, None], jnp.nan, batch),
     2,
     norm=100.0,
     padding=padding,
@@ -81,7 +87,7 @@ def test_each_example_of_a_group_has_its_own_randomness():
     clipping.mean_of_group(loss, has_aux=True), l2_clip_norm=1.0, has_aux=True
   )
   groups, _ = clipping.into_groups(jnp.ones(8), 4)
-  got = fn(jnp.ones(()), groups, rng=jax.random.key(0))
+  got = jax.jit(fn)(jnp.ones(()), groups, rng=jax.random.key(0))
   assert got.aux.shape == (2, 4)
   assert np.unique(got.aux).size == 8
 

@@ -1,5 +1,7 @@
 """Statistics tell what the clipped sum really did."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
@@ -29,8 +31,22 @@ _FROZEN = {"frozen": True, "layer": False}
 _PADDING = np.arange(6) == 4
 
 
-def _run(**kwargs):
-  fn = clipping.clipped_grad(_loss, frozen=_FROZEN, **kwargs)
+_BY_LAYER = {"frozen": None, "layer": {"b": 0.5, "w": 1.5}}
+_CASES = {
+  "flat": {"l2_clip_norm": 0.9, "method": "bookkeeping"},
+  "rescaled": {
+    "l2_clip_norm": 2.0,
+    "rescale_to_unit_norm": True,
+    "method": "two_pass",
+  },
+  "normalised": {"l2_clip_norm": 0.9, "normalize_gamma": 0.1, "method": "vmap"},
+  "by layer": {"l2_clip_norm": _BY_LAYER},
+}
+
+
+@functools.cache
+def _run(case):
+  fn = clipping.clipped_grad(_loss, frozen=_FROZEN, **_CASES[case])
   batch = _normal(6, 4, 5).at[2].set(jnp.nan)
   seen = []
   grads = clipping.unsafe_statistics(
@@ -44,19 +60,9 @@ def _run(**kwargs):
   return fn, grads, seen
 
 
-@pytest.mark.parametrize("method", ["bookkeeping", "two_pass", "vmap"])
-@pytest.mark.parametrize(
-  "kwargs",
-  [
-    {"l2_clip_norm": 0.9},
-    {"l2_clip_norm": 2.0, "rescale_to_unit_norm": True},
-    {"l2_clip_norm": 0.9, "normalize_gamma": 0.1},
-    {"l2_clip_norm": {"frozen": None, "layer": {"b": 0.5, "w": 1.5}}},
-  ],
-  ids=["flat", "rescaled", "normalised", "by layer"],
-)
-def test_gradients_after_clipping_are_those_that_were_summed(method, kwargs):
-  _, grads, seen = _run(method=method, **kwargs)
+@pytest.mark.parametrize("case", _CASES)
+def test_gradients_after_clipping_are_those_that_were_summed(case):
+  _, grads, seen = _run(case)
   assert [s.name for s in seen] == ["layer/b", "layer/w", ""]
   whole = seen[-1]
   for got, name in zip(seen[:-1], "bw", strict=True):
@@ -74,7 +80,7 @@ def test_gradients_after_clipping_are_those_that_were_summed(method, kwargs):
 
 
 def test_the_whole_is_told_last_and_in_all():
-  fn, grads, (b, w, whole) = _run(l2_clip_norm=0.9)
+  fn, grads, (b, w, whole) = _run("flat")
   real = np.array([0, 1, 3, 5])
   np.testing.assert_allclose(
     whole.grad_norms[real], grads.grad_norms[real], rtol=1e-5
@@ -92,9 +98,8 @@ def test_the_whole_is_told_last_and_in_all():
 
 
 def test_each_layer_has_its_own_factor_and_threshold():
-  norms = {"frozen": None, "layer": {"b": 0.5, "w": 1.5}}
-  _, grads, (b, w, whole) = _run(l2_clip_norm=norms)
-  assert (b.threshold, w.threshold, whole.threshold) == (0.5, 1.5, norms)
+  _, grads, (b, w, whole) = _run("by layer")
+  assert (b.threshold, w.threshold, whole.threshold) == (0.5, 1.5, _BY_LAYER)
   assert whole.clip_factor["frozen"] is None
   for got, name in ((b, "b"), (w, "w")):
     np.testing.assert_array_equal(

@@ -20,19 +20,24 @@ _FN = clipping.clipped_grad(
 )
 
 
+# One object, since each has its own compiled functions; empty between tests.
+_STEP = clipping.VirtualStep(_FN)
+_WHOLE = jax.jit(_FN)
+
+
 def _batch(size, seed=0):
   rng = np.random.default_rng(seed)
   return jnp.asarray(rng.normal(size=(size, 3)), jnp.float32)
 
 
 def test_parts_of_a_batch_are_the_batch():
-  step, batch = clipping.VirtualStep(_FN), _batch(8)
+  step, batch = _STEP, _batch(8)
   is_padding_example = np.arange(8) == 5
   for part in (slice(0, 3), slice(3, 4), slice(4, 8)):
     step.add(_PARAMS, batch[part], is_padding_example=is_padding_example[part])
   assert step.num_added == 3
   got = step.finish()
-  whole = _FN(_PARAMS, batch, is_padding_example=is_padding_example).sum
+  whole = _WHOLE(_PARAMS, batch, is_padding_example=is_padding_example).sum
   np.testing.assert_allclose(got.value["w"], whole["w"], rtol=1e-5)
   assert got.value["scale"] is None
   assert got.sensitivity == 1.0
@@ -42,13 +47,13 @@ def test_a_mean_is_over_the_expected_batch():
   step = clipping.VirtualStep(_FN, "mean", expected_batch_size=10)
   step.add(_PARAMS, _batch(4))
   got = step.finish("replace_one")
-  whole = _FN(_PARAMS, _batch(4)).sum
+  whole = _WHOLE(_PARAMS, _batch(4)).sum
   np.testing.assert_allclose(got.value["w"], whole["w"] / 10, rtol=1e-6)
   assert got.sensitivity == 0.2
 
 
 def test_different_norms_combine_by_maximum():
-  step, batch = clipping.VirtualStep(_FN), 100 * _batch(2)
+  step, batch = _STEP, 100 * _batch(2)
   step.add(_PARAMS, batch[:1], l2_clip_norm=0.5)
   step.add(_PARAMS, batch[1:], l2_clip_norm={"w": 3.0, "scale": None})
   step.add_nothing(_PARAMS)
@@ -60,7 +65,7 @@ def test_different_norms_combine_by_maximum():
 
 
 def test_an_empty_draw_is_zero_with_the_sensitivity_of_any_other():
-  step = clipping.VirtualStep(_FN)
+  step = _STEP
   step.add_nothing(jax.eval_shape(lambda: _PARAMS))
   got = step.finish()
   np.testing.assert_array_equal(got.value["w"], np.zeros(3))
@@ -69,7 +74,7 @@ def test_an_empty_draw_is_zero_with_the_sensitivity_of_any_other():
 
 
 def test_nothing_is_left_after_the_end():
-  step = clipping.VirtualStep(_FN)
+  step = _STEP
   for end in (step.finish, step.clear):
     step.add(_PARAMS, _batch(4))
     end()
@@ -77,12 +82,12 @@ def test_nothing_is_left_after_the_end():
     with pytest.raises(RuntimeError, match=r"finish .* add.*add_nothing"):
       step.finish()
   step.add(_PARAMS, _batch(2, seed=1))
-  expected = _FN(_PARAMS, _batch(2, seed=1)).sum["w"]
+  expected = _WHOLE(_PARAMS, _batch(2, seed=1)).sum["w"]
   np.testing.assert_allclose(step.finish().value["w"], expected, rtol=1e-6)
 
 
 def test_what_fails_adds_nothing():
-  step = clipping.VirtualStep(_FN)
+  step = _STEP
   step.add(_PARAMS, _batch(2))
   with pytest.raises(ValueError, match="batch must hold"):
     step.add(_PARAMS, _batch(0))
@@ -95,7 +100,7 @@ def test_what_fails_adds_nothing():
   with pytest.raises(ValueError, match="neighboring_relation"):
     step.finish("swap")
   assert step.num_added == 1
-  expected = _FN(_PARAMS, _batch(2)).sum["w"]
+  expected = _WHOLE(_PARAMS, _batch(2)).sum["w"]
   np.testing.assert_allclose(step.finish().value["w"], expected, rtol=1e-6)
 
 
@@ -117,7 +122,7 @@ def test_inside_shard_map():
   )
   batch = 2 * _batch(24)
   got = jax.jit(run)(_PARAMS, batch[:8], batch[8:])
-  expected = _FN(_PARAMS, batch).sum["w"]
+  expected = _WHOLE(_PARAMS, batch).sum["w"]
   np.testing.assert_allclose(got["w"], expected, rtol=1e-5, atol=1e-6)
 
 

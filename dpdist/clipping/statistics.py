@@ -100,7 +100,7 @@ def unsafe_statistics(
     return out if fn.has_aux else (out, None)
 
   examples = (batch,) if rng is None else (batch, rng)
-  before, _, _ = reference.per_example_gradients(
+  before, _, _ = jax.jit(reference.per_example_gradients, static_argnums=0)(
     loss_fn, parts.trainable, examples
   )
   after = [
