@@ -14,11 +14,13 @@ if TYPE_CHECKING:
   import dpdist.accounting as accounting  # noqa: F401
   from dpdist.clipping import ClippedGrads as ClippedGrads
   from dpdist.clipping import clipped_grad as clipped_grad
+  from dpdist.gradients import private_gradients as private_gradients
   from dpdist.noise import gaussian_noise as gaussian_noise
   from dpdist.plan import PrivacyConfig as PrivacyConfig
   from dpdist.plan import PrivacyPlan as PrivacyPlan
   from dpdist.plan import make_plan as make_plan
   from dpdist.sampling import PoissonSampler as PoissonSampler
+  from dpdist.stateful import with_state as with_state
   from dpdist.train import train as train
 
 _HOME = {
@@ -30,7 +32,9 @@ _HOME = {
   "clipped_grad": "clipping",
   "gaussian_noise": "noise",
   "make_plan": "plan",
+  "private_gradients": "gradients",
   "train": "train",
+  "with_state": "stateful",
 }
 
 __all__ = sorted(_HOME)

@@ -64,7 +64,7 @@ def gaussian_noise(
     or stddev < 0
   ):
     raise ValueError(f"stddev must be finite and at least 0, got {stddev!r}")
-  key = _as_key(seed)
+  key = key_of(seed)
 
   def init(params: Any) -> GaussianNoiseState:
     del params
@@ -96,7 +96,12 @@ def as_key(words: np.ndarray | jax.Array) -> jax.Array:
   return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
 
 
-def _as_key(seed: int | bytes | jax.Array) -> jax.Array:
+def key_of(seed: int | bytes | jax.Array) -> jax.Array:
+  """The key that `gaussian_noise` makes of its seed.
+
+  Raises:
+    ValueError: it is none.
+  """
   if isinstance(seed, jax.Array):
     if seed.shape or not jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
       raise ValueError(

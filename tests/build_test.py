@@ -32,7 +32,7 @@ LAYERS = (
   ("accounting", "sampling", "noise", "clipping", "peers"),
   ("plan",),
   ("mechanism", "config", "composition", "history"),
-  ("ledger", "manifest", "step", "metrics", "sources")
+  ("gradients", "stateful", "ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance")
   + ("operations",),
   ("data", "data_budget", "datasets", "retrying", "screen", "report")

@@ -39,6 +39,7 @@ class Problem(NamedTuple):
     block: the loss of one example, taken apart.
     rules: cover all its sites.
     leaves: the parameters; some may be `shards.Shard`s.
+    frozen: those that are not trained, likewise.
     groups: for each parameter the number of the group it is clipped with.
     scaling: how gradients are shortened.
     platform: "cpu", "gpu" or "tpu".
@@ -47,9 +48,14 @@ class Problem(NamedTuple):
   block: Block
   rules: Sequence[Rule]
   leaves: Sequence[Any]
+  frozen: Sequence[Any]
   groups: Sequence[int]
   scaling: Scaling
   platform: str
+
+  def inputs(self, example: Sequence[Any]) -> list[Any]:
+    """The block's, for one example."""
+    return [*self.leaves, *self.frozen, *example]
 
   def unit_roundoff(self, rule: Rule) -> float:
     """Relative error with which the products of a sum round their operands."""
@@ -113,7 +119,7 @@ def backward(
 
   def losses(taps: dict[Key, jax.Array]) -> tuple[jax.Array, Any]:
     def one(example: Any, taps: Any) -> Any:
-      return evaluate.forward(problem.block, [*problem.leaves, *example], taps)
+      return evaluate.forward(problem.block, problem.inputs(example), taps)
 
     outs, operands = jax.vmap(one)(list(examples), taps)
     return outs[0], (outs, operands)
@@ -152,7 +158,10 @@ def norms_of(
     return {group: square}, formed
 
   # Here, and not once for each example.
-  problem = problem._replace(leaves=[shards.whole(x) for x in problem.leaves])
+  problem = problem._replace(
+    leaves=[shards.whole(x) for x in problem.leaves],
+    frozen=[shards.whole(x) for x in problem.frozen],
+  )
 
   def one(args: tuple[dict[Key, jax.Array], dict[Key, jax.Array]]) -> Any:
     of_weights = _of_weights(problem, rule, *args)
@@ -255,11 +264,8 @@ def to_leaves(
   wanted: frozenset[int],
 ) -> dict[int, jax.Array]:
   """Gradients of parameters from those of weights; see `to_parameters`."""
-  num_inputs = len(problem.block.kinds)
-  values = [
-    *problem.leaves,
-    *[None] * (num_inputs - len(problem.leaves)),
-  ]
+  known = problem.inputs(())
+  values = [*known, *[None] * (len(problem.block.kinds) - len(known))]
   found = evaluate.to_parameters(problem.block, values, cotangents)
   return {
     i: gradients.widen(x)

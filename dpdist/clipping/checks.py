@@ -1,5 +1,6 @@
 """What a clipped sum refuses before anything is computed."""
 
+import math
 from typing import Any
 
 import jax
@@ -9,6 +10,63 @@ from dpdist.clipping import manual_axes
 from dpdist.clipping.program import Block
 
 PyTree = Any
+
+_METHODS = ("auto", "bookkeeping", "two_pass", "vmap")
+_PLATFORMS = ("cpu", "gpu", "tpu")
+# The square of a gradient entry below about 1e-19 is 0 in float32, so that a
+# norm near that size would be taken for nothing.
+_SMALLEST_NORM = 1e-12
+
+
+def arguments(
+  *,
+  l2_clip_norm: PyTree,
+  method: str,
+  microbatch_size: int | None,
+  platform: str | None,
+  normalize_gamma: float | None,
+) -> None:
+  """Those of `clipped_grad`."""
+  norms(l2_clip_norm)
+  if method not in _METHODS:
+    raise ValueError(f"method must be one of {_METHODS}, got {method!r}")
+  if platform is not None and platform not in _PLATFORMS:
+    raise ValueError(
+      f"platform must be None or one of {_PLATFORMS}, got {platform!r}"
+    )
+  if normalize_gamma is not None and (
+    not _is_number(normalize_gamma) or normalize_gamma <= 0
+  ):
+    raise ValueError(
+      "normalize_gamma must be None or finite and above 0, got"
+      f" {normalize_gamma!r}"
+    )
+  if microbatch_size is not None and (
+    isinstance(microbatch_size, bool)
+    or not isinstance(microbatch_size, int)
+    or microbatch_size < 1
+  ):
+    raise ValueError(
+      f"microbatch_size must be None or an int above 0, got {microbatch_size!r}"
+    )
+
+
+def norms(l2_clip_norm: PyTree) -> None:
+  """Clip norms that are none."""
+  for norm in jax.tree.leaves(l2_clip_norm):
+    if not _is_number(norm) or norm < _SMALLEST_NORM:
+      raise ValueError(
+        f"l2_clip_norm must be finite and at least {_SMALLEST_NORM}, got"
+        f" {norm!r}"
+      )
+  if not jax.tree.leaves(l2_clip_norm):
+    raise ValueError(f"l2_clip_norm must hold a norm, got {l2_clip_norm!r}")
+
+
+def _is_number(x: Any) -> bool:
+  return (
+    isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
+  )
 
 
 def params(tree: PyTree) -> None:
@@ -55,6 +113,24 @@ def batch_size(batch: PyTree) -> int:
       f" shapes {shapes}"
     )
   return shapes[0][0]
+
+
+def group_size(size: int) -> None:
+  """One of `groups.into_groups`."""
+  if isinstance(size, bool) or not isinstance(size, int) or size < 1:
+    raise ValueError(f"group_size must be an int above 0, got {size!r}")
+
+
+def padding(is_padding_example: Any, batch_size: int) -> jax.Array:
+  """As an array [batch_size] of bool; all False for None."""
+  if is_padding_example is None:
+    return jnp.zeros((batch_size,), bool)
+  if jnp.shape(is_padding_example) != (batch_size,):
+    raise ValueError(
+      "is_padding_example must have one entry an example, shape"
+      f" ({batch_size},), got {jnp.shape(is_padding_example)}"
+    )
+  return jnp.asarray(is_padding_example, bool)
 
 
 def refuse_sharded_outside_shard_map(batch: PyTree, block: Block) -> None:

@@ -49,7 +49,8 @@ def forward(
 
   Args:
     block: from `splitting.split`.
-    values: of its inputs; those of weights may be `shards.Shard`s.
+    values: of its inputs; those of weights and constants may be
+      `shards.Shard`s.
     taps: for each site's key what is added to its output; a site without one
       runs as it is. In a loop with a leading axis over the iterations.
     product: runs the products.
@@ -102,7 +103,7 @@ def forward(
     elif number in block.blocks:
       inner = block.blocks[number]
       arguments = [
-        read_part(x) if kind == Kind.WEIGHT else read_data(x)
+        read_data(x) if kind == Kind.DATA else read_part(x)
         for x, kind in zip(eqn.invars, inner.kinds, strict=True)
       ]
       keys = [site.key for site in inner.all_sites() if site.key in taps]
@@ -204,7 +205,7 @@ def to_parameters(
 
   Args:
     block: from `splitting.split`.
-    values: of the inputs; only those of weights are used, which may be
+    values: of the inputs; those of data are not used, the others may be
       `shards.Shard`s.
     cotangents: for some sites' keys the gradient with respect to the site's
       weight, of shape `Site.weight_shape`.

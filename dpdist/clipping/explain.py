@@ -20,6 +20,7 @@ def table(
   platform: str,
   rules: Sequence[Rule],
   names: Sequence[str],
+  frozen: Sequence[str] = (),
 ) -> str:
   """Returns the text that `ClippedGrad.explain` prints."""
   lines = [f"method: {method} ({reason}); costs of: {platform}"]
@@ -45,6 +46,7 @@ def table(
     for i, name in enumerate(names)
     if i not in used
   )
+  rows.extend((name, "-", "frozen", "0", "0", "0") for name in frozen)
   widths = [max(len(row[i]) for row in rows) for i in range(len(head))]
   lines.extend(
     "  ".join(

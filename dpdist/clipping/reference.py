@@ -37,6 +37,24 @@ def clipped_sum(
     The sum, a list like the leaves of params in float32 or wider; the losses
     [B]; the gradient norms before clipping, [B] a group; aux stacked along B.
   """
+  leaves, loss, aux = per_example_gradients(loss_fn, params, examples)
+  total = [jnp.zeros(keep.shape, jnp.float32)] * len(scaling.l2_clip_norms)
+  for group, g in zip(groups, leaves, strict=True):
+    total[group] += squares(g)
+  scales, norms = scaling.scales(total, keep)
+  sums = [
+    weighted_sum(g, scales[group])
+    for group, g in zip(groups, leaves, strict=True)
+  ]
+  return sums, loss, norms, aux
+
+
+def per_example_gradients(
+  loss_fn: Callable[..., tuple[jax.Array, Any]],
+  params: PyTree,
+  examples: tuple[PyTree, ...],
+) -> tuple[list[jax.Array], jax.Array, Any]:
+  """Every gradient [B, ...], float32 or wider; the losses [B]; aux likewise."""
   grad_fn = jax.vmap(
     jax.value_and_grad(loss_fn, has_aux=True),
     in_axes=(None, *[0] * len(examples)),
@@ -47,22 +65,24 @@ def clipped_sum(
     g.astype(jnp.promote_types(g.dtype, jnp.float32))
     for g in jax.tree.leaves(grads)
   ]
-  squares = [jnp.zeros(keep.shape, jnp.float32)] * len(scaling.l2_clip_norms)
-  for group, g in zip(groups, leaves, strict=True):
-    squares[group] += jnp.sum(jnp.square(g), axis=tuple(range(1, g.ndim)))
-  scales, norms = scaling.scales(squares, keep)
-  sums = [
-    weighted_sum(g, scales[group])
-    for group, g in zip(groups, leaves, strict=True)
-  ]
-  return sums, loss, norms, aux
+  return leaves, loss, aux
+
+
+def squares(grads: jax.Array) -> jax.Array:
+  """The squared norm of each row, [B]."""
+  return jnp.sum(jnp.square(grads), axis=tuple(range(1, grads.ndim)))
+
+
+def scaled(grads: jax.Array, scale: jax.Array) -> jax.Array:
+  """scale[b] * grads[b]; rows of scale 0 may hold anything."""
+  rows = _rows(scale, grads).astype(grads.dtype)
+  return rows * jnp.where(rows != 0, grads, 0)
 
 
 def weighted_sum(grads: jax.Array, scale: jax.Array) -> jax.Array:
   """Sums scale[b] * grads[b] over b; rows of scale 0 may hold anything."""
-  rows = scale.reshape(scale.shape + (1,) * (grads.ndim - 1))
   # Selected, not multiplied by zero: the gradient may hold NaN or inf.
-  grads = jnp.where(rows != 0, grads, 0)
+  grads = jnp.where(_rows(scale, grads) != 0, grads, 0)
   # Accelerators multiply float32 in bfloat16 by default, which would move a
   # clipped gradient past its bound.
   return jnp.einsum(
@@ -71,3 +91,7 @@ def weighted_sum(grads: jax.Array, scale: jax.Array) -> jax.Array:
     grads,
     precision=jax.lax.Precision.HIGHEST,
   )
+
+
+def _rows(scale: jax.Array, grads: jax.Array) -> jax.Array:
+  return scale.reshape(scale.shape + (1,) * (grads.ndim - 1))

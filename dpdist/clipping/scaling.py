@@ -49,6 +49,12 @@ class Scaling:
       the norm of one is not finite.
     """
     norms = [jnp.sqrt(square) for square in squares]
+    return self.of_norms(norms, keep), norms
+
+  def of_norms(
+    self, norms: Sequence[jax.Array], keep: jax.Array
+  ) -> list[jax.Array]:
+    """The factors alone, from the norms."""
     # inf * 0 is NaN, and NaN passes a comparison.
     for norm in norms:
       keep = keep & jnp.isfinite(norm)
@@ -61,4 +67,4 @@ class Scaling:
       else:
         divisor = norm + self.normalize_gamma
       scales.append(jnp.where(keep, bound / divisor, 0))
-    return scales, norms
+    return scales

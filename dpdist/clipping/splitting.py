@@ -48,21 +48,28 @@ _WIDENED = (
 )
 
 
-def split(closed: core.ClosedJaxpr, num_leaves: int) -> Block:
+def split(
+  closed: core.ClosedJaxpr, num_leaves: int, num_constants: int = 0
+) -> Block:
   """Finds what every value depends on, and where weights meet data.
 
   Args:
     closed: as `program.trace` returns it: the first num_leaves inputs are
-      parameters, the others data; the first output is the loss, the others are
-      its aux.
+      parameters, the next num_constants are the same for all examples and not
+      differentiated by, the others data; the first output is the loss, the
+      others are its aux.
     num_leaves: parameters.
+    num_constants: frozen parameters.
 
   Returns:
     The block of the whole program. Its first output is data.
   """
   invars = closed.jaxpr.invars
-  kinds = (Kind.WEIGHT,) * num_leaves + (Kind.DATA,) * (
-    len(invars) - num_leaves
+  num_data = len(invars) - num_leaves - num_constants
+  kinds = (
+    (Kind.WEIGHT,) * num_leaves
+    + (Kind.CONSTANT,) * num_constants
+    + (Kind.DATA,) * num_data
   )
   weights = [
     Weight(

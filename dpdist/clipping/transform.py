@@ -1,17 +1,18 @@
 """The public transform: from the loss of one example to a clipped sum."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import dataclasses
 import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from dpdist.clipping import bookkeeping
 from dpdist.clipping import checks
 from dpdist.clipping import costs
 from dpdist.clipping import explain
+from dpdist.clipping import freezing
+from dpdist.clipping import grouping
 from dpdist.clipping import manual_axes
 from dpdist.clipping import microbatches
 from dpdist.clipping import program
@@ -24,11 +25,6 @@ from dpdist.clipping.scaling import Scaling
 
 PyTree = Any
 
-_METHODS = ("auto", "bookkeeping", "two_pass", "vmap")
-_PLATFORMS = ("cpu", "gpu", "tpu")
-# The square of a gradient entry below about 1e-19 is 0 in float32, so that a
-# norm near that size would be taken for nothing.
-_SMALLEST_NORM = 1e-12
 # How far the clipped sum can move, in clip norms, when one example is added or
 # taken away, is replaced by any other, or is replaced by one that contributes
 # nothing.
@@ -46,7 +42,7 @@ class ClippedGrads(NamedTuple):
   added. `loss`, `grad_norms` and `aux` are per example and NOT private.
 
   Attributes:
-    sum: pytree like params, float32 or wider.
+    sum: pytree like params, float32 or wider; None where a parameter is frozen.
     loss: [B], the loss of every example, padding included.
     grad_norms: [B] float32, the norm before clipping; with per-layer clipping a
       pytree shaped like l2_clip_norm of such arrays.
@@ -60,7 +56,8 @@ class ClippedGrads(NamedTuple):
   aux: Any
 
 
-@dataclasses.dataclass(frozen=True)
+# Compared by identity, so that it can be handed to jax.jit whatever it holds.
+@dataclasses.dataclass(frozen=True, eq=False)
 class ClippedGrad:
   """See `clipped_grad`, which makes it."""
 
@@ -72,6 +69,7 @@ class ClippedGrad:
   rescale_to_unit_norm: bool = False
   platform: str | None = None
   normalize_gamma: float | None = None
+  frozen: freezing.Frozen = None
 
   def sensitivity(
     self, neighboring_relation: str = "add_or_remove_one"
@@ -84,7 +82,9 @@ class ClippedGrad:
 
     Returns:
       With clip norms C_1..C_g of g groups, the root of the sum of C_i^2 (of g,
-      when rescaled to unit norm), doubled for replace_one.
+      when rescaled to unit norm), doubled for replace_one. A group that is
+      wholly frozen has no norm and is not counted; a call refuses anything
+      else.
 
     Raises:
       ValueError: unknown relation.
@@ -111,7 +111,7 @@ class ClippedGrad:
     """Computes the clipped sum of a batch; see `clipped_grad`.
 
     Args:
-      params: pytree of floating arrays.
+      params: pytree of floating arrays; frozen ones may be of any dtype.
       batch: pytree; every leaf has the same leading axis B.
       is_padding_example: [B] bool; where True the example contributes exactly
         0, whatever it holds. None: no padding.
@@ -132,27 +132,20 @@ class ClippedGrad:
     """
     batch_size = checks.batch_size(batch)
     axes = manual_axes.varying_axes((batch, is_padding_example, rng))
-    if is_padding_example is None:
-      keep = jnp.ones((batch_size,), bool)
-    elif jnp.shape(is_padding_example) != (batch_size,):
-      raise ValueError(
-        "is_padding_example must have one entry an example, shape"
-        f" ({batch_size},), got {jnp.shape(is_padding_example)}"
-      )
-    else:
-      keep = ~jnp.asarray(is_padding_example, bool)
+    keep = ~checks.padding(is_padding_example, batch_size)
     rng = checks.per_example_keys(rng, batch_size, axes)
-    checks.params(params)
+    checks.params(freezing.partition(params, self.frozen)[0])
     params = manual_axes.cast_to_varying(params, axes)
     keep = manual_axes.cast_to_varying(keep, axes)
-    structure: Any = jax.tree.structure(params)
-    leaves = shards.wrap(params, param_specs, axes)
-    whole = lambda: structure.unflatten([shards.whole(x) for x in leaves])
+    parts = freezing.split(
+      params, self.frozen, shards.wrap(params, param_specs, axes)
+    )
+    leaves = parts.trainable
 
     examples = (batch,) if rng is None else (batch, rng)
-    scaling, groups, norm_def = self._scaling(params)
+    scaling, groups, norm_def = self._scaling(params, parts.is_frozen)
     # Only for its shapes; nobody uses what is gathered here.
-    traced = self._trace(whole(), examples)
+    traced = self._trace(parts, examples)
     checks.refuse_sharded_outside_shard_map(batch, traced.block)
     checks.loss(traced.block, traced.shapes[0], axes)
     method, _ = self._method(traced, axes)
@@ -162,10 +155,15 @@ class ClippedGrad:
     ) -> tuple[list[jax.Array], jax.Array, list[jax.Array], Any]:
       if method == "vmap":
         total, *rest = reference.clipped_sum(
-          traced.loss_fn, whole(), examples, keep, groups, scaling
+          traced.of_trainable(parts),
+          [shards.whole(x) for x in leaves],
+          examples,
+          keep,
+          groups,
+          scaling,
         )
         return shards.sums(leaves, total), *rest
-      problem = self._problem(traced, leaves, groups, scaling, method)
+      problem = self._problem(traced, parts, groups, scaling, method)
       engine = {"bookkeeping": bookkeeping, "two_pass": two_pass}[method]
       total, outs, norms = engine.clipped_sum(
         problem, jax.tree.leaves(examples), keep
@@ -191,7 +189,7 @@ class ClippedGrad:
       or (self._platform == "tpu" and self.microbatch_size is None),
     )
     return ClippedGrads(
-      structure.unflatten(total),
+      parts.of_trainable(total),
       loss,
       jax.tree.unflatten(norm_def, norms),
       aux if self.has_aux else None,
@@ -214,21 +212,22 @@ class ClippedGrad:
     if rng is not None and not rng.shape:
       rng = jax.eval_shape(lambda k: jax.random.split(k, 1), rng)
     examples = (batch,) if rng is None else (batch, rng)
-    traced = self._trace(params, examples)
-    scaling, groups, _ = self._scaling(params)
+    parts = freezing.split(params, self.frozen)
+    traced = self._trace(parts, examples)
+    scaling, groups, _ = self._scaling(params, parts.is_frozen)
     method, reason = self._method(traced, manual_axes.varying_axes(examples))
-    names = [
-      jax.tree_util.keystr(path)
-      for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
-    ]
+    named: dict[bool, list[str]] = {False: [], True: []}
+    paths = jax.tree_util.tree_flatten_with_path(params)[0]
+    for (path, _), is_frozen in zip(paths, parts.is_frozen, strict=True):
+      named[is_frozen].append(jax.tree_util.keystr(path))
     chosen = (
       []
       if method == "vmap"
-      else self._problem(
-        traced, jax.tree.leaves(params), groups, scaling, method
-      ).rules
+      else self._problem(traced, parts, groups, scaling, method).rules
     )
-    text = explain.table(method, reason, self._platform, chosen, names)
+    text = explain.table(
+      method, reason, self._platform, chosen, named[False], named[True]
+    )
     print(text)
     return text
 
@@ -239,8 +238,15 @@ class ClippedGrad:
     backend = jax.default_backend()
     return {"cuda": "gpu", "rocm": "gpu"}.get(backend, backend)
 
-  def _trace(self, params: PyTree, examples: tuple[PyTree, ...]) -> "_Traced":
-    loss_fn = self.loss_fn if self.has_aux else _with_aux(self.loss_fn)
+  def _trace(
+    self, parts: freezing.Split, examples: tuple[PyTree, ...]
+  ) -> "_Traced":
+    with_aux = self.loss_fn if self.has_aux else _with_aux(self.loss_fn)
+
+    def loss_fn(trainable: list[Any], frozen: list[Any], *example: Any) -> Any:
+      return with_aux(parts.join(trainable, frozen), *example)
+
+    whole = lambda leaves: [shards.whole(x) for x in leaves]
     one = jax.tree.map(
       lambda x: (
         jax.eval_shape(lambda y: y[0], x)
@@ -250,7 +256,9 @@ class ClippedGrad:
       examples,
     )
     try:
-      closed, shapes = program.trace(loss_fn, params, *one)
+      closed, shapes = program.trace(
+        loss_fn, whole(parts.trainable), whole(parts.frozen), *one
+      )
     except NameError as error:
       if "axis name" not in str(error):
         raise
@@ -259,8 +267,8 @@ class ClippedGrad:
         f" several ({error}): statistics of a batch, as of batch norm, make"
         " an example's gradient depend on the others; use group or layer norm"
       ) from error
-    num_leaves = len(jax.tree.leaves(params))
-    return _Traced(loss_fn, splitting.split(closed, num_leaves), shapes)
+    block = splitting.split(closed, len(parts.trainable), len(parts.frozen))
+    return _Traced(loss_fn, block, shapes)
 
   def _method(self, traced: "_Traced", axes: frozenset[str]) -> tuple[str, str]:
     other = manual_axes.axes_in(traced.block.jaxpr.jaxpr) - axes
@@ -283,7 +291,7 @@ class ClippedGrad:
   def _problem(
     self,
     traced: "_Traced",
-    leaves: list[Any],
+    parts: freezing.Split,
     groups: list[int],
     scaling: Scaling,
     method: str,
@@ -294,40 +302,42 @@ class ClippedGrad:
     return bookkeeping.Problem(
       traced.block,
       rules.choose(traced.block.all_sites(), groups, model),
-      leaves,
+      parts.trainable,
+      parts.frozen,
       groups,
       scaling,
       self._platform,
     )
 
-  def _scaling(self, params: PyTree) -> tuple[Scaling, list[int], Any]:
+  def _scaling(
+    self, params: PyTree, is_frozen: Sequence[bool]
+  ) -> tuple[Scaling, list[int], Any]:
+    groups = grouping.groups(params, self.l2_clip_norm, is_frozen)
     norms, structure = jax.tree.flatten(self.l2_clip_norm)
-    # mypy takes JAX's own class of tree structures for a mere name.
-    norm_def: Any = structure
-    try:
-      subtrees = norm_def.flatten_up_to(params)
-    except ValueError as error:
-      raise ValueError(
-        "l2_clip_norm must be a number or a prefix pytree of params, got"
-        f" {self.l2_clip_norm!r} for params {jax.tree.structure(params)}"
-      ) from error
-    groups = [
-      i for i, subtree in enumerate(subtrees) for _ in jax.tree.leaves(subtree)
-    ]
     scaling = Scaling(
       tuple(float(norm) for norm in norms),
       self.rescale_to_unit_norm,
       self.normalize_gamma,
     )
-    return scaling, groups, norm_def
+    return scaling, groups, structure
 
 
 class _Traced(NamedTuple):
-  """The loss of one example: as a function, taken apart, and its shapes."""
+  """The loss of one example: as a function, taken apart, and its shapes.
+
+  The function is (trainable leaves, frozen leaves, *example) -> (loss, aux).
+  """
 
   loss_fn: Callable[..., tuple[jax.Array, Any]]
   block: program.Block
   shapes: tuple[Any, Any]
+
+  def of_trainable(
+    self, parts: freezing.Split
+  ) -> Callable[..., tuple[jax.Array, Any]]:
+    """The function with its frozen leaves, whole."""
+    frozen = [shards.whole(x) for x in parts.frozen]
+    return lambda trainable, *example: self.loss_fn(trainable, frozen, *example)
 
 
 def clipped_grad(
@@ -340,6 +350,7 @@ def clipped_grad(
   rescale_to_unit_norm: bool = False,
   platform: str | None = None,
   normalize_gamma: float | None = None,
+  frozen: freezing.Frozen = None,
 ) -> ClippedGrad:
   """Turns the loss of one example into a clipped sum of gradients.
 
@@ -376,6 +387,13 @@ def clipped_grad(
     normalize_gamma: None to clip. A number above 0 to normalise instead,
       g * C / (||g||_2 + gamma): automatic clipping (Bu et al. 2023, "Automatic
       Clipping: Differentially Private Deep Learning Made Easier and Stronger").
+    frozen: parameters that are not trained: a bool or prefix pytree of params
+      of bools, True where frozen, or a predicate on a parameter's path, such as
+      "encoder/0/kernel". They are constants of the loss: no gradient of theirs
+      is formed, and norm, sum and noise are without them; in `sum` None stands
+      for each, see `dpdist.clipping.partition`. In a pytree l2_clip_norm, a
+      group that is wholly frozen must have None for its norm. None: all are
+      trained.
 
   Returns:
     A callable fn(params, batch, *, is_padding_example=None, rng=None) ->
@@ -384,43 +402,14 @@ def clipped_grad(
   Raises:
     ValueError: names the argument, its value and what would be right.
   """
-  for norm in jax.tree.leaves(l2_clip_norm):
-    if (
-      isinstance(norm, bool)
-      or not isinstance(norm, int | float)
-      or not math.isfinite(norm)
-      or norm < _SMALLEST_NORM
-    ):
-      raise ValueError(
-        f"l2_clip_norm must be finite and at least {_SMALLEST_NORM}, got"
-        f" {norm!r}"
-      )
-  if not jax.tree.leaves(l2_clip_norm):
-    raise ValueError(f"l2_clip_norm must hold a norm, got {l2_clip_norm!r}")
-  if method not in _METHODS:
-    raise ValueError(f"method must be one of {_METHODS}, got {method!r}")
-  if platform is not None and platform not in _PLATFORMS:
-    raise ValueError(
-      f"platform must be None or one of {_PLATFORMS}, got {platform!r}"
-    )
-  if normalize_gamma is not None and (
-    isinstance(normalize_gamma, bool)
-    or not isinstance(normalize_gamma, int | float)
-    or not math.isfinite(normalize_gamma)
-    or normalize_gamma <= 0
-  ):
-    raise ValueError(
-      "normalize_gamma must be None or finite and above 0, got"
-      f" {normalize_gamma!r}"
-    )
-  if microbatch_size is not None and (
-    isinstance(microbatch_size, bool)
-    or not isinstance(microbatch_size, int)
-    or microbatch_size < 1
-  ):
-    raise ValueError(
-      f"microbatch_size must be None or an int above 0, got {microbatch_size!r}"
-    )
+  checks.arguments(
+    l2_clip_norm=l2_clip_norm,
+    method=method,
+    microbatch_size=microbatch_size,
+    platform=platform,
+    normalize_gamma=normalize_gamma,
+  )
+  freezing.check(frozen)
   return ClippedGrad(
     loss_fn,
     l2_clip_norm,
@@ -430,6 +419,7 @@ def clipped_grad(
     rescale_to_unit_norm,
     platform,
     normalize_gamma,
+    frozen,
   )
 
 

@@ -96,7 +96,7 @@ def _squared_norms(
     def one(example: Any, taps: Any) -> Any:
       outs, operands = evaluate.forward(
         problem.block,
-        [*problem.leaves, *example],
+        problem.inputs(example),
         taps,
         product=product,
         per_iteration=frozenset(taps) - frozenset(inside),
@@ -202,7 +202,7 @@ def _weighted_gradient(
 
   def losses(leaves: list[Any]) -> jax.Array:
     one = lambda example: evaluate.forward(
-      problem.block, [*leaves, *example], {}, gather=gather
+      problem.block, [*leaves, *problem.frozen, *example], {}, gather=gather
     )[0][0]
     return jax.vmap(one)(list(examples))
 

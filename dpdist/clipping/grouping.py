@@ -1,0 +1,54 @@
+"""Which parameters are clipped together: a clip norm for each group."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+PyTree = Any
+
+
+def groups(
+  params: PyTree, l2_clip_norm: PyTree, is_frozen: Sequence[bool]
+) -> list[int]:
+  """For each trained parameter the number of the norm it is clipped to.
+
+  Args:
+    params: pytree.
+    l2_clip_norm: a number, or a prefix pytree of params with one a group; None
+      for a group that is wholly frozen.
+    is_frozen: for each leaf of params.
+
+  Raises:
+    ValueError: it is no prefix; a group with something to train has no norm; or
+      one that is wholly frozen has one, which would count in the sensitivity.
+  """
+  norms, of_norms = jax.tree.flatten(l2_clip_norm, is_leaf=lambda x: x is None)
+  # mypy takes JAX's own class of tree structures for a mere name.
+  prefix: Any = of_norms
+  try:
+    subtrees = prefix.flatten_up_to(params)
+  except ValueError as error:
+    raise ValueError(
+      "l2_clip_norm must be a number or a prefix pytree of params, got"
+      f" {l2_clip_norm!r} for params {jax.tree.structure(params)}"
+    ) from error
+  found = []
+  frozen = iter(is_frozen)
+  number = 0
+  for norm, subtree in zip(norms, subtrees, strict=True):
+    flags = [next(frozen) for _ in jax.tree.leaves(subtree)]
+    if norm is None and not all(flags):
+      raise ValueError(
+        "l2_clip_norm must hold a norm for each group that is trained, got"
+        f" None for one in {l2_clip_norm!r}"
+      )
+    if norm is not None and flags and all(flags):
+      raise ValueError(
+        "l2_clip_norm must hold None for a group that is wholly frozen, or it"
+        f" would count in the sensitivity, got {norm!r} for one in"
+        f" {l2_clip_norm!r}"
+      )
+    found += [number for flag in flags if not flag]
+    number += norm is not None
+  return found

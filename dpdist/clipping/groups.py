@@ -1,0 +1,108 @@
+"""Groups of examples whose gradients are averaged, and clipped as one.
+
+    loss = clipping.mean_of_group(loss_fn)
+    fn = dpdist.clipped_grad(loss, l2_clip_norm=1.0)
+    groups, is_padding_group = clipping.into_groups(batch, 8)
+    fn(params, groups, is_padding_example=is_padding_group)
+
+There are fewer gradients, so that less is computed, and averages are shorter,
+so that less is cut off. It costs privacy: where one example of a group of
+several is another one, or is missing, the group's clipped gradient may turn
+over, from C in one direction to C in the other. The sum moves by 2 C where it
+moves by C with each example clipped alone: as much as noise of half the
+multiplier would hide.
+
+That holds only if no other group changes. Groups are made of rows in order, so
+a row must stay where it is whoever else is there: a missing example leaves a
+padding row behind. Where the examples of a Poisson draw are closed up, as by
+`dpdist.PoissonSampler`, one more of them shifts all that follow, and every
+group may turn over: no noise that is made for one group covers it. Then fix the
+groups beforehand (rows 0 to m-1 of the data set, m to 2m-1, ...) and draw
+groups: `num_examples` of the sampler and of the plan count groups, and the unit
+of privacy is the group, which moves the sum by C alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpdist.clipping import checks
+
+PyTree = Any
+
+
+def into_groups(
+  batch: PyTree,
+  group_size: int,
+  *,
+  is_padding_example: jax.Array | None = None,
+) -> tuple[tuple[PyTree, jax.Array], jax.Array]:
+  """Turns a batch of examples into one of groups of neighbouring rows.
+
+  Args:
+    batch: pytree; every leaf has the same leading axis B.
+    group_size: m, at least 1; must divide B.
+    is_padding_example: [B] bool; padding has no share in its group's mean.
+      None: there is none.
+
+  Returns:
+    A batch for `mean_of_group`: (pytree of [B / m, m, ...], [B / m, m] bool);
+    and [B / m] bool, True of groups that are all padding.
+
+  Raises:
+    ValueError: group_size does not divide the batch, or is_padding_example does
+      not fit it.
+  """
+  checks.group_size(group_size)
+  size = checks.batch_size(batch)
+  if size % group_size:
+    raise ValueError(
+      f"group_size must divide the batch of {size}, got {group_size}"
+    )
+  is_padding = checks.padding(is_padding_example, size)
+  split = lambda x: jnp.reshape(x, (-1, group_size, *jnp.shape(x)[1:]))
+  by_group = split(is_padding)
+  return (jax.tree.map(split, batch), by_group), jnp.all(by_group, axis=1)
+
+
+def mean_of_group(
+  loss_fn: Callable[..., Any], *, has_aux: bool = False
+) -> Callable[..., Any]:
+  """The loss of a group: the mean of those of its examples.
+
+  Args:
+    loss_fn: (params, example[, rng]) -> loss, or (loss, aux) with has_aux; for
+      one example.
+    has_aux: whether loss_fn returns (loss, aux).
+
+  Returns:
+    A function (params, group[, rng]) -> loss, or (loss, aux), where group is
+    one of `into_groups`. Padding has no share in the mean, whatever it holds.
+    rng is split over the group's examples. aux has a leading axis over them; of
+    padding it is another example's.
+  """
+
+  def loss(params: PyTree, group: Any, *rng: jax.Array) -> Any:
+    examples, is_padding = group
+    # Another example stands in for padding, which may hold NaN: that would
+    # come back through a loss that is multiplied with 0.
+    row = jnp.arange(is_padding.shape[0])
+    row = jnp.where(is_padding, jnp.argmin(is_padding), row)
+    examples = jax.tree.map(lambda x: x[row], examples)
+    keys = [jax.random.split(key, is_padding.shape[0]) for key in rng]
+    out = jax.vmap(loss_fn, in_axes=(None, 0, *[0] * len(keys)))(
+      params, examples, *keys
+    )
+    losses, aux = out if has_aux else (out, None)
+    if jnp.ndim(losses) != 1:
+      raise ValueError(
+        "loss_fn must return one floating number for one example, got shape"
+        f" {jnp.shape(losses)[1:]}"
+      )
+    num_real = jnp.maximum(jnp.sum(~is_padding), 1)
+    mean = jnp.sum(jnp.where(is_padding, 0, losses)) / num_real
+    return (mean, aux) if has_aux else mean
+
+  return loss

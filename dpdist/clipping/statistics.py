@@ -1,0 +1,133 @@
+"""What clipping does to each example's gradient, for a look at one's own data.
+
+Nothing here is private: whoever sees a number of one example learns about it.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpdist.clipping import checks
+from dpdist.clipping import freezing
+from dpdist.clipping import grouping
+from dpdist.clipping import manual_axes
+from dpdist.clipping import reference
+from dpdist.clipping import transform
+from dpdist.clipping.scaling import Scaling
+
+PyTree = Any
+
+
+class UnsafeStatistics(NamedTuple):
+  """Of one parameter, or of all together. NOT private.
+
+  Attributes:
+    name: the parameter's path, as "encoder/0/kernel"; "" for the whole.
+    clip_factor: [B] float32, what the example's gradient is multiplied with; 0
+      for padding and where a norm is not finite. For the whole a pytree of such
+      arrays shaped like l2_clip_norm.
+    threshold: the clip norm of the parameter's group; for the whole all of
+      l2_clip_norm.
+    grad_norms: [B] float32, the norm of this gradient before clipping. That of
+      a group, which the factor comes from, is in `ClippedGrads.grad_norms`.
+    before: [B, ...] float32 or wider, the gradient before clipping; for the
+      whole a pytree like params, None where one is frozen.
+    after: the same after clipping. Its sum over B is that of fn.
+  """
+
+  name: str
+  clip_factor: PyTree
+  threshold: PyTree
+  grad_norms: jax.Array
+  before: PyTree
+  after: PyTree
+
+
+def unsafe_statistics(
+  fn: transform.ClippedGrad,
+  params: PyTree,
+  batch: PyTree,
+  hook: Callable[[UnsafeStatistics], Any],
+  *,
+  is_padding_example: jax.Array | None = None,
+  rng: jax.Array | None = None,
+) -> transform.ClippedGrads:
+  """Calls a hook for each trained parameter, and then once for the whole.
+
+  NOT private, none of it. The factors are those that fn goes by, whatever its
+  method; the gradients are formed one by one, in the memory of B of them.
+
+  Args:
+    fn: from `dpdist.clipped_grad`.
+    params: as for fn.
+    batch: as for fn.
+    hook: is given an `UnsafeStatistics`.
+    is_padding_example: as for fn.
+    rng: as for fn; the same randomness is used for both.
+
+  Returns:
+    fn's own result.
+
+  Raises:
+    ValueError: as fn does, or inside `jax.shard_map`, where a hook would see
+      one device's examples.
+  """
+  axes = manual_axes.varying_axes((batch, is_padding_example, rng))
+  if axes:
+    raise ValueError(
+      "batch must be on one device for statistics, got one that is divided"
+      f" along {sorted(axes)}"
+    )
+  size = checks.batch_size(batch)
+  rng = checks.per_example_keys(rng, size, axes)
+  grads = jax.jit(fn)(
+    params, batch, is_padding_example=is_padding_example, rng=rng
+  )
+
+  parts = freezing.split(params, fn.frozen)
+  groups = grouping.groups(params, fn.l2_clip_norm, parts.is_frozen)
+  thresholds, structure = jax.tree.flatten(fn.l2_clip_norm)
+  scaling = Scaling(
+    tuple(map(float, thresholds)), fn.rescale_to_unit_norm, fn.normalize_gamma
+  )
+  keep = ~checks.padding(is_padding_example, size)
+  factors = scaling.of_norms(jax.tree.leaves(grads.grad_norms), keep)
+
+  def loss_fn(trainable: list[Any], *example: Any) -> Any:
+    out = fn.loss_fn(parts.join(trainable, parts.frozen), *example)
+    return out if fn.has_aux else (out, None)
+
+  examples = (batch,) if rng is None else (batch, rng)
+  before, _, _ = reference.per_example_gradients(
+    loss_fn, parts.trainable, examples
+  )
+  after = [
+    reference.scaled(g, factors[group])
+    for g, group in zip(before, groups, strict=True)
+  ]
+  squares = [reference.squares(g) for g in before]
+  paths = freezing.names(parts.of_trainable(parts.trainable))
+  for i, (path, group) in enumerate(zip(paths, groups, strict=True)):
+    hook(
+      UnsafeStatistics(
+        path,
+        factors[group],
+        thresholds[group],
+        jnp.sqrt(squares[i]),
+        before[i],
+        after[i],
+      )
+    )
+  hook(
+    UnsafeStatistics(
+      "",
+      jax.tree.unflatten(structure, factors),
+      fn.l2_clip_norm,
+      jnp.sqrt(sum(squares, jnp.zeros((size,)))),
+      parts.of_trainable(before),
+      parts.of_trainable(after),
+    )
+  )
+  return grads
