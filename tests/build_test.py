@@ -34,14 +34,15 @@ LAYERS = (
   ("mechanism", "config", "composition", "history"),
   ("gradients", "stateful", "ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance")
-  + ("operations",),
+  + ("operations", "model_check"),
   ("data", "data_budget", "datasets", "retrying", "screen", "report")
   + ("checkpoint", "exact_step", "odometer", "watch"),
   ("admission", "verification", "display"),
-  ("job",),
+  ("job", "frontends"),
   ("summary", "forecast"),
   ("train",),
   ("dpdist",),
+  ("examples",),
   ("configs",),
   ("launch",),
   ("tests",),

@@ -32,6 +32,7 @@ import numpy as np
 
 from dpdist import clipping
 from dpdist import mechanism as mechanism_lib
+from dpdist import model_check
 from dpdist import noise
 from dpdist import plan as plan_lib
 from dpdist import sources
@@ -277,9 +278,7 @@ class PrivateModel:
     told.on_train_end()
     return self.model.history
 
-  def _ends(
-    self, epochs: int | None, steps_per_epoch: int | None
-  ) -> list[int]:
+  def _ends(self, epochs: int | None, steps_per_epoch: int | None) -> list[int]:
     """The step at which each epoch ends."""
     for name, value in (
       ("epochs", epochs),
@@ -289,9 +288,7 @@ class PrivateModel:
         isinstance(value, bool) or not isinstance(value, int) or value < 1
       ):
         raise ValueError(f"{name} must be an integer of 1 or more, got {value}")
-    each = steps_per_epoch or max(
-      1, round(1 / self.plan.sampling_probability)
-    )
+    each = steps_per_epoch or max(1, round(1 / self.plan.sampling_probability))
     left = self.plan.num_steps - self._run.spent_steps
     if epochs is None and left:
       epochs, total = -(-left // each), left
@@ -440,6 +437,12 @@ def _check_model(model: Any) -> None:
     raise ValueError(
       "model.optimizer must not scale the loss: compile with"
       " auto_scale_loss=False, and use bfloat16 rather than float16"
+    )
+  found = model_check.check_model(model)
+  if found:
+    raise ValueError(
+      "model must be safe to train privately, got "
+      + "; ".join(str(finding) for finding in found)
     )
   model.optimizer.build(model.trainable_variables)
 
