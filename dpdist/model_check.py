@@ -194,8 +194,8 @@ def _of_program(
     yield Finding(
       "random numbers that do not come from the loss's rng",
       "loss_fn",
-      "they are the same for every example and at every step, which is right for"
-      " fixed features and wrong for dropout",
+      "they are the same for every example and at every step, which is right"
+      " for fixed features and wrong for dropout",
       "loss_fn(params, example, rng), with all randomness from rng",
     )
 

@@ -433,10 +433,14 @@ def _check_model(model: Any) -> None:
       "model must not have a train_step of its own, which would not be private:"
       " put what it computes into compute_loss"
     )
-  if isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer):
+  if (
+    isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    or model.optimizer.loss_scale_factor is not None
+  ):
     raise ValueError(
-      "model.optimizer must not scale the loss: compile with"
-      " auto_scale_loss=False, and use bfloat16 rather than float16"
+      "model.optimizer must not scale the loss, or gradients would be clipped"
+      " at another norm: compile with auto_scale_loss=False, and use bfloat16"
+      " rather than float16"
     )
   found = model_check.check_model(model)
   if found:

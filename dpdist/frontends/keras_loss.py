@@ -1,4 +1,4 @@
-"""The loss of one example of a Keras 3 model, as `dpdist.clipped_grad` takes it.
+"""The loss of one example of a Keras 3 model.
 
 Importing this imports keras, on its JAX backend.
 """

@@ -47,8 +47,8 @@ def per_example_loss(
     )
     raise ValueError(
       "model must have no state but nnx.Param, since what it keeps of the"
-      f" examples is not noised, got {named}: use nnx.GroupNorm or nnx.LayerNorm"
-      " in place of nnx.BatchNorm"
+      f" examples is not noised, got {named}: use nnx.GroupNorm or"
+      " nnx.LayerNorm in place of nnx.BatchNorm"
     )
   has_streams = bool(jax.tree.leaves(streams))
 

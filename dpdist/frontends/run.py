@@ -112,6 +112,7 @@ class Run:
         f" {config!r}"
       )
     self.workdir = pathlib.Path(workdir)
+    self.plan: plan_lib.PrivacyPlan
     self.saved: history.Saved | None = None
     self.saved_head = ""
     self._insecure_seed = insecure_seed
@@ -121,8 +122,10 @@ class Run:
       self._settings["target_delta"] = config.delta
     with self._open() as ledger:
       if ledger.is_new:
-        is_plan = isinstance(config, plan_lib.PrivacyPlan)
-        self.plan = config if is_plan else plan_lib.make_plan(config)
+        if isinstance(config, plan_lib.PrivacyConfig):
+          self.plan = plan_lib.make_plan(config)
+        else:
+          self.plan = config
       else:
         self._refuse_changes(ledger, ledger.segment.data, ledger.secret_hash)
         # As it stands: another machine might calibrate the last digit
