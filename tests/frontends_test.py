@@ -189,7 +189,7 @@ def test_linen_refuses_state():
   fn = dpdist.clipped_grad(loss_fn, l2_clip_norm=1.0)
   with pytest.raises(ValueError, match="GroupNorm"):
     fn(variables["params"], _batch())
-  with pytest.raises(ValueError, match="the collections .*batch_stats"):
+  with pytest.raises(ValueError, match=r"the collections .*batch_stats"):
     fn(variables, _batch())
 
 

@@ -339,14 +339,13 @@ def test_dropout_is_each_examples_own():
   model.set_weights([np.ones((64, 1))])
   model.optimizer.build(model.trainable_variables)
   state = [v.value for v in model.non_trainable_variables]
-  fn = dpdist.clipped_grad(
-    keras_loss.per_example_loss(model, state), l2_clip_norm=1.0
-  )
+  loss_fn = keras_loss.per_example_loss(model, state)
+  fn = jax.jit(jax.vmap(loss_fn, (None, 0, 0)))
   params = [v.value for v in model.trainable_variables]
   row = np.random.default_rng(0).uniform(0.5, 1.5, 64).astype(np.float32)
   batch = np.tile(row, (8, 1)), np.zeros((8, 1))
   one, again, other = (
-    fn(params, batch, rng=jax.random.key(i)).loss for i in (0, 0, 1)
+    fn(params, batch, jax.random.split(jax.random.key(i), 8)) for i in (0, 0, 1)
   )
   np.testing.assert_array_equal(one, again)
   assert len({*np.asarray(one).tolist(), *np.asarray(other).tolist()}) == 16

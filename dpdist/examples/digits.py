@@ -3,6 +3,8 @@
 The digits of scikit-learn are 1,438 images to train on and 359 held out.
 """
 
+from typing import Any
+
 import numpy as np
 from sklearn import datasets
 
@@ -36,7 +38,7 @@ def padded(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def report(
-  plan: plan_lib.PrivacyPlan, logits: np.ndarray, labels: np.ndarray
+  plan: plan_lib.PrivacyPlan, logits: Any, labels: np.ndarray
 ) -> float:
   """Prints held-out accuracy and what was spent; returns the accuracy."""
   accuracy = float(np.mean(np.argmax(np.asarray(logits), axis=-1) == labels))

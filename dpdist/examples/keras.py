@@ -61,4 +61,5 @@ def main(num_steps: int = 200, workdir: str | None = None) -> float:
 
 
 if __name__ == "__main__":
-  main(*map(int, sys.argv[1:2]), *sys.argv[2:])
+  steps, *rest = sys.argv[1:] or ["200"]
+  main(int(steps), *rest)

@@ -10,7 +10,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 import dpdist
@@ -88,7 +87,7 @@ def main(num_steps: int = 200) -> float:
       is_padding_example,
     )
 
-  logits = jax.vmap(predict, (None, 0))(params, np.asarray(x_test))
+  logits = jax.vmap(predict, (None, 0))(params, jnp.asarray(x_test))
   return digits.report(plan, logits, y_test)
 
 

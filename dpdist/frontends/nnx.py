@@ -36,9 +36,8 @@ def per_example_loss(
     ValueError: the module has other state, as batch norm does. On a call: the
       module has random streams, and no rng came.
   """
-  graph, params, streams, others = nnx.split(
-    model, nnx.Param, nnx.RngState, ...
-  )
+  graph, *states = nnx.split(model, nnx.Param, nnx.RngState, ...)
+  params, streams, others = states
   state = nnx.to_flat_state(others)
   if state:
     named = ", ".join(
