@@ -118,16 +118,21 @@ def test_updates_are_counted_and_not_chunks(tmp_path):
 
 
 def test_noise_has_the_plans_size(tmp_path):
-  """Once for an update, in units of the clip norm, over the expected batch."""
+  """In units of the clip norm, over the expected batch, anew each update."""
   size = 20_000
   config = _config(
-    num_steps=1, l2_clip_norm=0.5, noise_multiplier=3.0, num_examples=2,
-    expected_batch_size=1.0,
-  )  # fmt: skip
+    num_examples=4,
+    expected_batch_size=2.0,
+    num_steps=2,
+    l2_clip_norm=0.5,
+    noise_multiplier=3.0,
+  )
   model = _model(size=size)
   private = _private(tmp_path, model, config=config, chunk_size=1)
-  private.fit(np.zeros((2, size)), np.zeros((2, 1)))
-  assert np.std(_weights(private)) == pytest.approx(1.5, rel=0.03)
+  private.fit(np.zeros((4, size), np.float32), np.zeros((4, 1)), epochs=1)
+  assert private.step == 2
+  expected = 3.0 * 0.5 / 2.0 * np.sqrt(2)
+  assert np.std(_weights(private)) == pytest.approx(expected, rel=0.03)
 
 
 def test_no_step_beyond_the_plan(tmp_path):
