@@ -16,6 +16,7 @@ if TYPE_CHECKING:
   from dpdist.clipping import clipped_grad as clipped_grad
   from dpdist.dp_config import DPConfig as DPConfig
   from dpdist.gradients import private_gradients as private_gradients
+  from dpdist.model_check import check_model as check_model
   from dpdist.noise import gaussian_noise as gaussian_noise
   from dpdist.plan import PrivacyConfig as PrivacyConfig
   from dpdist.plan import PrivacyPlan as PrivacyPlan
@@ -31,6 +32,7 @@ _HOME = {
   "PrivacyConfig": "plan",
   "PrivacyPlan": "plan",
   "accounting": "",
+  "check_model": "model_check",
   "clipped_grad": "clipping",
   "gaussian_noise": "noise",
   "make_plan": "plan",

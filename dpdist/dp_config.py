@@ -57,7 +57,8 @@ class DPConfig:
     train_steps: updates: not mini-batches.
     train_size: examples in the training set, a public number.
     poisson_sampling_in_fit: whether each example is drawn for each update apart
-      from all others. True is what is accounted.
+      from all others; else as many as effective_batch_size are, without
+      replacement, and the guarantee is for replacing one example by another.
     noise_multiplier: noise standard deviation over l2 sensitivity. None: the
       least that epsilon allows. A given one that spends more is an error.
     rescale_to_unit_norm: divide gradients and noise by clipping_norm.
@@ -117,11 +118,7 @@ class DPConfig:
     return self.batch_size * self.gradient_accumulation_steps
 
   def to_privacy_config(self) -> plan_lib.PrivacyConfig:
-    """The same in dpdist's terms, by add_or_remove_one.
-
-    Raises:
-      ValueError: batches are not drawn as they are accounted.
-    """
+    """The same in dpdist's terms."""
     given = self.noise_multiplier
     return plan_lib.PrivacyConfig(
       num_examples=self.train_size,
@@ -138,7 +135,7 @@ class DPConfig:
     """The numbers of a run, which spend at most epsilon.
 
     Raises:
-      ValueError: no noise is enough; or see `to_privacy_config`.
+      ValueError: no noise is enough.
     """
     return self._plan()
 
@@ -157,12 +154,9 @@ class DPConfig:
 
 def _sampling(is_poisson: bool) -> dict[str, Any]:
   """What of a PrivacyConfig says how examples are drawn."""
-  if not is_poisson:
-    raise ValueError(
-      "poisson_sampling_in_fit must be True, got False: the accounted epsilon"
-      " is that of Poisson draws, and not of batches of a fixed size"
-    )
-  return {}
+  if is_poisson:
+    return {}
+  return {"sampling": "fixed_size", "neighboring_relation": "replace_one"}
 
 
 def _check_at_most(name: str, value: int, limit_name: str, limit: int) -> None:

@@ -59,14 +59,13 @@ class PrivateGradientFn:
 
   plan: plan_lib.PrivacyPlan
   clipped_grad: clipping.ClippedGrad
-  group_size: int
   sensitivity: float
   noise_stddev: float
   _key: jax.Array = dataclasses.field(repr=False)
 
   def init(self, params: PyTree) -> noise.GaussianNoiseState:
     """The state before the first step: a counter, which is all there is."""
-    return self._mechanism.noise(self._key).init(params)
+    return noise.gaussian_noise(self.noise_stddev, self._key).init(params)
 
   def __call__(
     self,
@@ -111,21 +110,24 @@ class PrivateGradientFn:
       )
     is_real = ~checks.padding(is_padding_example, checks.batch_size(batch))
     is_padding_row = ~is_real
-    if self.group_size > 1:
+    size = self.plan.group_size
+    if size > 1:
       batch, is_padding_row = clipping.into_groups(
-        batch, self.group_size, is_padding_example=~is_real
+        batch, size, is_padding_example=~is_real
       )
     got = self.clipped_grad(
       params, batch, is_padding_example=is_padding_row, rng=rng
     )
-    noisy, state = self._mechanism.noise(self._key).update(got.sum, state)
+    release = state.draws
+    noise_now = self._mechanism.noise(self._key, release)
+    noisy, state = noise_now.update(got.sum, state)
     gradient = jax.tree.map(
-      lambda x: jnp.where(left, x * self.group_size, jnp.nan),
-      self._mechanism.mean(noisy),
+      lambda x: jnp.where(left, x, jnp.nan),
+      self._mechanism.mean(noisy, release),
     )
     num_in_row = jnp.sum(is_real.reshape(is_padding_row.shape[0], -1), axis=1)
     aux = got.aux
-    if self.group_size > 1:
+    if size > 1:
       aux = jax.tree.map(lambda x: x.reshape((-1, *x.shape[2:])), aux)
     return (
       PrivateGradients(
@@ -157,7 +159,6 @@ def private_gradients(
   microbatch_size: int | None = None,
   rescale_to_unit_norm: bool = False,
   frozen: Any = None,
-  group_size: int = 1,
   rows_are_fixed: bool = False,
   batch_axis: int = 0,
 ) -> PrivateGradientFn:
@@ -182,11 +183,10 @@ def private_gradients(
     microbatch_size: how many gradients are worked on at once.
     rescale_to_unit_norm: divide by the clip norm, noise included.
     frozen: parameters that are not trained; see `dpdist.clipped_grad`.
-    group_size: so many neighbouring rows are averaged and clipped as one. One
-      example may turn a group's gradient over, so there is twice the noise.
-    rows_are_fixed: says that an example's row does not depend on which others
-      are there, as groups need: see `dpdist.clipping.groups`. Of a Poisson draw
-      that is closed up it is not true, and no noise would do.
+    rows_are_fixed: says that the rows of a group are always the same examples,
+      as the groups of a plan with a group_size must be: see
+      `dpdist.clipping.groups`. Of a Poisson draw of examples that is closed up
+      it is not true, and no noise would do.
     batch_axis: 0.
 
   Returns:
@@ -202,14 +202,13 @@ def private_gradients(
     )
   if not isinstance(plan, plan_lib.PrivacyPlan):
     raise ValueError(f"plan must come from dpdist.make_plan, got {plan!r}")
-  checks.group_size(group_size)
-  if group_size > 1 and rows_are_fixed is not True:
+  if plan.group_size > 1 and rows_are_fixed is not True:
     raise ValueError(
-      f"group_size must be 1, got {group_size}, unless rows_are_fixed=True: in"
-      " a draw that is closed up, one more example moves all later ones to"
+      f"group_size must be 1, got {plan.group_size}, unless rows_are_fixed=True:"
+      " in a draw that is closed up, one more example moves all later ones to"
       " other groups"
     )
-  if group_size > 1:
+  if plan.group_size > 1:
     loss_fn = clipping.mean_of_group(loss_fn, has_aux=has_aux)
   clipped_grad = clipping.clipped_grad(
     loss_fn,
@@ -220,13 +219,11 @@ def private_gradients(
     rescale_to_unit_norm=rescale_to_unit_norm,
     frozen=frozen,
   )
-  # A group that an example leaves is another group.
-  relation = "replace_one" if group_size > 1 else plan.neighboring_relation
-  sensitivity = clipped_grad.sensitivity(relation)
+  # That of a group, too: what one example of it can do is in the accounting.
+  sensitivity = clipped_grad.sensitivity(plan.neighboring_relation)
   return PrivateGradientFn(
     plan=plan,
     clipped_grad=clipped_grad,
-    group_size=group_size,
     sensitivity=sensitivity,
     noise_stddev=plan.noise_multiplier * sensitivity,
     _key=noise.key_of(seed),

@@ -37,16 +37,17 @@ LAYERS = (
   ("mechanism", "config", "dp_config", "composition", "history"),
   ("gradients", "stateful", "ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance")
-  + ("operations",),
+  + ("operations", "model_check"),
   ("units",),
   ("chitchat",),
   ("data", "data_budget", "datasets", "retrying", "screen", "report")
   + ("checkpoint", "exact_step", "odometer", "watch"),
   ("admission", "verification", "display"),
-  ("job",),
+  ("job", "frontends"),
   ("summary", "forecast"),
   ("train",),
   ("dpdist",),
+  ("examples",),
   ("configs",),
   ("launch",),
   ("tests",),

@@ -102,9 +102,9 @@ def test_bad_numbers_are_named(changes, message):
 
 
 def test_batches_are_drawn_as_they_are_accounted():
-  config = _config(poisson_sampling_in_fit=False)
-  for convert in (config.to_privacy_config, config.make_plan):
-    with pytest.raises(
-      ValueError, match="poisson_sampling_in_fit must be True, got False"
-    ):
-      convert()
+  plan = _config(poisson_sampling_in_fit=False).make_plan()
+  assert plan.sampling == "fixed_size"
+  assert plan.neighboring_relation == "replace_one"
+  poisson = _config().make_plan()
+  assert poisson.sampling == "poisson"
+  assert plan.noise_multiplier != poisson.noise_multiplier

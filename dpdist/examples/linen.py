@@ -1,0 +1,94 @@
+"""Private training of a Flax Linen module.
+
+    python -m dpdist.examples.linen
+
+Held-out accuracy 0.91 to 0.92 in two runs, at epsilon 2 and delta 1e-4;
+about 15 seconds of processor time, half a minute on two busy cores.
+"""
+
+import secrets
+import sys
+
+from flax import linen as nn
+import jax
+import optax
+
+import dpdist
+from dpdist.examples import digits
+from dpdist.frontends import linen
+
+
+class CNN(nn.Module):
+  """Logits [10] of one image [8, 8, 1]."""
+
+  @nn.compact
+  def __call__(self, image: jax.Array, train: bool = False) -> jax.Array:
+    h = nn.Conv(16, (3, 3), strides=(2, 2))(image[None])
+    h = nn.tanh(nn.GroupNorm(4)(h))  # Not BatchNorm, which mixes examples.
+    h = nn.Dropout(0.1, deterministic=not train)(h.reshape(-1))
+    return nn.Dense(10)(h)
+
+
+def main(num_steps: int = 200) -> float:
+  """Trains, prints, and returns the held-out accuracy."""
+  x, y, x_test, y_test = digits.load()
+
+  model = CNN()
+  loss_fn = linen.per_example_loss(
+    model,
+    lambda logits, example: optax.softmax_cross_entropy_with_integer_labels(
+      logits, example[1]
+    ),
+    train=True,
+  )
+  params = model.init(jax.random.key(0), x[0])["params"]
+
+  # The budget; the noise follows from it.
+  plan = dpdist.make_plan(
+    dpdist.PrivacyConfig(
+      num_examples=len(x),
+      expected_batch_size=256,
+      num_steps=num_steps,
+      l2_clip_norm=1.0,
+      target_delta=1e-4,
+      target_epsilon=2.0,
+    )
+  )
+  # Whoever knows these seeds can subtract the noise.
+  sampler = dpdist.PoissonSampler(
+    num_examples=plan.num_examples,
+    sampling_probability=plan.sampling_probability,
+    seed=secrets.token_bytes(32),
+  )
+  gradients = dpdist.private_gradients(
+    loss_fn, plan, seed=secrets.token_bytes(32)
+  )
+  optimizer = optax.adam(0.01)
+  noise_state, opt_state = gradients.init(params), optimizer.init(params)
+
+  @jax.jit
+  def step(params, opt_state, noise_state, batch, is_padding_example, key):
+    got, noise_state = gradients(
+      params, batch, noise_state, is_padding_example=is_padding_example, rng=key
+    )
+    updates, opt_state = optimizer.update(got.gradient, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, noise_state
+
+  dropout = jax.random.key(secrets.randbits(31))
+  for t in range(plan.num_steps):
+    rows, is_padding_example = digits.padded(sampler(t))
+    params, opt_state, noise_state = step(
+      params,
+      opt_state,
+      noise_state,
+      (x[rows], y[rows]),
+      is_padding_example,
+      jax.random.fold_in(dropout, t),
+    )
+
+  logits = jax.vmap(model.apply, (None, 0))({"params": params}, x_test)
+  return digits.report(plan, logits, y_test)
+
+
+if __name__ == "__main__":
+  main(*map(int, sys.argv[1:]))

@@ -1,0 +1,470 @@
+"""Private `fit` for Keras 3 models, on the JAX backend.
+
+    from dpdist.frontends import keras as private_keras   # before keras
+    import keras
+
+    model = keras.Sequential([...])
+    model.compile("adam", "sparse_categorical_crossentropy", ["accuracy"])
+    private = private_keras.make_private(
+      model,
+      dpdist.PrivacyConfig(
+        num_examples=1438, expected_batch_size=128, num_steps=300,
+        l2_clip_norm=1.0, target_delta=1e-5, target_epsilon=3.0),
+      workdir="/tmp/digits")
+    history = private.fit(x, y, validation_data=(x_test, y_test))
+    print(private.epsilon(), private.plan.delta)
+
+`fit` is not Keras's: batches are drawn from the arrays by the plan's sampler
+and never shuffled, what counts is the noisy update and not the piece of a
+batch, and no update is made that the plan does not cover.
+"""
+
+from collections.abc import Iterator, Sequence
+import functools
+import itertools
+import math
+import os
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpdist import clipping
+from dpdist import mechanism as mechanism_lib
+from dpdist import model_check
+from dpdist import noise
+from dpdist import plan as plan_lib
+from dpdist import sources
+from dpdist.frontends import keras_loss
+from dpdist.frontends import run as run_lib
+
+PyTree = Any
+keras = keras_loss.keras
+
+
+def make_private(
+  model: Any,
+  config: plan_lib.PrivacyConfig | plan_lib.PrivacyPlan,
+  *,
+  workdir: str | os.PathLike[str],
+  chunk_size: int | None = None,
+  microbatch_size: int | None = None,
+  rescale_to_unit_norm: bool = False,
+  method: str = "auto",
+  unsafe_metrics: bool = False,
+  insecure_seed: int | None = None,
+) -> "PrivateModel":
+  """Binds a Keras model to a privacy budget.
+
+  From here on the model's own `fit` and `train_on_batch` refuse to run. If
+  workdir holds the run already, the model and its optimizer take the state of
+  its newest checkpoint.
+
+  Args:
+    model: a built and compiled keras.Model, on one device. The compiled metrics
+      are computed on validation data alone.
+    config: the budget; equal to the one that the run in workdir began with.
+    workdir: a local directory for secret, ledger and checkpoints. It is a part
+      of the guarantee: do not delete it to begin again on the same data.
+    chunk_size: examples on the device at once; a larger draw is worked on in
+      several chunks, with one update at the end. None: most draws fit into one.
+    microbatch_size: see `dpdist.clipped_grad`; divides chunk_size.
+    rescale_to_unit_norm: divide gradients by the clip norm, noise included.
+    method: see `dpdist.clipped_grad`.
+    unsafe_metrics: also show the training loss, which is private. It voids the
+      guarantee, and the ledger says so.
+    insecure_seed: fixes every random stream, for tests; likewise.
+
+  Returns:
+    A PrivateModel.
+
+  Raises:
+    ValueError: the model, the config or another argument cannot be used; it
+      says why, and what to use instead.
+    dpdist.ledger.LedgerError: the ledger in workdir is damaged.
+    dpdist.checkpoint.MismatchError: the run in workdir is of another model.
+  """
+  _check_model(model)
+  notices = (
+    ("unsafe_metrics shows the training loss, which no noise covers",)
+    if unsafe_metrics
+    else ()
+  )
+  run = run_lib.Run(
+    workdir, config, insecure_seed=insecure_seed, notices=notices
+  )
+  plan = run.plan
+  if chunk_size is None:
+    batch = plan.expected_batch_size
+    chunk_size = min(math.ceil(batch + 3 * math.sqrt(batch)), plan.num_examples)
+    chunk_size += -chunk_size % (microbatch_size or 1)
+  if isinstance(chunk_size, bool) or chunk_size < 1:
+    raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+  if microbatch_size is not None and (
+    microbatch_size < 1 or chunk_size % microbatch_size
+  ):
+    raise ValueError(
+      f"microbatch_size must divide the chunk_size of {chunk_size}, got"
+      f" {microbatch_size}"
+    )
+  options = {
+    "l2_clip_norm": plan.l2_clip_norm,
+    "microbatch_size": microbatch_size,
+    "rescale_to_unit_norm": rescale_to_unit_norm,
+    "method": method,
+  }
+  private = PrivateModel(model, run, chunk_size, options, unsafe_metrics)
+  private._restore()
+  for name in ("fit", "train_on_batch"):
+    setattr(model, name, functools.partial(_refuse, name))
+  return private
+
+
+class PrivateModel:
+  """A Keras model with a privacy budget; see `make_private`, which makes it.
+
+  Attributes:
+    model: the Keras model: evaluate, predict and save it as usual.
+    plan: the numbers that training is bound to.
+  """
+
+  def __init__(
+    self,
+    model: Any,
+    run: run_lib.Run,
+    chunk_size: int,
+    options: dict[str, Any],
+    unsafe_metrics: bool,
+  ):
+    self.model = model
+    self.plan = run.plan
+    self._run = run
+    self._chunk_size = chunk_size
+    self._unsafe_metrics = unsafe_metrics
+    sensitivity = clipping.clipped_grad(lambda: None, **options).sensitivity(
+      self.plan.neighboring_relation
+    )
+    stddev = self.plan.noise_multiplier * sensitivity
+
+    def clipped_grad(non_trainable: list[jax.Array]) -> clipping.ClippedGrad:
+      loss = keras_loss.per_example_loss(model, non_trainable)
+      return clipping.clipped_grad(loss, **options)
+
+    def mechanism(clipped: clipping.ClippedGrad) -> mechanism_lib.Mechanism:
+      return mechanism_lib.Mechanism(self.plan, clipped, sensitivity, stddev)
+
+    def accumulate(
+      trainable: list[jax.Array],
+      non_trainable: list[jax.Array],
+      total: list[jax.Array],
+      batch: tuple[PyTree, PyTree],
+      is_padding_example: jax.Array,
+      key: jax.Array,
+      first_row: jax.Array,
+    ) -> tuple[list[jax.Array], jax.Array]:
+      rows = first_row + jnp.arange(is_padding_example.shape[0])
+      got = clipped_grad(non_trainable)(
+        trainable,
+        batch,
+        is_padding_example=is_padding_example,
+        rng=jax.vmap(jax.random.fold_in, (None, 0))(key, rows),
+      )
+      loss = jnp.sum(jnp.where(is_padding_example, 0, got.loss))
+      return jax.tree.map(jnp.add, total, got.sum), loss
+
+    def update(
+      trainable: list[jax.Array],
+      optimizer: list[jax.Array],
+      total: list[jax.Array],
+      key: jax.Array,
+      step: jax.Array,
+    ) -> tuple[list[jax.Array], list[jax.Array]]:
+      bound = mechanism(clipped_grad([]))
+      noisy, _ = bound.noise(key).update(total, noise.GaussianNoiseState(step))
+      return model.optimizer.stateless_apply(
+        optimizer, bound.mean(noisy), trainable
+      )
+
+    self._accumulate = jax.jit(accumulate)
+    self._update = jax.jit(update)
+
+  @property
+  def step(self) -> int:
+    """Updates made in the model, over all calls of `fit`."""
+    return self._run.step
+
+  def epsilon(self) -> float:
+    """What may have been spent so far, at plan.delta; read from the ledger."""
+    return self._run.epsilon()
+
+  def fit(
+    self,
+    x: PyTree,
+    y: PyTree,
+    *,
+    epochs: int | None = None,
+    steps_per_epoch: int | None = None,
+    validation_data: tuple[Any, ...] | None = None,
+    callbacks: Sequence[Any] | None = None,
+    verbose: int = 0,
+  ) -> Any:
+    """Trains on, under the budget.
+
+    The state is saved after every epoch, and when an error or Ctrl-C ends it.
+    A killed process loses, and has spent, the steps since.
+
+    Args:
+      x: all private examples: an array, or a pytree of arrays, of leading axis
+        plan.num_examples. The same in every call.
+      y: their targets, likewise.
+      epochs: how many. None: until the budget is spent.
+      steps_per_epoch: updates in each. None: as many as draw num_examples
+        examples on average.
+      validation_data: (x, y) of public or held-out examples, evaluated after
+        each epoch. Its metrics are released as they are.
+      callbacks: of Keras, told of the begin and end of training and epochs.
+        They get the held-out metrics; training has none that may be shown.
+      verbose: 1 prints a line for each epoch.
+
+    Returns:
+      keras.callbacks.History of the held-out metrics ("val_...").
+
+    Raises:
+      ValueError: epochs * steps_per_epoch is more than the budget has left; x
+        or y is not what was planned for; nothing is spent then.
+      dpdist.ledger.LedgerError: another process trains, or has trained on.
+    """
+    data = _Arrays(x, y, self.plan.num_examples)
+    ends = self._ends(epochs, steps_per_epoch)
+    _refuse_changing_state(self.model, data.example())
+    # Whatever is wrong with the loss is found before a step is spent.
+    key, row = jax.random.key(0), jnp.zeros((), jnp.int32)
+    chunk, padding = next(data.chunks(np.zeros(0, np.int64), self._chunk_size))
+    state = self._state()
+    zeros = [
+      jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
+      for w in state["trainable"]
+    ]
+    jax.eval_shape(
+      self._accumulate,
+      *(state["trainable"], state["non_trainable"], zeros),
+      *(chunk, padding, key, row),
+    )
+    told = keras.callbacks.CallbackList(
+      list(callbacks or ()),
+      add_history=True,
+      add_progbar=bool(verbose),
+      verbose=verbose,
+      epochs=len(ends),
+      steps=ends[0] - self.step if ends else 0,
+      model=self.model,
+    )
+    self.model.stop_training = False
+    told.on_train_begin()
+    with self._run.going_on(data.digest()) as going:
+      for epoch, stop in enumerate(ends):
+        told.on_epoch_begin(epoch)
+        loss = self._steps(going, data, zeros, stop)
+        logs = {"loss": loss} if self._unsafe_metrics else {}
+        if validation_data is not None:
+          scores = self.model.evaluate(
+            *validation_data, verbose=0, return_dict=True
+          )
+          logs |= {f"val_{name}": value for name, value in scores.items()}
+        told.on_epoch_end(epoch, logs)
+        if self.model.stop_training:
+          break
+    told.on_train_end()
+    return self.model.history
+
+  def _ends(self, epochs: int | None, steps_per_epoch: int | None) -> list[int]:
+    """The step at which each epoch ends."""
+    for name, value in (
+      ("epochs", epochs),
+      ("steps_per_epoch", steps_per_epoch),
+    ):
+      if value is not None and (
+        isinstance(value, bool) or not isinstance(value, int) or value < 1
+      ):
+        raise ValueError(f"{name} must be an integer of 1 or more, got {value}")
+    each = steps_per_epoch or max(1, round(1 / self.plan.sampling_probability))
+    left = self.plan.num_steps - self._run.spent_steps
+    if epochs is None and left:
+      epochs, total = -(-left // each), left
+    else:
+      epochs, total = epochs or 1, (epochs or 1) * each
+    self._run.check(total)
+    start = self.step
+    return [start + min(total, (i + 1) * each) for i in range(epochs)]
+
+  def _steps(
+    self,
+    going: run_lib.GoingOn,
+    data: "_Arrays",
+    zeros: list[jax.Array],
+    stop: int,
+  ) -> float:
+    """Makes the updates before stop; returns the mean loss, not private."""
+    sampler = going.streams.sampler(self.plan)
+    noise_key = going.streams.key("noise")
+    # Few durable records, and little lost if the process is killed.
+    block = max(1, self.plan.num_steps // 100)
+    state = self._state()
+    trainable, optimizer = state["trainable"], state["optimizer"]
+    step = charged = self.step
+    losses, num_drawn = 0.0, 0
+    try:
+      while step < stop:
+        if step == charged:
+          charged = min(stop, step + block)
+          going.charge(charged)
+        total, rows = zeros, itertools.count(0, self._chunk_size)
+        indices = sampler(step)
+        key = going.streams.key("model_rng", step)
+        for (batch, padding), row in zip(
+          data.chunks(indices, self._chunk_size), rows, strict=False
+        ):
+          total, loss = self._accumulate(
+            *(trainable, state["non_trainable"], total),
+            *(batch, padding, key, jnp.int32(row)),
+          )
+          if self._unsafe_metrics:
+            losses += float(loss)
+        num_drawn += len(indices)
+        trainable, optimizer = self._update(
+          trainable, optimizer, total, noise_key, jnp.int32(step)
+        )
+        jax.block_until_ready(trainable)
+        step += 1
+    finally:
+      # Also after an error or Ctrl-C: what was computed is paid for.
+      self._assign(trainable, optimizer)
+      if step > self.step:
+        going.save(self._saved_state(), step)
+    return losses / max(1, num_drawn)
+
+  def _state(self) -> dict[str, list[jax.Array]]:
+    model = self.model
+    return {
+      "trainable": [v.value for v in model.trainable_variables],
+      "non_trainable": [v.value for v in model.non_trainable_variables],
+      "optimizer": [v.value for v in model.optimizer.variables],
+    }
+
+  def _saved_state(self) -> dict[str, list[jax.Array]]:
+    # An empty list would be no part of a checkpoint's tree.
+    return {name: values for name, values in self._state().items() if values}
+
+  def _assign(
+    self, trainable: list[jax.Array], optimizer: list[jax.Array]
+  ) -> None:
+    for variables, values in (
+      (self.model.trainable_variables, trainable),
+      (self.model.optimizer.variables, optimizer),
+    ):
+      for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
+
+  def _restore(self) -> None:
+    state = self._run.restore(self._saved_state())
+    self._assign(state["trainable"], state["optimizer"])
+    for variable, value in zip(
+      self.model.non_trainable_variables,
+      state.get("non_trainable", ()),
+      strict=True,
+    ):
+      variable.assign(value)
+
+
+class _Arrays:
+  """The private examples in memory."""
+
+  def __init__(self, x: PyTree, y: PyTree, num_examples: int):
+    self._tree = jax.tree.map(np.asarray, (x, y))
+    for name, part in zip("xy", self._tree, strict=True):
+      for leaf in jax.tree.leaves(part):
+        if not leaf.ndim or len(leaf) != num_examples:
+          raise ValueError(
+            f"{name} must hold the plan's num_examples={num_examples} examples"
+            f" along its first axis, got shape {leaf.shape}"
+          )
+
+  def example(self) -> tuple[PyTree, PyTree]:
+    """One example's shapes."""
+    return jax.eval_shape(lambda t: jax.tree.map(lambda a: a[0], t), self._tree)
+
+  def digest(self) -> str:
+    """Of all of the data, hex."""
+    leaves = jax.tree_util.tree_leaves_with_path(self._tree)
+    names = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    return sources.ArraySource(names).manifest()
+
+  def chunks(
+    self, indices: np.ndarray, size: int
+  ) -> Iterator[tuple[tuple[PyTree, PyTree], np.ndarray]]:
+    """Yields padded chunks, at least one, and what is padding in them."""
+    for first in range(0, max(1, len(indices)), size):
+      rows = indices[first : first + size]
+      # Padding holds the first example; it contributes nothing.
+      padded = np.pad(rows, (0, size - len(rows)))
+      batch = jax.tree.map(lambda a, rows=padded: a[rows], self._tree)
+      yield batch, np.arange(size) >= len(rows)
+
+
+def _check_model(model: Any) -> None:
+  if not isinstance(model, keras.Model):
+    raise ValueError(f"model must be a keras.Model, got {model!r}")
+  if not model.compiled or model.optimizer is None:
+    raise ValueError(
+      "model must be compiled with an optimizer and a loss: call"
+      " model.compile(...) first"
+    )
+  if not model.built:
+    raise ValueError(
+      "model must be built: give it a keras.Input, or call it once"
+    )
+  if jax.process_count() > 1 or keras.distribution.distribution() is not None:
+    raise ValueError(
+      "model must be on one device of one process: for more, see dpdist.train"
+    )
+  if type(model).train_step is not keras.Model.train_step:
+    raise ValueError(
+      "model must not have a train_step of its own, which would not be private:"
+      " put what it computes into compute_loss"
+    )
+  if (
+    isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    or model.optimizer.loss_scale_factor is not None
+  ):
+    raise ValueError(
+      "model.optimizer must not scale the loss, or gradients would be clipped"
+      " at another norm: compile with auto_scale_loss=False, and use bfloat16"
+      " rather than float16"
+    )
+  found = model_check.check_model(model)
+  if found:
+    raise ValueError(
+      "model must be safe to train privately, got "
+      + "; ".join(str(finding) for finding in found)
+    )
+  model.optimizer.build(model.trainable_variables)
+
+
+def _refuse_changing_state(model: Any, example: tuple[PyTree, PyTree]) -> None:
+  changed = keras_loss.changed_state(model, example)
+  if changed:
+    named = ", ".join(path for path, _ in changed)
+    raise ValueError(
+      "model must not change state while it trains, since what it keeps of the"
+      f" examples is not noised, but it changes {named}: use"
+      " keras.layers.GroupNormalization or LayerNormalization in place of"
+      " BatchNormalization, or freeze the layer (trainable=False)"
+    )
+
+
+def _refuse(name: str, *unused: Any, **also_unused: Any) -> None:
+  raise RuntimeError(
+    f"model.{name} would train without privacy: use fit of what"
+    " dpdist.frontends.keras.make_private returned"
+  )

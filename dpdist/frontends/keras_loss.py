@@ -1,0 +1,133 @@
+"""The loss of one example of a Keras 3 model.
+
+Importing this imports keras, on its JAX backend.
+"""
+
+from collections.abc import Callable
+import os
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+PyTree = Any
+
+
+def _import_keras() -> Any:
+  if "keras" not in sys.modules:
+    os.environ.setdefault("KERAS_BACKEND", "jax")
+  right = (
+    "dpdist needs Keras on its JAX backend: set the environment variable"
+    " KERAS_BACKEND=jax before keras is first imported, or import"
+    " dpdist.frontends.keras before keras"
+  )
+  wanted = os.environ.get("KERAS_BACKEND")
+  if "keras" not in sys.modules and wanted != "jax":
+    raise ImportError(f"{right}; got KERAS_BACKEND={wanted}")
+  import keras
+
+  if keras.backend.backend() != "jax":
+    raise ImportError(f"{right}; got the backend {keras.backend.backend()!r}")
+  return keras
+
+
+keras = _import_keras()
+
+
+def per_example_loss(
+  model: Any, non_trainable: list[jax.Array]
+) -> Callable[..., jax.Array]:
+  """The loss of one example, without its batch axis.
+
+  An example goes through the model alone, as a batch of one, so that no layer
+  can mix it with others. Its randomness (dropout and the like) is a function of
+  its own key.
+
+  Args:
+    model: compiled and built.
+    non_trainable: the values of model.non_trainable_variables; seeds among them
+      are replaced.
+
+  Returns:
+    loss(trainable, (x, y), rng), where trainable is the list of values of
+    model.trainable_variables.
+  """
+  seeds = [is_seed(v) for v in model.non_trainable_variables]
+
+  def loss(
+    trainable: list[jax.Array], example: tuple[PyTree, PyTree], rng: jax.Array
+  ) -> jax.Array:
+    value, _ = _loss_and_state(
+      model, trainable, _seeded(non_trainable, seeds, rng), example
+    )
+    return value
+
+  return loss
+
+
+def changed_state(
+  model: Any, example: tuple[PyTree, PyTree]
+) -> list[tuple[str, str]]:
+  """State that a training call of the model changes, seeds left out.
+
+  Args:
+    model: compiled and built.
+    example: arrays or shapes of one example (x, y), without the batch axis.
+
+  Returns:
+    (path of the variable, its shape) of each.
+  """
+  variables = model.non_trainable_variables
+  trainable = [jax.typeof(v.value) for v in model.trainable_variables]
+  state = [jax.typeof(v.value) for v in variables]
+  closed = jax.make_jaxpr(
+    lambda t, n, e: _loss_and_state(model, t, n, e)[1], return_shape=False
+  )(trainable, state, example)
+  given = closed.jaxpr.invars[len(trainable) :][: len(state)]
+  return [
+    (v.path, str(tuple(v.shape)))
+    for v, before, after in zip(
+      variables, given, closed.jaxpr.outvars, strict=True
+    )
+    if after is not before and not is_seed(v)
+  ]
+
+
+def is_seed(variable: Any) -> bool:
+  """Whether a variable is the state of a keras.random.SeedGenerator."""
+  return (
+    variable.name == "seed_generator_state"
+    and tuple(variable.shape) == (2,)
+    and variable.dtype == "uint32"
+  )
+
+
+def _seeded(
+  non_trainable: list[jax.Array], seeds: list[bool], rng: jax.Array
+) -> list[jax.Array]:
+  """The state with seeds that belong to one example."""
+  return [
+    jax.random.key_data(jax.random.fold_in(rng, i)) if is_one else value
+    for i, (value, is_one) in enumerate(zip(non_trainable, seeds, strict=True))
+  ]
+
+
+def _loss_and_state(
+  model: Any,
+  trainable: list[jax.Array],
+  non_trainable: list[jax.Array],
+  example: tuple[PyTree, PyTree],
+) -> tuple[jax.Array, list[jax.Array]]:
+  x, y = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], example)
+  loss, (_, _, state, _) = model.compute_loss_and_updates(
+    trainable,
+    non_trainable,
+    [v.value for v in model.metrics_variables],
+    x,
+    y,
+    None,
+    training=True,
+    optimizer_variables=[v.value for v in model.optimizer.variables],
+  )
+  return loss, state
