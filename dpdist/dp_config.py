@@ -17,6 +17,7 @@ import numbers
 from typing import Any
 
 from dpdist import plan as plan_lib
+from dpdist import statements
 
 _COUNT = (numbers.Integral, lambda x: x >= 1, "an int >= 1")
 _POSITIVE = (numbers.Real, lambda x: 0 < x < math.inf, "finite and > 0")
@@ -107,7 +108,7 @@ class DPConfig:
         raise ValueError(
           f"noise_multiplier must be large enough for epsilon={self.epsilon},"
           f" got {self.noise_multiplier}, with which {self.train_steps} steps"
-          f" spend {plan_lib.rounded_up(spent)}"
+          f" spend {statements.rounded_up(spent)}"
         )
 
   @property

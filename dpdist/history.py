@@ -46,6 +46,7 @@ class Branch:
     fingerprint: of everything that decides the bits of a step.
     bases: digests of the checkpoints it may go on from: the one it started
       from ("" for the initial parameters) and its own.
+    charged: steps that were charged in its segment before it.
   """
 
   number: int
@@ -55,6 +56,15 @@ class Branch:
   stop_step: int
   fingerprint: str
   bases: tuple[str, ...]
+  charged: int = 0
+
+  def release(self, step: int) -> int:
+    """The place of a step among all that are charged in its segment, from 0.
+
+    No two steps of a segment have the same, and none has one that is not
+    charged: so schedules and turns, which go by it, are what is accounted for.
+    """
+    return self.charged + step - self.start_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +227,7 @@ class History:
           start,
           record["fingerprint"],
           (record["base"],),
+          self.segment.charged,
         )
       )
     elif kind == "reserve":

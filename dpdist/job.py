@@ -378,7 +378,10 @@ def chunk_size(
     return config.chunk_size
   # Three standard deviations above the mean, so that about one step in a
   # thousand needs a second chunk.
-  batch = plan.expected_batch_size
-  size = math.ceil(batch + 3 * math.sqrt(batch))
-  size = min(size, plan.num_examples)
+  batch = max(x.expected_batch_size for x in plan.settings) / plan.group_size
+  if plan.sampling == "fixed_size":
+    size = math.ceil(batch)
+  else:
+    size = math.ceil(batch + 3 * math.sqrt(batch))
+  size = min(size, plan.truncated_batch_size or size, plan.num_units)
   return size + -size % multiple

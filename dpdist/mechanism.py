@@ -4,20 +4,24 @@ The privacy rooms (sampling, clipping, noise, accounting) do not know each
 other. Here, and only here, the numbers of one plan are handed to all of them,
 so that what runs is what was accounted for:
 
-  sampler      draws each example with plan.sampling_probability
+  sampler      draws as plan.sampling says, with plan.sampling_probability
   clipped sum  has l2 sensitivity S under plan.neighboring_relation
   noise        has standard deviation plan.noise_multiplier * S on that sum
   division     is by plan.expected_batch_size, a public number
 
 One step is then one subsampled Gaussian mechanism, plan.num_steps of which
-plan.epsilon() composes.
+plan.epsilon() composes. Where a schedule changes the numbers, they are those of
+the step's place among all that were charged under the plan, its release: every
+release happens once, whatever was charged and lost on the way.
 """
 
+import bisect
 from collections.abc import Callable
 import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -70,13 +74,46 @@ class Mechanism:
   noise_stddev: float
   exact_group_size: int | None = None
 
-  def noise(self, key: jax.Array) -> optax.GradientTransformation:
-    """The noise for sums over all devices; key is a typed PRNG key."""
-    return noise.gaussian_noise(self.noise_stddev, key)
+  def noise(
+    self, key: jax.Array, release: jax.Array | None = None
+  ) -> optax.GradientTransformation:
+    """The noise for sums over all devices.
 
-  def mean(self, noisy_sum: PyTree) -> PyTree:
-    """The noisy sum over the expected, never the drawn, batch size."""
-    return jax.tree.map(lambda x: x / self.plan.expected_batch_size, noisy_sum)
+    Args:
+      key: a typed PRNG key.
+      release: int32 scalar, of the step; needed where there is a schedule.
+    """
+    if not self.plan.noise_schedule:
+      return noise.gaussian_noise(self.noise_stddev, key)
+    stddevs = [
+      setting.noise_multiplier * self.sensitivity
+      for setting in self.plan.settings
+    ]
+    return noise.gaussian_noise(self._now(stddevs, release), key)
+
+  def mean(self, noisy_sum: PyTree, release: jax.Array | None = None) -> PyTree:
+    """The noisy sum over the expected, never the drawn, number of units.
+
+    Args:
+      noisy_sum: pytree of arrays.
+      release: as for `noise`.
+    """
+    sizes = [
+      setting.expected_batch_size / self.plan.group_size
+      for setting in self.plan.settings
+    ]
+    size = sizes[0]
+    if self.plan.batch_size_schedule:
+      size = self._now(sizes, release)
+    return jax.tree.map(lambda x: x / size, noisy_sum)
+
+  def _now(self, values: list[float], release: jax.Array | None) -> Any:
+    """What a schedule says at a release: float32 scalar."""
+    if release is None:
+      raise ValueError("release must be given where the plan has a schedule")
+    starts = jnp.array([setting.start for setting in self.plan.settings])
+    index = jnp.searchsorted(starts, release, side="right") - 1
+    return jnp.array(values, jnp.float32)[index]
 
   @property
   def largest_in_group(self) -> float:
@@ -140,6 +177,11 @@ def make(
     ValueError: names the argument, its value and what would be right.
   """
   if exact_group_size is not None:
+    for name in ("noise_schedule", "batch_size_schedule"):
+      if getattr(plan, name):
+        raise ValueError(
+          f"{name} must be empty with exact sums, got {getattr(plan, name)}"
+        )
     if not 1 <= exact_group_size <= _LARGEST_GROUP:
       raise ValueError(
         f"exact_group_size must be in [1, {_LARGEST_GROUP}], got"
@@ -192,13 +234,29 @@ class Streams:
   secret: bytes
   branch: str
 
-  def sampler(self, plan: plan_lib.PrivacyPlan) -> sampling.PoissonSampler:
-    """Draws the plan's examples."""
-    return sampling.PoissonSampler(
-      num_examples=plan.num_examples,
-      sampling_probability=plan.sampling_probability,
-      seed=keys.derive(self.secret, "sampling", branch=self.branch),
-    )
+  def sampler(
+    self, plan: plan_lib.PrivacyPlan, first_release: int = 0
+  ) -> Callable[[int], np.ndarray]:
+    """Draws the plan's units: rows, or groups of rows.
+
+    Args:
+      plan: the numbers.
+      first_release: of step 0; see `dpdist.history.Branch.release`.
+    """
+    seed = keys.derive(self.secret, "sampling", branch=self.branch)
+    samplers = [
+      _sampler(plan, setting, first_release, seed) for setting in plan.settings
+    ]
+    if len(samplers) == 1:
+      return samplers[0]
+    starts = [setting.start for setting in plan.settings]
+
+    def scheduled(step: int) -> np.ndarray:
+      # One seed for all: they never draw at the same step.
+      index = bisect.bisect_right(starts, step + first_release) - 1
+      return samplers[index](step)
+
+    return scheduled
 
   def key(self, stream: str, step: int | None = None) -> jax.Array:
     """A typed PRNG key for a named stream."""
@@ -208,3 +266,39 @@ class Streams:
     """The uint32 [2] that the key is made of."""
     key = keys.derive(self.secret, stream, branch=self.branch)
     return keys.prng_words(key, step)
+
+
+def _sampler(
+  plan: plan_lib.PrivacyPlan,
+  setting: plan_lib.Setting,
+  first_release: int,
+  seed: bytes,
+) -> Callable[[int], np.ndarray]:
+  """Draws as one setting of a plan says."""
+  units, q = plan.num_units, plan.probability(setting)
+  if plan.sampling == "fixed_size":
+    return sampling.FixedSizeSampler(
+      num_examples=units,
+      batch_size=int(setting.expected_batch_size),
+      seed=seed,
+    )
+  if plan.sampling == "truncated_poisson":
+    assert plan.truncated_batch_size is not None
+    return sampling.TruncatedPoissonSampler(
+      num_examples=units,
+      sampling_probability=q,
+      truncated_batch_size=plan.truncated_batch_size,
+      seed=seed,
+    )
+  if plan.sampling == "cyclic_poisson":
+    return sampling.CyclicPoissonSampler(
+      num_examples=units,
+      sampling_probability=q,
+      cycle_length=plan.cycle_length,
+      # Python's remainder is right for the negative ones of a later branch.
+      offset=first_release % plan.cycle_length,
+      seed=seed,
+    )
+  return sampling.PoissonSampler(
+    num_examples=units, sampling_probability=q, seed=seed
+  )

@@ -28,7 +28,7 @@ class GaussianNoiseState(NamedTuple):
 
 
 def gaussian_noise(
-  stddev: float, seed: int | bytes | jax.Array
+  stddev: float | jax.Array, seed: int | bytes | jax.Array
 ) -> optax.GradientTransformation:
   """Adds independent Gaussian noise to every entry of a clipped sum.
 
@@ -46,7 +46,8 @@ def gaussian_noise(
 
   Args:
     stddev: standard deviation of one entry, in units of the sum: noise
-      multiplier times l2 sensitivity. Finite and at least 0.
+      multiplier times l2 sensitivity. Finite and at least 0. A float32 scalar
+      array, possibly traced, is taken as it is.
     seed: an int or bytes, hashed to a key, or a scalar typed PRNG key, possibly
       traced. A secret belongs in the latter, passed as an argument of the
       compiled function, since constants are written into compiled programs.
@@ -57,7 +58,7 @@ def gaussian_noise(
   Raises:
     ValueError: names the argument, its value and what would be right.
   """
-  if (
+  if not isinstance(stddev, jax.Array) and (
     isinstance(stddev, bool)
     or not isinstance(stddev, int | float)
     or not math.isfinite(stddev)

@@ -272,6 +272,8 @@ class Step:
       state: before the step; its memory is reused.
       accumulator: with all chunks of the step.
       noise_key: a typed PRNG key, secret; the step counter is folded into it.
+      release: int32 scalar, the step's place among all that are charged under
+        the plan; needed where the plan has a schedule.
 
     Returns of the function:
       The state after the step, and released metrics: "noisy_gradient_norm".
@@ -307,11 +309,14 @@ class Step:
       return mesh_lib.constrain(add(clipped_sum), specs, self.mesh)
 
     def apply(
-      state: TrainState, accumulator: Accumulator, noise_key: jax.Array
+      state: TrainState,
+      accumulator: Accumulator,
+      noise_key: jax.Array,
+      release: jax.Array | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
       # Outside shard_map: inside, each device would draw, and the sum of their
       # draws, or copies of one block, is not the noise that was planned.
-      noisy_sum, noise_state = self.mechanism.noise(noise_key).update(
+      noisy_sum, noise_state = self.mechanism.noise(noise_key, release).update(
         reduce(state.params, accumulator.clipped_sum), state.noise_state
       )
       after, released = update(
@@ -321,6 +326,7 @@ class Step:
         state,
         noisy_sum,
         noise_state,
+        release,
       )
       specs = self.state_specs(after)
       released = jax.lax.with_sharding_constraint(
@@ -364,9 +370,10 @@ def update(
   state: TrainState,
   noisy_sum: PyTree,
   noise_state: noise.GaussianNoiseState,
+  release: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """What follows the noise: the state after the step, and released metrics."""
-  gradient = mechanism.mean(noisy_sum)
+  gradient = mechanism.mean(noisy_sum, release)
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   new_state = TrainState(

@@ -15,6 +15,7 @@ from dpdist import ledger as ledger_lib
 from dpdist import mesh as mesh_lib
 from dpdist import plan as plan_lib
 from dpdist import screen
+from dpdist import statements
 
 
 def start_rows(
@@ -39,7 +40,10 @@ def start_rows(
   rows = [
     (f"{plan.unit}s", screen.human_count(plan.num_examples)),
     ("expected batch size", f"{plan.expected_batch_size:,g}"),
-    ("sampling probability q", f"{plan.sampling_probability:.6g}, Poisson"),
+    (
+      "sampling probability q",
+      f"{plan.sampling_probability:.6g}, {statements.sampling(plan)}",
+    ),
     ("steps", screen.human_count(sum(n for _, n in planned))),
     ("l2 clip norm", f"{plan.l2_clip_norm:g}"),
     ("noise multiplier sigma", f"{plan.noise_multiplier:g}"),
@@ -49,7 +53,7 @@ def start_rows(
       f" ({composition.accountant_of(planned)} accountant)",
     ),
     ("delta", f"{plan.delta:g}"),
-    ("adjacency", plan.neighboring_relation),
+    ("adjacency", f"{plan.neighboring_relation}, of one {plan.unit}"),
     ("mesh", f"{axes} ({device.device_kind})"),
     ("clipping method", job.step.mechanism.clipped_grad.method),
     ("chunk size", screen.human_count(job.chunk_size)),

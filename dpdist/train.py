@@ -115,11 +115,13 @@ class _Line(NamedTuple):
 
   Attributes:
     branch: the identity of its keys.
+    first_release: that of step 0; see `dpdist.history.Branch.release`.
     last: where it must end.
     epsilon_planned: of the run, by then.
   """
 
   branch: str
+  first_release: int
   last: int
   epsilon_planned: float
 
@@ -171,9 +173,11 @@ def _run(
         + "; ".join(rejected)
       )
     epsilon_planned = composition.epsilon(ledger.planned)
-    return _Line(branch.identity, ledger.last_step, epsilon_planned)
+    return _Line(
+      branch.identity, branch.release(0), ledger.last_step, epsilon_planned
+    )
 
-  branch, last, epsilon_planned = hosts.from_leader(go_on)
+  branch, first_release, last, epsilon_planned = hosts.from_leader(go_on)
   streams = mechanism.Streams(job.secret, branch)
   noise_key = streams.key("noise")
 
@@ -209,7 +213,9 @@ def _run(
     clock = display_lib.Clock(plan.expected_batch_size)
     measured = start + 1  # The first step compiles.
     progress.enter(start, "reading")
-    for t, chunks in _steps(config, job, streams, start, last):
+    for t, chunks in _steps(
+      config, job, branch, streams.sampler(plan, first_release), start, last
+    ):
       # All wait for it: a sum may pass between the others before the leader
       # takes part in it.
       if t == start or t % charge_every == 0:
@@ -233,7 +239,9 @@ def _run(
         # So that who is slow can be told from who waits.
         jax.block_until_ready(accumulator.stats)
         progress.enter(t, "reducing")
-      state, released = step.apply(state, accumulator, noise_key)
+      # Given only where it is used, so that other programs stay as they are.
+      release = [np.int32(first_release + t)] if len(plan.settings) > 1 else []
+      state, released = step.apply(state, accumulator, noise_key, *release)
       # One step in flight: more would only pile up their inputs.
       jax.block_until_ready(released)
 
@@ -335,10 +343,21 @@ def _save(
     checkpoints.delete_old(ledger.checkpoints)
 
 
+def _rows(job: job_lib.Job, branch: str) -> data.Rows:
+  """What is drawn from; of users, the examples depend on the step."""
+  source = job.train_source
+  if isinstance(source, units.UnitSource):
+    return source.drawing(
+      keys.derive(job.secret, "unit_examples", branch=branch)
+    )
+  return source
+
+
 def _steps(
   config: ml_collections.ConfigDict,
   job: job_lib.Job,
-  streams: mechanism.Streams,
+  branch: str,
+  sampler: Callable[[int], np.ndarray],
   start: int,
   last: int,
 ) -> Iterator[tuple[int, Iterator[tuple[int, Any, jax.Array]]]]:
@@ -356,13 +375,9 @@ def _steps(
       batch, is_padding_example = jax.tree.map(put, tuple(chunk))
       yield i * job.chunk_size, batch, is_padding_example
 
-  source: data.Rows = job.train_source
-  if isinstance(source, units.UnitSource):
-    key = keys.derive(job.secret, "unit_examples", branch=streams.branch)
-    source = source.drawing(key)
   for t, chunks in data.steps(
-    source,
-    streams.sampler(job.plan),
+    _rows(job, branch),
+    sampler,
     start_step=start,
     num_steps=last,
     chunk_size=job.chunk_size,

@@ -28,9 +28,12 @@ LAYERS = (
   ("keys", "hosts", "rendezvous", "mesh", "fixed_point", "search")
   + ("seals", "liveness", "stores", "progress", "signals", "maintenance")
   + ("events", "chips", "compiled", "products", "fetch"),
-  ("records", "renyi", "verdict"),
+  ("pairs",),
+  ("records", "renyi", "loss_distributions", "verdict"),
+  ("accountants",),
   ("accounting", "sampling", "noise", "clipping", "peers"),
   ("plan",),
+  ("statements",),
   ("mechanism", "config", "dp_config", "composition", "history"),
   ("gradients", "stateful", "ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance")

@@ -27,7 +27,7 @@ import numpy as np
 _DENSE_FROM = 1 / 8
 
 # The purposes that words are drawn for: part of every counter.
-_INCLUSION, _COUNT_HIGH, _COUNT_LOW, _POSITION = range(4)
+_INCLUSION, _COUNT_HIGH, _COUNT_LOW, _POSITION, SUBSET = range(5)
 
 _WORD_BITS = 64
 _TABLE_BITS = 2 * _WORD_BITS
@@ -75,7 +75,8 @@ class PoissonSampler:
   Counters: the 256-bit counter of Philox is four 64-bit words: the running
   number of the group of four output words, the attempt at rejection, the
   purpose of the words (0: inclusions from 1/8 on; 1 and 2: high and low halves
-  of the counts; 3: positions), and the step. A stream would have to give 2^66
+  of the counts; 3: positions; 4: subsets, for other samplers), and the step. A
+  stream would have to give 2^66
   words before it reached the next one. The 128-bit key is made from the seed.
 
   Attributes:
@@ -103,9 +104,9 @@ class PoissonSampler:
     Raises:
       ValueError: An argument is not as described.
     """
-    self.num_examples = _check_int("num_examples", num_examples, 1, 1 << 62)
+    self.num_examples = check_int("num_examples", num_examples, 1, 1 << 62)
     self.sampling_probability = _check_probability(sampling_probability)
-    self._key = _philox_key(seed)
+    self._key = philox_key(seed)
     if self.sampling_probability < _DENSE_FROM:
       self._block_bits = _block_bits(
         self.num_examples, self.sampling_probability
@@ -133,7 +134,7 @@ class PoissonSampler:
     Raises:
       ValueError: `step` is not as described.
     """
-    step = _check_int("step", step, 0, (1 << 63) - 1)
+    step = check_int("step", step, 0, (1 << 63) - 1)
     if self.sampling_probability == 1:
       return np.arange(self.num_examples, dtype=np.int64)
     if self.sampling_probability >= _DENSE_FROM:
@@ -186,9 +187,15 @@ class PoissonSampler:
   def _stream(
     self, step: int, purpose: int, group: int = 0, *, attempt: int = 0
   ) -> np.random.Philox:
-    """Returns the words of one purpose, from word 4 * group on."""
-    counter = np.array([group, attempt, purpose, step], dtype=np.uint64)
-    return np.random.Philox(counter=counter, key=self._key)
+    return stream(self._key, step, purpose, group, attempt=attempt)
+
+
+def stream(
+  key: np.ndarray, step: int, purpose: int, group: int = 0, *, attempt: int = 0
+) -> np.random.Philox:
+  """Returns the words of one purpose, from word 4 * group on."""
+  counter = np.array([group, attempt, purpose, step], dtype=np.uint64)
+  return np.random.Philox(counter=counter, key=key)
 
 
 def _block_bits(num_examples: int, probability: float) -> int:
@@ -261,7 +268,7 @@ def _invert(
   return counts.astype(np.int64, copy=False)
 
 
-def _philox_key(seed: int | bytes) -> np.ndarray:
+def philox_key(seed: int | bytes) -> np.ndarray:
   """Returns the uint64[2] key of a seed."""
   if isinstance(seed, bytes):
     if not seed:
@@ -278,7 +285,8 @@ def _philox_key(seed: int | bytes) -> np.ndarray:
   return np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)
 
 
-def _check_int(name: str, value: int, low: int, high: int) -> int:
+def check_int(name: str, value: int, low: int, high: int) -> int:
+  """Returns an argument as an int; raises ValueError if it is none."""
   is_integer = isinstance(value, (int, np.integer))
   if not is_integer or isinstance(value, bool) or not low <= value <= high:
     raise ValueError(f"{name} must be an int in [{low}, {high}], got {value!r}")

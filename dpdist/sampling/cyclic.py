@@ -1,0 +1,73 @@
+"""Poisson sampling from parts of the examples that take turns."""
+
+import numpy as np
+
+from dpdist.sampling import poisson
+
+
+class CyclicPoissonSampler:
+  """Draws from one part of the examples after the other.
+
+  Example i is in part i modulo `cycle_length`, whatever the other examples are.
+  At a step every example of one part is drawn with `sampling_probability`,
+  apart from all others, and none of another part. So an example can take part
+  in one step of `cycle_length` only.
+
+  Attributes:
+    num_examples: The number of examples in all parts.
+    sampling_probability: The probability of each example of the part.
+    cycle_length: The number of parts.
+    offset: Step t has the part t + offset, modulo the cycle's length.
+  """
+
+  def __init__(
+    self,
+    *,
+    num_examples: int,
+    sampling_probability: float,
+    cycle_length: int,
+    seed: int | bytes,
+    offset: int = 0,
+  ):
+    """Checks the arguments.
+
+    Args:
+      num_examples: See `PoissonSampler`.
+      sampling_probability: See `PoissonSampler`.
+      cycle_length: In [1, num_examples].
+      seed: See `PoissonSampler`.
+      offset: Where in the cycle step 0 is; 0 or a number above it.
+
+    Raises:
+      ValueError: An argument is not as described.
+    """
+    self.num_examples = poisson.check_int(
+      "num_examples", num_examples, 1, 1 << 62
+    )
+    self.cycle_length = poisson.check_int(
+      "cycle_length", cycle_length, 1, self.num_examples
+    )
+    self.offset = poisson.check_int("offset", offset, 0, 1 << 62)
+    self._part = poisson.PoissonSampler(
+      num_examples=-(-self.num_examples // self.cycle_length),
+      sampling_probability=sampling_probability,
+      seed=seed,
+    )
+    self.sampling_probability = self._part.sampling_probability
+
+  def __repr__(self) -> str:
+    return (
+      f"CyclicPoissonSampler(num_examples={self.num_examples}, "
+      f"sampling_probability={self.sampling_probability}, "
+      f"cycle_length={self.cycle_length}, offset={self.offset}, seed=<secret>)"
+    )
+
+  def __call__(self, step: int) -> np.ndarray:
+    """Draws the examples of a step; see `PoissonSampler`."""
+    places = self._part(step)
+    indices = places * self.cycle_length + (
+      (step + self.offset) % self.cycle_length
+    )
+    # The last place of some parts is beyond the end. Draws are independent, so
+    # it can be dropped.
+    return indices[indices < self.num_examples]
