@@ -213,9 +213,7 @@ def _run(
     clock = display_lib.Clock(plan.expected_batch_size)
     measured = start + 1  # The first step compiles.
     progress.enter(start, "reading")
-    for t, chunks in _steps(
-      config, job, branch, streams.sampler(plan, first_release), start, last
-    ):
+    for t, chunks in _steps(config, job, streams, first_release, start, last):
       # All wait for it: a sum may pass between the others before the leader
       # takes part in it.
       if t == start or t % charge_every == 0:
@@ -343,21 +341,11 @@ def _save(
     checkpoints.delete_old(ledger.checkpoints)
 
 
-def _rows(job: job_lib.Job, branch: str) -> data.Rows:
-  """What is drawn from; of users, the examples depend on the step."""
-  source = job.train_source
-  if isinstance(source, units.UnitSource):
-    return source.drawing(
-      keys.derive(job.secret, "unit_examples", branch=branch)
-    )
-  return source
-
-
 def _steps(
   config: ml_collections.ConfigDict,
   job: job_lib.Job,
-  branch: str,
-  sampler: Callable[[int], np.ndarray],
+  streams: mechanism.Streams,
+  first_release: int,
   start: int,
   last: int,
 ) -> Iterator[tuple[int, Iterator[tuple[int, Any, jax.Array]]]]:
@@ -375,9 +363,13 @@ def _steps(
       batch, is_padding_example = jax.tree.map(put, tuple(chunk))
       yield i * job.chunk_size, batch, is_padding_example
 
+  source: data.Rows = job.train_source
+  if isinstance(source, units.UnitSource):
+    key = keys.derive(job.secret, "unit_examples", branch=streams.branch)
+    source = source.drawing(key)
   for t, chunks in data.steps(
-    _rows(job, branch),
-    sampler,
+    source,
+    streams.sampler(job.plan, first_release),
     start_step=start,
     num_steps=last,
     chunk_size=job.chunk_size,
