@@ -9,12 +9,12 @@ each drawn user lends at most four such pieces, chosen anew, and 81 users who
 wrote less than one lend none.
 
 Epsilon 8, delta 1e-4, for all that a person wrote: held-out users' next bytes
-0.272 and 0.277 right, loss 2.56 nats a byte, perplexity 12.9 (two runs), 5
-minutes on 2 busy cores. Before training it is 0.004 right and loss 5.97,
-perplexity 393; trained as long without privacy, with Adam at 3e-3 and untuned,
-0.438 and 1.97, perplexity 7.2 (one run): so few users cost much. Four settings
-were tried, and chosen between by these held-out users, which is not accounted
-for: the data is public.
+0.271 right, loss 2.57 nats a byte, perplexity 13.0 (means of three runs; 0.267
+to 0.277 right), 5 minutes on 2 busy cores. Before training it is 0.004 right
+and loss 5.97, perplexity 393; trained as long without privacy, with Adam at
+3e-3 and untuned, 0.438 and 1.97, perplexity 7.2 (one run): so few users cost
+much. Four settings were tried, and chosen between by these held-out users,
+which is not accounted for: the data is public.
 
 What one person writes about another, or repeats of theirs, is protected as the
 writer's alone.
