@@ -17,8 +17,7 @@ def _loss(w, x):
 
 
 def _make(m, norm, sigma=1.0, **kwargs):
-  # There sigma is the noise over the clip norm, and accounted by half of it
-  # where there are groups. Here it is over the sensitivity, in the plan.
+  # Where there are groups the plan accounts by half of sigma, as there.
   plan = dpdist.make_plan(
     dpdist.PrivacyConfig(
       num_examples=60,
@@ -26,11 +25,12 @@ def _make(m, norm, sigma=1.0, **kwargs):
       num_steps=10,
       l2_clip_norm=norm,
       target_delta=1e-5,
-      noise_multiplier=sigma if m == 1 else sigma / 2,
+      noise_multiplier=sigma,
+      group_size=m,
     )
   )
   return dpdist.private_gradients(
-    _loss, plan, seed=_SEED, group_size=m, rows_are_fixed=m > 1, **kwargs
+    _loss, plan, seed=_SEED, rows_are_fixed=m > 1, **kwargs
   )
 
 
@@ -91,6 +91,6 @@ def test_errors_and_repr():
     ValueError, match=r"group_size must divide .* of 6, got 4"
   ):
     fn(jnp.zeros(()), _DATA, fn.init(0))
-  for setting in ("l2_clip_norm=1.0", "noise_multiplier=0.5", "group_size=4"):
+  for setting in ("l2_clip_norm=1.0", "noise_multiplier=1.0", "group_size=4"):
     assert setting in repr(fn)
   assert "any" not in repr(fn)

@@ -91,6 +91,11 @@ def _dp(**kwargs):
   return dpdist.DPConfig(**{**given, **kwargs})
 
 
+def _in_groups(group_size):
+  plan = dataclasses.replace(_plan(), group_size=group_size)
+  return dpdist.private_gradients(lambda w, x: w * x, plan, seed=1)
+
+
 def _changed(function, name, right, *values):
   return [
     (lambda v=v: function(**{name: v}), name, repr(v), right) for v in values
@@ -215,8 +220,7 @@ ROWS = [
   ),
   # Private gradients and noise.
   *_changed(_gradients, "batch_axis", "must be 0", 1, -1, (0, 0), True, None),
-  *_changed(_gradients, "group_size", "an int above 0", 0, None),
-  *_changed(_gradients, "group_size", "unless rows_are_fixed=True", 2),
+  *_changed(_in_groups, "group_size", "unless rows_are_fixed=True", 2),
   *_changed(_gradients, "l2_clip_norm", "finite and at least", -1.0),
   *_changed(_gradients, "plan", "dpdist.make_plan", "plan", 3),
   (lambda: _gradients(seed=1.5), "seed", "float", "int, non-empty bytes"),

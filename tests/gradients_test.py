@@ -163,7 +163,7 @@ def test_repr_tells_settings_and_no_secret():
   text = repr(fn)
   for part in ("group_size=2", "'two_pass'", "l2_clip_norm=0.5", "frozen=None"):
     assert part in text
-  assert "noise_stddev=1.5" in text
+  assert "noise_stddev=0.75" in text
   words = np.asarray(jax.random.key_data(noise.key_of(_SEED)))
   for secret in (_SEED.decode(), "key", *map(str, words)):
     assert secret not in text
