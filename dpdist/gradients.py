@@ -205,8 +205,8 @@ def private_gradients(
   if plan.group_size > 1 and rows_are_fixed is not True:
     raise ValueError(
       f"group_size must be 1, got {plan.group_size}, unless"
-      " rows_are_fixed=True: in a draw that is closed up, one more example moves all later ones to"
-      " other groups"
+      " rows_are_fixed=True: in a draw that is closed up, one more example"
+      " moves all later ones to other groups"
     )
   if plan.group_size > 1:
     loss_fn = clipping.mean_of_group(loss_fn, has_aux=has_aux)

@@ -138,14 +138,17 @@ def _grid_interval(pair: pairs_lib.Pair, epsilon_near: float) -> float:
   run's in a few million.
   """
   sigma, q = pair.sigma, pair.q
+  finest = 1e-4
   if pair.kind == "binomial":
+    # Each point takes a search for where its loss is.
+    finest = 1e-3
     sigma, q = sigma / pair.rows, min(1.0, q * pair.rows)
   if pair.kind == "truncated":
     sigma /= 2
   exponent = 0.5 / sigma**2 + 10 / sigma  # The loss ten deviations out.
   largest_loss = float(np.logaddexp(0.0, exponent + math.log(q)))
   return max(
-    min(1e-4, pair.q / pair.sigma / 40),
+    min(finest, pair.q / pair.sigma / 40),
     1e-5,
     largest_loss / 200_000,
     epsilon_near / 1e6,

@@ -92,8 +92,7 @@ def _dp(**kwargs):
 
 
 def _in_groups(group_size):
-  plan = dataclasses.replace(_plan(), group_size=group_size)
-  return dpdist.private_gradients(lambda w, x: w * x, plan, seed=1)
+  return _gradients(dpdist.make_plan(_config(group_size=group_size)))
 
 
 def _changed(function, name, right, *values):

@@ -1,0 +1,302 @@
+"""Pairs of distributions, and both accountants, against integrals of them."""
+
+import itertools
+import math
+
+from dp_accounting.pld import privacy_loss_distribution as pld_lib
+import numpy as np
+import pytest
+
+import dpdist
+from dpdist import accountants
+from dpdist import accounting
+from dpdist import pairs
+from dpdist import renyi
+
+_SIGMA, _Q = 0.8, 0.1
+_X = np.linspace(-14, 14, 40_001)
+
+
+def _exchange(sigma=_SIGMA, q=_Q):
+  return pairs.of(
+    noise_multiplier=sigma,
+    sampling_probability=q,
+    sampling="fixed_size",
+    neighboring_relation="replace_one",
+  )
+
+
+def _density(*parts):
+  """Of a mixture, at _X: (weight, mean) each, of deviation _SIGMA."""
+  scale = _SIGMA * math.sqrt(2 * math.pi)
+  return sum(
+    weight * np.exp(-0.5 * ((_X - mean) / _SIGMA) ** 2) / scale
+    for weight, mean in parts
+  )
+
+
+def _hockey_stick(p, q, epsilon):
+  return np.sum(np.maximum(p - math.exp(epsilon) * q, 0)) * (_X[1] - _X[0])
+
+
+# What the sum has without the unit, with it, and with another in its place: in
+# units of the exchange all of them lie within half a unit of 0.
+_WORLDS = [*itertools.product((-0.5, 0.0, 0.5), (-0.5, 0.5), (-0.5, 0.0, 0.5))]
+
+
+@pytest.mark.parametrize("world", _WORLDS)
+def test_no_exchange_is_worse_than_its_pair(world):
+  without, mine, other = world
+  p = _density((1 - _Q, without), (_Q, mine))
+  q = _density((1 - _Q, without), (_Q, other))
+  steps = [(_exchange(), 1)]
+  orders, divergences = renyi.step_divergences(_exchange())
+  for one, two in ((p, q), (q, p)):
+    for epsilon in (0.0, 0.1, 0.5, 1.0):
+      true = _hockey_stick(one, two, epsilon)
+      assert accountants.delta(steps, epsilon, "pld") >= true - 1e-9
+    for order in (2, 4, 16):
+      logs = order * np.log(one) + (1 - order) * np.log(two)
+      moment = np.sum(np.exp(logs)) * (_X[1] - _X[0])
+      true = math.log(moment) / (order - 1)
+      assert divergences[orders == order][0] >= true - 1e-6
+
+
+def _optimistic(adjacency, count):
+  """A lower bound of what a true way of exchanging composes to."""
+  replace = adjacency == "replace"
+  loss = pld_lib.from_gaussian_mechanism(
+    _SIGMA * (2 if replace else 1),
+    sampling_prob=_Q,
+    pessimistic_estimate=False,
+    neighboring_relation=(
+      pld_lib.NeighborRel.REPLACE_ONE
+      if replace
+      else pld_lib.NeighborRel.ADD_OR_REMOVE_ONE
+    ),
+  )
+  one, two = loss._pmf_remove, loss._pmf_add
+  if adjacency == "in turn":
+    return one.self_compose(count // 2).compose(two.self_compose(count // 2))
+  return {"remove": one, "add": two, "replace": one}[adjacency].self_compose(
+    count
+  )
+
+
+@pytest.mark.parametrize("count", [2, 40])
+def test_composed_exchanges_are_bounded_and_not_loosely(count):
+  ours = {
+    kind: accountants.epsilon([(_exchange(), count)], 1e-5, kind)
+    for kind in ("pld", "rdp")
+  }
+  true = {
+    # "in turn" is what the larger one of adding and removing does not bound.
+    name: _optimistic(name, count).get_epsilon_for_delta(1e-5)
+    for name in ("remove", "add", "replace", "in turn")
+  }
+  worst = max(true.values())
+  assert worst < ours["pld"] < 1.4 * worst
+  assert ours["pld"] < ours["rdp"] < 3 * ours["pld"]
+
+
+def test_without_sampling_the_doubled_sensitivity_is_in_the_noise():
+  """Figures of dp_accounting for sigma=2 over the clip norm, delta=1e-6."""
+  run = {"sampling_probability": 1.0, "num_steps": 1, "delta": 1e-6}
+  spent = lambda sigma, **more: accounting.epsilon(
+    noise_multiplier=sigma, **run, **more
+  )
+  assert spent(2.0) == pytest.approx(2.2541, abs=1e-3)
+  # Noise of twice the clip norm is as much as the sensitivity of replacing.
+  replaced = {"neighboring_relation": "replace_one"}
+  assert spent(1.0, **replaced) == pytest.approx(4.8866, abs=1e-3)
+  assert spent(1.0, **replaced, accountant="rdp") > 4.8866
+  assert spent(2.0, group_size=8) == pytest.approx(4.8866, abs=1e-3)
+  assert spent(2.0, neighboring_relation="zero_out") == spent(2.0)
+
+
+def test_several_rows_are_a_binomial_mixture():
+  run = {"noise_multiplier": 2.0, "num_steps": 10, "delta": 1e-5}
+  one = accounting.epsilon(sampling_probability=0.05, **run)
+  two = accounting.epsilon(
+    sampling_probability=0.05, examples_per_user=2, **run
+  )
+  assert one < two
+  # Never worse than if they were always drawn together, twice as heavy.
+  together = accounting.epsilon(
+    sampling_probability=0.1, **{**run, "noise_multiplier": 1.0}
+  )
+  assert two < together
+  # All of them at every step: a Gaussian of sensitivity 2.
+  always = accounting.epsilon(
+    sampling_probability=1.0, examples_per_user=2, **run
+  )
+  gaussian = accounting.epsilon(
+    sampling_probability=1.0, **{**run, "noise_multiplier": 1.0}
+  )
+  assert always == pytest.approx(gaussian, rel=1e-3)
+
+
+def test_a_cut_is_dear_unless_it_is_far_out():
+  """60,000 examples, batch 256, sigma 1.1; 2.3796 without a cut."""
+  run = {
+    "noise_multiplier": 1.1,
+    "sampling_probability": 256 / 60_000,
+    "num_steps": 14_040,
+    "delta": 1e-5,
+  }
+  cut = lambda limit: accounting.epsilon(
+    **run,
+    sampling="truncated_poisson",
+    num_examples=60_000,
+    truncated_batch_size=limit,
+  )
+  whole = accounting.epsilon(**run)
+  assert whole == pytest.approx(2.3796, abs=2e-3)
+  assert cut(256) == pytest.approx(12.62, abs=0.05)
+  assert cut(256 + 5 * 16) == pytest.approx(2.3801, abs=3e-3)
+  assert cut(60_000) == whole
+
+
+def test_turns_are_counted():
+  run = {"noise_multiplier": 1.0, "delta": 1e-5, "sampling_probability": 0.4}
+  cyclic = {"sampling": "cyclic_poisson", "cycle_length": 4}
+  spent = lambda count: accounting.epsilon(num_steps=count, **run, **cyclic)
+  assert spent(8) == accounting.epsilon(num_steps=2, **run)
+  assert spent(9) == accounting.epsilon(num_steps=3, **run)
+
+
+_KINDS = {
+  "fixed_size": {
+    "sampling": "fixed_size",
+    "neighboring_relation": "replace_one",
+  },
+  "cyclic": {"sampling": "cyclic_poisson", "cycle_length": 2},
+  "groups": {"group_size": 4},
+}
+
+
+@pytest.mark.parametrize("kind", _KINDS)
+def test_calibrators_never_overspend_and_waste_nothing(kind):
+  settings = {"delta": 1e-5, **_KINDS[kind]}
+  target = 3.0
+  run = {"sampling_probability": 0.1, "num_steps": 20}
+  spent = lambda **change: accounting.epsilon(**settings, **run | change)
+  sigma = accounting.calibrate_noise_multiplier(
+    target_epsilon=target, **settings, **run
+  )
+  assert spent(noise_multiplier=sigma) <= target
+  assert spent(noise_multiplier=sigma * (1 - 2e-5)) > target
+  del run["num_steps"]
+  steps = accounting.calibrate_num_steps(
+    target_epsilon=target, noise_multiplier=sigma, **settings, **run
+  )
+  at = lambda count: spent(num_steps=count, noise_multiplier=sigma)
+  assert at(steps) <= target < at(steps + 1)
+  turns = settings.get("cycle_length", 1)
+  size = accounting.calibrate_batch_size(
+    target_epsilon=target,
+    noise_multiplier=sigma,
+    num_steps=20,
+    num_examples=1000,
+    **settings,
+  )
+  by = lambda size: accounting.epsilon(
+    sampling_probability=size * turns / 1000,
+    num_steps=20,
+    noise_multiplier=sigma,
+    **settings,
+  )
+  assert by(size) <= target < by(size + 1)
+  assert size == 100 // turns
+  with pytest.raises(ValueError, match=r"target_epsilon must be at least"):
+    accounting.calibrate_num_steps(
+      target_epsilon=1e-6, noise_multiplier=1.0, **settings, **run
+    )
+
+
+def test_noise_for_several_rows_is_calibrated():
+  run = {
+    "delta": 1e-5,
+    "sampling_probability": 0.1,
+    "num_steps": 1,
+    "examples_per_user": 2,
+  }
+  sigma = accounting.calibrate_noise_multiplier(target_epsilon=3.0, **run)
+  assert accounting.epsilon(noise_multiplier=sigma, **run) <= 3.0
+  less = sigma * (1 - 2e-5)
+  assert accounting.epsilon(noise_multiplier=less, **run) > 3.0
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_delta_is_the_inverse_of_epsilon(accountant):
+  run = {
+    "noise_multiplier": 1.2,
+    "sampling_probability": 0.02,
+    "num_steps": 200,
+    "accountant": accountant,
+  }
+  epsilon = accounting.epsilon(delta=1e-5, **run)
+  assert accounting.delta(epsilon=epsilon, **run) == pytest.approx(
+    1e-5, rel=1e-2
+  )
+  assert accounting.delta(epsilon=0.0, **run) < 1
+  nothing = {**run, "num_steps": 0}
+  assert accounting.delta(epsilon=0.0, **nothing) == 0
+
+
+def test_a_curve_falls():
+  plan = dpdist.make_plan(
+    dpdist.PrivacyConfig(
+      num_examples=1000,
+      expected_batch_size=50,
+      num_steps=100,
+      l2_clip_norm=1.0,
+      target_delta=1e-5,
+      noise_multiplier=1.0,
+    )
+  )
+  curve = plan.curve([1e-3, 1e-5, 1e-7])
+  assert curve[1] == plan.epsilon()
+  assert curve == sorted(curve)
+  assert curve[0] < curve[-1]
+  with pytest.raises(ValueError, match=r"deltas must be in \(0, 1\), got 1"):
+    plan.curve([1])
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"sampling": "shuffled"}, "sampling must be one of .* got 'shuffled'"),
+    ({"sampling": "fixed_size"}, "must be 'replace_one' with .*'fixed_size'"),
+    ({"truncated_batch_size": 5}, "truncated_batch_size must be given with"),
+    ({"sampling": "truncated_poisson"}, "truncated_batch_size must be given"),
+    (
+      {"sampling": "truncated_poisson", "truncated_batch_size": 5},
+      "num_examples must be given",
+    ),
+    ({"cycle_length": 2}, "cycle_length must be 1 unless"),
+    ({"examples_per_user": 0}, "examples_per_user must be .* >= 1, got 0"),
+    (
+      {"examples_per_user": 2, "group_size": 2},
+      "group_size must be 1 with examples_per_user",
+    ),
+    (
+      {"examples_per_user": 2, "neighboring_relation": "replace_one"},
+      "must be 'add_or_remove_one' or 'zero_out'",
+    ),
+    (
+      {"examples_per_user": 2, "accountant": "rdp"},
+      "accountant must be 'pld' with examples_per_user above 1, got 'rdp'",
+    ),
+    ({"examples_per_user": 2, "delta": 1e-13}, "delta must be at least 1e-12"),
+  ],
+)
+def test_settings_without_a_proof_are_refused(settings, message):
+  run = {
+    "noise_multiplier": 1.0,
+    "sampling_probability": 0.1,
+    "num_steps": 2,
+    "delta": 1e-5,
+  }
+  with pytest.raises(ValueError, match=message):
+    accounting.epsilon(**run | settings)
