@@ -13,6 +13,7 @@ import hashlib
 import json
 import math
 import numbers
+import operator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpdist import pairs as pairs_lib
@@ -447,13 +448,12 @@ def _checked_schedule(name: str, value: Any, num_steps: int) -> Schedule:
     "batch_size_schedule": "expected_batch_size",
   }[name]
   try:
-    schedule = tuple((int(step), float(x)) for step, x in value)
+    schedule = tuple((operator.index(step), float(x)) for step, x in value)
   except (TypeError, ValueError):
     schedule = ((-1, 0.0),)
   starts = [start for start, _ in schedule]
   if (
-    any(start != given[0] for start, given in zip(starts, value, strict=False))
-    or starts != sorted(set(starts))
+    starts != sorted(set(starts))
     or not all(0 < start < num_steps for start in starts)
     or not all(0 < x < math.inf for _, x in schedule)
   ):

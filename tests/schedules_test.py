@@ -1,0 +1,268 @@
+"""Schedules, turns and sizes: in the compiled step, and in what is charged."""
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from configs import digits
+import dpdist
+from dpdist import composition
+from dpdist import history
+from dpdist import ledger as ledger_lib
+from dpdist import mechanism
+from dpdist import mesh as mesh_lib
+from dpdist import plan as plan_lib
+from dpdist import sampling
+from dpdist import step as step_lib
+
+_CONFIG = dpdist.PrivacyConfig(
+  num_examples=400,
+  expected_batch_size=40,
+  num_steps=12,
+  l2_clip_norm=1.0,
+  target_delta=1e-5,
+  noise_multiplier=2.0,
+  accountant="rdp",
+)
+
+
+def _plan(**changes):
+  return dpdist.make_plan(dataclasses.replace(_CONFIG, **changes))
+
+
+_CHANGING = {
+  "noise_schedule": ((4, 1.0), (9, 3.0)),
+  "batch_size_schedule": ((6, 80),),
+}
+
+
+def test_settings_hold_from_their_step_on():
+  plan = _plan(**_CHANGING)
+  found = [plan.setting(step)[1:] for step in range(12)]
+  assert (
+    found
+    == [(2.0, 40.0)] * 4
+    + [(1.0, 40.0)] * 2
+    + [(1.0, 80.0)] * 3
+    + [(3.0, 80.0)] * 3
+  )
+
+
+@pytest.mark.parametrize("accountant", ["pld", "rdp"])
+def test_epsilon_composes_what_was_taken(accountant):
+  plan = _plan(**_CHANGING, accountant=accountant)
+  plain = _plan(accountant=accountant)
+  spent = [plan.epsilon(n) for n in range(13)]
+  assert spent == sorted(spent)
+  assert spent[:5] == [plain.epsilon(n) for n in range(5)]
+  assert spent[5] > plain.epsilon(5)
+  # Each setting's steps, whatever their order.
+  counts = {(p.sigma, p.q): n for p, n in plan.steps()}
+  assert counts == {(2.0, 0.1): 4, (1.0, 0.1): 2, (1.0, 0.2): 3, (3.0, 0.2): 3}
+
+
+def test_one_noise_multiplier_is_calibrated_for_all_sizes():
+  plan = _plan(
+    noise_multiplier=None,
+    target_epsilon=2.0,
+    batch_size_schedule=((6, 80),),
+  )
+  assert 1.999 < plan.epsilon() <= 2.0
+  small = _plan(noise_multiplier=None, target_epsilon=2.0)
+  assert plan.noise_multiplier > small.noise_multiplier
+  with pytest.raises(ValueError, match="noise_schedule must be empty with"):
+    _plan(noise_multiplier=None, target_epsilon=2.0, noise_schedule=((3, 1.0),))
+
+
+@pytest.mark.parametrize(
+  "schedule",
+  [((0, 1.0),), ((12, 1.0),), ((3, 1.0), (3, 2.0)), ((3, 0.0),), (3, 1.0), "x"],
+)
+def test_bad_schedules_are_named(schedule):
+  with pytest.raises(ValueError, match=r"noise_schedule must be .* pairs"):
+    _plan(noise_schedule=schedule)
+
+
+def test_a_plan_written_before_there_was_a_choice_is_the_same_plan():
+  plan = _plan()
+  new = {"sampling", "unit", "group_size", "noise_schedule", "cycle_length"}
+  assert not new & plan.to_dict().keys()
+  again = _plan(**_CHANGING)
+  loaded = plan_lib.PrivacyPlan.from_dict(
+    json.loads(json.dumps(again.to_dict()))
+  )
+  assert loaded == again
+  assert loaded.fingerprint() == again.fingerprint() != plan.fingerprint()
+
+
+# The compiled step.
+
+
+def _step(plan):
+  loss = lambda params, x, rng: (jnp.sum(params["w"] * x), None)
+  return step_lib.Step(
+    mechanism.make(plan, loss),
+    optax.sgd(1.0),
+    mesh_lib.make({"data": -1, "fsdp": 1, "model": 1}),
+  )
+
+
+def test_noise_and_divisor_change_at_their_step_and_nothing_recompiles():
+  plan = _plan(**_CHANGING)
+  step = _step(plan)
+  key = mechanism.Streams(bytes(32), "").key("noise")
+  size = 20_000
+  state = step.init({"w": jnp.zeros(size)})
+  deviations = []
+  for t in range(12):
+    before = np.asarray(state.params["w"])
+    state, _ = step.apply(state, step.zeros(state.params), key, np.int32(t))
+    deviations.append(np.std(np.asarray(state.params["w"]) - before))
+  # The standard error is half a percent.
+  expected = [s / b for s, b in (plan.setting(t)[1:] for t in range(12))]
+  np.testing.assert_allclose(deviations, expected, rtol=0.04)
+  assert step.apply._cache_size() == 1
+  with pytest.raises(ValueError, match="release must be given"):
+    step.apply(state, step.zeros(state.params), key)
+
+
+def test_without_a_schedule_the_program_is_as_it_was():
+  step = _step(_plan())
+  state = step.init({"w": jnp.zeros(8)})
+  key = mechanism.Streams(bytes(32), "").key("noise")
+  text = step.apply.lower(state, step.zeros(state.params), key).as_text()
+  scheduled = _step(_plan(noise_schedule=((4, 1.0),)))
+  other = scheduled.apply.lower(
+    state, scheduled.zeros(state.params), key, np.int32(0)
+  ).as_text()
+  assert text != other
+  assert (
+    len(step.apply.lower(state, step.zeros(state.params), key).in_avals[0]) == 3
+  )
+
+
+# What is drawn.
+
+
+def _draws(plan, first_release=0, count=12):
+  sampler = mechanism.Streams(bytes(32), "").sampler(plan, first_release)
+  return [sampler(t) for t in range(count)]
+
+
+def test_each_sampling_draws_as_its_name_says():
+  fixed = {"sampling": "fixed_size", "neighboring_relation": "replace_one"}
+  assert {len(x) for x in _draws(_plan(**fixed))} == {40}
+  cut = {"sampling": "truncated_poisson", "truncated_batch_size": 40}
+  sizes = [len(x) for x in _draws(_plan(**cut, accountant="pld"))]
+  whole = [len(x) for x in _draws(_plan())]
+  assert sizes == [min(40, size) for size in whole]
+  assert max(whole) > 40 > min(whole)
+  groups = _draws(_plan(group_size=7))
+  assert max(max(x) for x in groups) <= 57
+  assert 0 < np.mean([len(x) for x in groups]) < 12
+  grown = _draws(_plan(batch_size_schedule=((6, 200),)))
+  assert max(map(len, grown[:6])) < 80 < min(map(len, grown[6:]))
+  for t in range(6):
+    np.testing.assert_array_equal(grown[t], _draws(_plan())[t])
+
+
+def test_parts_take_turns_by_what_was_charged():
+  plan = _plan(sampling="cyclic_poisson", cycle_length=3)
+  for first in (0, 4, -2):
+    for t, drawn in enumerate(_draws(plan, first)):
+      if t + first >= 0:
+        assert set(drawn % 3) <= {(t + first) % 3}
+        assert len(drawn) > 20
+
+
+def test_replacing_has_twice_the_noise_of_adding():
+  step = _step(_plan(sampling="fixed_size", neighboring_relation="replace_one"))
+  assert (
+    step.mechanism.noise_stddev == 2 * _step(_plan()).mechanism.noise_stddev
+  )
+
+
+# What is charged.
+
+
+def _history(plan, events):
+  past = history.History()
+  past.take({"kind": "writer"})
+  past.take(
+    {
+      "kind": "open",
+      "format": history.FORMAT,
+      "run": "r",
+      "secret_hash": "s",
+      "plan": plan.to_dict(),
+      "config": {},
+      "data": "d",
+      "start_step": 0,
+    }
+  )
+  for start, stop in events:
+    number = len(past.branches)
+    past.take(
+      {
+        "kind": "branch",
+        "branch": number,
+        "start_step": start,
+        "fingerprint": "f",
+        "base": "",
+      }
+    )
+    for step in range(start + 1, stop + 1):
+      past.take({"kind": "reserve", "branch": number, "stop_step": step})
+  return past
+
+
+def test_no_two_steps_of_a_run_have_the_same_release():
+  plan = _plan(**_CHANGING)
+  past = _history(plan, [(0, 5), (4, 6), (2, 7)])
+  releases = [
+    branch.release(step)
+    for branch in past.branches
+    for step in range(branch.start_step, branch.stop_step)
+  ]
+  assert releases == list(range(12))
+  assert composition.epsilon(past.spent) == plan.epsilon()
+  # A step run again under other keys does not have its old numbers again.
+  assert past.branches[2].release(2) == 7
+
+
+def test_a_run_with_a_schedule_goes_on_but_not_with_other_settings(tmp_path):
+  config = digits.get_config()
+  config.insecure_seed = 7
+  config.model.width = 32
+  config.checkpoint_every = 3
+  config.privacy.update(
+    num_steps=6,
+    expected_batch_size=64,
+    target_epsilon=None,
+    noise_multiplier=1.0,
+    noise_schedule=((2, 2.0),),
+    batch_size_schedule=((4, 100.0),),
+  )
+  crash = sampling.PoissonSampler.__call__
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      sampling.PoissonSampler,
+      "__call__",
+      lambda self, t: crash(self, t) if t < 5 else 1 / 0,
+    )
+    with pytest.raises(ZeroDivisionError):
+      dpdist.train(config, tmp_path / "run")
+  again = dpdist.train(config, tmp_path / "run")
+  whole = dpdist.train(config, tmp_path / "whole")
+  assert again["params_sha256"] == whole["params_sha256"]
+  ledger = ledger_lib.Ledger(tmp_path / "run" / "ledger")
+  assert again["epsilon"] == ledger.plan.epsilon()
+  assert len(ledger.plan.settings) == 3
+  config.privacy.noise_multiplier = 1.5
+  config.privacy.num_steps = 8
+  with pytest.raises(ValueError, match="noise_schedule must be empty in a run"):
+    dpdist.train(config, tmp_path / "run")
