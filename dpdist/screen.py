@@ -7,6 +7,7 @@ other output, so metrics pass the same wall here as in `dpdist.metrics`.
 
 from collections.abc import Iterable, Mapping, Sequence
 import sys
+import textwrap
 import time
 from typing import Self
 
@@ -85,6 +86,11 @@ def show_end(
 def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
   """Prints (name, value) pairs under a title to standard output."""
   _show_table(title, rows, _console())
+
+
+def show_text(text: str) -> None:
+  """Prints a paragraph, in lines that can be read."""
+  print("\n" + textwrap.fill(text, 80), flush=True)
 
 
 def warn(line: str) -> None:

@@ -296,15 +296,17 @@ def _run(
       environment=environment,
     )
     summary.write_result(workdir / "result.json", result)
+    statement = composition.statement(ledger.planned)
     report.write(
       workdir,
       result=result,
-      statement=composition.statement(ledger.planned),
+      statement=statement,
       rows=rows,
       notices=notices,
       epsilon_budget=epsilon_planned,
     )
     screen.show_end(summary.end_rows(result, workdir))
+    screen.show_text(statement)
     return result
 
   return dict(hosts.from_leader(finish))

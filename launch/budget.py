@@ -2,6 +2,7 @@ r"""Shows what a run, or all runs on a data set, may spend and have spent.
 
   python -m launch.budget --workdir=/tmp/digits
   python -m launch.budget --config=configs/digits.py
+  python -m launch.budget --config=configs/digits.py --curve
   python -m launch.budget --dataset=/data/budgets
 
 Runs that share a budget keep it under a root, their
@@ -17,6 +18,7 @@ Imports no jax. Exit codes: 0 done; 2 wrong usage; anything else is a failure.
 from collections.abc import Sequence
 import json
 import sys
+import textwrap
 from typing import Any
 
 from absl import flags
@@ -47,7 +49,12 @@ _CANCEL = flags.DEFINE_string(
 _END = flags.DEFINE_bool(
   "end", False, "With --workdir: end the run for good, and give back the rest."
 )
+_CURVE = flags.DEFINE_bool(
+  "curve", False, "With --config: the plan's epsilon at other deltas, too."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
+
+_DELTAS = tuple(10.0**-k for k in range(3, 13))
 
 
 def main(argv: Sequence[str]) -> int:
@@ -74,6 +81,7 @@ def _facts() -> dict[str, Any]:
   for action, wanted in (
     (_CANCEL, _DATASET),
     (_END, _WORKDIR),
+    (_CURVE, _CONFIG),
   ):
     if action.value not in (None, False) and given[0] is not wanted:
       raise ValueError(f"--{action.name} goes with --{wanted.name}")
@@ -82,7 +90,14 @@ def _facts() -> dict[str, Any]:
   if _DATASET.value is not None:
     return _shared(_DATASET.value, _CANCEL.value)
   plan = plan_lib.make_plan(config_lib.privacy_config(_CONFIG.value))
-  return {"epsilon_planned": plan.epsilon(), **_numbers(plan)}
+  facts = {"epsilon_planned": plan.epsilon(), **_numbers(plan)}
+  if _CURVE.value:
+    curve = zip(_DELTAS, plan.curve(_DELTAS), strict=True)
+    facts["curve"] = [{"delta": x, "epsilon": epsilon} for x, epsilon in curve]
+  # Here, since its numbers take an accountant.
+  from dpdist import statements
+
+  return facts | {"statement": statements.of_plan(plan)}
 
 
 def _numbers(plan: plan_lib.PrivacyPlan) -> dict[str, Any]:
@@ -90,6 +105,8 @@ def _numbers(plan: plan_lib.PrivacyPlan) -> dict[str, Any]:
     "delta": plan.delta,
     "accountant": plan.accountant,
     "neighboring_relation": plan.neighboring_relation,
+    "unit": plan.unit,
+    "sampling": plan.sampling,
     "num_examples": plan.num_examples,
     "expected_batch_size": plan.expected_batch_size,
     "sampling_probability": plan.sampling_probability,
@@ -195,6 +212,8 @@ def _of_data(budget: Any) -> dict[str, Any]:
 
 def _show(facts: dict[str, Any], indent: str = "") -> None:
   """Prints names and values; what belongs to a name is set in below it."""
+  facts = dict(facts)
+  statement = facts.pop("statement", "")
   plain = {k: v for k, v in facts.items() if not isinstance(v, dict | list)}
   width = max(map(len, plain), default=0)
   for name, value in plain.items():
@@ -209,6 +228,8 @@ def _show(facts: dict[str, Any], indent: str = "") -> None:
         print(
           f"{indent}  " + "  ".join(f"{_text(v):<10}" for v in row.values())
         )
+  if statement:
+    print("\n" + textwrap.fill(statement, 80))
 
 
 def _text(value: Any) -> str:

@@ -12,6 +12,7 @@ import time
 import numpy as np
 import pytest
 
+from dpdist import fetch
 from dpdist import ledger as ledger_lib
 from dpdist import metrics
 from tests import without_jax
@@ -119,6 +120,13 @@ _CONFIGS = sorted(
 )
 
 
+def _is_fetched(name):
+  try:
+    return bool(fetch.find(name))
+  except ValueError:
+    return False
+
+
 @pytest.mark.parametrize("name", _CONFIGS)
 def test_every_config_trains_two_steps(name, tmp_path):
   args = [
@@ -159,6 +167,8 @@ def test_every_config_trains_two_steps(name, tmp_path):
       "--config.clipping.microbatch_size=2",
       "--config.chunk_size=16",
     ]
+  elif name == "chitchat_users" and not _is_fetched("chitchat"):
+    pytest.skip("python -m launch.fetch --name=chitchat was not run here")
   code, _, err = _run("train", *args)
   assert code == 0, err
   result = json.loads((tmp_path / "run" / "result.json").read_text())
