@@ -207,6 +207,14 @@ def norm(
   )
   square = gradients.square(formed)
   unit_roundoff = problem.unit_roundoff(rule)
+  if rule.way == "drop":
+    # The sum is a product of its own, in which terms that cancel here leave
+    # what they are rounded by.
+    size: Any = sum(
+      gradients.magnitude(s, operands.get(s.key), cotangents[s.key])
+      for s in rule.sites
+    )
+    square = jnp.maximum(square, factors.SUMMED * jnp.square(size))
   if rule.way == "drop" and unit_roundoff:
     terms: Any = sum(
       gradients.terms(site, operands[site.key], cotangents[site.key])

@@ -23,6 +23,8 @@ PyTree = Any
 Key = tuple[int, ...]
 # What runs a product: (site, weight, operand, tap) -> output.
 Product = Callable[[Site, jax.Array, jax.Array, Any], jax.Array]
+# What a weight is read through where it becomes data: (weight) -> weight.
+Promote = Callable[[jax.Array], jax.Array]
 # What puts a parameter together: (shard) -> array.
 Gather = Callable[[shards.Shard], jax.Array]
 
@@ -44,6 +46,7 @@ def forward(
   product: Product = tapped,
   per_iteration: frozenset[Key] | None = None,
   gather: Gather = shards.Shard.whole,
+  promote: Promote = lambda weight: weight,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
   """Runs a block on one example.
 
@@ -57,6 +60,7 @@ def forward(
     per_iteration: the keys whose tap has an axis over the iterations of every
       loop; the other taps are handed to each iteration whole. None: all.
     gather: puts a shard together with the others, where it is used.
+    promote: what a weight is read through where it becomes data.
 
   Returns:
     The outputs; and the data operand of every product, by key, with a leading
@@ -82,7 +86,8 @@ def forward(
     if atom not in promoted:
       if atom in block.promotions:
         tap = taps.get(block.sites[block.promotions[atom]].key)
-        promoted[atom] = read(atom) if tap is None else read(atom) + tap
+        weight = promote(read(atom))
+        promoted[atom] = weight if tap is None else weight + tap
       else:
         eqn = block.definition[atom]
         (promoted[atom],) = program.bind(
@@ -110,7 +115,8 @@ def forward(
       inner_taps = {key: taps[key] for key in keys}
       run = _loop if inner.loop is not None else _rematerialised
       outs, more = run(
-        eqn, inner, arguments, inner_taps, product, per_iteration, gather
+        *(eqn, inner, arguments, inner_taps),
+        *(product, per_iteration, gather, promote),
       )
       operands.update(more)
     else:
@@ -129,6 +135,7 @@ def _loop(
   product: Product,
   per_iteration: frozenset[Key] | None,
   gather: Gather,
+  promote: Promote,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
   num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
   # Once for all iterations: what does not change, and what is divided by them.
@@ -153,6 +160,7 @@ def _loop(
       product=product,
       per_iteration=per_iteration,
       gather=gather,
+      promote=promote,
     )
     return outs[:num_carry], (outs[num_carry:], operands)
 
@@ -175,6 +183,7 @@ def _rematerialised(
   product: Product,
   per_iteration: frozenset[Key] | None,
   gather: Gather,
+  promote: Promote,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
   def run(values: Any, taps: Any) -> Any:
     return forward(
@@ -184,6 +193,7 @@ def _rematerialised(
       product=product,
       per_iteration=per_iteration,
       gather=gather,
+      promote=promote,
     )
 
   return jax.checkpoint(

@@ -31,6 +31,9 @@ from dpdist.clipping.program import Site
 # error. Rounding errors of the squares are near 2^-23 of it, so that a norm
 # above is right to about 2^-10 at worst, and to float32 where little cancels.
 TRUSTED = 2.0**-13
+# The same where gradients are formed for their norm, and summed by a product of
+# its own: that rounds their terms by about 2^-24 of their size.
+SUMMED = 2.0**-26
 
 
 class Dense(NamedTuple):

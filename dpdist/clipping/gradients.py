@@ -1,6 +1,7 @@
 """The gradient of one weight, from what it met and what came back."""
 
 from collections.abc import Sequence
+import math
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,18 @@ def terms(site: Site, x: jax.Array, g: jax.Array) -> jax.Array:
   uses = 1
   if site.name == "conv_general_dilated":
     uses = convolution.sizes(site).offsets
-  return jnp.sqrt(uses * square(widen(x)) * square(widen(g)))
+  # Roots first: the product of the squares may overflow.
+  return jnp.sqrt(uses * square(widen(x))) * jnp.sqrt(square(widen(g)))
+
+
+def magnitude(site: Site, x: jax.Array | None, g: jax.Array) -> jax.Array:
+  """At least the sum of the norms of the terms that a gradient adds up."""
+  if site.eqn is None or site.name == "gather":
+    # As many terms as iterations, or rows that are looked up.
+    count = math.prod(site.lengths) if x is None else x.size
+    return jnp.sqrt(count * square(widen(g)))
+  assert x is not None
+  return terms(site, x, g)
 
 
 def weight_gradient(

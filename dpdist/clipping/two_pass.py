@@ -4,10 +4,15 @@ For models that only just fit, and loops or rematerialised parts whose
 activations must not be kept: wherever a weight has a rule of its own, its norm
 is computed inside the backward pass, at the place where operand and gradient
 exist anyway, and nothing else is stored. A second forward and backward pass
-then sums the gradients of the losses, each multiplied with its example's scale
-(Lee & Kifer 2021, "Scaling up Differentially Private Deep Learning with Fast
-Per-Example Gradient Clipping"). That is about two thirds dearer than
-book-keeping, in the memory of an ordinary gradient.
+then sums the gradients, each multiplied with its example's scale (Lee & Kifer
+2021, "Scaling up Differentially Private Deep Learning with Fast Per-Example
+Gradient Clipping"). That is about two thirds dearer than book-keeping, in the
+memory of an ordinary gradient.
+
+There the losses are multiplied. Here the scale enters where a gradient meets a
+weight, and the pass through the activations is the one that the norms came
+from: of a scaled loss it would round otherwise, and where large terms cancel,
+what the norms never saw would be left in the sum.
 """
 
 from collections.abc import Sequence
@@ -73,7 +78,9 @@ def _squared_norms(
   shape: tuple[int, ...],
 ) -> tuple[list[jax.Array], list[jax.Array]]:
   inside = {
-    rule.sites[0].key: rule for rule in problem.rules if _is_local(rule)
+    rule.sites[0].key: _summed_by_a_product(rule)
+    for rule in problem.rules
+    if _is_local(rule)
   }
   taps = {
     site.key: jnp.zeros(shape, jnp.float32)
@@ -109,7 +116,7 @@ def _squared_norms(
   loss, pull, (outs, operands) = jax.vjp(losses, taps, has_aux=True)
   (cotangents,) = pull(jnp.ones_like(loss))
   squares = [jnp.zeros(shape, jnp.float32) for _ in problem.scaling.bounds]
-  for rule in problem.rules:
+  for rule in map(_summed_by_a_product, problem.rules):
     first = rule.sites[0]
     if first.key in inside:
       group = problem.groups[min(rule.leaves)]
@@ -119,6 +126,11 @@ def _squared_norms(
     for group, square in found.items():
       squares[group] = squares[group] + square
   return squares, outs
+
+
+def _summed_by_a_product(rule: Rule) -> Rule:
+  """A rule whose gradients are formed for the norm alone."""
+  return dataclasses.replace(rule, way="drop") if rule.way == "keep" else rule
 
 
 def _rounds_what_is_kept(problem: bookkeeping.Problem) -> bool:
@@ -194,23 +206,62 @@ def _weighted_gradient(
   scale: jax.Array,
   some: jax.Array,
 ) -> list[jax.Array]:
-  """The ordinary gradient of the sum of scaled losses; 0 unless some are kept,
-  in what a device adds to the sum of a shard too."""
+  """The sum of the scaled gradients; 0 unless some are kept, in what a device
+  adds to the sum of a shard too."""
 
   def gather(shard: shards.Shard) -> jax.Array:
     return _kept_if(shard.whole(), some)
 
-  def losses(leaves: list[Any]) -> jax.Array:
-    one = lambda example: evaluate.forward(
-      problem.block, [*leaves, *problem.frozen, *example], {}, gather=gather
-    )[0][0]
-    return jax.vmap(one)(list(examples))
+  def loss(leaves: list[Any], example: Any, scale: jax.Array) -> jax.Array:
+    def product(
+      site: Site, weight: jax.Array, operand: jax.Array, tap: Any
+    ) -> jax.Array:
+      still = jax.lax.stop_gradient
+      # Never computed forward: nobody uses its value.
+      of_weight = evaluate.tapped(site, weight, still(operand), tap)
+      out = evaluate.tapped(site, still(weight), operand, tap)
+      return _with_scaled(out, of_weight, scale)
 
-  _, pull = jax.vjp(losses, list(problem.leaves))
+    def promote(weight: jax.Array) -> jax.Array:
+      return _with_scaled(jax.lax.stop_gradient(weight), weight, scale)
+
+    values = [*leaves, *problem.frozen, *example]
+    return evaluate.forward(
+      problem.block,
+      values,
+      {},
+      product=product,
+      gather=gather,
+      promote=promote,
+    )[0][0]
+
+  def losses(leaves: list[Any]) -> jax.Array:
+    run = jax.vmap(lambda example, scale: loss(leaves, example, scale))
+    return run(list(examples), scale)
+
+  out, pull = jax.vjp(losses, list(problem.leaves))
   return [
     x.part if isinstance(x, shards.Shard) else jnp.where(some, x, 0)
-    for x in pull(scale)[0]
+    for x in pull(jnp.ones_like(out))[0]
   ]
+
+
+@jax.custom_vjp
+def _with_scaled(x: jax.Array, same: jax.Array, scale: jax.Array) -> jax.Array:
+  """x; its gradient is x's as it is, and that of `same` times scale, or 0."""
+  del same, scale
+  return x
+
+
+def _scaled_back(
+  scale: jax.Array, g: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+  # An example that is left out has a stand-in, of which nothing may remain.
+  scaled = jnp.where(scale != 0, scale.astype(g.dtype) * g, 0)
+  return g, scaled, None
+
+
+_with_scaled.defvjp(lambda x, same, scale: (x, scale), _scaled_back)
 
 
 @jax.custom_vjp
