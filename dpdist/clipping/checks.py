@@ -14,8 +14,9 @@ PyTree = Any
 _METHODS = ("auto", "bookkeeping", "two_pass", "vmap")
 _PLATFORMS = ("cpu", "gpu", "tpu")
 # The square of a gradient entry below about 1e-19 is 0 in float32, so that a
-# norm near that size would be taken for nothing.
-_SMALLEST_NORM = 1e-12
+# norm near that size would be taken for nothing; and that of one above is
+# infinite.
+_SMALLEST_NORM, _LARGEST_NORM = 1e-12, 1e18
 
 
 def arguments(
@@ -35,11 +36,11 @@ def arguments(
       f"platform must be None or one of {_PLATFORMS}, got {platform!r}"
     )
   if normalize_gamma is not None and (
-    not _is_number(normalize_gamma) or normalize_gamma <= 0
+    not _is_number(normalize_gamma) or normalize_gamma < _SMALLEST_NORM
   ):
     raise ValueError(
-      "normalize_gamma must be None or finite and above 0, got"
-      f" {normalize_gamma!r}"
+      f"normalize_gamma must be None or finite and at least {_SMALLEST_NORM},"
+      f" got {normalize_gamma!r}"
     )
   if microbatch_size is not None and (
     isinstance(microbatch_size, bool)
@@ -54,10 +55,10 @@ def arguments(
 def norms(l2_clip_norm: PyTree) -> None:
   """Clip norms that are none."""
   for norm in jax.tree.leaves(l2_clip_norm):
-    if not _is_number(norm) or norm < _SMALLEST_NORM:
+    if not _is_number(norm) or not _SMALLEST_NORM <= norm <= _LARGEST_NORM:
       raise ValueError(
-        f"l2_clip_norm must be finite and at least {_SMALLEST_NORM}, got"
-        f" {norm!r}"
+        f"l2_clip_norm must be finite and at least {_SMALLEST_NORM}, and at"
+        f" most {_LARGEST_NORM:g}, got {norm!r}"
       )
   if not jax.tree.leaves(l2_clip_norm):
     raise ValueError(f"l2_clip_norm must hold a norm, got {l2_clip_norm!r}")

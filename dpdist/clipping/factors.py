@@ -212,6 +212,7 @@ def squared_norm(
   """
   total: Any = 0.0
   terms: Any = 0.0
+  factors = [_balanced(factor) for factor in factors]
   for i, one in enumerate(factors):
     total = total + _inner(one, one, precision)
     terms = terms + _sum_of_norms(one)
@@ -244,6 +245,53 @@ def with_slack(
     The square of the norm plus that.
   """
   return jnp.square(jnp.sqrt(square) + 2 * unit_roundoff * terms)
+
+
+# Of floats as narrow in range as float32: integers of their size, and the bits
+# of their fraction.
+_LAYOUTS = {
+  jnp.dtype("float32"): (jnp.int32, 23),
+  jnp.dtype("bfloat16"): (jnp.int16, 7),
+}
+
+
+def _balanced(factor: Dense | Lookup) -> Dense | Lookup:
+  """The same gradient, with rows whose largest entry is between 1 and 2.
+
+  Squares of rows below about 1e-19 are 0, whatever columns they meet. Powers of
+  two round nothing.
+  """
+  if isinstance(factor, Lookup) or not (
+    factor.rows.dtype in _LAYOUTS and factor.columns.dtype in _LAYOUTS
+  ):
+    return factor  # One-hot, or never as small.
+  largest = jnp.max(jnp.abs(factor.rows), axis=-1, keepdims=True, initial=0)
+  power = jnp.where(largest > 0, _exponent(largest), 0)
+  return Dense(
+    _times_two_to_the(-power, factor.rows),
+    _times_two_to_the(power, factor.columns),
+  )
+
+
+def _exponent(x: jax.Array) -> jax.Array:
+  """The largest n with 2^n at most x, for x above 0; int32."""
+  kind, fraction = _LAYOUTS[x.dtype]
+  bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.int32)
+  return (bits >> fraction) - 127
+
+
+def _times_two_to_the(power: jax.Array, x: jax.Array) -> jax.Array:
+  """x 2^power, 0 where it is too small. Not as a product: of a sum of products
+  the compiler would take the factor out."""
+  kind, fraction = _LAYOUTS[x.dtype]
+  exponent = _exponent(jnp.abs(x)) + 127
+  moved = exponent + power
+  bits = jax.lax.bitcast_convert_type(x, kind)
+  shifted = bits + (power << fraction).astype(kind)
+  y = jax.lax.bitcast_convert_type(shifted, x.dtype)
+  y = jnp.where((exponent > 0) & (moved > 0), y, jnp.zeros((), x.dtype))
+  # What overflows, and what was not finite, is not.
+  return jnp.where((moved > 254) | (exponent > 254), jnp.inf * jnp.sign(x), y)
 
 
 def _positions(factor: Dense | Lookup) -> int:

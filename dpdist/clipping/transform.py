@@ -138,7 +138,9 @@ class ClippedGrad:
     params = manual_axes.cast_to_varying(params, axes)
     keep = manual_axes.cast_to_varying(keep, axes)
     parts = freezing.split(
-      params, self.frozen, shards.wrap(params, param_specs, axes)
+      params,
+      self.frozen,
+      shards.wrap(params, param_specs, manual_axes.varying_axes(batch)),
     )
     leaves = parts.trainable
 
@@ -384,9 +386,10 @@ def clipped_grad(
       does not depend on it.
     platform: "cpu", "gpu" or "tpu", whose costs and rounding the choices go
       by; None: those of the default device.
-    normalize_gamma: None to clip. A number above 0 to normalise instead,
-      g * C / (||g||_2 + gamma): automatic clipping (Bu et al. 2023, "Automatic
-      Clipping: Differentially Private Deep Learning Made Easier and Stronger").
+    normalize_gamma: None to clip. A number, at least 1e-12, to normalise
+      instead, g * C / (||g||_2 + gamma): automatic clipping (Bu et al. 2023,
+      "Automatic Clipping: Differentially Private Deep Learning Made Easier and
+      Stronger").
     frozen: parameters that are not trained: a bool or prefix pytree of params
       of bools, True where frozen, or a predicate on a parameter's path, such as
       "encoder/0/kernel". They are constants of the loss: no gradient of theirs
