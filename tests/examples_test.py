@@ -10,10 +10,10 @@ NAMES = ("plain", "linen", "nnx", "equinox", "keras")
 @pytest.mark.parametrize("name", NAMES)
 def test_trains_within_its_budget(name, capsys):
   example = importlib.import_module(f"dpdist.examples.{name}")
-  accuracy = example.main(5)
+  accuracy = example.main(40)
   told = capsys.readouterr().out.splitlines()[-1]
   words = told.replace(",", "").split()
-  # Five noisy steps are better than a guess among ten.
-  assert 0.2 < accuracy <= 1
+  # Far better than a guess among ten.
+  assert 0.5 < accuracy <= 1
   assert float(words[2]) == pytest.approx(accuracy, abs=1e-3)
   assert 1.9 < float(words[4]) <= 2

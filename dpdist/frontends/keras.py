@@ -212,7 +212,9 @@ class PrivateModel:
     """Trains on, under the budget.
 
     The state is saved after every epoch, and when an error or Ctrl-C ends it.
-    A killed process loses, and has spent, the steps since.
+    A killed process loses, and has spent, the steps since. Steps are charged
+    up to a hundredth of the plan ahead, so that an error or Ctrl-C may cost as
+    many that were not made.
 
     Args:
       x: all private examples: an array, or a pytree of arrays, of leading axis
