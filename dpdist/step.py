@@ -281,6 +281,11 @@ class Step:
 
     def reduce(params: PyTree, clipped_sum: PyTree) -> PyTree:
       specs = self.specs(params)
+      if mesh_lib.num_example_shards(self.mesh) == 1:
+        # Nothing to add up. XLA fails on a sum over axes of size 1 where others
+        # are its own to divide (jax 0.10.2).
+        alone = jax.tree.map(lambda x: x[0], clipped_sum)
+        return mesh_lib.constrain(alone, specs, self.mesh)
       manual = jax.tree.map(mesh_lib.without_model, specs)
       parts = jax.tree.map(mesh_lib.stacked, manual)
 

@@ -260,6 +260,13 @@ def embedding_out_of_range():
 
 
 @_case
+def embedding_indexed_out_of_range():
+  # What is out of range is read from the nearest row, but has no gradient.
+  loss = lambda p, ids: _square(p[ids])
+  return loss, _normal(70, 4), _ids(_BATCH, 4, below=210) - 105
+
+
+@_case
 def tied_embedding():
   def loss(p, ids):
     x = jnp.tanh(p["table"][ids] @ p["w"])

@@ -35,6 +35,7 @@ _MESHES = {
   "data": (8, 1, 1),
   "fsdp": (1, 8, 1),
   "data, fsdp": (2, 4, 1),
+  "model": (1, 1, 4),
   "data, model": (2, 1, 4),
   "data, fsdp, model": (2, 2, 2),
 }

@@ -185,8 +185,9 @@ def lookup(site: Site, indices: jax.Array, cotangent: jax.Array) -> Lookup:
   indices = indices.reshape(-1)
   columns = cotangent.reshape(-1, table[1])
   inside = (indices >= 0) & (indices < table[0])
-  mode = site.eqn.params["mode"]
-  if mode == jax.lax.GatherScatterMode.FILL_OR_DROP:
+  # Plain indexing promises to stay in bounds, and reads the nearest row where
+  # it does not; the gradient's scatter drops what is outside all the same.
+  if site.eqn.params["mode"] != jax.lax.GatherScatterMode.CLIP:
     columns = jnp.where(inside[:, None], columns, 0)
   return Lookup(jnp.clip(indices, 0, table[0] - 1), columns)
 
