@@ -4,7 +4,13 @@ import importlib
 
 import pytest
 
-NAMES = ("plain", "linen", "nnx", "equinox", "keras")
+NAMES = (
+  "plain",
+  *(
+    pytest.param(name, marks=pytest.mark.cluster)
+    for name in ("linen", "nnx", "equinox", "keras")
+  ),
+)
 
 
 @pytest.mark.parametrize("name", NAMES)
