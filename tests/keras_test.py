@@ -519,3 +519,25 @@ def test_another_backend_is_an_error():
   assert ["KERAS_BACKEND=jax" in line for line in told] == [True, True]
   assert told[0].endswith("got KERAS_BACKEND=numpy")
   assert told[1].endswith("got the backend 'numpy'")
+
+
+@pytest.mark.parametrize("is_poisson", [True, False])
+def test_a_dp_config_is_a_budget(tmp_path, is_poisson):
+  config = dpdist.DPConfig(
+    epsilon=4.0,
+    delta=1e-5,
+    clipping_norm=1.0,
+    batch_size=3,
+    gradient_accumulation_steps=2,
+    train_steps=4,
+    train_size=_NUM_EXAMPLES,
+    poisson_sampling_in_fit=is_poisson,
+    seed=7,
+  )
+  private = private_keras.make_private(_model(), config, workdir=tmp_path)
+  assert private.plan == config.make_plan()
+  private.fit(*_data())
+  assert private.step == 4
+  assert private.epsilon() == pytest.approx(4.0, rel=1e-3)
+  with pytest.raises(ValueError, match="4"):
+    private.fit(*_data(), epochs=1)

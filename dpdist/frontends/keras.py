@@ -31,6 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpdist import clipping
+from dpdist import dp_config
 from dpdist import mechanism as mechanism_lib
 from dpdist import model_check
 from dpdist import noise
@@ -45,7 +46,7 @@ keras = keras_loss.keras
 
 def make_private(
   model: Any,
-  config: plan_lib.PrivacyConfig | plan_lib.PrivacyPlan,
+  config: (plan_lib.PrivacyConfig | plan_lib.PrivacyPlan | dp_config.DPConfig),
   *,
   workdir: str | os.PathLike[str],
   chunk_size: int | None = None,
@@ -64,7 +65,8 @@ def make_private(
   Args:
     model: a built and compiled keras.Model, on one device. The compiled metrics
       are computed on validation data alone.
-    config: the budget; equal to the one that the run in workdir began with.
+    config: the budget; equal to the one that the run in workdir began with. A
+      DPConfig brings microbatch_size, rescale_to_unit_norm and the seed, too.
     workdir: a local directory for secret, ledger and checkpoints. It is a part
       of the guarantee: do not delete it to begin again on the same data.
     chunk_size: examples on the device at once; a larger draw is worked on in
@@ -86,6 +88,11 @@ def make_private(
     dpdist.checkpoint.MismatchError: the run in workdir is of another model.
   """
   _check_model(model)
+  if isinstance(config, dp_config.DPConfig):
+    microbatch_size = microbatch_size or config.microbatch_size
+    rescale_to_unit_norm |= config.rescale_to_unit_norm
+    insecure_seed = config.seed if insecure_seed is None else insecure_seed
+    config = config.to_privacy_config()
   notices = (
     ("unsafe_metrics shows the training loss, which no noise covers",)
     if unsafe_metrics
