@@ -11,6 +11,7 @@ import dataclasses
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec
 import numpy as np
 import optax
@@ -561,3 +562,42 @@ def test_one_key_for_all_devices_is_refused():
       PartitionSpec(),
       mesh_lib.EXAMPLES,
     )(params, batch)
+
+
+def _summed_backward(x):
+  everywhere = lambda g: jax.lax.pcast(
+    jax.lax.psum(g, "data"), "data", to="varying"
+  )
+  backward = jax.custom_vjp(lambda x: x)
+  backward.defvjp(lambda x: (x, None), lambda _, g: (everywhere(g),))
+  return backward(x)
+
+
+def _summed_tangent(x):
+  forward = jax.custom_jvp(lambda x: x)
+  forward.defjvp(
+    lambda xs, ts: (
+      xs[0],
+      jax.lax.pcast(jax.lax.psum(ts[0], "data"), "data", to="varying"),
+    )
+  )
+  return forward(x)
+
+
+@pytest.mark.parametrize("hidden", [_summed_backward, _summed_tangent])
+@pytest.mark.parametrize("method", ["auto", "vmap"])
+def test_a_derivative_that_mixes_examples_is_refused(hidden, method):
+  fn = clipping.clipped_grad(
+    lambda w, x: jnp.sum(jnp.tanh(hidden(w * x))),
+    l2_clip_norm=1.0,
+    method=method,
+  )
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  run = jax.shard_map(
+    lambda w, x: fn(w, x).loss,
+    mesh=mesh,
+    in_specs=(PartitionSpec(), PartitionSpec("data")),
+    out_specs=PartitionSpec("data"),
+  )
+  with pytest.raises(ValueError, match="derivative written by hand mixes"):
+    run(jnp.ones(3), jnp.ones((8, 3)))

@@ -4,9 +4,11 @@ import math
 from typing import Any
 
 import jax
+from jax.extend import core
 import jax.numpy as jnp
 
 from dpdist.clipping import manual_axes
+from dpdist.clipping import program
 from dpdist.clipping.program import Block
 
 PyTree = Any
@@ -102,6 +104,34 @@ def loss(block: Block, shape: Any, axes: frozenset[str]) -> None:
       f" mesh axes {sorted(found)} while the batch varies over"
       f" {sorted(axes)}: it closes over data that should be"
       " passed in the batch, or depends on neither"
+    )
+
+
+def derivatives(
+  block: Block, values: list[Any], num_params: int, axes: frozenset[str]
+) -> None:
+  """A derivative of the user's that looks at other examples.
+
+  Args:
+    block: the loss of one example.
+    values: of its inputs; the first num_params are differentiated by.
+    num_params: likewise.
+    axes: along which the batch is divided.
+  """
+  closed = block.jaxpr
+  if not any(program.uses(eqn, "custom_") for eqn in closed.jaxpr.eqns):
+    return
+
+  def loss(params: list[Any]) -> jax.Array:
+    return core.jaxpr_as_fun(closed)(*params, *values[num_params:])[0]
+
+  gradient = jax.make_jaxpr(jax.grad(loss))(values[:num_params])
+  collective = manual_axes.collective_over(gradient.jaxpr, axes)
+  if collective is not None:
+    raise ValueError(
+      "loss_fn must use one example alone, but a derivative written by hand"
+      f" mixes the gradients of several devices by {collective} over the mesh"
+      f" axes {sorted(axes)}, along which the batch is divided"
     )
 
 

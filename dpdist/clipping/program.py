@@ -156,7 +156,7 @@ class Block:
   def convolves(self) -> bool:
     """Whether there is a convolution in it, of whatever."""
     return any(
-      _uses(eqn, "conv_general_dilated") for eqn in self.jaxpr.jaxpr.eqns
+      uses(eqn, "conv_general_dilated") for eqn in self.jaxpr.jaxpr.eqns
     )
 
   def rematerialises(self) -> bool:
@@ -240,12 +240,13 @@ def without_calls(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
 
 def has_custom_vjp(eqn: Any) -> bool:
   """Whether an equation is or calls a function with its own derivative."""
-  return _uses(eqn, "custom_vjp")
+  return uses(eqn, "custom_vjp")
 
 
-def _uses(eqn: Any, prefix: str) -> bool:
+def uses(eqn: Any, prefix: str) -> bool:
+  """Whether an equation is, or calls, a primitive whose name begins so."""
   return eqn.primitive.name.startswith(prefix) or any(
-    _uses(inner, prefix)
+    uses(inner, prefix)
     for jaxpr in core.jaxprs_in_params(eqn.params)
     for inner in jaxpr.eqns
   )

@@ -150,6 +150,10 @@ class ClippedGrad:
     traced = self._trace(parts, examples)
     checks.refuse_sharded_outside_shard_map(batch, traced.block)
     checks.loss(traced.block, traced.shapes[0], axes)
+    if axes:
+      one = jax.tree.map(lambda x: x[0], jax.tree.leaves(examples))
+      values = [shards.whole(x) for x in [*leaves, *parts.frozen]]
+      checks.derivatives(traced.block, [*values, *one], len(leaves), axes)
     method, _ = self._method(traced, axes)
 
     def run(

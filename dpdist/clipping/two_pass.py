@@ -249,19 +249,26 @@ def _weighted_gradient(
 @jax.custom_vjp
 def _with_scaled(x: jax.Array, same: jax.Array, scale: jax.Array) -> jax.Array:
   """x; its gradient is x's as it is, and that of `same` times scale, or 0."""
-  del same, scale
-  return x
+  del same
+  # What is the same for all examples would have one gradient for all of them,
+  # in which nothing can be scaled any more.
+  return x + (0 * scale).astype(x.dtype)
 
 
-def _scaled_back(
+def _scaled_forward(
+  x: jax.Array, same: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  return _with_scaled(x, same, scale), scale
+
+
+def _scaled_backward(
   scale: jax.Array, g: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
   # An example that is left out has a stand-in, of which nothing may remain.
-  scaled = jnp.where(scale != 0, scale.astype(g.dtype) * g, 0)
-  return g, scaled, None
+  return g, jnp.where(scale != 0, scale.astype(g.dtype) * g, 0), None
 
 
-_with_scaled.defvjp(lambda x, same, scale: (x, scale), _scaled_back)
+_with_scaled.defvjp(_scaled_forward, _scaled_backward)
 
 
 @jax.custom_vjp
