@@ -237,6 +237,41 @@ def test_sums_of_narrow_models_are_float32(method, where):
   assert float(more.sum[0, 0]) == -1001.0
 
 
+def _rounded(x):
+  return x.astype(jnp.bfloat16).astype(jnp.float32)
+
+
+def _rounded_dot(w, x):
+  return jnp.sum(_rounded(w.astype(jnp.bfloat16) * x.astype(jnp.bfloat16)))
+
+
+_custom_jvp = jax.custom_jvp(_rounded_dot)
+_custom_jvp.defjvp(
+  lambda primals, tangents: (
+    _rounded_dot(*primals),
+    _rounded_dot(tangents[0], primals[1]) + _rounded_dot(primals[0], tangents[1]),
+  )
+)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+  "loss",
+  [
+    lambda w, x: jnp.dot(jax.checkpoint(_rounded)(w), x),
+    lambda w, x: jnp.dot(
+      lax.scan(lambda c, row: (c, _rounded(row)), 0.0, w)[1], x
+    ),
+    lambda w, x: jax.checkpoint(_custom_jvp)(w, x),
+  ],
+  ids=["checkpoint", "scan", "custom_jvp in checkpoint"],
+)
+def test_sums_are_float32_where_what_is_narrow_is_out_of_sight(loss, method):
+  fn = clipping.clipped_grad(loss, l2_clip_norm=1.0, method=method)
+  got = jax.jit(fn.__call__)(jnp.ones(2), jnp.tile(jnp.eye(2)[:1], (1001, 1)))
+  assert float(got.sum[0]) == 1001.0
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_narrow_models_agree_with_the_reference(method):
   class Net(nn.Module):

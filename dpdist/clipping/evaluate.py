@@ -359,7 +359,9 @@ def _weights(
   env.update(inputs)
 
   def value(atom: Any) -> Any:
-    return atom.val if isinstance(atom, core.Literal) else env[atom]
+    if isinstance(atom, core.Literal):
+      return jnp.asarray(atom.val, atom.aval.dtype)
+    return env[atom]
 
   for eqn in jaxpr.eqns:
     if not all(isinstance(x, core.Literal) or x in env for x in eqn.invars):

@@ -167,13 +167,8 @@ class Block:
     )
 
   def is_wide(self) -> bool:
-    """Whether nothing in it is in less than float32."""
-    jaxpr = self.jaxpr.jaxpr
-    values = [*jaxpr.invars, *jaxpr.constvars]
-    values += [x for eqn in jaxpr.eqns for x in eqn.outvars]
-    return not any(is_narrow(x.aval) for x in values) and all(
-      block.is_wide() for block in self.blocks.values()
-    )
+    """Whether nothing in it, or in what it calls, is in less than float32."""
+    return not _has_narrow(self.jaxpr.jaxpr)
 
   def has_custom_vjp(self) -> bool:
     """Whether a derivative in it is the user's, and perhaps not linear."""
@@ -250,6 +245,19 @@ def uses(eqn: Any, prefix: str) -> bool:
     for jaxpr in core.jaxprs_in_params(eqn.params)
     for inner in jaxpr.eqns
   )
+
+
+def computes_narrow(eqn: Any) -> bool:
+  """Whether an equation has values of less than float32, or calls what has."""
+  return any(is_narrow(x.aval) for x in (*eqn.invars, *eqn.outvars)) or any(
+    map(_has_narrow, core.jaxprs_in_params(eqn.params))
+  )
+
+
+def _has_narrow(jaxpr: Any) -> bool:
+  return any(
+    is_narrow(x.aval) for x in (*jaxpr.invars, *jaxpr.constvars)
+  ) or any(map(computes_narrow, jaxpr.eqns))
 
 
 def is_narrow(aval: Any) -> bool:

@@ -185,9 +185,7 @@ class _Splitter:
         continue
       block.kind[out] = Kind.WEIGHT
       block.definition[out] = eqn
-      rounded = any(w.rounded for w in inputs) or any(
-        program.is_narrow(x.aval) for x in (*eqn.invars, *eqn.outvars)
-      )
+      rounded = any(w.rounded for w in inputs) or program.computes_narrow(eqn)
       narrow = name not in _WIDENED and rounded
       block.weights[out] = Weight(
         frozenset().union(*(w.leaves for w in inputs)),
