@@ -128,6 +128,77 @@ def test_terms_that_cancel_cannot_pass_the_clip(
   assert np.linalg.norm(total) <= 1 + 1e-3
 
 
+def _cancelling_on_the_way_back(params, example):
+  h = jnp.dot(params["w"], example["x"])
+  h = (h * example["a"]) * example["b"] - h * example["c"]
+  return h + jnp.dot(params["v"], example["y"])
+
+
+@pytest.mark.parametrize("power", [0, 10, 20, 30])
+@pytest.mark.parametrize("norms", [1.0, {"v": 1.0, "w": 1.0}])
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_cancels_for_the_norm_cancels_in_the_sum(
+  method, remat, norms, power
+):
+  a, b = np.float32([4097, 3001]) * np.float32(2**power)
+  batch = {
+    "x": jnp.eye(3)[:1],
+    "y": jnp.array([[0.0, 3.0, 0.0]]),
+    **{k: jnp.array([v]) for k, v in {"a": a, "b": b, "c": a * b}.items()},
+  }
+  loss = _cancelling_on_the_way_back
+  fn = clipping.clipped_grad(
+    jax.checkpoint(loss) if remat else loss, l2_clip_norm=norms, method=method
+  )
+  got = jax.jit(fn.__call__)({"v": jnp.ones(3), "w": jnp.ones(3)}, batch)
+  moved = np.linalg.norm(np.concatenate(list(got.sum.values())))
+  assert moved <= fn.sensitivity() * (1 + 1e-5)
+
+
+@pytest.mark.parametrize("power", [0, 10])
+@pytest.mark.parametrize("norms", [1.0, {"v": 1.0, "w": 1.0}])
+@pytest.mark.parametrize("num_positions", [3, 600])
+def test_what_a_product_sums_anew_cannot_pass_the_clip(
+  num_positions, norms, power
+):
+  def loss(params, example):
+    return jnp.sum((example["x"] @ params["w"]) * example["g"]) + jnp.sum(
+      params["v"] * example["y"]
+    )
+
+  a, b = 4097 * 2.0**power, 3001 * 2.0**power
+  x, g = np.zeros((2, 1, num_positions, 256), np.float32)
+  x[0, :3, 0] = a, a * b, 0
+  g[0, :3, 0] = b, -1, 0
+  x[0, 2, 1], g[0, 2, 1] = 3, 1
+  batch = {"x": x, "g": g, "y": np.zeros((1, 3), np.float32)}
+  params = {"v": jnp.zeros(3), "w": jnp.zeros((256, 256))}
+  fn = clipping.clipped_grad(loss, l2_clip_norm=norms, method="two_pass")
+  total = jax.jit(fn.__call__)(params, batch).sum
+  assert np.linalg.norm(total["w"]) <= 1 + 1e-3
+
+
+@pytest.mark.parametrize(
+  "kwargs",
+  [
+    {"l2_clip_norm": 1e-3, "rescale_to_unit_norm": True},
+    {"l2_clip_norm": 1.0, "normalize_gamma": 1e-3},
+  ],
+)
+@pytest.mark.parametrize("method", METHODS)
+def test_scales_above_one_do_not_overflow_on_the_way_back(method, kwargs):
+  loss = lambda p, x: (jnp.dot(p, x["x"]) * x["a"]) * x["b"]
+  batch = {
+    "x": jnp.full((1, 3), 1e-3),
+    "a": jnp.array([1e-37]),
+    "b": jnp.array([1e37]),
+  }
+  fn = clipping.clipped_grad(loss, method=method, **kwargs)
+  total = np.asarray(fn(jnp.ones(3), batch).sum)
+  assert 0.5 < np.linalg.norm(total) <= 1 + 1e-5
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
   "kwargs",
