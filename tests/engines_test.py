@@ -320,7 +320,8 @@ _custom_jvp = jax.custom_jvp(_rounded_dot)
 _custom_jvp.defjvp(
   lambda primals, tangents: (
     _rounded_dot(*primals),
-    _rounded_dot(tangents[0], primals[1]) + _rounded_dot(primals[0], tangents[1]),
+    _rounded_dot(tangents[0], primals[1])
+    + _rounded_dot(primals[0], tangents[1]),
   )
 )
 
