@@ -97,6 +97,7 @@ def _main() -> int:
   except (
     ledger.LedgerError,
     hosts.PeerError,
+    hosts.LostError,
     rendezvous.MeetError,
   ) as error:
     print(f"error: {error}", file=sys.stderr)
