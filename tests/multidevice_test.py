@@ -601,3 +601,52 @@ def test_a_derivative_that_mixes_examples_is_refused(hidden, method):
   )
   with pytest.raises(ValueError, match="derivative written by hand mixes"):
     run(jnp.ones(3), jnp.ones((8, 3)))
+
+
+def _on_eight(run, *args, check_vma):
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  return jax.shard_map(
+    run,
+    mesh=mesh,
+    in_specs=(PartitionSpec(), PartitionSpec("data")),
+    out_specs=PartitionSpec("data"),
+    check_vma=check_vma,
+  )(*args)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_examples_are_not_mixed_whether_axes_are_told_or_not(check_vma):
+  mixing = lambda w, x: jnp.dot(w, x) * jnp.sum(jax.lax.pmean(x, "data"))
+  fn = clipping.clipped_grad(mixing, l2_clip_norm=1.0)
+  with pytest.raises(ValueError, match="mixes the examples of several"):
+    _on_eight(
+      lambda w, x: fn(w, x).loss,
+      *(jnp.ones(3), jnp.ones((8, 3))),
+      check_vma=check_vma,
+    )
+  shared = clipping.clipped_grad(
+    lambda w, x, key: jnp.dot(w, x) * jax.random.normal(key), l2_clip_norm=1.0
+  )
+  with pytest.raises(ValueError, match="rng is one key that is equal on"):
+    _on_eight(
+      lambda w, x: shared(w, x, rng=jax.random.key(0)).loss,
+      *(jnp.ones(3), jnp.ones((8, 3))),
+      check_vma=check_vma,
+    )
+
+
+@pytest.mark.parametrize("method", ["auto", "vmap"])
+def test_parameters_divided_by_hand_are_refused(method):
+  mesh = jax.make_mesh(
+    (2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2
+  )
+  loss = lambda w, x: jax.lax.psum(jnp.sum(w) * jnp.sum(x), "model")
+  fn = clipping.clipped_grad(loss, l2_clip_norm=1.0, method=method)
+  run = jax.shard_map(
+    lambda w, x: fn(w, x).sum,
+    mesh=mesh,
+    in_specs=(PartitionSpec("model"), PartitionSpec("data")),
+    out_specs=PartitionSpec(("data", "model")),
+  )
+  with pytest.raises(ValueError, match=r"params must be whole .*\['model'\]"):
+    run(jnp.ones(8), jnp.ones((8, 3)))

@@ -72,6 +72,17 @@ def _is_number(x: Any) -> bool:
   )
 
 
+def whole(tree: PyTree, axes: frozenset[str]) -> None:
+  """Parameters that a device holds a part of, and nobody says so."""
+  found = manual_axes.varying_axes(tree) - axes
+  if found:
+    raise ValueError(
+      "params must be whole on every device, or come with param_specs, but they"
+      f" vary over the mesh axes {sorted(found)}, along which the batch is not"
+      " divided: norms would be of parts"
+    )
+
+
 def params(tree: PyTree) -> None:
   """Parameters that nothing can be differentiated by."""
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
@@ -90,12 +101,13 @@ def loss(block: Block, shape: Any, axes: frozenset[str]) -> None:
       "loss_fn must return one floating number for one example, got shape"
       f" {shape.shape} and dtype {shape.dtype}"
     )
-  collective = manual_axes.collective_over(block.jaxpr.jaxpr, axes)
+  divided = axes | manual_axes.untold_axes(axes)
+  collective = manual_axes.collective_over(block.jaxpr.jaxpr, divided)
   if collective is not None:
     raise ValueError(
       "loss_fn must use one example alone, but it mixes the examples of several"
-      f" devices by {collective} over the mesh axes {sorted(axes)}, along which"
-      " the batch is divided"
+      f" devices by {collective} over the mesh axes {sorted(divided)}, along"
+      " which the batch is divided"
     )
   found = manual_axes.abstract_varying_axes(shape)
   if found != axes:
@@ -205,7 +217,8 @@ def per_example_keys(
       f"rng must be one key or one an example, shape ({batch_size},), got"
       f" shape {rng.shape}"
     )
-  if axes and not manual_axes.varying_axes(rng):
+  divided = axes | manual_axes.untold_axes(axes)
+  if divided and not manual_axes.varying_axes(rng):
     raise ValueError(
       "rng is one key that is equal on every device, so that examples on"
       " different devices would share randomness: inside jax.shard_map pass"

@@ -360,7 +360,8 @@ def _weights(
 
   def value(atom: Any) -> Any:
     if isinstance(atom, core.Literal):
-      return jnp.asarray(atom.val, atom.aval.dtype)
+      aval: Any = atom.aval
+      return jnp.asarray(atom.val, aval.dtype)
     return env[atom]
 
   for eqn in jaxpr.eqns:

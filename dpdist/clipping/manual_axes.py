@@ -25,6 +25,20 @@ def varying_axes(tree: PyTree) -> frozenset[str]:
   return axes
 
 
+def untold_axes(axes: frozenset[str]) -> frozenset[str]:
+  """The manual axes of which nothing is known, where nothing varies.
+
+  With check_vma=False no value says what it varies over, and a batch may be
+  divided along any of them.
+
+  Args:
+    axes: those that something varies over.
+  """
+  if axes:
+    return frozenset()
+  return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+
+
 def abstract_varying_axes(tree: PyTree) -> frozenset[str]:
   """The same for a tree of `jax.ShapeDtypeStruct`."""
   axes: frozenset[str] = frozenset()

@@ -135,6 +135,7 @@ class ClippedGrad:
     keep = ~checks.padding(is_padding_example, batch_size)
     rng = checks.per_example_keys(rng, batch_size, axes)
     checks.params(freezing.partition(params, self.frozen)[0])
+    checks.whole(params, axes)
     params = manual_axes.cast_to_varying(params, axes)
     keep = manual_axes.cast_to_varying(keep, axes)
     parts = freezing.split(
@@ -150,10 +151,11 @@ class ClippedGrad:
     traced = self._trace(parts, examples)
     checks.refuse_sharded_outside_shard_map(batch, traced.block)
     checks.loss(traced.block, traced.shapes[0], axes)
-    if axes:
+    divided = axes | manual_axes.untold_axes(axes)
+    if divided:
       one = jax.tree.map(lambda x: x[0], jax.tree.leaves(examples))
       values = [shards.whole(x) for x in [*leaves, *parts.frozen]]
-      checks.derivatives(traced.block, [*values, *one], len(leaves), axes)
+      checks.derivatives(traced.block, [*values, *one], len(leaves), divided)
     method, _ = self._method(traced, axes)
 
     def run(
