@@ -113,7 +113,12 @@ ROWS = [
     _clip, "microbatch_size", "None or an int above 0", 0, -2, 1.5, True
   ),
   *_changed(
-    _clip, "normalize_gamma", "None or finite and above 0", 0.0, -1.0, _NAN
+    _clip,
+    "normalize_gamma",
+    "None or finite and at least 1e-12",
+    0.0,
+    -1.0,
+    _NAN,
   ),
   *_changed(_clip, "frozen", "True where", "a", 1),
   *_changed(_call, "frozen", "must leave a parameter to train", True),

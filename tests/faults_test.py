@@ -81,6 +81,7 @@ _DIE = training.send(signal.SIGKILL)
 _ACQUIRE = "dpdist.ledger:Ledger:acquire"
 
 
+@pytest.mark.cluster
 def test_killed_a_dozen_times_at_random(aside, expected, tmp_path):
   kills = training.kill_often(tmp_path, expected, kills=12, seed=4, aside=aside)
   assert len(list(kills)) == 12

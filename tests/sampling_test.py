@@ -563,7 +563,7 @@ def test_a_tie_takes_the_low_word_of_its_block(monkeypatch):
     seen.append(invert(*args).tolist())
     return np.array(seen[-1])
 
-  monkeypatch.setattr(sampling, "_invert", record)
+  monkeypatch.setattr(poisson, "_invert", record)
   sampler._count_table = table
   sampler(6)
   sampler._count_table = [entry + 1 for entry in table]

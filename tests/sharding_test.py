@@ -267,6 +267,7 @@ def _summed(accumulator):
   return jax.tree.map(lambda x: np.sum(x, axis=0), accumulator.clipped_sum)
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize(
   ("name", "mesh_names"),
   [("stacked_decoder", tuple(_MESHES)), ("decoder", ("data, fsdp, model",))],
