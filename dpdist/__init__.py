@@ -21,13 +21,19 @@ if TYPE_CHECKING:
   from dpdist.plan import PrivacyConfig as PrivacyConfig
   from dpdist.plan import PrivacyPlan as PrivacyPlan
   from dpdist.plan import make_plan as make_plan
+  from dpdist.sampling import CyclicPoissonSampler as CyclicPoissonSampler
+  from dpdist.sampling import FixedSizeSampler as FixedSizeSampler
   from dpdist.sampling import PoissonSampler as PoissonSampler
+  from dpdist.sampling import TruncatedPoissonSampler as TruncatedPoissonSampler
   from dpdist.stateful import with_state as with_state
   from dpdist.train import train as train
 
 _HOME = {
   "ClippedGrads": "clipping",
   "DPConfig": "dp_config",
+  "CyclicPoissonSampler": "sampling",
+  "FixedSizeSampler": "sampling",
+  "TruncatedPoissonSampler": "sampling",
   "PoissonSampler": "sampling",
   "PrivacyConfig": "plan",
   "PrivacyPlan": "plan",
