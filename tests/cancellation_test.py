@@ -70,15 +70,16 @@ def _cancelling(loss, size):
   rng = np.random.default_rng(0)
   y = np.array([3.0, 0, 0], np.float32)
   if loss is _activations:
-    a, b = np.float32(4097 / 64 * size), np.float32(3001 / 64 * size)
+    a, b = np.float32(4097 * size), np.float32(3001 * size)
     c = np.float32(a * b)
     example = {"x": np.array([1.0, 0, 0]), "a": a, "b": b, "c": c, "y": y}
   else:
     x = np.zeros((_POSITIONS, 8))
     x[:, 0] = 1
     g = np.zeros((_POSITIONS, 8))
-    half = rng.integers(1, 2**11, (_POSITIONS // 2, 8))
-    g[::2], g[1::2] = half, -half
+    # Whole numbers, whose sums are exact and whose thirds are not.
+    one, two = rng.integers(2**16, 2**17, (2, _POSITIONS // 3, 8))
+    g[::3], g[1::3], g[2::3] = one, two, -one - two
     example = {"x": x, "g": g * size, "y": y}
     if loss is _lookups:
       example["ids"] = np.zeros(_POSITIONS, np.int32)
@@ -112,24 +113,58 @@ def _own_derivative(loss):
 
 def test_remat_takes_two_passes_and_the_bound_holds():
   loss = jax.checkpoint(_activations)
-  params, batch = _cancelling(_activations, 2.0**16)
+  params, batch = _cancelling(_activations, 2.0**20)
   fn = clipping.clipped_grad(loss, l2_clip_norm=1.0)
   assert "two_pass" in fn.explain(params, batch)
-  assert _length(fn(params, batch).sum) <= 1.001
+  assert _length(jax.jit(fn)(params, batch).sum) <= 1.001
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec("fsdp")])
+@pytest.mark.parametrize("loss", [_activations, _positions])
+def test_on_eight_devices_too(loss, spec):
+  """Parameters whole, or parts; each device has an example that cancels."""
+  mesh = jax.make_mesh(
+    (2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2
+  )
+  params, batch = _cancelling(loss, 2.0**12)
+  batch = jax.tree.map(lambda x: jnp.concatenate([x] * 8), batch)
+  fn = clipping.clipped_grad(loss, l2_clip_norm=1.0, method="two_pass")
+  specs = {"w": spec if loss is _positions else PartitionSpec()}
+  specs["v"] = PartitionSpec()
+
+  def run(params, batch):
+    total = fn(params, batch, param_specs=specs).sum
+    axes = {"w": ("data",) if specs["w"] else ("data", "fsdp")}
+    axes["v"] = ("data", "fsdp")
+    return {name: jax.lax.psum(total[name], axes[name]) for name in total}
+
+  total = jax.jit(
+    jax.shard_map(
+      run,
+      mesh=mesh,
+      in_specs=(specs, PartitionSpec(("data", "fsdp"))),
+      out_specs=specs,
+    )
+  )(params, batch)
+  assert _length(total) <= 8 * 1.001
 
 
 @pytest.mark.parametrize("method", _METHODS)
 @pytest.mark.parametrize(
-  "options", [{"rescale_to_unit_norm": True}, {"normalize_gamma": 1e-3}]
+  "options",
+  [
+    {"l2_clip_norm": 1e-3, "rescale_to_unit_norm": True},
+    {"l2_clip_norm": 1.0, "normalize_gamma": 1e-3},
+  ],
 )
 def test_scales_above_one_do_not_overflow(method, options):
-  loss = lambda w, e: jnp.dot(w, e["x"]) * e["small"] * e["large"]
+  loss = lambda w, e: (jnp.dot(w, e["x"]) * e["small"]) * e["large"]
   batch = {
-    "x": jnp.array([[1.0, 0], [0, 1.0]]),
+    "x": jnp.array([[1e-3, 0], [1e-3, 1e-3]]),
     "small": jnp.array([1e-37, 1.0]),
-    "large": jnp.array([1e34, 1e-3]),
+    "large": jnp.array([1e37, 1.0]),
   }
-  fn = clipping.clipped_grad(loss, l2_clip_norm=1e-3, method=method, **options)
+  fn = clipping.clipped_grad(loss, method=method, **options)
   got = jax.jit(fn)(jnp.ones(2), batch)
   assert np.all(np.isfinite(got.sum))
   assert np.all(np.asarray(got.sum) > 0)
