@@ -96,7 +96,7 @@ class PrivateGradientFn:
         batch; inside `jax.shard_map`, where each device would draw noise; the
         plan is used up, and this is not compiled.
     """
-    axes = manual_axes.varying_axes((batch, is_padding_example, rng))
+    axes = manual_axes.divided_axes((batch, is_padding_example, rng))
     if axes:
       raise ValueError(
         "batch must be on one device, since noise is drawn once, got one that"

@@ -169,13 +169,15 @@ def test_repr_tells_settings_and_no_secret():
     assert secret not in text
 
 
-def test_devices_do_not_each_draw():
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_devices_do_not_each_draw(check_vma):
   fn = _make()
   run = jax.shard_map(
     lambda p, x: fn(p, x, fn.init(p))[0].gradient,
     mesh=jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)),
     in_specs=(PartitionSpec(), PartitionSpec("data")),
     out_specs=PartitionSpec(),
+    check_vma=check_vma,
   )
   with pytest.raises(ValueError, match=r"batch must be on one .*'data'"):
     run(_params(), _batch(8, 3))

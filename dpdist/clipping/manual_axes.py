@@ -25,6 +25,12 @@ def varying_axes(tree: PyTree) -> frozenset[str]:
   return axes
 
 
+def divided_axes(tree: PyTree) -> frozenset[str]:
+  """The mesh axes along which tree is, or may be, divided; empty outside."""
+  axes = varying_axes(tree)
+  return axes | untold_axes(axes)
+
+
 def untold_axes(axes: frozenset[str]) -> frozenset[str]:
   """The manual axes of which nothing is known, where nothing varies.
 

@@ -74,7 +74,7 @@ def unsafe_statistics(
     ValueError: as fn does, or inside `jax.shard_map`, where a hook would see
       one device's examples.
   """
-  axes = manual_axes.varying_axes((batch, is_padding_example, rng))
+  axes = manual_axes.divided_axes((batch, is_padding_example, rng))
   if axes:
     raise ValueError(
       "batch must be on one device for statistics, got one that is divided"
