@@ -82,12 +82,14 @@ def of(
     num_examples: rows of the larger one of two neighbouring data sets; only
       for "truncated_poisson", which needs it.
     truncated_batch_size: to which a larger sample is cut; likewise.
-    cycle_length: into how many parts the rows are divided that take turns; only
-      for "cyclic_poisson". A unit takes part in one step of so many.
+    cycle_length: into how many parts the rows are divided that take turns, by
+      their numbers; only for "cyclic_poisson". A unit takes part in one step of
+      so many. Where one is missing, its place stays empty ("zero_out").
     examples_per_user: how many rows, drawn apart from one another, a unit has.
     group_size: how many rows are averaged and clipped as one. The rows of a
-      group are always the same. A group is drawn as a whole, and one row of
-      it can turn its gradient over, which is an exchange.
+      group are always the same, and where one is missing, its place stays
+      empty. A group is drawn as a whole, and one row of it can turn its
+      gradient over, which is an exchange.
 
   Raises:
     ValueError: the settings are for no mechanism with a proof.
@@ -172,6 +174,17 @@ def _check_settings(
       " where a row more is a row less of something else, got"
       f" {neighboring_relation!r}"
     )
+  if neighboring_relation == "add_or_remove_one":
+    for name, count in (
+      ("cycle_length", cycle_length),
+      ("group_size", group_size),
+    ):
+      if count > 1:
+        raise ValueError(
+          "neighboring_relation must be 'zero_out' or 'replace_one' with"
+          f" {name} above 1, which goes by the numbers of rows: one that is"
+          " taken away would move all that follow; got 'add_or_remove_one'"
+        )
   if sampling == "truncated_poisson" and neighboring_relation == "replace_one":
     raise ValueError(
       "neighboring_relation must be 'add_or_remove_one' or 'zero_out' with"

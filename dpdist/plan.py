@@ -73,7 +73,8 @@ class PrivacyConfig:
     examples_per_user: how many rows, drawn apart from one another, whoever is
       protected may have; at least 1.
     group_size: how many rows that follow one another are averaged and clipped
-      as one; at least 1. Each is protected, at the price of half the noise.
+      as one; at least 1. Each is protected, at the price of half the noise. Not
+      with "add_or_remove_one", and neither is a cycle: see `dpdist.pairs`.
     noise_schedule: (step, noise_multiplier) from later steps on, rising; not
       with `target_epsilon`.
     batch_size_schedule: (step, expected_batch_size), likewise.

@@ -27,6 +27,8 @@ def _make(m, norm, sigma=1.0, **kwargs):
       target_delta=1e-5,
       noise_multiplier=sigma,
       group_size=m,
+      # A row stays where it is, whoever else is there.
+      neighboring_relation="zero_out",
     )
   )
   return dpdist.private_gradients(

@@ -92,7 +92,11 @@ def _dp(**kwargs):
 
 
 def _in_groups(group_size):
-  return _gradients(dpdist.make_plan(_config(group_size=group_size)))
+  return _gradients(
+    dpdist.make_plan(
+      _config(group_size=group_size, neighboring_relation="zero_out")
+    )
+  )
 
 
 def _changed(function, name, right, *values):

@@ -41,7 +41,11 @@ def _batch(*shape):
 
 def _make(group_size=1, **kwargs):
   given = {"seed": _SEED, "has_aux": True} | kwargs
-  plan = dataclasses.replace(_PLAN, group_size=group_size)
+  plan = _PLAN
+  if group_size != 1:
+    plan = dataclasses.replace(
+      _PLAN, group_size=group_size, neighboring_relation="zero_out"
+    )
   return dpdist.private_gradients(_loss, plan, **given)
 
 

@@ -142,7 +142,8 @@ def test_without_sampling_the_doubled_sensitivity_is_in_the_noise():
   replaced = {"neighboring_relation": "replace_one"}
   assert spent(1.0, **replaced) == pytest.approx(4.8866, abs=1e-3)
   assert spent(1.0, **replaced, accountant="rdp") > 4.8866
-  assert spent(2.0, group_size=8) == pytest.approx(4.8866, abs=1e-3)
+  groups = {"group_size": 8, "neighboring_relation": "zero_out"}
+  assert spent(2.0, **groups) == pytest.approx(4.8866, abs=1e-3)
   assert spent(2.0, neighboring_relation="zero_out") == spent(2.0)
 
 
@@ -191,7 +192,11 @@ def test_a_cut_is_dear_unless_it_is_far_out():
 
 def test_turns_are_counted():
   run = {"noise_multiplier": 1.0, "delta": 1e-5, "sampling_probability": 0.4}
-  cyclic = {"sampling": "cyclic_poisson", "cycle_length": 4}
+  cyclic = {
+    "sampling": "cyclic_poisson",
+    "cycle_length": 4,
+    "neighboring_relation": "zero_out",
+  }
   spent = lambda count: accounting.epsilon(num_steps=count, **run, **cyclic)
   assert spent(8) == accounting.epsilon(num_steps=2, **run)
   assert spent(9) == accounting.epsilon(num_steps=3, **run)
@@ -202,8 +207,12 @@ _KINDS = {
     "sampling": "fixed_size",
     "neighboring_relation": "replace_one",
   },
-  "cyclic": {"sampling": "cyclic_poisson", "cycle_length": 2},
-  "groups": {"group_size": 4},
+  "cyclic": {
+    "sampling": "cyclic_poisson",
+    "cycle_length": 2,
+    "neighboring_relation": "zero_out",
+  },
+  "groups": {"group_size": 4, "neighboring_relation": "zero_out"},
 }
 
 
@@ -307,9 +316,21 @@ def test_a_curve_falls():
       "num_examples must be given",
     ),
     ({"cycle_length": 2}, "cycle_length must be 1 unless"),
+    (
+      {"group_size": 2},
+      "'zero_out' or 'replace_one' with group_size above 1",
+    ),
+    (
+      {"sampling": "cyclic_poisson", "cycle_length": 2},
+      "'zero_out' or 'replace_one' with cycle_length above 1",
+    ),
     ({"examples_per_user": 0}, "examples_per_user must be .* >= 1, got 0"),
     (
-      {"examples_per_user": 2, "group_size": 2},
+      {
+        "examples_per_user": 2,
+        "group_size": 2,
+        "neighboring_relation": "zero_out",
+      },
       "group_size must be 1 with examples_per_user",
     ),
     (

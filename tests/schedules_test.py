@@ -161,7 +161,7 @@ def test_each_sampling_draws_as_its_name_says():
   whole = [len(x) for x in _draws(_plan())]
   assert sizes == [min(40, size) for size in whole]
   assert max(whole) > 40 > min(whole)
-  groups = _draws(_plan(group_size=7))
+  groups = _draws(_plan(group_size=7, neighboring_relation="zero_out"))
   assert max(max(x) for x in groups) <= 57
   assert 0 < np.mean([len(x) for x in groups]) < 12
   grown = _draws(_plan(batch_size_schedule=((6, 200),)))
@@ -171,7 +171,11 @@ def test_each_sampling_draws_as_its_name_says():
 
 
 def test_parts_take_turns_by_what_was_charged():
-  plan = _plan(sampling="cyclic_poisson", cycle_length=3)
+  plan = _plan(
+    sampling="cyclic_poisson",
+    cycle_length=3,
+    neighboring_relation="zero_out",
+  )
   for first in (0, 4, -2):
     for t, drawn in enumerate(_draws(plan, first)):
       if t + first >= 0:
