@@ -104,7 +104,7 @@ class DPConfig:
         "microbatch_size", self.microbatch_size, "batch_size", self.batch_size
       )
     if self.noise_multiplier is not None:
-      spent = self._plan().epsilon()
+      spent = self.make_plan().epsilon()
       if not spent <= self.epsilon:
         raise ValueError(
           f"noise_multiplier must be large enough for epsilon={self.epsilon},"
@@ -137,7 +137,7 @@ class DPConfig:
     Raises:
       ValueError: no noise is enough.
     """
-    return self._plan()
+    return plan_lib.make_plan(self.to_privacy_config())
 
   def clipping_options(self) -> dict[str, Any]:
     """The rest of the settings, for `dpdist.clipped_grad` and for
@@ -147,9 +147,6 @@ class DPConfig:
       "rescale_to_unit_norm": self.rescale_to_unit_norm,
       "microbatch_size": self.microbatch_size,
     }
-
-  def _plan(self) -> plan_lib.PrivacyPlan:
-    return plan_lib.make_plan(self.to_privacy_config())
 
 
 def _sampling(is_poisson: bool) -> dict[str, Any]:

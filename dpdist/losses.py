@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 import numpy as np
 
+from dpdist import clipping
 from dpdist import mesh as mesh_lib
 
 PyTree = Any
@@ -60,26 +61,13 @@ def mean_over_unit(
     of an example with a leading axis [slots]. Each slot has its own rng.
   """
 
+  mean = clipping.mean_of_group(loss_fn, has_aux=True)
+
   def unit_loss(
     params: PyTree, unit: Mapping[str, jax.Array], rng: jax.Array
   ) -> tuple[jax.Array, None]:
-    is_empty = unit[empty_slot]
-    count = jnp.sum(~is_empty)
-    has_any = count > 0
-    # A copy of an example that is there: the gradient of a loss that is not
-    # finite would not be 0, though its weight is.
-    stand_in = jnp.argmin(is_empty)
-
-    def fill(x: jax.Array) -> jax.Array:
-      one = jnp.where(has_any, x[stand_in], jnp.zeros_like(x[0]))
-      mask = is_empty.reshape(is_empty.shape + (1,) * (x.ndim - 1))
-      return jnp.where(mask, one, x)
-
-    examples = {name: fill(x) for name, x in unit.items() if name != empty_slot}
-    rngs = jax.random.split(rng, is_empty.shape[0])
-    losses, _ = jax.vmap(loss_fn, in_axes=(None, 0, 0))(params, examples, rngs)
-    total = jnp.sum(jnp.where(is_empty, 0, losses))
-    return total / jnp.maximum(1, count), None
+    examples = {name: x for name, x in unit.items() if name != empty_slot}
+    return mean(params, (examples, unit[empty_slot]), rng)
 
   return unit_loss
 

@@ -16,10 +16,9 @@ That holds only if no other group changes. Groups are made of rows in order, so
 a row must stay where it is whoever else is there: a missing example leaves a
 padding row behind. Where the examples of a Poisson draw are closed up, as by
 `dpdist.PoissonSampler`, one more of them shifts all that follow, and every
-group may turn over: no noise that is made for one group covers it. Then fix the
-groups beforehand (rows 0 to m-1 of the data set, m to 2m-1, ...) and draw
-groups: `num_examples` of the sampler and of the plan count groups, and the unit
-of privacy is the group, which moves the sum by C alone.
+group may turn over: no noise that is made for one group covers it. So groups
+are fixed beforehand (rows 0 to m-1 of the data set, m to 2m-1, ...) and drawn
+whole, and a plan with `group_size` accounts for what one of their rows can do.
 """
 
 from collections.abc import Callable
@@ -79,18 +78,26 @@ def mean_of_group(
 
   Returns:
     A function (params, group[, rng]) -> loss, or (loss, aux), where group is
-    one of `into_groups`. Padding has no share in the mean, whatever it holds.
-    rng is split over the group's examples. aux has a leading axis over them; of
-    padding it is another example's.
+    one of `into_groups`. Padding has no share in the mean, whatever it holds,
+    and the loss of padding alone is 0, with gradient 0. rng is split over the
+    group's examples. aux has a leading axis over them; of padding it is another
+    example's.
   """
 
   def loss(params: PyTree, group: Any, *rng: jax.Array) -> Any:
     examples, is_padding = group
-    # Another example stands in for padding, which may hold NaN: that would
-    # come back through a loss that is multiplied with 0.
-    row = jnp.arange(is_padding.shape[0])
-    row = jnp.where(is_padding, jnp.argmin(is_padding), row)
-    examples = jax.tree.map(lambda x: x[row], examples)
+    # Another example, or zeros if there is none, stands in for padding, which
+    # may hold NaN: that would come back through a loss that is multiplied
+    # with 0.
+    num_real = jnp.sum(~is_padding)
+    stand_in = jnp.argmin(is_padding)
+
+    def fill(x: jax.Array) -> jax.Array:
+      one = jnp.where(num_real > 0, x[stand_in], jnp.zeros_like(x[0]))
+      mask = is_padding.reshape(is_padding.shape + (1,) * (x.ndim - 1))
+      return jnp.where(mask, one, x)
+
+    examples = jax.tree.map(fill, examples)
     keys = [jax.random.split(key, is_padding.shape[0]) for key in rng]
     out = jax.vmap(loss_fn, in_axes=(None, 0, *[0] * len(keys)))(
       params, examples, *keys
@@ -101,8 +108,8 @@ def mean_of_group(
         "loss_fn must return one floating number for one example, got shape"
         f" {jnp.shape(losses)[1:]}"
       )
-    num_real = jnp.maximum(jnp.sum(~is_padding), 1)
-    mean = jnp.sum(jnp.where(is_padding, 0, losses)) / num_real
+    total = jnp.sum(jnp.where(is_padding, 0, losses))
+    mean = total / jnp.maximum(1, num_real)
     return (mean, aux) if has_aux else mean
 
   return loss
