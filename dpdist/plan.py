@@ -45,25 +45,10 @@ Schedule = tuple[tuple[int, float], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrivacyConfig:
-  """What a run should be, in the user's terms.
-
-  Exactly one of `target_epsilon` and `noise_multiplier` is given; the other
-  follows from it.
+class Sampling:
+  """How rows come into a step: what a config and its plan have in common.
 
   Attributes:
-    num_examples: rows of the training set, a public number.
-    expected_batch_size: mean of the number of rows in a step, above 0 and at
-      most `num_examples`; it need not be whole, but with sampling="fixed_size".
-    num_steps: number of noisy updates, at least 1.
-    l2_clip_norm: bound on the l2 norm of one example's gradient, above 0.
-    target_delta: in (0, 1); customarily well below 1 / `num_examples`.
-    target_epsilon: the budget that the noise is calibrated to, above 0.
-    noise_multiplier: noise standard deviation over l2 sensitivity, above 0.
-    accountant: "pld" or "rdp", see `dpdist.accounting`.
-    neighboring_relation: "add_or_remove_one", "replace_one" (doubles the l2
-      sensitivity) or "zero_out" (a row is replaced by one that contributes
-      nothing).
     sampling: "poisson"; "truncated_poisson", whose draws are cut to
       `truncated_batch_size`; "cyclic_poisson", which draws from one of
       `cycle_length` parts of the rows after the other; "fixed_size", without
@@ -76,9 +61,41 @@ class PrivacyConfig:
       as one; at least 1. Each is protected, at the price of half the noise. Not
       with "add_or_remove_one", and neither is a cycle: see `dpdist.pairs`.
     noise_schedule: (step, noise_multiplier) from later steps on, rising; not
-      with `target_epsilon`.
+      with a target epsilon.
     batch_size_schedule: (step, expected_batch_size), likewise.
     unit: "example" or "user": what a row is.
+  """
+
+  sampling: str = "poisson"
+  truncated_batch_size: int | None = None
+  cycle_length: int = 1
+  examples_per_user: int = 1
+  group_size: int = 1
+  noise_schedule: Schedule = ()
+  batch_size_schedule: Schedule = ()
+  unit: str = "example"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrivacyConfig(Sampling):
+  """What a run should be, in the user's terms.
+
+  Exactly one of `target_epsilon` and `noise_multiplier` is given; the other
+  follows from it.
+
+  Attributes, beside those of `Sampling`:
+    num_examples: rows of the training set, a public number.
+    expected_batch_size: mean of the number of rows in a step, above 0 and at
+      most `num_examples`; it need not be whole, but with sampling="fixed_size".
+    num_steps: number of noisy updates, at least 1.
+    l2_clip_norm: bound on the l2 norm of one example's gradient, above 0.
+    target_delta: in (0, 1); customarily well below 1 / `num_examples`.
+    target_epsilon: the budget that the noise is calibrated to, above 0.
+    noise_multiplier: noise standard deviation over l2 sensitivity, above 0.
+    accountant: "pld" or "rdp", see `dpdist.accounting`.
+    neighboring_relation: "add_or_remove_one", "replace_one" (doubles the l2
+      sensitivity) or "zero_out" (a row is replaced by one that contributes
+      nothing).
 
   Raises:
     ValueError: if an attribute is out of its range, or they are for no
@@ -94,14 +111,6 @@ class PrivacyConfig:
   noise_multiplier: float | None = None
   accountant: str = "pld"
   neighboring_relation: str = "add_or_remove_one"
-  sampling: str = "poisson"
-  truncated_batch_size: int | None = None
-  cycle_length: int = 1
-  examples_per_user: int = 1
-  group_size: int = 1
-  noise_schedule: Schedule = ()
-  batch_size_schedule: Schedule = ()
-  unit: str = "example"
 
   def __post_init__(self) -> None:
     _check(self)
@@ -123,10 +132,10 @@ class PrivacyConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrivacyPlan:
+class PrivacyPlan(Sampling):
   """What a run is bound to; made by `make_plan`.
 
-  Attributes:
+  Attributes, beside those of `Sampling`:
     num_examples: rows of the training set.
     expected_batch_size: rows of a step, in the mean; float.
     num_steps: number of noisy updates that the plan covers.
@@ -134,7 +143,7 @@ class PrivacyPlan:
     noise_multiplier: noise standard deviation over l2 sensitivity.
     delta: at which epsilon is meant.
     accountant: "pld" or "rdp".
-    neighboring_relation: see `PrivacyConfig`, and so all that follow but
+    neighboring_relation: see `PrivacyConfig`.
     target_epsilon: what the noise was calibrated to; None if it was given.
   """
 
@@ -147,14 +156,6 @@ class PrivacyPlan:
   accountant: str
   neighboring_relation: str
   target_epsilon: float | None
-  sampling: str = "poisson"
-  truncated_batch_size: int | None = None
-  cycle_length: int = 1
-  examples_per_user: int = 1
-  group_size: int = 1
-  noise_schedule: Schedule = ()
-  batch_size_schedule: Schedule = ()
-  unit: str = "example"
 
   def __post_init__(self) -> None:
     _check(self)
@@ -212,18 +213,7 @@ class PrivacyPlan:
     return found
 
   def _pair(self, setting: Setting) -> pairs_lib.Pair:
-    is_truncated = self.sampling == "truncated_poisson"
-    return pairs_lib.of(
-      noise_multiplier=setting.noise_multiplier,
-      sampling_probability=self.probability(setting),
-      sampling=self.sampling,
-      neighboring_relation=self.neighboring_relation,
-      num_examples=self.num_examples if is_truncated else None,
-      truncated_batch_size=self.truncated_batch_size,
-      cycle_length=self.cycle_length,
-      examples_per_user=self.examples_per_user,
-      group_size=self.group_size,
-    )
+    return _pair_of(self, setting.noise_multiplier, self.probability(setting))
 
   def epsilon(self, num_steps: int | None = None) -> float:
     """Returns the epsilon spent at `delta` by the first steps of the plan.
@@ -428,10 +418,16 @@ def _check(record: PrivacyConfig | PrivacyPlan) -> None:
         "expected_batch_size must be whole with sampling='fixed_size', got"
         f" {size!r}"
       )
+  _pair_of(record, 1.0, 1.0)  # Refuses what is no mechanism.
+
+
+def _pair_of(
+  record: PrivacyConfig | PrivacyPlan, noise_multiplier: float, q: float
+) -> pairs_lib.Pair:
   is_truncated = record.sampling == "truncated_poisson"
-  pairs_lib.of(  # Refuses what is no mechanism.
-    noise_multiplier=1.0,
-    sampling_probability=1.0,
+  return pairs_lib.of(
+    noise_multiplier=noise_multiplier,
+    sampling_probability=q,
     sampling=record.sampling,
     neighboring_relation=record.neighboring_relation,
     num_examples=record.num_examples if is_truncated else None,

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 # Within this time of the first signal another one is the same request: a
 # launcher, a shell and a scheduler may each pass on what they were sent.
-_ECHO_SECONDS = 1.0
+ECHO_SECONDS = 1.0
 
 
 def that_ask_to_stop() -> tuple[signal.Signals, ...]:
@@ -60,6 +60,6 @@ class Signals:
     if self._first is None:
       self._first = now
       self._receive(signal.Signals(number).name)
-    elif now > self._first + _ECHO_SECONDS:
+    elif now > self._first + ECHO_SECONDS:
       self.__exit__()
       signal.raise_signal(number)

@@ -15,12 +15,11 @@ from typing import Any, NamedTuple
 import rich.console
 import rich.text
 
+from dpdist import signals
+
 # How long after SIGTERM comes SIGKILL.
 _TERM_SECONDS = 10.0
 _LOOK_SECONDS = 0.1
-# A closed terminal hangs up twice, by itself and by its shell: within this time
-# of the first signal another one is the same request (see `dpdist.signals`).
-_ECHO_SECONDS = 1.0
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _COLOURS = ("cyan", "magenta", "green", "yellow", "blue", "red")
 _PR_SET_PDEATHSIG = 1
@@ -191,7 +190,8 @@ class Pod:
     now = time.monotonic()
     if not self.signals:
       self._first = now
-    elif now <= self._first + _ECHO_SECONDS:
+    elif now <= self._first + signals.ECHO_SECONDS:
+      # A closed terminal hangs up twice, by itself and by its shell.
       return
     self.signals.append(number)
 

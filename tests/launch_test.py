@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from dpdist import fetch
+from dpdist import chitchat
 from dpdist import ledger as ledger_lib
 from dpdist import metrics
 from tests import without_jax
@@ -121,11 +121,15 @@ _CONFIGS = sorted(
 )
 
 
-def _is_fetched(name):
-  try:
-    return bool(fetch.find(name))
-  except ValueError:
-    return False
+def _write_chitchat(path):
+  """In the form of the real one; returns how many users there are to train."""
+  turns = [
+    [{"sender": f"{i:06}", "text": f"{i} is what I say. " * 20}]
+    for i in range(40)
+  ]
+  path.write_text(json.dumps({"0": {"messages": turns}}))
+  train, _ = chitchat.load(path, sequence_length=64, examples_per_unit=2)
+  return len(train)
 
 
 @pytest.mark.parametrize("name", _CONFIGS)
@@ -168,8 +172,14 @@ def test_every_config_trains_two_steps(name, tmp_path):
       "--config.clipping.microbatch_size=2",
       "--config.chunk_size=16",
     ]
-  elif name == "chitchat_users" and not _is_fetched("chitchat"):
-    pytest.skip("python -m launch.fetch --name=chitchat was not run here")
+  elif name == "chitchat_users":
+    path = tmp_path / "dataset.json"
+    args += [
+      f"--config.privacy.num_examples={_write_chitchat(path)}",
+      f"--config.data.path={path}",
+      "--config.privacy.expected_batch_size=4",
+      "--config.optimizer.warmup_steps=0",
+    ]
   code, _, err = _run("train", *args)
   assert code == 0, err
   result = json.loads((tmp_path / "run" / "result.json").read_text())

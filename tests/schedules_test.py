@@ -3,6 +3,7 @@
 import dataclasses
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -13,11 +14,14 @@ import dpdist
 from dpdist import composition
 from dpdist import history
 from dpdist import ledger as ledger_lib
+from dpdist import losses
 from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import plan as plan_lib
 from dpdist import sampling
+from dpdist import sources
 from dpdist import step as step_lib
+from dpdist import units
 
 _CONFIG = dpdist.PrivacyConfig(
   num_examples=400,
@@ -130,19 +134,80 @@ def test_noise_and_divisor_change_at_their_step_and_nothing_recompiles():
     step.apply(state, step.zeros(state.params), key)
 
 
-def test_without_a_schedule_the_program_is_as_it_was():
+def test_without_a_schedule_a_step_need_not_say_which_it_is():
   step = _step(_plan())
   state = step.init({"w": jnp.zeros(8)})
   key = mechanism.Streams(bytes(32), "").key("noise")
-  text = step.apply.lower(state, step.zeros(state.params), key).as_text()
-  scheduled = _step(_plan(noise_schedule=((4, 1.0),)))
-  other = scheduled.apply.lower(
-    state, scheduled.zeros(state.params), key, np.int32(0)
-  ).as_text()
-  assert text != other
-  assert (
-    len(step.apply.lower(state, step.zeros(state.params), key).in_avals[0]) == 3
+  more = step.zeros(state.params)
+  after, _ = step.apply(step.init({"w": jnp.zeros(8)}), more, key)
+  same, _ = step.apply(state, more, key, np.int32(7))
+  np.testing.assert_array_equal(after.params["w"], same.params["w"])
+
+
+def test_a_group_is_one_gradient_in_training(tmp_path):
+  config = digits.get_config()
+  config.insecure_seed = 7
+  config.model.width = 32
+  config.privacy.update(
+    num_steps=3,
+    expected_batch_size=64,
+    target_epsilon=None,
+    noise_multiplier=1.0,
+    group_size=4,
+    neighboring_relation="zero_out",
+    accountant="rdp",
   )
+  result = dpdist.train(config, tmp_path)
+  ledger = ledger_lib.Ledger(tmp_path / "ledger")
+  assert ledger.plan.group_size == 4
+  assert result["epsilon"] == ledger.plan.epsilon()
+  ((pair, count),) = ledger.plan.steps()
+  assert (pair.kind, pair.sigma, count) == ("exchange", 0.5, 3)
+
+
+def test_one_row_moves_a_groups_sum_by_two_clip_norms_at_most():
+  """On eight devices, with the step's own sums."""
+  source = sources.ArraySource(
+    {"x": np.random.default_rng(0).normal(size=(30, 5)).astype(np.float32)}
+  )
+  grouped = units.in_groups(source, 4)
+  assert len(grouped) == 8
+  rows = grouped.read(np.arange(8))
+  assert rows[units.EMPTY_SLOT].sum() == 2  # The last group has two.
+  np.testing.assert_array_equal(rows["x"][1], source.read(np.arange(4, 8))["x"])
+  plan = _plan(group_size=4, neighboring_relation="zero_out")
+  linear = lambda w, example, rng: (10 * jnp.sum(w["w"] * example["x"]), None)
+  loss = losses.mean_over_unit(linear, empty_slot=units.EMPTY_SLOT)
+  step = step_lib.Step(
+    mechanism.make(plan, loss),
+    optax.sgd(1.0),
+    mesh_lib.make({"data": -1, "fsdp": 1, "model": 1}),
+  )
+  params = step.init({"w": jnp.ones(5)}).params
+
+  def total(rows):
+    put = lambda x: jax.device_put(
+      x, jax.NamedSharding(step.mesh, mesh_lib.EXAMPLES)
+    )
+    summed = step.accumulate(
+      params,
+      step.zeros(params),
+      jax.tree.map(put, rows),
+      put(np.zeros(8, bool)),
+      jax.random.key(0),
+      0,
+    )
+    return np.asarray(summed.clipped_sum["w"]).sum(0)
+
+  before = total(rows)
+  turned = {name: x.copy() for name, x in rows.items()}
+  turned["x"][3, 2] = -1e3 * rows["x"][3].mean(0)
+  moved = np.linalg.norm(total(turned) - before)
+  # One clip norm would not do, which is why a group's noise counts half.
+  assert 1.9 < moved <= 2.0001
+  missing = {name: x.copy() for name, x in rows.items()}
+  missing[units.EMPTY_SLOT][3, 2] = True
+  assert np.linalg.norm(total(missing) - before) <= 2.0001
 
 
 # What is drawn.
