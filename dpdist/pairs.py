@@ -16,11 +16,12 @@ unit is the clip norm C, and noise of standard deviation sigma:
               order a >= 1 by that of q N(1) + (1-q) N(0) against N(0), and
               that of order a < 1 by the same with the distributions exchanged
               (Balle, Barthe & Gaboardi 2018, arXiv:1807.01647; Zhu, Dong & Wang
-              2022, Proposition 30). The larger of what adding and removing
-              compose to is not a bound: Lebeda et al. 2024, arXiv:2405.20769.
+              2022). The larger of what adding and removing compose to need not
+              be a bound: Lebeda et al. 2024, arXiv:2405.20769.
   "binomial"  the sum has K of a unit's rows, K from Binomial(k, q).
   "truncated" as "presence", but a sample of more than B of n rows is cut to B
-              (Ganesh 2025, arXiv:2508.15089).
+              ("Tighter Privacy Analysis for Truncated Poisson Sampling", 2025,
+              arXiv:2508.15089, as dp_accounting computes it).
 
 Imports no jax, and no accountant.
 """
