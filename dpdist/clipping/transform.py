@@ -135,7 +135,6 @@ class ClippedGrad:
     keep = ~checks.padding(is_padding_example, batch_size)
     rng = checks.per_example_keys(rng, batch_size, axes)
     checks.params(freezing.partition(params, self.frozen)[0])
-    checks.whole(params, axes)
     params = manual_axes.cast_to_varying(params, axes)
     keep = manual_axes.cast_to_varying(keep, axes)
     parts = freezing.split(
@@ -143,6 +142,8 @@ class ClippedGrad:
       self.frozen,
       shards.wrap(params, param_specs, manual_axes.varying_axes(batch)),
     )
+    # After the specs' own check, which says more.
+    checks.whole(params, axes)
     leaves = parts.trainable
 
     examples = (batch,) if rng is None else (batch, rng)
