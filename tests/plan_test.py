@@ -253,6 +253,23 @@ def test_statement(accountant):
   assert plan.epsilon() <= stated < plan.epsilon() * 1.001
 
 
+@pytest.mark.parametrize("sampling", ["poisson", "cyclic_poisson"])
+@pytest.mark.parametrize("relation", ["zero_out", "replace_one"])
+def test_a_group_is_stated_however_it_is_drawn(sampling, relation):
+  plan = _plan(
+    sampling=sampling,
+    cycle_length=5 if sampling == "cyclic_poisson" else 1,
+    group_size=4,
+    neighboring_relation=relation,
+    accountant="rdp",
+  )
+  text = statements.of_plan(plan)
+  assert "every group of 4 examples" in text
+  assert "averaged and clipped as one" in text
+  # That of replacing is noise for twice the clip norm already.
+  assert ("noise counts half" in text) == (relation == "zero_out")
+
+
 @pytest.mark.parametrize(
   ("epsilon", "stated"),
   [(0.0, "0"), (math.inf, "inf"), (1.00001, "1.001"), (123.41, "123.5")],
