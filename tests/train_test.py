@@ -580,7 +580,7 @@ def test_bad_settings_are_named_and_cost_nothing(tmp_path, changes, message):
   assert not (tmp_path / "run" / "ledger").exists()
 
 
-def test_the_secret_is_in_its_file_alone(tmp_path):
+def test_the_secret_is_in_its_file_alone(tmp_path, capfd):
   config = _config()
   with config.unlocked():
     config.insecure_seed = None
@@ -595,3 +595,6 @@ def test_the_secret_is_in_its_file_alone(tmp_path):
       content = other.read_bytes()
       assert secret not in content, other
       assert secret.hex().encode() not in content.lower(), other
+  shown = "".join(capfd.readouterr())
+  assert "epsilon" in shown
+  assert secret.hex() not in shown.lower()
