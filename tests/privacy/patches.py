@@ -20,8 +20,8 @@ import shlex
 import shutil
 import subprocess
 
-FOLDER = pathlib.Path(__file__).parent / "bugs"
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "tests" / "privacy" / "bugs"
 
 # Bugs that private training has had. Each has a patch at least.
 KINDS = (
