@@ -264,7 +264,7 @@ def _cases(report: pathlib.Path) -> list[_Case | None]:
       problem = case.find(kind)
       if problem is not None:
         module = case.get("classname", "").replace(".", "/")
-        message = (problem.get("message") or "").strip().partition("\n")[0]
+        message = " ".join((problem.get("message") or "").split())[:200]
         found = _Case(
           f"{module}.py::{case.get('name')}", kind == "failure", message
         )
