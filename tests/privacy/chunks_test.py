@@ -1,4 +1,4 @@
-"""The compiled step on eight devices: one draw of noise, whatever its chunks."""
+"""The compiled step on eight devices draws noise once, whatever its chunks."""
 
 import jax
 import jax.numpy as jnp
