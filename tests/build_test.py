@@ -34,7 +34,8 @@ LAYERS = (
   ("accounting", "sampling", "noise", "clipping", "peers"),
   ("plan",),
   ("statements",),
-  ("mechanism", "config", "dp_config", "composition", "history"),
+  ("mechanism", "config", "dp_config", "composition", "history")
+  + ("tradeoffs", "tradeoff_plot"),
   ("gradients", "stateful", "ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance")
   + ("operations", "model_check"),
