@@ -68,9 +68,8 @@ def draw(
     axes.spines[["top", "right"]].set_visible(False)
     axes.tick_params(colors=_GREY, which="both")
     plain = ticker.FuncFormatter(lambda x, _: f"{x:,.4g}")
-    few = {"subs": (1.0, 2.0, 5.0), "numticks": 20}
     for axis in (axes.xaxis, axes.yaxis):
-      axis.set_major_locator(ticker.LogLocator(**few))
+      axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5), numticks=20))
       axis.set_major_formatter(plain)
       axis.set_minor_locator(ticker.NullLocator())
   all_axes[0].set_ylabel(f"epsilon at delta {plan.delta:g}")

@@ -40,6 +40,7 @@ from dpdist import operations
 from dpdist import preemption
 from dpdist import progress as progress_lib
 from dpdist import provenance
+from dpdist import released as released_lib
 from dpdist import report
 from dpdist import screen
 from dpdist import step as step_lib
@@ -172,6 +173,7 @@ def _run(
         "no checkpoint can be restored, and the plan is spent; "
         + "; ".join(rejected)
       )
+    released_lib.write_settings(workdir, config)
     epsilon_planned = composition.epsilon(ledger.planned)
     return _Line(
       branch.identity, branch.release(0), ledger.last_step, epsilon_planned
