@@ -117,9 +117,9 @@ def load(
   """
   workdir = pathlib.Path(workdir)
   check_sound(workdir, ledger)
+  saved = _find(workdir, ledger, step)
   config = read_settings(workdir) if config is None else config
   _check_settings(config, ledger)
-  saved = _find(workdir, ledger, step)
   test = datasets.load(config.data).test
   held_out = test.read(np.arange(len(test)))
   model = models.make(config.model)
@@ -193,12 +193,16 @@ def _find(
     for saved in ledger.checkpoints
     if manifest.location(folder, saved).exists()
   ]
+  if not there:
+    raise ValueError(
+      f"workdir must hold a checkpoint, got {str(workdir)!r}, whose run has"
+      " saved none yet: go on with it"
+    )
   wanted = [saved for saved in there if step in (None, saved.step)]
   if not wanted:
     steps = sorted({saved.step for saved in there})
-    what = "the newest of them" if step is None else step
     raise ValueError(
-      f"step must be that of a checkpoint, one of {steps}, got {what}"
+      f"step must be that of a checkpoint, one of {steps}, got {step}"
     )
   found, rejected = manifest.newest(folder, wanted)
   if found is None:

@@ -24,7 +24,6 @@ Imports no jax. Exit codes: 0 done; 2 wrong usage; anything else is a failure.
 
 from collections.abc import Sequence
 import json
-import sys
 import textwrap
 from typing import Any
 
@@ -82,9 +81,6 @@ def main(argv: Sequence[str]) -> int:
     facts = _facts()
   except ValueError as error:
     return flag_parsing.usage_error(error)
-  except ledger_lib.LedgerError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
   if _JSON.value:
     print(json.dumps(facts, indent=2))
   else:
