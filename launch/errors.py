@@ -112,11 +112,14 @@ def again(*more: str, door: str | None = None) -> str:
 
 
 def _workdir() -> str:
-  for i, flag in enumerate(sys.argv):
-    name, _, value = flag.lstrip("-").partition("=")
-    if name == "workdir":
-      return value or (sys.argv[i + 1] if i + 1 < len(sys.argv) else "")
-  return ""
+  """The last one that is given, as absl takes it; "" if none is."""
+  found = ""
+  for flag, after in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
+    if re.fullmatch("--?workdir", flag):
+      found = after
+    elif match := re.match("--?workdir=(.*)", flag):
+      found = match[1]
+  return found
 
 
 def _asked_for(sentence: str) -> str:
