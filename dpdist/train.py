@@ -193,6 +193,7 @@ def _run(
     rows = summary.start_rows(job, ledger.planned, start_step=start)
     screen.show_start(rows, notices)
 
+  num_entries = sum(leaf.size for leaf in jax.tree.leaves(job.params))
   evaluate = losses.evaluator(job.model, job.test, job.mesh)
   scores: dict[str, float] = {}
   num_steps = config.privacy.num_steps
@@ -267,6 +268,9 @@ def _run(
               "epsilon": composition.epsilon(ledger.spent_through(done)),
               "learning_rate": float(job.learning_rate(t)),
               "noisy_gradient_norm": float(released["noisy_gradient_norm"]),
+              "noise_norm": step.mechanism.noise_norm(
+                num_entries, first_release + t
+              ),
               "examples_per_second": clock.examples_per_second(),
             }
             display.tell(done, values, scores, sensitive, machines)
