@@ -53,7 +53,8 @@ def plots(rows: _Rows, epsilon_budget: float) -> str:
     _plot(
       "Noise against signal",
       rows,
-      {"noisy_gradient_norm": "noised gradient", "noise_norm": "noise alone"},
+      {"noisy_gradient_norm": "both", "noise_norm": "noise"},
+      from_zero=True,
       note=_signal(rows),
     ),
     _plot("Learning rate", rows, {"learning_rate": ""}),
@@ -78,11 +79,12 @@ def _signal(rows: _Rows) -> str:
   )
   if not len(pairs) or not np.isfinite(pairs).all() or not pairs.all():
     return ""
-  whole, noise = (pairs[-(-len(pairs) * 3 // 4) - 1 :] ** 2).mean(axis=0)
+  whole, noise = (pairs[len(pairs) * 3 // 4 :] ** 2).mean(axis=0)
   share = min(1.0, max(0.0, 1 - noise / whole))
+  told = "less than 1%" if share < 0.01 else f"about {share:.0%}"
   return (
-    f"Lengths of the mean gradient with its noise, and of the noise by the"
-    f" plan. At the end about {share:.0%} of the squared length is signal."
+    "Length of the mean gradient with its noise, and of the noise, by the plan."
+    f" In the last quarter {told} of the squared length is signal."
   )
 
 
@@ -92,6 +94,7 @@ def _plot(
   names: Mapping[str, str],
   *,
   limit: float | None = None,
+  from_zero: bool = False,
   note: str = "",
 ) -> str:
   """Draws the named metrics over the steps; "" if none was written."""
@@ -117,8 +120,10 @@ def _plot(
     return ""
   if limit is not None and np.isfinite(limit):
     axes.axhline(limit, color=_COLORS["limit"], linewidth=1.3, linestyle="--")
-    axes.set_ylim(bottom=0)
+    from_zero = True
     key.append(("limit", f"budget {limit:.4g}"))
+  if from_zero:
+    axes.set_ylim(bottom=0)
   legend = "".join(
     f"<span><i class='{color}' style='color: var(--{color})'></i>"
     f"{_text(label)}</span>"
@@ -146,7 +151,8 @@ def _svg(fig: figure.Figure, axes: Any, title: str) -> str:
   axes.set_axisbelow(True)
   axes.locator_params(axis="both", nbins=5)
   axes.xaxis.get_major_locator().set_params(integer=True)
-  axes.ticklabel_format(useOffset=False)
+  axes.xaxis.set_major_formatter("{x:,.0f}")
+  axes.ticklabel_format(axis="y", useOffset=False)
   axes.tick_params(length=0, labelsize=9, labelcolor=_COLORS["text"], pad=6)
   for side, spine in axes.spines.items():
     spine.set_visible(side == "bottom")

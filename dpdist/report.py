@@ -40,7 +40,7 @@ p { max-width: 44rem; margin: 0; }
   border: 1px solid currentColor; }
 .badge.red { color: var(--limit); background: var(--bad); }
 .grid { display: grid; gap: 1rem;
-  grid-template-columns: repeat(auto-fit, minmax(min(100%, 8.5rem), 1fr)); }
+  grid-template-columns: repeat(4, minmax(0, 1fr)); }
 .plots { grid-template-columns: repeat(auto-fit, minmax(min(100%, 20rem), 1fr));
 }
 .card { background: var(--card); border: 1px solid var(--grid);
@@ -56,7 +56,8 @@ p { max-width: 44rem; margin: 0; }
 .notices strong { color: var(--warn-edge); }
 .notices.red strong { color: var(--limit); }
 .notices p { margin: .3rem 0; overflow-wrap: anywhere; }
-.statement { border-left: 4px solid var(--first); }
+.statement { box-shadow: inset 4px 0 0 var(--first);
+  padding-left: 1.5rem; }
 .statement p { white-space: pre-line; overflow-wrap: anywhere;
   max-width: 50rem; }
 table { border-collapse: collapse; width: 100%; }
@@ -79,8 +80,10 @@ svg text { font-family: inherit !important; }
 summary { cursor: pointer; font-weight: 600; }
 pre { margin: .75rem 0 0; font: .8rem/1.5 ui-monospace, Menlo, Consolas,
   monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-@media (max-width: 480px) { main { padding: 1.5rem 1rem 3rem; }
-  .grid { gap: .75rem; } .card { padding: .85rem 1rem; } }
+@media (max-width: 600px) { main { padding: 1.5rem 1rem 3rem; }
+  .grid { gap: .75rem; } .card { padding: .85rem 1rem; }
+  .statement { padding-left: 1.25rem; }
+  .grid:not(.plots) { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
 """
 
 _SPEED = (
@@ -127,7 +130,8 @@ def write(
       _headline(result),
       _notices(result, notices),
       f"<h2>Over the run's steps</h2>\n{drawn}" if drawn else "",
-      "<h2>Privacy statement</h2>\n<div class='card statement'>"
+      f"<h2>Privacy statement{' (void)' * _is_void(result)}</h2>\n"
+      "<div class='card statement'>"
       f"<p>{_text(statement)}</p></div>",
       f"<h2>Plan</h2>\n<div class='card'>{_table(rows)}</div>",
       f"<h2>Provenance</h2>\n<div class='card'>{_table(_origin(result))}</div>",
@@ -161,15 +165,18 @@ def _is_void(result: Mapping[str, Any]) -> bool:
 def _headline(result: Mapping[str, Any]) -> str:
   void = _is_void(result)
   note = " (void)" if void else ""
-  cards = []
-  for key, label in (("test", "held-out"), ("test_ema", "held-out, EMA:")):
-    for name, value in result.get(key, {}).items():
-      cards.append((f"{label} {name}", f"{value:.4g}", False))
-  cards[1:1] = [
+  scores = [
+    (f"{label} {name}", f"{value:.4g}", False)
+    for key, label in (("test", "held-out"), ("test_ema", "held-out, EMA:"))
+    for name, value in result.get(key, {}).items()
+  ]
+  cards = [
+    *scores[:1],
     ("epsilon" + note, f"{result['epsilon']:.4g}", void),
     ("delta" + note, f"{result['delta']:.3g}", void),
+    ("steps", f"{result['num_steps']:,}", False),
+    *scores[1:],
   ]
-  cards.append(("steps", f"{result['num_steps']:,}", False))
   badge = "No guarantee" if void else "Guarantee holds"
   inner = "\n".join(
     f"<div class='card{' void' if crossed else ''}'>"
@@ -203,7 +210,8 @@ def _notices(result: Mapping[str, Any], notices: Sequence[str]) -> str:
 
 def _table(rows: Sequence[tuple[str, str]]) -> str:
   inner = "\n".join(
-    f"<tr><th scope='row'>{_text(name)}</th><td>{_text(value)}</td></tr>"
+    f"<tr><th scope='row'>{_text(name)}</th><td"
+    f"{' class=digest' if len(value) == 64 else ''}>{_text(value)}</td></tr>"
     for name, value in rows
   )
   return f"<table>\n{inner}\n</table>"
