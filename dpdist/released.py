@@ -6,16 +6,13 @@ nothing could be said of what its parameters cost.
 """
 
 from collections.abc import Mapping
-import functools
 import json
 import os
 import pathlib
 from typing import Any, NamedTuple
 
 from flax import linen as nn
-import jax
 from jax.sharding import Mesh
-from jax.sharding import NamedSharding
 import ml_collections
 import numpy as np
 
@@ -31,6 +28,7 @@ from dpdist import manifest
 from dpdist import mesh as mesh_lib
 from dpdist import models
 from dpdist import optimizers
+from dpdist import shapes
 from dpdist import step as step_lib
 from dpdist import verification
 
@@ -126,20 +124,7 @@ def load(
   optimizer, _ = optimizers.make(config.optimizer, config.privacy.num_steps)
   mesh = _mesh(config)
   whole = job.make_step(config, ledger.plan, model, optimizer, mesh)
-  words = jax.ShapeDtypeStruct((2,), np.uint32)
-  state = jax.eval_shape(
-    lambda *args: whole.initial(job.make_params(model, *args)),
-    words,
-    held_out["inputs"][0],
-  )
-  shardings = jax.tree.map(
-    functools.partial(NamedSharding, mesh), whole.state_specs(state)
-  )
-  like = jax.tree.map(
-    lambda x, at: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=at),
-    state,
-    shardings,
-  )
+  like = shapes.state(whole, model, held_out["inputs"][0])
   restored = checkpoint.read(workdir / "checkpoints", like, saved)
   result, environment = workdir / "result.json", {}
   if result.exists():

@@ -41,12 +41,14 @@ LAYERS = (
   + ("operations", "model_check"),
   ("units",),
   ("chitchat",),
-  ("data", "data_budget", "datasets", "retrying", "screen", "report")
+  ("data", "data_budget", "datasets", "retrying", "screen", "drawing")
   + ("checkpoint", "exact_step", "odometer", "watch"),
+  ("report",),
   ("admission", "verification", "display"),
   ("job", "frontends"),
-  ("summary", "forecast", "released"),
-  ("model_card",),
+  ("summary", "shapes"),
+  ("forecast", "released", "speed"),
+  ("model_card", "autotune"),
   ("export",),
   ("train",),
   ("dpdist",),

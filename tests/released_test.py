@@ -19,6 +19,9 @@ from dpdist import ledger as ledger_lib
 from dpdist import metrics
 from dpdist import released
 
+# Compiles a lot.
+pytestmark = pytest.mark.cluster
+
 
 def _config():
   config = digits.get_config()
