@@ -10,7 +10,7 @@ and goes on writing does so where nobody looks.
 Nothing random is stored: keys are functions of the secret and the step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import os
 import pathlib
@@ -117,24 +117,15 @@ class Checkpoints:
       MismatchError: it has other parameters than like.
     """
     path = manifest.location(self._directory, saved)
-    try:
+    with _fitting(path, saved):
       restored = self._manager.restore(
         saved.step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(
-            jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-          ),
+          state=ocp.args.StandardRestore(_shapes(like)),
           meta=ocp.args.JsonRestore(),
         ),
         directory=path.parent,
       )
-    except (KeyError, TypeError, ValueError) as error:
-      # Its bytes are right, so it is the settings that changed.
-      raise MismatchError(
-        f"the checkpoint of step {saved.step} in {path} does not fit the model,"
-        " optimizer and ema_decay of these settings; go on with those that the"
-        " run began with"
-      ) from error
     return restored.state, restored.meta["ledger_head"]
 
   def delete_old(self, known: Sequence[history.Saved]) -> None:
@@ -159,3 +150,42 @@ class Checkpoints:
       if path < self._folder:
         with contextlib.suppress(OSError):  # It is not empty.
           path.rmdir()
+
+
+def read(
+  directory: str | os.PathLike[str], like: PyTree, saved: history.Saved
+) -> PyTree:
+  """Restores a checkpoint and changes nothing in the run's directory.
+
+  Args:
+    directory: of the run's checkpoints.
+    like: as for `Checkpoints.restore`; shapes with shardings are enough.
+    saved: which; its manifest must have been verified.
+
+  Returns:
+    The pytree that was saved.
+
+  Raises:
+    MismatchError: it has other parameters than like.
+  """
+  path = manifest.location(pathlib.Path(directory).absolute(), saved)
+  # Without a manager, which would tidy up what a run is writing.
+  with ocp.StandardCheckpointer() as checkpointer, _fitting(path, saved):
+    return checkpointer.restore(path / "state", _shapes(like))
+
+
+def _shapes(like: PyTree) -> PyTree:
+  return jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+
+
+@contextlib.contextmanager
+def _fitting(path: pathlib.Path, saved: history.Saved) -> Iterator[None]:
+  try:
+    yield
+  except (KeyError, TypeError, ValueError) as error:
+    # Its bytes are right, so it is the settings that changed.
+    raise MismatchError(
+      f"the checkpoint of step {saved.step} in {path} does not fit the model,"
+      " optimizer and ema_decay of these settings; go on with those that the"
+      " run began with"
+    ) from error

@@ -40,6 +40,7 @@ from dpdist import operations
 from dpdist import preemption
 from dpdist import progress as progress_lib
 from dpdist import provenance
+from dpdist import released as released_lib
 from dpdist import report
 from dpdist import screen
 from dpdist import step as step_lib
@@ -172,6 +173,7 @@ def _run(
         "no checkpoint can be restored, and the plan is spent; "
         + "; ".join(rejected)
       )
+    released_lib.write_settings(workdir, config)
     epsilon_planned = composition.epsilon(ledger.planned)
     return _Line(
       branch.identity, branch.release(0), ledger.last_step, epsilon_planned
@@ -191,6 +193,7 @@ def _run(
     rows = summary.start_rows(job, ledger.planned, start_step=start)
     screen.show_start(rows, notices)
 
+  num_entries = sum(leaf.size for leaf in jax.tree.leaves(job.params))
   evaluate = losses.evaluator(job.model, job.test, job.mesh)
   scores: dict[str, float] = {}
   num_steps = config.privacy.num_steps
@@ -265,6 +268,9 @@ def _run(
               "epsilon": composition.epsilon(ledger.spent_through(done)),
               "learning_rate": float(job.learning_rate(t)),
               "noisy_gradient_norm": float(released["noisy_gradient_norm"]),
+              "noise_norm": step.mechanism.noise_norm(
+                num_entries, first_release + t
+              ),
               "examples_per_second": clock.examples_per_second(),
             }
             display.tell(done, values, scores, sensitive, machines)

@@ -34,17 +34,22 @@ LAYERS = (
   ("accounting", "sampling", "noise", "clipping", "peers"),
   ("plan",),
   ("statements",),
-  ("mechanism", "config", "dp_config", "composition", "history"),
+  ("mechanism", "config", "dp_config", "composition", "history")
+  + ("tradeoffs", "tradeoff_plot"),
   ("gradients", "stateful", "ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance")
   + ("operations", "model_check"),
   ("units",),
   ("chitchat",),
-  ("data", "data_budget", "datasets", "retrying", "screen", "report")
+  ("data", "data_budget", "datasets", "retrying", "screen", "drawing")
   + ("checkpoint", "exact_step", "odometer", "watch"),
+  ("report",),
   ("admission", "verification", "display"),
   ("job", "frontends"),
-  ("summary", "forecast"),
+  ("summary", "shapes"),
+  ("forecast", "released", "speed"),
+  ("model_card", "autotune"),
+  ("export",),
   ("train",),
   ("dpdist",),
   ("examples",),
