@@ -88,6 +88,7 @@ class Target(NamedTuple):
   srcs: tuple[str, ...]
   deps: tuple[str, ...]
   data: tuple[str, ...]
+  args: tuple[str, ...]
 
 
 def read_targets(root: pathlib.Path) -> list[Target]:
@@ -112,7 +113,14 @@ def read_targets(root: pathlib.Path) -> list[Target]:
       for key in ("deps", "data")
     )
     targets.append(
-      Target(call.func.id, given["name"], tuple(given["srcs"]), deps, data)
+      Target(
+        call.func.id,
+        given["name"],
+        tuple(given["srcs"]),
+        deps,
+        data,
+        tuple(given.get("args", ())),
+      )
     )
   return targets
 
@@ -235,6 +243,8 @@ def _find_problems_of(
   srcs = {path.relative_to(root).as_posix()}
   if rule == "py_test":
     srcs.add(RUNNER)
+    if target.args != (f"{target.name}.py",):
+      yield f"{name} should run {target.name}.py"
   if {*target.srcs} != srcs:
     yield f"{name} should have the srcs {sorted(srcs)}"
   yield from (f"{name} lacks :{dep}" for dep in edges - deps)
@@ -438,6 +448,18 @@ def test_notices_the_wrong_rule(copy: pathlib.Path) -> None:
     build.replace(door, door.replace("binary", "library"))
   )
   assert find_problems(copy) == [":launch/train should be a py_binary"]
+
+
+def test_notices_a_test_that_runs_another(copy: pathlib.Path) -> None:
+  build = (copy / "BUILD").read_text()
+  mine = 'args = ["tests/keys_test.py"]'
+  assert mine in build
+  (copy / "BUILD").write_text(
+    build.replace(mine, 'args = ["tests/mesh_test.py"]')
+  )
+  assert find_problems(copy) == [
+    ":tests/keys_test should run tests/keys_test.py"
+  ]
 
 
 def test_notices_strangers_meeting(copy: pathlib.Path) -> None:
