@@ -19,8 +19,10 @@ def default() -> ml_collections.ConfigDict:
 
   config.data = ml_collections.ConfigDict()
   config.data.name = "digits"
-  # digits, text, npz, idx, array_record, parquet, chitchat
+  # digits, text, npz, idx, array_record, parquet, mnist, fashion_mnist,
+  # cifar10, adult, chitchat
   config.data.path = ""  # directory or file, where the name needs one
+  config.data.features = ""  # scattering: of images, in their place
   config.data.sequence_length = 64  # text: tokens of an example
   config.data.num_train = 0  # text: pieces to train on
   config.data.num_test = 0  # text: pieces held out
