@@ -1,4 +1,10 @@
-"""Private logistic regression on Adult: census records, one a person."""
+"""Private logistic regression on Adult: does a person earn over 50,000 dollars?
+
+  python -m launch.fetch --name=adult
+  python -m launch.train --config=configs/adult.py --workdir=/tmp/adult
+
+MEASURED
+"""
 
 import ml_collections
 
@@ -13,7 +19,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.num_outputs = 2
   config.privacy.num_examples = 32_561
   config.privacy.expected_batch_size = 2048
-  config.privacy.num_steps = 400
+  config.privacy.num_steps = 200
   config.privacy.l2_clip_norm = 1.0
   config.privacy.target_epsilon = 1.0
   config.privacy.target_delta = 1e-5
