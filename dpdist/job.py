@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 from dpdist import admission
+from dpdist import augment
 from dpdist import config as config_lib
 from dpdist import data_budget
 from dpdist import datasets
@@ -167,6 +168,7 @@ def _prepare(
   secret = hosts.in_all(lambda: admission.secret(config, workdir, is_new=False))
   hosts.agree(secret_file=keys.secret_hash(secret))
   example = one_example(splits.train)["inputs"]
+  augment.check(config, example.shape)
   init_args = (mechanism.Streams(secret, "").words("init"), example)
   make = functools.partial(make_params, model)
   params = jax.eval_shape(make, *init_args)
@@ -336,6 +338,10 @@ def loss_fn(
 ) -> Callable[..., Any]:
   """The loss of what is clipped as one: of an example, or a mean."""
   loss = losses.cross_entropy(model)
+  copies = config.augmentation
+  if copies.multiplicity:
+    change = augment.flip_and_crop(flip=copies.flip, crop=copies.crop)
+    loss = losses.mean_over_copies(loss, change, copies.multiplicity)
   if config.data.examples_per_unit or config.privacy.group_size > 1:
     return losses.mean_over_unit(loss, empty_slot=units.EMPTY_SLOT)
   return loss

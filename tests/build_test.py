@@ -27,8 +27,9 @@ RUNNER = "tests/run.py"
 LAYERS = (
   ("keys", "hosts", "rendezvous", "mesh", "fixed_point", "search")
   + ("seals", "liveness", "stores", "progress", "signals", "maintenance")
-  + ("events", "chips", "compiled", "products", "fetch"),
-  ("pairs",),
+  + ("events", "chips", "compiled", "products", "archives")
+  + ("scattering", "augment"),
+  ("pairs", "fetch"),
   ("records", "renyi", "loss_distributions", "verdict"),
   ("accountants",),
   ("accounting", "sampling", "noise", "clipping", "peers"),
@@ -40,7 +41,7 @@ LAYERS = (
   + ("models", "losses", "optimizers", "preemption", "provenance")
   + ("operations", "model_check"),
   ("units",),
-  ("chitchat",),
+  ("chitchat", "features", "cifar", "adult"),
   ("data", "data_budget", "datasets", "retrying", "screen", "drawing")
   + ("checkpoint", "exact_step", "odometer", "watch"),
   ("report",),
@@ -243,7 +244,7 @@ def _find_problems_of(
   srcs = {path.relative_to(root).as_posix()}
   if rule == "py_test":
     srcs.add(RUNNER)
-    if target.args != (f"{target.name}.py",):
+    if target.args[-1:] != (f"{target.name}.py",):
       yield f"{name} should run {target.name}.py"
   if {*target.srcs} != srcs:
     yield f"{name} should have the srcs {sorted(srcs)}"

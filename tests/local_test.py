@@ -192,10 +192,8 @@ def test_accelerators_are_not_divided():
 # Shells in place of trainers: what a pod does needs no jax. In a process of its
 # own, since it forks.
 _POD = """
-import json, os, signal, sys
+import json, os, sys
 from launch import local, pod
-# As in a terminal, also where the tests run under nohup.
-signal.signal(signal.SIGHUP, signal.SIG_DFL)
 script, count, grace, term = json.loads(sys.argv[1])
 pod._TERM_SECONDS = term
 running = pod.Pod(
