@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.name = "sgd"
   config.optimizer.learning_rate = 2.0
   config.ema_decay = 0.9999
-  # Of each, 16 copies: on one device 64 examples at once, on eight as many each.
+  # With 16 copies of each; eight devices take as many each.
   config.clipping.microbatch_size = 64
   config.chunk_size = 512
   return config

@@ -18,8 +18,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 # As many threads in every process that a test starts, whatever its devices.
 os.environ.setdefault("NPROC", str(max(_DEVICES, os.cpu_count() or 1)))
 
-# As in a terminal, also under nohup or in a script's background: whoever ignores
-# a signal hands that on to the processes that tests start, and signal.
+# As in a terminal, also under nohup or in a script's background: a signal that
+# is ignored here would be ignored by the processes that tests start and signal.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
   signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
