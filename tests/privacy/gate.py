@@ -336,7 +336,9 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   parser.add_argument("--json", type=pathlib.Path, help="a file for the report")
   arguments = parser.parse_args(argv)
-  console = rich.console.Console()
+  # Where it goes to a file, in lines that need not be broken.
+  width = None if sys.stdout.isatty() else 200
+  console = rich.console.Console(width=width)
   try:
     bugs = patches.read_all()
     if arguments.list:
