@@ -4,9 +4,13 @@ Sizes are doubled until one does not fit or holds nearly every draw, and then
 halved in between. Whether
 one fits is tried: it is compiled, and its program's memory is held against what
 is free; if that is enough, it is run. (On a CPU, whose memory the system
-stretches until it kills somebody, what is free is the bound.)
+stretches until it kills somebody, what is free is the bound.) Those that fit
+then take turns, so that their speeds can be compared on a machine whose own
+speed drifts.
 """
 
+from collections.abc import Callable
+import statistics
 from typing import Any
 
 import jax
@@ -41,10 +45,14 @@ def search(
   )
   most = speed.most_useful(bench)
   tries: list[dict[str, Any]] = []
+  runs: dict[int, Callable[[], float]] = {}
 
   def fits(size: int) -> bool:
-    tries.append(_try(bench, size, free))
-    return bool(tries[-1]["fits"])
+    needed, run = _try(bench, size, free)
+    tries.append({"chunk_size": size, "bytes": needed, "fits": run is not None})
+    if run is not None:
+      runs[size] = run
+    return run is not None
 
   good, bad = 0, most + multiple
   size = max(multiple, most // _FIRST // multiple * multiple)
@@ -61,6 +69,13 @@ def search(
       good = size
     else:
       bad = size
+  turns = [{size: run() for size, run in runs.items()} for _ in range(_ROUNDS)]
+  for row in tries:
+    if row["fits"]:
+      size = row["chunk_size"]
+      seconds = statistics.median(turn[size] for turn in turns)
+      row["chunk_seconds"] = seconds
+      row["examples_per_second"] = size / seconds
   fastest = max(
     (row for row in tries if row["fits"]),
     key=lambda row: row["examples_per_second"],
@@ -74,19 +89,18 @@ def search(
   }
 
 
-def _try(bench: speed.Bench, size: int, free: int) -> dict[str, Any]:
-  row: dict[str, Any] = {"chunk_size": size, "bytes": None, "fits": False}
+def _try(
+  bench: speed.Bench, size: int, free: int
+) -> tuple[int | None, Callable[[], float] | None]:
+  """Bytes needed, if they could be told, and what runs it if it fits."""
+  needed = None
   try:
-    row["bytes"], run = speed.trial(bench, size, _ROUNDS)
-    if row["bytes"] > free:
-      return row
-    seconds = run()
+    needed, run = speed.trial(bench, size)
+    if needed > free:
+      return needed, None
+    run()
   except jax.errors.JaxRuntimeError as error:
     if "RESOURCE_EXHAUSTED" not in str(error):
       raise
-    return row
-  return row | {
-    "fits": True,
-    "chunk_seconds": seconds,
-    "examples_per_second": size / seconds,
-  }
+    return needed, None
+  return needed, run

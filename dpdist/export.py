@@ -2,7 +2,8 @@
 
 A folder of three files, as the field hands models on: `model.safetensors`,
 `README.md` (see `dpdist.model_card`) and `config.json`, from which `load` makes
-the model again. Neither reads a protected example nor spends budget.
+the model again. Nothing is computed from a protected example, and no budget is
+spent.
 """
 
 import json

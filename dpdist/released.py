@@ -1,8 +1,8 @@
 """What a run has released, looked at from outside: settings and parameters.
 
-Looking spends nothing. The ledger is read and never written, no example that
-is protected is read, and a run whose record is not sound is refused, since
-nothing could be said of what its parameters cost.
+Looking spends nothing. The ledger is read and never written, nothing is
+computed from an example that is protected, and a run whose record is not sound
+is refused, since nothing could be said of what its parameters cost.
 """
 
 from collections.abc import Mapping

@@ -161,7 +161,8 @@ def advice(bench: Bench, facts: dict[str, Any]) -> list[str]:
       " are free: take a smaller --config.chunk_size, or let --autotune find"
       " it."
     ]
-  said = [f"A chunk of {size:,} takes {used / free:.1%} of the free memory."]
+  share = "less than 0.1%" if used < 1e-3 * free else f"{used / free:.1%}"
+  said = [f"A chunk of {size:,} takes {share} of the free memory."]
   if size >= whole:
     said.append(
       "It holds nearly every draw (three standard deviations above the mean):"
@@ -184,14 +185,12 @@ def most_useful(bench: Bench) -> int:
   return job.chunk_size(config, bench.plan, bench.step.mesh)
 
 
-def trial(
-  bench: Bench, size: int, rounds: int
-) -> tuple[int, Callable[[], Any]]:
+def trial(bench: Bench, size: int) -> tuple[int, Callable[[], float]]:
   """Compiles the private step for a chunk size.
 
   Returns:
-    Bytes that a device needs, and what runs it: seconds of a chunk, the median
-    of the rounds.
+    Bytes that a device needs, and what runs a step of one chunk: seconds that
+    the chunk took, after one that is not told.
   """
   given = shapes.arguments(bench.step, bench.state, bench.row, size)
   accumulate = _compiled(bench.step.accumulate, given)
@@ -203,14 +202,13 @@ def trial(
     args = list(jax.tree.map(_made_up, given))
     state = jax.tree.map(_made_up, bench.state)
     args[0] = state.params
-    seconds = []
-    for _ in range(rounds + 1):
+    for _ in range(2):
       start = time.perf_counter()
       args[1] = jax.block_until_ready(accumulate.run(*args))
-      seconds.append(time.perf_counter() - start)
+      seconds = time.perf_counter() - start
     # What a run needs too, at its end.
     jax.block_until_ready(update.run(state, args[1], args[4]))
-    return statistics.median(seconds[1:])
+    return seconds
 
   return needed, run
 

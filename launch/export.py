@@ -4,7 +4,8 @@ r"""Writes the parameters of a run as safetensors, with a model card.
 
 The card, README.md, says what the parameters cost (or that there is no
 guarantee), how they were made and how well they do. Spends nothing: reads the
-ledger, which must be sound, and no example that was trained on.
+ledger, which must be sound, and computes nothing from an example that was
+trained on.
 
 Exit codes: 0 done; 1 the record is not sound; 2 wrong usage.
 """

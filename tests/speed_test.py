@@ -132,7 +132,7 @@ def test_the_largest_chunk_that_fits_is_found_by_trying(bench):
   needed = {row["chunk_size"]: row["bytes"] for row in whole["tries"]}
   assert list(needed) == [8, 16, 32, 64]
   # Room for 40 and not for 48.
-  limit = speed.trial(bench, 40, 1)[0]
+  limit = speed.trial(bench, 40)[0]
   found = autotune.search(bench, free_bytes=limit)
   assert found["largest"] == 40
   for row in found["tries"]:
@@ -145,11 +145,11 @@ def test_the_largest_chunk_that_fits_is_found_by_trying(bench):
 
 
 def test_what_runs_out_of_memory_does_not_fit(bench, monkeypatch):
-  def full(bench, size, rounds):
+  def full(bench, size):
     if size > 16:
       # As XLA says it.
       jax.jit(lambda: jax.numpy.zeros((1 << 44,), np.float32))()
-    return trial(bench, size, rounds)
+    return trial(bench, size)
 
   trial = speed.trial
   monkeypatch.setattr(speed, "trial", full)
