@@ -13,21 +13,19 @@ import dataclasses
 import math
 from typing import Any, NamedTuple
 
-import ml_collections
 import numpy as np
 
 from dpdist import accountants
 from dpdist import audit_bounds
 from dpdist import canaries
 from dpdist import plan as plan_lib
-from dpdist import step as step_lib
 
 MODES = ("worst_case", "one_run")
-CANARIES = canaries.KINDS
 
-# Of the plan's noise: the largest and, inverted, the least that is tried, and
-# into how many a doubling is divided.
-_LARGEST_SCALE = 16.0
+_TRIALS = 4000
+# Of the plan's noise: the least and the most that is tried, and into how many
+# parts a doubling is divided, as a power of 2.
+_SCALES = (1 / 4, 16.0)
 _HALVINGS = 5
 
 
@@ -87,50 +85,46 @@ class Result(NamedTuple):
 
 
 def audit(
-  config: ml_collections.ConfigDict,
+  program: canaries.Program,
   *,
   mode: str = "worst_case",
-  num_trials: int = 1000,
+  num_trials: int = 0,
   canaries_per_run: int = 0,
   num_steps: int = 0,
-  canary: str = "entry",
   confidence: float = 0.95,
   seed: int | None = None,
-  change: Callable[[step_lib.Step], step_lib.Step] = lambda step: step,
 ) -> Result:
-  """Audits a config's step on the devices that are there.
+  """Audits a step.
 
   Args:
-    config: settings; its data are looked at for their shapes alone.
+    program: of `dpdist.canaries.prepare`.
     mode: "worst_case": trials that are independent; or "one_run": one run for
       all canaries, and a bound that holds however they hang together (Steinke,
       Nasr & Jagielski 2023, arXiv:2305.08846).
-    num_trials: canaries in all.
+    num_trials: canaries in all, or some more in "worst_case", where each run
+      has as many; 0: 4,000, or as many as a run takes in "one_run".
     canaries_per_run: side by side, in "worst_case"; 0: as many as may be. With
       1, each canary has a run to itself.
     num_steps: of each run; 0: the plan's.
-    canary: "entry": the gradient is one entry of the parameters, another for
-      each canary; or "example": it is the model's own, of a random example, and
-      the loss is the config's but for a factor. One canary a run, then.
     confidence: in (0, 1).
     seed: fixes all that is random, for tests; None: nothing does.
-    change: is given the step, for tests that break it.
 
   Raises:
     ValueError: names the setting, its value and what would be right.
   """
-  program = canaries.prepare(config, canary=canary)
-  plan, num_steps = program.plan, num_steps or config.privacy.num_steps
+  plan = program.plan
+  num_steps = num_steps or plan.num_steps
   most = min(plan.num_units, program.num_entries)
   if program.direction is not None:
     most = 1
-  if not canaries_per_run:
-    canaries_per_run = (
-      num_trials if mode == "one_run" else min(most, num_trials)
-    )
+  if mode == "one_run":
+    num_trials = num_trials or min(most, _TRIALS)
+    canaries_per_run = num_trials
+  else:
+    num_trials = num_trials or _TRIALS
+    canaries_per_run = canaries_per_run or min(most, num_trials)
   _check(plan, mode, num_trials, canaries_per_run, num_steps, most, confidence)
-  program = program._replace(step=change(program.step))
-  num_runs = 1 if mode == "one_run" else -(-num_trials // canaries_per_run)
+  num_runs = -(-num_trials // canaries_per_run)
   observed = canaries.observe(
     program,
     num_runs=num_runs,
@@ -274,10 +268,13 @@ def trade_off(
   """Epsilon of the plan with the least noise that errors contradict.
 
   Where every unit takes part in every step that is mu-GDP; else what the plan's
-  own pairs compose to (Nasr et al. 2023, arXiv:2302.07956, section 5).
+  own pairs compose to (Nasr et al. 2023, arXiv:2302.07956, section 5). It is
+  above the plan's own only if the plan's noise is contradicted, and then it
+  tells what that much less noise would spend, whatever it was that was wrong.
 
   Returns:
-    At the plan's delta; 0 where not even 16 times its noise is contradicted.
+    At the plan's delta; at most that of a quarter of its noise, and 0 where not
+    even 16 times its noise is contradicted.
   """
 
   def is_contradicted(scale: float) -> bool:
@@ -286,15 +283,15 @@ def trade_off(
 
   scale = 1.0  # In the end, the least that is known to be contradicted.
   if is_contradicted(scale):
-    while scale > 1 / _LARGEST_SCALE and is_contradicted(scale / 2):
+    while scale > _SCALES[0] and is_contradicted(scale / 2):
       scale /= 2
   else:
     scale *= 2
     while not is_contradicted(scale):
-      if scale >= _LARGEST_SCALE:
+      if scale >= _SCALES[1]:
         return 0.0
       scale *= 2
-  if scale > 1 / _LARGEST_SCALE:
+  if scale > _SCALES[0]:
     for halving in range(1, _HALVINGS + 1):
       less = scale / 2 ** (0.5**halving)
       if is_contradicted(less):

@@ -29,6 +29,7 @@ from ml_collections import config_flags
 
 from dpdist import audit
 from dpdist import audit_plot
+from dpdist import canaries
 from dpdist import screen
 from launch import exit_codes
 from launch import flag_parsing
@@ -40,7 +41,7 @@ _MODE = flags.DEFINE_enum(
   "mode", "worst_case", audit.MODES, "Which game is played."
 )
 _TRIALS = flags.DEFINE_integer(
-  "num_trials", 1000, "Canaries in all.", lower_bound=2
+  "num_trials", 0, "Canaries in all; 0: enough.", lower_bound=0
 )
 _PER_RUN = flags.DEFINE_integer(
   "canaries_per_run", 0, "Of worst_case; 0: as many as may be.", lower_bound=0
@@ -49,7 +50,7 @@ _STEPS = flags.DEFINE_integer(
   "num_steps", 0, "Of each run; 0: the plan's.", lower_bound=0
 )
 _CANARY = flags.DEFINE_enum(
-  "canary", "entry", audit.CANARIES, "What a canary's gradient is."
+  "canary", "entry", canaries.KINDS, "What a canary's gradient is."
 )
 _CONFIDENCE = flags.DEFINE_float("confidence", 0.95, "Of the bounds.")
 _PLOT = flags.DEFINE_string(
@@ -65,13 +66,13 @@ def main(argv: Sequence[str]) -> int:
   try:
     if _PLOT.value is not None:
       audit_plot.check(_PLOT.value)
+    program = canaries.prepare(_CONFIG.value, canary=str(_CANARY.value))
     result = audit.audit(
-      _CONFIG.value,
+      program,
       mode=str(_MODE.value),
       num_trials=int(_TRIALS.value or 0),
       canaries_per_run=int(_PER_RUN.value or 0),
       num_steps=int(_STEPS.value or 0),
-      canary=str(_CANARY.value),
       confidence=float(_CONFIDENCE.value or 0),
     )
   except ValueError as error:

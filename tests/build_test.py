@@ -26,6 +26,7 @@ RUNNER = "tests/run.py"
 # modules of one room may import one another.
 LAYERS = (
   ("keys", "hosts", "rendezvous", "mesh", "fixed_point", "search")
+  + ("audit_bounds",)
   + ("seals", "liveness", "stores", "progress", "signals", "maintenance")
   + ("events", "chips", "compiled", "products", "fetch"),
   ("pairs",),
@@ -45,7 +46,9 @@ LAYERS = (
   ("admission", "verification", "display"),
   ("job", "frontends"),
   ("summary", "forecast"),
-  ("train",),
+  ("train", "canaries"),
+  ("audit",),
+  ("audit_plot",),
   ("dpdist",),
   ("examples",),
   ("configs",),
@@ -58,6 +61,7 @@ STRANGERS = ("accounting", "sampling", "noise", "clipping")
 # What must answer on a machine without an accelerator's stack.
 WITHOUT_JAX = (
   "dpdist/accounting",
+  "dpdist/audit_bounds",
   "dpdist/composition",
   "dpdist/data_budget",
   "dpdist/dp_config",
