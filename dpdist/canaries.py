@@ -118,7 +118,7 @@ def prepare(
         loss_fn=_canary_loss(clipped_grad.loss_fn, has_entry=canary == "entry"),
       ),
     ),
-    optimizer=_recording(),
+    optimizer=recording(),
     ema_decay=0.0,
   )
   example = forecast.example_shapes(config)
@@ -192,7 +192,7 @@ def _entry(params: PyTree, index: jax.Array) -> jax.Array:
   return value
 
 
-def _recording() -> optax.GradientTransformation:
+def recording() -> optax.GradientTransformation:
   """Keeps what it is given, and leaves the parameters as they are.
 
   What an optimizer makes of a released mean is post-processing. So is this.
