@@ -14,8 +14,7 @@ _ROOT = pathlib.Path(__file__).parents[2]
 _ARGS = (
   "--config=configs/digits.py",
   "--config.model.width=64",
-  "--config.privacy.target_epsilon=None",
-  "--config.privacy.noise_multiplier=0.6",
+  "--config.privacy.target_epsilon=8",
   "--config.privacy.expected_batch_size=360",
   "--config.privacy.num_steps=4",
   "--num_trials=2000",
@@ -45,9 +44,8 @@ def _run(how, *args):
   )
 
 
-@pytest.mark.parametrize("suffix", ["svg", "png"])
-def test_a_config_is_audited_and_drawn(tmp_path, suffix):
-  plot = tmp_path / f"audit.{suffix}"
+def test_a_config_is_audited_and_drawn(tmp_path):
+  plot = tmp_path / "audit.svg"
   before = set(_ROOT.iterdir())
   run = _run(["-m", "launch.audit"], "--json", f"--plot={plot}")
   # One run of twenty may be above the claim by chance: its keys are new.
@@ -72,21 +70,14 @@ def test_a_violation_is_the_exit_code():
 
 
 @pytest.mark.parametrize(
-  ("args", "message"),
+  ("arg", "message"),
   [
-    (("--num_steps=5",), "num_steps must be in [1, 4], got 5"),
-    (("--mode=one_run", "--num_trials=641"), "num_trials must be at most 640"),
-    (("--confidence=1",), "confidence must be in (0, 1), got 1"),
-    (("--plot=audit.txt",), "plot must end in one of"),
-    (("--canary=example", "--canaries_per_run=2"), "must be at most 1"),
-    (
-      ("--config.privacy.examples_per_user=2",),
-      "examples_per_user must be 1 for an audit, got 2",
-    ),
+    ("--num_steps=5", "num_steps must be in [1, 4], got 5"),
+    ("--plot=audit.txt", "plot must end in one of"),
   ],
 )
-def test_bad_usage_is_one_line(args, message):
-  run = _run(["-m", "launch.audit"], *args)
+def test_bad_usage_is_one_line(arg, message):
+  run = _run(["-m", "launch.audit"], arg)
   assert run.returncode == 2, run.stderr
   assert message in run.stderr
   assert "Traceback" not in run.stderr

@@ -96,6 +96,7 @@ def test_so_it_does_with_divided_parameters_and_exchanged_units(name, fsdp):
   assert _bites(audit.audit(_program(name, fsdp), num_trials=2000, seed=1))
 
 
+@pytest.mark.cluster
 def test_so_it_does_one_at_a_time_with_a_gradient_of_the_model():
   result = audit.audit(_program("example"), num_trials=100, seed=1)
   assert (result.num_runs, result.num_canaries) == (100, 1)
@@ -113,7 +114,10 @@ def test_one_run_shows_less_and_never_too_much():
   "changes",
   [
     {"noise_stddev": 0.5 * 1.5 * 0.1},  # Half of the noise.
-    {"noise_stddev": 1.5 * 0.1 / np.sqrt(8)},  # A device's part of it.
+    pytest.param(
+      {"noise_stddev": 1.5 * 0.1 / np.sqrt(8)},  # A device's part of it.
+      marks=pytest.mark.cluster,
+    ),
     {"l2_clip_norm": 1e3},  # No clip.
   ],
 )
@@ -130,3 +134,29 @@ def test_a_sampler_that_draws_more_than_it_says_is_refuted(monkeypatch):
   )
   monkeypatch.setattr(mechanism, "_sampler", lambda *args: everyone)
   assert audit.audit(_program("sampled"), num_trials=2000, seed=1).is_refuted
+
+
+@pytest.mark.parametrize(
+  ("settings", "message"),
+  [
+    ({"mode": "best_case"}, r"mode must be one of .* got 'best_case'"),
+    ({"num_trials": 1}, "num_trials must be at least 2, got 1"),
+    ({"num_steps": 3}, r"num_steps must be in \[1, 2\], got 3"),
+    ({"confidence": 1.0}, r"confidence must be in \(0, 1\), got 1.0"),
+    ({"canaries_per_run": 401}, "canaries_per_run must be at most 400"),
+    (
+      {"mode": "one_run", "num_trials": 401},
+      "num_trials must be at most 400",
+    ),
+  ],
+)
+def test_what_cannot_be_audited_is_refused(settings, message):
+  with pytest.raises(ValueError, match=message):
+    audit.audit(_program(), **settings)
+
+
+def test_a_config_that_cannot_be_audited_is_refused():
+  with pytest.raises(ValueError, match=r"examples_per_user must be 1 .* got 2"):
+    canaries.prepare(_config(examples_per_user=2))
+  with pytest.raises(ValueError, match=r"canary must be one of .* got 'bird'"):
+    canaries.prepare(_config(), canary="bird")
