@@ -26,6 +26,7 @@ RUNNER = "tests/run.py"
 # modules of one room may import one another.
 LAYERS = (
   ("keys", "hosts", "rendezvous", "mesh", "fixed_point", "search")
+  + ("audit_bounds",)
   + ("seals", "liveness", "stores", "progress", "signals", "maintenance")
   + ("events", "chips", "compiled", "products", "archives")
   + ("scattering", "augment"),
@@ -51,7 +52,9 @@ LAYERS = (
   ("forecast", "released", "speed"),
   ("model_card", "autotune"),
   ("export",),
-  ("train",),
+  ("train", "canaries"),
+  ("audit",),
+  ("audit_plot",),
   ("dpdist",),
   ("examples",),
   ("configs",),
@@ -64,6 +67,7 @@ STRANGERS = ("accounting", "sampling", "noise", "clipping")
 # What must answer on a machine without an accelerator's stack.
 WITHOUT_JAX = (
   "dpdist/accounting",
+  "dpdist/audit_bounds",
   "dpdist/composition",
   "dpdist/data_budget",
   "dpdist/dp_config",
