@@ -100,7 +100,8 @@ class UnitSource:
     Returns:
       A function from a step to a source that reads as `read` does.
     """
-    return functools.partial(_Drawn, self, key)
+    # No functools.partial, which would show the key where it is printed.
+    return lambda step: _Drawn(self, key, step)
 
   def manifest(self) -> str:
     """SHA-256 of the examples and of whose they are, 64 hex digits.

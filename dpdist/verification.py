@@ -56,6 +56,7 @@ def verify(
       f" {ledger.writer} process{'es' * (ledger.writer != 1)}",
       "",
     ),
+    Finding("guarantee", ledger.guarantee, ""),
     _plan(ledger),
     _steps(ledger),
     _epsilon(ledger),
