@@ -354,6 +354,7 @@ def make_plan(config: PrivacyConfig) -> PrivacyPlan:
   return plan
 
 
+_LARGEST_WHOLE = 2**63
 _REAL, _WHOLE = (float, numbers.Real), (int, numbers.Integral)
 _POSITIVE = (_REAL, lambda x: 0 < x < math.inf, "finite and > 0")
 _COUNT = (_WHOLE, lambda x: x >= 1, "an integer >= 1")
@@ -396,7 +397,9 @@ def _check(record: PrivacyConfig | PrivacyPlan) -> None:
       value = _checked_schedule(field.name, value, record.num_steps)
     else:
       (plain, kind), holds, right = _RULES[field.name]
-      if not _is(kind, value) or not holds(plain(value)):
+      # No float is as large as some integers.
+      is_small = not isinstance(value, int) or abs(value) < _LARGEST_WHOLE
+      if not (_is(kind, value) and is_small and holds(plain(value))):
         raise ValueError(f"{field.name} must be {right}, got {value!r}")
       value = plain(value)
     # The same plan must have the same fingerprint, written 1 or 1.0.
@@ -446,7 +449,7 @@ def _checked_schedule(name: str, value: Any, num_steps: int) -> Schedule:
   }[name]
   try:
     schedule = tuple((operator.index(step), float(x)) for step, x in value)
-  except (TypeError, ValueError):
+  except (TypeError, ValueError, OverflowError):
     schedule = ((-1, 0.0),)
   starts = [start for start, _ in schedule]
   if (

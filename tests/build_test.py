@@ -25,7 +25,7 @@ RUNNER = "tests/run.py"
 # Lowest first. A room imports from lower layers only, never from its own; the
 # modules of one room may import one another.
 LAYERS = (
-  ("keys", "hosts", "rendezvous", "mesh", "fixed_point", "search")
+  ("keys", "hosts", "rendezvous", "mesh", "fixed_point", "search", "fields")
   + ("seals", "liveness", "stores", "progress", "signals", "maintenance")
   + ("events", "chips", "compiled", "products", "fetch"),
   ("pairs",),

@@ -297,11 +297,10 @@ def fixture_left(tmp_path_factory):
   left.start(do=stop, is_seeded=False)
   left.start("--config.privacy.target_delta=1e-6", is_seeded=False)
   left.start(
-    do=_fail, where="dpdist.provenance:params_sha256", is_seeded=False
+    do=_fail, where="dpdist.checkpoint:Checkpoints:save", is_seeded=False
   )
   left.start(
     "--config.privacy.l2_clip_norm=0.5",
-    f"--config.privacy.num_steps={_STEPS + 2}",
     do=functools.partial(_tell, left.aside / "told"),
     is_seeded=False,
   )
@@ -435,9 +434,7 @@ def _plan(**changes):
 def _opened(path, run="r1", data="d" * 64):
   ledger = ledger_lib.Ledger(path)
   ledger.acquire()
-  ledger.open(
-    config={}, plan=_plan(), data=data, secret_hash="5" * 64, run=run
-  )
+  ledger.open(config={}, plan=_plan(), data=data, secret_hash="5" * 64, run=run)
   return ledger
 
 

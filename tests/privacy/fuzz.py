@@ -1,0 +1,265 @@
+r"""Gives the package thousands of files and settings that are not as meant.
+
+  python -m tests.privacy.fuzz --inputs=1000 --seed=1 [--kinds=idx,head]
+
+What must come of each is a right answer, or one error that the package itself
+raises, clear and of one line; and what was on disk must be there, byte for
+byte. Each kind of input has a process of its own, so that one that takes the
+interpreter down is found as well. An input is a function of kind, seed and
+number.
+"""
+
+import argparse
+from collections.abc import Callable
+import multiprocessing
+import pathlib
+import random
+import re
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from typing import Any
+
+from dpdist import records
+from tests.privacy import doors
+
+_ROOT = pathlib.Path(__file__).resolve().parents[2]
+# Of one input: processor time, whatever else the machine does.
+_SECONDS = 30.0
+# Kinds of errors that the package raises, or lets through from opening files.
+_OWN = (ValueError, OSError, records.RecordError)
+# What comes from the depths, though the last frame may be the package's.
+_DEPTHS = re.compile(
+  r"invalid literal for|could not convert|cannot reshape|buffer size must|"
+  r"not enough values|too many values|unsupported operand|"
+  r"string argument should|Exceeds the limit|codec can't|"
+  r"math domain|cannot convert float|negative dimensions|"
+  r"embedded null byte|bad (local|central)|is not a valid literal"
+)
+
+Kind = Callable[[random.Random], str]
+
+
+class FaultError(Exception):
+  """An outcome that must not be."""
+
+
+class LateError(BaseException):
+  """An input took too long."""
+
+
+def refused(error: BaseException) -> str:
+  """Holds an error against what an error of the package is.
+
+  Raises:
+    FaultError: it is none.
+  """
+  frames = traceback.extract_tb(error.__traceback__)
+  last = pathlib.Path(frames[-1].filename) if frames else pathlib.Path()
+  told = f"{type(error).__name__}: {str(error)[:500]}"
+  is_ours = any(
+    last.is_relative_to(_ROOT / folder) for folder in ("dpdist", "launch")
+  )
+  if (
+    not isinstance(error, _OWN)
+    or isinstance(error, UnicodeError)
+    or type(error).__module__ in ("json.decoder", "zipfile", "gzip")
+    or not is_ours
+    or _DEPTHS.search(str(error))
+    or not str(error)
+  ):
+    shown = "".join(traceback.format_exception(error)[-9:])
+    raise FaultError(f"{told}\n{shown}") from error
+  if "\n" in str(error).strip():
+    raise FaultError(f"an error of several lines: {told}")
+  return "refused"
+
+
+def tried(call: Callable[[], Any], check: Callable[[Any], None]) -> str:
+  """Calls; holds what it returns, or raises, against what is right."""
+  try:
+    value = call()
+  except Exception as error:
+    return refused(error)
+  check(value)
+  return "answered"
+
+
+def opened(
+  door: doors.Door, *arguments: str, codes: tuple[int, ...] = (0, 1, 2)
+) -> tuple[str, doors.Outcome]:
+  """Opens a door; what it says must be an answer or an error of one line."""
+  try:
+    outcome = door(*arguments)
+  except Exception as error:
+    shown = "".join(traceback.format_exception(error)[-9:])
+    raise FaultError(f"{door.name} {arguments}\n{shown}") from error
+  told = f"{door.name} {arguments}: {outcome}"[:3000]
+  if outcome.code not in codes or "Traceback" in outcome.out + outcome.err:
+    raise FaultError(told)
+  if not outcome.code:
+    return "answered", outcome
+  lines = outcome.err.strip().removesuffix("Try --help.").strip().splitlines()
+  errors = [
+    x for x in lines if x.startswith(("error: ", f"launch.{door.name}"))
+  ]
+  if outcome.code == 1 and door.name == "verify" and not lines:
+    # Its findings are its answer.
+    if "NOT sound" not in outcome.out and '"sound": false' not in outcome.out:
+      raise FaultError(told)
+    return "refused", outcome
+  if len(lines) != 1 or len(errors) != 1 or _DEPTHS_OF_A_DOOR(outcome.err):
+    raise FaultError(told)
+  return "refused", outcome
+
+
+def _DEPTHS_OF_A_DOOR(text: str) -> bool:  # noqa: N802
+  # absl's own words on what is no number are clear enough.
+  return bool(_DEPTHS.search(text)) and "flag --" not in text
+
+
+def snapshot(folder: pathlib.Path) -> dict[str, bytes]:
+  """All files below a folder, by their paths there."""
+  return {
+    str(path.relative_to(folder)): path.read_bytes()
+    for path in sorted(folder.rglob("*"))
+    if path.is_file()
+  }
+
+
+def put(folder: pathlib.Path, files: dict[str, bytes]) -> None:
+  """Makes a folder hold these files and nothing else."""
+  now = snapshot(folder) if folder.exists() else {}
+  for name in now.keys() - files.keys():
+    (folder / name).unlink()
+  for name, data in files.items():
+    if now.get(name) != data:
+      (folder / name).parent.mkdir(parents=True, exist_ok=True)
+      (folder / name).write_bytes(data)
+
+
+def run(
+  kind: Kind,
+  name: str,
+  *,
+  inputs: range,
+  seed: int,
+  tell: Callable[[int], None] = lambda number: None,
+) -> tuple[dict[str, int], list[str]]:
+  """Tries inputs of one kind.
+
+  Returns:
+    How many came to what, and the faults.
+  """
+  counts: dict[str, int] = {}
+  faults: list[str] = []
+  before = [
+    signal.signal(number, _late) for number in (signal.SIGPROF, signal.SIGALRM)
+  ]
+  for number in inputs:
+    tell(number)
+    signal.setitimer(signal.ITIMER_PROF, _SECONDS)
+    # What waits takes no processor time.
+    signal.setitimer(signal.ITIMER_REAL, 20 * _SECONDS)
+    try:
+      outcome = kind(random.Random(f"{name}:{seed}:{number}"))
+    except (FaultError, LateError) as fault:
+      outcome = "fault"
+      faults.append(f"{name}, seed {seed}, input {number}: {fault}")
+    finally:
+      signal.setitimer(signal.ITIMER_PROF, 0)
+      signal.setitimer(signal.ITIMER_REAL, 0)
+    counts[outcome] = counts.get(outcome, 0) + 1
+  for number, handler in zip(
+    (signal.SIGPROF, signal.SIGALRM), before, strict=True
+  ):
+    signal.signal(number, handler)
+  return counts, faults
+
+
+def _late(number: int, frame: Any) -> None:
+  where = "".join(traceback.format_stack(frame)[-6:])
+  raise LateError(f"took longer than {_SECONDS:g} s\n{where}")
+
+
+def make(name: str, folder: pathlib.Path) -> Kind:
+  """A kind of inputs, by name, that keeps its files in a folder."""
+  from tests.privacy import fuzz_kinds
+
+  folder.mkdir(parents=True, exist_ok=True)
+  return fuzz_kinds.KINDS[name](folder)
+
+
+def _child(
+  name: str, inputs: range, seed: int, number: Any, answer: Any
+) -> None:
+  with tempfile.TemporaryDirectory() as folder:
+    kind = make(name, pathlib.Path(folder))
+
+    def tell(now: int) -> None:
+      number.value = now
+
+    answer.put(run(kind, name, inputs=inputs, seed=seed, tell=tell))
+
+
+def main() -> int:
+  """Returns an exit code."""
+  from tests.privacy import fuzz_kinds
+
+  parser = argparse.ArgumentParser(description=__doc__)
+  parser.add_argument("--inputs", type=int, default=1000)
+  parser.add_argument("--first", type=int, default=0)
+  parser.add_argument("--seed", type=int, default=1)
+  parser.add_argument("--kinds", default=",".join(fuzz_kinds.KINDS))
+  parser.add_argument("--show", type=int, default=5, help="faults of a kind")
+  given = parser.parse_args()
+  context = multiprocessing.get_context("spawn")
+  num_inputs = num_faults = 0
+  for name in given.kinds.split(","):
+    first, stop = given.first, given.first + given.inputs
+    started, counts, faults = time.monotonic(), {}, []
+    while first < stop:
+      number, answer = context.Value("q", first), context.Queue()
+      process = context.Process(
+        target=_child,
+        args=(name, range(first, stop), given.seed, number, answer),
+      )
+      process.start()
+      got = None
+      while got is None and process.is_alive():
+        try:
+          got = answer.get(timeout=0.5)
+        except Exception:
+          continue
+      process.join()
+      if got is None and process.exitcode:
+        faults.append(
+          f"{name}, seed {given.seed}, input {number.value}: the interpreter"
+          f" ended with {process.exitcode}"
+        )
+        first = number.value + 1
+        continue
+      for outcome, count in (got or answer.get())[0].items():
+        counts[outcome] = counts.get(outcome, 0) + count
+      faults += (got or ({}, []))[1]
+      first = stop
+    num_inputs, num_faults = num_inputs + given.inputs, num_faults + len(faults)
+    print(
+      f"{name:<14} {given.inputs:>7} inputs, seed {given.seed}:"
+      f" {', '.join(f'{n} {x}' for x, n in sorted(counts.items()))};"
+      f" {len(faults)} faults, {time.monotonic() - started:.0f} s",
+      flush=True,
+    )
+    for fault in faults[: given.show]:
+      print(f"  {fault}", flush=True)
+  print(f"{num_inputs} inputs, {num_faults} faults")
+  return 1 if num_faults else 0
+
+
+if __name__ == "__main__":
+  # Under its own name, so that there is one class of faults.
+  from tests.privacy import fuzz
+
+  sys.exit(fuzz.main())
