@@ -375,7 +375,11 @@ _RULES: dict[str, tuple[tuple[Any, Any], Callable[[Any], bool], str]] = {
   "target_delta": _DELTA,
   "delta": _DELTA,
   "target_epsilon": _POSITIVE,
-  "noise_multiplier": _POSITIVE,
+  "noise_multiplier": (
+    _REAL,
+    lambda x: 0 < x <= search.MOST_NOISE,
+    f"finite and > 0, and at most {search.MOST_NOISE:g}",
+  ),
   "accountant": ((str, str), lambda x: x in ("pld", "rdp"), "'pld' or 'rdp'"),
   "truncated_batch_size": _COUNT,
   "cycle_length": _COUNT,
@@ -455,11 +459,12 @@ def _checked_schedule(name: str, value: Any, num_steps: int) -> Schedule:
   if (
     starts != sorted(set(starts))
     or not all(0 < start < num_steps for start in starts)
-    or not all(0 < x < math.inf for _, x in schedule)
+    or not all(0 < x <= search.MOST_NOISE for _, x in schedule)
   ):
     raise ValueError(
       f"{name} must be (step, {number}) pairs, of rising steps in"
-      f" [1, num_steps={num_steps}) and numbers that are finite and > 0, got"
+      f" [1, num_steps={num_steps}) and numbers > 0 and at most"
+      f" {search.MOST_NOISE:g}, got"
       f" {value!r}"
     )
   return schedule

@@ -30,14 +30,14 @@ class Door:
     before = {*flags.FLAGS}
     self.name = name
     self._module = importlib.import_module(f"launch.{name}")
-    self._flags = {x: flags.FLAGS[x] for x in {*flags.FLAGS} - before}
-    for flag in self._flags:
+    self.flags = {x: flags.FLAGS[x] for x in {*flags.FLAGS} - before}
+    for flag in self.flags:
       delattr(flags.FLAGS, flag)
 
   def __call__(self, *arguments: str) -> Outcome:
     """Opens it; whatever it raises but SystemExit comes through."""
     before = {*flags.FLAGS}
-    for name, flag in self._flags.items():
+    for name, flag in self.flags.items():
       flag.unparse()
       flags.FLAGS[name] = flag
     out, err, argv = io.StringIO(), io.StringIO(), sys.argv

@@ -102,22 +102,22 @@ def opened(
   if not outcome.code:
     return "answered", outcome
   lines = outcome.err.strip().removesuffix("Try --help.").strip().splitlines()
-  errors = [
-    x for x in lines if x.startswith(("error: ", f"launch.{door.name}"))
-  ]
+  # absl warns of a config that is None.
+  lines = [x for x in lines if not re.match(r"W\d{4} |WARNING: ", x)]
   if outcome.code == 1 and door.name == "verify" and not lines:
     # Its findings are its answer.
     if "NOT sound" not in outcome.out and '"sound": false' not in outcome.out:
       raise FaultError(told)
     return "refused", outcome
-  if len(lines) != 1 or len(errors) != 1 or _DEPTHS_OF_A_DOOR(outcome.err):
+  if len(lines) != 1 or not lines[0].startswith("error: ") or _is_deep(lines):
     raise FaultError(told)
   return "refused", outcome
 
 
-def _DEPTHS_OF_A_DOOR(text: str) -> bool:  # noqa: N802
+def _is_deep(lines: list[str]) -> bool:
   # absl's own words on what is no number are clear enough.
-  return bool(_DEPTHS.search(text)) and "flag --" not in text
+  is_told = re.match("error: (flag --|--config cannot be loaded: )", lines[0])
+  return bool(_DEPTHS.search(lines[0])) and not is_told
 
 
 def snapshot(folder: pathlib.Path) -> dict[str, bytes]:

@@ -119,7 +119,7 @@ def resealed(
   return sealed
 
 
-class _Logs:
+class Logs:
   """A folder in which a log is put, damaged, for each input."""
 
   def __init__(self, folder: pathlib.Path):
@@ -170,7 +170,7 @@ def _damaged(rng: random.Random, files: dict[str, bytes]) -> dict[str, bytes]:
 
 def record(folder: pathlib.Path) -> fuzz.Kind:
   """A ledger's files, damaged: found, or what was charged still is."""
-  logs = _Logs(folder)
+  logs = Logs(folder)
 
   def one(rng: random.Random) -> str:
     files = dict(logs.ledger)
@@ -215,7 +215,7 @@ def _other(rng: random.Random, values: dict[str, bytes]) -> dict[str, bytes]:
 
 def sealed_record(folder: pathlib.Path) -> fuzz.Kind:
   """Records that say other things, with hashes that are right."""
-  logs = _Logs(folder)
+  logs = Logs(folder)
 
   def one(rng: random.Random) -> str:
     path = logs.workdir / "ledger"
@@ -241,7 +241,7 @@ def sealed_record(folder: pathlib.Path) -> fuzz.Kind:
 
 def head(folder: pathlib.Path) -> fuzz.Kind:
   """A head that is damaged, or says something else and is sealed."""
-  logs = _Logs(folder)
+  logs = Logs(folder)
 
   def one(rng: random.Random) -> str:
     files = dict(logs.ledger)
@@ -277,7 +277,7 @@ def _all_budgets(root: pathlib.Path) -> list[Any]:
 
 def budget(folder: pathlib.Path) -> fuzz.Kind:
   """A data set's budget, likewise."""
-  logs = _Logs(folder)
+  logs = Logs(folder)
 
   def one(rng: random.Random) -> str:
     if rng.random() < 0.4:
@@ -298,7 +298,7 @@ def budget(folder: pathlib.Path) -> fuzz.Kind:
 
 def verify(folder: pathlib.Path) -> fuzz.Kind:
   """`launch.verify` and `launch.budget` on a directory with something wrong."""
-  logs = _Logs(folder)
+  logs = Logs(folder)
   doors_of = [doors.Door("verify"), doors.Door("budget")]
   others = {
     name: (logs.workdir / name).read_bytes()
@@ -320,7 +320,7 @@ def verify(folder: pathlib.Path) -> fuzz.Kind:
         name = rng.choice([x for x in files if x.startswith("checkpoints/")])
         files[name] = mangle.file(rng, files[name])
         if rng.random() < 0.7:
-          files = _with_its_manifest(files, name)
+          files = with_its_manifest(files, name)
       else:
         change = _other if roll < 0.9 else _damaged
         for name, data in change(rng, logs.ledger).items():
@@ -339,7 +339,7 @@ def verify(folder: pathlib.Path) -> fuzz.Kind:
   return one
 
 
-def _with_its_manifest(files: dict[str, bytes], name: str) -> dict[str, bytes]:
+def with_its_manifest(files: dict[str, bytes], name: str) -> dict[str, bytes]:
   """As if the checkpoint had been saved so, and recorded."""
   parts = name.split("/")
   folder = "/".join(parts[:3]) + "/"
