@@ -38,7 +38,10 @@ def opening(location: str | os.PathLike[str]) -> ts.Future:
 def _spec(location: str | os.PathLike[str]) -> Any:
   text = os.fspath(location)
   if text.startswith("{"):
-    return json.loads(text)
+    try:
+      return json.loads(text)
+    except (ValueError, RecursionError):
+      raise ValueError("it is no JSON") from None
   if "://" in text:
     return text.rstrip("/") + "/"
   return {"driver": "file", "path": os.path.join(os.path.abspath(text), "")}

@@ -8,11 +8,14 @@ import contextlib
 import importlib
 import io
 import sys
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from absl import flags
 
 from launch import flag_parsing
+
+# Of the doors that were imported: a module defines its flags once.
+_FLAGS: dict[str, dict[str, Any]] = {}
 
 
 class Outcome(NamedTuple):
@@ -30,8 +33,10 @@ class Door:
     before = {*flags.FLAGS}
     self.name = name
     self._module = importlib.import_module(f"launch.{name}")
-    self.flags = {x: flags.FLAGS[x] for x in {*flags.FLAGS} - before}
-    for flag in self.flags:
+    if name not in _FLAGS:
+      _FLAGS[name] = {x: flags.FLAGS[x] for x in {*flags.FLAGS} - before}
+    self.flags = _FLAGS[name]
+    for flag in {*flags.FLAGS} - before:
       delattr(flags.FLAGS, flag)
 
   def __call__(self, *arguments: str) -> Outcome:

@@ -23,7 +23,7 @@ from dpdist import stores
 from tests.privacy import fuzz
 from tests.privacy import mangle
 
-_RNG = np.random.default_rng(0)
+Write = Callable[[pathlib.Path, np.random.Generator], None]
 
 
 def _config(name: str, folder: pathlib.Path, **fields: Any) -> Any:
@@ -59,7 +59,7 @@ def _loaded(config: Any) -> str:
 
 
 def _kind(
-  write: Callable[[pathlib.Path], None],
+  write: Write,
   configs: Callable[[pathlib.Path], list[Any]],
   change: Callable[[random.Random, bytes], bytes] = mangle.raw,
 ) -> Callable[[pathlib.Path], fuzz.Kind]:
@@ -68,7 +68,7 @@ def _kind(
   def make(folder: pathlib.Path) -> fuzz.Kind:
     place = folder / "data"
     place.mkdir()
-    write(place)
+    write(place, np.random.default_rng(0))
     files = fuzz.snapshot(place)
     for config in configs(place):
       _check(datasets.load(config))  # They are right as they are.
@@ -99,10 +99,10 @@ def _idx_bytes(array: np.ndarray) -> bytes:
   return header + array.tobytes()
 
 
-def _write_idx(folder: pathlib.Path) -> None:
+def _write_idx(folder: pathlib.Path, rng: np.random.Generator) -> None:
   for prefix, count in (("train", 9), ("t10k", 4)):
-    images = _RNG.integers(0, 256, (count, 5, 5), np.uint8)
-    labels = _RNG.integers(0, 10, count, np.uint8)
+    images = rng.integers(0, 256, (count, 5, 5), np.uint8)
+    labels = rng.integers(0, 10, count, np.uint8)
     for name, array in (("images-idx3", images), ("labels-idx1", labels)):
       data = _idx_bytes(array)
       if prefix == "t10k":
@@ -111,31 +111,35 @@ def _write_idx(folder: pathlib.Path) -> None:
         (folder / f"{prefix}-{name}-ubyte").write_bytes(data)
 
 
-def _arrays(count: int, first_user: int) -> dict[str, np.ndarray]:
+def _arrays(
+  rng: np.random.Generator, count: int, first_user: int
+) -> dict[str, np.ndarray]:
   return {
-    "inputs": _RNG.normal(size=(count, 3)).astype(np.float32),
-    "targets": _RNG.integers(0, 9, count).astype(np.int32),
+    "inputs": rng.normal(size=(count, 3)).astype(np.float32),
+    "targets": rng.integers(0, 9, count).astype(np.int32),
     "user": first_user + np.arange(count) // 2,
   }
 
 
-def _write_npz(folder: pathlib.Path) -> None:
+def _write_npz(folder: pathlib.Path, rng: np.random.Generator) -> None:
   for part, count, save in (("train", 9, np.savez), ("test", 4, np.savez)):
-    save(folder / f"{part}.npz", **_arrays(count, 100 * (part == "test")))
+    save(folder / f"{part}.npz", **_arrays(rng, count, 100 * (part == "test")))
 
 
-def _write_parquet(folder: pathlib.Path) -> None:
+def _write_parquet(folder: pathlib.Path, rng: np.random.Generator) -> None:
   for part, count in (("train-0", 5), ("train-1", 4), ("test", 4)):
-    arrays = _arrays(count, 100 * (part == "test") + 10 * (part == "train-1"))
+    arrays = _arrays(
+      rng, count, 100 * (part == "test") + 10 * (part == "train-1")
+    )
     table = pyarrow.table(
       {name: array.tolist() for name, array in arrays.items()}
     )
     parquet.write_table(table, folder / f"{part}.parquet")
 
 
-def _write_array_record(folder: pathlib.Path) -> None:
+def _write_array_record(folder: pathlib.Path, rng: np.random.Generator) -> None:
   for part, count in (("train", 6), ("test", 4)):
-    arrays = _arrays(count, 100 * (part == "test"))
+    arrays = _arrays(rng, count, 100 * (part == "test"))
     np.save(folder / f"{part}_user.npy", arrays.pop("user"))
     sources.write_array_record(
       folder / f"{part}.array_record",
@@ -143,11 +147,12 @@ def _write_array_record(folder: pathlib.Path) -> None:
     )
 
 
-def _write_text(folder: pathlib.Path) -> None:
-  (folder / "text").write_bytes(_RNG.bytes(400))
+def _write_text(folder: pathlib.Path, rng: np.random.Generator) -> None:
+  (folder / "text").write_bytes(rng.bytes(400))
 
 
-def _write_chitchat(folder: pathlib.Path) -> None:
+def _write_chitchat(folder: pathlib.Path, rng: np.random.Generator) -> None:
+  del rng
   turns = [
     [{"sender": f"{i:06}", "text": f"{i} is what I say. " * 4}]
     for i in range(12)

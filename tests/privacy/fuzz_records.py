@@ -73,7 +73,7 @@ def write_run(workdir: pathlib.Path, root: pathlib.Path) -> None:
       )
       ledger.reserve_through(4)
       budget.follow(ledger)
-      _save(workdir, ledger, 2)
+      _save(workdir, ledger, 4 if segment is second else 2)
     ledger.record_epsilons(
       spent={"pld": None, "rdp": 1.0}, planned={"pld": None, "rdp": 2.0}
     )
