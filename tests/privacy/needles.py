@@ -18,8 +18,12 @@ from typing import NamedTuple
 import zipfile
 import zlib
 
+import jax
 import numpy as np
 import pyarrow
+
+from dpdist import keys
+from dpdist import mechanism
 
 # Bytes of a key that are enough to tell it: 2^-64 for each place to be wrong.
 _PART = 8
@@ -30,6 +34,9 @@ _SEPARATORS = (
   *(", ", ",  ", ",   ", ",", " ", "  ", "   ", "\n", ",\n", "], ["),
   *("\t", ":", "-", "_"),
 )
+
+
+STREAMS = ("init", "model_rng", "noise", "sampling", "unit_examples")
 
 
 class Found(NamedTuple):
@@ -113,6 +120,30 @@ class Needles:
           if data.startswith(needle, shift + int(row) * _PART):
             names.add(self._names[needle])
     return names
+
+
+def of_run(secret: bytes, branches: Iterable[str], *, steps: int) -> Needles:
+  """The secret of a run and all keys that its steps have.
+
+  Args:
+    secret: 32 bytes.
+    branches: their identities.
+    steps: of which to derive keys.
+  """
+  made = Needles()
+  made.add("the secret", secret)
+  for branch in {"", *branches}:
+    streams = mechanism.Streams(secret, branch)
+    for stream in STREAMS:
+      name = f"{stream} of branch {branch[:6]!r}"
+      made.add(name, keys.derive(secret, stream, branch=branch))
+      for step in (None, *range(steps)):
+        made.add_words(f"{name}, step {step}", streams.words(stream, step))
+    for step in range(steps):
+      step_key = jax.random.fold_in(streams.key("noise"), step)
+      words = np.asarray(jax.random.key_data(step_key))
+      made.add_words(f"noise of branch {branch[:6]!r}, draw {step}", words)
+  return made
 
 
 def ways(key: bytes) -> Iterator[tuple[str, bytes]]:

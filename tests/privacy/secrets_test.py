@@ -44,41 +44,12 @@ from tests.privacy import needles
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Of bytes that no encoding leaves as they are.
 _SECRET = bytes(range(1, 256, 8))
-_STREAMS = ("init", "model_rng", "noise", "sampling", "unit_examples")
 _STEPS = 6
 _SHORT = (
   f"--config.privacy.num_steps={_STEPS}",
   "--config.privacy.expected_batch_size=32",
   "--config.checkpoint_every=2",
 )
-
-
-def _derived(secret, branches):
-  """All keys of a run, by name: bytes, or the words of a JAX key."""
-  found = {"the secret": secret}
-  for branch in {"", *branches}:
-    streams = mechanism.Streams(secret, branch)
-    for stream in _STREAMS:
-      name = f"{stream} of branch {branch[:6]!r}"
-      found[name] = keys.derive(secret, stream, branch=branch)
-      for step in (None, *range(_STEPS)):
-        found[f"{name}, words of step {step}"] = streams.words(stream, step)
-    noise_key = streams.key("noise")
-    for step in range(_STEPS):
-      step_key = jax.random.fold_in(noise_key, step)
-      name = f"noise of branch {branch[:6]!r}, step {step}"
-      found[name] = np.asarray(jax.random.key_data(step_key))
-  return found
-
-
-def _needles(named):
-  made = needles.Needles()
-  for name, key in named.items():
-    if isinstance(key, bytes):
-      made.add(name, key)
-    else:
-      made.add_words(name, key)
-  return made
 
 
 def _files(*folders):
@@ -157,7 +128,7 @@ _KINDS = {
 
 @pytest.fixture(name="searched", scope="module")
 def fixture_searched():
-  return _needles(_derived(_SECRET, ["b"]))
+  return needles.of_run(_SECRET, ["b"], steps=_STEPS)
 
 
 @pytest.mark.parametrize("way", _WAYS)
@@ -202,7 +173,7 @@ def test_every_stream_of_the_package_is_looked_for():
   used = set()
   for path in (_ROOT / "dpdist").rglob("*.py"):
     used |= set(re.findall(pattern, path.read_text()))
-  assert used == set(_STREAMS)
+  assert used == {*needles.STREAMS}
 
 
 # Real runs.
@@ -276,9 +247,10 @@ class _Left:
     ):
       assert [*self.workdir.parent.glob(name)], name
     ledger = ledger_lib.Ledger(self.workdir / "ledger")
-    named = _derived(secret, [branch.identity for branch in ledger.branches])
+    branches = [branch.identity for branch in ledger.branches]
     files = {*_files(self.workdir, self.aside)} - {self.workdir / "secret"}
-    return _needles(named).in_files(sorted(files))
+    searched = needles.of_run(secret, branches, steps=_STEPS)
+    return searched.in_files(sorted(files))
 
 
 @pytest.fixture(name="seeded", scope="module")
@@ -307,6 +279,7 @@ def fixture_left(tmp_path_factory):
   return left
 
 
+@pytest.mark.cluster
 def test_no_artefact_holds_a_key(seeded):
   assert not seeded.search(keys.insecure_secret(7))
 
@@ -321,9 +294,10 @@ def test_no_artefact_holds_a_key_after_a_stop_a_refusal_and_a_fault(left):
   assert not left.search((left.workdir / "secret").read_bytes())
 
 
+@pytest.mark.cluster
 def test_a_search_of_the_run_would_find_its_secret(seeded, tmp_path):
   secret = keys.insecure_secret(7)
-  searched = _needles({"the secret": secret})
+  searched = needles.of_run(secret, [], steps=1)
   for path in (
     seeded.workdir / "result.json",
     seeded.workdir / "report.html",
@@ -345,6 +319,7 @@ def _modes(workdir):
   return modes
 
 
+@pytest.mark.cluster
 def test_nobody_else_may_write_whatever_the_umask(seeded):
   assert not [x for x, mode in _modes(seeded.workdir).items() if mode & 0o002]
 
@@ -356,6 +331,7 @@ def test_the_secret_is_its_owners_whatever_the_umask(left):
   assert not [x for x, mode in modes.items() if mode & 0o002]
 
 
+@pytest.mark.cluster
 def test_an_insecure_seed_is_said_everywhere(seeded):
   result = (seeded.workdir / "result.json").read_text()
   ledger = ledger_lib.Ledger(seeded.workdir / "ledger")
@@ -442,11 +418,11 @@ def _keys_of(secret, ledger):
   """All that a branch draws from, as a set of bytes."""
   branch = ledger.branches[-1].identity
   streams = mechanism.Streams(secret, branch)
-  found = {keys.derive(secret, name, branch=branch) for name in _STREAMS}
-  for name in _STREAMS:
+  found = {keys.derive(secret, name, branch=branch) for name in needles.STREAMS}
+  for name in needles.STREAMS:
     for step in (None, *range(50)):
       found.add(streams.words(name, step).tobytes())
-  assert len(found) == len(_STREAMS) * 52
+  assert len(found) == len(needles.STREAMS) * 52
   return found
 
 
@@ -534,7 +510,7 @@ def test_processes_show_no_key_and_runs_of_one_secret_share_none(tmp_path):
   assert len(hashes) == len(branches) == 3
   assert b"launch.train" in b"".join(seen)
   assert b"PYTHONPATH" in b"".join(seen)
-  searched = _needles(_derived(_SECRET, branches))
+  searched = needles.of_run(_SECRET, branches, steps=_STEPS)
   assert not [*searched.in_data("processes", b"\n".join({*seen}))]
   assert not searched.in_files(x for x in _files(tmp_path) if x != secret)
 
