@@ -20,8 +20,8 @@ from dpdist import datasets
 from dpdist import keys
 from dpdist import sources
 from dpdist import stores
-from tests.privacy import fuzz
 from tests.privacy import mangle
+from tests.privacy import outcomes
 
 Write = Callable[[pathlib.Path, np.random.Generator], None]
 
@@ -47,7 +47,7 @@ def _check(splits: datasets.Splits) -> None:
     for rows in (np.arange(len(source)), np.zeros(0, np.int64)):
       for name, array in source.read(rows).items():
         if len(array) != len(rows) or array.dtype.hasobject:
-          raise fuzz.FaultError(f"{name}: {array.dtype} {array.shape}")
+          raise outcomes.FaultError(f"{name}: {array.dtype} {array.shape}")
     assert len(source.manifest()) == 64
 
 
@@ -55,21 +55,21 @@ def _loaded(config: Any) -> str:
   def load() -> None:
     _check(datasets.load(config))
 
-  return fuzz.tried(load, lambda nothing: None)
+  return outcomes.tried(load, lambda nothing: None)
 
 
 def _kind(
   write: Write,
   configs: Callable[[pathlib.Path], list[Any]],
   change: Callable[[random.Random, bytes], bytes] = mangle.raw,
-) -> Callable[[pathlib.Path], fuzz.Kind]:
+) -> Callable[[pathlib.Path], outcomes.Kind]:
   """A folder of files of which one is damaged, read as by a run."""
 
-  def make(folder: pathlib.Path) -> fuzz.Kind:
+  def make(folder: pathlib.Path) -> outcomes.Kind:
     place = folder / "data"
     place.mkdir()
     write(place, np.random.default_rng(0))
-    files = fuzz.snapshot(place)
+    files = outcomes.snapshot(place)
     for config in configs(place):
       _check(datasets.load(config))  # They are right as they are.
 
@@ -83,10 +83,10 @@ def _kind(
         changed[name] = changed[rng.choice(sorted(files))]
       else:
         changed[name] = change(rng, files[name])
-      fuzz.put(place, changed)
+      outcomes.put(place, changed)
       outcome = _loaded(rng.choice(configs(place)))
-      if fuzz.snapshot(place) != changed:
-        raise fuzz.FaultError("the data was changed")
+      if outcomes.snapshot(place) != changed:
+        raise outcomes.FaultError("the data was changed")
       return outcome
 
     return one
@@ -218,7 +218,7 @@ def _npy_or_raw(rng: random.Random, data: bytes) -> bytes:
   return header.encode("latin-1")[:128].ljust(128) + data[128:]
 
 
-def secret(folder: pathlib.Path) -> fuzz.Kind:
+def secret(folder: pathlib.Path) -> outcomes.Kind:
   """A secret's file: of another size or mode, or no file at all."""
 
   def one(rng: random.Random) -> str:
@@ -242,17 +242,19 @@ def secret(folder: pathlib.Path) -> fuzz.Kind:
 
     def check(found: bytes) -> None:
       if found != data or len(found) != 32 or mode & 0o077:
-        raise fuzz.FaultError(f"{len(found)} bytes of mode {mode:o} were taken")
+        raise outcomes.FaultError(
+          f"{len(found)} bytes of mode {mode:o} were taken"
+        )
 
-    outcome = fuzz.tried(lambda: keys.load_or_create_secret(path), check)
+    outcome = outcomes.tried(lambda: keys.load_or_create_secret(path), check)
     if path.is_file() and path.read_bytes() != data:
-      raise fuzz.FaultError("the file was changed")
+      raise outcomes.FaultError("the file was changed")
     return outcome
 
   return one
 
 
-def location(folder: pathlib.Path) -> fuzz.Kind:
+def location(folder: pathlib.Path) -> outcomes.Kind:
   """Where a ledger is said to be."""
   here = {"driver": "file", "path": f"{folder}/x/"}
 
@@ -285,7 +287,7 @@ def location(folder: pathlib.Path) -> fuzz.Kind:
     def look() -> None:
       stores.opening(text).result()
 
-    return fuzz.tried(look, lambda nothing: None)
+    return outcomes.tried(look, lambda nothing: None)
 
   return one
 

@@ -13,8 +13,8 @@ from dpdist import plan as plan_lib
 from dpdist import records
 from dpdist import seals
 from tests.privacy import doors
-from tests.privacy import fuzz
 from tests.privacy import mangle
+from tests.privacy import outcomes
 
 _DATA = "d" * 64
 
@@ -125,9 +125,9 @@ class Logs:
   def __init__(self, folder: pathlib.Path):
     self.workdir, self.root = folder / "run", folder / "budgets"
     write_run(self.workdir, self.root)
-    self.ledger = fuzz.snapshot(self.workdir / "ledger")
-    self.budget = fuzz.snapshot(self.root / _DATA)
-    self.checkpoints = fuzz.snapshot(self.workdir / "checkpoints")
+    self.ledger = outcomes.snapshot(self.workdir / "ledger")
+    self.budget = outcomes.snapshot(self.root / _DATA)
+    self.checkpoints = outcomes.snapshot(self.workdir / "checkpoints")
     ledger = ledger_lib.Ledger(self.workdir / "ledger")
     self.spent = ledger.spent_steps
     # As of a writer that was killed after it wrote the newest record.
@@ -140,10 +140,10 @@ class Logs:
     self, folder: pathlib.Path, files: dict[str, bytes], act: Any
   ) -> str:
     """Acts on a folder that holds these files, and must hold them after."""
-    fuzz.put(folder, files)
+    outcomes.put(folder, files)
     outcome = act()
-    if fuzz.snapshot(folder) != files:
-      raise fuzz.FaultError(f"{folder.name}: what was recorded was changed")
+    if outcomes.snapshot(folder) != files:
+      raise outcomes.FaultError(f"{folder.name}: what was recorded was changed")
     return outcome
 
 
@@ -168,7 +168,7 @@ def _damaged(rng: random.Random, files: dict[str, bytes]) -> dict[str, bytes]:
   return changed
 
 
-def record(folder: pathlib.Path) -> fuzz.Kind:
+def record(folder: pathlib.Path) -> outcomes.Kind:
   """A ledger's files, damaged: found, or what was charged still is."""
   logs = Logs(folder)
 
@@ -183,13 +183,15 @@ def record(folder: pathlib.Path) -> fuzz.Kind:
 
     def check(ledger: ledger_lib.Ledger) -> None:
       if ledger.spent_steps < logs.spent and set(files) >= set(logs.ledger):
-        raise fuzz.FaultError(
+        raise outcomes.FaultError(
           f"{ledger.spent_steps} steps of {logs.spent} were charged"
         )
 
     path = logs.workdir / "ledger"
     return logs.held(
-      path, files, lambda: fuzz.tried(lambda: ledger_lib.Ledger(path), check)
+      path,
+      files,
+      lambda: outcomes.tried(lambda: ledger_lib.Ledger(path), check),
     )
 
   return one
@@ -213,7 +215,7 @@ def _other(rng: random.Random, values: dict[str, bytes]) -> dict[str, bytes]:
   return resealed(values, number, changed)
 
 
-def sealed_record(folder: pathlib.Path) -> fuzz.Kind:
+def sealed_record(folder: pathlib.Path) -> outcomes.Kind:
   """Records that say other things, with hashes that are right."""
   logs = Logs(folder)
 
@@ -234,12 +236,12 @@ def sealed_record(folder: pathlib.Path) -> fuzz.Kind:
       files = _other(rng, logs.ledger)
     except (ValueError, TypeError):  # It is no JSON: nothing could seal it.
       return "unsealable"
-    return logs.held(path, files, lambda: fuzz.tried(read, _read_all))
+    return logs.held(path, files, lambda: outcomes.tried(read, _read_all))
 
   return one
 
 
-def head(folder: pathlib.Path) -> fuzz.Kind:
+def head(folder: pathlib.Path) -> outcomes.Kind:
   """A head that is damaged, or says something else and is sealed."""
   logs = Logs(folder)
 
@@ -261,7 +263,7 @@ def head(folder: pathlib.Path) -> fuzz.Kind:
       ledger.confirm()
       return ledger
 
-    return logs.held(path, files, lambda: fuzz.tried(use, _read_all))
+    return logs.held(path, files, lambda: outcomes.tried(use, _read_all))
 
   return one
 
@@ -275,7 +277,7 @@ def _all_budgets(root: pathlib.Path) -> list[Any]:
   return found
 
 
-def budget(folder: pathlib.Path) -> fuzz.Kind:
+def budget(folder: pathlib.Path) -> outcomes.Kind:
   """A data set's budget, likewise."""
   logs = Logs(folder)
 
@@ -290,13 +292,13 @@ def budget(folder: pathlib.Path) -> fuzz.Kind:
     return logs.held(
       logs.root / _DATA,
       files,
-      lambda: fuzz.tried(lambda: _all_budgets(logs.root), repr),
+      lambda: outcomes.tried(lambda: _all_budgets(logs.root), repr),
     )
 
   return one
 
 
-def verify(folder: pathlib.Path) -> fuzz.Kind:
+def verify(folder: pathlib.Path) -> outcomes.Kind:
   """`launch.verify` and `launch.budget` on a directory with something wrong."""
   logs = Logs(folder)
   doors_of = [doors.Door("verify"), doors.Door("budget")]
@@ -327,13 +329,13 @@ def verify(folder: pathlib.Path) -> fuzz.Kind:
           files[f"ledger/{name}"] = data
     except (ValueError, TypeError):
       return "unsealable"
-    fuzz.put(logs.workdir, files)
+    outcomes.put(logs.workdir, files)
     workdir = f"--workdir={logs.workdir}"
     door = doors_of[rng.random() < 0.3]
     extra = rng.choice([(), ("--json",)])
-    outcome, _ = fuzz.opened(door, workdir, *extra)
-    if fuzz.snapshot(logs.workdir) != files:
-      raise fuzz.FaultError(f"{door.name}: what was there was changed")
+    outcome, _ = outcomes.opened(door, workdir, *extra)
+    if outcomes.snapshot(logs.workdir) != files:
+      raise outcomes.FaultError(f"{door.name}: what was there was changed")
     return outcome
 
   return one

@@ -11,9 +11,9 @@ from typing import Any
 from dpdist import accounting
 from dpdist import plan as plan_lib
 from tests.privacy import doors
-from tests.privacy import fuzz
 from tests.privacy import fuzz_records
 from tests.privacy import mangle
+from tests.privacy import outcomes
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _DIGITS = f"--config={_ROOT}/configs/digits.py"
@@ -40,7 +40,7 @@ def _setting(rng: random.Random, name: str) -> Any:
   return rng.choice([1, 2, 3, 5, 10, 0.5, 1e-5, 1e-9, 0.999, 1.0, 4.0, 1e9])
 
 
-def plan(folder: pathlib.Path) -> fuzz.Kind:
+def plan(folder: pathlib.Path) -> outcomes.Kind:
   """Privacy settings: refused, or a plan that is read back as it was."""
   del folder
   right = fuzz_records.plan().to_dict() | {"target_epsilon": None}
@@ -57,18 +57,18 @@ def plan(folder: pathlib.Path) -> fuzz.Kind:
         json.loads(json.dumps(made.to_dict(), allow_nan=False))
       )
       if again != made or again.fingerprint() != made.fingerprint():
-        raise fuzz.FaultError(f"{made} was read back as {again}")
+        raise outcomes.FaultError(f"{made} was read back as {again}")
       if not 0 < made.sampling_probability <= 1 or not made.steps():
-        raise fuzz.FaultError(f"no such plan: {made}")
+        raise outcomes.FaultError(f"no such plan: {made}")
 
-    return fuzz.tried(
+    return outcomes.tried(
       lambda: plan_lib.make_plan(plan_lib.PrivacyConfig(**settings)), check
     )
 
   return one
 
 
-def epsilon(folder: pathlib.Path) -> fuzz.Kind:
+def epsilon(folder: pathlib.Path) -> outcomes.Kind:
   """The accountants at the ends of their ranges: refused, or a bound."""
   del folder
 
@@ -87,12 +87,12 @@ def epsilon(folder: pathlib.Path) -> fuzz.Kind:
 
     def check(found: float) -> None:
       if not (isinstance(found, float) and found >= 0):
-        raise fuzz.FaultError(f"{given} gave {found!r}")
+        raise outcomes.FaultError(f"{given} gave {found!r}")
       spends = given["num_steps"] and given["noise_multiplier"] < 1e9
       if spends and given["sampling_probability"] == 1.0 and not found:
-        raise fuzz.FaultError(f"{given} gave nothing spent")
+        raise outcomes.FaultError(f"{given} gave nothing spent")
 
-    return fuzz.tried(lambda: accounting.epsilon(**given), check)
+    return outcomes.tried(lambda: accounting.epsilon(**given), check)
 
   return one
 
@@ -143,7 +143,7 @@ def _config_text(rng: random.Random, right: str) -> bytes:
   return rng.choice([b"", b"\xff\xfe", b"x", b"get_config = 3", right.encode()])
 
 
-def config_file(folder: pathlib.Path) -> fuzz.Kind:
+def config_file(folder: pathlib.Path) -> outcomes.Kind:
   """Files in place of configs/digits.py, for `launch.budget`."""
   door = doors.Door("budget")
   right = (_ROOT / "configs" / "digits.py").read_text()
@@ -153,7 +153,7 @@ def config_file(folder: pathlib.Path) -> fuzz.Kind:
     path.write_bytes(_config_text(rng, right))
     if rng.random() < 0.05:
       path = folder / rng.choice(["", "gone.py", "x" * 300, "\0"])
-    outcome, _ = fuzz.opened(
+    outcome, _ = outcomes.opened(
       door, f"--config={path}", "--config.privacy.accountant=rdp"
     )
     return outcome
@@ -165,7 +165,7 @@ def _shown(value: Any) -> str:
   return str(value)[:6000].replace("\0", "")
 
 
-def settings(folder: pathlib.Path) -> fuzz.Kind:
+def settings(folder: pathlib.Path) -> outcomes.Kind:
   """Flags that change privacy settings, for `launch.budget`."""
   door = doors.Door("budget")
   # The noise is given, since to find it takes longer.
@@ -183,7 +183,7 @@ def settings(folder: pathlib.Path) -> fuzz.Kind:
       value = _shown(_setting(rng, name))
       flags.append(f"--config.privacy.{name}={value}")
     rng.shuffle(flags)
-    outcome, _ = fuzz.opened(door, *flags, *rng.choice([(), ("--json",)]))
+    outcome, _ = outcomes.opened(door, *flags, *rng.choice([(), ("--json",)]))
     return outcome
 
   return one
@@ -238,7 +238,7 @@ _VALUES = (
 )
 
 
-def door_flags(name: str, folder: pathlib.Path) -> fuzz.Kind:
+def door_flags(name: str, folder: pathlib.Path) -> outcomes.Kind:
   """A door whose flags are gone, twice there, or hold something else."""
   door = doors.Door(name)
   needs = [flag.replace("{folder}", str(folder)) for flag in _NEEDS[name]]
@@ -264,17 +264,17 @@ def door_flags(name: str, folder: pathlib.Path) -> fuzz.Kind:
     if name in ("local", "ray_driver"):
       # Never what could start: the processes are told who they are elsewhere.
       if "--" not in flags:
-        return fuzz.opened(door, *flags)[0]
+        return outcomes.opened(door, *flags)[0]
       flags.append("--process_id=0")
     if name == "ray_driver":
       flags.insert(flags.index("--"), "--nodes=0")
-    outcome, _ = fuzz.opened(door, *flags)
+    outcome, _ = outcomes.opened(door, *flags)
     return outcome
 
   return one
 
 
-KINDS: dict[str, Callable[[pathlib.Path], fuzz.Kind]] = {
+KINDS: dict[str, Callable[[pathlib.Path], outcomes.Kind]] = {
   "plan": plan,
   "epsilon": epsilon,
   "config_file": config_file,

@@ -15,6 +15,7 @@ from dpdist import verification
 from tests.privacy import fuzz
 from tests.privacy import fuzz_kinds
 from tests.privacy import fuzz_records
+from tests.privacy import outcomes
 
 _SEED = 26
 # Of the dear kinds, a fraction.
@@ -36,7 +37,7 @@ _APART = ("flags_train", "flags_bench", "job")
 )
 def test_an_answer_or_one_clear_error(name, tmp_path):
   kind = fuzz.make(name, tmp_path)
-  _, faults = fuzz.run(kind, name, inputs=range(_INPUTS[name]), seed=_SEED)
+  _, faults = outcomes.run(kind, name, inputs=range(_INPUTS[name]), seed=_SEED)
   assert not faults, "\n".join(faults[:3])
 
 
@@ -68,32 +69,32 @@ def _raises(error):
   ],
 )
 def test_what_is_no_error_of_the_package_is_a_fault(error):
-  with pytest.raises(fuzz.FaultError):
-    fuzz.tried(_raises(error), repr)
+  with pytest.raises(outcomes.FaultError):
+    outcomes.tried(_raises(error), repr)
 
 
 def test_an_error_of_the_package_is_none(tmp_path):
-  assert fuzz.tried(lambda: fields.parse(b"[]", "x"), repr) == "refused"
-  assert fuzz.tried(lambda: 1, repr) == "answered"
-  door = lambda text: lambda *flags: fuzz.doors.Outcome(2, "", text)
+  assert outcomes.tried(lambda: fields.parse(b"[]", "x"), repr) == "refused"
+  assert outcomes.tried(lambda: 1, repr) == "answered"
+  door = lambda text: lambda *flags: outcomes.doors.Outcome(2, "", text)
   for text in ("", "error: a\nerror: b\n", "Traceback\nerror: x", "x\n"):
     call = door(text)
     call.name = "x"
-    with pytest.raises(fuzz.FaultError):
-      fuzz.opened(call)
+    with pytest.raises(outcomes.FaultError):
+      outcomes.opened(call)
   call = door("error: one line\nTry --help.\n")
   call.name = "x"
-  assert fuzz.opened(call)[0] == "refused"
+  assert outcomes.opened(call)[0] == "refused"
 
 
 def test_what_takes_too_long_is_a_fault(monkeypatch):
-  monkeypatch.setattr(fuzz, "_SECONDS", 0.05)
+  monkeypatch.setattr(outcomes, "_SECONDS", 0.05)
 
   def forever(rng):
     while True:
       rng.random()
 
-  _, faults = fuzz.run(forever, "x", inputs=range(1), seed=0)
+  _, faults = outcomes.run(forever, "x", inputs=range(1), seed=0)
   assert "took longer" in faults[0]
 
 
@@ -105,7 +106,7 @@ def test_a_record_that_was_changed_by_looking_is_a_fault(tmp_path):
     (path / "000000000003.json").write_bytes(b"")
     return "answered"
 
-  with pytest.raises(fuzz.FaultError, match="was changed"):
+  with pytest.raises(outcomes.FaultError, match="was changed"):
     logs.held(path, logs.ledger, harm)
 
 
@@ -143,14 +144,14 @@ def test_metadata_without_a_ledger_head_is_a_finding(run):
     (path / "meta" / "metadata").write_bytes(text)
     heads = manifest.ledger_heads(run / "checkpoints")
     assert len(heads) == 1
-    files = fuzz.snapshot(run)
+    files = outcomes.snapshot(run)
     name = f"{path.relative_to(run)}/meta/metadata"
-    fuzz.put(run, fuzz_records.with_its_manifest(files, name))
+    outcomes.put(run, fuzz_records.with_its_manifest(files, name))
     found = _findings(run)["checkpoints"]
     assert "ledger_head" in found.problem + found.found or (
       "metadata" in found.problem
     )
-    fuzz.put(run, files)
+    outcomes.put(run, files)
 
 
 @pytest.mark.parametrize(
