@@ -328,7 +328,11 @@ def load_npz(file: Path | io.BytesIO, what: str = "") -> dict[str, np.ndarray]:
   Raises:
     ValueError: it is none, or damaged.
   """
-  with reading(what or file), np.load(file, allow_pickle=False) as archive:
+  if not isinstance(file, io.BytesIO):
+    # Given a path, NumPy leaves a damaged file open.
+    with open(file, "rb") as opened:
+      return load_npz(io.BytesIO(opened.read()), what or os.fspath(file))
+  with reading(what), np.load(file, allow_pickle=False) as archive:
     return {name: archive[name] for name in archive.files}
 
 

@@ -20,7 +20,7 @@ from tests.privacy import outcomes
 _SEED = 26
 # Of the dear kinds, a fraction.
 _INPUTS = {
-  **dict.fromkeys(fuzz_kinds.KINDS, 40),
+  **dict.fromkeys(fuzz_kinds.KINDS, 25),
   **{"epsilon": 8, "settings": 8, "config_file": 12, "verify": 12},
   **{name: 4 for name in fuzz_kinds.KINDS if name.startswith("flags_")},
 }

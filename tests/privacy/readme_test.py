@@ -1,6 +1,7 @@
 """The README names tests as what stands behind a promise: they are there."""
 
 import ast
+import functools
 import pathlib
 import re
 
@@ -10,14 +11,17 @@ _NAME = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
 
 def _missing(text):
   """Tests that a text names and that are not there."""
-  missing = []
-  for file, name in _NAME.findall(text):
-    path = _ROOT / file
-    tree = ast.parse(path.read_text()) if path.exists() else ast.Module([], [])
-    names = {x.name for x in tree.body if isinstance(x, ast.FunctionDef)}
-    if name not in names:
-      missing.append(f"{file}::{name}")
-  return missing
+  return [
+    f"{file}::{name}"
+    for file, name in _NAME.findall(text)
+    if name not in _functions(_ROOT / file)
+  ]
+
+
+@functools.cache
+def _functions(path):
+  tree = ast.parse(path.read_text()) if path.exists() else ast.Module([], [])
+  return {x.name for x in tree.body if isinstance(x, ast.FunctionDef)}
 
 
 def test_every_test_that_is_named_is_there():
