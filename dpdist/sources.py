@@ -19,7 +19,7 @@ import json
 import math
 import os
 import re
-from typing import Any, Protocol
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -318,7 +318,7 @@ def write_array_record(
     writer.close()
 
 
-def load_npz(file: Path | io.BytesIO, what: str = "") -> dict[str, np.ndarray]:
+def load_npz(file: Path | BinaryIO, what: str = "") -> dict[str, np.ndarray]:
   """Reads every array of an .npz archive.
 
   Args:
@@ -328,10 +328,10 @@ def load_npz(file: Path | io.BytesIO, what: str = "") -> dict[str, np.ndarray]:
   Raises:
     ValueError: it is none, or damaged.
   """
-  if not isinstance(file, io.BytesIO):
+  if isinstance(file, str | os.PathLike):
     # Given a path, NumPy leaves a damaged file open.
     with open(file, "rb") as opened:
-      return load_npz(io.BytesIO(opened.read()), what or os.fspath(file))
+      return load_npz(opened, os.fspath(file))
   with reading(what), np.load(file, allow_pickle=False) as archive:
     return {name: archive[name] for name in archive.files}
 

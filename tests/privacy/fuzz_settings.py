@@ -9,6 +9,7 @@ import random
 from typing import Any
 
 from dpdist import accounting
+from dpdist import ledger as ledger_lib
 from dpdist import plan as plan_lib
 from tests.privacy import doors
 from tests.privacy import fuzz_records
@@ -261,6 +262,8 @@ def door_flags(name: str, folder: pathlib.Path) -> outcomes.Kind:
         flags.append(rng.choice(flags))
     if name in ("submit",) and "--dry_run" not in flags:
       flags.append("--dry_run")
+    if name == "train":
+      flags.append("--config.data.name=npz")  # There is none, so none trains.
     if name in ("local", "ray_driver"):
       # Never what could start: the processes are told who they are elsewhere.
       if "--" not in flags:
@@ -274,10 +277,61 @@ def door_flags(name: str, folder: pathlib.Path) -> outcomes.Kind:
   return one
 
 
+_SECTIONS = ("data", "model", "clipping", "optimizer", "mesh")
+_NAMES = (
+  *("digits", "npz", "text", "linear", "cnn", "random_features", "decoder"),
+  *("auto", "vmap", "two_pass", "bookkeeping", "sgd", "adam", "adamw", "lbfgs"),
+  *("constant", "cosine", "linear", "float32", "bfloat16", "float8_e4m3fn"),
+)
+
+
+def job(folder: pathlib.Path) -> outcomes.Kind:
+  """All other settings: refused before anything is charged, or a job."""
+  from configs import digits
+  from dpdist import job as job_lib
+
+  def one(rng: random.Random) -> str:
+    config = digits.get_config()
+    config.privacy.update(
+      target_epsilon=None, noise_multiplier=1.5, accountant="rdp"
+    )
+    config.insecure_seed = 7
+    for _ in range(rng.choice([1, 2, 3, 4])):
+      section = rng.choice([config, *(config[name] for name in _SECTIONS)])
+      name = rng.choice(sorted(section))
+      if name in _SECTIONS or name in ("privacy", "ledger", "secret_file"):
+        continue
+      value = rng.choice(
+        [*mangle.NUMBERS, *mangle.TEXTS, *_NAMES, *_NAMES, 1, 2, 8, 64]
+      )
+      try:
+        section[name] = value
+      except TypeError:  # As a flag, it would have been refused.
+        continue
+    workdir = folder / f"run{rng.randrange(10**9)}"
+    ledger = ledger_lib.Ledger(workdir / "ledger")
+
+    def check(made: job_lib.Job) -> None:
+      made.close()
+      if ledger.spent_steps:
+        raise outcomes.FaultError("steps were charged")
+
+    with ledger:
+      outcome = outcomes.tried(
+        lambda: job_lib.prepare(config, workdir, ledger), check
+      )
+    if outcome == "refused" and not ledger.is_new:
+      raise outcomes.FaultError("refused, and the ledger was written to")
+    return outcome
+
+  return one
+
+
 KINDS: dict[str, Callable[[pathlib.Path], outcomes.Kind]] = {
   "plan": plan,
   "epsilon": epsilon,
   "config_file": config_file,
   "settings": settings,
+  "job": job,
   **{f"flags_{name}": functools.partial(door_flags, name) for name in _NEEDS},
 }
