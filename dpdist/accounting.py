@@ -37,7 +37,7 @@ from dpdist import pairs as pairs_lib
 from dpdist import search
 
 _MOST_STEPS = 10**9
-_LARGEST_WHOLE = 2**63
+_LARGEST_WHOLE = 2**1000
 
 
 def training_event(
