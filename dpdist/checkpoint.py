@@ -4,6 +4,9 @@ Every checkpoint gets a manifest (see `dpdist.manifest`), written and synced
 after Orbax has finished; its digest is recorded in the ledger. A run goes on
 from the newest one that the ledger knows and whose every file matches.
 
+Frozen parameters are in none: they are made anew at every start, and a
+checkpoint says by their SHA-256 which ones it belongs to.
+
 Each process that writes has a folder of its own. One that was taken for dead
 and goes on writing does so where nobody looks.
 
@@ -46,6 +49,7 @@ class Checkpoints:
     *,
     writer: int,
     max_to_keep: int = 3,
+    frozen_sha256: str = "",
   ):
     """Opens or creates the folder of a writer.
 
@@ -53,10 +57,12 @@ class Checkpoints:
       directory: a local path.
       writer: the number of this process; see `dpdist.ledger.Ledger.writer`.
       max_to_keep: older checkpoints are deleted.
+      frozen_sha256: of the frozen parameters; "" without any.
     """
     self._directory = pathlib.Path(directory).absolute()
     self._folder = manifest.folder(self._directory, writer)
     self._max_to_keep = max_to_keep
+    self._frozen_sha256 = frozen_sha256
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
@@ -90,7 +96,13 @@ class Checkpoints:
         step,
         args=ocp.args.Composite(
           state=ocp.args.StandardSave(state),
-          meta=ocp.args.JsonSave({"step": step, "ledger_head": ledger_head}),
+          meta=ocp.args.JsonSave(
+            {
+              "step": step,
+              "ledger_head": ledger_head,
+              "frozen_sha256": self._frozen_sha256,
+            }
+          ),
         ),
       )
       self._manager.wait_until_finished()
@@ -114,7 +126,8 @@ class Checkpoints:
       The pytree that was saved, and the head of the ledger at that time.
 
     Raises:
-      MismatchError: it has other parameters than like.
+      MismatchError: it has other parameters than like, or was trained beside
+        other frozen ones.
     """
     path = manifest.location(self._directory, saved)
     try:
@@ -135,6 +148,15 @@ class Checkpoints:
         " optimizer and ema_decay of these settings; go on with those that the"
         " run began with"
       ) from error
+    beside = restored.meta.get("frozen_sha256", "")
+    if beside != self._frozen_sha256:
+      raise MismatchError(
+        f"the checkpoint of step {saved.step} in {path} was trained beside"
+        f" frozen parameters of SHA-256 {beside or 'none'}, and those of"
+        f" model.weights and model.trainable have"
+        f" {self._frozen_sha256 or 'none'}: go on with those that the run began"
+        " with"
+      )
     return restored.state, restored.meta["ledger_head"]
 
   def delete_old(self, known: Sequence[history.Saved]) -> None:

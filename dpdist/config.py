@@ -40,14 +40,25 @@ def default() -> ml_collections.ConfigDict:
 
   config.model = ml_collections.ConfigDict()
   config.model.name = "random_features"
-  # random_features, cnn, decoder, stacked_decoder
+  # random_features, cnn, decoder, stacked_decoder, bert
   config.model.num_outputs = 10  # classes, or the vocabulary
   config.model.width = 0  # features, channels, or the decoder's dimension
   config.model.depth = 0  # decoders: blocks
-  config.model.num_heads = 0  # decoders
+  config.model.num_heads = 0  # decoders, bert
   config.model.num_kv_heads = 0  # stacked_decoder; 0: as many as heads
   config.model.head_dim = 0  # stacked_decoder; 0: width over heads
-  config.model.hidden = 0  # stacked_decoder; 0: four times the width
+  config.model.hidden = 0  # stacked_decoder, bert; 0: four times the width
+  config.model.vocabulary = 0  # bert
+  config.model.positions = 512  # bert: tokens of an example at most
+  config.model.rope_theta = 10_000.0  # stacked_decoder
+  config.model.norm_epsilon = 1e-6  # stacked_decoder
+  config.model.lora_rank = 0  # bert, stacked_decoder: adapters; 0: none
+  # bert, stacked_decoder: a .safetensors or .gguf file, or what launch.fetch
+  # calls it; empty: the model begins at random. Taken for public.
+  config.model.weights = ""
+  # A regular expression, searched for in each parameter's path; where it is not
+  # found, the parameter is frozen. Empty: all are trained.
+  config.model.trainable = ""
   config.model.dtype = "float32"  # of the computation; sums are float32
 
   config.privacy = ml_collections.ConfigDict()
