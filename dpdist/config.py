@@ -19,8 +19,10 @@ def default() -> ml_collections.ConfigDict:
 
   config.data = ml_collections.ConfigDict()
   config.data.name = "digits"
-  # digits, text, npz, idx, array_record, parquet, chitchat
+  # digits, text, npz, idx, array_record, parquet, mnist, fashion_mnist,
+  # cifar10, adult, chitchat
   config.data.path = ""  # directory or file, where the name needs one
+  config.data.features = ""  # scattering: of images, in their place
   config.data.sequence_length = 64  # text: tokens of an example
   config.data.num_train = 0  # text: pieces to train on
   config.data.num_test = 0  # text: pieces held out
@@ -40,10 +42,12 @@ def default() -> ml_collections.ConfigDict:
 
   config.model = ml_collections.ConfigDict()
   config.model.name = "random_features"
-  # random_features, cnn, decoder, stacked_decoder, bert
+  # linear, random_features, cnn, wide_resnet, decoder, stacked_decoder, bert
   config.model.num_outputs = 10  # classes, or the vocabulary
-  config.model.width = 0  # features, channels, or the decoder's dimension
-  config.model.depth = 0  # decoders: blocks
+  config.model.width = 0  # features, channels, or a transformer's dimension
+  config.model.depth = 0  # decoders, bert: blocks; wide_resnet: layers
+  # linear, wide_resnet: groups of channels to normalise, each by itself
+  config.model.num_groups = 0
   config.model.num_heads = 0  # decoders, bert
   config.model.num_kv_heads = 0  # stacked_decoder; 0: as many as heads
   config.model.head_dim = 0  # stacked_decoder; 0: width over heads
@@ -60,6 +64,13 @@ def default() -> ml_collections.ConfigDict:
   # found, the parameter is frozen. Empty: all are trained.
   config.model.trainable = ""
   config.model.dtype = "float32"  # of the computation; sums are float32
+
+  # Random changes of an example's inputs, an image. The gradients of as many
+  # changed copies are averaged before they are clipped, as one example's.
+  config.augmentation = ml_collections.ConfigDict()
+  config.augmentation.multiplicity = 0  # copies; 0: the image as it is
+  config.augmentation.flip = False  # left and right
+  config.augmentation.crop = 0  # pixels to shift by, at most, each way
 
   config.privacy = ml_collections.ConfigDict()
   config.privacy.num_examples = 0  # public; must be the training set's length

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 from dpdist import admission
+from dpdist import augment
 from dpdist import config as config_lib
 from dpdist import data_budget
 from dpdist import datasets
@@ -354,6 +355,10 @@ def loss_fn(
 ) -> Callable[..., Any]:
   """The loss of what is clipped as one: of an example, or a mean."""
   loss = losses.cross_entropy(model)
+  copies = config.augmentation
+  if copies.multiplicity:
+    change = augment.flip_and_crop(flip=copies.flip, crop=copies.crop)
+    loss = losses.mean_over_copies(loss, change, copies.multiplicity)
   if config.data.examples_per_unit or config.privacy.group_size > 1:
     return losses.mean_over_unit(loss, empty_slot=units.EMPTY_SLOT)
   return loss
@@ -376,6 +381,8 @@ def _check(config: ml_collections.ConfigDict) -> None:
     (config, "stuck_after"),
     (config.data, "num_threads"),
     (config.data, "prefetch"),
+    (config.augmentation, "multiplicity"),
+    (config.augmentation, "crop"),
   ):
     if section[name] < 0:
       raise ValueError(f"{name} must be at least 0, got {section[name]}")

@@ -27,8 +27,9 @@ RUNNER = "tests/run.py"
 LAYERS = (
   ("keys", "hosts", "rendezvous", "mesh", "fixed_point", "search")
   + ("seals", "liveness", "stores", "progress", "signals", "maintenance")
-  + ("events", "chips", "compiled", "products", "fetch"),
-  ("pairs",),
+  + ("events", "chips", "compiled", "products", "archives")
+  + ("scattering", "augment"),
+  ("pairs", "fetch"),
   ("records", "renyi", "loss_distributions", "verdict"),
   ("accountants",),
   ("accounting", "sampling", "noise", "clipping", "peers"),
@@ -39,7 +40,7 @@ LAYERS = (
   + ("models", "losses", "optimizers", "preemption", "provenance")
   + ("operations", "model_check"),
   ("units",),
-  ("chitchat",),
+  ("chitchat", "features", "cifar", "adult"),
   ("data", "data_budget", "datasets", "retrying", "screen", "report")
   + ("checkpoint", "exact_step", "odometer", "watch"),
   ("admission", "verification", "display"),

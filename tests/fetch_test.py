@@ -80,7 +80,7 @@ def test_what_is_not_as_pinned_leaves_nothing(package, given, spoil, message):
 
 @pytest.mark.parametrize("function", [fetch.fetch, fetch.find])
 def test_an_unknown_name_lists_the_known_ones(function):
-  with pytest.raises(ValueError, match=r"one of \['chitchat'.* got 'chitcat'"):
+  with pytest.raises(ValueError, match=r"one of \['adult'.* got 'chitcat'"):
     function("chitcat")
 
 

@@ -11,9 +11,11 @@ from dpdist import mesh
 from dpdist.models import bert
 from dpdist.models import cnn
 from dpdist.models import decoder
+from dpdist.models import linear
 from dpdist.models import random_features
 from dpdist.models import stacked_decoder
 from dpdist.models import weights
+from dpdist.models import wide_resnet
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -36,6 +38,22 @@ def make(config: ml_collections.ConfigDict) -> nn.Module:
   if config.name == "random_features":
     return random_features.RandomFeatures(
       _size(config, "num_outputs"), _size(config, "width"), dtype
+    )
+  if config.name == "linear":
+    return linear.Linear(_size(config, "num_outputs"), config.num_groups, dtype)
+  if config.name == "wide_resnet":
+    depth = _size(config, "depth")
+    if depth < 10 or depth % 6 != 4:
+      raise ValueError(
+        "model.depth must be 10, 16, 22, 28, ... for"
+        f" model.name='wide_resnet', got {depth}"
+      )
+    return wide_resnet.WideResNet(
+      num_outputs=_size(config, "num_outputs"),
+      depth=depth,
+      width=_size(config, "width"),
+      num_groups=_size(config, "num_groups"),
+      dtype=dtype,
     )
   if config.name == "cnn":
     return cnn.CNN(_size(config, "num_outputs"), _size(config, "width"), dtype)
@@ -93,8 +111,8 @@ def make(config: ml_collections.ConfigDict) -> nn.Module:
       lora_rank=config.lora_rank,
     )
   raise ValueError(
-    "model.name must be random_features, cnn, decoder, stacked_decoder or bert,"
-    f" got {config.name!r}"
+    "model.name must be linear, random_features, cnn, wide_resnet, decoder,"
+    f" stacked_decoder or bert, got {config.name!r}"
   )
 
 
