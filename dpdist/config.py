@@ -20,10 +20,13 @@ def default() -> ml_collections.ConfigDict:
   config.data = ml_collections.ConfigDict()
   config.data.name = "digits"
   # digits, text, npz, idx, array_record, parquet, mnist, fashion_mnist,
-  # cifar10, adult, chitchat
+  # cifar10, adult, chitchat, sotu, rotten_tomatoes, imdb
   config.data.path = ""  # directory or file, where the name needs one
   config.data.features = ""  # scattering: of images, in their place
-  config.data.sequence_length = 64  # text: tokens of an example
+  config.data.sequence_length = 64  # of texts: tokens of an example
+  # rotten_tomatoes, imdb, sotu, chitchat: a file, or a model that launch.fetch
+  # knows; empty: bytes
+  config.data.tokenizer = ""
   config.data.num_train = 0  # text: pieces to train on
   config.data.num_test = 0  # text: pieces held out
   config.data.inputs_column = "inputs"  # parquet

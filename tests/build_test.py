@@ -39,8 +39,8 @@ LAYERS = (
   ("gradients", "stateful", "ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance")
   + ("operations", "model_check"),
-  ("units",),
-  ("chitchat", "features", "cifar", "adult"),
+  ("units", "parameters", "tokens"),
+  ("chitchat", "features", "cifar", "adult", "reviews", "speeches"),
   ("data", "data_budget", "datasets", "retrying", "screen", "report")
   + ("checkpoint", "exact_step", "odometer", "watch"),
   ("admission", "verification", "display"),
