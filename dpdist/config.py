@@ -22,7 +22,8 @@ def default() -> ml_collections.ConfigDict:
   # digits, text, npz, idx, array_record, parquet, mnist, fashion_mnist,
   # cifar10, adult, chitchat, sotu, rotten_tomatoes, imdb
   config.data.path = ""  # directory or file, where the name needs one
-  config.data.features = ""  # scattering: of images, in their place
+  # In the place of inputs: scattering of images, or minilm's of tokens
+  config.data.features = ""
   config.data.sequence_length = 64  # of texts: tokens of an example
   # rotten_tomatoes, imdb, sotu, chitchat: a file, or a model that launch.fetch
   # knows; empty: bytes

@@ -19,8 +19,9 @@ PyTree = Any
 def cross_entropy(model: nn.Module) -> Callable[..., tuple[jax.Array, None]]:
   """The mean cross-entropy of a model's logits, for one example.
 
-  Where an example has many targets, those below 0 are none: its loss is the mean
-  over the others, and 0 if there are none, so that a sequence may be padded.
+  Where an example has many targets, those below 0 are none: its loss is the
+  mean over the others, and 0 if there are none, so that a sequence may be
+  padded.
 
   Args:
     model: maps example["inputs"] to logits [..., classes].

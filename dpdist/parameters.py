@@ -161,11 +161,10 @@ class Parameters:
 
 def _replaced(params: PyTree, weights: Mapping[str, Any]) -> PyTree:
   """Params with the weights at their paths."""
-  leaves, structure = jax.tree.flatten(params)
+  leaves, treedef = jax.tree.flatten(params)
+  # mypy takes JAX's own class of tree structures for a mere name.
+  structure: Any = treedef
   paths = freezing.names(params)
   return structure.unflatten(
-    [
-      weights.get(path, leaf)
-      for path, leaf in zip(paths, leaves, strict=True)
-    ]
+    [weights.get(path, leaf) for path, leaf in zip(paths, leaves, strict=True)]
   )

@@ -55,8 +55,9 @@ def load(name: str) -> Tokenizer:
     raise ModuleNotFoundError(
       "data.tokenizer needs tokenizers: pip install 'dpdist[weights]'"
     ) from error
+  ends: tuple[int, ...] = ()
   if path.suffix == ".gguf":
-    inner, ends = _from_gguf(path, tokenizers)
+    inner = _from_gguf(path, tokenizers)
   else:
     inner = tokenizers.Tokenizer.from_file(os.fspath(path))
     inner.no_padding()
@@ -107,7 +108,7 @@ def _path(name: str) -> pathlib.Path:
   )
 
 
-def _from_gguf(path: pathlib.Path, tokenizers: Any) -> tuple[Any, tuple[()]]:
+def _from_gguf(path: pathlib.Path, tokenizers: Any) -> Any:
   fields = weights.gguf_reader(path).fields
   contents = {
     key: fields[f"tokenizer.ggml.{key}"].contents()
@@ -132,4 +133,4 @@ def _from_gguf(path: pathlib.Path, tokenizers: Any) -> tuple[Any, tuple[()]]:
     ]
   )
   inner.decoder = tokenizers.decoders.ByteLevel()
-  return inner, ()
+  return inner

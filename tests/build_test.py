@@ -40,7 +40,8 @@ LAYERS = (
   + ("models", "losses", "optimizers", "preemption", "provenance")
   + ("operations", "model_check"),
   ("units", "parameters", "tokens"),
-  ("chitchat", "features", "cifar", "adult", "reviews", "speeches"),
+  ("chitchat", "cifar", "adult", "reviews", "sentences", "speeches"),
+  ("features",),
   ("data", "data_budget", "datasets", "retrying", "screen", "report")
   + ("checkpoint", "exact_step", "odometer", "watch"),
   ("admission", "verification", "display"),

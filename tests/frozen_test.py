@@ -55,7 +55,9 @@ class _Net(nn.Module):
   @nn.compact
   def __call__(self, inputs):
     table = self.param("table", nn.initializers.normal(), (16, 8))
-    x = jnp.tanh(lora.Dense(12, 2, name="inner")(jnp.mean(jnp.take(table, inputs, 0), 0)))
+    x = jnp.tanh(
+      lora.Dense(12, 2, name="inner")(jnp.mean(jnp.take(table, inputs, 0), 0))
+    )
     return nn.Dense(3, name="head")(x)
 
 
@@ -141,7 +143,9 @@ def _by_hand():
 
   @jax.jit
   def clipped(trained, example):
-    loss = lambda x: loss_fn(step_lib.whole(x, frozen), example, jax.random.key(0))[0]
+    loss = lambda x: loss_fn(
+      step_lib.whole(x, frozen), example, jax.random.key(0)
+    )[0]
     grad = jax.grad(loss)(trained)
     norm = optax.tree.norm(grad)
     return jax.tree.map(lambda x: x * jnp.minimum(1, _CLIP / norm), grad), norm

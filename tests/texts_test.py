@@ -21,7 +21,6 @@ from dpdist import mesh as mesh_lib
 from dpdist import models
 from dpdist import reviews
 from dpdist import speeches
-from dpdist import tokens
 from dpdist import units
 from dpdist.models import bert
 from dpdist.models import stacked_decoder
@@ -161,12 +160,12 @@ def test_an_author_is_a_unit(tmp_path):
     }
   )
   train, test = datasets.load(config)
-  assert len(train), len(test) == (2, 2)
+  assert (len(train), len(test)) == (2, 2)
   rows = train.read(np.arange(2))
   np.testing.assert_array_equal(
     rows[units.EMPTY_SLOT], [[False, False, False], [False, True, True]]
   )
-  assert bytes(rows["inputs"][0, 2]) == b"ijk"
+  assert bytes(rows["inputs"][0, 2].tolist()) == b"ijk"
   shared = _package(tmp_path, [*_SPEECHES, (2002, "bob", "01234567")])
   config.path = str(shared)
   with pytest.raises(ValueError, match=r"no author in both parts, got \['bob'"):
@@ -188,7 +187,9 @@ def test_what_is_left_over_of_tokens_is_a_padded_piece(tmp_path, tokenizer):
   np.testing.assert_array_equal(
     rows["inputs"][0], [[4, 5, 6], [4, 5, 0], [0] * 3, [0] * 3]
   )
-  np.testing.assert_array_equal(rows["targets"][0, :2], [[5, 6, 7], [5, -1, -1]])
+  np.testing.assert_array_equal(
+    rows["targets"][0, :2], [[5, 6, 7], [5, -1, -1]]
+  )
 
 
 class _Table:
@@ -208,19 +209,20 @@ def test_padded_targets_count_for_nothing():
     "targets": np.array([2, 3, -1, -1], np.int32),
   }
   short = {name: x[:2] for name, x in example.items()}
-  value, grad = jax.value_and_grad(lambda p: loss(p, example, None)[0])(params)
-  want, want_grad = jax.value_and_grad(lambda p: loss(p, short, None)[0])(params)
+  both = jax.jit(jax.value_and_grad(lambda p, x: loss(p, x, None)[0]))
+  value, grad = both(params, example)
+  want, want_grad = both(params, short)
   np.testing.assert_allclose(value, want, rtol=1e-6)
   np.testing.assert_allclose(grad, want_grad, atol=1e-7)
   assert not np.any(np.asarray(grad)[[3, 7]])
   empty = example | {"targets": np.full(4, -1, np.int32)}
-  value, grad = jax.value_and_grad(lambda p: loss(p, empty, None)[0])(params)
+  value, grad = both(params, empty)
   assert value == 0
   assert not np.any(grad)
   # Measured by each target, and not by each sequence.
-  both = {name: np.stack([example[name], empty[name]]) for name in example}
+  held_out = {name: np.stack([example[name], empty[name]]) for name in example}
   mesh = mesh_lib.make({"data": 1, "fsdp": 1, "model": 1}, jax.devices()[:1])
-  scores = losses.evaluator(_Table(), both, mesh)(params)
+  scores = losses.evaluator(_Table(), held_out, mesh)(params)
   np.testing.assert_allclose(scores["loss"], want, rtol=1e-5)
 
 
@@ -245,10 +247,13 @@ def _bert(**changes):
 def test_padding_is_seen_by_no_token_and_an_adapter_begins_at_nothing():
   model = _bert()
   tokens_ = np.array([3, 5, 7, 0, 0, 0], np.int32)
-  params = model.init(jax.random.key(0), tokens_)["params"]
+  params = jax.jit(model.init)(jax.random.key(0), tokens_)["params"]
   rng = np.random.default_rng(0)
   params["head"]["kernel"] = jnp.asarray(rng.normal(size=(8, 2)), jnp.float32)
-  apply = lambda model, tokens: model.apply({"params": params}, tokens)
+  run = jax.jit(
+    lambda model, p, x: model.apply({"params": p}, x), static_argnums=0
+  )
+  apply = lambda model, tokens: run(model, params, tokens)
   logits = apply(model, tokens_)
   np.testing.assert_allclose(apply(model, tokens_[:3]), logits, rtol=1e-5)
   assert np.abs(apply(model, tokens_ + 1) - logits).max() > 1e-3
@@ -258,8 +263,9 @@ def test_padding_is_seen_by_no_token_and_an_adapter_begins_at_nothing():
   up["lora_up"] = jnp.ones_like(up["lora_up"])
   assert np.abs(apply(model, tokens_) - logits).max() > 1e-4
   # Of padding alone, the gradient is a number too.
-  loss = lambda p: jnp.sum(model.apply({"params": p}, 0 * tokens_))
-  assert all(np.isfinite(x).all() for x in jax.tree.leaves(jax.grad(loss)(params)))
+  grad = jax.jit(jax.grad(lambda p, x: jnp.sum(model.apply({"params": p}, x))))
+  leaves = jax.tree.leaves(grad(params, 0 * tokens_))
+  assert all(np.isfinite(x).all() for x in leaves)
 
 
 def test_a_file_of_gguf_is_read_and_expanded(tmp_path):
@@ -316,7 +322,9 @@ def _llama(rng):
       "ffn_up": (24, 16),
       "ffn_down": (16, 24),
     }
-    arrays |= {f"blk.{i}.{k}.weight": new(*shape) for k, shape in shapes.items()}
+    arrays |= {
+      f"blk.{i}.{k}.weight": new(*shape) for k, shape in shapes.items()
+    }
   return arrays
 
 
@@ -356,7 +364,7 @@ def test_a_llama_from_disk_computes_what_it_should():
   arrays = _llama(np.random.default_rng(1))
   inputs = np.array([3, 1, 4, 1, 5], np.int32)
   model = _decoder(lora_rank=2)
-  params = model.init(jax.random.key(0), inputs)["params"]
+  params = jax.jit(model.init)(jax.random.key(0), inputs)["params"]
   for path, array in model.from_disk(arrays).items():
     *folders, name = path.split("/")
     inner = params
@@ -364,12 +372,13 @@ def test_a_llama_from_disk_computes_what_it_should():
       inner = inner[folder]
     assert inner[name].shape == array.shape
     inner[name] = jnp.asarray(array)
-  logits = model.apply({"params": params}, inputs)
+  apply = jax.jit(lambda p: model.apply({"params": p}, inputs))
+  logits = apply(params)
   np.testing.assert_allclose(
     logits, _llama_logits(arrays, inputs), rtol=2e-4, atol=2e-4
   )
   params["blocks"]["value_lora_up"] += 1
-  assert np.abs(model.apply({"params": params}, inputs) - logits).max() > 1e-3
+  assert np.abs(apply(params) - logits).max() > 1e-3
   with pytest.raises(ValueError, match="one table"):
     model.from_disk(arrays | {"output.weight": arrays["token_embd.weight"]})
 
@@ -377,7 +386,9 @@ def test_a_llama_from_disk_computes_what_it_should():
 def test_weights_that_are_not_there_are_named():
   config = config_lib.default().model
   config.weights = "elsewhere.safetensors"
-  with pytest.raises(ValueError, match="must be empty for model.name='random"):
-    models.from_disk(config, models.make(config | {"width": 4}))
+  with pytest.raises(
+    ValueError, match="must be empty for"
+  ):
+    models.from_disk(config, None)
   with pytest.raises(ValueError, match="that was fetched, got 'elsewhere"):
     models.from_disk(config, _bert())

@@ -22,14 +22,15 @@ class Bert(nn.Module):
   of one example, so examples never mix. No dropout.
 
   Attributes:
-    classes: to tell apart.
+    classes: to tell apart; 0: the features are returned.
     vocabulary: tokens.
     positions: most tokens of an example.
     width: of the residual stream.
     depth: blocks.
     num_heads: divides width.
     hidden: width of the inner layer of a block.
-    lora_rank: of the adapters of queries, values and inner layers; 0: none.
+    lora_rank: of the adapters of queries and values, as in section 4.2 of Hu et
+      al.; 0: none.
     dtype: of the computation.
   """
 
@@ -71,6 +72,8 @@ class Bert(nn.Module):
     # Of no token there is no direction.
     square = jnp.maximum(jnp.sum(mean**2), 1e-12)
     features = mean * jax.lax.rsqrt(square) * self.width**0.5
+    if not self.classes:
+      return features
     return nn.Dense(
       self.classes, kernel_init=nn.initializers.zeros, name="head"
     )(features)
@@ -106,9 +109,7 @@ class Bert(nn.Module):
     for i in range(self.depth):
       path, name = f"block_{i}", f"encoder.layer.{i}"
       for mine, theirs in _LAYERS.items():
-        take(
-          f"{path}/{mine}/kernel", f"{name}.{theirs}.weight", is_kernel=True
-        )
+        take(f"{path}/{mine}/kernel", f"{name}.{theirs}.weight", is_kernel=True)
         take(f"{path}/{mine}/bias", f"{name}.{theirs}.bias")
       take_norm(f"{path}/attention_norm", f"{name}.attention.output")
       take_norm(f"{path}/output_norm", f"{name}.output")
@@ -160,7 +161,7 @@ class _Block(nn.Module):
     return _norm("output_norm", self.dtype)(y + z)
 
   def _dense(self, name: str, features: int, x: jax.Array) -> jax.Array:
-    rank = self.rank if name in ("query", "value", "up", "down") else 0
+    rank = self.rank if name in ("query", "value") else 0
     return lora.Dense(features, rank, self.dtype, name=name)(x)
 
   def _attention(self, x: jax.Array, seen: jax.Array) -> jax.Array:
