@@ -2,7 +2,8 @@
 
 Weights from disk take the place of initial ones. Where `model.trainable` is
 given, what it does not name is frozen: it has no gradient, and so no part in
-norms, sums and noise, and nothing is kept beside it.
+norms, sums and noise, and nothing is kept beside it. All that is frozen comes
+from disk, so that who has the weights and a checkpoint has the model.
 
 Weights from disk are taken for public: what they tell of the data that they
 were made from is no part of the guarantee.
@@ -63,7 +64,7 @@ class Parameters:
 
   Raises:
     ValueError: weights that do not fit, or frozen parameters that would stay
-      as random as they begin beside weights from disk.
+      as random as they begin.
   """
 
   make: Callable[[Any, Any], PyTree]
@@ -91,7 +92,7 @@ class Parameters:
         f" {self.trainable!r} for {sorted(whole)}"
       )
     random = sorted(set(frozen) - set(self.weights))
-    if self.weights and random:
+    if random:
       raise ValueError(
         "model.trainable must name the parameters that model.weights does not"
         f" hold, got {self.trainable!r} without {random}, which would stay as"
@@ -127,15 +128,8 @@ class Parameters:
     """The frozen parameters, on the step's mesh; None without any."""
     if self.is_frozen is None:
       return None
-    if self.weights:
-      # Each process hands over what its devices hold, and no more.
-      arrays = _replaced(self.frozen_shapes, self.weights)
-      return step.placed(arrays)
-    return step.frozen_from(
-      lambda *args: self._part(self.make(*args), is_frozen=True),
-      self.words,
-      self.example,
-    )
+    # Each process hands over what its devices hold, and no more.
+    return step.placed(_replaced(self.frozen_shapes, self.weights))
 
   @functools.cached_property
   def weights_sha256(self) -> str:

@@ -156,25 +156,15 @@ class Step:
       return self.initial(make(*args))
 
     specs = self.state_specs(jax.eval_shape(initial, *args))
-    return self._made(initial, specs, *args)
+    if all(spec == mesh_lib.REPLICATED for spec in jax.tree.leaves(specs)):
+      # The program of one device, whose bits do not depend on the mesh.
+      return mesh_lib.place(jax.jit(initial)(*args), specs, self.mesh)
+    shardings = jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
+    return jax.jit(initial, out_shardings=shardings)(*args)
 
   def placed(self, params: PyTree) -> PyTree:
     """Puts whole parameters, NumPy arrays of this process, on the mesh."""
     return mesh_lib.place(params, self.specs(params), self.mesh)
-
-  def frozen_from(self, make: Callable[..., PyTree], *args: Any) -> PyTree:
-    """Frozen parameters, on the mesh; as `init_from`."""
-    specs = self.specs(jax.eval_shape(make, *args))
-    return self._made(make, specs, *args)
-
-  def _made(
-    self, make: Callable[..., PyTree], specs: PyTree, *args: Any
-  ) -> Any:
-    if all(spec == mesh_lib.REPLICATED for spec in jax.tree.leaves(specs)):
-      # The program of one device, whose bits do not depend on the mesh.
-      return mesh_lib.place(jax.jit(make)(*args), specs, self.mesh)
-    shardings = jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
-    return jax.jit(make, out_shardings=shardings)(*args)
 
   def initial(self, params: PyTree) -> TrainState:
     """The same, where params are; may be traced."""

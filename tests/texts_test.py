@@ -386,9 +386,7 @@ def test_a_llama_from_disk_computes_what_it_should():
 def test_weights_that_are_not_there_are_named():
   config = config_lib.default().model
   config.weights = "elsewhere.safetensors"
-  with pytest.raises(
-    ValueError, match="must be empty for"
-  ):
+  with pytest.raises(ValueError, match="must be empty for"):
     models.from_disk(config, None)
   with pytest.raises(ValueError, match="that was fetched, got 'elsewhere"):
     models.from_disk(config, _bert())
