@@ -244,12 +244,23 @@ def _bert(**changes):
   return bert.Bert(**(sizes | changes))
 
 
+def _params(model, inputs):
+  """Of any values: what begins at zero would hide what it should not."""
+  rng = np.random.default_rng(0)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), inputs)["params"]
+  return jax.tree.map(
+    lambda x: rng.normal(size=x.shape).astype(np.float32) / 4, shapes
+  )
+
+
 def test_padding_is_seen_by_no_token_and_an_adapter_begins_at_nothing():
   model = _bert()
   tokens_ = np.array([3, 5, 7, 0, 0, 0], np.int32)
-  params = jax.jit(model.init)(jax.random.key(0), tokens_)["params"]
-  rng = np.random.default_rng(0)
-  params["head"]["kernel"] = jnp.asarray(rng.normal(size=(8, 2)), jnp.float32)
+  params = _params(model, tokens_)
+  query = params["block_0"]["query"]
+  query["lora_up"] = np.zeros_like(query["lora_up"])
+  value = params["block_0"]["value"]
+  value["lora_up"] = np.zeros_like(value["lora_up"])
   run = jax.jit(
     lambda model, p, x: model.apply({"params": p}, x), static_argnums=0
   )
@@ -259,8 +270,8 @@ def test_padding_is_seen_by_no_token_and_an_adapter_begins_at_nothing():
   assert np.abs(apply(model, tokens_ + 1) - logits).max() > 1e-3
   without = apply(_bert(lora_rank=0), tokens_)
   np.testing.assert_allclose(without, logits, rtol=1e-6)
-  up = params["block_0"]["query"]
-  up["lora_up"] = jnp.ones_like(up["lora_up"])
+  for adapted in (query, value):
+    adapted["lora_up"] = np.ones_like(adapted["lora_up"])
   assert np.abs(apply(model, tokens_) - logits).max() > 1e-4
   # Of padding alone, the gradient is a number too.
   grad = jax.jit(jax.grad(lambda p, x: jnp.sum(model.apply({"params": p}, x))))
@@ -364,7 +375,9 @@ def test_a_llama_from_disk_computes_what_it_should():
   arrays = _llama(np.random.default_rng(1))
   inputs = np.array([3, 1, 4, 1, 5], np.int32)
   model = _decoder(lora_rank=2)
-  params = jax.jit(model.init)(jax.random.key(0), inputs)["params"]
+  params = _params(model, inputs)
+  for name in ("query", "value"):
+    params["blocks"][f"{name}_lora_up"] *= 0
   for path, array in model.from_disk(arrays).items():
     *folders, name = path.split("/")
     inner = params
