@@ -175,13 +175,12 @@ def _prepare(
   hosts.agree(secret_file=keys.secret_hash(secret))
   example = one_example(splits.train)["inputs"]
   start = hosts.in_all(
-    lambda: parameters.Parameters(
+    lambda: parameters.of(
+      config.model,
+      model,
       functools.partial(make_params, model),
       mechanism.Streams(secret, "").words("init"),
       example,
-      models.from_disk(config.model, model),
-      config.model.trainable,
-      parameters.frozen_paths(config.model),
     )
   )
   hosts.agree(model_weights=start.weights_sha256)

@@ -15,11 +15,13 @@ import functools
 import re
 from typing import Any
 
+from flax import linen as nn
 import jax
 import ml_collections
 import numpy as np
 
 from dpdist import clipping
+from dpdist import models
 from dpdist import step as step_lib
 from dpdist.clipping import freezing
 from dpdist.models import weights as weights_lib
@@ -48,6 +50,29 @@ def frozen_paths(
       f" {config.trainable!r}: {error}"
     ) from error
   return lambda path: pattern.search(path) is None
+
+
+def of(
+  config: ml_collections.ConfigDict,
+  model: nn.Module,
+  make: Callable[[Any, Any], PyTree],
+  words: Any,
+  example: Any,
+) -> "Parameters":
+  """Reads a run's weights from disk, if it has any.
+
+  Args:
+    config: `config.model`.
+    model: of the config.
+    make: see `Parameters`; likewise words and example, of which shapes are
+      enough for all but `Parameters.init`.
+
+  Raises:
+    ValueError, ModuleNotFoundError: see `Parameters` and `models.from_disk`.
+  """
+  weights = models.from_disk(config, model)
+  is_frozen = frozen_paths(config)
+  return Parameters(make, words, example, weights, config.trainable, is_frozen)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
