@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import ml_collections
 
 
 def flip_and_crop(
@@ -34,3 +35,35 @@ def flip_and_crop(
     return image
 
   return change
+
+
+def check(config: ml_collections.ConfigDict, shape: tuple[int, ...]) -> None:
+  """Raises ValueError for settings that are wrong, or would be without effect.
+
+  Args:
+    config: all settings, of which `augmentation` is meant.
+    shape: of an example's inputs.
+  """
+  wanted = config.augmentation
+  if wanted.multiplicity < 0:
+    raise ValueError(
+      f"augmentation.multiplicity must be at least 0, got {wanted.multiplicity}"
+    )
+  if not wanted.multiplicity:
+    if wanted.flip or wanted.crop:
+      raise ValueError(
+        "augmentation.multiplicity must be at least 1 with augmentation.flip="
+        f"{wanted.flip} and augmentation.crop={wanted.crop}, got 0"
+      )
+    return
+  if len(shape) != 3 or config.data.features:
+    raise ValueError(
+      "augmentation.multiplicity must be 0 unless inputs are images (height,"
+      f" width, channels), got {wanted.multiplicity} for inputs {shape} of"
+      f" data.features={config.data.features!r}"
+    )
+  if not 0 <= wanted.crop < min(shape[:2]):
+    raise ValueError(
+      f"augmentation.crop must be at least 0 and below {min(shape[:2])}, the"
+      f" images' size, got {wanted.crop}"
+    )

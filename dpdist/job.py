@@ -174,6 +174,7 @@ def _prepare(
   secret = hosts.in_all(lambda: admission.secret(config, workdir, is_new=False))
   hosts.agree(secret_file=keys.secret_hash(secret))
   example = one_example(splits.train)["inputs"]
+  augment.check(config, example.shape)
   start = hosts.in_all(
     lambda: parameters.of(
       config.model,
@@ -380,8 +381,6 @@ def _check(config: ml_collections.ConfigDict) -> None:
     (config, "stuck_after"),
     (config.data, "num_threads"),
     (config.data, "prefetch"),
-    (config.augmentation, "multiplicity"),
-    (config.augmentation, "crop"),
   ):
     if section[name] < 0:
       raise ValueError(f"{name} must be at least 0, got {section[name]}")

@@ -18,6 +18,7 @@ release happens once, whatever was charged and lost on the way.
 import bisect
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -90,6 +91,20 @@ class Mechanism:
       for setting in self.plan.settings
     ]
     return noise.gaussian_noise(self._now(stddevs, release), key)
+
+  def noise_norm(self, num_entries: int, release: int) -> float:
+    """The length that the noise in the mean has, as a root of mean squares.
+
+    Public: it follows from the plan.
+
+    Args:
+      num_entries: of the mean gradient, all parameters together.
+      release: the step's place among all that are charged under the plan.
+    """
+    setting = self.plan.setting(release)
+    size = setting.expected_batch_size / self.plan.group_size
+    stddev = setting.noise_multiplier * self.sensitivity / size
+    return stddev * math.sqrt(num_entries)
 
   def mean(self, noisy_sum: PyTree, release: jax.Array | None = None) -> PyTree:
     """The noisy sum over the expected, never the drawn, number of units.

@@ -22,6 +22,7 @@ import numpy as np
 
 from dpdist import clipping
 from dpdist import models
+from dpdist import provenance
 from dpdist import step as step_lib
 from dpdist.clipping import freezing
 from dpdist.models import weights as weights_lib
@@ -73,6 +74,11 @@ def of(
   weights = models.from_disk(config, model)
   is_frozen = frozen_paths(config)
   return Parameters(make, words, example, weights, config.trainable, is_frozen)
+
+
+def frozen_sha256(frozen: PyTree | None) -> str:
+  """Of frozen parameters; "" without any. To be called in all processes."""
+  return "" if frozen is None else provenance.params_sha256(frozen)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

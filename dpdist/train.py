@@ -37,9 +37,11 @@ from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import odometer as odometer_lib
 from dpdist import operations
+from dpdist import parameters
 from dpdist import preemption
 from dpdist import progress as progress_lib
 from dpdist import provenance
+from dpdist import released as released_lib
 from dpdist import report
 from dpdist import screen
 from dpdist import step as step_lib
@@ -105,7 +107,7 @@ def train(
         workdir / "checkpoints",
         writer=job.writer,
         max_to_keep=config.max_checkpoints,
-        frozen_sha256=_frozen_sha256(job),
+        frozen_sha256=parameters.frozen_sha256(job.frozen),
       )
     )
     return _run(config, workdir, job, checkpoints, stop, progress)
@@ -139,7 +141,7 @@ def _run(
   environment = provenance.environment(job.mesh)
   environments = hosts.gather(json.dumps(environment))
   # Here, since all processes take part.
-  frozen_sha256 = _frozen_sha256(job)
+  frozen_sha256 = parameters.frozen_sha256(job.frozen)
 
   state = job.init()
   saved, rejected = job.found
@@ -176,6 +178,7 @@ def _run(
         "no checkpoint can be restored, and the plan is spent; "
         + "; ".join(rejected)
       )
+    released_lib.write_settings(workdir, config)
     epsilon_planned = composition.epsilon(ledger.planned)
     return _Line(
       branch.identity, branch.release(0), ledger.last_step, epsilon_planned
@@ -195,6 +198,7 @@ def _run(
     rows = summary.start_rows(job, ledger.planned, start_step=start)
     screen.show_start(rows, notices)
 
+  num_entries = sum(leaf.size for leaf in jax.tree.leaves(job.params))
   evaluate = losses.evaluator(job.model, job.test, job.mesh)
   scores: dict[str, float] = {}
   num_steps = config.privacy.num_steps
@@ -272,6 +276,9 @@ def _run(
               "epsilon": composition.epsilon(ledger.spent_through(done)),
               "learning_rate": float(job.learning_rate(t)),
               "noisy_gradient_norm": float(released["noisy_gradient_norm"]),
+              "noise_norm": step.mechanism.noise_norm(
+                num_entries, first_release + t
+              ),
               "examples_per_second": clock.examples_per_second(),
             }
             display.tell(done, values, scores, sensitive, machines)
@@ -318,11 +325,6 @@ def _run(
     return result
 
   return dict(hosts.from_leader(finish))
-
-
-def _frozen_sha256(job: job_lib.Job) -> str:
-  """Of the frozen parameters; "" without any. In all processes."""
-  return "" if job.frozen is None else provenance.params_sha256(job.frozen)
 
 
 def _charge(job: job_lib.Job, stop_step: int) -> None:

@@ -1,0 +1,32 @@
+"""Private logistic regression on scattering features of CIFAR-10.
+
+  python -m launch.fetch --name=cifar10
+  python -m launch.train --config=configs/cifar10_scattering.py \
+    --workdir=/tmp/cifar_scattering
+
+MEASURED
+"""
+
+import ml_collections
+
+from dpdist import config as config_lib
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the settings."""
+  config = config_lib.default()
+  config.data.name = "cifar10"
+  config.data.features = "scattering"
+  config.model.name = "linear"
+  config.model.num_outputs = 10
+  config.model.num_groups = 27
+  config.privacy.num_examples = 50_000
+  config.privacy.expected_batch_size = 8192
+  config.privacy.num_steps = 366
+  config.privacy.l2_clip_norm = 0.1
+  config.privacy.target_epsilon = 3.0
+  config.privacy.target_delta = 1e-5
+  config.optimizer.name = "sgd"
+  config.optimizer.learning_rate = 4.0
+  config.optimizer.options.momentum = 0.9
+  return config
