@@ -23,7 +23,6 @@ import optax
 
 from dpdist import config as config_lib
 from dpdist import data
-from dpdist import forecast
 from dpdist import job
 from dpdist import keys
 from dpdist import mechanism
@@ -31,6 +30,7 @@ from dpdist import mesh as mesh_lib
 from dpdist import models
 from dpdist import optimizers
 from dpdist import plan as plan_lib
+from dpdist import shapes
 from dpdist import step as step_lib
 
 PyTree = Any
@@ -126,8 +126,8 @@ def prepare(
     optimizer=recording(),
     ema_decay=0.0,
   )
-  example = forecast.example_shapes(config)
-  unit = forecast.unit_shapes(config, example)
+  example = shapes.example(config)
+  unit = shapes.unit(config, example)
   rng = np.random.default_rng(0)
   draw = functools.partial(_random, rng, config.model.num_outputs)
   words = keys.prng_words(keys.insecure_secret(0))
