@@ -104,6 +104,11 @@ def prepare(
       "privacy.examples_per_user must be 1 for an audit, got"
       f" {plan.examples_per_user}"
     )
+  if config.model.trainable:
+    raise ValueError(
+      "model.trainable must be empty for an audit, got"
+      f" {config.model.trainable!r}"
+    )
   mesh = mesh_lib.make(config.mesh)
   model = models.make(config.model)
   optimizer, _ = optimizers.make(config.optimizer, config.privacy.num_steps)

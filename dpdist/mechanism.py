@@ -173,6 +173,7 @@ def make(
   microbatch_size: int | None = None,
   exact_group_size: int | None = None,
   platform: str | None = None,
+  frozen: Callable[[str], bool] | None = None,
 ) -> Mechanism:
   """Binds a plan to a loss.
 
@@ -184,6 +185,8 @@ def make(
     exact_group_size: see `Mechanism`; a step with one is
       `dpdist.exact_step.ExactStep`.
     platform: what it is compiled for; see `dpdist.clipped_grad`.
+    frozen: from a parameter's path to whether it is not trained, and so in no
+      gradient, sum or noise; None: all are trained.
 
   Returns:
     The mechanism.
@@ -214,6 +217,7 @@ def make(
     method=method,
     microbatch_size=microbatch_size,
     platform=platform,
+    frozen=frozen,
   )
   sensitivity = clipped_grad.sensitivity(plan.neighboring_relation)
   noise_stddev = plan.noise_multiplier * sensitivity

@@ -6,12 +6,14 @@ is refused, since nothing could be said of what its parameters cost.
 """
 
 from collections.abc import Mapping
+import functools
 import json
 import os
 import pathlib
 from typing import Any, NamedTuple
 
 from flax import linen as nn
+import jax
 from jax.sharding import Mesh
 import ml_collections
 import numpy as np
@@ -28,6 +30,7 @@ from dpdist import manifest
 from dpdist import mesh as mesh_lib
 from dpdist import models
 from dpdist import optimizers
+from dpdist import parameters
 from dpdist import shapes
 from dpdist import step as step_lib
 from dpdist import verification
@@ -49,7 +52,8 @@ class Released(NamedTuple):
     saved: which checkpoint.
     model: maps inputs to logits.
     mesh: of this machine's devices.
-    state: the checkpoint; `ema_params` is None where the run keeps no average.
+    state: the checkpoint, with all parameters of the model, the frozen ones
+      too; `ema_params` is None where the run keeps no average.
     test: all held-out examples, arrays "inputs" and "targets".
     environment: versions, code and devices that the run ended with; empty for
       one that has not ended.
@@ -125,7 +129,25 @@ def load(
   mesh = _mesh(config)
   whole = job.make_step(config, ledger.plan, model, optimizer, mesh)
   like = shapes.state(whole, model, held_out["inputs"][0])
-  restored = checkpoint.read(workdir / "checkpoints", like, saved)
+  start = parameters.of(
+    config.model,
+    model,
+    functools.partial(job.make_params, model),
+    jax.ShapeDtypeStruct((2,), np.uint32),
+    held_out["inputs"][0],
+  )
+  frozen = start.frozen(whole)
+  restored = checkpoint.read(
+    workdir / "checkpoints",
+    like,
+    saved,
+    frozen_sha256=parameters.frozen_sha256(frozen),
+  )
+  ema = restored.ema_params
+  restored = restored._replace(
+    params=step_lib.whole(restored.params, frozen),
+    ema_params=None if ema is None else step_lib.whole(ema, frozen),
+  )
   result, environment = workdir / "result.json", {}
   if result.exists():
     environment = json.loads(result.read_text())["environment"]

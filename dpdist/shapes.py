@@ -15,6 +15,7 @@ from jax.sharding import NamedSharding
 import ml_collections
 import numpy as np
 
+from dpdist import clipping
 from dpdist import datasets
 from dpdist import job
 from dpdist import mesh as mesh_lib
@@ -63,17 +64,34 @@ def placed(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
 
 def state(step: step_lib.Step, model: Any, inputs: Any) -> PyTree:
   """A state, on the mesh, of a model of such inputs."""
-  make = functools.partial(job.make_params, model)
-  found = jax.eval_shape(
-    lambda words, inputs: step.initial(make(words, inputs)),
-    jax.ShapeDtypeStruct((2,), jnp.uint32),
-    inputs,
-  )
+  found = jax.eval_shape(step.initial, _parts(step, model, inputs)[0])
   return placed(found, step.state_specs(found), step.mesh)
 
 
+def frozen(step: step_lib.Step, model: Any, inputs: Any) -> PyTree | None:
+  """The frozen parameters, on the mesh; None without any."""
+  if step.mechanism.clipped_grad.frozen is None:
+    return None
+  found = _parts(step, model, inputs)[1]
+  return placed(found, step.specs(found), step.mesh)
+
+
+def _parts(
+  step: step_lib.Step, model: Any, inputs: Any
+) -> tuple[PyTree, PyTree]:
+  """Of trained parameters and of frozen ones."""
+  words = jax.ShapeDtypeStruct((2,), jnp.uint32)
+  make = functools.partial(job.make_params, model)
+  params = jax.eval_shape(make, words, inputs)
+  return clipping.partition(params, step.mechanism.clipped_grad.frozen)
+
+
 def arguments(
-  step: step_lib.Step, state: PyTree, row: PyTree, chunk_size: int
+  step: step_lib.Step,
+  state: PyTree,
+  row: PyTree,
+  chunk_size: int,
+  frozen: PyTree | None = None,
 ) -> tuple[PyTree, ...]:
   """What `accumulate` takes, on the mesh, for chunks of such rows."""
   zeros = jax.eval_shape(step.zeros, state.params)
@@ -92,6 +110,7 @@ def arguments(
     over(jax.ShapeDtypeStruct((), jnp.bool_)),
     everywhere(key),
     everywhere(jax.ShapeDtypeStruct((), jnp.int32)),
+    frozen,
   )
 
 
@@ -105,7 +124,7 @@ def memory(
     return mesh_lib.bytes_per_device(tree, specs, step.mesh)
 
   return {
-    "parameters": size(state.params),
+    "parameters": size(state.params) + size(given[6]),
     "optimizer": size(state.opt_state),
     "average": size(state.ema_params),
     "accumulator": size(given[1].clipped_sum),

@@ -52,6 +52,7 @@ class Bench(NamedTuple):
   step: step_lib.Step
   loss_fn: Callable[..., Any]
   state: PyTree
+  frozen: PyTree | None
   row: PyTree
 
 
@@ -90,6 +91,7 @@ def prepare(config: ml_collections.ConfigDict) -> Bench:
     step,
     job.loss_fn(config, model),
     shapes.state(step, model, example["inputs"]),
+    shapes.frozen(step, model, example["inputs"]),
     shapes.unit(config, example),
   )
 
@@ -192,7 +194,7 @@ def trial(bench: Bench, size: int) -> tuple[int, Callable[[], float]]:
     Bytes that a device needs, and what runs a step of one chunk: seconds that
     the chunk took, after one that is not told.
   """
-  given = shapes.arguments(bench.step, bench.state, bench.row, size)
+  given = _arguments(bench, size)
   accumulate = _compiled(bench.step.accumulate, given)
   update = _compiled(bench.step.apply, (bench.state, given[1], given[4]))
   held = sum(shapes.memory(bench.step, bench.state, given).values())
@@ -249,15 +251,17 @@ def _both(
 ) -> tuple[dict[tuple[str, str], Program], tuple[PyTree, ...], int]:
   """All four programs, shapes of the first one's arguments, bytes held."""
   step, state = bench.step, bench.state
-  given = shapes.arguments(step, state, bench.row, size)
+  given = _arguments(bench, size)
   held = sum(shapes.memory(step, state, given).values())
   chunk, update = _ordinary(bench)
-  params, accumulator, batch, _, key, _ = given
+  params, accumulator, batch, _, key, _, frozen = given
   total = shapes.placed(params, step.specs(params), step.mesh)
   programs = {
     ("private", "chunk"): _compiled(step.accumulate, given),
     ("private", "update"): _compiled(step.apply, (state, accumulator, key)),
-    ("ordinary", "chunk"): _compiled(chunk, (params, total, batch, key)),
+    ("ordinary", "chunk"): _compiled(
+      chunk, (params, total, batch, key, frozen)
+    ),
     ("ordinary", "update"): _compiled(update, (state, total)),
   }
   return programs, given, held
@@ -270,14 +274,17 @@ def _ordinary(bench: Bench) -> tuple[Any, Any]:
   shardings = jax.tree.map(functools.partial(NamedSharding, step.mesh), specs)
 
   @functools.partial(jax.jit, donate_argnums=(1,), out_shardings=shardings)
-  def chunk(params: PyTree, total: PyTree, batch: PyTree, key: Any) -> PyTree:
+  def chunk(
+    params: PyTree, total: PyTree, batch: PyTree, key: Any, frozen: PyTree
+  ) -> PyTree:
     rows = len(jax.tree.leaves(batch)[0])
     keys = jax.vmap(functools.partial(jax.random.fold_in, key))(
       jnp.arange(rows)
     )
 
     def mean(params: PyTree) -> jax.Array:
-      loss = lambda example, key: bench.loss_fn(params, example, key)[0]
+      whole = step_lib.whole(params, frozen)
+      loss = lambda example, key: bench.loss_fn(whole, example, key)[0]
       return jnp.mean(jax.vmap(loss)(batch, keys))
 
     return jax.tree.map(jnp.add, total, jax.grad(mean)(params))
@@ -296,6 +303,12 @@ def _ordinary(bench: Bench) -> tuple[Any, Any]:
   return chunk, update
 
 
+def _arguments(bench: Bench, size: int) -> tuple[PyTree, ...]:
+  return shapes.arguments(
+    bench.step, bench.state, bench.row, size, bench.frozen
+  )
+
+
 def _compiled(function: Any, given: tuple[PyTree, ...]) -> Program:
   program = function.lower(*given).compile()
   analysis = program.memory_analysis()
@@ -311,7 +324,7 @@ def _interleaved(
 ) -> dict[tuple[str, str], list[float]]:
   """Seconds of each program in each round, after one that is not told."""
   params, accumulator, *rest = jax.tree.map(_made_up, given)
-  batch, key = rest[0], rest[2]
+  batch, key, frozen = rest[0], rest[2], rest[4]
   del params
   states = {
     name: jax.tree.map(_made_up, bench.state)
@@ -331,7 +344,7 @@ def _interleaved(
       "private", "chunk", states["private"].params, accumulator, *rest
     )
     total = timed(
-      "ordinary", "chunk", states["ordinary"].params, total, batch, key
+      "ordinary", "chunk", states["ordinary"].params, total, batch, key, frozen
     )
     states["private"], _ = timed(
       "private", "update", states["private"], accumulator, key
@@ -361,7 +374,7 @@ def _clipping(bench: Bench, given: tuple[PyTree, ...]) -> list[str]:
   batch, key = given[2], given[4]
   plain = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
   text = bench.step.mechanism.clipped_grad.explanation(
-    jax.tree.map(plain, bench.state.params),
+    jax.tree.map(plain, step_lib.whole(bench.state.params, bench.frozen)),
     jax.tree.map(plain, batch),
     rng=plain(key),
   )

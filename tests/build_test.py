@@ -41,8 +41,9 @@ LAYERS = (
   ("gradients", "stateful", "ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance")
   + ("operations", "model_check"),
-  ("units",),
-  ("chitchat", "features", "cifar", "adult"),
+  ("units", "parameters", "tokens"),
+  ("chitchat", "cifar", "adult", "reviews", "sentences", "speeches"),
+  ("features",),
   ("data", "data_budget", "datasets", "retrying", "screen", "drawing")
   + ("checkpoint", "exact_step", "odometer", "watch"),
   ("report",),
