@@ -29,4 +29,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.name = "sgd"
   config.optimizer.learning_rate = 4.0
   config.optimizer.options.momentum = 0.9
+  config.ema_decay = 0.98
   return config
