@@ -3,8 +3,8 @@
   python -m launch.fetch --name=adult
   python -m launch.train --config=configs/adult.py --workdir=/tmp/adult
 
-32,561 people to train on, 16,281 held out, 76.4% of whom earn less. Epsilon 1.0,
-delta 1e-5: held-out accuracy 0.8505 (mean of seeds 1 to 3 given as
+32,561 people to train on, 16,281 held out, 76.4% of whom earn less. Epsilon
+1.0, delta 1e-5: held-out accuracy 0.8505 (mean of seeds 1 to 3 given as
 --config.insecure_seed, so that anyone can repeat them; 0.8503 to 0.8508), where
 scikit-learn's logistic regression has 0.8520 on the same inputs without privacy
 (C=1, no intercept, nothing tuned). 10 s of CPU a run; on two cores with a dozen
