@@ -43,7 +43,9 @@ def explain(error: BaseException) -> Told | None:
   text = str(error)
   if isinstance(error, KeyboardInterrupt):
     return Told("stopped by Ctrl-C", exit_codes.INTERRUPTED)
-  if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in text:
+  # By which tensorstore means a full disk as well.
+  exhausted = "RESOURCE_EXHAUSTED" in text and _NO_SPACE not in text
+  if isinstance(error, MemoryError) or exhausted:
     wanted = re.search(r"[Aa]llocat\w+ (\d+) bytes", text)
     size = (
       f": {int(wanted[1]) / 1e9:,.1f} GB more were wanted" if wanted else ""
@@ -79,7 +81,8 @@ def tell(told: Told) -> int:
   command = told.command or next_command(told.sentence)
   if command:
     print(f"try: {command}", file=sys.stderr)
-  if _TRACEBACK.value and sys.exc_info()[0] is not None:
+  asked = flags.FLAGS.is_parsed() and _TRACEBACK.value
+  if asked and sys.exc_info()[0] is not None:
     traceback.print_exc()
   return told.code
 
@@ -123,7 +126,7 @@ def _workdir() -> str:
 
 
 def _asked_for(sentence: str) -> str:
-  found = re.search(r"`([^`]+)`|(pip install \S+)", sentence)
+  found = re.search(r"`([^`]+)`|(pip install (?:'[^']*'|[\w.-]+))", sentence)
   return (found[1] or found[2]) if found else ""
 
 

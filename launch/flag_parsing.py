@@ -65,6 +65,8 @@ def _parse(passes_on: bool, argv: Sequence[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+      # Where a file could not be loaded, any attribute raises what was wrong.
+      hasattr(flags.FLAGS.config, "to_dict")
       config.check(flags.FLAGS.config)
   except AttributeError as error:
     # An unknown setting, perhaps with a suggestion, wrapped in a KeyError.

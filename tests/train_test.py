@@ -118,7 +118,7 @@ def test_training_loss_batch_size_and_clip_fraction_stay_inside(finished):
   names = {name for row in metrics.read(workdir) for name in row} - {"step"}
   # Spelt out, so that nothing is let through by a change of the sets alone.
   assert names == {
-    *("epsilon", "learning_rate", "noisy_gradient_norm", "examples_per_second"),
+    *("epsilon", "learning_rate", "noisy_gradient_norm", "noise_norm"),
     *("test/accuracy", "test/loss", "test_ema/accuracy", "test_ema/loss"),
   }
   for file in workdir.rglob("*"):
