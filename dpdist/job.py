@@ -180,6 +180,7 @@ def _prepare(
   secret = hosts.in_all(lambda: admission.secret(config, workdir, is_new=False))
   hosts.agree(secret_file=keys.secret_hash(secret))
   example = one_example(splits.train)["inputs"]
+  _check_augmentation(config, example.shape)
   start = hosts.in_all(
     lambda: parameters.of(
       config.model,
@@ -395,6 +396,32 @@ def _check(config: ml_collections.ConfigDict) -> None:
   ):
     if section[name] < 0:
       raise ValueError(f"{name} must be at least 0, got {section[name]}")
+
+
+def _check_augmentation(
+  config: ml_collections.ConfigDict, shape: tuple[int, ...]
+) -> None:
+  """Raises ValueError where changes of inputs would fail, or mean nothing."""
+  copies = config.augmentation
+  if not copies.multiplicity:
+    if copies.flip or copies.crop:
+      raise ValueError(
+        "augmentation.multiplicity must be at least 1 with augmentation.flip"
+        f" or augmentation.crop, got {copies.multiplicity}"
+      )
+    return
+  if config.data.features:
+    # Those of a mirrored image are not the image's own features mirrored.
+    raise ValueError(
+      "augmentation.multiplicity must be 0 with data.features="
+      f"{config.data.features!r}, got {copies.multiplicity}"
+    )
+  if len(shape) != 3:
+    raise ValueError(
+      "augmentation.multiplicity must be 0 unless inputs are images (height,"
+      f" width, channels), got {copies.multiplicity} for inputs of shape"
+      f" {shape}"
+    )
 
 
 def chunk_size(

@@ -92,9 +92,7 @@ class _Crash(Exception):  # noqa: N818
   pass
 
 
-def test_a_step_run_again_on_other_features_has_new_keys(
-  tmp_path, monkeypatch
-):
+def test_a_step_run_again_on_other_features_has_new_keys(tmp_path, monkeypatch):
   # Features made anew may differ by a rounding. The same noise on both sums
   # would come out in their difference.
   monkeypatch.setenv("DPDIST_CACHE", str(tmp_path / "cache"))
@@ -122,9 +120,10 @@ def test_a_step_run_again_on_other_features_has_new_keys(
     return sample(self, step)
 
   def run_until_it_crashes():
-    with monkeypatch.context() as patch, pytest.raises(_Crash):
+    with monkeypatch.context() as patch:
       patch.setattr(sampling.PoissonSampler, "__call__", crash)
-      dpdist.train(config, tmp_path / "run")
+      with pytest.raises(_Crash):
+        dpdist.train(config, tmp_path / "run")
     return ledger_lib.Ledger(tmp_path / "run/ledger").spent_steps
 
   assert run_until_it_crashes() == 2
