@@ -36,13 +36,21 @@ class FeatureSource(sources.ArraySource):
 
   The manifest is that of the examples the features were made of: it names whose
   data is protected, so that a budget of a data set is spent by runs on its
-  features too. That features were used, and the code that made them, is in a
-  run's settings and fingerprint.
+  features too.
+
+  Attributes:
+    sha256: of the features as they are kept, hex. Made anew, on another machine
+      or by another release of a library, they may differ in a bit; a step that
+      is run again on them is another step, so this belongs to what a run's
+      steps are told apart by (see `dpdist.provenance.fingerprint`).
   """
 
-  def __init__(self, inputs: np.ndarray, targets: np.ndarray, manifest: str):
+  def __init__(
+    self, inputs: np.ndarray, targets: np.ndarray, manifest: str, sha256: str
+  ):
     super().__init__({"inputs": inputs, "targets": targets})
     self._manifest = manifest
+    self.sha256 = sha256
 
 
 def of(source: sources.Source, name: str) -> FeatureSource:
@@ -76,14 +84,18 @@ def of(source: sources.Source, name: str) -> FeatureSource:
   targets = _blocks(source, lambda batch: batch["targets"])
   if not folder.is_dir():
     _keep(source, function, folder)
-  with open(folder / _FILE, "rb") as file:
-    found = hashlib.file_digest(file, "sha256").hexdigest()
-  if found != (folder / _DIGEST).read_text():
+  try:
+    with open(folder / _FILE, "rb") as file:
+      found = hashlib.file_digest(file, "sha256").hexdigest()
+    is_sound = found == (folder / _DIGEST).read_text()
+  except FileNotFoundError:
+    is_sound = False
+  if not is_sound:
     raise ValueError(
       f"{folder / _FILE} is damaged: delete {folder}, and it is made again"
     )
   inputs = np.load(folder / _FILE, mmap_mode="r", allow_pickle=False)
-  return FeatureSource(inputs, targets, manifest)
+  return FeatureSource(inputs, targets, manifest, found)
 
 
 def _keep(

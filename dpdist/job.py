@@ -24,6 +24,7 @@ from dpdist import config as config_lib
 from dpdist import data_budget
 from dpdist import datasets
 from dpdist import exact_step
+from dpdist import features
 from dpdist import hosts
 from dpdist import keys
 from dpdist import ledger as ledger_lib
@@ -64,6 +65,7 @@ class Job(NamedTuple):
     mesh: all devices.
     train_source: the private examples or users; `close` when all is over.
     train_manifest: names their content, hex.
+    features_sha256: of the features in their inputs' place; "" without any.
     test: all held-out examples, arrays "inputs" and "targets".
     model: maps inputs to logits.
     params: the trained parameters' shapes.
@@ -89,6 +91,7 @@ class Job(NamedTuple):
   mesh: Mesh
   train_source: sources.Source
   train_manifest: str
+  features_sha256: str
   test: dict[str, np.ndarray]
   model: nn.Module
   params: PyTree
@@ -139,7 +142,9 @@ def _prepare(
   ledger: ledger_lib.Ledger | None,
 ) -> Job:
   settings = config_lib.privacy_dict(config)
-  mesh, splits, train_manifest, close = hosts.in_all(lambda: _load(config))
+  mesh, splits, train_manifest, features_sha256, close = hosts.in_all(
+    lambda: _load(config)
+  )
   environment = provenance.environment(mesh)
   hosts.agree(
     settings=config.to_dict(),
@@ -147,6 +152,7 @@ def _prepare(
     packages=environment["packages"],
     jax_config=environment["jax_config"],
     training_data=train_manifest,
+    training_features=features_sha256,
   )
   plan, changes, found = admission.decide(
     config, workdir, ledger, train_manifest
@@ -221,6 +227,7 @@ def _prepare(
     mesh,
     splits.train,
     train_manifest,
+    features_sha256,
     splits.test.read(np.arange(len(splits.test))),
     model,
     start.shapes,
@@ -258,7 +265,7 @@ def one_example(source: sources.Source) -> dict[str, np.ndarray]:
 
 def _load(
   config: ml_collections.ConfigDict,
-) -> tuple[Mesh, datasets.Splits, str, Callable[[], None]]:
+) -> tuple[Mesh, datasets.Splits, str, str, Callable[[], None]]:
   """What may be found, or not, by each process: devices and data."""
   mesh = mesh_lib.make(config.mesh)
   name, path = config.data.name, config.data.path
@@ -273,6 +280,9 @@ def _load(
     )
 
   train, test = datasets.load(config.data)
+  features_sha256 = ""
+  if isinstance(train, features.FeatureSource):
+    features_sha256 = train.sha256
   unit, group_size = "example", config.privacy.group_size
   if isinstance(train, units.UnitSource):
     unit, examples = "user", retried(train.examples)
@@ -300,7 +310,7 @@ def _load(
       f" {config.privacy.num_examples}"
     )
   splits = datasets.Splits(train, retried(test))
-  return mesh, splits, manifest, examples.close
+  return mesh, splits, manifest, features_sha256, examples.close
 
 
 def make_step(

@@ -99,7 +99,7 @@ def fingerprint(
   plan_fingerprint: str,
   data_manifest: str,
   environments: Sequence[Mapping[str, Any]],
-  weights: Sequence[str] = (),
+  made_of: Sequence[str] = (),
 ) -> str:
   """A digest that is equal only if a step run again gives the same bits.
 
@@ -111,8 +111,9 @@ def fingerprint(
     plan_fingerprint: of the plan.
     data_manifest: of the training set.
     environments: from `environment`, of every process in order.
-    weights: SHA-256 of the parameters that were read from disk or are frozen,
-      if there are any; their path does not count.
+    made_of: SHA-256 of the parameters that were read from disk or are frozen,
+      and of the features in the place of inputs, if there are any; their paths
+      do not count.
 
   Returns:
     SHA-256, hex.
@@ -132,7 +133,7 @@ def fingerprint(
       numbers = {k: v for k, v in numbers.items() if k not in _TOPOLOGY}
   parts: list[Any] = [
     *(numbers, plan_fingerprint, data_manifest),
-    *(list(environments), list(weights)),
+    *(list(environments), list(made_of)),
   ]
   text = _canonical(parts)
   return hashlib.sha256(text.encode()).hexdigest()

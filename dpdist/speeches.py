@@ -113,5 +113,5 @@ def _source(pieces: np.ndarray) -> sources.ArraySource:
     return {"inputs": piece[..., :-1], "targets": piece[..., 1:]}
 
   # As small as tokens allow: there are many.
-  narrow = np.uint8 if pieces.max(initial=0) < 256 else np.uint16
+  narrow = np.min_scalar_type(int(pieces.max(initial=0)))
   return sources.ArraySource({"text": pieces.astype(narrow)}, convert=convert)

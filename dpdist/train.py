@@ -142,6 +142,7 @@ def _run(
   environments = hosts.gather(json.dumps(environment))
   # Here, since all processes take part.
   frozen_sha256 = parameters.frozen_sha256(job.frozen)
+  made_of = (job.weights_sha256, frozen_sha256, job.features_sha256)
 
   state = job.init()
   saved, rejected = job.found
@@ -169,7 +170,7 @@ def _run(
         plan.fingerprint(),
         job.train_manifest,
         [json.loads(text) for text in environments],
-        [sha for sha in (job.weights_sha256, frozen_sha256) if sha],
+        [sha for sha in made_of if sha],
       ),
     )
     if rejected and ledger.last_step == 0:

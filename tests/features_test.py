@@ -1,10 +1,16 @@
 """Features are computed once, kept, and told when they are damaged."""
 
+import shutil
+
 import numpy as np
 import pytest
 
+import dpdist
+from dpdist import config as config_lib
 from dpdist import features
 from dpdist import fetch
+from dpdist import ledger as ledger_lib
+from dpdist import sampling
 from dpdist import scattering
 from dpdist import sources
 
@@ -71,6 +77,66 @@ def test_damage_is_told(source):
   path.write_bytes(content)
   with pytest.raises(ValueError, match=r"inputs\.npy is damaged: delete"):
     features.of(source, "scattering")
+
+
+@pytest.mark.parametrize("name", ["inputs.npy", "sha256"])
+def test_a_folder_that_is_not_whole_is_told(source, name):
+  features.of(source, "scattering")
+  (path,) = fetch.cache().glob(f"*/{name}")
+  path.unlink()
+  with pytest.raises(ValueError, match="is damaged: delete"):
+    features.of(source, "scattering")
+
+
+class _Crash(Exception):  # noqa: N818
+  pass
+
+
+def test_a_step_run_again_on_other_features_has_new_keys(tmp_path, monkeypatch):
+  # Features made anew may differ by a rounding. The same noise on both sums
+  # would come out in their difference.
+  monkeypatch.setenv("DPDIST_CACHE", str(tmp_path / "cache"))
+  rng = np.random.default_rng(0)
+  for part in ("train", "test"):
+    np.savez(
+      tmp_path / f"{part}.npz",
+      inputs=rng.random((16, 8, 8, 1), np.float32),
+      targets=rng.integers(0, 2, 16, np.int32),
+    )
+  config = config_lib.default()
+  config.data.name, config.data.path = "npz", str(tmp_path)
+  config.data.features = "scattering"
+  config.model.name, config.model.num_outputs = "linear", 2
+  config.privacy.num_examples = 16
+  config.privacy.expected_batch_size = 8
+  config.privacy.num_steps, config.checkpoint_every = 6, 2
+  config.privacy.noise_multiplier = 1.0
+  config.insecure_seed = 7
+  sample = sampling.PoissonSampler.__call__
+
+  def crash(self, step):
+    if step == 1:
+      raise _Crash
+    return sample(self, step)
+
+  def run_until_it_crashes():
+    with monkeypatch.context() as patch:
+      patch.setattr(sampling.PoissonSampler, "__call__", crash)
+      with pytest.raises(_Crash):
+        dpdist.train(config, tmp_path / "run")
+    return ledger_lib.Ledger(tmp_path / "run/ledger").spent_steps
+
+  assert run_until_it_crashes() == 2
+  # Nothing was saved, and the same features are the same steps.
+  assert run_until_it_crashes() == 2
+  shutil.rmtree(tmp_path / "cache")
+  monkeypatch.setitem(
+    features._FEATURES,
+    "scattering",
+    (lambda x: scattering.transform(x) * (1 + 2**-9), scattering.VERSION),
+  )
+  # So many are left of the six.
+  assert dpdist.train(config, tmp_path / "run")["num_steps"] == 4
 
 
 def test_an_unknown_name_lists_the_known_ones(source):
