@@ -47,6 +47,8 @@ def _parse(passes_on: bool, argv: Sequence[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+      # A file that could not be loaded says so when it is first looked into.
+      getattr(flags.FLAGS.config, "keys", None)
       config.check(flags.FLAGS.config)
   except AttributeError as error:
     # An unknown setting, perhaps with a suggestion, wrapped in a KeyError.
