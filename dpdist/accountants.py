@@ -22,6 +22,8 @@ _LARGEST_PLD_EPSILON = 500.0
 # Below it rounding in the convolutions, which differs by processor, moved
 # epsilon by five percent, downwards too.
 _SMALLEST_PLD_DELTA = 1e-12
+# Beyond it what dp_accounting counts with grows until it ends in no time.
+_MOST_PLD_STEPS = 10**12
 
 # Pairs, and how often each is composed.
 Steps = Sequence[tuple[pairs_lib.Pair, int]]
@@ -79,7 +81,7 @@ def delta(steps: Steps, epsilon: float, kind: str) -> float:
     bounds.append(
       rdp_privacy_accountant.compute_delta(orders, divergences, epsilon)[0]
     )
-  if kind == "pld":
+  if kind == "pld" and not _is_too_long(merged):
     bounds.append(_loss(merged).get_delta_for_epsilon(epsilon))
   return float(min(x for x in bounds if not math.isnan(x)))
 
@@ -99,11 +101,18 @@ def _epsilon(
         f"delta must be at least {_SMALLEST_PLD_DELTA:g} for truncated samples"
         f" and several examples a user, got {delta}"
       )
+    if _is_too_long(steps):
+      raise ValueError(
+        f"num_steps must be at most {_MOST_PLD_STEPS:g} for truncated samples"
+        f" and several examples a user, got {max(n for _, n in steps)}"
+      )
     return float(_loss(steps).get_epsilon_for_delta(delta))
   orders, divergences = _divergences(steps)
   rdp, _ = rdp_privacy_accountant.compute_epsilon(orders, divergences, delta)
   rdp = float(rdp)
   if kind == "rdp" or rdp > _LARGEST_PLD_EPSILON or delta < _SMALLEST_PLD_DELTA:
+    return rdp
+  if _is_too_long(steps):
     return rdp
   with np.errstate(over="ignore", invalid="ignore"):
     pld = float(_loss(steps).get_epsilon_for_delta(delta))
@@ -131,6 +140,11 @@ def has_renyi(steps: Steps, kind: str) -> bool:
     }[without[0]]
     raise ValueError(f"accountant must be 'pld' with {what}, got 'rdp'")
   return not without
+
+
+def _is_too_long(steps: Steps) -> bool:
+  # Without sampling nothing is convolved.
+  return any(count > _MOST_PLD_STEPS and pair.q < 1 for pair, count in steps)
 
 
 def _divergences(steps: Steps) -> tuple[np.ndarray, np.ndarray]:
