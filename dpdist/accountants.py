@@ -23,6 +23,8 @@ _LARGEST_PLD_EPSILON = 500.0
 # epsilon by five percent, downwards too. That of many steps is more: see
 # `loss_distributions.rounding`.
 _SMALLEST_PLD_DELTA = 1e-12
+# Beyond it what dp_accounting counts with grows until it ends in no time.
+_MOST_PLD_STEPS = 10**12
 
 # Pairs, and how often each is composed.
 Steps = Sequence[tuple[pairs_lib.Pair, int]]
@@ -79,7 +81,7 @@ def delta(steps: Steps, epsilon: float, kind: str) -> float:
   divergences = np.maximum(divergences, 2.0**-52)
   rdp, _ = rdp_privacy_accountant.compute_delta(orders, divergences, epsilon)
   bound = min(1.0, float(rdp))
-  if kind == "rdp" or bound < _SMALLEST_PLD_DELTA:
+  if kind == "rdp" or bound < _SMALLEST_PLD_DELTA or _is_too_long(merged):
     return bound
   pld = float(_loss(merged).get_delta_for_epsilon(epsilon))
   # What is below it is rounding, in the sum too.
@@ -102,7 +104,7 @@ def _epsilon(
   if kind == "rdp" or rdp > _LARGEST_PLD_EPSILON or delta < _SMALLEST_PLD_DELTA:
     return rdp
   delta -= loss_distributions.rounding(steps)
-  if delta < _SMALLEST_PLD_DELTA:
+  if delta < _SMALLEST_PLD_DELTA or _is_too_long(steps):
     return rdp
   with np.errstate(over="ignore", invalid="ignore"):
     pld = float(_loss(steps).get_epsilon_for_delta(delta))
@@ -130,6 +132,11 @@ def has_renyi(steps: Steps, kind: str) -> bool:
     }[without[0]]
     raise ValueError(f"accountant must be 'pld' with {what}, got 'rdp'")
   return not without
+
+
+def _is_too_long(steps: Steps) -> bool:
+  # Without sampling nothing is convolved.
+  return any(count > _MOST_PLD_STEPS and pair.q < 1 for pair, count in steps)
 
 
 def _divergences(steps: Steps) -> tuple[np.ndarray, np.ndarray]:

@@ -110,6 +110,8 @@ def main(argv: Sequence[str]) -> int:
   del argv
   engine = _ENGINES[str(_TO.value)]
   try:
+    if _OUT.value == "":
+      raise ValueError("--out must be a folder, got ''")
     job = _job(engine)
     files = engine.files(job)
     plan = plan_lib.make_plan(config_lib.privacy_config(_CONFIG.value))

@@ -371,6 +371,21 @@ def test_more_steps_than_anyone_takes(accountant):
     )
 
 
+def test_runs_too_long_for_convolutions_have_the_other_bound():
+  given = {
+    "noise_multiplier": 1e12,
+    "sampling_probability": 1e-12,
+    "num_steps": 2**62,
+    "delta": 0.5,
+  }
+  bounds = [
+    accounting.epsilon(**given, accountant=name) for name in ("pld", "rdp")
+  ]
+  assert bounds[0] == bounds[1]
+  with pytest.raises(ValueError, match=r"num_steps must be at most 1e\+12"):
+    accounting.epsilon(**given, examples_per_user=2)
+
+
 def test_no_noise_is_enough():
   with pytest.raises(ValueError, match=r"target_epsilon .* noise_multiplier"):
     accounting.calibrate_noise_multiplier(

@@ -164,6 +164,7 @@ def test_a_missing_tool_is_named(engine, tmp_path):
     (["--to=tpu-vm", *_NEEDED["tpu-vm"], "--nodes=2"], "nodes must not"),
     (["--to=ray", "--address=host:8265"], "address must begin with http://"),
     (["--to=ray", "--cpus=0"], "cpus must be at least 1"),
+    (["--to=slurm", "--out="], "--out must be a folder, got ''"),
   ],
 )
 def test_wrong_usage_is_refused_before_anything_is_written(args, message):
