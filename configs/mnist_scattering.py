@@ -6,7 +6,7 @@ r"""Private logistic regression on scattering features of MNIST.
 
 Epsilon 3.0, delta 1e-5. Tramer & Boneh 2021, "Differentially Private Learning
 Needs Better Features (or Much More Data)", report 0.987. Batch, learning rate,
-momentum, clip norm and epochs (40) are theirs; they spend a part of epsilon on
+momentum and clip norm are theirs; they spend a part of epsilon on
 private means and deviations of the features, where groups of channels are
 normalised here, which costs none. Nothing was searched for here. No run of it
 has come to its end: where it was written two cores were shared by a dozen other
