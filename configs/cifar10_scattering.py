@@ -1,10 +1,17 @@
-"""Private logistic regression on scattering features of CIFAR-10.
+r"""Private logistic regression on scattering features of CIFAR-10.
 
   python -m launch.fetch --name=cifar10
   python -m launch.train --config=configs/cifar10_scattering.py \
     --workdir=/tmp/cifar_scattering
 
-MEASURED
+Epsilon 3.0, delta 1e-5. Tramer & Boneh 2021, "Differentially Private Learning
+Needs Better Features (or Much More Data)", report 0.670 for a linear model, and
+0.693 for a small network on the same features. Batch, learning rate, momentum,
+clip norm and epochs (60) are theirs for the linear one; they spend a part of
+epsilon on private means and deviations of the features, where groups of
+channels are normalised here, which costs none. Nothing was searched for here.
+No run of it has come to its end: where it was written two cores were shared by
+a dozen other jobs.
 """
 
 import ml_collections
@@ -29,4 +36,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.name = "sgd"
   config.optimizer.learning_rate = 4.0
   config.optimizer.options.momentum = 0.9
+  config.ema_decay = 0.98
   return config

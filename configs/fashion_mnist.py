@@ -3,7 +3,13 @@
   python -m launch.fetch --name=fashion_mnist
   python -m launch.train --config=configs/fashion_mnist.py --workdir=/tmp/fm
 
-MEASURED
+Epsilon 2.7, delta 1e-5. Papernot et al. 2021, "Tempered Sigmoid Activations for
+Deep Learning with Differential Privacy", report 0.861 for networks of this
+kind. Batch, learning rate, momentum, clip norm and epochs (40) are those that
+Tramer & Boneh 2021 published for it; only the noise differs, which PLD
+accounting lets be 1.957 for 2.15. Nothing was searched for here. No run of it
+has come to its end: where it was written two cores were shared by a dozen other
+jobs. An earlier setting (1,024 on average, 600 steps) had 0.850, one run.
 """
 
 import ml_collections

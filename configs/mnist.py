@@ -3,7 +3,12 @@
   python -m launch.fetch --name=mnist
   python -m launch.train --config=configs/mnist.py --workdir=/tmp/mnist
 
-MEASURED
+Epsilon 2.93, delta 1e-5. Papernot et al. 2021, "Tempered Sigmoid Activations
+for Deep Learning with Differential Privacy", report 0.981 for networks of this
+kind. Momentum, clip norm, epochs (40) and learning rate over batch are those
+that Tramer & Boneh 2021 published for it, with twice their batch and half the
+steps. Nothing was searched for here. No run of it has come to its end: where it
+was written two cores were shared by a dozen other jobs.
 """
 
 import ml_collections

@@ -1,10 +1,16 @@
-"""Private logistic regression on scattering features of MNIST.
+r"""Private logistic regression on scattering features of MNIST.
 
   python -m launch.fetch --name=mnist
   python -m launch.train --config=configs/mnist_scattering.py \
     --workdir=/tmp/m_scattering
 
-MEASURED
+Epsilon 3.0, delta 1e-5. Tramer & Boneh 2021, "Differentially Private Learning
+Needs Better Features (or Much More Data)", report 0.987. Batch, learning rate,
+momentum, clip norm and epochs (40) are theirs; they spend a part of epsilon on
+private means and deviations of the features, where groups of channels are
+normalised here, which costs none. Nothing was searched for here. No run of it
+has come to its end: where it was written two cores were shared by a dozen other
+jobs.
 """
 
 import ml_collections
@@ -29,4 +35,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.name = "sgd"
   config.optimizer.learning_rate = 8.0
   config.optimizer.options.momentum = 0.9
+  config.ema_decay = 0.98
   return config

@@ -38,6 +38,7 @@ from dpdist import pairs as pairs_lib
 from dpdist import search
 
 _MOST_STEPS = 10**9
+_LARGEST_WHOLE = 2**1000
 
 
 def training_event(
@@ -354,7 +355,11 @@ _REAL, _WHOLE = (float, numbers.Real), (int, numbers.Integral)
 # What an argument is turned into and from, what holds of it, and how to say so.
 # Nothing holds of NaN.
 _RULES: dict[str, tuple[tuple[Any, Any], Callable[[Any], bool], str]] = {
-  "noise_multiplier": (_REAL, lambda x: 0 <= x < math.inf, "finite and >= 0"),
+  "noise_multiplier": (
+    _REAL,
+    lambda x: 0 <= x <= search.MOST_NOISE,
+    f"finite and >= 0, and at most {search.MOST_NOISE:g}",
+  ),
   "sampling_probability": (_REAL, lambda x: 0 < x <= 1, "in (0, 1]"),
   "num_steps": (_WHOLE, lambda x: x >= 0, "an integer >= 0"),
   "num_examples": (_WHOLE, lambda x: x >= 1, "an integer >= 1"),
@@ -368,7 +373,9 @@ _RULES: dict[str, tuple[tuple[Any, Any], Callable[[Any], bool], str]] = {
 def _check(name: str, value: Any) -> Any:
   """Returns the value as a plain float, int or str."""
   (plain, kind), holds, right = _RULES[name]
-  if isinstance(value, kind) and not isinstance(value, bool):
+  # No float is as large as some integers.
+  is_small = not isinstance(value, int) or abs(value) < _LARGEST_WHOLE
+  if isinstance(value, kind) and not isinstance(value, bool) and is_small:
     checked = plain(value)
     if holds(checked):
       return checked

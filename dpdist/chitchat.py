@@ -100,8 +100,14 @@ def _texts(path: sources.Path) -> dict[str, list[str]]:
       for conversation in json.load(file).values():
         for turn in conversation["messages"]:
           for message in turn:
-            texts.setdefault(message["sender"], []).append(message["text"])
-  except (AttributeError, KeyError, TypeError, ValueError) as error:
+            user, text = message["sender"], message["text"]
+            # Half of a surrogate pair is no text.
+            user.encode(), text.encode()
+            texts.setdefault(user, []).append(text)
+  except (
+    *(AttributeError, KeyError, TypeError),
+    *(ValueError, RecursionError),
+  ) as error:
     raise ValueError(
       f"data.path must be Chit-chat's dataset.json, got {str(path)!r}, which"
       f" cannot be read as one: {type(error).__name__}"

@@ -145,6 +145,39 @@ def default() -> ml_collections.ConfigDict:
   return config
 
 
+def check(config: Any) -> None:
+  """Holds the names of a config's settings against those that there are.
+
+  Raises:
+    ValueError: one is missing, is not known, or is a section and should not be;
+      a setting that is not known would be passed over without a word.
+  """
+  _check_section("config", config, default())
+
+
+def _check_section(
+  name: str, section: Any, right: ml_collections.ConfigDict
+) -> None:
+  if not isinstance(section, ml_collections.ConfigDict):
+    raise ValueError(
+      f"{name} must be an ml_collections.ConfigDict, as of"
+      f" dpdist.config.default(), got a {type(section).__name__}"
+    )
+  missing, unknown = {*right} - {*section}, {*section} - {*right}
+  if name == "config.optimizer.options":
+    return
+  if missing or unknown:
+    raise ValueError(
+      f"{name} must have the settings of dpdist.config.default(), got"
+      f" {sorted(missing)} missing and {sorted(unknown)} unknown"
+    )
+  for key, value in right.items():
+    if isinstance(value, ml_collections.ConfigDict):
+      _check_section(f"{name}.{key}", section[key], value)
+    elif isinstance(section[key], ml_collections.ConfigDict):
+      raise ValueError(f"{name}.{key} must be no section, got {section[key]}")
+
+
 def privacy_config(config: ml_collections.ConfigDict) -> plan_lib.PrivacyConfig:
   """The part of a config that the plan is made from."""
   return plan_lib.PrivacyConfig(**config.privacy.to_dict())

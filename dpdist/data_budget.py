@@ -31,12 +31,27 @@ import os
 import secrets
 from typing import Any
 
+from dpdist import fields
 from dpdist import ledger as ledger_lib
 from dpdist import plan as plan_lib
 from dpdist import records
 from dpdist import renyi
 
 _FORMAT = 1
+_MAKE = {"epsilon": float, "delta": float, "neighboring_relation": str}
+_GROW = {"stake": str, "cost": float, "head": str}
+# What a record of each kind must say.
+_FIELDS: dict[str, dict[str, type]] = {
+  "make": {
+    **{"format": int, "data": str, **_MAKE, "order": int, "divergence": float}
+  },
+  "reserve": {"label": str, "cost": float, "count": int},
+  "cancel": {"label": str},
+  "admit": {**_GROW, "label": str, "reservation": str},
+  "grow": _GROW,
+  "follow": {"stake": str, "head": str},
+  "end": _GROW,
+}
 # What rounding may make a sum of costs that fits look like.
 _ROUNDING = 1e-9
 # How much dearer a run may be than the one its room is kept for: some units in
@@ -423,11 +438,23 @@ class DataBudget:
       # It reserved nothing that a run could have relied on: the process that
       # wrote it saw it fail.
       return
+    if kind not in _FIELDS:
+      raise ValueError(f"kind {kind!r}")
+    fields.check(record, _FIELDS[kind])
+    if record.get("cost", 0) < 0:
+      raise ValueError("a cost below 0")
     if (kind == "make") != (self.terms is None):
       raise ValueError(f"a record of kind {kind!r} in this place")
     if kind == "make":
       if record["format"] != _FORMAT or record["data"] != self.data:
         raise ValueError("another format, or another data set")
+      if not (
+        0 < record["delta"] < 1
+        and record["epsilon"] > 0
+        and record["divergence"] > 0
+        and record["order"] in renyi.WHOLE_ORDERS
+      ):
+        raise ValueError("terms that are none")
       names = [field.name for field in dataclasses.fields(Terms)]
       self.terms = Terms(**{name: record[name] for name in names})
     elif kind == "reserve":
@@ -443,7 +470,7 @@ class DataBudget:
       self.stakes[record["stake"]] = Stake(
         record["label"], record["cost"], record["head"]
       )
-    elif kind in ("grow", "follow", "end"):
+    else:
       stake = self.stakes[record["stake"]]
       self.stakes[record["stake"]] = dataclasses.replace(
         stake,
@@ -451,8 +478,6 @@ class DataBudget:
         cost=record.get("cost", stake.cost),
         is_ended=stake.is_ended or kind == "end",
       )
-    else:
-      raise ValueError(f"kind {kind!r}")
 
   def _free(self, label: str, free: int) -> None:
     if free < 0:

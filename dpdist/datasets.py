@@ -331,8 +331,7 @@ def _npz(config: ml_collections.ConfigDict) -> Splits:
     (path,) = _files(config.path, f"{prefix}.npz")
     if not _slots(config):
       return _Part(sources.ArraySource.from_npz(path), None)
-    with np.load(path, allow_pickle=False) as archive:
-      arrays = {name: archive[name] for name in archive.files}
+    arrays = sources.load_npz(path)
     ids = arrays.pop(config.unit_column, None)
     if ids is None:
       raise ValueError(
@@ -351,7 +350,7 @@ def _array_record(config: ml_collections.ConfigDict) -> Splits:
     if not _slots(config):
       return _Part(source, None)
     (path,) = _files(config.path, f"{prefix}_{config.unit_column}.npy")
-    return _Part(source, np.load(path, allow_pickle=False))
+    return _Part(source, sources.load_npy(path))
 
   return _splits(config, split("train"), split("test"))
 

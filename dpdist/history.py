@@ -11,9 +11,25 @@ import hashlib
 import json
 from typing import Any, NamedTuple
 
+from dpdist import fields
 from dpdist import plan as plan_lib
 
 FORMAT = 3
+_SEGMENT = {"config": dict, "plan": dict, "data": str, "start_step": int}
+# What a record of each kind must say.
+_FIELDS: dict[str, dict[str, type]] = {
+  "writer": {},
+  "lost": {},
+  "open": {**_SEGMENT, "format": int, "secret_hash": str, "run": str},
+  "segment": _SEGMENT,
+  "branch": {"branch": int, "start_step": int, "fingerprint": str, "base": str},
+  "reserve": {"branch": int, "stop_step": int},
+  "checkpoint": {"branch": int, "step": int, "digest": str, "writer": int},
+  "notice": {"text": str},
+  "stake": {"root": str, "data": str, "stake": str},
+  "epsilons": {"spent": dict, "planned": dict},
+  "end": {},
+}
 # A record charges at most this part of a plan, and at least one step.
 _PARTS = 100
 
@@ -242,14 +258,17 @@ class History:
       self.checkpoints.append(Saved(record["step"], digest, record["writer"]))
 
   def check(self, record: Mapping[str, Any]) -> None:
-    """Raises ValueError or KeyError for a record that makes no sense here."""
+    """Raises ValueError for a record that makes no sense here."""
     kind = record["kind"]
+    if kind not in _FIELDS:
+      raise ValueError(f"kind {kind!r}")
     if kind in ("writer", "lost"):
       return
     if (kind == "open") != self.is_new:
       raise ValueError(f"a record of kind {kind!r} in this place")
     if self.is_ended:
       raise ValueError(f"a record of kind {kind!r} after the run's end")
+    fields.check(record, _FIELDS[kind])
     if kind in ("open", "segment"):
       if kind == "open" and record["format"] != FORMAT:
         raise ValueError(f"format {record['format']}, expected {FORMAT}")
@@ -260,7 +279,7 @@ class History:
       ):
         raise ValueError("a segment with another delta or relation")
     elif kind == "branch":
-      if record["branch"] != len(self.branches) or record["start_step"] < 0:
+      if record["branch"] != len(self.branches):
         raise ValueError("a branch that does not follow")
     elif kind == "reserve":
       branch = self._current_branch(record)
@@ -272,11 +291,10 @@ class History:
       branch = self._current_branch(record)
       if not branch.start_step <= record["step"] <= branch.stop_step:
         raise ValueError(f"a checkpoint of step {record['step']}, not charged")
-    elif kind == "notice":
-      if not isinstance(record["text"], str):
-        raise ValueError("a notice without text")
-    elif kind not in ("end", "epsilons", "stake"):
-      raise ValueError(f"kind {kind!r}")
+    elif kind == "epsilons":
+      told = [*record["spent"].values(), *record["planned"].values()]
+      if not all(x is None or fields.is_of(float, x) for x in told):
+        raise ValueError("an epsilon that is no number")
 
   def _charge(self, num_steps: int) -> None:
     charged = self.segment.charged + num_steps

@@ -100,6 +100,10 @@ class Job(NamedTuple):
   chunk_size: int
   close: Callable[[], None]
 
+  def __repr__(self) -> str:
+    # It may end up in a log, and the secret must not.
+    return f"Job(plan={self.plan!r}, writer={self.writer!r}, ...)"
+
 
 def prepare(
   config: ml_collections.ConfigDict,

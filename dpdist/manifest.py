@@ -13,6 +13,7 @@ import os
 import pathlib
 from typing import NamedTuple
 
+from dpdist import fields
 from dpdist import history
 
 _MANIFEST = "dpdist_manifest.json"
@@ -67,9 +68,10 @@ def ledger_heads(directory: pathlib.Path) -> dict[str, str]:
   """
   found = {}
   for file in sorted(directory.glob("writer_*/*/meta/metadata")):
-    with contextlib.suppress(OSError, ValueError, KeyError):
-      head = json.loads(file.read_text())["ledger_head"]
-      found[str(file.parent.parent)] = head
+    with contextlib.suppress(OSError, ValueError):
+      meta = fields.parse(file.read_bytes(), "metadata")
+      fields.check(meta, {"ledger_head": str})
+      found[str(file.parent.parent)] = meta["ledger_head"]
   return found
 
 
@@ -107,7 +109,9 @@ def problem(path: pathlib.Path, digest: str) -> str | None:
   if hashlib.sha256(text).hexdigest() != digest:
     return "its manifest is not the one in the ledger"
   try:
-    expected, found = json.loads(text), _file_digests(path)
+    expected, found = fields.parse(text, "its manifest"), _file_digests(path)
+  except ValueError as error:
+    return str(error)
   except OSError as error:
     return f"it cannot be read: {error}"
   for name in sorted({*expected, *found}):

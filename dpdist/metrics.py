@@ -215,7 +215,10 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
       row = json.loads(line)
       step = operator.index(row.pop("step"))
       row = {name: float(value) for name, value in row.items()}
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (
+      *(ValueError, TypeError, KeyError, AttributeError),
+      *(OverflowError, RecursionError),
+    ) as error:
       if number == len(lines):
         break
       raise ValueError(f"{path}:{number} is not a row of metrics") from error

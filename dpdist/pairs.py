@@ -26,7 +26,6 @@ unit is the clip norm C, and noise of standard deviation sigma:
 Imports no jax, and no accountant.
 """
 
-import math
 from typing import NamedTuple
 
 SAMPLINGS = ("poisson", "truncated_poisson", "cyclic_poisson", "fixed_size")
@@ -144,7 +143,7 @@ def of(
 
 def num_turns(num_steps: int, cycle_length: int = 1) -> int:
   """In how many of the steps a unit can take part."""
-  return math.ceil(num_steps / cycle_length)
+  return -(-num_steps // cycle_length)
 
 
 def _check_settings(

@@ -354,6 +354,7 @@ def make_plan(config: PrivacyConfig) -> PrivacyPlan:
   return plan
 
 
+_LARGEST_WHOLE = 2**63
 _REAL, _WHOLE = (float, numbers.Real), (int, numbers.Integral)
 _POSITIVE = (_REAL, lambda x: 0 < x < math.inf, "finite and > 0")
 _COUNT = (_WHOLE, lambda x: x >= 1, "an integer >= 1")
@@ -374,7 +375,11 @@ _RULES: dict[str, tuple[tuple[Any, Any], Callable[[Any], bool], str]] = {
   "target_delta": _DELTA,
   "delta": _DELTA,
   "target_epsilon": _POSITIVE,
-  "noise_multiplier": _POSITIVE,
+  "noise_multiplier": (
+    _REAL,
+    lambda x: 0 < x <= search.MOST_NOISE,
+    f"finite and > 0, and at most {search.MOST_NOISE:g}",
+  ),
   "accountant": ((str, str), lambda x: x in ("pld", "rdp"), "'pld' or 'rdp'"),
   "truncated_batch_size": _COUNT,
   "cycle_length": _COUNT,
@@ -396,7 +401,9 @@ def _check(record: PrivacyConfig | PrivacyPlan) -> None:
       value = _checked_schedule(field.name, value, record.num_steps)
     else:
       (plain, kind), holds, right = _RULES[field.name]
-      if not _is(kind, value) or not holds(plain(value)):
+      # No float is as large as some integers.
+      is_small = not isinstance(value, int) or abs(value) < _LARGEST_WHOLE
+      if not (_is(kind, value) and is_small and holds(plain(value))):
         raise ValueError(f"{field.name} must be {right}, got {value!r}")
       value = plain(value)
     # The same plan must have the same fingerprint, written 1 or 1.0.
@@ -456,17 +463,18 @@ def _checked_schedule(name: str, value: Any, num_steps: int) -> Schedule:
     ):
       raise TypeError
     schedule = tuple((operator.index(step), float(x)) for step, x in value)
-  except (TypeError, ValueError):
+  except (TypeError, ValueError, OverflowError):
     schedule = ((-1, 0.0),)
   starts = [start for start, _ in schedule]
   if (
     starts != sorted(set(starts))
     or not all(0 < start < num_steps for start in starts)
-    or not all(0 < x < math.inf for _, x in schedule)
+    or not all(0 < x <= search.MOST_NOISE for _, x in schedule)
   ):
     raise ValueError(
       f"{name} must be (step, {number}) pairs, of rising steps in"
-      f" [1, num_steps={num_steps}) and numbers that are finite and > 0, got"
+      f" [1, num_steps={num_steps}) and numbers > 0 and at most"
+      f" {search.MOST_NOISE:g}, got"
       f" {value!r}"
     )
   return schedule

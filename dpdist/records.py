@@ -42,6 +42,7 @@ import threading
 import time
 from typing import Any
 
+from dpdist import fields
 from dpdist import liveness
 from dpdist import seals
 from dpdist import stores
@@ -53,6 +54,10 @@ BEAT_SECONDS = 5.0
 PATIENCE_SECONDS = 20.0
 
 _HEAD = "head.json"
+_HEAD_FIELDS = {
+  **{"seq": int, "head": str, "open": bool, "writer": str, "beat": int},
+  **{"pid": int, "started": str, "host": str, "host_name": str},
+}
 _RECORD = re.compile(r"\d{12}\.json")
 _ATTEMPTS = 5
 
@@ -256,6 +261,7 @@ class Log:
     seq = len(self.records)
     try:
       record = json.loads(value)
+      fields.check(record, {"seq": int, "prev": str, "kind": str})
       if record["seq"] != seq or record["prev"] != self.head:
         raise RecordError(
           f"ledger record {seq} does not follow record {seq - 1}: one of them"
@@ -393,7 +399,14 @@ def _head_of(found: Any) -> dict[str, Any]:
   value = seals.written(found.value)
   if not seals.is_whole(value):
     raise RecordError(f"the ledger's {_HEAD} was altered")
-  return dict(json.loads(value))
+  head = fields.parse(value, _HEAD)
+  try:
+    fields.check(head, _HEAD_FIELDS)
+  except ValueError as error:
+    raise RecordError(
+      f"the ledger's {_HEAD} cannot be understood: {error}"
+    ) from error
+  return head
 
 
 def _key(seq: int) -> str:
@@ -404,7 +417,8 @@ def _acknowledges(after: bytes | None, value: bytes) -> bool:
   """Whether a writer began after a lost record, and knew that it was lost."""
   if after is None or not seals.is_whole(after):
     return False
-  return seals.digest(value) in json.loads(after).get("torn", [])
+  torn = json.loads(after).get("torn", [])
+  return isinstance(torn, list) and seals.digest(value) in torn
 
 
 def _shut_out(seq: int) -> str:

@@ -28,7 +28,7 @@ def is_whole(value: bytes) -> bool:
     body = json.loads(value)
     del body["sha256"]
     return sealed(body) == value
-  except (ValueError, KeyError, TypeError):
+  except (ValueError, KeyError, TypeError, RecursionError):
     return False
 
 
@@ -40,6 +40,6 @@ def written(value: bytes) -> bytes:
   """
   try:
     _, end = json.JSONDecoder().raw_decode(value.decode("latin-1"))
-  except ValueError:
+  except (ValueError, RecursionError):
     return value
   return value[:end] if is_whole(value[:end]) else value

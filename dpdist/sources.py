@@ -19,8 +19,7 @@ import json
 import math
 import os
 import re
-from typing import Any, Protocol
-import zipfile
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -109,9 +108,12 @@ class ArraySource:
 
   @classmethod
   def from_npz(cls, path: Path) -> "ArraySource":
-    """Reads every array of an .npz file into memory."""
-    with np.load(path, allow_pickle=False) as archive:
-      return cls({name: archive[name] for name in archive.files})
+    """Reads every array of an .npz file into memory.
+
+    Raises:
+      ValueError: it is no such file, or damaged.
+    """
+    return cls(load_npz(path))
 
   def __len__(self) -> int:
     return len(next(iter(self._arrays.values())))
@@ -174,15 +176,18 @@ class ParquetSource(ArraySource):
     for path in _check_paths(paths):
       # Opened by hand: given a path, pyarrow would also read a "key=value"
       # in a folder's name as one more column.
-      with parquet.ParquetFile(path) as file:
+      with reading(path), parquet.ParquetFile(path) as file:
         available = file.schema_arrow.names
-        for name, column in columns.items():
-          if column not in available:
-            raise ValueError(
-              f"columns[{name!r}] must be one of {available} of {path},"
-              f" got {column!r}"
-            )
+      for name, column in columns.items():
+        if column not in available:
+          raise ValueError(
+            f"columns[{name!r}] must be one of {available} of {path},"
+            f" got {column!r}"
+          )
+      with reading(path), parquet.ParquetFile(path) as file:
         table = file.read(columns=list(columns.values()))
+        # What it does not look at until it is used.
+        table.validate(full=True)
       for name, column in columns.items():
         for chunk in table[column].chunks:
           if len(chunk):
@@ -313,6 +318,56 @@ def write_array_record(
     writer.close()
 
 
+def load_npz(file: Path | BinaryIO, what: str = "") -> dict[str, np.ndarray]:
+  """Reads every array of an .npz archive.
+
+  Args:
+    file: a path, or the archive itself.
+    what: it is, for messages; "": the path.
+
+  Raises:
+    ValueError: it is none, or damaged.
+  """
+  if isinstance(file, str | os.PathLike):
+    # Given a path, NumPy leaves a damaged file open.
+    with open(file, "rb") as opened:
+      return load_npz(opened, os.fspath(file))
+  with reading(what), np.load(file, allow_pickle=False) as archive:
+    return {name: archive[name] for name in archive.files}
+
+
+def load_npy(path: Path) -> np.ndarray:
+  """Reads an .npy file.
+
+  Raises:
+    ValueError: it is none, or damaged.
+  """
+  with reading(path):
+    array = np.load(path, allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+      raise TypeError("an archive")
+    return array
+
+
+@contextlib.contextmanager
+def reading(what: object) -> Iterator[None]:
+  """Makes one ValueError of all that readers of formats raise.
+
+  Of a damaged file NumPy, zipfile and Arrow may raise nearly anything. Errors
+  of the operating system come through.
+  """
+  try:
+    yield
+  except Exception as error:
+    # A place before a file's beginning is what a damaged one asks for.
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+      raise
+    raise ValueError(
+      f"{what} cannot be read, as it is damaged or of another format:"
+      f" {type(error).__name__}"
+    ) from error
+
+
 def check_indices(indices: np.ndarray, num_examples: int) -> np.ndarray:
   """Indices as int64. Negative ones are refused: they would wrap around."""
   indices = np.asarray(indices)
@@ -360,9 +415,8 @@ def _array_record_errors() -> Iterator[None]:
 
 def _decode_record(record: bytes) -> dict[str, np.ndarray]:
   try:
-    with np.load(io.BytesIO(record), allow_pickle=False) as archive:
-      return {name: archive[name] for name in archive.files}
-  except (AttributeError, EOFError, ValueError, zipfile.BadZipFile) as error:
+    return load_npz(io.BytesIO(record), "a record")
+  except ValueError as error:
     raise ValueError(
       "paths must hold records that are .npz archives, got one that is not"
     ) from error

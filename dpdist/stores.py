@@ -26,17 +26,22 @@ def opening(location: str | os.PathLike[str]) -> ts.Future:
     spec = ts.KvStore.Spec(_spec(location))
     _check_durable(spec.to_json())
     return ts.KvStore.open(spec)
-  except ValueError as error:
+  except (ValueError, RuntimeError, TypeError, OverflowError) as error:
+    # tensorstore says much, in several lines.
+    reason = (str(error).splitlines() or [""])[0]
     raise ValueError(
       "location must be a path, a URL such as gs://bucket/path or the JSON of"
-      f" a key-value store's spec, got {os.fspath(location)!r}: {error}"
+      f" a key-value store's spec, got {os.fspath(location)!r}: {reason}"
     ) from error
 
 
 def _spec(location: str | os.PathLike[str]) -> Any:
   text = os.fspath(location)
   if text.startswith("{"):
-    return json.loads(text)
+    try:
+      return json.loads(text)
+    except (ValueError, RecursionError):
+      raise ValueError("it is no JSON") from None
   if "://" in text:
     return text.rstrip("/") + "/"
   return {"driver": "file", "path": os.path.join(os.path.abspath(text), "")}

@@ -100,7 +100,8 @@ class UnitSource:
     Returns:
       A function from a step to a source that reads as `read` does.
     """
-    return functools.partial(_Drawn, self, key)
+    # No functools.partial, which would show the key where it is printed.
+    return lambda step: _Drawn(self, key, step)
 
   def manifest(self) -> str:
     """SHA-256 of the examples and of whose they are, 64 hex digits.
@@ -236,14 +237,16 @@ def parquet_ids(paths: Sequence[sources.Path], column: str) -> np.ndarray:
 
   pieces = []
   for path in paths:
-    with parquet.ParquetFile(path) as file:
+    with sources.reading(path), parquet.ParquetFile(path) as file:
       available = file.schema_arrow.names
-      if column not in available:
-        raise ValueError(
-          f"data.unit_column must be one of {available} of {path}, got"
-          f" {column!r}"
-        )
-      ids = file.read(columns=[column])[column].combine_chunks()
+    if column not in available:
+      raise ValueError(
+        f"data.unit_column must be one of {available} of {path}, got {column!r}"
+      )
+    with sources.reading(path), parquet.ParquetFile(path) as file:
+      table = file.read(columns=[column])
+      table.validate(full=True)
+      ids = table[column].combine_chunks()
     if types.is_dictionary(ids.type):
       ids = ids.dictionary_decode()
     is_text = types.is_string(ids.type) or types.is_large_string(ids.type)

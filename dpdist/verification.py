@@ -4,7 +4,7 @@ Everything is recomputed from the records; nothing that a run wrote about itself
 is believed. Imports no jax, so that a record can be verified anywhere.
 """
 
-import json
+from collections.abc import Callable
 import math
 import os
 import pathlib
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from dpdist import composition
 from dpdist import data_budget
+from dpdist import fields
 from dpdist import history
 from dpdist import ledger as ledger_lib
 from dpdist import manifest
@@ -56,15 +57,24 @@ def verify(
       f" {ledger.writer} process{'es' * (ledger.writer != 1)}",
       "",
     ),
-    _plan(ledger),
+    Finding("guarantee", ledger.guarantee, ""),
+    _found("plan", lambda: _plan(ledger)),
     _steps(ledger),
-    _epsilon(ledger),
-    _recorded_epsilons(ledger),
-    _data_budget(ledger),
-    _checkpoints(workdir, ledger),
-    _metrics(workdir, ledger),
-    _result(workdir, ledger),
+    _found("epsilon spent", lambda: _epsilon(ledger)),
+    _found("epsilons told", lambda: _recorded_epsilons(ledger)),
+    _found("data budget", lambda: _data_budget(ledger)),
+    _found("checkpoints", lambda: _checkpoints(workdir, ledger)),
+    _found("metrics", lambda: _metrics(workdir, ledger)),
+    _found("result", lambda: _result(workdir, ledger)),
   ]
+
+
+def _found(what: str, check: Callable[[], Finding]) -> Finding:
+  """What a check finds; that it cannot be made is a finding as well."""
+  try:
+    return check()
+  except (ValueError, OSError, ledger_lib.LedgerError) as error:
+    return Finding(what, "cannot be checked", str(error))
 
 
 def _plan(ledger: ledger_lib.Ledger) -> Finding:
@@ -158,7 +168,10 @@ def _checkpoints(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
     wrong = manifest.problem(path, saved.digest)
     if wrong is None:
       whole += 1
-      meta = json.loads((path / "meta" / "metadata").read_text())
+      meta = fields.parse(
+        (path / "meta" / "metadata").read_bytes(), "its metadata"
+      )
+      fields.check(meta, {"ledger_head": str})
       if not ledger.has_been_at(meta["ledger_head"]):
         wrong = "it was saved under a ledger head that the ledger lacks"
     if wrong is not None and not problem:
@@ -187,7 +200,7 @@ def _result(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
   path = workdir / "result.json"
   if not path.exists():
     return Finding("result", "none yet", "")
-  result = json.loads(path.read_text())
+  result = fields.parse(path.read_bytes(), "result.json")
   plan = ledger.plan
   expected: dict[str, Any] = {
     "epsilon": composition.epsilon(ledger.spent),

@@ -147,7 +147,9 @@ def _numbers(plan: plan_lib.PrivacyPlan) -> dict[str, Any]:
 
 def _spent(workdir: str) -> dict[str, Any]:
   ledger = ledgers.open_begun(workdir, _LEDGER.value)
-  told = ledger.epsilons or _computed(ledger)
+  told = ledger.epsilons
+  if told is None or any(x.keys() != {"pld", "rdp"} for x in told.values()):
+    told = _computed(ledger)
   spent, planned = told["spent"], told["planned"]
   accountant = ledger.plan.accountant
   if spent[accountant] is None or planned[accountant] is None:

@@ -9,6 +9,7 @@ from absl import app
 from absl import flags
 from absl import logging
 
+from dpdist import config
 from launch import errors
 from launch import exit_codes
 
@@ -51,6 +52,11 @@ def _told(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
     return errors.tell(told)
 
 
+def _last_line(text: object) -> str:
+  """What is said at the end of a traceback, without it."""
+  return (str(text).strip().splitlines() or [""])[-1].strip()
+
+
 def _parse(passes_on: bool, argv: Sequence[str]) -> list[str]:
   passed: list[str] = []
   if passes_on and "--" in argv:
@@ -59,19 +65,21 @@ def _parse(passes_on: bool, argv: Sequence[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-      # A file that could not be loaded says so when it is first looked into.
-      _ = flags.FLAGS.config.keys
-  except OSError as error:
-    reason = str(error).splitlines()[-1].strip()
-    sys.exit(usage_error(f"--config cannot be loaded: {reason}"))
+      config.check(flags.FLAGS.config)
   except AttributeError as error:
     # An unknown setting, perhaps with a suggestion, wrapped in a KeyError.
-    reason = error.args[0]
-    if isinstance(reason, KeyError):
+    reason = error.args[0] if error.args else error
+    if isinstance(reason, KeyError) and reason.args:
       reason = reason.args[0]
-    sys.exit(usage_error(f"there is no setting {reason}"))
+    sys.exit(usage_error(f"there is no setting {_last_line(reason)}"))
   except (flags.Error, TypeError, ValueError) as error:
-    sys.exit(usage_error(f"{error}\nTry --help."))
+    if "Traceback" in str(error):
+      sys.exit(usage_error(f"--config cannot be loaded: {_last_line(error)}"))
+    sys.exit(usage_error(f"{' '.join(str(error).split())}\nTry --help."))
+  except Exception as error:
+    # A file of settings is a program, and may fail in any way.
+    reason = _last_line(error) or type(error).__name__
+    sys.exit(usage_error(f"--config cannot be loaded: {reason}"))
   if len(rest) > 1:
     sys.exit(usage_error(f"unexpected argument {rest[1]!r}\nTry --help."))
   if passes_on and not passed:

@@ -11,6 +11,7 @@ or settings that the run in --workdir forbids; anything else is a failure.
 """
 
 from collections.abc import Sequence
+import os
 import sys
 import traceback
 
@@ -74,6 +75,8 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _main() -> int:
+  # Who may write there can rewrite the whole record.
+  os.umask(os.umask(0o077) | 0o002)
   try:
     if _CONFIG.value.clipping.exact_sum:
       provenance.pin_threads()

@@ -47,6 +47,8 @@ def main(argv: Sequence[str]) -> int:
       if finding.problem:
         print(f"       {'':<13}  {finding.problem}")
     print("The record is sound." if sound else "The record is NOT sound.")
+    if any(x.what == "guarantee" and x.found != "holds" for x in findings):
+      print("The guarantee of this run is void.")
   return exit_codes.DONE if sound else exit_codes.UNSOUND
 
 

@@ -26,7 +26,7 @@ RUNNER = "tests/run.py"
 # modules of one room may import one another.
 LAYERS = (
   ("keys", "hosts", "rendezvous", "mesh", "fixed_point", "search")
-  + ("audit_bounds",)
+  + ("audit_bounds", "fields")
   + ("seals", "liveness", "stores", "progress", "signals", "maintenance")
   + ("events", "chips", "compiled", "products", "archives")
   + ("scattering", "augment"),

@@ -392,7 +392,7 @@ def test_a_ledger_older_than_the_checkpoint_is_found(tmp_path):
     ("reserve", {"branch": 0, "stop_step": 22}, "2 steps"),
     ("reserve", {"branch": 1, "stop_step": 21}, "not the current one"),
     ("open", {"format": 2}, "in this place"),
-    ("notice", {"text": 7}, "without text"),
+    ("notice", {"text": 7}, "text must be of kind str, got 7"),
   ],
 )
 def test_a_record_that_makes_no_sense_is_found(tmp_path, kind, body, message):

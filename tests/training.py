@@ -27,9 +27,10 @@ from dpdist import verification
 
 NUM_STEPS = 48
 _ROOT = pathlib.Path(__file__).parent.parent
+_SEED = "--config.insecure_seed=7"
 ARGS = (
   f"--config={_ROOT}/configs/digits.py",
-  "--config.insecure_seed=7",
+  _SEED,
   "--config.checkpoint_every=4",
   "--config.eval_every=1",
   "--config.model.width=64",
@@ -74,6 +75,7 @@ class Run:
     change: Callable[[], None] | None = None,
     method: str = "forkserver",
     aside: pathlib.Path | None = None,
+    is_seeded: bool = True,
   ):
     """Starts it.
 
@@ -83,7 +85,9 @@ class Run:
       change: is called in the process before the door is opened.
       method: of `multiprocessing`: "forkserver" or "spawn".
       aside: where its screen and compiled programs go; None: beside workdir.
+      is_seeded: whether all that is random is fixed; else it has a secret.
     """
+    given = [arg for arg in ARGS if is_seeded or arg != _SEED]
     self.workdir = workdir
     aside = aside or workdir.parent
     self._screen = aside / f"screen-{time.monotonic_ns()}"
@@ -93,7 +97,7 @@ class Run:
     self.process = context.Process(
       target=_train,
       args=(
-        [*ARGS, *args, f"--workdir={workdir}"],
+        [*given, *args, f"--workdir={workdir}"],
         aside / "compiled",
         self._screen,
         change,
