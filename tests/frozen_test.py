@@ -22,6 +22,7 @@ from dpdist import checkpoint
 from dpdist import clipping
 from dpdist import config as config_lib
 from dpdist import exact_step
+from dpdist import export
 from dpdist import job as job_lib
 from dpdist import ledger as ledger_lib
 from dpdist import losses
@@ -29,6 +30,7 @@ from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import parameters
 from dpdist import provenance
+from dpdist import released
 from dpdist import sampling
 from dpdist import step as step_lib
 from dpdist.clipping import freezing
@@ -290,12 +292,13 @@ def _folder():
     tokens[np.arange(6) >= rng.integers(2, 7, (size, 1))] = bert.PADDING
     targets = (tokens[:, 0] > 7).astype(np.int32)
     np.savez(folder / f"{name}.npz", inputs=tokens, targets=targets)
-  numpy.save_file(bert_arrays(rng), folder / "model.safetensors")
+  numpy.save_file(_arrays(), folder / "model.safetensors")
   return folder
 
 
-def bert_arrays(rng):
+def _arrays():
   """Of a BERT with one block of width 8."""
+  rng = np.random.default_rng(6)
   new = lambda *shape: rng.normal(size=shape).astype(np.float32)
   layer = "encoder.layer.0"
   arrays = {
@@ -413,6 +416,28 @@ def test_other_frozen_parameters_are_refused(finished, tmp_path):
     pytest.raises(checkpoint.MismatchError, match=r"SHA-256 \w{64}, and"),
   ):
     others.restore(like, saved)
+
+
+@pytest.mark.cluster
+def test_looking_at_a_run_puts_the_model_together(finished, tmp_path):
+  workdir, result = finished
+  ledger = ledger_lib.Ledger(workdir / "ledger")
+  loaded = released.load(workdir, ledger)
+  scores = released.evaluate(loaded)
+  assert scores["test"] == result["test"]
+  export.write(loaded, scores, tmp_path / "out", name="small")
+  model, params = export.load(tmp_path / "out")
+  assert model == loaded.model
+  assert params["block_0"]["query"]["kernel"].shape == (8, 8)
+  jax.tree.map(np.testing.assert_array_equal, params, loaded.state.params)
+  # With other weights it is another model.
+  other = dict(_arrays())
+  other["embeddings.LayerNorm.bias"] = np.ones(8, np.float32)
+  path = tmp_path / "model.safetensors"
+  pytest.importorskip("safetensors.numpy").save_file(other, path)
+  config = _config(**{"model.weights": str(path)})
+  with pytest.raises(checkpoint.MismatchError, match="trained beside"):
+    released.load(workdir, ledger, config=config)
 
 
 def test_weights_count_and_their_path_does_not():
