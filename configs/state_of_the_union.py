@@ -4,7 +4,7 @@ r"""A private language model of the State of the Union, a piece at a time.
   python -m launch.train --config=configs/state_of_the_union.py \
     --workdir=/tmp/sotu
 
-RESULTS
+Epsilon 3.0, delta 1e-6. No run of it has come to its end.
 """
 
 import ml_collections

@@ -4,7 +4,7 @@ r"""A private language model of 39 presidents, each of them a unit of privacy.
   python -m launch.train --config=configs/state_of_the_union_authors.py \
     --workdir=/tmp/authors
 
-RESULTS
+Epsilon 8.0, delta 1e-3. No run of it has come to its end.
 """
 
 import ml_collections

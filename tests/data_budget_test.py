@@ -350,6 +350,7 @@ def _stop(self, step):
   return np.arange(3)
 
 
+@pytest.mark.cluster
 def test_runs_share_a_budget_and_give_back_what_they_leave(
   tmp_path, monkeypatch
 ):
@@ -465,6 +466,7 @@ def test_a_run_that_spent_more_than_it_reserved_is_found(tmp_path):
   )
 
 
+@pytest.mark.cluster
 def test_the_doors_reserve_and_cancel(tmp_path):
   root = tmp_path / "budgets"
   reserve = [

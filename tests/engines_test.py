@@ -344,6 +344,7 @@ def test_sums_are_float32_where_what_is_narrow_is_out_of_sight(loss, method):
   assert float(got.sum[0]) == 1001.0
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("method", METHODS)
 def test_narrow_models_agree_with_the_reference(method):
   class Net(nn.Module):

@@ -87,6 +87,7 @@ def test_killed_a_dozen_times_at_random(aside, expected, tmp_path):
   assert len(list(kills)) == 12
 
 
+@pytest.mark.cluster
 def test_a_signal_during_a_save_waits_for_its_end(start, expected, tmp_path):
   saved = 0
   for where in (_SAVE, _MANIFEST, _RECORD):
@@ -233,6 +234,7 @@ def _beat_often():
   records.BEAT_SECONDS = 0.2
 
 
+@pytest.mark.cluster
 def test_a_clock_ahead_does_not_take_over_from_a_living_writer(
   start, expected, tmp_path
 ):
@@ -279,6 +281,7 @@ def _take_over_soon():
   records.PATIENCE_SECONDS = 0.5
 
 
+@pytest.mark.cluster
 def test_a_paused_run_wakes_shut_out(start, expected, tmp_path):
   one = start(training.before(_RESERVE, 4, training.send(signal.SIGSTOP)))
   stat = pathlib.Path(f"/proc/{one.process.pid}/stat")

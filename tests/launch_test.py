@@ -137,7 +137,7 @@ def _write_chitchat(path):
   [
     pytest.param(
       name,
-      marks=() if name in ("digits", "fashion_mnist") else pytest.mark.cluster,
+      marks=() if name == "digits" else pytest.mark.cluster,
     )
     for name in _CONFIGS
   ],

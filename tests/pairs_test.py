@@ -312,6 +312,7 @@ def test_calibrators_never_overspend_and_waste_nothing(kind):
     )
 
 
+@pytest.mark.cluster
 def test_noise_for_several_rows_is_calibrated():
   run = {
     "delta": 1e-5,

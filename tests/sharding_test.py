@@ -157,6 +157,7 @@ def test_engines_take_norms_of_whole_parameters(remat, method, norms):
       )
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("method", ["two_pass", "bookkeeping", "vmap"])
 def test_a_stack_that_is_divided_along_its_loop(method):
   params, batch, padding = _deep_problem()
@@ -352,6 +353,7 @@ def _step_state(mesh_name):
   )
 
 
+@pytest.mark.cluster
 def test_init_from_makes_the_same_parameters_in_place():
   model = _model("stacked_decoder")
   words, example = np.array([3, 4], np.uint32), _tokens()[0, :-1]
@@ -388,6 +390,7 @@ def _count(text, name):
   return len(re.findall(rf" {name}(?:-start)?\(", text))
 
 
+@pytest.mark.cluster
 def test_only_data_is_left_for_apply_where_fsdp_divides():
   accumulate, apply = _compiled("data, fsdp")
   assert _count(accumulate, "all-reduce") == 0
@@ -408,6 +411,7 @@ def test_noise_is_drawn_where_it_lies():
   assert max(sizes) <= largest // 8 * 2  # Bits come in pairs of words.
 
 
+@pytest.mark.cluster
 def test_blocks_are_put_together_one_at_a_time():
   accumulate, _ = _compiled("fsdp")
   gathered = [

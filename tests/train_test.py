@@ -139,7 +139,9 @@ def test_unsafe_metrics_show_them_and_say_so(tmp_path, capsys):
   assert last["num_nonfinite"] == 0
 
 
-@pytest.mark.parametrize("crash_step", [0, 6, 11])
+@pytest.mark.parametrize(
+  "crash_step", [0, pytest.param(6, marks=pytest.mark.cluster), 11]
+)
 def test_a_crashed_run_ends_with_the_same_parameters(
   finished, tmp_path, monkeypatch, crash_step
 ):
@@ -210,6 +212,7 @@ def test_exact_sums_go_on_for_free_on_fewer_devices(tmp_path, monkeypatch):
   assert len(ledger_lib.Ledger(workdir / "ledger").branches) == 1
 
 
+@pytest.mark.cluster
 def test_a_run_whose_mesh_divides_the_parameters_goes_on_on_another(
   tmp_path, monkeypatch
 ):

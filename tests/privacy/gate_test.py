@@ -126,6 +126,7 @@ def _write(root: pathlib.Path) -> None:
     (root / folder / name).write_text(text)
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("name", ["killed", "same_size_killed"])
 def test_a_bug_is_killed_by_a_test_that_fails(outcomes, name):
   assert outcomes[name].status == "killed"
@@ -163,6 +164,7 @@ def test_tests_without_an_end_are_the_gates_own_failure(tmp_path):
   assert "no end within 0 s" in outcome.reason
 
 
+@pytest.mark.cluster
 def test_tests_that_fail_without_a_bug_stop_the_gate(tmp_path):
   _write(tmp_path)
   bug = _bug(tmp_path, "killed", "  return x", "test_clips")
