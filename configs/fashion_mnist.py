@@ -1,11 +1,15 @@
-"""A private convolutional network on Fashion-MNIST.
+"""A private convolutional network on Fashion-MNIST, from scratch.
 
-  apt-get install dataset-fashion-mnist
+  python -m launch.fetch --name=fashion_mnist
   python -m launch.train --config=configs/fashion_mnist.py --workdir=/tmp/fm
 
-Epsilon 2.7, delta 1e-5: held-out accuracy 0.850 (one run), 16 minutes on 2
-cores. The settings follow Papernot et al. 2021, "Tempered Sigmoid Activations
-for Deep Learning with Differential Privacy", and were not searched here.
+Epsilon 2.7, delta 1e-5. Papernot et al. 2021, "Tempered Sigmoid Activations for
+Deep Learning with Differential Privacy", report 0.861 for networks of this
+kind. Batch, learning rate, momentum, clip norm and epochs (40) are those that
+Tramer & Boneh 2021 published for it; only the noise differs, which PLD
+accounting lets be 1.957 for 2.15. Nothing was searched for here. No run of it
+has come to its end: where it was written two cores were shared by a dozen other
+jobs. An earlier setting (1,024 on average, 600 steps) had 0.850, one run.
 """
 
 import ml_collections
@@ -16,14 +20,13 @@ from dpdist import config as config_lib
 def get_config() -> ml_collections.ConfigDict:
   """Returns the settings."""
   config = config_lib.default()
-  config.data.name = "idx"
-  config.data.path = "/usr/share/datasets/fashion-mnist"
+  config.data.name = "fashion_mnist"
   config.model.name = "cnn"
   config.model.num_outputs = 10
   config.model.width = 16
   config.privacy.num_examples = 60_000
-  config.privacy.expected_batch_size = 1024
-  config.privacy.num_steps = 600
+  config.privacy.expected_batch_size = 2048
+  config.privacy.num_steps = 1172
   config.privacy.l2_clip_norm = 0.1
   config.privacy.target_epsilon = 2.7
   config.privacy.target_delta = 1e-5

@@ -20,7 +20,8 @@ from dpdist import search
 # Beyond it e^-epsilon nears the smallest double, and no longer matters.
 _LARGEST_PLD_EPSILON = 500.0
 # Below it rounding in the convolutions, which differs by processor, moved
-# epsilon by five percent, downwards too.
+# epsilon by five percent, downwards too. That of many steps is more: see
+# `loss_distributions.rounding`.
 _SMALLEST_PLD_DELTA = 1e-12
 # Beyond it what dp_accounting counts with grows until it ends in no time.
 _MOST_PLD_STEPS = 10**12
@@ -72,18 +73,20 @@ def delta(steps: Steps, epsilon: float, kind: str) -> float:
   merged = _merged(steps)
   if not merged:
     return 0.0
-  bounds = [1.0]
-  has_bound = has_renyi(merged, kind)
+  has_renyi(merged, kind)
   if any(pair.sigma < search.NO_NOISE for pair, _ in merged):
     return 1.0
-  if has_bound:
-    orders, divergences = _divergences(merged)
-    bounds.append(
-      rdp_privacy_accountant.compute_delta(orders, divergences, epsilon)[0]
-    )
-  if kind == "pld" and not _is_too_long(merged):
-    bounds.append(_loss(merged).get_delta_for_epsilon(epsilon))
-  return float(min(x for x in bounds if not math.isnan(x)))
+  orders, divergences = _divergences(merged)
+  # e^-r of what is smaller is 1, of which dp_accounting takes no logarithm.
+  divergences = np.maximum(divergences, 2.0**-52)
+  rdp, _ = rdp_privacy_accountant.compute_delta(orders, divergences, epsilon)
+  bound = min(1.0, float(rdp))
+  if kind == "rdp" or bound < _SMALLEST_PLD_DELTA or _is_too_long(merged):
+    return bound
+  pld = float(_loss(merged).get_delta_for_epsilon(epsilon))
+  # What is below it is rounding, in the sum too.
+  pld = max(pld, _SMALLEST_PLD_DELTA) + loss_distributions.rounding(merged)
+  return pld if pld < bound else bound  # Also where PLD is not a number.
 
 
 @functools.lru_cache(maxsize=4096)
@@ -92,27 +95,16 @@ def _epsilon(
 ) -> float:
   if not steps:
     return 0.0
-  has_bound = has_renyi(steps, kind)
+  has_renyi(steps, kind)
   if any(pair.sigma < search.NO_NOISE for pair, _ in steps):
     return math.inf
-  if not has_bound:
-    if delta < _SMALLEST_PLD_DELTA:
-      raise ValueError(
-        f"delta must be at least {_SMALLEST_PLD_DELTA:g} for truncated samples"
-        f" and several examples a user, got {delta}"
-      )
-    if _is_too_long(steps):
-      raise ValueError(
-        f"num_steps must be at most {_MOST_PLD_STEPS:g} for truncated samples"
-        f" and several examples a user, got {max(n for _, n in steps)}"
-      )
-    return float(_loss(steps).get_epsilon_for_delta(delta))
   orders, divergences = _divergences(steps)
   rdp, _ = rdp_privacy_accountant.compute_epsilon(orders, divergences, delta)
   rdp = float(rdp)
   if kind == "rdp" or rdp > _LARGEST_PLD_EPSILON or delta < _SMALLEST_PLD_DELTA:
     return rdp
-  if _is_too_long(steps):
+  delta -= loss_distributions.rounding(steps)
+  if delta < _SMALLEST_PLD_DELTA or _is_too_long(steps):
     return rdp
   with np.errstate(over="ignore", invalid="ignore"):
     pld = float(_loss(steps).get_epsilon_for_delta(delta))
@@ -148,8 +140,10 @@ def _is_too_long(steps: Steps) -> bool:
 
 
 def _divergences(steps: Steps) -> tuple[np.ndarray, np.ndarray]:
-  """Renyi orders, and what the steps come to at each."""
-  found = [(*renyi.step_divergences(pair), count) for pair, count in steps]
+  """Renyi orders, and a bound on what the steps come to at each."""
+  found = [
+    (*renyi.step_divergences(pair.with_renyi), count) for pair, count in steps
+  ]
   total = np.sum([count * each for _, each, count in found], axis=0)
   return found[0][0], total
 
@@ -158,21 +152,9 @@ def _divergences(steps: Steps) -> tuple[np.ndarray, np.ndarray]:
 def _loss(
   steps: tuple[tuple[pairs_lib.Pair, int], ...],
 ) -> loss_distributions.Loss:
-  orders, divergences = _divergences(
-    [(_with_renyi(pair), count) for pair, count in steps]
-  )
+  orders, divergences = _divergences(steps)
   near, _ = rdp_privacy_accountant.compute_epsilon(orders, divergences, 1e-5)
   return loss_distributions.composed(steps, float(near))
-
-
-def _with_renyi(pair: pairs_lib.Pair) -> pairs_lib.Pair:
-  """A pair that says about how large the losses are; no bound is made of it."""
-  if pair.kind == "truncated":
-    return pairs_lib.Pair("exchange", pair.sigma / 2, pair.q)
-  if pair.kind == "binomial":
-    q = min(1.0, pair.rows * pair.q)
-    return pairs_lib.Pair("presence", pair.sigma / pair.rows, q)
-  return pair
 
 
 def _merged(steps: Steps) -> tuple[tuple[pairs_lib.Pair, int], ...]:

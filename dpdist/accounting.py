@@ -15,12 +15,13 @@ Two accountants are offered, both of them dp_accounting's:
 * `"rdp"` composes Renyi divergences (see `dpdist.renyi`) and converts them with
   Proposition 12 of Canonne, Kamath & Steinke 2020 (arXiv:2004.00010). A query
   takes tens of milliseconds, and a tenth of one at another number of steps.
-  It knows nothing of truncated samples or several examples a user.
+  It is not offered for truncated samples or several examples a user, where it
+  is loose.
 * `"pld"` convolves privacy loss distributions (see
   `dpdist.loss_distributions`). It is the tighter of the two, and a query takes
-  tenths of a second. Where the grid is too coarse to be the tighter bound -
-  delta of 1e-12 or less, or epsilon beyond 500 - it answers with the RDP bound,
-  which is as valid.
+  tenths of a second. Where it is not the tighter bound - epsilon beyond 500, or
+  a delta near 1e-12 or near what rounding comes to, 5e-16 a step - it answers
+  with the RDP bound, which is as valid.
 
 This module never imports jax, so that a budget can be read without it.
 """
@@ -127,9 +128,7 @@ def delta(
   """
   steps = _steps(noise_multiplier, sampling_probability, num_steps, settings)
   kind = _check("accountant", accountant)
-  if isinstance(epsilon, bool) or not 0 <= epsilon < math.inf:
-    raise ValueError(f"epsilon must be finite and >= 0, got {epsilon!r}")
-  return accountants.delta(steps, float(epsilon), kind)
+  return accountants.delta(steps, _check("epsilon", epsilon), kind)
 
 
 def calibrate_noise_multiplier(
@@ -164,6 +163,7 @@ def calibrate_noise_multiplier(
   count = _check("num_steps", num_steps)
   delta = _check("delta", delta)
   accountant = _check("accountant", accountant)
+  _steps(1.0, q, count, settings)  # Refuses what is no mechanism.
   if count == 0:
     return 0.0
 
@@ -304,7 +304,12 @@ def calibrate_batch_size(
 
   if settings.get("sampling") == "truncated_poisson":
     settings["num_examples"] = size
+  in_turn = accountants.in_turn(_steps(sigma, 1.0, 1, settings), accountant)
   turns = settings.get("cycle_length", 1)
+  if turns > size:
+    raise ValueError(
+      f"cycle_length must be at most num_examples={size}, got {turns}"
+    )
 
   def spent(batch: int, kind: str) -> float:
     steps = _steps(sigma, batch * turns / size, count, settings)
@@ -314,7 +319,7 @@ def calibrate_batch_size(
     search.Grid(1, size // turns),
     spent,
     target,
-    accountants.in_turn(_steps(sigma, 1.0, 1, settings), accountant),
+    in_turn,
     slope=1.0,
   )
   if batch is None:
@@ -359,6 +364,7 @@ _RULES: dict[str, tuple[tuple[Any, Any], Callable[[Any], bool], str]] = {
   "num_steps": (_WHOLE, lambda x: x >= 0, "an integer >= 0"),
   "num_examples": (_WHOLE, lambda x: x >= 1, "an integer >= 1"),
   "delta": (_REAL, lambda x: 0 < x < 1, "in (0, 1)"),
+  "epsilon": (_REAL, lambda x: 0 <= x < math.inf, "finite and >= 0"),
   "target_epsilon": (_REAL, lambda x: 0 < x < math.inf, "finite and > 0"),
   "accountant": ((str, str), lambda x: x in ("pld", "rdp"), "'pld' or 'rdp'"),
 }

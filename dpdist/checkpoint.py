@@ -4,14 +4,18 @@ Every checkpoint gets a manifest (see `dpdist.manifest`), written and synced
 after Orbax has finished; its digest is recorded in the ledger. A run goes on
 from the newest one that the ledger knows and whose every file matches.
 
+Frozen parameters are in none: they are made anew at every start, and a
+checkpoint says by their SHA-256 which ones it belongs to.
+
 Each process that writes has a folder of its own. One that was taken for dead
 and goes on writing does so where nobody looks.
 
 Nothing random is stored: keys are functions of the secret and the step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
+import json
 import os
 import pathlib
 import shutil
@@ -46,6 +50,7 @@ class Checkpoints:
     *,
     writer: int,
     max_to_keep: int = 3,
+    frozen_sha256: str = "",
   ):
     """Opens or creates the folder of a writer.
 
@@ -53,10 +58,12 @@ class Checkpoints:
       directory: a local path.
       writer: the number of this process; see `dpdist.ledger.Ledger.writer`.
       max_to_keep: older checkpoints are deleted.
+      frozen_sha256: of the frozen parameters; "" without any.
     """
     self._directory = pathlib.Path(directory).absolute()
     self._folder = manifest.folder(self._directory, writer)
     self._max_to_keep = max_to_keep
+    self._frozen_sha256 = frozen_sha256
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
@@ -90,7 +97,13 @@ class Checkpoints:
         step,
         args=ocp.args.Composite(
           state=ocp.args.StandardSave(state),
-          meta=ocp.args.JsonSave({"step": step, "ledger_head": ledger_head}),
+          meta=ocp.args.JsonSave(
+            {
+              "step": step,
+              "ledger_head": ledger_head,
+              "frozen_sha256": self._frozen_sha256,
+            }
+          ),
         ),
       )
       self._manager.wait_until_finished()
@@ -114,27 +127,20 @@ class Checkpoints:
       The pytree that was saved, and the head of the ledger at that time.
 
     Raises:
-      MismatchError: it has other parameters than like.
+      MismatchError: it has other parameters than like, or was trained beside
+        other frozen ones.
     """
     path = manifest.location(self._directory, saved)
-    try:
+    with _fitting(path, saved):
       restored = self._manager.restore(
         saved.step,
         args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(
-            jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-          ),
+          state=ocp.args.StandardRestore(_shapes(like)),
           meta=ocp.args.JsonRestore(),
         ),
         directory=path.parent,
       )
-    except (KeyError, TypeError, ValueError) as error:
-      # Its bytes are right, so it is the settings that changed.
-      raise MismatchError(
-        f"the checkpoint of step {saved.step} in {path} does not fit the model,"
-        " optimizer and ema_decay of these settings; go on with those that the"
-        " run began with"
-      ) from error
+    _check_frozen(path, restored.meta, self._frozen_sha256)
     return restored.state, restored.meta["ledger_head"]
 
   def delete_old(self, known: Sequence[history.Saved]) -> None:
@@ -159,3 +165,63 @@ class Checkpoints:
       if path < self._folder:
         with contextlib.suppress(OSError):  # It is not empty.
           path.rmdir()
+
+
+def read(
+  directory: str | os.PathLike[str],
+  like: PyTree,
+  saved: history.Saved,
+  *,
+  frozen_sha256: str = "",
+) -> PyTree:
+  """Restores a checkpoint and changes nothing in the run's directory.
+
+  Args:
+    directory: of the run's checkpoints.
+    like: as for `Checkpoints.restore`; shapes with shardings are enough.
+    saved: which; its manifest must have been verified.
+    frozen_sha256: of the frozen parameters; "" without any.
+
+  Returns:
+    The pytree that was saved.
+
+  Raises:
+    MismatchError: it has other parameters than like, or was trained beside
+      other frozen ones.
+  """
+  path = manifest.location(pathlib.Path(directory).absolute(), saved)
+  meta = json.loads((path / "meta" / "metadata").read_text())
+  _check_frozen(path, meta, frozen_sha256)
+  # Without a manager, which would tidy up what a run is writing.
+  with ocp.StandardCheckpointer() as checkpointer, _fitting(path, saved):
+    return checkpointer.restore(path / "state", _shapes(like))
+
+
+def _check_frozen(
+  path: pathlib.Path, meta: Mapping[str, Any], frozen_sha256: str
+) -> None:
+  beside = meta.get("frozen_sha256", "")
+  if beside != frozen_sha256:
+    raise MismatchError(
+      f"the checkpoint {path} was trained beside frozen parameters of SHA-256"
+      f" {beside or 'none'}, and those of model.weights and model.trainable"
+      f" have {frozen_sha256 or 'none'}: go on with those that the run began"
+      " with"
+    )
+
+
+def _shapes(like: PyTree) -> PyTree:
+  return jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+
+
+@contextlib.contextmanager
+def _fitting(path: pathlib.Path, saved: history.Saved) -> Iterator[None]:
+  try:
+    yield
+  except (KeyError, TypeError, ValueError) as error:
+    # Its bytes are right, so it is the settings that changed.
+    raise MismatchError(
+      f"the checkpoint of step {saved.step} in {path} does not fit the model,"
+      " optimizer and ema_decay of these settings; go on with those that the"
+      " run began with"
+    ) from error

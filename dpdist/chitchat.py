@@ -12,31 +12,39 @@ import json
 import numpy as np
 
 from dpdist import sources
+from dpdist import tokens
 from dpdist import units
 
 _PARTS = 5
 
 
 def load(
-  path: sources.Path, *, sequence_length: int, examples_per_unit: int
+  path: sources.Path,
+  *,
+  sequence_length: int,
+  examples_per_unit: int,
+  tokenizer: str = "",
 ) -> tuple[units.UnitSource, sources.ArraySource]:
   """Reads the data set, with about a fifth of its users held out.
 
-  Messages of a user are joined by line breaks, and their bytes cut into pieces
-  that do not overlap. What is left over, less than a piece, is not used, so
-  that who wrote little has no example, and counts as a user none the less.
+  Messages of a user are joined by line breaks, and cut into pieces that do not
+  overlap. Of bytes, what is left over, less than a piece, is not used, so that
+  who wrote little has no example, and counts as a user none the less. Of other
+  tokens it is a piece too, filled up with targets of -1, which count for
+  nothing (see `dpdist.losses.cross_entropy`).
 
   Who is held out depends on a hash of their identity, and on nobody else.
 
   Args:
     path: of dataset.json.
-    sequence_length: tokens of a piece, which are bytes.
+    sequence_length: tokens of a piece.
     examples_per_unit: pieces of a user to train on at a step; of a held-out
       user as many are kept at most, spread over what they wrote.
+    tokenizer: see `dpdist.tokens.load`; "": bytes.
 
   Returns:
     Users to train on, and pieces of those held out: inputs and targets int32
-    (sequence_length,), targets one byte ahead.
+    (sequence_length,), targets one token ahead.
 
   Raises:
     ValueError: an argument is out of its range, or the file is no such file.
@@ -46,14 +54,15 @@ def load(
       f"data.sequence_length must be at least 1, got {sequence_length}"
     )
   texts = _texts(path)
-  size = sequence_length + 1  # One byte more: the last target.
+  size = sequence_length + 1  # One token more: the last target.
+  encode = tokens.load(tokenizer).encode
+  written = encode(["\n".join(texts[user]) for user in sorted(texts)])
   owners: list[int] = []
   train: list[np.ndarray] = []
   test: list[np.ndarray] = []
   num_units = 0
-  for user in sorted(texts):
-    text = np.frombuffer("\n".join(texts[user]).encode(), np.uint8)
-    pieces = text[: len(text) - len(text) % size].reshape(-1, size)
+  for user, text in zip(sorted(texts), written, strict=True):
+    pieces = _pieces(text, size, keep_rest=bool(tokenizer))
     if _is_held_out(user):
       kept = min(len(pieces), examples_per_unit)
       test.append(pieces[np.arange(kept) * len(pieces) // max(1, kept)])
@@ -72,6 +81,15 @@ def load(
     ),
     _source(test),
   )
+
+
+def _pieces(text: np.ndarray, size: int, *, keep_rest: bool) -> np.ndarray:
+  rest = len(text) % size
+  pieces = text[: len(text) - rest].reshape(-1, size)
+  if keep_rest and rest > 1:  # Of one token nothing can be predicted.
+    last = tokens.padded([text[-rest:]], size, fill=-1)
+    pieces = np.concatenate([pieces, last])
+  return pieces
 
 
 def _texts(path: sources.Path) -> dict[str, list[str]]:
@@ -105,6 +123,12 @@ def _is_held_out(user: str) -> bool:
 def _source(pieces: list[np.ndarray]) -> sources.ArraySource:
   def convert(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     piece = batch["text"].astype(np.int32)
-    return {"inputs": piece[..., :-1], "targets": piece[..., 1:]}
+    inputs = np.maximum(piece[..., :-1], 0)
+    return {"inputs": inputs, "targets": piece[..., 1:]}
 
-  return sources.ArraySource({"text": np.concatenate(pieces)}, convert=convert)
+  text = np.concatenate(pieces)
+  # As it is known by its manifest: bytes are kept as bytes.
+  is_bytes = text.min(initial=0) >= 0 and text.max(initial=0) < 256
+  return sources.ArraySource(
+    {"text": text.astype(np.uint8 if is_bytes else np.int32)}, convert=convert
+  )

@@ -140,6 +140,12 @@ def plan_after(
     # The mechanism stays as it is in units of its sensitivity, and so does what
     # remains of its steps.
     left = min(left, current.num_steps - charged)
+    if current.cycle_length > 1:
+      # Turns begin anew, and whoever had one has another: of whole ones no more
+      # than were planned.
+      turns = pairs_lib.num_turns(current.num_steps, current.cycle_length)
+      turns -= pairs_lib.num_turns(charged, current.cycle_length)
+      left = min(left, turns * current.cycle_length)
     if left < 1:
       raise ValueError("the plan is spent: no step is left to be changed")
     return dataclasses.replace(

@@ -19,9 +19,15 @@ def default() -> ml_collections.ConfigDict:
 
   config.data = ml_collections.ConfigDict()
   config.data.name = "digits"
-  # digits, text, npz, idx, array_record, parquet, chitchat
+  # digits, text, npz, idx, array_record, parquet, mnist, fashion_mnist,
+  # cifar10, adult, chitchat, sotu, rotten_tomatoes, imdb
   config.data.path = ""  # directory or file, where the name needs one
-  config.data.sequence_length = 64  # text: tokens of an example
+  # In the place of inputs: scattering of images, or minilm's of tokens
+  config.data.features = ""
+  config.data.sequence_length = 64  # of texts: tokens of an example
+  # rotten_tomatoes, imdb, sotu, chitchat: a file, or a model that launch.fetch
+  # knows; empty: bytes
+  config.data.tokenizer = ""
   config.data.num_train = 0  # text: pieces to train on
   config.data.num_test = 0  # text: pieces held out
   config.data.inputs_column = "inputs"  # parquet
@@ -40,15 +46,35 @@ def default() -> ml_collections.ConfigDict:
 
   config.model = ml_collections.ConfigDict()
   config.model.name = "random_features"
-  # random_features, cnn, decoder, stacked_decoder
+  # linear, random_features, cnn, wide_resnet, decoder, stacked_decoder, bert
   config.model.num_outputs = 10  # classes, or the vocabulary
-  config.model.width = 0  # features, channels, or the decoder's dimension
-  config.model.depth = 0  # decoders: blocks
-  config.model.num_heads = 0  # decoders
+  config.model.width = 0  # features, channels, or a transformer's dimension
+  config.model.depth = 0  # decoders, bert: blocks; wide_resnet: layers
+  # linear, wide_resnet: groups of channels to normalise, each by itself
+  config.model.num_groups = 0
+  config.model.num_heads = 0  # decoders, bert
   config.model.num_kv_heads = 0  # stacked_decoder; 0: as many as heads
   config.model.head_dim = 0  # stacked_decoder; 0: width over heads
-  config.model.hidden = 0  # stacked_decoder; 0: four times the width
+  config.model.hidden = 0  # stacked_decoder, bert; 0: four times the width
+  config.model.vocabulary = 0  # bert
+  config.model.positions = 512  # bert: tokens of an example at most
+  config.model.rope_theta = 10_000.0  # stacked_decoder
+  config.model.norm_epsilon = 1e-6  # stacked_decoder
+  config.model.lora_rank = 0  # bert, stacked_decoder: adapters; 0: none
+  # bert, stacked_decoder: a .safetensors or .gguf file, or what launch.fetch
+  # calls it; empty: the model begins at random. Taken for public.
+  config.model.weights = ""
+  # A regular expression, searched for in each parameter's path; where it is not
+  # found, the parameter is frozen. Empty: all are trained.
+  config.model.trainable = ""
   config.model.dtype = "float32"  # of the computation; sums are float32
+
+  # Random changes of an example's inputs, an image. The gradients of as many
+  # changed copies are averaged before they are clipped, as one example's.
+  config.augmentation = ml_collections.ConfigDict()
+  config.augmentation.multiplicity = 0  # copies; 0: the image as it is
+  config.augmentation.flip = False  # left and right
+  config.augmentation.crop = 0  # pixels to shift by, at most, each way
 
   config.privacy = ml_collections.ConfigDict()
   config.privacy.num_examples = 0  # public; must be the training set's length

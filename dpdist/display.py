@@ -56,15 +56,17 @@ class Display:
     sensitive: dict[str, float],
     machines: list[str],
   ) -> None:
-    """Writes and shows a row of metrics."""
-    self._operations.write(done, machines)
+    """Writes and shows a row of metrics; of the speed, on a terminal alone."""
+    values = dict(values)
+    speed = values.pop("examples_per_second")
+    self._operations.write(done, machines, {"examples_per_second": speed})
     self._writer.write(done, values | scores)
     if sensitive:
       self._writer.write_sensitive(done, sensitive)
     self._progress.update(
       done,
       epsilon=values["epsilon"],
-      examples_per_second=values["examples_per_second"],
+      examples_per_second=speed,
       metrics=scores,
     )
 

@@ -98,6 +98,7 @@ class ExactStep(step_lib.Step):
     is_padding_example: jax.Array,
     key: jax.Array,
     first_row: int,
+    frozen: PyTree | None = None,
   ) -> step_lib.Accumulator:
     """Adds one chunk; as `dpdist.step.Step.accumulate`.
 
@@ -118,7 +119,7 @@ class ExactStep(step_lib.Step):
       first_row + (shard.index[0].start or 0)
       for shard in is_padding_example.addressable_shards
     ]
-    params = _split(params, devices)
+    params, frozen = _split(params, devices), _split(frozen, devices)
     rows = _split((batch, is_padding_example), devices)
     parts = _split(accumulator, devices)
     # One group on every device before the next, so that all are at work.
@@ -126,7 +127,13 @@ class ExactStep(step_lib.Step):
       for i in range(len(devices)):
         group = _cut(rows[i], row, size)
         parts[i] = add_group(
-          self.mechanism, params[i], parts[i], *group, key, starts[i] + row
+          self.mechanism,
+          params[i],
+          parts[i],
+          *group,
+          key,
+          starts[i] + row,
+          frozen[i],
         )
     return _join(parts, self.mesh)
 
@@ -155,13 +162,17 @@ def add_group(
   is_padding_example: jax.Array,
   key: jax.Array,
   first_row: jax.Array | int,
+  frozen: PyTree | None = None,
 ) -> step_lib.Accumulator:
   """Compiled, for one device: adds one group to the device's accumulator."""
   form = mechanism.sum_format(params)
   rows = first_row + jnp.arange(is_padding_example.shape[0])
   rngs = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
   grads = mechanism.clipped_grad(
-    params, batch, is_padding_example=is_padding_example, rng=rngs
+    step_lib.whole(params, frozen),
+    batch,
+    is_padding_example=is_padding_example,
+    rng=rngs,
   )
   # The leading axis has one entry a device.
   total = jax.tree.map(

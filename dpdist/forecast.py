@@ -8,30 +8,22 @@ all else hidden behind it.
 """
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh
-from jax.sharding import NamedSharding
 import ml_collections
-import numpy as np
 
 from dpdist import chips
 from dpdist import compiled
 from dpdist import config as config_lib
-from dpdist import datasets
 from dpdist import job
 from dpdist import mesh as mesh_lib
 from dpdist import models
-from dpdist import noise
 from dpdist import optimizers
 from dpdist import plan as plan_lib
 from dpdist import products
-from dpdist import step as step_lib
-from dpdist import units
+from dpdist import shapes
 
 PyTree = Any
 
@@ -69,11 +61,17 @@ def forecast(
       " are for one device each, got True"
     )
   chunk_size = job.chunk_size(config, plan, mesh)
-  example = example_shapes(config)
-  state = _state(step, model, example["inputs"])
-  arguments = _arguments(step, state, unit_shapes(config, example), chunk_size)
+  example = shapes.example(config)
+  state = shapes.state(step, model, example["inputs"])
+  arguments = shapes.arguments(
+    step,
+    state,
+    shapes.unit(config, example),
+    chunk_size,
+    shapes.frozen(step, model, example["inputs"]),
+  )
   key = arguments[4]
-  memory = _memory(step, state, arguments)
+  memory = shapes.memory(step, state, arguments)
   facts: dict[str, Any] = {
     "topology": topology,
     "num_slices": num_slices,
@@ -126,93 +124,6 @@ def forecast(
   facts["scaling"] = scaling(facts)
   facts["step_seconds"] = facts["scaling"][-1]["step_seconds"]
   return facts
-
-
-def example_shapes(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """The shapes of one example; of tokens, without the data."""
-  if config.model.name in ("decoder", "stacked_decoder"):
-    tokens = jax.ShapeDtypeStruct((config.data.sequence_length,), jnp.int32)
-    return {"inputs": tokens, "targets": tokens}
-  one = job.one_example(datasets.load(config.data).train)
-  return {
-    name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in one.items()
-  }
-
-
-def unit_shapes(
-  config: ml_collections.ConfigDict, example: dict[str, Any]
-) -> dict[str, Any]:
-  """The shapes of one unit of privacy, which is a row of a chunk."""
-  slots = config.data.examples_per_unit
-  if not slots:
-    return example
-  shapes = {
-    name: jax.ShapeDtypeStruct((slots, *x.shape), x.dtype)
-    for name, x in example.items()
-  }
-  return shapes | {units.EMPTY_SLOT: jax.ShapeDtypeStruct((slots,), jnp.bool_)}
-
-
-def _placed(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
-  return jax.tree.map(
-    lambda x, spec: jax.ShapeDtypeStruct(
-      x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
-    ),
-    tree,
-    specs,
-  )
-
-
-def _state(step: step_lib.Step, model: Any, example: Any) -> PyTree:
-  """The state's shapes, on the mesh."""
-  make = functools.partial(job.make_params, model)
-  state = jax.eval_shape(
-    lambda words, example: step.initial(make(words, example)),
-    jax.ShapeDtypeStruct((2,), jnp.uint32),
-    example,
-  )
-  return _placed(state, step.state_specs(state), step.mesh)
-
-
-def _arguments(
-  step: step_lib.Step, state: PyTree, example: PyTree, chunk_size: int
-) -> tuple[PyTree, ...]:
-  """Of `accumulate`, on the mesh."""
-  shapes = jax.eval_shape(step.zeros, state.params)
-  accumulator = _placed(shapes, step.accumulator_specs(state.params), step.mesh)
-  over = lambda x: jax.ShapeDtypeStruct(
-    (chunk_size, *x.shape), x.dtype, sharding=mesh_lib.examples(step.mesh)
-  )
-  everywhere = lambda x: jax.ShapeDtypeStruct(
-    x.shape, x.dtype, sharding=mesh_lib.replicated(step.mesh)
-  )
-  key = jax.eval_shape(noise.as_key, np.zeros(2, np.uint32))
-  return (
-    state.params,
-    accumulator,
-    jax.tree.map(over, example),
-    over(jax.ShapeDtypeStruct((), jnp.bool_)),
-    everywhere(key),
-    everywhere(jax.ShapeDtypeStruct((), jnp.int32)),
-  )
-
-
-def _memory(
-  step: step_lib.Step, state: PyTree, arguments: tuple[PyTree, ...]
-) -> dict[str, int]:
-  """Bytes that a chip holds throughout a step, by kind."""
-
-  def size(tree: PyTree) -> int:
-    specs = jax.tree.map(lambda x: x.sharding.spec, tree)
-    return mesh_lib.bytes_per_device(tree, specs, step.mesh)
-
-  return {
-    "parameters": size(state.params),
-    "optimizer": size(state.opt_state),
-    "average": size(state.ema_params),
-    "accumulator": size(arguments[1].clipped_sum),
-    "batch": size(arguments[2]),
-  }
 
 
 def _seconds(

@@ -19,6 +19,7 @@ import numpy as np
 import optax
 
 from dpdist import admission
+from dpdist import augment
 from dpdist import config as config_lib
 from dpdist import data_budget
 from dpdist import datasets
@@ -33,6 +34,7 @@ from dpdist import mesh as mesh_lib
 from dpdist import models
 from dpdist import noise
 from dpdist import optimizers
+from dpdist import parameters
 from dpdist import plan as plan_lib
 from dpdist import provenance
 from dpdist import retrying
@@ -64,8 +66,11 @@ class Job(NamedTuple):
     train_manifest: names their content, hex.
     test: all held-out examples, arrays "inputs" and "targets".
     model: maps inputs to logits.
-    params: the parameters' shapes.
+    params: the trained parameters' shapes.
     init: makes the state before the first step, on the mesh.
+    frozen: the frozen parameters, on the mesh, None where one is trained; None
+      without any.
+    weights_sha256: of the parameters that were read from disk; "" of none.
     step: the two halves of a step.
     learning_rate: as a function of the step.
     chunk_size: examples, or users, over the mesh at once.
@@ -88,6 +93,8 @@ class Job(NamedTuple):
   model: nn.Module
   params: PyTree
   init: Callable[[], step_lib.TrainState]
+  frozen: PyTree | None
+  weights_sha256: str
   step: step_lib.Step
   learning_rate: optax.Schedule
   chunk_size: int
@@ -171,10 +178,19 @@ def _prepare(
   secret = hosts.in_all(lambda: admission.secret(config, workdir, is_new=False))
   hosts.agree(secret_file=keys.secret_hash(secret))
   example = one_example(splits.train)["inputs"]
-  init_args = (mechanism.Streams(secret, "").words("init"), example)
-  make = functools.partial(make_params, model)
-  params = jax.eval_shape(make, *init_args)
-  step.specs(params)  # The mesh must fit them.
+  augment.check(config, example.shape)
+  start = hosts.in_all(
+    lambda: parameters.of(
+      config.model,
+      model,
+      functools.partial(make_params, model),
+      mechanism.Streams(secret, "").words("init"),
+      example,
+    )
+  )
+  hosts.agree(model_weights=start.weights_sha256)
+  for shapes in (start.shapes, start.frozen_shapes):
+    step.specs(shapes)  # The mesh must fit them.
 
   def begin() -> dict[str, Any]:
     assert ledger is not None
@@ -207,8 +223,10 @@ def _prepare(
     train_manifest,
     splits.test.read(np.arange(len(splits.test))),
     model,
-    params,
-    functools.partial(step.init_from, make, *init_args),
+    start.shapes,
+    functools.partial(start.init, step),
+    start.frozen(step),
+    start.weights_sha256,
     step,
     learning_rate,
     size,
@@ -327,6 +345,7 @@ def make_step(
       microbatch_size=config.clipping.microbatch_size or None,
       exact_group_size=config.clipping.exact_group_size if exact else None,
       platform=platform,
+      frozen=parameters.frozen_paths(config.model),
     ),
     optimizer,
     mesh,
@@ -340,6 +359,10 @@ def loss_fn(
 ) -> Callable[..., Any]:
   """The loss of what is clipped as one: of an example, or a mean."""
   loss = losses.cross_entropy(model)
+  copies = config.augmentation
+  if copies.multiplicity:
+    change = augment.flip_and_crop(flip=copies.flip, crop=copies.crop)
+    loss = losses.mean_over_copies(loss, change, copies.multiplicity)
   if config.data.examples_per_unit or config.privacy.group_size > 1:
     return losses.mean_over_unit(loss, empty_slot=units.EMPTY_SLOT)
   return loss

@@ -38,21 +38,42 @@ def composed(
     steps: pairs, and how often each is composed, at least once.
     epsilon_near: about what they come to; the grid follows.
   """
-  first = steps[0][0]
-  if (
-    first.q == 1.0
-    and first.kind in ("presence", "exchange")
-    and all(pair._replace(sigma=first.sigma) == first for pair, _ in steps)
-  ):
-    # Gaussians compose exactly, with no convolution.
-    precision = math.fsum(count / pair.sigma**2 for pair, count in steps)
-    steps = [(first._replace(sigma=1 / math.sqrt(precision)), 1)]
+  steps = _gaussians_as_one(steps)
   interval = max(_grid_interval(p, epsilon_near) for p, _ in steps)
   # With many steps, rounding can make a total mass above 1 overflow; the NaN
   # that follows is the caller's to replace.
   with np.errstate(over="ignore", invalid="ignore"):
     losses = [_repeated(pair, count, interval) for pair, count in steps]
     return functools.reduce(lambda a, b: a.compose(b), losses)
+
+
+def rounding(steps: Sequence[tuple[pairs_lib.Pair, int]]) -> float:
+  """Returns by how much rounding may make a delta too small.
+
+  A convolution of many steps is a power of a Fourier transform, whose relative
+  error grows with the exponent. Where the transform is near 1 that is an error
+  of the mass. Half of this was seen: -1.4e-11 after 10^5 steps.
+
+  Args:
+    steps: pairs, and how often each is composed, at least once.
+  """
+  num_steps = sum(count for _, count in _gaussians_as_one(steps))
+  return 0.0 if num_steps == 1 else num_steps * 2.0**-51
+
+
+def _gaussians_as_one(
+  steps: Sequence[tuple[pairs_lib.Pair, int]],
+) -> Sequence[tuple[pairs_lib.Pair, int]]:
+  """Steps that compose exactly, with no convolution, as the one they are."""
+  first = steps[0][0]
+  if (
+    first.q == 1.0
+    and first.kind in ("presence", "exchange")
+    and all(pair._replace(sigma=first.sigma) == first for pair, _ in steps)
+  ):
+    precision = math.fsum(count / pair.sigma**2 for pair, count in steps)
+    return [(first._replace(sigma=1 / math.sqrt(precision)), 1)]
+  return steps
 
 
 def _repeated(pair: pairs_lib.Pair, count: int, interval: float) -> Loss:
@@ -74,6 +95,8 @@ def _repeated(pair: pairs_lib.Pair, count: int, interval: float) -> Loss:
 def _step(pair: pairs_lib.Pair, interval: float) -> Loss:
   if pair.kind == "exchange" and pair.q < 1:
     return _exchange(pair.sigma, pair.q, interval)
+  if pair.kind == "binomial" and not _has_binomial_loss(pair):
+    pair = pair.with_renyi
   if pair.kind == "binomial":
     rows = range(pair.rows + 1)
     return privacy_loss_distribution.from_mixture_gaussian_mechanism(
@@ -96,6 +119,16 @@ def _step(pair: pairs_lib.Pair, interval: float) -> Loss:
   return privacy_loss_distribution.from_gaussian_mechanism(
     pair.sigma, value_discretization_interval=interval, sampling_prob=pair.q
   )
+
+
+def _has_binomial_loss(pair: pairs_lib.Pair) -> bool:
+  """Whether dp_accounting can tell the losses of such a pair.
+
+  It takes two losses that differ by less than 1e-8 for the same, so that with
+  the tiniest probabilities nothing is left of them, and it looks for their
+  places to within 1e-6 of the noise's unit, which much noise has no bits for.
+  """
+  return pair.rows * pair.q > 1e-7 and pair.sigma < 1e4
 
 
 def _exchange(sigma: float, q: float, interval: float) -> Loss:

@@ -18,6 +18,7 @@ release happens once, whatever was charged and lost on the way.
 import bisect
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -91,6 +92,20 @@ class Mechanism:
     ]
     return noise.gaussian_noise(self._now(stddevs, release), key)
 
+  def noise_norm(self, num_entries: int, release: int) -> float:
+    """The length that the noise in the mean has, as a root of mean squares.
+
+    Public: it follows from the plan.
+
+    Args:
+      num_entries: of the mean gradient, all parameters together.
+      release: the step's place among all that are charged under the plan.
+    """
+    setting = self.plan.setting(release)
+    size = setting.expected_batch_size / self.plan.group_size
+    stddev = setting.noise_multiplier * self.sensitivity / size
+    return stddev * math.sqrt(num_entries)
+
   def mean(self, noisy_sum: PyTree, release: jax.Array | None = None) -> PyTree:
     """The noisy sum over the expected, never the drawn, number of units.
 
@@ -158,6 +173,7 @@ def make(
   microbatch_size: int | None = None,
   exact_group_size: int | None = None,
   platform: str | None = None,
+  frozen: Callable[[str], bool] | None = None,
 ) -> Mechanism:
   """Binds a plan to a loss.
 
@@ -169,6 +185,8 @@ def make(
     exact_group_size: see `Mechanism`; a step with one is
       `dpdist.exact_step.ExactStep`.
     platform: what it is compiled for; see `dpdist.clipped_grad`.
+    frozen: from a parameter's path to whether it is not trained, and so in no
+      gradient, sum or noise; None: all are trained.
 
   Returns:
     The mechanism.
@@ -199,6 +217,7 @@ def make(
     method=method,
     microbatch_size=microbatch_size,
     platform=platform,
+    frozen=frozen,
   )
   sensitivity = clipped_grad.sensitivity(plan.neighboring_relation)
   noise_stddev = plan.noise_multiplier * sensitivity

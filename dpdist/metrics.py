@@ -30,16 +30,18 @@ RELEASED: frozenset[str] = frozenset(
     "epsilon",
     "learning_rate",
     "noisy_gradient_norm",
-    # The caller divides the EXPECTED batch size by a step's time. The true
-    # size of a Poisson draw is private. Wall-clock time itself still depends
-    # faintly on the draw; the accounting does not cover who watches a clock.
-    "examples_per_second",
+    # Of the noise in that gradient, by the plan alone.
+    "noise_norm",
     # Data that was not trained on, seen through released parameters.
     *(f"test/{name}" for name in _HELD_OUT),
     *(f"test_ema/{name}" for name in _HELD_OUT),
   )
 )
-"""Names that may leave the run."""
+"""Names that may leave the run.
+
+No time, and no speed, is among them: a step takes longer when more examples
+were drawn, and how many were is private. See `dpdist.operations`.
+"""
 
 SENSITIVE: frozenset[str] = frozenset(
   ("train_loss", "batch_size", "clip_fraction", "num_nonfinite")

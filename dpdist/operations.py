@@ -48,9 +48,18 @@ class Writer:
   def __exit__(self, kind: object, *rest: object) -> None:
     self._events.__exit__(kind, *rest)
 
-  def write(self, step: int, rows: Sequence[str]) -> None:
-    """Writes what `measure` gave in each process, in their order."""
-    self._events.write(step, _scalars([json.loads(row) for row in rows]))
+  def write(
+    self, step: int, rows: Sequence[str], job: Mapping[str, float] | None = None
+  ) -> None:
+    """Writes what `measure` gave in each process, in their order.
+
+    Args:
+      step: updates made.
+      rows: of the processes.
+      job: of all of them together, by name.
+    """
+    scalars = _scalars([json.loads(row) for row in rows])
+    self._events.write(step, scalars | dict(job or {}))
 
 
 def measure(progress: progress_lib.Progress, num_steps: int) -> str:

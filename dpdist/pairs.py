@@ -56,6 +56,21 @@ class Pair(NamedTuple):
     """Whether there is a bound on its Renyi divergences."""
     return self.kind in ("presence", "exchange")
 
+  @property
+  def with_renyi(self) -> "Pair":
+    """A pair that has one, and dominates this one, which it may be.
+
+    Of several rows: all of them or none, as often as any is there at most. Of
+    a cut sample, however the rest is cut: in it with probability q at most,
+    and without the unit there may be another in its place.
+    """
+    if self.kind == "binomial":
+      q = min(1.0, self.rows * self.q)
+      return Pair("presence", self.sigma / self.rows, q)
+    if self.kind == "truncated":
+      return Pair("exchange", self.sigma / 2, self.q)
+    return self
+
 
 def of(
   *,

@@ -242,7 +242,7 @@ class PrivacyPlan(Sampling):
 
     steps = self.steps(self._covered(num_steps))
     for delta in deltas:
-      if not 0 < delta < 1:
+      if not (_is(numbers.Real, delta) and 0 < delta < 1):
         raise ValueError(f"deltas must be in (0, 1), got {delta!r}")
     return [accountants.epsilon(steps, x, self.accountant) for x in deltas]
 
@@ -408,6 +408,12 @@ def _check(record: PrivacyConfig | PrivacyPlan) -> None:
       value = plain(value)
     # The same plan must have the same fingerprint, written 1 or 1.0.
     object.__setattr__(record, field.name, value)
+  num_units = -(-record.num_examples // record.group_size)
+  if record.cycle_length > num_units:
+    raise ValueError(
+      f"cycle_length must be at most {num_units}, the rows or groups of rows"
+      f" that take turns, got {record.cycle_length}"
+    )
   largest = record.num_examples / record.cycle_length
   sizes = [x for _, x in record.batch_size_schedule]
   for size in (record.expected_batch_size, *sizes):
@@ -452,6 +458,10 @@ def _checked_schedule(name: str, value: Any, num_steps: int) -> Schedule:
     "batch_size_schedule": "expected_batch_size",
   }[name]
   try:
+    if not all(
+      _is(numbers.Integral, step) and _is(numbers.Real, x) for step, x in value
+    ):
+      raise TypeError
     schedule = tuple((operator.index(step), float(x)) for step, x in value)
   except (TypeError, ValueError, OverflowError):
     schedule = ((-1, 0.0),)

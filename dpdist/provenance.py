@@ -53,6 +53,8 @@ _HARMLESS_DATA = (
   *("changed_to", "num_threads", "path", "prefetch"),
   *("retry_seconds", "stall_seconds"),
 )
+# What they are read from; what they are counts.
+_HARMLESS_MODEL = ("weights",)
 # Which process this is, and where it meets the others.
 _WHO = (
   *("CUDA_VISIBLE_DEVICES", "JAX_COORDINATOR_ADDRESS"),
@@ -97,6 +99,7 @@ def fingerprint(
   plan_fingerprint: str,
   data_manifest: str,
   environments: Sequence[Mapping[str, Any]],
+  weights: Sequence[str] = (),
 ) -> str:
   """A digest that is equal only if a step run again gives the same bits.
 
@@ -108,6 +111,8 @@ def fingerprint(
     plan_fingerprint: of the plan.
     data_manifest: of the training set.
     environments: from `environment`, of every process in order.
+    weights: SHA-256 of the parameters that were read from disk or are frozen,
+      if there are any; their path does not count.
 
   Returns:
     SHA-256, hex.
@@ -116,15 +121,20 @@ def fingerprint(
   numbers["data"] = {
     k: v for k, v in config["data"].items() if k not in _HARMLESS_DATA
   }
+  numbers["model"] = {
+    k: v for k, v in config["model"].items() if k not in _HARMLESS_MODEL
+  }
   if config["clipping"]["exact_sum"]:
     kinds = {_canonical(_without_topology(e)) for e in environments}
     # Between machines of several kinds it matters which one computes what.
     if len(kinds) == 1:
       environments = [json.loads(kind) for kind in kinds]
       numbers = {k: v for k, v in numbers.items() if k not in _TOPOLOGY}
-  text = _canonical(
-    [numbers, plan_fingerprint, data_manifest, list(environments)]
-  )
+  parts: list[Any] = [
+    *(numbers, plan_fingerprint, data_manifest),
+    *(list(environments), list(weights)),
+  ]
+  text = _canonical(parts)
   return hashlib.sha256(text.encode()).hexdigest()
 
 

@@ -204,7 +204,8 @@ class Progress:
 
   def _print_line(self, step: int, metrics: Mapping[str, float]) -> None:
     shown = (_show_metric(name, value) for name, value in metrics.items())
-    parts = (f"step {step}/{self._total_steps}", self._spent, self._speed)
+    # No speed: these lines are kept, and it tells of the draws.
+    parts = (f"step {step}/{self._total_steps}", self._spent)
     _print_plain(self._console, "  ".join(filter(None, (*parts, *shown))))
 
 

@@ -84,7 +84,9 @@ def sampling(plan: plan_lib.PrivacyPlan) -> str:
 
 def _sampling(plan: plan_lib.PrivacyPlan) -> str:
   what = plan.unit
+  grouped = ""
   if plan.group_size > 1:
+    grouped = f", in groups of {plan.group_size},"
     what = f"group of {plan.group_size} {plan.unit}s"
   probability = (
     f"with probability q = {plan.expected_batch_size:g} /"
@@ -99,24 +101,31 @@ def _sampling(plan: plan_lib.PrivacyPlan) -> str:
       f"At each step {plan.expected_batch_size:g} of them are drawn without"
       f" replacement, all subsets alike, so each {probability}{changing}."
     )
+  group = ""
+  if plan.group_size > 1:
+    group = (
+      " The gradients of a group are averaged and clipped as one, which one"
+      f" {plan.unit} can turn over"
+    )
+    # Noise for replacing one is twice as much already.
+    group += (
+      "."
+      if plan.neighboring_relation == "replace_one"
+      else ": noise counts half."
+    )
   if plan.sampling == "cyclic_poisson":
     return (
-      f"The {plan.unit}s are in {plan.cycle_length} parts that take turns. At"
+      f"The {plan.unit}s{grouped} are in {plan.cycle_length} parts that take"
+      " turns. At"
       f" each step every {what} of one part is drawn, apart from all others"
       f" (cyclic Poisson sampling), {probability}{changing}. Each takes part in"
-      " at most one step of a turn."
+      f" at most one step of a turn.{group}"
     )
   cut = ""
   if plan.sampling == "truncated_poisson":
     cut = (
       f" Of a sample of more than {plan.truncated_batch_size}, as many are"
       " kept, all subsets alike (truncated Poisson sampling)."
-    )
-  group = ""
-  if plan.group_size > 1:
-    group = (
-      " The gradients of a group are averaged and clipped as one, which one"
-      f" {plan.unit} can turn over: noise counts half."
     )
   return (
     f"At each step every {what} is drawn, apart from all others (Poisson"

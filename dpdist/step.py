@@ -10,6 +10,10 @@ Where the mesh divides parameters (see `dpdist.mesh.partition`), everything that
 is kept beside them is divided likewise: accumulator, noise, optimizer's state,
 average. `accumulate` then puts a parameter together where the loss uses it, and
 adds up over `fsdp` at once, so that only `data` is left for `apply`.
+
+Frozen parameters are no part of the state: nothing is ever made like them, and
+`accumulate` alone is handed them. In the state None stands in their place; see
+`dpdist.clipping.freezing`.
 """
 
 from collections.abc import Callable
@@ -38,7 +42,7 @@ class TrainState(NamedTuple):
 
   Attributes:
     step: int32 scalar, updates made so far.
-    params: the model's parameters.
+    params: the model's parameters; None where one is frozen.
     opt_state: the optimizer's.
     ema_params: exponential moving average of params; None without one.
     noise_state: the noise mechanism's counter.
@@ -158,6 +162,10 @@ class Step:
     shardings = jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
     return jax.jit(initial, out_shardings=shardings)(*args)
 
+  def placed(self, params: PyTree) -> PyTree:
+    """Puts whole parameters, NumPy arrays of this process, on the mesh."""
+    return mesh_lib.place(params, self.specs(params), self.mesh)
+
   def initial(self, params: PyTree) -> TrainState:
     """The same, where params are; may be traced."""
     return TrainState(
@@ -213,6 +221,8 @@ class Step:
       key: the step's key for dropout and the like.
       first_row: where the chunk begins in the step's list of examples, so that
         randomness belongs to an example and not to a device.
+      frozen: the frozen parameters, None where one is trained; None: all are
+        trained. Which are must be what `mechanism.clipped_grad` was told.
 
     Returns of the function:
       The accumulator with the chunk's clipped sum.
@@ -221,13 +231,14 @@ class Step:
     def local(
       specs: PyTree,
       params: PyTree,
+      frozen: PyTree | None,
       accumulator: Accumulator,
       batch: PyTree,
       is_padding_example: jax.Array,
       rngs: jax.Array,
     ) -> Accumulator:
       grads = self.mechanism.clipped_grad(
-        params,
+        whole(params, frozen),
         batch,
         is_padding_example=is_padding_example,
         rng=rngs,
@@ -245,21 +256,25 @@ class Step:
       is_padding_example: jax.Array,
       key: jax.Array,
       first_row: jax.Array | int,
+      frozen: PyTree | None = None,
     ) -> Accumulator:
       rows = first_row + jnp.arange(is_padding_example.shape[0])
       rngs = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
-      specs = jax.tree.map(mesh_lib.without_model, self.specs(params))
+      specs, frozen_specs = (
+        jax.tree.map(mesh_lib.without_model, self.specs(x))
+        for x in (params, frozen)
+      )
       sums: Any = Accumulator(
         jax.tree.map(mesh_lib.stacked, specs), self.accumulator_specs({}).stats
       )
       run = jax.shard_map(
-        functools.partial(local, specs),
+        functools.partial(local, whole(specs, frozen_specs)),
         mesh=self.mesh,
-        in_specs=(specs, sums) + (mesh_lib.EXAMPLES,) * 3,
+        in_specs=(specs, frozen_specs, sums) + (mesh_lib.EXAMPLES,) * 3,
         out_specs=sums,
         axis_names=mesh_lib.manual_axes(self.mesh),
       )
-      after = run(params, accumulator, batch, is_padding_example, rngs)
+      after = run(params, frozen, accumulator, batch, is_padding_example, rngs)
       return self._constrained(params, after)
 
     return jax.jit(accumulate, donate_argnums=(1,))
@@ -348,6 +363,16 @@ class Step:
       lambda accumulator: jax.tree.map(jnp.sum, accumulator.stats),
       out_shardings=mesh_lib.replicated(self.mesh),
     )
+
+
+def whole(params: PyTree, frozen: PyTree | None) -> PyTree:
+  """All parameters, as a model takes them.
+
+  Args:
+    params: as in the state.
+    frozen: the others, None where one is trained; None: there are none.
+  """
+  return params if frozen is None else clipping.merge(params, frozen)
 
 
 def count(

@@ -58,6 +58,7 @@ def start_rows(
     ("clipping method", job.step.mechanism.clipped_grad.method),
     ("chunk size", screen.human_count(job.chunk_size)),
     ("parameters", screen.human_count(_num_params(job))),
+    *_frozen_rows(job),
     ("memory estimate", screen.human_bytes(_memory(job)) + " a device"),
   ]
   group_size = job.step.mechanism.exact_group_size
@@ -75,6 +76,7 @@ def result(
   num_steps: int,
   scores: dict[str, float],
   params_sha256: str,
+  frozen_sha256: str,
   environment: dict[str, Any],
 ) -> dict[str, Any]:
   """What `result.json` holds.
@@ -84,7 +86,8 @@ def result(
     ledger: its ledger.
     num_steps: updates in the final parameters.
     scores: held-out metrics, "test/NAME" and perhaps "test_ema/NAME".
-    params_sha256: of the final parameters.
+    params_sha256: of the final parameters, those that were trained.
+    frozen_sha256: of the others; "" without any.
     environment: versions, code and devices.
 
   Returns:
@@ -107,6 +110,10 @@ def result(
     "ledger_head": ledger.head,
     "environment": environment,
   }
+  if frozen_sha256:
+    values["frozen_sha256"] = frozen_sha256
+  if job.weights_sha256:
+    values["weights_sha256"] = job.weights_sha256
   for name, score in scores.items():
     group, metric = name.split("/")
     values.setdefault(group, {})[metric] = score
@@ -142,8 +149,24 @@ def end_rows(
   ]
 
 
+def _frozen_rows(job: job_lib.Job) -> list[tuple[str, str]]:
+  rows = []
+  if job.frozen is not None:
+    count = screen.human_count(_size(job.frozen))
+    rows.append(("frozen parameters", count))
+  if job.weights_sha256:
+    rows.append(
+      ("weights from disk", f"taken for public, {job.weights_sha256[:12]}")
+    )
+  return rows
+
+
 def _num_params(job: job_lib.Job) -> int:
-  return sum(leaf.size for leaf in jax.tree.leaves(job.params))
+  return _size(job.params)
+
+
+def _size(params: Any) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def _memory(job: job_lib.Job) -> int:
@@ -152,6 +175,9 @@ def _memory(job: job_lib.Job) -> int:
   state_bytes = mesh_lib.bytes_per_device(
     state, job.step.state_specs(state), job.mesh
   )
+  if job.frozen is not None:
+    specs = job.step.specs(job.frozen)
+    state_bytes += mesh_lib.bytes_per_device(job.frozen, specs, job.mesh)
   rows = job.chunk_size // mesh_lib.num_example_shards(job.mesh)
   mechanism = job.step.mechanism
   rows = min(rows, mechanism.exact_group_size or rows)

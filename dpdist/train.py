@@ -37,9 +37,11 @@ from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import odometer as odometer_lib
 from dpdist import operations
+from dpdist import parameters
 from dpdist import preemption
 from dpdist import progress as progress_lib
 from dpdist import provenance
+from dpdist import released as released_lib
 from dpdist import report
 from dpdist import screen
 from dpdist import step as step_lib
@@ -105,6 +107,7 @@ def train(
         workdir / "checkpoints",
         writer=job.writer,
         max_to_keep=config.max_checkpoints,
+        frozen_sha256=parameters.frozen_sha256(job.frozen),
       )
     )
     return _run(config, workdir, job, checkpoints, stop, progress)
@@ -137,6 +140,8 @@ def _run(
   plan, step, ledger = job.plan, job.step, job.ledger
   environment = provenance.environment(job.mesh)
   environments = hosts.gather(json.dumps(environment))
+  # Here, since all processes take part.
+  frozen_sha256 = parameters.frozen_sha256(job.frozen)
 
   state = job.init()
   saved, rejected = job.found
@@ -164,6 +169,7 @@ def _run(
         plan.fingerprint(),
         job.train_manifest,
         [json.loads(text) for text in environments],
+        [sha for sha in (job.weights_sha256, frozen_sha256) if sha],
       ),
     )
     if rejected and ledger.last_step == 0:
@@ -172,6 +178,7 @@ def _run(
         "no checkpoint can be restored, and the plan is spent; "
         + "; ".join(rejected)
       )
+    released_lib.write_settings(workdir, config)
     epsilon_planned = composition.epsilon(ledger.planned)
     return _Line(
       branch.identity, branch.release(0), ledger.last_step, epsilon_planned
@@ -191,6 +198,7 @@ def _run(
     rows = summary.start_rows(job, ledger.planned, start_step=start)
     screen.show_start(rows, notices)
 
+  num_entries = sum(leaf.size for leaf in jax.tree.leaves(job.params))
   evaluate = losses.evaluator(job.model, job.test, job.mesh)
   scores: dict[str, float] = {}
   num_steps = config.privacy.num_steps
@@ -223,6 +231,8 @@ def _run(
 
       progress.enter(t, "compiling" if t == start else "computing")
       accumulator = step.zeros(state.params)
+      # Given only where there are any, as is release below.
+      frozen = [] if job.frozen is None else [job.frozen]
       step_key = streams.key("model_rng", t)
       for first_row, batch, is_padding_example in chunks:
         accumulator = step.accumulate(
@@ -232,6 +242,7 @@ def _run(
           is_padding_example,
           step_key,
           first_row,
+          *frozen,
         )
       if jax.process_count() > 1 and t > start:
         # So that who is slow can be told from who waits.
@@ -256,7 +267,7 @@ def _run(
         machines = hosts.gather(operations.measure(progress, done - measured))
         measured = done
         with clock.paused():
-          scores = _scores(evaluate, state)
+          scores = _scores(evaluate, state, job.frozen)
           sensitive: dict[str, float] = {}
           if config.unsafe_metrics:
             sensitive = _sensitive(step.stats(accumulator))
@@ -265,6 +276,9 @@ def _run(
               "epsilon": composition.epsilon(ledger.spent_through(done)),
               "learning_rate": float(job.learning_rate(t)),
               "noisy_gradient_norm": float(released["noisy_gradient_norm"]),
+              "noise_norm": step.mechanism.noise_norm(
+                num_entries, first_release + t
+              ),
               "examples_per_second": clock.examples_per_second(),
             }
             display.tell(done, values, scores, sensitive, machines)
@@ -281,7 +295,7 @@ def _run(
     if odometer is not None:
       odometer.poll(wait=True)
 
-  scores = scores or _scores(evaluate, state)
+  scores = scores or _scores(evaluate, state, job.frozen)
   # In all processes, each of which may have a part alone.
   params_sha256 = provenance.params_sha256(state.params)
 
@@ -293,6 +307,7 @@ def _run(
       num_steps=int(state.step),
       scores=scores,
       params_sha256=params_sha256,
+      frozen_sha256=frozen_sha256,
       environment=environment,
     )
     summary.write_result(workdir / "result.json", result)
@@ -383,12 +398,13 @@ def _steps(
 
 
 def _scores(
-  evaluate: _Evaluate, state: step_lib.TrainState
+  evaluate: _Evaluate, state: step_lib.TrainState, frozen: Any
 ) -> dict[str, float]:
   """Held-out metrics of the parameters and of their average."""
-  scores = {f"test/{k}": v for k, v in evaluate(state.params).items()}
+  params = step_lib.whole(state.params, frozen)
+  scores = {f"test/{k}": v for k, v in evaluate(params).items()}
   if state.ema_params is not None:
-    average = evaluate(state.ema_params)
+    average = evaluate(step_lib.whole(state.ema_params, frozen))
     scores |= {f"test_ema/{k}": v for k, v in average.items()}
   return scores
 

@@ -1,12 +1,21 @@
-r"""Compiles a config's step for a pod of TPUs, and tells what it would need.
+r"""What a config's private step costs: on this machine, or on a pod of TPUs.
+
+  python -m launch.bench --config=configs/digits.py
+  python -m launch.bench --config=configs/digits.py --autotune
+
+measures the private step against the same step without privacy, on this
+machine and the config's mesh: time, memory, examples a second, how each layer
+is clipped, and whether the chunk is of a good size; --autotune finds the
+largest chunk that fits by trying. With --topology, the step is compiled for a
+pod, and nothing is run:
 
   python -m launch.bench --config=configs/decoder_1b.py \
     --topology=v6e:16x16 --num_slices=8
 
-Needs no device, no data for models of tokens, and spends no budget; wants
-libtpu (pip install -e '.[tpu]'). Any setting of the config can be changed, as
---config.mesh.fsdp=32. Topologies are a kind of chip (v4, v5e, v5p, v6e) and the
-shape of a slice.
+needs no device, no data for models of tokens; wants libtpu (pip install -e
+'.[tpu]'). Topologies are a kind of chip (v4, v5e, v5p, v6e) and the shape of a
+slice. None of these spends budget; any setting of the config can be changed, as
+--config.mesh.fsdp=32.
 
 Exit codes: 0 it fits; 1 it does not; 2 wrong usage.
 """
@@ -18,8 +27,10 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
+from dpdist import autotune
 from dpdist import forecast
 from dpdist import screen
+from dpdist import speed
 from launch import exit_codes
 from launch import flag_parsing
 
@@ -29,9 +40,13 @@ _CONFIG = config_flags.DEFINE_config_file(
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "A kind of chip and the shape of a slice, as v6e:16x16."
 )
+_AUTOTUNE = flags.DEFINE_bool(
+  "autotune", False, "Find the largest chunk that fits this machine."
+)
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns of each step, here.")
 _SLICES = flags.DEFINE_integer("num_slices", 1, "So many slices.")
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
-flags.mark_flags_as_required(["config", "topology"])
+flags.mark_flag_as_required("config")
 
 _GB = 1e9
 
@@ -40,21 +55,102 @@ def main(argv: Sequence[str]) -> int:
   """Returns an exit code."""
   del argv
   try:
-    facts = forecast.forecast(
-      _CONFIG.value, str(_TOPOLOGY.value), _SLICES.value
-    )
+    if _TOPOLOGY.value is None:
+      facts = _here()
+    elif _AUTOTUNE.value:
+      raise ValueError("--autotune tries on this machine: without --topology")
+    else:
+      facts = forecast.forecast(_CONFIG.value, _TOPOLOGY.value, _SLICES.value)
   except ValueError as error:
     return flag_parsing.usage_error(error)
   if _JSON.value:
     print(json.dumps(facts, indent=2))
+  elif "tries" in facts:
+    _show_tries(facts)
+  elif _TOPOLOGY.value is None:
+    _show_here(facts)
   else:
-    screen.show_table("Compiled, not run", _plan_rows(facts))
-    screen.show_table("Memory of a chip", _memory_rows(facts))
-    if "apply" in facts:
-      for name in ("accumulate", "apply"):
-        screen.show_table(_TITLES[name], _program_rows(facts[name]))
-      screen.show_table("At best", _time_rows(facts))
+    _show_pod(facts)
   return exit_codes.DONE if facts["fits"] else exit_codes.UNSOUND
+
+
+def _here() -> dict[str, Any]:
+  bench = speed.prepare(_CONFIG.value)
+  if not _AUTOTUNE.value:
+    return speed.compare(bench, rounds=_ROUNDS.value)
+  facts = autotune.search(bench)
+  return facts | {"fits": facts["largest"] is not None}
+
+
+def _show_here(facts: dict[str, Any]) -> None:
+  mesh = " x ".join(f"{axis} {size}" for axis, size in facts["mesh"].items())
+  screen.show_table(
+    "Measured here",
+    [
+      ("device", f"{facts['num_devices']} x {facts['device']}, {mesh}"),
+      ("parameters", f"{facts['parameters']:,}"),
+      ("expected batch size", f"{facts['expected_batch_size']:,g}"),
+      (
+        "chunks a step",
+        f"{facts['chunks_per_step']} of {facts['chunk_size']:,}",
+      ),
+      (
+        "private over ordinary",
+        f"time {facts['time_ratio']:.2f}, memory {facts['memory_ratio']:.2f}"
+        f" (medians of {facts['rounds']} rounds)",
+      ),
+    ],
+  )
+  for name in ("private", "ordinary"):
+    found = facts[name]
+    screen.show_table(
+      f"The {name} step",
+      [
+        ("step", f"{1e3 * found['step_seconds']:.2f} ms"),
+        ("of it, a chunk", f"{1e3 * found['chunk_seconds']:.2f} ms"),
+        ("of it, the update", f"{1e3 * found['update_seconds']:.2f} ms"),
+        ("examples a second", f"{found['examples_per_second']:,.0f}"),
+        ("memory of a device", screen.human_bytes(found["bytes"])),
+      ],
+    )
+  print("How each layer is clipped")
+  for line in facts["clipping"]:
+    print(f"  {line}")
+  print("Chunk size")
+  for line in facts["advice"]:
+    print(f"  {line}")
+
+
+def _show_tries(facts: dict[str, Any]) -> None:
+  rows = [
+    (
+      f"{row['chunk_size']:,}",
+      f"{screen.human_bytes(row['bytes'] or 0)},"
+      f" {row['examples_per_second']:,.0f} examples/s"
+      if row["fits"]
+      else f"{screen.human_bytes(row['bytes'] or 0)}, does not fit",
+    )
+    for row in facts["tries"]
+  ]
+  screen.show_table("Chunks that were tried", rows)
+  free = screen.human_bytes(facts["free_bytes"])
+  if facts["largest"] is None:
+    print(f"None fits the {free} that are free on a device.")
+    return
+  print(
+    f"Largest that fits {free} of a device: --config.chunk_size="
+    f"{facts['largest']}\nFastest of these: --config.chunk_size="
+    f"{facts['fastest']}"
+  )
+
+
+def _show_pod(facts: dict[str, Any]) -> None:
+  screen.show_table("Compiled, not run", _plan_rows(facts))
+  screen.show_table("Memory of a chip", _memory_rows(facts))
+  if "apply" in facts:
+    for name in ("accumulate", "apply"):
+      screen.show_table(_TITLES[name], _program_rows(facts[name]))
+    screen.show_table("At best", _time_rows(facts))
 
 
 _TITLES = {

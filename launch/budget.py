@@ -5,6 +5,13 @@ r"""Shows what a run, or all runs on a data set, may spend and have spent.
   python -m launch.budget --config=configs/digits.py --curve
   python -m launch.budget --dataset=/data/budgets
 
+Before training: what would epsilon 3 cost, which noise does each batch size
+need, and how does epsilon go with noise, batch and steps?
+
+  python -m launch.budget --config=configs/digits.py --target_epsilon=3
+  python -m launch.budget --config=configs/digits.py --table
+  python -m launch.budget --config=configs/digits.py --plot=budget.png
+
 Runs that share a budget keep it under a root, their
 --config.data_budget.location. What a run left that shall never go on, and the
 room of a search whose runs never came (see launch.reserve), can be given back:
@@ -17,7 +24,6 @@ Imports no jax. Exit codes: 0 done; 2 wrong usage; anything else is a failure.
 
 from collections.abc import Sequence
 import json
-import sys
 import textwrap
 from typing import Any
 
@@ -52,6 +58,17 @@ _END = flags.DEFINE_bool(
 _CURVE = flags.DEFINE_bool(
   "curve", False, "With --config: the plan's epsilon at other deltas, too."
 )
+_TARGET = flags.DEFINE_float(
+  "target_epsilon",
+  None,
+  "With --config: the noise, the batch or the steps that it would take.",
+)
+_TABLE = flags.DEFINE_bool(
+  "table", False, "With --config: noise and compute for other batch sizes."
+)
+_PLOT = flags.DEFINE_string(
+  "plot", None, "With --config: draw epsilon against noise, batch and steps."
+)
 _JSON = flags.DEFINE_bool("json", False, "Print JSON.")
 
 _DELTAS = tuple(10.0**-k for k in range(3, 13))
@@ -64,9 +81,6 @@ def main(argv: Sequence[str]) -> int:
     facts = _facts()
   except ValueError as error:
     return flag_parsing.usage_error(error)
-  except ledger_lib.LedgerError as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
   if _JSON.value:
     print(json.dumps(facts, indent=2))
   else:
@@ -82,6 +96,9 @@ def _facts() -> dict[str, Any]:
     (_CANCEL, _DATASET),
     (_END, _WORKDIR),
     (_CURVE, _CONFIG),
+    (_TARGET, _CONFIG),
+    (_TABLE, _CONFIG),
+    (_PLOT, _CONFIG),
   ):
     if action.value not in (None, False) and given[0] is not wanted:
       raise ValueError(f"--{action.name} goes with --{wanted.name}")
@@ -89,14 +106,26 @@ def _facts() -> dict[str, Any]:
     return _ended(_WORKDIR.value) if _END.value else _spent(_WORKDIR.value)
   if _DATASET.value is not None:
     return _shared(_DATASET.value, _CANCEL.value)
-  plan = plan_lib.make_plan(config_lib.privacy_config(_CONFIG.value))
-  facts = {"epsilon_planned": plan.epsilon(), **_numbers(plan)}
+  config = config_lib.privacy_config(_CONFIG.value)
+  plan = plan_lib.make_plan(config)
+  facts: dict[str, Any] = {"epsilon_planned": plan.epsilon(), **_numbers(plan)}
   if _CURVE.value:
     curve = zip(_DELTAS, plan.curve(_DELTAS), strict=True)
     facts["curve"] = [{"delta": x, "epsilon": epsilon} for x, epsilon in curve]
   # Here, since its numbers take an accountant.
   from dpdist import statements
+  from dpdist import tradeoffs
 
+  if _TARGET.value is not None:
+    facts["answers"] = tradeoffs.answers(config, _TARGET.value)
+  if _TABLE.value:
+    facts["batches"] = tradeoffs.batches(config, _TARGET.value)
+  if _PLOT.value is not None:
+    # Here, since loading matplotlib takes longer than all else.
+    from dpdist import tradeoff_plot
+
+    tradeoff_plot.draw(_PLOT.value, plan, tradeoffs.curves(plan), _TARGET.value)
+    facts["plot"] = _PLOT.value
   return facts | {"statement": statements.of_plan(plan)}
 
 
@@ -216,6 +245,7 @@ def _show(facts: dict[str, Any], indent: str = "") -> None:
   """Prints names and values; what belongs to a name is set in below it."""
   facts = dict(facts)
   statement = facts.pop("statement", "")
+  answers, batches = facts.pop("answers", None), facts.pop("batches", None)
   plain = {k: v for k, v in facts.items() if not isinstance(v, dict | list)}
   width = max(map(len, plain), default=0)
   for name, value in plain.items():
@@ -230,8 +260,56 @@ def _show(facts: dict[str, Any], indent: str = "") -> None:
         print(
           f"{indent}  " + "  ".join(f"{_text(v):<10}" for v in row.values())
         )
+  if answers:
+    target = _TARGET.value
+    _show_rows(f"What epsilon {target:g} takes, changing one number", answers)
+  if batches:
+    _show_rows("The same epsilon and steps with other batches", batches)
+  if answers or batches:
+    print(
+      "\n  examples: processed in all. noise/mean: standard deviation of the"
+      " noise on\n  an entry of the mean gradient."
+    )
   if statement:
     print("\n" + textwrap.fill(statement, 80))
+
+
+_HEADS = {
+  "noise_multiplier": "noise",
+  "expected_batch_size": "batch",
+  "num_steps": "steps",
+  "epsilon": "epsilon",
+  "examples_processed": "examples",
+  "epochs": "epochs",
+  "noise_on_mean_gradient": "noise/mean",
+}
+
+
+def _show_rows(title: str, rows: list[dict[str, Any]]) -> None:
+  """Prints rows of `dpdist.tradeoffs` as a table of 80 columns."""
+  print(f"\n{title}")
+  print(_columns({"change": "", **_HEADS}))
+  for row in rows:
+    if "problem" in row:
+      print(f"  {_change(row)} cannot: {row['problem']}")
+    else:
+      print(_columns({"change": "", **row}))
+
+
+def _columns(row: dict[str, Any]) -> str:
+  return f"  {_change(row)}" + "".join(
+    (value if isinstance(value, str) else _short(value)).rjust(width)
+    for name, width in zip(_HEADS, (8, 8, 8, 9, 12, 8, 11), strict=True)
+    for value in [row[name]]
+  )
+
+
+def _change(row: dict[str, Any]) -> str:
+  return _HEADS.get(row["change"], row["change"]).ljust(10)
+
+
+def _short(value: float) -> str:
+  return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _text(value: Any) -> str:

@@ -8,3 +8,5 @@ UNSOUND = 1
 USAGE = 2
 # Not 0: a scheduler would take the job for complete and never requeue it.
 PREEMPTED = 75
+# As a shell says of what Ctrl-C ended.
+INTERRUPTED = 130

@@ -10,6 +10,7 @@ from absl import flags
 from absl import logging
 
 from dpdist import config
+from launch import errors
 from launch import exit_codes
 
 
@@ -24,14 +25,31 @@ def run(
   """
   # Libraries log each file they write; --verbosity=0 shows it.
   logging.set_verbosity(logging.WARNING)
-  app.run(main, flags_parser=functools.partial(_parse, passes_on))
+  app.run(
+    functools.partial(_told, main),
+    flags_parser=functools.partial(_parse, passes_on),
+  )
   raise AssertionError("app.run does not return")
 
 
 def usage_error(message: object) -> int:
-  """Prints one line to standard error; returns the exit code."""
-  print(f"error: {message}", file=sys.stderr)
-  return exit_codes.USAGE
+  """Prints one line, and what to try, to standard error.
+
+  Returns:
+    The exit code.
+  """
+  return errors.tell(errors.Told(str(message), exit_codes.USAGE))
+
+
+def _told(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+  """Runs a door; what a person can do something about ends in a sentence."""
+  try:
+    return main(argv)
+  except (Exception, KeyboardInterrupt) as error:
+    told = errors.explain(error)
+    if told is None:
+      raise
+    return errors.tell(told)
 
 
 def _last_line(text: object) -> str:

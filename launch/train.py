@@ -23,13 +23,13 @@ import dpdist
 from dpdist import admission
 from dpdist import checkpoint
 from dpdist import hosts
-from dpdist import ledger
 from dpdist import preemption
 from dpdist import provenance
 from dpdist import rendezvous
 from dpdist import signals
 from dpdist import sources
 from dpdist import watch
+from launch import errors
 from launch import exit_codes
 from launch import flag_parsing
 
@@ -60,11 +60,13 @@ def main(argv: Sequence[str]) -> int:
   del argv
   try:
     code = _main()
-  except BaseException:
+  except BaseException as error:
     if not jax.distributed.is_initialized():
       raise
-    traceback.print_exc()
-    code = 1
+    told = errors.explain(error)
+    if told is None:
+      traceback.print_exc()
+    code = 1 if told is None else errors.tell(told)
   if code in (exit_codes.DONE, exit_codes.PREEMPTED):
     return code
   if jax.distributed.is_initialized():
@@ -95,25 +97,14 @@ def _main() -> int:
   ) as error:
     return flag_parsing.usage_error(error)
   except preemption.Preempted as stopped:
-    print(stopped, file=sys.stderr)
+    print(f"{stopped}\ntry: {errors.again()}", file=sys.stderr)
     return exit_codes.PREEMPTED
-  except (
-    ledger.LedgerError,
-    hosts.PeerError,
-    hosts.LostError,
-    rendezvous.MeetError,
-  ) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
+  except (hosts.PeerError, hosts.LostError, rendezvous.MeetError) as error:
+    return errors.tell(errors.Told(str(error)))
   except sources.ReadError as error:
-    print(f"error: {error}", file=sys.stderr)
+    errors.tell(errors.Told(str(error)))
     # Python's ordinary end would wait for a thread that still reads.
     watch.leave(1)
-  except OSError as error:
-    # Of a full disk, Python does not say where.
-    place = "" if error.filename else f"{_WORKDIR.value}: "
-    print(f"error: {place}{error}", file=sys.stderr)
-    return 1
   return exit_codes.DONE
 
 

@@ -25,27 +25,37 @@ RUNNER = "tests/run.py"
 # Lowest first. A room imports from lower layers only, never from its own; the
 # modules of one room may import one another.
 LAYERS = (
-  ("keys", "hosts", "rendezvous", "mesh", "fixed_point", "search", "fields")
+  ("keys", "hosts", "rendezvous", "mesh", "fixed_point", "search")
+  + ("audit_bounds", "fields")
   + ("seals", "liveness", "stores", "progress", "signals", "maintenance")
-  + ("events", "chips", "compiled", "products", "fetch"),
-  ("pairs",),
+  + ("events", "chips", "compiled", "products", "archives")
+  + ("scattering", "augment"),
+  ("pairs", "fetch"),
   ("records", "renyi", "loss_distributions", "verdict"),
   ("accountants",),
   ("accounting", "sampling", "noise", "clipping", "peers"),
   ("plan",),
   ("statements",),
-  ("mechanism", "config", "dp_config", "composition", "history"),
+  ("mechanism", "config", "dp_config", "composition", "history")
+  + ("tradeoffs", "tradeoff_plot"),
   ("gradients", "stateful", "ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance")
   + ("operations", "model_check"),
-  ("units",),
-  ("chitchat",),
-  ("data", "data_budget", "datasets", "retrying", "screen", "report")
+  ("units", "parameters", "tokens"),
+  ("chitchat", "cifar", "adult", "reviews", "sentences", "speeches"),
+  ("features",),
+  ("data", "data_budget", "datasets", "retrying", "screen", "drawing")
   + ("checkpoint", "exact_step", "odometer", "watch"),
+  ("report",),
   ("admission", "verification", "display"),
   ("job", "frontends"),
-  ("summary", "forecast"),
-  ("train",),
+  ("summary", "shapes"),
+  ("forecast", "released", "speed"),
+  ("model_card", "autotune"),
+  ("export",),
+  ("train", "canaries"),
+  ("audit",),
+  ("audit_plot",),
   ("dpdist",),
   ("examples",),
   ("configs",),
@@ -58,6 +68,7 @@ STRANGERS = ("accounting", "sampling", "noise", "clipping")
 # What must answer on a machine without an accelerator's stack.
 WITHOUT_JAX = (
   "dpdist/accounting",
+  "dpdist/audit_bounds",
   "dpdist/composition",
   "dpdist/data_budget",
   "dpdist/dp_config",
@@ -83,6 +94,7 @@ class Target(NamedTuple):
   srcs: tuple[str, ...]
   deps: tuple[str, ...]
   data: tuple[str, ...]
+  args: tuple[str, ...]
 
 
 def read_targets(root: pathlib.Path) -> list[Target]:
@@ -107,7 +119,14 @@ def read_targets(root: pathlib.Path) -> list[Target]:
       for key in ("deps", "data")
     )
     targets.append(
-      Target(call.func.id, given["name"], tuple(given["srcs"]), deps, data)
+      Target(
+        call.func.id,
+        given["name"],
+        tuple(given["srcs"]),
+        deps,
+        data,
+        tuple(given.get("args", ())),
+      )
     )
   return targets
 
@@ -230,6 +249,8 @@ def _find_problems_of(
   srcs = {path.relative_to(root).as_posix()}
   if rule == "py_test":
     srcs.add(RUNNER)
+    if target.args[-1:] != (f"{target.name}.py",):
+      yield f"{name} should run {target.name}.py"
   if {*target.srcs} != srcs:
     yield f"{name} should have the srcs {sorted(srcs)}"
   yield from (f"{name} lacks :{dep}" for dep in edges - deps)
@@ -433,6 +454,18 @@ def test_notices_the_wrong_rule(copy: pathlib.Path) -> None:
     build.replace(door, door.replace("binary", "library"))
   )
   assert find_problems(copy) == [":launch/train should be a py_binary"]
+
+
+def test_notices_a_test_that_runs_another(copy: pathlib.Path) -> None:
+  build = (copy / "BUILD").read_text()
+  mine = 'args = ["tests/keys_test.py"]'
+  assert mine in build
+  (copy / "BUILD").write_text(
+    build.replace(mine, 'args = ["tests/mesh_test.py"]')
+  )
+  assert find_problems(copy) == [
+    ":tests/keys_test should run tests/keys_test.py"
+  ]
 
 
 def test_notices_strangers_meeting(copy: pathlib.Path) -> None:

@@ -120,6 +120,34 @@ def test_another_clip_norm_leaves_the_mechanism_as_it_is():
     )
 
 
+@pytest.mark.parametrize(("charged", "left"), [(0, 10), (4, 6), (5, 4), (8, 2)])
+def test_turns_that_begin_anew_are_no_more_than_were_planned(charged, left):
+  config = dataclasses.replace(
+    _CONFIG,
+    num_steps=10,
+    sampling="cyclic_poisson",
+    cycle_length=4,
+    neighboring_relation="zero_out",
+  )
+  current = plan_lib.make_plan(config)
+  spent = [plan_lib.Part(current, charged)]
+  plan = composition.plan_after(
+    dataclasses.replace(config, l2_clip_norm=0.5),
+    before=dataclasses.asdict(config),
+    spent=spent,
+    start_step=charged,
+  )
+  assert plan.num_steps == left
+  parts = [*spent, plan_lib.Part(plan, left)]
+  assert composition.epsilon(parts, "rdp") <= accounting.epsilon(
+    noise_multiplier=1.2,
+    sampling_probability=current.sampling_probability,
+    num_steps=3,
+    delta=1e-5,
+    accountant="rdp",
+  )
+
+
 def test_given_noise_is_taken_as_it_is():
   config = dataclasses.replace(_CONFIG, noise_multiplier=2.0, num_steps=700)
   plan = composition.plan_after(

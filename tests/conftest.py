@@ -5,6 +5,7 @@ fail, and are never skipped, where there are fewer.
 """
 
 import os
+import signal
 
 _DEVICES = 8
 os.environ["XLA_FLAGS"] = (
@@ -16,6 +17,12 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_PLATFORMS"] = "cpu"
 # As many threads in every process that a test starts, whatever its devices.
 os.environ.setdefault("NPROC", str(max(_DEVICES, os.cpu_count() or 1)))
+
+# As in a terminal, also under nohup or in a script's background: a signal that
+# is ignored here would be ignored by the processes that tests start and signal.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+  signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import jax  # noqa: E402
 

@@ -12,6 +12,8 @@ from pyarrow import parquet
 import pytest
 
 from dpdist import datasets
+from dpdist import fetch
+from dpdist import scattering
 from dpdist import sources
 
 # The idx format: type code, big-endian struct letter, NumPy name.
@@ -340,3 +342,48 @@ def test_directory_without_files_is_refused(tmp_path, name):
 def test_unknown_name_lists_the_known_ones():
   with pytest.raises(ValueError, match=r"digits.*text.*got 'digts'"):
     datasets.load(config(name="digts"))
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
+def test_what_was_fetched_is_found_by_its_name(tmp_path, monkeypatch, name):
+  monkeypatch.setenv("DPDIST_CACHE", str(tmp_path / "cache"))
+  with pytest.raises(ValueError, match=rf"launch\.fetch --name={name}"):
+    datasets.load(config(name=name))
+  # As `fetch` leaves it; or where a path says.
+  sha256 = fetch.PACKAGES[name].sha256
+  folder = tmp_path / "cache" / f"{name}-{sha256[:12]}"
+  folder.mkdir(parents=True)
+  (images, _), _ = write_idx_directory(folder)
+  for path in "", str(folder):
+    splits = datasets.load(config(name=name, path=path))
+    got = everything(splits.train)["inputs"][..., 0]
+    np.testing.assert_allclose(got * 255, images, atol=1e-4)
+
+
+def test_features_take_the_place_of_inputs(tmp_path, monkeypatch):
+  monkeypatch.setenv("DPDIST_CACHE", str(tmp_path / "cache"))
+  write_idx_directory(tmp_path)
+  plain = datasets.load(config(name="idx", path=str(tmp_path)))
+  splits = datasets.load(
+    config(name="idx", path=str(tmp_path), features="scattering")
+  )
+  for source, of in zip(splits, plain, strict=True):
+    batch = everything(source)
+    expected = scattering.transform(everything(of)["inputs"])
+    np.testing.assert_array_equal(batch["inputs"], expected.astype(np.float16))
+    np.testing.assert_array_equal(batch["targets"], everything(of)["targets"])
+
+
+def test_features_are_not_of_users(tmp_path):
+  for name, users in ("train", [0, 1]), ("test", [2, 3]):
+    arrays = {"inputs": np.zeros((2, 8, 8, 1)), "targets": np.zeros(2)}
+    np.savez(tmp_path / name, user=np.array(users), **arrays)
+  settings = config(
+    name="npz",
+    path=str(tmp_path),
+    unit_column="user",
+    examples_per_unit=2,
+    features="scattering",
+  )
+  with pytest.raises(ValueError, match=r"data\.features must be '' .*=2"):
+    datasets.load(settings)

@@ -165,8 +165,8 @@ def _digest(step, params, data, chunk_size):
 @pytest.mark.parametrize(
   ("model", "optimizer"),
   [
-    ("mlp", "momentum"),
     ("mlp", "adam"),
+    pytest.param("mlp", "momentum", marks=pytest.mark.cluster),
     pytest.param("cnn", "momentum", marks=pytest.mark.cluster),
     pytest.param("decoder", "adam", marks=pytest.mark.cluster),
   ],

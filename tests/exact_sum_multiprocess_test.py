@@ -32,7 +32,7 @@ from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import provenance
 
-num_examples, chunk_size = 96, 64
+num_examples, chunk_size = 160, 128
 rng = np.random.default_rng(0)
 data = {
   "x": rng.normal(size=(num_examples, 20)).astype(np.float32),
@@ -70,7 +70,7 @@ put = lambda x: jax.make_array_from_process_local_data(
   sharding, x, (chunk_size, *x.shape[1:])
 )
 state = step.init(jax.tree.map(jax.numpy.asarray, params))
-for t, size in enumerate((80, 0, 41)):
+for t, size in enumerate((150, 0, 41)):
   accumulator = step.zeros(state.params)
   for start in range(0, size, chunk_size):
     rows = (start + mine) % num_examples
@@ -137,7 +137,8 @@ def one_device():
 
 
 @pytest.mark.parametrize(
-  ("num_processes", "devices_each"), [(1, 4), (2, 2), (4, 1), (2, 1)]
+  ("num_processes", "devices_each"),
+  [(1, 4), (2, 1), (2, 2), (2, 4), (4, 2), (4, 4)],
 )
 def test_clusters_end_with_the_same_bits(
   one_device, num_processes, devices_each

@@ -204,6 +204,7 @@ def clock(seconds: float, wander: float = 0.0):
   return functools.partial(_set_clock, seconds, wander)
 
 
+@pytest.mark.cluster
 def test_clocks_that_are_years_off_change_nothing(start, expected, tmp_path):
   for offset, wander in ((_YEAR, 0), (-_YEAR, 0), (0, _YEAR)):
     run = start(
@@ -251,7 +252,9 @@ def _gather(folder, number):
     time.sleep(0.001)
 
 
-@pytest.mark.parametrize("number", [2, 20])
+@pytest.mark.parametrize(
+  "number", [2, pytest.param(20, marks=pytest.mark.cluster)]
+)
 def test_of_many_launchers_at_once_one_trains(
   start, expected, tmp_path, number
 ):

@@ -56,6 +56,13 @@ def test_what_was_pinned_is_kept_and_found(package, given):
   assert fetch.fetch("tiny") == folder
 
 
+def test_without_members_the_package_is_kept_as_it_is(package, monkeypatch):
+  whole = fetch.PACKAGES["tiny"]._replace(members=())
+  monkeypatch.setitem(fetch.PACKAGES, "tiny", whole)
+  (kept,) = fetch.fetch("tiny", package).iterdir()
+  assert (kept.name, kept.read_bytes()) == (package.name, package.read_bytes())
+
+
 def _append(path):
   path.write_bytes(path.read_bytes() + b"x")
 
@@ -80,7 +87,7 @@ def test_what_is_not_as_pinned_leaves_nothing(package, given, spoil, message):
 
 @pytest.mark.parametrize("function", [fetch.fetch, fetch.find])
 def test_an_unknown_name_lists_the_known_ones(function):
-  with pytest.raises(ValueError, match=r"one of \['chitchat'.* got 'chitcat'"):
+  with pytest.raises(ValueError, match=r"one of \['adult'.* got 'chitcat'"):
     function("chitcat")
 
 

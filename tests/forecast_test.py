@@ -13,6 +13,7 @@ import pytest
 from dpdist import chips
 from dpdist import config as config_lib
 from dpdist import forecast
+from dpdist import shapes
 
 _LARGE = (
   # What must fit: a 1B decoder, as published, and an 8B one.
@@ -154,11 +155,11 @@ def test_tokens_need_no_data():
   config.model.name = "stacked_decoder"
   config.data.name = "array_record"
   config.data.sequence_length = 12
-  shapes = forecast.example_shapes(config)
-  assert {name: x.shape for name, x in shapes.items()} == {
+  found = shapes.example(config)
+  assert {name: x.shape for name, x in found.items()} == {
     "inputs": (12,),
     "targets": (12,),
   }
   config = config_lib.default()
-  shapes = forecast.example_shapes(config)
-  assert shapes["inputs"].shape == (8, 8, 1)
+  found = shapes.example(config)
+  assert found["inputs"].shape == (8, 8, 1)

@@ -132,7 +132,16 @@ def _write_chitchat(path):
   return len(train)
 
 
-@pytest.mark.parametrize("name", _CONFIGS)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(
+      name,
+      marks=() if name in ("digits", "fashion_mnist") else pytest.mark.cluster,
+    )
+    for name in _CONFIGS
+  ],
+)
 def test_every_config_trains_two_steps(name, tmp_path):
   args = [
     f"--config=configs/{name}.py",

@@ -24,7 +24,7 @@ def test_the_two_sets_are_exactly_these():
     "epsilon",
     "learning_rate",
     "noisy_gradient_norm",
-    "examples_per_second",
+    "noise_norm",
     "test/accuracy",
     "test/loss",
     "test/perplexity",

@@ -14,11 +14,15 @@ from dpdist import models
 def _make(**changes):
   config = config_lib.default().model
   config.update({"num_outputs": 10, "width": 8, "depth": 2, "num_heads": 2})
+  if changes["name"] == "wide_resnet":
+    config.update({"width": 1, "depth": 10, "num_groups": 4})
   config.update(changes)
   return models.make(config)
 
 
 _INPUTS = {
+  "linear": np.random.default_rng(2).random((2, 2, 12)).astype(np.float16),
+  "wide_resnet": np.random.default_rng(3).random((8, 8, 3), np.float32),
   "random_features": np.random.default_rng(0).random((8, 8, 1), np.float32),
   "cnn": np.random.default_rng(1).random((28, 28, 1), np.float32),
   "decoder": np.arange(12, dtype=np.int32) % 10,
@@ -59,9 +63,55 @@ def test_random_features_are_constants():
   assert shapes == {"Dense_0": {"kernel": (64, 10)}}
 
 
+def test_linear_normalises_groups_of_channels_of_one_example():
+  inputs = _INPUTS["linear"].astype(np.float64)
+  model = _make(name="linear", num_groups=4)
+  params = {"Dense_0": {"kernel": jnp.eye(48)[:, :10]}}
+  logits = model.apply({"params": params}, inputs)
+  groups = inputs.reshape(2, 2, 4, 3)
+  centred = groups - groups.mean((0, 1, 3), keepdims=True)
+  expected = centred / groups.std((0, 1, 3), keepdims=True)
+  np.testing.assert_allclose(logits, expected.ravel()[:10], rtol=2e-3)
+
+
+def test_wide_resnet_has_the_layers_of_wrn_16_4():
+  model = _make(name="wide_resnet", width=4, depth=16, num_groups=16)
+  shapes = jax.eval_shape(model.init, jax.random.key(0), np.zeros((32, 32, 3)))
+  sizes = {
+    jax.tree_util.keystr(path): leaf.size
+    for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["params"])
+  }
+  # One at the start, two a block, three shortcuts.
+  kernels = [n for n in sizes if "StandardizedConv" in n and "kernel" in n]
+  assert len(kernels) == 1 + 6 * 2 + 3
+  weights = 9 * 3 * 16
+  channels, normalised = [16], [256]
+  for before, after in ((16, 64), (64, 128), (128, 256)):
+    weights += before * after + 9 * before * after + 3 * 9 * after**2
+    channels += [after] * 5
+    normalised += [before, before, after, after, after]
+  # A gain and a bias, a scale and an offset; then ten classes.
+  expected = weights + 2 * sum(channels) + 2 * sum(normalised) + 256 * 10 + 10
+  assert sum(sizes.values()) == expected
+
+
+def test_standardised_kernels_see_neither_scale_nor_shift():
+  model = _make(name="wide_resnet")
+  inputs = _INPUTS["wide_resnet"]
+  params = model.init(jax.random.key(0), inputs)["params"]
+  moved = dict(params)
+  moved["StandardizedConv_1"] = params["StandardizedConv_1"] | {
+    "kernel": 3 * params["StandardizedConv_1"]["kernel"] + 0.5
+  }
+  a, b = (model.apply({"params": p}, inputs) for p in (params, moved))
+  np.testing.assert_allclose(a, b, atol=1e-4)
+
+
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
+    ({"name": "wide_resnet", "depth": 12}, r"model\.depth must be 10, .* 12"),
+    ({"name": "wide_resnet", "num_groups": 0}, r"model\.num_groups .* 0"),
     ({"name": "none"}, r"model\.name .* 'none'"),
     ({"name": "cnn", "width": 0}, r"model\.width .* 0"),
     ({"name": "decoder", "depth": 0}, r"model\.depth .* 0"),

@@ -25,7 +25,8 @@ from dpdist import noise
 from dpdist import step as step_lib
 
 _CLIP = 0.75
-_ROWS = 16
+# In two chunks of two examples a device, so that to mix those of one is seen.
+_ROWS = 32
 _MESHES = {
   "1": (1, 1, 1),
   "2": (2, 1, 1),

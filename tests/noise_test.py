@@ -56,6 +56,17 @@ def test_same_seed_and_count_give_the_same_bits():
   assert not np.any(np.asarray(a) == np.asarray(c))
 
 
+def test_the_state_is_a_counter_and_no_key():
+  # It goes into checkpoints, from which noise must not be drawn again.
+  transform = noise.gaussian_noise(1.0, b"secret")
+  state = transform.init(jnp.zeros(2))
+  for draws in range(2):
+    (counter,) = jax.tree.leaves(state)
+    assert (counter.shape, counter.dtype) == ((), jnp.int32)
+    assert int(counter) == draws
+    _, state = transform.update(jnp.zeros(2), state)
+
+
 @pytest.mark.parametrize(("a", "b"), [(5, 2**32 + 5), (0, 1), (b"x", b"y")])
 def test_seeds_keep_all_their_bits(a, b):
   tree = jnp.zeros(8)

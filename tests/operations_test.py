@@ -62,6 +62,7 @@ def test_a_run_tells_them_to_its_owner_alone(run):
   assert stat.S_IMODE(folder.stat().st_mode) == 0o700
   scalars = events.scalars(folder)
   assert {name for name, _ in scalars} == {
+    "examples_per_second",
     "straggler_ratio",
     *(f"process_0/{name}" for name in _NAMES),
   }
@@ -78,8 +79,12 @@ def test_nothing_of_them_is_in_what_is_released(run):
   names = {path.name for path in released}
   assert {"metrics.jsonl", "result.json", "report.html"} <= names
   assert any("tensorboard" in path.parts for path in released)
+  private = (*_NAMES, "straggler_ratio", "examples_per_second")
   for path in released:
     content = path.read_bytes()
-    for name in (*_NAMES, "straggler_ratio", operations.FOLDER):
+    # The report says that it has them not, and who has.
+    folder = () if path.name == "report.html" else (operations.FOLDER,)
+    for name in (*private, *folder):
       assert name.encode() not in content, path
-  assert operations.FOLDER not in run.screen
+  for text in (operations.FOLDER, "examples/s"):
+    assert text not in run.screen

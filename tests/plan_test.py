@@ -94,6 +94,20 @@ def test_a_plan_covers_its_own_steps_alone(num_steps):
       method(num_steps)
 
 
+@pytest.mark.parametrize(("group_size", "parts"), [(1, 1_000), (30, 34)])
+def test_no_part_that_takes_turns_is_empty(group_size, parts):
+  run = {
+    "sampling": "cyclic_poisson",
+    "neighboring_relation": "zero_out",
+    "group_size": group_size,
+    "expected_batch_size": 0.5,
+    "noise_multiplier": 1.0,
+  }
+  _config(**run, cycle_length=parts)
+  with pytest.raises(ValueError, match=rf"^cycle_length must be .* {parts},"):
+    _config(**run, cycle_length=parts + 1)
+
+
 @pytest.mark.parametrize("given", [{}, {"noise_multiplier": 2.5}])
 def test_exactly_one_of_target_and_noise(given):
   target = 1.25 if given else None
@@ -237,6 +251,23 @@ def test_statement(accountant):
     assert fact in text
   stated = float(text.split("epsilon = ")[1].split()[0])
   assert plan.epsilon() <= stated < plan.epsilon() * 1.001
+
+
+@pytest.mark.parametrize("sampling", ["poisson", "cyclic_poisson"])
+@pytest.mark.parametrize("relation", ["zero_out", "replace_one"])
+def test_a_group_is_stated_however_it_is_drawn(sampling, relation):
+  plan = _plan(
+    sampling=sampling,
+    cycle_length=5 if sampling == "cyclic_poisson" else 1,
+    group_size=4,
+    neighboring_relation=relation,
+    accountant="rdp",
+  )
+  text = statements.of_plan(plan)
+  assert "every group of 4 examples" in text
+  assert "averaged and clipped as one" in text
+  # That of replacing is noise for twice the clip norm already.
+  assert ("noise counts half" in text) == (relation == "zero_out")
 
 
 @pytest.mark.parametrize(

@@ -217,6 +217,35 @@ def test_two_that_read_the_same_cannot_both_write(history):
     other.append("d")
 
 
+class _Overtaken:
+  """A store; another writes just after it was seen that nobody had."""
+
+  def __init__(self, store, key, overtake):
+    self._store, self._key, self._overtake = store, key, overtake
+
+  def __getattr__(self, name):
+    return getattr(self._store, name)
+
+  def read(self, key):
+    found = self._store.read(key)
+    if key == self._key and found.result().state == "missing":
+      self._overtake()
+    return found
+
+
+def test_a_record_written_meanwhile_is_not_overwritten(history, monkeypatch):
+  one, other = _open(history), _open(history)
+  key = records._key(len(one.records))
+  monkeypatch.setattr(
+    other,
+    "_store",
+    _Overtaken(other._store, key, lambda: (one.acquire(), one.close())),
+  )
+  with pytest.raises(records.RecordError, match="another process wrote"):
+    other.acquire()
+  assert _open(history).records == one.records
+
+
 _CHILD = """
 import sys
 from dpdist import records

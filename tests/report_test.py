@@ -4,6 +4,7 @@ import re
 
 import pytest
 
+from dpdist import drawing
 from dpdist import metrics
 from dpdist import report
 
@@ -22,7 +23,7 @@ VOID = {**RESULT, "guarantee": "void: insecure_seed is set"}
 PLOTS = {
   "Held-out accuracy": ["test/accuracy", "test_ema/accuracy"],
   "Epsilon spent": ["epsilon"],
-  "Norm of the noised gradient": ["noisy_gradient_norm"],
+  "Noise against signal": ["noisy_gradient_norm", "noise_norm"],
   "Learning rate": ["learning_rate"],
 }
 NO_END = {"meta", "link", "br", "hr", "img", "input", "!doctype"}
@@ -81,6 +82,7 @@ def _run(workdir, steps=40, **changes):
         "epsilon": math.sqrt(step / steps),
         "learning_rate": 0.1,
         "noisy_gradient_norm": 1.0 + 1.0 / step,
+        "noise_norm": 1.0,
         "test/accuracy": step / (step + 9.0),
         "test_ema/accuracy": step / (step + 12.0),
       }
@@ -107,7 +109,7 @@ def test_page_says_what_the_result_says(tmp_path):
     "1.982",
     "1e-05",
     "0.9241",
-    "test accuracy",
+    "held-out accuracy",
     "The parameters are differentially private.",
     "examples",
     "1,437",
@@ -117,7 +119,7 @@ def test_page_says_what_the_result_says(tmp_path):
     '"guarantee": "holds"',
   ):
     assert text in page.text, text
-  assert "EMA test" not in page.text
+  assert "EMA:" not in page.text
   assert sorted(p.name for p in tmp_path.iterdir()) == [
     "metrics.jsonl",
     "report.html",
@@ -205,7 +207,12 @@ def test_epsilon_is_drawn_below_its_budget(tmp_path):
 
 
 def test_values_that_are_not_finite_leave_the_page_whole(tmp_path):
-  _run(tmp_path, learning_rate=math.nan, noisy_gradient_norm=math.inf)
+  _run(
+    tmp_path,
+    learning_rate=math.nan,
+    noisy_gradient_norm=math.inf,
+    noise_norm=math.nan,
+  )
   result = {**RESULT, "epsilon": math.inf, "test": {"accuracy": math.nan}}
   page = _Page(_write(tmp_path, result=result).read_text(encoding="utf-8"))
   assert list(page.plots) == ["Held-out accuracy", "Epsilon spent"]
@@ -213,15 +220,47 @@ def test_values_that_are_not_finite_leave_the_page_whole(tmp_path):
   assert "inf" in page.text
 
 
+def test_signal_is_what_the_noise_leaves_of_the_squared_length():
+  rows = [
+    {"step": s, "noisy_gradient_norm": g, "noise_norm": 3.0}
+    for s, g in ((1, 90.0), (2, 80.0), (3, 70.0), (4, 5.0))
+  ]
+  assert "about 64% of the squared length is signal" in drawing.plots(rows, 1)
+  rows[3]["noisy_gradient_norm"] = 2.9
+  assert "less than 1% of the squared length" in drawing.plots(rows, 1)
+
+
+def test_the_page_says_where_the_speed_is_and_why_not_there(tmp_path):
+  _run(tmp_path)
+  page = _Page(_write(tmp_path).read_text(encoding="utf-8"))
+  assert "tells how many examples were drawn" in page.text
+  assert "operations/" in page.text
+  with pytest.raises(ValueError, match="examples_per_second"):
+    _run(tmp_path / "b", examples_per_second=1.0)
+
+
+def test_provenance_keeps_the_machine_s_own_paths_to_itself(tmp_path):
+  environment = {
+    "packages": {"jax": "0.10.2"},
+    "code_sha256": "5c" * 32,
+    "variables": {"TF_CONFIG": "/home/me/config"},
+  }
+  result = {**RESULT, "ledger_head": "ab" * 32, "environment": environment}
+  page = _Page(_write(tmp_path, result=result).read_text(encoding="utf-8"))
+  for text in ("jax 0.10.2", "5c" * 32, "ab" * 32, "launch.verify"):
+    assert text in page.text, text
+  assert "/home/me" not in page.text
+
+
 def test_long_runs_are_thinned_but_keep_their_end(tmp_path):
   rows = [{"step": s, "learning_rate": float(s % 2)} for s in range(1, 10_001)]
-  text = report._plots(rows, 1.0)
+  text = drawing.plots(rows, 1.0)
   page = _Page(text)
   (points,) = _lines(page, "Learning rate", "first")
   # Clipping to the axes may add a point or two.
   assert 300 < len(points) <= 410
   assert len(text) < 40_000
-  short = _Page(report._plots(rows[-2:], 1.0))
+  short = _Page(drawing.plots(rows[-2:], 1.0))
   (end,) = _lines(short, "Learning rate", "first")
   assert points[-1][0] == end[-1][0]
 
@@ -275,6 +314,7 @@ def test_notices_are_red_only_if_the_guarantee_is_void(tmp_path):
   # The reason follows its title, without the word that the title says.
   assert "No privacy guaranteeinsecure_seed is set" in page.text
   assert "epsilon (void)" in page.text
+  assert "Privacy statement (void)" in page.text
   assert "delta (void)" in page.text
 
 
@@ -288,7 +328,7 @@ def test_any_word_but_holds_is_void(tmp_path, guarantee):
 def test_ema_is_in_the_headline(tmp_path):
   result = {**RESULT, "test_ema": {"accuracy": 0.9317}}
   page = _Page(_write(tmp_path, result=result).read_text(encoding="utf-8"))
-  assert "EMA test accuracy" in page.text
+  assert "held-out, EMA: accuracy" in page.text
   assert "0.9317" in page.text
 
 

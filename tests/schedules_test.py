@@ -84,8 +84,9 @@ def test_one_noise_multiplier_is_calibrated_for_all_sizes():
 
 @pytest.mark.parametrize(
   "schedule",
-  [((0, 1.0),), ((12, 1.0),), ((3, 1.0), (3, 2.0)), ((3, 0.0),), (3, 1.0), "x"],
-)
+  [((0, 1.0),), ((12, 1.0),), ((3, 1.0), (3, 2.0)), ((3, 0.0),), (3, 1.0), "x",
+   ((3, True),), ((True, 1.0),), ((3, "1"),)],
+)  # fmt: skip
 def test_bad_schedules_are_named(schedule):
   with pytest.raises(ValueError, match=r"noise_schedule must be .* pairs"):
     _plan(noise_schedule=schedule)

@@ -127,7 +127,9 @@ def _clipped(fn, mesh, params, batch, is_padding_example, specs=_SPECS):
 
 @pytest.mark.parametrize("norms", ["one", "per layer"])
 @pytest.mark.parametrize("method", ["two_pass", "bookkeeping", "vmap"])
-@pytest.mark.parametrize("remat", [True, False])
+@pytest.mark.parametrize(
+  "remat", [True, pytest.param(False, marks=pytest.mark.cluster)]
+)
 def test_engines_take_norms_of_whole_parameters(remat, method, norms):
   params, batch, padding = _deep_problem()
   clip_norm = (

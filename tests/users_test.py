@@ -16,7 +16,6 @@ from dpdist import config as config_lib
 from dpdist import datasets
 from dpdist import exact_step
 from dpdist import fetch
-from dpdist import forecast
 from dpdist import job as job_lib
 from dpdist import ledger
 from dpdist import losses
@@ -24,6 +23,7 @@ from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import models
 from dpdist import sampling
+from dpdist import shapes
 from dpdist import sources
 from dpdist import step as step_lib
 from dpdist import units
@@ -329,14 +329,14 @@ def test_bad_settings_are_named_before_anything_is_spent(
 def test_shapes_that_are_compiled_for_are_those_that_are_read(directory):
   config = _config(directory)
   row = datasets.load(config.data).train.read(np.arange(1))
-  example = forecast.example_shapes(config)
-  shapes = forecast.unit_shapes(config, example)
+  example = shapes.example(config)
+  found = shapes.unit(config, example)
   assert {k: (x.shape[1:], x.dtype) for k, x in row.items()} == {
-    k: (x.shape, x.dtype) for k, x in shapes.items()
+    k: (x.shape, x.dtype) for k, x in found.items()
   }
   assert example["inputs"].shape == (4,)
   config.data.examples_per_unit = 0
-  assert forecast.unit_shapes(config, example) == example
+  assert shapes.unit(config, example) == example
 
 
 # Chit-chat.

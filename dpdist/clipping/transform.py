@@ -218,6 +218,14 @@ class ClippedGrad:
       example beyond the clipped sum: floating-point operations, bytes read and
       written, bytes kept.
     """
+    text = self.explanation(params, batch, rng=rng)
+    print(text)
+    return text
+
+  def explanation(
+    self, params: PyTree, batch: PyTree, *, rng: Any = None
+  ) -> str:
+    """What `explain` prints, with the same arguments."""
     if rng is not None and not rng.shape:
       rng = jax.eval_shape(lambda k: jax.random.split(k, 1), rng)
     examples = (batch,) if rng is None else (batch, rng)
@@ -234,11 +242,9 @@ class ClippedGrad:
       if method == "vmap"
       else self._problem(traced, parts, groups, scaling, method).rules
     )
-    text = explain.table(
+    return explain.table(
       method, reason, self._platform, chosen, named[False], named[True]
     )
-    print(text)
-    return text
 
   @property
   def _platform(self) -> str:

@@ -1,14 +1,21 @@
 """Flax models for the configs, by name."""
 
+from typing import Any
+
 from flax import linen as nn
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 
 from dpdist import mesh
+from dpdist.models import bert
 from dpdist.models import cnn
 from dpdist.models import decoder
+from dpdist.models import linear
 from dpdist.models import random_features
 from dpdist.models import stacked_decoder
+from dpdist.models import weights
+from dpdist.models import wide_resnet
 
 _DTYPES = ("float32", "bfloat16")
 
@@ -32,6 +39,22 @@ def make(config: ml_collections.ConfigDict) -> nn.Module:
     return random_features.RandomFeatures(
       _size(config, "num_outputs"), _size(config, "width"), dtype
     )
+  if config.name == "linear":
+    return linear.Linear(_size(config, "num_outputs"), config.num_groups, dtype)
+  if config.name == "wide_resnet":
+    depth = _size(config, "depth")
+    if depth < 10 or depth % 6 != 4:
+      raise ValueError(
+        "model.depth must be 10, 16, 22, 28, ... for"
+        f" model.name='wide_resnet', got {depth}"
+      )
+    return wide_resnet.WideResNet(
+      num_outputs=_size(config, "num_outputs"),
+      depth=depth,
+      width=_size(config, "width"),
+      num_groups=_size(config, "num_groups"),
+      dtype=dtype,
+    )
   if config.name == "cnn":
     return cnn.CNN(_size(config, "num_outputs"), _size(config, "width"), dtype)
   if config.name == "decoder":
@@ -40,6 +63,24 @@ def make(config: ml_collections.ConfigDict) -> nn.Module:
       width=_size(config, "width"),
       depth=_size(config, "depth"),
       num_heads=_size(config, "num_heads"),
+      dtype=dtype,
+    )
+  if config.name == "bert":
+    width, num_heads = _size(config, "width"), _size(config, "num_heads")
+    if width % num_heads:
+      raise ValueError(
+        f"model.num_heads must divide the model.width of {width}, got"
+        f" {num_heads}"
+      )
+    return bert.Bert(
+      classes=_size(config, "num_outputs"),
+      vocabulary=_size(config, "vocabulary"),
+      positions=_size(config, "positions"),
+      width=width,
+      depth=_size(config, "depth"),
+      num_heads=num_heads,
+      hidden=config.hidden or 4 * width,
+      lora_rank=config.lora_rank,
       dtype=dtype,
     )
   if config.name == "stacked_decoder":
@@ -65,11 +106,42 @@ def make(config: ml_collections.ConfigDict) -> nn.Module:
       head_dim=head_dim,
       hidden=config.hidden or 4 * width,
       dtype=dtype,
+      rope_theta=config.rope_theta,
+      norm_epsilon=config.norm_epsilon,
+      lora_rank=config.lora_rank,
     )
   raise ValueError(
-    "model.name must be random_features, cnn, decoder or stacked_decoder, got"
-    f" {config.name!r}"
+    "model.name must be linear, random_features, cnn, wide_resnet, decoder,"
+    f" stacked_decoder or bert, got {config.name!r}"
   )
+
+
+def from_disk(
+  config: ml_collections.ConfigDict, model: nn.Module
+) -> dict[str, np.ndarray]:
+  """Reads the pretrained parameters of `config.model`.
+
+  Args:
+    config: `weights` is a file, or what `dpdist.fetch` calls it.
+    model: of the config.
+
+  Returns:
+    Arrays by the paths of the parameters, as "block_0/query/kernel"; none
+    where the config names no weights.
+
+  Raises:
+    ValueError: there is no such file, or it does not fit the model.
+    ModuleNotFoundError: the format's package is missing.
+  """
+  if not config.weights:
+    return {}
+  named: Any = getattr(model, "from_disk", None)
+  if named is None:
+    raise ValueError(
+      f"model.weights must be empty for model.name={config.name!r}, which knows"
+      f" no format of them, got {config.weights!r}"
+    )
+  return dict(named(weights.read(weights.locate(config.weights))))
 
 
 def partitioning(model: nn.Module) -> mesh.Rules:

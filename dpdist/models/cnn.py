@@ -21,8 +21,14 @@ class CNN(nn.Module):
   def __call__(self, inputs: jax.Array) -> jax.Array:
     x = inputs[None].astype(self.dtype)
     x = nn.Conv(self.width, (8, 8), (2, 2), "SAME", dtype=self.dtype)(x)
-    x = nn.max_pool(nn.tanh(x), (2, 2), (1, 1))
+    x = _max_pool(nn.tanh(x))
     x = nn.Conv(2 * self.width, (4, 4), (2, 2), "VALID", dtype=self.dtype)(x)
-    x = nn.max_pool(nn.tanh(x), (2, 2), (1, 1))
+    x = _max_pool(nn.tanh(x))
     x = nn.tanh(nn.Dense(2 * self.width, dtype=self.dtype)(x.reshape(-1)))
     return nn.Dense(self.num_outputs, dtype=self.dtype)(x)
+
+
+def _max_pool(x: jax.Array) -> jax.Array:
+  """Over 2x2 pixels, by strides of 1; twice as fast as XLA's own on CPUs."""
+  x = jnp.maximum(x[:, 1:], x[:, :-1])
+  return jnp.maximum(x[:, :, 1:], x[:, :, :-1])

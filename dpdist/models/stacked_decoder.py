@@ -5,11 +5,15 @@ keeps the input of each block and nothing else, and a mesh that divides the
 parameters puts one block together at a time.
 """
 
+from collections.abc import Mapping
+
 from flax import linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dpdist import mesh
+from dpdist.models import lora
 
 
 class StackedDecoder(nn.Module):
@@ -30,6 +34,10 @@ class StackedDecoder(nn.Module):
     head_dim: even.
     hidden: width of the gated layer.
     dtype: of the computation.
+    rope_theta: the base of the angles that positions turn by.
+    norm_epsilon: added to mean squares.
+    lora_rank: of the adapters of queries and values (see `dpdist.models.lora`);
+      0: there are none.
   """
 
   vocabulary: int
@@ -40,6 +48,9 @@ class StackedDecoder(nn.Module):
   head_dim: int
   hidden: int
   dtype: jnp.dtype
+  rope_theta: float = 10_000.0
+  norm_epsilon: float = 1e-6
+  lora_rank: int = 0
 
   @property
   def partitioning(self) -> mesh.Rules:
@@ -79,10 +90,64 @@ class StackedDecoder(nn.Module):
       self.head_dim,
       self.hidden,
       self.dtype,
+      self.rope_theta,
+      self.norm_epsilon,
+      self.lora_rank,
       name="blocks",
     )(x, None)
-    x = nn.RMSNorm(dtype=self.dtype)(x)
+    x = nn.RMSNorm(self.norm_epsilon, dtype=self.dtype)(x)
     return x @ table.astype(self.dtype).T
+
+  def from_disk(
+    self, arrays: Mapping[str, np.ndarray]
+  ) -> dict[str, np.ndarray]:
+    """Parameters by their paths, from the arrays of a Llama in GGUF.
+
+    Raises:
+      ValueError: an array is missing, or the output is a table of its own.
+    """
+    if "output.weight" in arrays:
+      raise ValueError(
+        "model.weights must be of a model whose embedding and output are one"
+        " table for model.name='stacked_decoder', got 'output.weight'"
+      )
+    width, kv, size = self.width, self.num_kv_heads, self.head_dim
+    groups = self.num_heads // kv
+
+    def take(name: str) -> np.ndarray:
+      if name not in arrays:
+        raise ValueError(
+          f"model.weights must hold {name!r} for model.name='stacked_decoder',"
+          f" got {sorted(arrays)[:8]} and {max(0, len(arrays) - 8)} more"
+        )
+      return np.asarray(arrays[name], np.float32)
+
+    def stack(name: str) -> np.ndarray:
+      each = [take(f"blk.{i}.{name}.weight") for i in range(self.depth)]
+      return np.stack(each)
+
+    def turned(name: str) -> np.ndarray:
+      # GGUF turns neighbours, and here one half of a head turns with the other.
+      x = stack(name).reshape(self.depth, -1, size // 2, 2, width)
+      return x.swapaxes(2, 3).reshape(self.depth, -1, width).swapaxes(1, 2)
+
+    plain = lambda name: stack(name).swapaxes(1, 2)
+    heads = (self.depth, width, kv, groups, size)
+    return {
+      "embedding": take("token_embd.weight"),
+      "RMSNorm_0/scale": take("output_norm.weight"),
+      "blocks/RMSNorm_0/scale": stack("attn_norm"),
+      "blocks/RMSNorm_1/scale": stack("ffn_norm"),
+      "blocks/query": turned("attn_q").reshape(heads),
+      "blocks/key": turned("attn_k").reshape(self.depth, width, kv, size),
+      "blocks/value": plain("attn_v").reshape(self.depth, width, kv, size),
+      "blocks/attention_out": plain("attn_output").reshape(
+        self.depth, kv, groups, size, width
+      ),
+      "blocks/gate": plain("ffn_gate"),
+      "blocks/up": plain("ffn_up"),
+      "blocks/down": plain("ffn_down"),
+    }
 
 
 class _Block(nn.Module):
@@ -91,13 +156,19 @@ class _Block(nn.Module):
   head_dim: int
   hidden: int
   dtype: jnp.dtype
+  rope_theta: float
+  norm_epsilon: float
+  lora_rank: int
 
   @nn.compact
   def __call__(self, x: jax.Array, unused: None) -> tuple[jax.Array, None]:
     del unused
-    x = x + self._attention(nn.RMSNorm(dtype=self.dtype)(x))
-    x = x + self._gated(nn.RMSNorm(dtype=self.dtype)(x))
+    x = x + self._attention(self._norm()(x))
+    x = x + self._gated(self._norm()(x))
     return x, None
+
+  def _norm(self) -> nn.RMSNorm:
+    return nn.RMSNorm(self.norm_epsilon, dtype=self.dtype)
 
   def _weight(
     self, name: str, shape: tuple[int, ...], num_in: int = 1
@@ -113,9 +184,11 @@ class _Block(nn.Module):
     heads = (self.num_kv_heads, self.head_dim)
     queries = (self.num_kv_heads, groups, self.head_dim)
     q = jnp.einsum("td,dkgh->tkgh", x, self._weight("query", (width, *queries)))
+    q += self._adapted("query", x, queries)
     k = jnp.einsum("td,dkh->tkh", x, self._weight("key", (width, *heads)))
     v = jnp.einsum("td,dkh->tkh", x, self._weight("value", (width, *heads)))
-    q, k = _rotated(q), _rotated(k)
+    v += self._adapted("value", x, heads)
+    q, k = _rotated(q, self.rope_theta), _rotated(k, self.rope_theta)
     scores = jnp.einsum("tkgh,skh->kgts", q, k) * self.head_dim**-0.5
     seen = jnp.tril(jnp.ones((length, length), bool))
     scores = jnp.where(seen, scores.astype(jnp.float32), -jnp.inf)
@@ -127,6 +200,19 @@ class _Block(nn.Module):
       self._weight("attention_out", (*queries, width), num_in=3),
     )
 
+  def _adapted(
+    self, name: str, x: jax.Array, shape: tuple[int, ...]
+  ) -> jax.Array | float:
+    """What an adapter adds: [length, *shape]; 0 without."""
+    if not self.lora_rank:
+      return 0.0
+    down = self._weight(f"{name}_lora_down", (x.shape[-1], self.lora_rank))
+    up = self.param(
+      f"{name}_lora_up", nn.initializers.zeros, (self.lora_rank, *shape)
+    )
+    added = jnp.tensordot(x @ down, up.astype(self.dtype), 1)
+    return added * (lora.ALPHA / self.lora_rank)
+
   def _gated(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
     gate = x @ self._weight("gate", (width, self.hidden))
@@ -134,10 +220,10 @@ class _Block(nn.Module):
     return (nn.silu(gate) * up) @ self._weight("down", (self.hidden, width))
 
 
-def _rotated(x: jax.Array) -> jax.Array:
+def _rotated(x: jax.Array, theta: float) -> jax.Array:
   """Turns each pair of entries by an angle that grows with the position."""
   length, half = x.shape[0], x.shape[-1] // 2
-  turns = jnp.arange(length)[:, None] * 10_000.0 ** (-jnp.arange(half) / half)
+  turns = jnp.arange(length)[:, None] * theta ** (-jnp.arange(half) / half)
   turns = turns.reshape((length, *(1,) * (x.ndim - 2), half))
   sin, cos = jnp.sin(turns).astype(x.dtype), jnp.cos(turns).astype(x.dtype)
   one, two = jnp.split(x, 2, axis=-1)

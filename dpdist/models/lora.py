@@ -1,0 +1,45 @@
+"""Low-rank adapters (Hu et al. 2021, "LoRA", equation 3).
+
+A layer x W becomes x W + (x A) B alpha / rank. B begins at zero, so that the
+model begins as it was. A name of each has "lora" in it, for model.trainable.
+"""
+
+from collections.abc import Callable
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+# Of the scale of all adapters. A learning rate would do as well.
+ALPHA = 16.0
+
+
+class Dense(nn.Module):
+  """A dense layer, [..., in] to [..., features], with an adapter.
+
+  Attributes:
+    features: of the output.
+    rank: of the adapter; 0: there is none.
+    dtype: of the computation.
+    kernel_init: of the kernel.
+  """
+
+  features: int
+  rank: int = 0
+  dtype: jnp.dtype = jnp.dtype("float32")
+  kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    shape = (x.shape[-1], self.features)
+    kernel = self.param("kernel", self.kernel_init, shape)
+    bias = self.param("bias", nn.initializers.zeros, (self.features,))
+    y = x @ kernel.astype(self.dtype) + bias.astype(self.dtype)
+    if not self.rank:
+      return y
+    down = self.param(
+      "lora_down", nn.initializers.lecun_normal(), (shape[0], self.rank)
+    )
+    up = self.param("lora_up", nn.initializers.zeros, (self.rank, shape[1]))
+    inner = x @ down.astype(self.dtype)
+    return y + inner @ up.astype(self.dtype) * (ALPHA / self.rank)

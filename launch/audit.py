@@ -1,0 +1,120 @@
+r"""Attacks a config's own step, and says what epsilon it can show.
+
+  python -m launch.audit --config=configs/digits.py
+  python -m launch.audit --config=configs/digits.py --mode=one_run
+  python -m launch.audit --config=configs/digits.py --plot=/tmp/audit.svg
+
+The step is compiled for the devices that are there and run on canaries, units
+that are as easy to find as any can be, in place of the data, of which only the
+shapes are looked at. Its keys are thrown away: no budget is spent, and nothing
+is released that means anything. A bound above the claim says that the claim is
+wrong; one below says that this attack did not show it.
+
+  worst_case  canaries that are tried apart; --canaries_per_run=1 gives each a
+              run of its own, which takes long, and --canary=example makes them
+              gradients of the model itself
+  one_run     all canaries at once, and a bound that holds however they hang
+              together; weaker
+
+Exit codes: 0 the bound is at most the claim; 1 it is above; 2 wrong usage.
+"""
+
+from collections.abc import Sequence
+import json
+import pathlib
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from dpdist import audit
+from dpdist import audit_plot
+from dpdist import canaries
+from dpdist import screen
+from launch import exit_codes
+from launch import flag_parsing
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A file in configs/; --config.a.b=value changes a setting."
+)
+_MODE = flags.DEFINE_enum(
+  "mode", "worst_case", audit.MODES, "Which game is played."
+)
+_TRIALS = flags.DEFINE_integer(
+  "num_trials", 0, "Canaries in all; 0: enough.", lower_bound=0
+)
+_PER_RUN = flags.DEFINE_integer(
+  "canaries_per_run", 0, "Of worst_case; 0: as many as may be.", lower_bound=0
+)
+_STEPS = flags.DEFINE_integer(
+  "num_steps", 0, "Of each run; 0: the plan's.", lower_bound=0
+)
+_CANARY = flags.DEFINE_enum(
+  "canary", "entry", canaries.KINDS, "What a canary's gradient is."
+)
+_CONFIDENCE = flags.DEFINE_float("confidence", 0.95, "Of the bounds.")
+_PLOT = flags.DEFINE_string(
+  "plot", None, "A file for a plot, as audit.svg or audit.png."
+)
+_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
+flags.mark_flag_as_required("config")
+
+
+def main(argv: Sequence[str]) -> int:
+  """Returns an exit code."""
+  del argv
+  try:
+    if _PLOT.value is not None:
+      audit_plot.check(_PLOT.value)
+    program = canaries.prepare(_CONFIG.value, canary=str(_CANARY.value))
+    result = audit.audit(
+      program,
+      mode=str(_MODE.value),
+      num_trials=int(_TRIALS.value or 0),
+      canaries_per_run=int(_PER_RUN.value or 0),
+      num_steps=int(_STEPS.value or 0),
+      confidence=float(_CONFIDENCE.value or 0),
+    )
+  except ValueError as error:
+    return flag_parsing.usage_error(error)
+  facts = result.facts()
+  if _PLOT.value is not None:
+    facts["plot"] = str(pathlib.Path(_PLOT.value).resolve())
+    audit_plot.draw(result, _PLOT.value)
+  if _JSON.value:
+    print(json.dumps(facts, indent=2))
+  else:
+    screen.show_table("Audit", _rows(facts))
+  return exit_codes.UNSOUND if result.is_refuted else exit_codes.DONE
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+  rows = [
+    (
+      "claimed",
+      f"epsilon {facts['epsilon_claimed']:.4f} at delta {facts['delta']:g}"
+      f" after {facts['num_steps']:,} steps",
+    ),
+    (
+      "shown",
+      f"epsilon {facts['epsilon_lower_bound']:.4f} at least, with confidence"
+      f" {facts['confidence']:g}",
+    ),
+    *(
+      (f"  by {name}", f"{bound:.4f}")
+      for name, bound in facts["bounds"].items()
+    ),
+    (
+      "canaries",
+      f"{facts['num_canaries']:,} in each of {facts['num_runs']:,} runs",
+    ),
+    ("verdict", facts["verdict"]),
+  ]
+  rows += [("assumed", line) for line in facts["assumed"]]
+  if "plot" in facts:
+    rows.append(("plot", facts["plot"]))
+  return rows
+
+
+if __name__ == "__main__":
+  flag_parsing.run(main)

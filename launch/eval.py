@@ -1,0 +1,80 @@
+r"""Held-out metrics of any checkpoint of a run, and of its average.
+
+  python -m launch.eval --workdir=/tmp/digits
+  python -m launch.eval --workdir=/tmp/digits --step=360
+
+Spends nothing: reads the ledger, which must be sound, and computes nothing from
+an example that was trained on. Settings are those that the run left; --config
+with --config.a.b gives others, as where the data now are.
+
+Exit codes: 0 done; 1 the record is not sound; 2 wrong usage.
+"""
+
+from collections.abc import Sequence
+import json
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from dpdist import released
+from dpdist import screen
+from launch import exit_codes
+from launch import flag_parsing
+from launch import ledgers
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A file in configs/, if not as the run left it."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_LEDGER = flags.DEFINE_string(
+  "ledger", None, "Where its ledger is, if not in the directory."
+)
+_STEP = flags.DEFINE_integer(
+  "step", None, "Of the checkpoint; the newest without it."
+)
+_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
+flags.mark_flag_as_required("workdir")
+
+
+def main(argv: Sequence[str]) -> int:
+  """Returns an exit code."""
+  del argv
+  workdir = str(_WORKDIR.value)
+  try:
+    found = released.load(
+      workdir,
+      ledgers.open_begun(workdir, _LEDGER.value),
+      config=_CONFIG.value,
+      step=_STEP.value,
+    )
+  except ValueError as error:
+    return flag_parsing.usage_error(error)
+  facts = released.evaluate(found)
+  if _JSON.value:
+    print(json.dumps(facts, indent=2))
+  else:
+    screen.show_table("Held out", _rows(facts))
+  return exit_codes.DONE
+
+
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+  rows = [
+    ("checkpoint", f"after step {facts['step']:,}"),
+    ("examples", f"{facts['num_test']:,}, not trained on"),
+  ]
+  for group, what in (("test", ""), ("test_ema", ", average")):
+    for name, value in facts.get(group, {}).items():
+      rows.append((f"{name}{what}", f"{value:.4f}"))
+  return [
+    *rows,
+    (
+      "epsilon spent by the run",
+      f"{facts['epsilon']:.4f} at delta {facts['delta']:g}",
+    ),
+    ("guarantee", facts["guarantee"]),
+  ]
+
+
+if __name__ == "__main__":
+  flag_parsing.run(main)

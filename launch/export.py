@@ -1,0 +1,82 @@
+r"""Writes the parameters of a run as safetensors, with a model card.
+
+  python -m launch.export --workdir=/tmp/digits --output=/tmp/digits_model
+
+The card, README.md, says what the parameters cost (or that there is no
+guarantee), how they were made and how well they do. Spends nothing: reads the
+ledger, which must be sound, and computes nothing from an example that was
+trained on.
+
+Exit codes: 0 done; 1 the record is not sound; 2 wrong usage.
+"""
+
+from collections.abc import Sequence
+import json
+import os
+
+from absl import flags
+from ml_collections import config_flags
+
+from dpdist import export
+from dpdist import released
+from dpdist import screen
+from launch import exit_codes
+from launch import flag_parsing
+from launch import ledgers
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A file in configs/, if not as the run left it."
+)
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
+_OUTPUT = flags.DEFINE_string("output", None, "A new or empty directory.")
+_LEDGER = flags.DEFINE_string(
+  "ledger", None, "Where its ledger is, if not in the directory."
+)
+_STEP = flags.DEFINE_integer(
+  "step", None, "Of the checkpoint; the newest without it."
+)
+_EMA = flags.DEFINE_bool("ema", False, "Write the average of the parameters.")
+_NAME = flags.DEFINE_string(
+  "name", None, "Of the model, for its card; by default the directory's."
+)
+_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
+flags.mark_flags_as_required(["workdir", "output"])
+
+
+def main(argv: Sequence[str]) -> int:
+  """Returns an exit code."""
+  del argv
+  workdir, output = str(_WORKDIR.value), str(_OUTPUT.value)
+  name = _NAME.value or os.path.basename(os.path.abspath(output))
+  try:
+    found = released.load(
+      workdir,
+      ledgers.open_begun(workdir, _LEDGER.value),
+      config=_CONFIG.value,
+      step=_STEP.value,
+    )
+    facts = export.write(
+      found,
+      released.evaluate(found),
+      output,
+      name=name,
+      use_ema=_EMA.value,
+    )
+  except ValueError as error:
+    return flag_parsing.usage_error(error)
+  if _JSON.value:
+    print(json.dumps(facts, indent=2))
+  else:
+    screen.show_table(
+      "Exported",
+      [
+        ("parameters", f"{facts['num_parameters']:,}, step {facts['step']:,}"),
+        ("guarantee", facts["guarantee"]),
+        ("files", f"{output}: model.safetensors, README.md, config.json"),
+      ],
+    )
+  return exit_codes.DONE
+
+
+if __name__ == "__main__":
+  flag_parsing.run(main)

