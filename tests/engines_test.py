@@ -369,6 +369,7 @@ def test_narrow_models_agree_with_the_reference(method):
     np.testing.assert_allclose(mine, theirs, atol=0.05)
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 @pytest.mark.parametrize("method", ["bookkeeping", "two_pass"])
 def test_accelerators_leave_room_for_the_rounding_of_their_products(

@@ -151,6 +151,7 @@ def disk(tmp_path):
   disk.close()
 
 
+@pytest.mark.cluster
 def test_a_full_disk_ends_a_run_and_loses_nothing(start, expected, disk):
   run = functools.partial(start, workdir=disk.root / "run")
   released = 0
@@ -164,6 +165,7 @@ def test_a_full_disk_ends_a_run_and_loses_nothing(start, expected, disk):
   _ends(run(), expected)
 
 
+@pytest.mark.cluster
 def test_a_read_only_directory_is_named_and_nothing_charged(
   start, expected, disk
 ):
@@ -254,9 +256,8 @@ def _gather(folder, number):
     time.sleep(0.001)
 
 
-@pytest.mark.parametrize(
-  "number", [2, pytest.param(20, marks=pytest.mark.cluster)]
-)
+@pytest.mark.cluster
+@pytest.mark.parametrize("number", [2, 20])
 def test_of_many_launchers_at_once_one_trains(
   start, expected, tmp_path, number
 ):

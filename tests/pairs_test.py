@@ -196,6 +196,7 @@ def _truncated_worlds(size, limit):
     yield present, nothing
 
 
+@pytest.mark.cluster
 @pytest.mark.parametrize(("size", "limit"), [(3, 1), (9, 1), (6, 2)])
 def test_no_cut_is_worse_than_its_pair(size, limit):
   pair = pairs.of(

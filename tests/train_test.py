@@ -410,6 +410,7 @@ def test_changed_settings_open_a_segment(tmp_path, monkeypatch, capsys):
   assert "changed on the way" in (tmp_path / "report.html").read_text()
 
 
+@pytest.mark.cluster
 def test_a_changed_data_set_is_refused_unless_declared(tmp_path):
   rng = np.random.default_rng(0)
 

@@ -9,6 +9,7 @@ import importlib
 import io
 import sys
 from typing import Any, NamedTuple
+import warnings
 
 from absl import flags
 
@@ -51,7 +52,13 @@ class Door:
     passes_on = self.name in ("local", "ray_driver")
     code: object = None
     try:
-      with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+      with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        warnings.catch_warnings(),
+      ):
+        # As in a process of its own: libraries' warnings are no errors.
+        warnings.simplefilter("ignore")
         flag_parsing.run(self._module.main, passes_on=passes_on)
     except SystemExit as end:
       code = end.code
