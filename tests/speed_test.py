@@ -76,7 +76,7 @@ def test_the_ordinary_step_is_the_gradient_of_the_mean_loss(bench):
     "targets": rng.integers(0, 10, 16, np.int32),
   }
   key = jax.random.key(0)
-  got = chunk(state.params, total, batch, key)
+  got = chunk(state.params, total, batch, key, None)
   grads = [
     jax.grad(
       lambda p, i=i: bench.loss_fn(
