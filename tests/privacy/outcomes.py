@@ -94,6 +94,9 @@ def opened(
   lines = outcome.err.strip().removesuffix("Try --help.").strip().splitlines()
   # absl warns of a config that is None.
   lines = [x for x in lines if not re.match(r"W\d{4} |WARNING: ", x)]
+  # After the error, what to do about it.
+  if len(lines) == 2 and lines[1].startswith("try: "):
+    lines.pop()
   if outcome.code == 1 and door.name == "verify" and not lines:
     # Its findings are its answer.
     if "NOT sound" not in outcome.out and '"sound": false' not in outcome.out:
