@@ -25,7 +25,10 @@ _INPUTS = {
   **{name: 4 for name in fuzz_kinds.KINDS if name.startswith("flags_")},
 }
 # These import jax, and more.
-_APART = ("flags_train", "flags_bench", "job")
+_APART = (
+  *("flags_train", "flags_bench", "flags_audit", "flags_eval"),
+  *("flags_export", "job"),
+)
 
 
 @pytest.mark.parametrize(
@@ -77,12 +80,18 @@ def test_an_error_of_the_package_is_none(tmp_path):
   assert outcomes.tried(lambda: fields.parse(b"[]", "x"), repr) == "refused"
   assert outcomes.tried(lambda: 1, repr) == "answered"
   door = lambda text: lambda *flags: outcomes.doors.Outcome(2, "", text)
-  for text in ("", "error: a\nerror: b\n", "Traceback\nerror: x", "x\n"):
+  for text in (
+    *("", "error: a\nerror: b\n", "Traceback\nerror: x", "x\n"),
+    *("error: a\ntry: b\ntry: c\n", "try: a\nerror: b\n"),
+  ):
     call = door(text)
     call.name = "x"
     with pytest.raises(outcomes.FaultError):
       outcomes.opened(call)
   call = door("error: one line\nTry --help.\n")
+  call.name = "x"
+  assert outcomes.opened(call)[0] == "refused"
+  call = door("error: one line\ntry: this\n")
   call.name = "x"
   assert outcomes.opened(call)[0] == "refused"
 
