@@ -4,7 +4,17 @@ r"""A private language model of 39 presidents, each of them a unit of privacy.
   python -m launch.train --config=configs/state_of_the_union_authors.py \
     --workdir=/tmp/authors
 
-Epsilon 8.0, delta 1e-3. No run of it has come to its end.
+1,024 pieces of the speeches from 2001 on, by four presidents who are not among
+the 39, are held out. At a step each author lends 16 pieces of 65 bytes, chosen
+anew.
+
+Epsilon 8, delta 1e-3, for all that an author ever said: held-out bytes 0.174
+right, loss 3.43 nats a byte, perplexity 30.8 (one run, --config.insecure_seed=1,
+43 seconds of a core). That is no language yet: 0.171 of these bytes are blanks,
+and who only knew how often each byte is would have perplexity 21.8. So few units
+cannot hide among each other at such an epsilon and be learned from;
+`configs/state_of_the_union.py` protects a piece. The settings were chosen once
+and not searched.
 """
 
 import ml_collections
