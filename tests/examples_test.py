@@ -4,13 +4,9 @@ import importlib
 
 import pytest
 
-NAMES = (
-  "plain",
-  *(
-    pytest.param(name, marks=pytest.mark.cluster)
-    for name in ("linen", "nnx", "equinox", "keras")
-  ),
-)
+pytestmark = pytest.mark.cluster
+
+NAMES = ("plain", "linen", "nnx", "equinox", "keras")
 
 
 @pytest.mark.parametrize("name", NAMES)

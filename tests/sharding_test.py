@@ -125,7 +125,9 @@ def _clipped(fn, mesh, params, batch, is_padding_example, specs=_SPECS):
   return jax.jit(run)(params, batch, is_padding_example)
 
 
-@pytest.mark.parametrize("norms", ["one", "per layer"])
+@pytest.mark.parametrize(
+  "norms", ["one", pytest.param("per layer", marks=pytest.mark.cluster)]
+)
 @pytest.mark.parametrize("method", ["two_pass", "bookkeeping", "vmap"])
 @pytest.mark.parametrize(
   "remat", [True, pytest.param(False, marks=pytest.mark.cluster)]
@@ -299,7 +301,10 @@ def _assert_lies(x, spec, mesh):
   assert x.sharding.is_equivalent_to(expected, x.ndim), (x.sharding, spec)
 
 
-@pytest.mark.parametrize("mesh_name", ["data, fsdp", "data, fsdp, model"])
+@pytest.mark.parametrize(
+  "mesh_name",
+  ["data, fsdp", pytest.param("data, fsdp, model", marks=pytest.mark.cluster)],
+)
 def test_clipped_sums_move_within_the_sensitivity(mesh_name):
   step = _step("stacked_decoder", _mesh(mesh_name))
   state = step.init(_params("stacked_decoder"))
