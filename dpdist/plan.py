@@ -393,7 +393,9 @@ _RULES: dict[str, tuple[tuple[Any, Any], Callable[[Any], bool], str]] = {
 
 def _check(record: PrivacyConfig | PrivacyPlan) -> None:
   """Holds each attribute against its rule, and makes it a plain number."""
-  for field in dataclasses.fields(record):
+  # Schedules last: they are held against numbers, which must be some.
+  is_last = lambda field: field.name.endswith("_schedule")
+  for field in sorted(dataclasses.fields(record), key=is_last):
     value = getattr(record, field.name)
     if value is None and "None" in str(field.type):
       continue

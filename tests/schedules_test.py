@@ -92,6 +92,11 @@ def test_bad_schedules_are_named(schedule):
     _plan(noise_schedule=schedule)
 
 
+def test_a_schedule_over_steps_that_are_no_number_names_the_steps():
+  with pytest.raises(ValueError, match="num_steps must be an integer"):
+    _plan(noise_schedule=((1, 2.0),), num_steps="40")
+
+
 def test_a_plan_written_before_there_was_a_choice_is_the_same_plan():
   plan = _plan()
   new = {"sampling", "unit", "group_size", "noise_schedule", "cycle_length"}

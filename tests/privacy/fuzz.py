@@ -36,7 +36,43 @@ def _child(
     def tell(now: int) -> None:
       number.value = now
 
-    answer.put(outcomes.run(kind, name, inputs=inputs, seed=seed, tell=tell))
+    answer.send(outcomes.run(kind, name, inputs=inputs, seed=seed, tell=tell))
+    answer.close()
+
+
+def _tried(
+  name: str, inputs: range, seed: int
+) -> tuple[dict[str, int], list[str]]:
+  """As `outcomes.run`, in processes of their own: some may not survive."""
+  context = multiprocessing.get_context("spawn")
+  counts: dict[str, int] = {}
+  faults: list[str] = []
+  first = inputs.start
+  while first < inputs.stop:
+    number = context.Value("q", first)
+    answer, sender = context.Pipe(duplex=False)
+    process = context.Process(
+      target=_child,
+      args=(name, range(first, inputs.stop), seed, number, sender),
+    )
+    process.start()
+    sender.close()
+    try:
+      found, bad = answer.recv()
+      first = inputs.stop
+    except EOFError:
+      process.join()
+      found, bad = {"fault": 1}, []
+      faults.append(
+        f"{name}, seed {seed}, input {number.value}: the interpreter ended with"
+        f" {process.exitcode}"
+      )
+      first = number.value + 1
+    process.join()
+    faults += bad
+    for outcome, count in found.items():
+      counts[outcome] = counts.get(outcome, 0) + count
+  return counts, faults
 
 
 def main() -> int:
@@ -48,39 +84,14 @@ def main() -> int:
   parser.add_argument("--kinds", default=",".join(fuzz_kinds.KINDS))
   parser.add_argument("--show", type=int, default=5, help="faults of a kind")
   given = parser.parse_args()
-  context = multiprocessing.get_context("spawn")
+  inputs = range(given.first, given.first + given.inputs)
   num_inputs = num_faults = 0
   for name in given.kinds.split(","):
-    first, stop = given.first, given.first + given.inputs
-    started, counts, faults = time.monotonic(), {}, []
-    while first < stop:
-      number, answer = context.Value("q", first), context.Queue()
-      process = context.Process(
-        target=_child,
-        args=(name, range(first, stop), given.seed, number, answer),
-      )
-      process.start()
-      got = None
-      while got is None and process.is_alive():
-        try:
-          got = answer.get(timeout=0.5)
-        except Exception:
-          continue
-      process.join()
-      if got is None and process.exitcode:
-        faults.append(
-          f"{name}, seed {given.seed}, input {number.value}: the interpreter"
-          f" ended with {process.exitcode}"
-        )
-        first = number.value + 1
-        continue
-      for outcome, count in (got or answer.get())[0].items():
-        counts[outcome] = counts.get(outcome, 0) + count
-      faults += (got or ({}, []))[1]
-      first = stop
-    num_inputs, num_faults = num_inputs + given.inputs, num_faults + len(faults)
+    started = time.monotonic()
+    counts, faults = _tried(name, inputs, given.seed)
+    num_inputs, num_faults = num_inputs + len(inputs), num_faults + len(faults)
     print(
-      f"{name:<14} {given.inputs:>7} inputs, seed {given.seed}:"
+      f"{name:<16} {len(inputs):>7} inputs, seed {given.seed}:"
       f" {', '.join(f'{n} {x}' for x, n in sorted(counts.items()))};"
       f" {len(faults)} faults, {time.monotonic() - started:.0f} s",
       flush=True,

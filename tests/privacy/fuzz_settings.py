@@ -1,6 +1,7 @@
 """Kinds of inputs: settings, files of settings, and flags of every door."""
 
 from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
 import json
@@ -19,6 +20,11 @@ from tests.privacy import outcomes
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _DIGITS = f"--config={_ROOT}/configs/digits.py"
 _FIELDS = [field.name for field in dataclasses.fields(plan_lib.PrivacyConfig)]
+_OF_WORDS = ("accountant", "neighboring_relation", "sampling", "unit")
+_OF_INTEGERS = (
+  *("num_examples", "num_steps", "truncated_batch_size", "cycle_length"),
+  *("examples_per_user", "group_size"),
+)
 _WORDS = (
   *("poisson", "fixed_size", "truncated_poisson", "cyclic_poisson", "user"),
   *("pld", "rdp", "replace_one", "zero_out", "add_or_remove_one", "example"),
@@ -30,7 +36,7 @@ def _setting(rng: random.Random, name: str) -> Any:
   roll = rng.random()
   if roll < 0.3:
     return mangle.value(rng)
-  if roll < 0.6:
+  if name in _OF_WORDS or roll < 0.35:
     return rng.choice(_WORDS)
   if name.endswith("_schedule"):
     pairs = [
@@ -38,6 +44,8 @@ def _setting(rng: random.Random, name: str) -> Any:
       for _ in range(rng.randrange(4))
     ]
     return rng.choice([pairs, dict(pairs), tuple(pairs), [1, 2], pairs[:1] * 2])
+  if name in _OF_INTEGERS and roll < 0.9:
+    return rng.choice([1, 2, 3, 5, 10, 400, 1438, 10**9])
   return rng.choice([1, 2, 3, 5, 10, 0.5, 1e-5, 1e-9, 0.999, 1.0, 4.0, 1e9])
 
 
@@ -90,6 +98,7 @@ def epsilon(folder: pathlib.Path) -> outcomes.Kind:
       if not (isinstance(found, float) and found >= 0):
         raise outcomes.FaultError(f"{given} gave {found!r}")
       spends = given["num_steps"] and given["noise_multiplier"] < 1e9
+      spends = spends and given["delta"] <= 1e-5
       if spends and given["sampling_probability"] == 1.0 and not found:
         raise outcomes.FaultError(f"{given} gave nothing spent")
 
@@ -183,7 +192,8 @@ def settings(folder: pathlib.Path) -> outcomes.Kind:
     for name in rng.sample(_FIELDS, rng.choice([1, 1, 2, 3])):
       value = _shown(_setting(rng, name))
       flags.append(f"--config.privacy.{name}={value}")
-    rng.shuffle(flags)
+    if rng.random() < 0.1:
+      rng.shuffle(flags)
     outcome, _ = outcomes.opened(door, *flags, *rng.choice([(), ("--json",)]))
     return outcome
 
@@ -235,7 +245,7 @@ _VALUES = (
     "9" * 30,
     "é",
     "a,b",
-    "/",
+    "/dev/null",
     "true",
   ),
   *("'", '"', "$(x)", "x\ny", "..", "1" * 3000, "slurm", "jobset", "ray"),
@@ -247,6 +257,9 @@ def door_flags(name: str, folder: pathlib.Path) -> outcomes.Kind:
   door = doors.Door(name)
   needs = [flag.replace("{folder}", str(folder)) for flag in _NEEDS[name]]
   own = sorted(door.flags)
+  # What a door writes there, or above, is gone with the folder.
+  cwd = folder / "where" / "it" / "is"
+  cwd.mkdir(parents=True)
 
   def one(rng: random.Random) -> str:
     flags = list(needs)
@@ -263,8 +276,8 @@ def door_flags(name: str, folder: pathlib.Path) -> outcomes.Kind:
         flags.pop(rng.randrange(len(flags)))
       elif flags:
         flags.append(rng.choice(flags))
-    if name in ("submit",) and "--dry_run" not in flags:
-      flags.append("--dry_run")
+    if name == "submit":
+      flags.append("--dry_run")  # The last one counts.
     if name == "train":
       flags.append("--config.data.name=npz")  # There is none, so none trains.
     if name == "audit":
@@ -272,11 +285,12 @@ def door_flags(name: str, folder: pathlib.Path) -> outcomes.Kind:
     if name in ("local", "ray_driver"):
       # Never what could start: the processes are told who they are elsewhere.
       if "--" not in flags:
-        return outcomes.opened(door, *flags)[0]
+        flags.append("--")
       flags.append("--process_id=0")
     if name == "ray_driver":
       flags.insert(flags.index("--"), "--nodes=0")
-    outcome, _ = outcomes.opened(door, *flags)
+    with contextlib.chdir(cwd):
+      outcome, _ = outcomes.opened(door, *flags)
     return outcome
 
   return one
@@ -311,8 +325,8 @@ def job(folder: pathlib.Path) -> outcomes.Kind:
       )
       try:
         section[name] = value
-      except TypeError:  # As a flag, it would have been refused.
-        continue
+      except (TypeError, OverflowError):
+        continue  # As a flag, it would have been refused.
     workdir = folder / f"run{rng.randrange(10**9)}"
     ledger = ledger_lib.Ledger(workdir / "ledger")
 

@@ -92,8 +92,9 @@ def opened(
   if not outcome.code:
     return "answered", outcome
   lines = outcome.err.strip().removesuffix("Try --help.").strip().splitlines()
-  # absl warns of a config that is None.
-  lines = [x for x in lines if not re.match(r"W\d{4} |WARNING: ", x)]
+  # absl warns of a config that is None; launch.submit tells of its plan.
+  told_before = r"W\d{4} |WARNING: |will spend epsilon "
+  lines = [x for x in lines if not re.match(told_before, x)]
   if len(lines) == 2 and lines[1].startswith("try: "):
     lines.pop()
   if outcome.code == 1 and door.name == "verify" and not lines:
