@@ -20,12 +20,17 @@ class Events:
   of a full disk or of a clock set back, the run waits for it for ever.
   """
 
-  def __init__(self, folder: pathlib.Path, *, purge_step: int):
+  def __init__(
+    self, folder: pathlib.Path, *, purge_step: int, tells_time: bool
+  ):
     """Begins a file of its own in a folder, which is made if it is missing.
 
     Args:
       folder: for TensorBoard to look into.
       purge_step: what other files hold of this step and later is hidden.
+      tells_time: whether a row has the time at which it was written, or that of
+        the file's beginning: how long a step takes tells how many examples were
+        drawn, which what is released must not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Files are named by the second: a quick restart would overwrite one.
@@ -33,6 +38,7 @@ class Events:
       str(folder / "events"), f".{time.time_ns()}"
     )
     self._flushed = time.monotonic()
+    self._time = None if tells_time else time.time()
     log = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
     self._write(event_pb2.Event(step=purge_step, session_log=log))
 
@@ -47,7 +53,7 @@ class Events:
     )
 
   def _write(self, event: event_pb2.Event) -> None:
-    event.wall_time = time.time()
+    event.wall_time = time.time() if self._time is None else self._time
     self._writer.write_event(event)
     if time.monotonic() > self._flushed + _FLUSH_SECONDS:
       self._writer.flush()

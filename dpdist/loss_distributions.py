@@ -52,7 +52,7 @@ def rounding(steps: Sequence[tuple[pairs_lib.Pair, int]]) -> float:
 
   A convolution of many steps is a power of a Fourier transform, whose relative
   error grows with the exponent. Where the transform is near 1 that is an error
-  of the mass. Half of this was seen: -1.4e-11 after 10^5 steps.
+  of the mass. A third of this was seen: -1.4e-11 after 10^5 steps.
 
   Args:
     steps: pairs, and how often each is composed, at least once.

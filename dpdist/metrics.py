@@ -121,7 +121,11 @@ class Writer:
         open(workdir / _FILE, "a", encoding="ascii")
       )
       self._tensorboard = stack.enter_context(
-        events.Events(workdir / "tensorboard", purge_step=start_step + 1)
+        events.Events(
+          workdir / "tensorboard",
+          purge_step=start_step + 1,
+          tells_time=False,
+        )
       )
       self._open_files = stack.pop_all()
 

@@ -40,7 +40,9 @@ class Writer:
     folder = pathlib.Path(workdir) / FOLDER
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
-    self._events = events.Events(folder, purge_step=start_step + 1)
+    self._events = events.Events(
+      folder, purge_step=start_step + 1, tells_time=True
+    )
 
   def __enter__(self) -> Self:
     return self

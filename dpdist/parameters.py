@@ -81,7 +81,8 @@ def frozen_sha256(frozen: PyTree | None) -> str:
   return "" if frozen is None else provenance.params_sha256(frozen)
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+# Without a repr, which would show the key.
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Parameters:
   """Of one run.
 

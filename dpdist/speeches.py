@@ -75,8 +75,10 @@ def load(
   examples = _source(np.concatenate(train))
   if not examples_per_unit:
     return examples, test
-  authors = [speech.author for speech in speeches if speech.year < 2001]
-  shared = {s.author for s in speeches if s.year >= 2001} & set(authors)
+  told = list(zip(speeches, early, strict=True))
+  authors = [speech.author for speech, is_early in told if is_early]
+  held_out = {speech.author for speech, is_early in told if not is_early}
+  shared = held_out & set(authors)
   if shared:
     raise ValueError(
       f"data.path must hold no author in both parts, got {sorted(shared)}"

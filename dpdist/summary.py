@@ -76,7 +76,6 @@ def result(
   num_steps: int,
   scores: dict[str, float],
   params_sha256: str,
-  frozen_sha256: str,
   environment: dict[str, Any],
 ) -> dict[str, Any]:
   """What `result.json` holds.
@@ -87,7 +86,6 @@ def result(
     num_steps: updates in the final parameters.
     scores: held-out metrics, "test/NAME" and perhaps "test_ema/NAME".
     params_sha256: of the final parameters, those that were trained.
-    frozen_sha256: of the others; "" without any.
     environment: versions, code and devices.
 
   Returns:
@@ -110,8 +108,8 @@ def result(
     "ledger_head": ledger.head,
     "environment": environment,
   }
-  if frozen_sha256:
-    values["frozen_sha256"] = frozen_sha256
+  if job.frozen_sha256:
+    values["frozen_sha256"] = job.frozen_sha256
   if job.weights_sha256:
     values["weights_sha256"] = job.weights_sha256
   for name, score in scores.items():

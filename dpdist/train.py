@@ -25,6 +25,7 @@ import numpy as np
 from dpdist import admission
 from dpdist import checkpoint
 from dpdist import composition
+from dpdist import config as config_lib
 from dpdist import data
 from dpdist import display as display_lib
 from dpdist import history
@@ -37,7 +38,6 @@ from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import odometer as odometer_lib
 from dpdist import operations
-from dpdist import parameters
 from dpdist import preemption
 from dpdist import progress as progress_lib
 from dpdist import provenance
@@ -86,6 +86,10 @@ def train(
       saved and charged so far is gone on with.
     dpdist.preemption.Preempted: a signal asked to stop; all is saved.
   """
+  try:
+    config_lib.check(config)
+  except ValueError as error:
+    raise admission.SettingsError(str(error)) from error
   workdir = pathlib.Path(workdir)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(preemption.Notice())
@@ -107,7 +111,7 @@ def train(
         workdir / "checkpoints",
         writer=job.writer,
         max_to_keep=config.max_checkpoints,
-        frozen_sha256=parameters.frozen_sha256(job.frozen),
+        frozen_sha256=job.frozen_sha256,
       )
     )
     return _run(config, workdir, job, checkpoints, stop, progress)
@@ -140,9 +144,7 @@ def _run(
   plan, step, ledger = job.plan, job.step, job.ledger
   environment = provenance.environment(job.mesh)
   environments = hosts.gather(json.dumps(environment))
-  # Here, since all processes take part.
-  frozen_sha256 = parameters.frozen_sha256(job.frozen)
-  made_of = (job.weights_sha256, frozen_sha256, job.features_sha256)
+  made_of = (job.weights_sha256, job.frozen_sha256, job.features_sha256)
 
   state = job.init()
   saved, rejected = job.found
@@ -308,7 +310,6 @@ def _run(
       num_steps=int(state.step),
       scores=scores,
       params_sha256=params_sha256,
-      frozen_sha256=frozen_sha256,
       environment=environment,
     )
     summary.write_result(workdir / "result.json", result)

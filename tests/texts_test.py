@@ -3,10 +3,9 @@
 Files are small and made here, in the formats of the real ones.
 """
 
-import io
 import json
-import tarfile
 
+import gguf
 import jax
 import jax.numpy as jnp
 import ml_collections
@@ -25,34 +24,19 @@ from dpdist import units
 from dpdist.models import bert
 from dpdist.models import stacked_decoder
 from dpdist.models import weights
-
-_WORDS = ("[PAD]", "[CLS]", "[SEP]", "[UNK]", "good", "bad", "film", "!")
+from tests import packages
 
 
 @pytest.fixture
 def tokenizer(tmp_path):
-  """A tokenizer.json of words, with BERT's marks."""
-  tokenizers = pytest.importorskip("tokenizers")
-  ids = {word: i for i, word in enumerate(_WORDS)}
-  inner = tokenizers.Tokenizer(
-    tokenizers.models.WordLevel(ids, unk_token="[UNK]")
-  )
-  inner.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-  inner.post_processor = tokenizers.processors.TemplateProcessing(
-    single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-  )
-  # As in the file that MiniLM comes with; here neither may happen.
-  inner.enable_padding(length=9)
-  inner.enable_truncation(2)
   path = tmp_path / "tokenizer.json"
-  inner.save(str(path))
+  packages.write_tokenizer(path)
   return str(path)
 
 
 def _csv(folder, rows):
   path = folder / "reviews.csv"
-  lines = [f'"{text}",{label},{source}' for text, label, source in rows]
-  path.write_text("\n".join(["text,label,source", *lines]) + "\n")
+  packages.write_reviews(path, rows)
   return path
 
 
@@ -111,14 +95,7 @@ def test_reviews_refuse(tmp_path, tokenizer, changes, message):
 
 def _package(folder, speeches_of):
   path = folder / "sotu.tgz"
-  with tarfile.open(path, "w:gz") as archive:
-    for year, name, text in reversed(speeches_of):
-      speech = json.dumps({"year": str(year), "name": name, "text": text})
-      info = tarfile.TarInfo(f"package/data/{year}_{name}.json")
-      info.size = len(speech)
-      archive.addfile(info, io.BytesIO(speech.encode()))
-      # The same once more, as it is there too.
-      archive.addfile(tarfile.TarInfo(f"package/data/{year}_{name}.txt"))
+  packages.write_speeches(path, speeches_of)
   return path
 
 
@@ -280,7 +257,6 @@ def test_padding_is_seen_by_no_token_and_an_adapter_begins_at_nothing():
 
 
 def test_a_file_of_gguf_is_read_and_expanded(tmp_path):
-  gguf = pytest.importorskip("gguf")
   rng = np.random.default_rng(0)
   table = rng.normal(size=(4, 64)).astype(np.float32)
   packed = gguf.quantize(table, gguf.GGMLQuantizationType.Q8_0)
@@ -318,27 +294,6 @@ def _decoder(**changes):
   return stacked_decoder.StackedDecoder(**(sizes | changes))
 
 
-def _llama(rng):
-  new = lambda *shape: rng.normal(size=shape).astype(np.float32) / 4
-  arrays = {"token_embd.weight": new(12, 16), "output_norm.weight": 1 + new(16)}
-  for i in range(2):
-    shapes = {
-      "attn_norm": (16,),
-      "ffn_norm": (16,),
-      "attn_q": (16, 16),
-      "attn_k": (8, 16),
-      "attn_v": (8, 16),
-      "attn_output": (16, 16),
-      "ffn_gate": (24, 16),
-      "ffn_up": (24, 16),
-      "ffn_down": (16, 24),
-    }
-    arrays |= {
-      f"blk.{i}.{k}.weight": new(*shape) for k, shape in shapes.items()
-    }
-  return arrays
-
-
 def _llama_logits(arrays, inputs):
   """In the layout of GGUF, where neighbours of a head turn together."""
   norm = lambda x, w: x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-5) * w
@@ -372,7 +327,9 @@ def _llama_logits(arrays, inputs):
 
 
 def test_a_llama_from_disk_computes_what_it_should():
-  arrays = _llama(np.random.default_rng(1))
+  arrays = packages.llama_arrays(
+    vocabulary=12, width=16, kv_width=8, hidden=24, depth=2
+  )
   inputs = np.array([3, 1, 4, 1, 5], np.int32)
   model = _decoder(lora_rank=2)
   params = _params(model, inputs)

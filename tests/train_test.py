@@ -589,6 +589,15 @@ def test_bad_settings_are_named_and_cost_nothing(tmp_path, changes, message):
   assert not (tmp_path / "run" / "ledger").exists()
 
 
+def test_a_setting_that_nothing_reads_is_refused(tmp_path):
+  config = _config()
+  with config.unlocked():
+    config.privacy.target_epsilom = 1.0
+  with pytest.raises(admission.SettingsError, match="'target_epsilom'"):
+    dpdist.train(config, tmp_path / "run")
+  assert not (tmp_path / "run").exists()
+
+
 def test_the_secret_is_in_its_file_alone(tmp_path, capfd):
   config = _config()
   with config.unlocked():

@@ -1,8 +1,8 @@
 """Arrays from the files that pretrained models come in.
 
-Each format is read by its own package (pip install 'dpdist[weights]'), which is
-imported only here, when there is something to read. Neither format can hold
-code.
+Each format is read by its own package. That of .gguf (pip install
+'dpdist[weights]') is imported only when there is something to read. Neither
+format can hold code.
 """
 
 from collections.abc import Mapping
@@ -12,11 +12,12 @@ import pathlib
 from typing import Any
 
 import numpy as np
+import safetensors
+import safetensors.numpy as safetensors_numpy
 
 from dpdist import fetch
 
 Path = str | os.PathLike[str]
-
 
 _SUFFIXES = (".safetensors", ".gguf")
 
@@ -78,7 +79,9 @@ def gguf_reader(path: Path) -> Any:
   try:
     import gguf
   except ModuleNotFoundError as error:
-    raise _missing("gguf") from error
+    raise ModuleNotFoundError(
+      "model.weights needs gguf: pip install 'dpdist[weights]'"
+    ) from error
   try:
     return gguf.GGUFReader(path)
   except (IndexError, OSError, ValueError) as error:
@@ -98,19 +101,8 @@ def sha256(arrays: Mapping[str, np.ndarray]) -> str:
 
 def _safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
   try:
-    import safetensors
-    from safetensors import numpy as format_
-  except ModuleNotFoundError as error:
-    raise _missing("safetensors") from error
-  try:
-    return format_.load_file(path)
+    return safetensors_numpy.load_file(path)
   except (OSError, safetensors.SafetensorError) as error:
     raise ValueError(
       f"{path} must be a sound .safetensors file: {error}"
     ) from error
-
-
-def _missing(package: str) -> ModuleNotFoundError:
-  return ModuleNotFoundError(
-    f"model.weights needs {package}: pip install 'dpdist[weights]'"
-  )
