@@ -15,7 +15,7 @@ from dpdist import metrics
 from dpdist import report
 from tests import browser
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.slow
 
 _SIZES = ((390, 844), (320, 568), (1280, 800))
 _RESULT = {

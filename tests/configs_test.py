@@ -88,7 +88,7 @@ def cache(tmp_path_factory):
 @pytest.mark.parametrize(
   "name",
   [
-    pytest.param(name, marks=() if name == "digits" else pytest.mark.cluster)
+    pytest.param(name, marks=() if name == "digits" else pytest.mark.slow)
     for name in _NAMES
   ],
 )

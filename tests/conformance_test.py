@@ -746,7 +746,7 @@ def _reference(name):
 # What takes longest to compile is apart; so are, below, ways that are the same
 # for every device, and those of other devices.
 _QUICK_FIRST = [
-  pytest.param(name, marks=pytest.mark.cluster) if name == "linen" else name
+  pytest.param(name, marks=pytest.mark.slow) if name == "linen" else name
   for name in CASES
 ]
 
@@ -762,7 +762,7 @@ def test_equals_the_reference(name, method, sharded):
     _assert_close(mine, theirs)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_reference_is_the_same_sharded(name):
   got = _compute(*_problem(name), method="vmap", sharded=True)
@@ -774,7 +774,7 @@ def test_reference_is_the_same_sharded(name):
 _CONVOLVES = [name for name in CASES if "conv" in name or name == "linen"]
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("method", "min_groups", "sharded"),
   [
@@ -799,7 +799,7 @@ def test_convolutions_as_for_a_tpu(
     _assert_close(mine, theirs)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["gram", "diagonal"])
 @pytest.mark.parametrize("name", _CONVOLVES)
 def test_norms_of_convolutions_that_are_never_formed(name, way, monkeypatch):
@@ -833,7 +833,7 @@ _COMPUTED = [
 ]
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["bookkeeping", "two_pass"])
 @pytest.mark.parametrize("name", _COMPUTED)
 def test_gradients_that_reach_the_parameters_one_by_one(
@@ -852,7 +852,7 @@ def test_gradients_that_reach_the_parameters_one_by_one(
     _assert_close(mine, theirs)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "prices", [name for name in _PRICES if name != "default"]
 )

@@ -288,7 +288,7 @@ except ValueError as error:
 """
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_of_many_at_once_no_more_are_let_in_than_fit(tmp_path):
   budget = _budget(tmp_path)
   cost = budget.terms.divergence / 4.1
@@ -351,7 +351,7 @@ def _stop(self, step):
   return np.arange(3)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_runs_share_a_budget_and_give_back_what_they_leave(
   tmp_path, monkeypatch
 ):
@@ -391,7 +391,7 @@ def test_runs_share_a_budget_and_give_back_what_they_leave(
   assert re.search(rf"may go on +{one}", done.stdout)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_run_cannot_leave_the_budget_that_it_has_its_stake_in(
   tmp_path, monkeypatch
 ):
@@ -457,7 +457,7 @@ def test_a_cost_that_makes_no_sense_is_refused(tmp_path):
       _budget(tmp_path).reserve("search", cost, 1)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_run_that_spent_more_than_it_reserved_is_found(tmp_path):
   root, run = tmp_path / "budgets", tmp_path / "run"
   dpdist.train(_config(root), run)
@@ -469,7 +469,7 @@ def test_a_run_that_spent_more_than_it_reserved_is_found(tmp_path):
   )
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_the_doors_reserve_and_cancel(tmp_path):
   root = tmp_path / "budgets"
   reserve = [

@@ -344,7 +344,7 @@ def test_sums_are_float32_where_what_is_narrow_is_out_of_sight(loss, method):
   assert float(got.sum[0]) == 1001.0
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_narrow_models_agree_with_the_reference(method):
   class Net(nn.Module):
@@ -369,7 +369,7 @@ def test_narrow_models_agree_with_the_reference(method):
     np.testing.assert_allclose(mine, theirs, atol=0.05)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["gpu", "tpu"])
 @pytest.mark.parametrize("method", ["bookkeeping", "two_pass"])
 def test_accelerators_leave_room_for_the_rounding_of_their_products(

@@ -210,7 +210,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
     doors.run("budget", _DIGITS)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize("platform", ["cuda", "nonsense"])
 def test_no_device_is_said_in_a_sentence(platform, tmp_path):
   args = [_DIGITS, f"--workdir={tmp_path}"]

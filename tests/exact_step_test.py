@@ -166,9 +166,9 @@ def _digest(step, params, data, chunk_size):
   ("model", "optimizer"),
   [
     ("mlp", "adam"),
-    pytest.param("mlp", "momentum", marks=pytest.mark.cluster),
-    pytest.param("cnn", "momentum", marks=pytest.mark.cluster),
-    pytest.param("decoder", "adam", marks=pytest.mark.cluster),
+    pytest.param("mlp", "momentum", marks=pytest.mark.slow),
+    pytest.param("cnn", "momentum", marks=pytest.mark.slow),
+    pytest.param("decoder", "adam", marks=pytest.mark.slow),
   ],
 )
 def test_a_step_has_the_same_bits_on_every_mesh_for_chunks_of_any_size(

@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.slow
 
 NAMES = ("plain", "linen", "nnx", "equinox", "keras")
 

@@ -81,13 +81,13 @@ _DIE = training.send(signal.SIGKILL)
 _ACQUIRE = "dpdist.ledger:Ledger:acquire"
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_killed_a_dozen_times_at_random(aside, expected, tmp_path):
   kills = training.kill_often(tmp_path, expected, kills=12, seed=4, aside=aside)
   assert len(list(kills)) == 12
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_signal_during_a_save_waits_for_its_end(start, expected, tmp_path):
   saved = 0
   for where in (_SAVE, _MANIFEST, _RECORD):
@@ -151,7 +151,7 @@ def disk(tmp_path):
   disk.close()
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_full_disk_ends_a_run_and_loses_nothing(start, expected, disk):
   run = functools.partial(start, workdir=disk.root / "run")
   released = 0
@@ -165,7 +165,7 @@ def test_a_full_disk_ends_a_run_and_loses_nothing(start, expected, disk):
   _ends(run(), expected)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_read_only_directory_is_named_and_nothing_charged(
   start, expected, disk
 ):
@@ -207,7 +207,7 @@ def clock(seconds: float, wander: float = 0.0):
   return functools.partial(_set_clock, seconds, wander)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_clocks_that_are_years_off_change_nothing(start, expected, tmp_path):
   for offset, wander in ((_YEAR, 0), (-_YEAR, 0), (0, _YEAR)):
     run = start(
@@ -236,7 +236,7 @@ def _beat_often():
   records.BEAT_SECONDS = 0.2
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_clock_ahead_does_not_take_over_from_a_living_writer(
   start, expected, tmp_path
 ):
@@ -256,7 +256,7 @@ def _gather(folder, number):
     time.sleep(0.001)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [2, 20])
 def test_of_many_launchers_at_once_one_trains(
   start, expected, tmp_path, number
@@ -282,7 +282,7 @@ def _take_over_soon():
   records.PATIENCE_SECONDS = 0.5
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_paused_run_wakes_shut_out(start, expected, tmp_path):
   one = start(training.before(_RESERVE, 4, training.send(signal.SIGSTOP)))
   stat = pathlib.Path(f"/proc/{one.process.pid}/stat")

@@ -195,7 +195,7 @@ def test_nothing_is_kept_or_drawn_for_a_frozen_parameter(mesh_name):
   )
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_exact_sums_have_the_same_bits_on_eight_devices():
   digests = {
     provenance.params_sha256(_one_step(name, 4)[0]) for name in ("1", "8")
@@ -342,7 +342,7 @@ class _Crash(Exception):  # noqa: N818
   pass
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_crashed_run_ends_with_the_same_parameters(
   finished, tmp_path, monkeypatch
 ):
@@ -364,7 +364,7 @@ def test_a_crashed_run_ends_with_the_same_parameters(
   assert again["steps_charged"] == 8
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_frozen_parameter_stays_and_is_in_no_checkpoint(finished):
   workdir, result = finished
   with admission.open_ledger(_config(), workdir) as ledger:
@@ -382,7 +382,7 @@ def test_a_frozen_parameter_stays_and_is_in_no_checkpoint(finished):
   assert not [name for name in kept if re.search("word|'key'|norm", name)]
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_other_frozen_parameters_are_refused(finished, tmp_path):
   workdir, _ = finished
   saved = ledger_lib.Ledger(workdir / "ledger").checkpoints[-1]
@@ -397,7 +397,7 @@ def test_other_frozen_parameters_are_refused(finished, tmp_path):
     others.restore(like, saved)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_looking_at_a_run_puts_the_model_together(finished, tmp_path):
   workdir, result = finished
   ledger = ledger_lib.Ledger(workdir / "ledger")

@@ -17,7 +17,7 @@ from dpdist import ledger as ledger_lib
 from dpdist.frontends import keras as private_keras
 from dpdist.frontends import keras_loss
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.slow
 
 # After the frontend, which chooses the backend.
 keras = private_keras.keras

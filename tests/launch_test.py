@@ -53,7 +53,7 @@ def _wait_for_step(process, workdir, step):
     time.sleep(0.01)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_kill_and_restart_ends_with_the_same_parameters(tmp_path):
   whole, killed = tmp_path / "whole", tmp_path / "killed"
   code, out, err = _run("train", *_TRAIN, f"--workdir={whole}")

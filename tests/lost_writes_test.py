@@ -191,7 +191,7 @@ def _check_run(path, printed):
     assert problem is None, "damaged"
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @wants_strace
 def test_a_checkpoint_survives_whatever_was_not_synced(tmp_path):
   program = _RUN.format(change="")

@@ -189,7 +189,7 @@ def test_elsewhere_nobody_is_asked(monkeypatch, tmp_path):
   assert maintenance.server() == "metadata.google.internal"
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_run_saves_and_ends_before_its_machine_does(stack, tmp_path):
   server = stack.enter_context(
     _Metadata(maintenance_event="NONE", preempted="FALSE")

@@ -196,7 +196,7 @@ def _truncated_worlds(size, limit):
     yield present, nothing
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize(("size", "limit"), [(3, 1), (9, 1), (6, 2)])
 def test_no_cut_is_worse_than_its_pair(size, limit):
   pair = pairs.of(
@@ -313,7 +313,7 @@ def test_calibrators_never_overspend_and_waste_nothing(kind):
     )
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_noise_for_several_rows_is_calibrated():
   run = {
     "delta": 1e-5,

@@ -20,7 +20,7 @@ from dpdist import metrics
 from dpdist import released
 
 # Compiles a lot.
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.slow
 
 
 def _config():

@@ -229,7 +229,7 @@ print(source.read(np.array([5]))["targets"])
 """
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_process_that_was_stopped_has_lost_no_patience(files, pipe):
   child = subprocess.Popen(
     [sys.executable, "-c", _READ_SLOWLY, str(files.path(5))],

@@ -309,7 +309,7 @@ def test_no_two_steps_of_a_run_have_the_same_release():
   assert past.branches[2].release(2) == 7
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_run_with_a_schedule_goes_on_but_not_with_other_settings(tmp_path):
   config = digits.get_config()
   config.insecure_seed = 7

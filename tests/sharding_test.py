@@ -126,11 +126,11 @@ def _clipped(fn, mesh, params, batch, is_padding_example, specs=_SPECS):
 
 
 @pytest.mark.parametrize(
-  "norms", ["one", pytest.param("per layer", marks=pytest.mark.cluster)]
+  "norms", ["one", pytest.param("per layer", marks=pytest.mark.slow)]
 )
 @pytest.mark.parametrize("method", ["two_pass", "bookkeeping", "vmap"])
 @pytest.mark.parametrize(
-  "remat", [True, pytest.param(False, marks=pytest.mark.cluster)]
+  "remat", [True, pytest.param(False, marks=pytest.mark.slow)]
 )
 def test_engines_take_norms_of_whole_parameters(remat, method, norms):
   params, batch, padding = _deep_problem()
@@ -159,7 +159,7 @@ def test_engines_take_norms_of_whole_parameters(remat, method, norms):
       )
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["two_pass", "bookkeeping", "vmap"])
 def test_a_stack_that_is_divided_along_its_loop(method):
   params, batch, padding = _deep_problem()
@@ -272,7 +272,7 @@ def _summed(accumulator):
   return jax.tree.map(lambda x: np.sum(x, axis=0), accumulator.clipped_sum)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("name", "mesh_names"),
   [("stacked_decoder", tuple(_MESHES)), ("decoder", ("data, fsdp, model",))],
@@ -303,7 +303,7 @@ def _assert_lies(x, spec, mesh):
 
 @pytest.mark.parametrize(
   "mesh_name",
-  ["data, fsdp", pytest.param("data, fsdp, model", marks=pytest.mark.cluster)],
+  ["data, fsdp", pytest.param("data, fsdp, model", marks=pytest.mark.slow)],
 )
 def test_clipped_sums_move_within_the_sensitivity(mesh_name):
   step = _step("stacked_decoder", _mesh(mesh_name))
@@ -358,7 +358,7 @@ def _step_state(mesh_name):
   )
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_init_from_makes_the_same_parameters_in_place():
   model = _model("stacked_decoder")
   words, example = np.array([3, 4], np.uint32), _tokens()[0, :-1]
@@ -395,7 +395,7 @@ def _count(text, name):
   return len(re.findall(rf" {name}(?:-start)?\(", text))
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_only_data_is_left_for_apply_where_fsdp_divides():
   accumulate, apply = _compiled("data, fsdp")
   assert _count(accumulate, "all-reduce") == 0
@@ -416,7 +416,7 @@ def test_noise_is_drawn_where_it_lies():
   assert max(sizes) <= largest // 8 * 2  # Bits come in pairs of words.
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_blocks_are_put_together_one_at_a_time():
   accumulate, _ = _compiled("fsdp")
   gathered = [

@@ -13,7 +13,7 @@ from dpdist import speed
 from tests import doors
 
 # Compiles a lot.
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.slow
 
 
 def _config(**changes):

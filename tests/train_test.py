@@ -140,7 +140,7 @@ def test_unsafe_metrics_show_them_and_say_so(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-  "crash_step", [0, pytest.param(6, marks=pytest.mark.cluster), 11]
+  "crash_step", [0, pytest.param(6, marks=pytest.mark.slow), 11]
 )
 def test_a_crashed_run_ends_with_the_same_parameters(
   finished, tmp_path, monkeypatch, crash_step
@@ -191,7 +191,7 @@ def _on_other_devices(num_devices, workdir, crash_step=""):
   ).stderr
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_exact_sums_go_on_for_free_on_fewer_devices(tmp_path, monkeypatch):
   """Eight devices, then four, then one: as two that nothing interrupted."""
   whole, workdir = tmp_path / "whole", tmp_path / "run"
@@ -212,7 +212,7 @@ def test_exact_sums_go_on_for_free_on_fewer_devices(tmp_path, monkeypatch):
   assert len(ledger_lib.Ledger(workdir / "ledger").branches) == 1
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_run_whose_mesh_divides_the_parameters_goes_on_on_another(
   tmp_path, monkeypatch
 ):
@@ -410,7 +410,7 @@ def test_changed_settings_open_a_segment(tmp_path, monkeypatch, capsys):
   assert "changed on the way" in (tmp_path / "report.html").read_text()
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_changed_data_set_is_refused_unless_declared(tmp_path):
   rng = np.random.default_rng(0)
 

@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.slow
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _ARGS = (

@@ -90,13 +90,13 @@ def test_a_right_step_shows_more_than_half_of_its_claim(seed):
   assert not result.is_refuted
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "fsdp"), [("entry", 4), ("exchanged", 1)])
 def test_so_it_does_with_divided_parameters_and_exchanged_units(name, fsdp):
   assert _bites(audit.audit(_program(name, fsdp), num_trials=2000, seed=1))
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_so_it_does_one_at_a_time_with_a_gradient_of_the_model():
   result = audit.audit(_program("example"), num_trials=100, seed=1)
   assert (result.num_runs, result.num_canaries) == (100, 1)
@@ -116,7 +116,7 @@ def test_one_run_shows_less_and_never_too_much():
     {"noise_stddev": 0.5 * 1.5 * 0.1},  # Half of the noise.
     pytest.param(
       {"noise_stddev": 1.5 * 0.1 / np.sqrt(8)},  # A device's part of it.
-      marks=pytest.mark.cluster,
+      marks=pytest.mark.slow,
     ),
     {"l2_clip_norm": 1e3},  # No clip.
   ],

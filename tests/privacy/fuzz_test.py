@@ -34,7 +34,7 @@ _APART = (
 @pytest.mark.parametrize(
   "name",
   [
-    pytest.param(name, marks=[pytest.mark.cluster] * (name in _APART))
+    pytest.param(name, marks=[pytest.mark.slow] * (name in _APART))
     for name in fuzz_kinds.KINDS
   ],
 )

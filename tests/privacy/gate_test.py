@@ -35,7 +35,7 @@ def test_every_patch_names_tests_that_are_there():
     assert patches.missing_tests(patches.ROOT, bug.tests) == [], bug.name
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_the_tests_of_every_bug_are_ordinary_ones():
   # Others pytest would leave out, and the gate would find no test.
   named = sorted({test for bug in _BUGS for test in bug.tests})
@@ -141,7 +141,7 @@ def _write(root: pathlib.Path) -> None:
     (root / folder / name).write_text(text)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["killed", "same_size_killed"])
 def test_a_bug_is_killed_by_a_test_that_fails(outcomes, name):
   assert outcomes[name].status == "killed"
@@ -179,7 +179,7 @@ def test_tests_without_an_end_are_the_gates_own_failure(tmp_path):
   assert "no end within 0 s" in outcome.reason
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_tests_that_fail_without_a_bug_stop_the_gate(tmp_path):
   _write(tmp_path)
   bug = _bug(tmp_path, "killed", "  return x", "test_clips")

@@ -166,7 +166,7 @@ def _near(rng, pair, size):
   [
     ("linear", "8, fsdp"),
     *(
-      pytest.param(loss, name, marks=pytest.mark.cluster)
+      pytest.param(loss, name, marks=pytest.mark.slow)
       for loss, name in (("net", "8"), ("net", "8, fsdp"), ("linear", "8"))
     ),
   ],

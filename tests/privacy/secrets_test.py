@@ -279,12 +279,12 @@ def fixture_left(tmp_path_factory):
   return left
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_no_artefact_holds_a_key(seeded):
   assert not seeded.search(keys.insecure_secret(7))
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_no_artefact_holds_a_key_after_a_stop_a_refusal_and_a_fault(left):
   assert left.codes == [75, 2, 1, 0]
   assert len(ledger_lib.Ledger(left.workdir / "ledger").branches) == 2
@@ -294,7 +294,7 @@ def test_no_artefact_holds_a_key_after_a_stop_a_refusal_and_a_fault(left):
   assert not left.search((left.workdir / "secret").read_bytes())
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_a_search_of_the_run_would_find_its_secret(seeded, tmp_path):
   secret = keys.insecure_secret(7)
   searched = needles.of_run(secret, [], steps=1)
@@ -319,19 +319,19 @@ def _modes(workdir):
   return modes
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_nobody_else_may_write_whatever_the_umask(seeded):
   assert not [x for x, mode in _modes(seeded.workdir).items() if mode & 0o002]
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_the_secret_is_its_owners_whatever_the_umask(left):
   modes = _modes(left.workdir)
   assert modes["secret"] == 0o600
   assert not [x for x, mode in modes.items() if mode & 0o002]
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_an_insecure_seed_is_said_everywhere(seeded):
   result = (seeded.workdir / "result.json").read_text()
   ledger = ledger_lib.Ledger(seeded.workdir / "ledger")
@@ -469,7 +469,7 @@ def test_runs_branches_data_sets_and_copies_share_no_key(tmp_path):
       assert not taken[name] & taken[other], (name, other)
 
 
-@pytest.mark.cluster
+@pytest.mark.slow
 def test_processes_show_no_key_and_runs_of_one_secret_share_none(tmp_path):
   """Real doors, one process and two, from nothing, beside one another."""
   secret = tmp_path / "secret"
