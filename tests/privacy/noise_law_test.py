@@ -20,42 +20,18 @@ import pytest
 from scipy import special
 from scipy import stats
 
-import dpdist
-from dpdist import canaries
-from dpdist import keys
-from dpdist import mechanism
-from dpdist import mesh as mesh_lib
-from dpdist import noise
-from dpdist import step as step_lib
+from tests.privacy import noise_draws
 
 _LEVEL = 1e-6
-_SHAPES = {"a": (80, 128), "b": (80, 128), "c": (128, 80)}
 _BLOCK = 80 * 128
-_STEPS = 4
 # Two branches of a run, and another run.
 _STREAMS = ((1, ""), (1, "after a restart"), (2, ""))
 _DEVICES = 8
-_SIGMA, _CLIP, _BATCH = 1.5, 0.75, 8
 
 
 @functools.cache
 def _step():
-  plan = dpdist.make_plan(
-    dpdist.PrivacyConfig(
-      num_examples=1000,
-      expected_batch_size=_BATCH,
-      num_steps=10,
-      l2_clip_norm=_CLIP,
-      target_delta=1e-5,
-      noise_multiplier=_SIGMA,
-    )
-  )
-  loss = lambda params, example, rng: (
-    0.0 * sum(map(jnp.sum, params.values())) * jnp.sum(example["x"]),
-    None,
-  )
-  mesh = mesh_lib.make({"data": 2, "fsdp": 4, "model": 1})
-  return step_lib.Step(mechanism.make(plan, loss), canaries.recording(), mesh)
+  return noise_draws.make_step({"data": 2, "fsdp": 4, "model": 1})
 
 
 @functools.cache
@@ -64,32 +40,12 @@ def _run(seed, branch):
 
   The bytes are those of each device's part of every leaf, at every step.
   """
-  step = _step()
-  state = step.init({name: jnp.zeros(shape) for name, shape in _SHAPES.items()})
-  put = lambda x: jax.device_put(x, mesh_lib.examples(step.mesh))
-  key = mechanism.Streams(keys.insecure_secret(seed), branch).key("noise")
-  drawn, parts = [], []
-  for t in range(_STEPS):
-    accumulator = step.zeros(state.params)
-    if t % 2:  # Else the step is an empty one.
-      accumulator = step.accumulate(
-        state.params,
-        accumulator,
-        {"x": put(np.ones((_DEVICES, 2), np.float32))},
-        put(np.zeros(_DEVICES, bool)),
-        noise.as_key(np.array([0, t], np.uint32)),
-        0,
-      )
-    state, _ = step.apply(state, accumulator, key)
-    mean = state.opt_state
-    drawn.append([np.asarray(mean[name]).ravel() for name in sorted(mean)])
-    for x in mean.values():
-      # Along `data`, devices hold copies.
-      parts += {str(s.index): s.data for s in x.addressable_shards}.values()
-  scale = _BATCH / (_SIGMA * _CLIP)
+  drawn = noise_draws.draw(_step(), seed, branch)
+  whole = [[np.asarray(x).ravel() for x in mean.values()] for mean in drawn]
+  parts = noise_draws.parts(drawn).values()
   return (
-    np.array(drawn, np.float64) * scale,
-    [np.asarray(x).tobytes() for x in parts],
+    np.array(whole, np.float64) * noise_draws.SCALE,
+    [x.tobytes() for x in parts],
   )
 
 
@@ -128,14 +84,7 @@ def _is_normal(z):
 
 
 def _are_independent(blocks):
-  """Whether no two blocks [k, n] hang together, nor their squares."""
-  k, n = blocks.shape
-  pairs = k * (k - 1)
-  largest = stats.norm.isf(_LEVEL / pairs / 2) / np.sqrt(n)
-  return all(
-    np.max(np.abs(np.corrcoef(x) - np.eye(k))) < largest
-    for x in (blocks, blocks**2)
-  )
+  return noise_draws.are_independent(blocks, _LEVEL)
 
 
 def test_noise_is_normal_with_the_standard_deviation_that_was_planned():
@@ -177,7 +126,9 @@ def test_so_are_the_parts_that_devices_hold():
   for axis in (0, 1):
     parts = []
     for leaf in _all()[0, :2].reshape(-1, _BLOCK)[:2]:
-      parts += np.split(leaf.reshape(_SHAPES["a"]), _DEVICES, axis=axis)
+      parts += np.split(
+        leaf.reshape(noise_draws.SHAPES["a"]), _DEVICES, axis=axis
+      )
     assert _are_independent(np.stack([x.ravel() for x in parts]))
 
 
@@ -190,7 +141,8 @@ def test_and_what_lies_side_by_side():
 
 def test_no_two_devices_draw_the_same_bits():
   parts = list(itertools.chain(*(_run(*stream)[1] for stream in _STREAMS)))
-  assert len(parts) == len(_STREAMS) * _STEPS * len(_SHAPES) * 4
+  per_stream = noise_draws.STEPS * len(noise_draws.SHAPES) * 4
+  assert len(parts) == len(_STREAMS) * per_stream
   assert len(set(parts)) == len(parts)
 
 
