@@ -109,7 +109,12 @@ def test_it_trains_two_steps(name, cache, tmp_path):
       *(f"--config.{key}={value}" for key, value in changes.items()),
     ],
     cwd=pathlib.Path(configs.__file__).parents[1],
-    env=os.environ | {"DPDIST_CACHE": str(cache)},
+    env=os.environ
+    | {
+      "DPDIST_CACHE": str(cache),
+      # Enough for every mesh.
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+    },
     capture_output=True,
     text=True,
   )

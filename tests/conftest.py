@@ -28,6 +28,8 @@ import jax  # noqa: E402
 import pytest  # noqa: E402
 
 
+# Before xdist looks for groups.
+@pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
   """Gives all jobs to one worker, so that no two are up at a time."""
   for item in items:
