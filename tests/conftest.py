@@ -25,16 +25,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 import jax  # noqa: E402
-import pytest  # noqa: E402
-
-
-# Before xdist looks for groups.
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-  """Gives all jobs to one worker, so that no two are up at a time."""
-  for item in items:
-    if item.get_closest_marker("cluster"):
-      item.add_marker(pytest.mark.xdist_group("cluster"))
 
 
 def pytest_sessionstart() -> None:
