@@ -1,13 +1,11 @@
 """Kinds of inputs: the files that examples are read from, and secrets."""
 
 from collections.abc import Callable
-import gzip
 import io
 import json
 import os
 import pathlib
 import random
-import struct
 from typing import Any
 
 import ml_collections
@@ -20,6 +18,7 @@ from dpdist import datasets
 from dpdist import keys
 from dpdist import sources
 from dpdist import stores
+from tests import packages
 from tests.privacy import mangle
 from tests.privacy import outcomes
 
@@ -94,21 +93,13 @@ def _kind(
   return make
 
 
-def _idx_bytes(array: np.ndarray) -> bytes:
-  header = struct.pack(f">HBB{array.ndim}I", 0, 8, array.ndim, *array.shape)
-  return header + array.tobytes()
-
-
 def _write_idx(folder: pathlib.Path, rng: np.random.Generator) -> None:
   for prefix, count in (("train", 9), ("t10k", 4)):
     images = rng.integers(0, 256, (count, 5, 5), np.uint8)
     labels = rng.integers(0, 10, count, np.uint8)
     for name, array in (("images-idx3", images), ("labels-idx1", labels)):
-      data = _idx_bytes(array)
-      if prefix == "t10k":
-        (folder / f"{prefix}-{name}-ubyte.gz").write_bytes(gzip.compress(data))
-      else:
-        (folder / f"{prefix}-{name}-ubyte").write_bytes(data)
+      suffix = ".gz" if prefix == "t10k" else ""
+      packages.write_idx(folder / f"{prefix}-{name}-ubyte{suffix}", array)
 
 
 def _arrays(

@@ -98,8 +98,8 @@ def parts(drawn: list[dict[str, jax.Array]]) -> dict[str, np.ndarray]:
 def are_independent(rows: np.ndarray, level: float) -> bool:
   """Whether no two rows [k, n] hang together, nor their squares.
 
-  Of independent normals this is false with probability `level`, about half of it
-  for the rows and half for their squares.
+  Of independent normals this is false with probability `level`, about half of
+  it for the rows and half for their squares.
   """
   k, n = rows.shape
   largest = stats.norm.isf(level / (k * (k - 1)) / 2) / np.sqrt(n)
