@@ -22,7 +22,8 @@ def default() -> ml_collections.ConfigDict:
   # digits, text, npz, idx, array_record, parquet, mnist, fashion_mnist,
   # cifar10, adult, chitchat, sotu, rotten_tomatoes, imdb
   config.data.path = ""  # directory or file, where the name needs one
-  # In the place of inputs: scattering of images, or minilm's of tokens
+  # In the place of inputs: scattering of images; minilm's of tokens, or states
+  # of tokens behind the first 1 to 5 of its blocks: minilm_1 to minilm_5
   config.data.features = ""
   config.data.sequence_length = 64  # of texts: tokens of an example
   # rotten_tomatoes, imdb, sotu, chitchat: a file, or a model that launch.fetch
@@ -58,6 +59,8 @@ def default() -> ml_collections.ConfigDict:
   config.model.hidden = 0  # stacked_decoder, bert; 0: four times the width
   config.model.vocabulary = 0  # bert
   config.model.positions = 512  # bert: tokens of an example at most
+  # bert: those before it were run ahead: 5 with data.features=minilm_5
+  config.model.first_block = 0
   config.model.rope_theta = 10_000.0  # stacked_decoder
   config.model.norm_epsilon = 1e-6  # stacked_decoder
   config.model.lora_rank = 0  # bert, stacked_decoder: adapters; 0: none

@@ -7,10 +7,12 @@ the rows holds for the examples.
 """
 
 from collections.abc import Callable
+import functools
 import hashlib
 import json
 import os
 import pathlib
+import re
 import tempfile
 
 import numpy as np
@@ -27,8 +29,21 @@ _BLOCK = 1024  # examples
 # The function, and a number that changes whenever its values do.
 _FEATURES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
   "minilm": (sentences.transform, sentences.VERSION),
+  **{
+    f"minilm_{blocks}": (
+      functools.partial(sentences.states, blocks=blocks),
+      sentences.VERSION,
+    )
+    for blocks in range(1, sentences.DEPTH)
+  },
   "scattering": (scattering.transform, scattering.VERSION),
 }
+
+
+def blocks_ahead(name: str) -> int:
+  """How many of a model's blocks features stand for, if it is to go on."""
+  match = re.fullmatch(r"minilm_(\d)", name)
+  return int(match[1]) if match else 0
 
 
 class FeatureSource(sources.ArraySource):
@@ -63,8 +78,8 @@ def of(source: sources.Source, name: str) -> FeatureSource:
   Args:
     source: of examples {"inputs", "targets"}; inputs are images
       (height, width, channels), or tokens.
-    name: "scattering", of images; see `dpdist.scattering`. "minilm", of tokens;
-      see `dpdist.sentences`.
+    name: "scattering", of images; see `dpdist.scattering`. "minilm", and
+      "minilm_1" to "minilm_5", of tokens; see `dpdist.sentences`.
 
   Returns:
     A source of {"inputs": float16, "targets": as they were}.

@@ -165,7 +165,6 @@ def _prepare(
     config.optimizer, config.privacy.num_steps
   )
   size = chunk_size(config, plan, mesh)
-  _check(config)
   step = make_step(config, plan, model, optimizer, mesh)
 
   budget: data_budget.DataBudget | None = None
@@ -271,6 +270,7 @@ def _load(
   config: ml_collections.ConfigDict,
 ) -> tuple[Mesh, datasets.Splits, str, str, Callable[[], None]]:
   """What may be found, or not, by each process: devices and data."""
+  _check(config)  # Before features are computed, which may take long.
   mesh = mesh_lib.make(config.mesh)
   name, path = config.data.name, config.data.path
 
@@ -402,6 +402,13 @@ def _check(config: ml_collections.ConfigDict) -> None:
   ):
     if section[name] < 0:
       raise ValueError(f"{name} must be at least 0, got {section[name]}")
+  ahead = features.blocks_ahead(config.data.get("features", ""))
+  if config.model.name == "bert" and config.model.first_block != ahead:
+    raise ValueError(
+      f"model.first_block must be {ahead}, the blocks that are run ahead with"
+      f" data.features={config.data.get('features', '')!r}, got"
+      f" {config.model.first_block}"
+    )
 
 
 def chunk_size(

@@ -5,6 +5,7 @@ Files are small and made here, in the formats of the real ones.
 
 import json
 
+from flax import traverse_util
 import gguf
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,7 @@ from dpdist import losses
 from dpdist import mesh as mesh_lib
 from dpdist import models
 from dpdist import reviews
+from dpdist import sentences
 from dpdist import speeches
 from dpdist import units
 from dpdist.models import bert
@@ -254,6 +256,62 @@ def test_padding_is_seen_by_no_token_and_an_adapter_begins_at_nothing():
   grad = jax.jit(jax.grad(lambda p, x: jnp.sum(model.apply({"params": p}, x))))
   leaves = jax.tree.leaves(grad(params, 0 * tokens_))
   assert all(np.isfinite(x).all() for x in leaves)
+
+
+def test_blocks_that_are_run_ahead_change_nothing():
+  tokens_ = np.array([3, 5, 7, 0, 0, 0], np.int32)
+  whole = _bert(depth=3)
+  params = _params(whole, tokens_)
+  run = jax.jit(
+    lambda model, x: model.apply({"params": params}, x), static_argnums=0
+  )
+  states = run(_bert(depth=2, lora_rank=2, returns_states=True), tokens_)
+  assert states.shape == (6, 8)
+  np.testing.assert_array_equal(states[3:], 0)
+  rest = _bert(depth=3, first_block=2)
+  np.testing.assert_allclose(
+    run(rest, states), run(whole, tokens_), rtol=1e-5, atol=1e-6
+  )
+  # What is kept of the states has half the digits.
+  np.testing.assert_allclose(
+    run(rest, states.astype(np.float16)), run(whole, tokens_), atol=1e-2
+  )
+  init = jax.eval_shape(rest.init, jax.random.key(0), states)["params"]
+  assert sorted(init) == ["block_2", "head"]
+  arrays = packages.bert_arrays(
+    vocabulary=16, positions=8, width=8, hidden=16, depth=3
+  )
+  found = rest.from_disk(arrays)
+  assert found
+  assert all(path.startswith("block_2/") for path in found)
+
+
+def test_states_of_minilm_are_those_of_its_own_blocks(tmp_path, monkeypatch):
+  monkeypatch.setenv("DPDIST_CACHE", str(tmp_path))
+  packages.write("minilm")
+  inputs = np.array([[1, 4, 6, 2, 0], [1, 4, 2, 0, 0]], np.int32)
+  states = sentences.states(inputs, blocks=5)
+  assert states.shape == (2, 5, 384)
+  rest = bert.Bert(
+    classes=0,
+    vocabulary=0,
+    positions=8,
+    width=384,
+    depth=6,
+    num_heads=12,
+    hidden=1536,
+    lora_rank=0,
+    dtype=jnp.float32,
+    first_block=5,
+  )
+  arrays = weights.read(weights.locate("minilm"))
+  params = traverse_util.unflatten_dict(rest.from_disk(arrays), sep="/")
+  features = jax.vmap(lambda x: rest.apply({"params": params}, x))(states)
+  np.testing.assert_allclose(
+    features, sentences.transform(inputs), rtol=1e-3, atol=1e-3
+  )
+  with pytest.raises(ValueError, match="made of tokens"):
+    sentences.states(np.zeros((2, 5), np.float32), blocks=5)
 
 
 def test_a_file_of_gguf_is_read_and_expanded(tmp_path):

@@ -581,6 +581,14 @@ def test_a_signal_saves_and_the_run_goes_on(finished, tmp_path, monkeypatch):
     ({"data.num_threads": -1}, r"num_threads .* -1"),
     ({"privacy.noise_multiplier": 1e-150}, r"noise_multiplier .* 1e-150"),
     ({"data.name": "magic"}, r"data.name .*'magic'"),
+    (
+      {"model.name": "bert", "model.first_block": 2},
+      "first_block must be 0, .*data.features='', got 2",
+    ),
+    (
+      {"model.name": "bert", "data.features": "minilm_5"},
+      "first_block must be 5, .*data.features='minilm_5', got 0",
+    ),
   ],
 )
 def test_bad_settings_are_named_and_cost_nothing(tmp_path, changes, message):

@@ -72,16 +72,24 @@ def make(config: ml_collections.ConfigDict) -> nn.Module:
         f"model.num_heads must divide the model.width of {width}, got"
         f" {num_heads}"
       )
+    depth = _size(config, "depth")
+    if not 0 <= config.first_block < depth:
+      raise ValueError(
+        f"model.first_block must be in [0, {depth}) for model.depth={depth},"
+        f" got {config.first_block}"
+      )
     return bert.Bert(
       classes=_size(config, "num_outputs"),
-      vocabulary=_size(config, "vocabulary"),
+      # Who takes states has no embeddings.
+      vocabulary=0 if config.first_block else _size(config, "vocabulary"),
       positions=_size(config, "positions"),
       width=width,
-      depth=_size(config, "depth"),
+      depth=depth,
       num_heads=num_heads,
       hidden=config.hidden or 4 * width,
       lora_rank=config.lora_rank,
       dtype=dtype,
+      first_block=config.first_block,
     )
   if config.name == "stacked_decoder":
     width, num_heads = _size(config, "width"), _size(config, "num_heads")

@@ -21,6 +21,9 @@ class Bert(nn.Module):
   features of a linear head, which begins at zero. Layer norm looks at one token
   of one example, so examples never mix. No dropout.
 
+  Lower blocks that stay as they are can be run once, ahead of all steps: a
+  model of them alone returns states, and one with `first_block` takes them.
+
   Attributes:
     classes: to tell apart; 0: the features are returned.
     vocabulary: tokens.
@@ -32,6 +35,10 @@ class Bert(nn.Module):
     lora_rank: of the adapters of queries and values, as in section 4.2 of Hu et
       al.; 0: none.
     dtype: of the computation.
+    first_block: those before it, and the embeddings, were run ahead: inputs are
+      states [length, width]; 0: tokens.
+    returns_states: states of the last block [length, width] are returned, with
+      0 for padding, and there is neither mean nor head.
   """
 
   classes: int
@@ -43,6 +50,8 @@ class Bert(nn.Module):
   hidden: int
   lora_rank: int
   dtype: jnp.dtype
+  first_block: int = 0
+  returns_states: bool = False
 
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:
@@ -51,15 +60,20 @@ class Bert(nn.Module):
         f"data.sequence_length must be at most the {self.positions} of"
         f" model.positions, got {inputs.shape[0]}"
       )
-    seen = inputs != PADDING
-    x = _Embeddings(
-      self.vocabulary,
-      self.positions,
-      self.width,
-      self.dtype,
-      name="embeddings",
-    )(inputs)
-    for i in range(self.depth):
+    if self.first_block:
+      # Behind a layer norm no token's state is 0 throughout, but padding's is.
+      seen = jnp.any(inputs != 0, axis=-1)
+      x = inputs.astype(self.dtype)
+    else:
+      seen = inputs != PADDING
+      x = _Embeddings(
+        self.vocabulary,
+        self.positions,
+        self.width,
+        self.dtype,
+        name="embeddings",
+      )(inputs)
+    for i in range(self.first_block, self.depth):
       x = _Block(
         self.num_heads,
         self.hidden,
@@ -67,8 +81,10 @@ class Bert(nn.Module):
         self.dtype,
         name=f"block_{i}",
       )(x, seen)
-    x = x.astype(jnp.float32)
-    mean = jnp.sum(jnp.where(seen[:, None], x, 0), 0)
+    x = jnp.where(seen[:, None], x.astype(jnp.float32), 0)
+    if self.returns_states:
+      return x
+    mean = jnp.sum(x, 0)
     # Of no token there is no direction.
     square = jnp.maximum(jnp.sum(mean**2), 1e-12)
     features = mean * jax.lax.rsqrt(square) * self.width**0.5
@@ -98,15 +114,15 @@ class Bert(nn.Module):
       array = np.asarray(arrays[name], np.float32)
       named[path] = array.T if is_kernel else array
 
-    for part in ("word", "position", "token_type"):
-      take(f"embeddings/{part}", f"embeddings.{part}_embeddings.weight")
-
     def take_norm(path: str, name: str) -> None:
       take(f"{path}/scale", f"{name}.LayerNorm.weight")
       take(f"{path}/bias", f"{name}.LayerNorm.bias")
 
-    take_norm("embeddings/norm", "embeddings")
-    for i in range(self.depth):
+    if not self.first_block:
+      for part in ("word", "position", "token_type"):
+        take(f"embeddings/{part}", f"embeddings.{part}_embeddings.weight")
+      take_norm("embeddings/norm", "embeddings")
+    for i in range(self.first_block, self.depth):
       path, name = f"block_{i}", f"encoder.layer.{i}"
       for mine, theirs in _LAYERS.items():
         take(f"{path}/{mine}/kernel", f"{name}.{theirs}.weight", is_kernel=True)
