@@ -18,7 +18,7 @@ def get_config() -> ml_collections.ConfigDict:
   config = config_lib.default()
   config.data.name = "imdb"
   config.data.tokenizer = "minilm"
-  config.data.sequence_length = 128
+  config.data.sequence_length = 64
   config.data.features = "minilm"
   config.model.name = "linear"
   config.model.num_outputs = 2

@@ -23,26 +23,11 @@ from dpdist import provenance
 from dpdist import step as step_lib
 from dpdist.models import cnn
 from dpdist.models import decoder
+from tests import meshes
 
 _CLIP = 0.75
 _GROUP = 8
 _NUM_EXAMPLES = 200
-_MESHES = {
-  "1": (1, 1, 1),
-  "2": (2, 1, 1),
-  "4": (2, 2, 1),
-  "8": (8, 1, 1),
-  "8, fsdp": (2, 4, 1),
-  "8, model": (2, 2, 2),
-}
-
-
-def _mesh(name):
-  shape = _MESHES[name]
-  return mesh_lib.make(
-    dict(zip(mesh_lib.AXES, shape, strict=True)),
-    jax.devices()[: int(np.prod(shape))],
-  )
 
 
 def _plan(**changes):
@@ -118,7 +103,7 @@ def _step(model_name, optimizer_name):
     "adam": optax.adam(1e-2),
   }[optimizer_name]
   return exact_step.ExactStep(
-    _mechanism(model_name), optimizer, _mesh("1"), 0.9
+    _mechanism(model_name), optimizer, meshes.of("1"), 0.9
   )
 
 
@@ -178,7 +163,7 @@ def test_a_step_has_the_same_bits_on_every_mesh_for_chunks_of_any_size(
   step = _step(model, optimizer)
   expected = _digest(step, params, data, 64)
   # Each further device compiles the model once more.
-  names = tuple(_MESHES) if model == "mlp" else ("1", "2", "4")
+  names = tuple(meshes.SHAPES) if model == "mlp" else ("1", "2", "4")
   for name, chunk_size in [
     ("1", 8),
     ("2", 64),
@@ -190,7 +175,7 @@ def test_a_step_has_the_same_bits_on_every_mesh_for_chunks_of_any_size(
   ]:
     if name not in names:
       continue
-    other = dataclasses.replace(step, mesh=_mesh(name))
+    other = dataclasses.replace(step, mesh=meshes.of(name))
     got = _digest(other, params, data, chunk_size)
     assert got == expected, (name, chunk_size)
 
@@ -212,7 +197,7 @@ def _value(step, params, accumulator):
 
 def test_the_sum_is_that_of_floats_up_to_rounding():
   _, params, data = _problem("mlp")
-  exact = dataclasses.replace(_step("mlp", "adam"), mesh=_mesh("8"))
+  exact = dataclasses.replace(_step("mlp", "adam"), mesh=meshes.of("8"))
   plain = step_lib.Step(exact.mechanism, exact.optimizer, exact.mesh)
   rows = np.arange(100)
   args = (params, data, rows, 64, jax.random.key(0))
@@ -235,8 +220,8 @@ def test_randomness_belongs_to_the_place_in_the_steps_list():
   )
   bound = mechanism.make(_plan(l2_clip_norm=1e3), loss, exact_group_size=_GROUP)
   params = {"w": jnp.zeros(64)}
-  exact = exact_step.ExactStep(bound, optax.sgd(1.0), _mesh("2"))
-  plain = step_lib.Step(bound, optax.sgd(1.0), _mesh("2"))
+  exact = exact_step.ExactStep(bound, optax.sgd(1.0), meshes.of("2"))
+  plain = step_lib.Step(bound, optax.sgd(1.0), meshes.of("2"))
   args = (params, {"i": np.arange(64)}, np.arange(64), 32, jax.random.key(9))
   draws = _value(exact, params, _accumulated(exact, *args))
   assert np.unique(draws).size == 64
@@ -247,7 +232,7 @@ def test_randomness_belongs_to_the_place_in_the_steps_list():
 def test_removing_any_example_moves_the_sum_within_the_sensitivity():
   """Though those after it move to other places, and to other groups."""
   _, params, data = _problem("mlp")
-  step = dataclasses.replace(_step("mlp", "adam"), mesh=_mesh("2"))
+  step = dataclasses.replace(_step("mlp", "adam"), mesh=meshes.of("2"))
   rng = np.random.default_rng(2)
   # Dropout would go by the place; here every example keeps its gradient.
   loss = lambda p, e, rng: losses.cross_entropy(_NoDropout())(p, e, rng)
@@ -303,7 +288,7 @@ def test_all_examples_in_one_direction_do_not_overflow(sign, clip_norm):
   plan = _plan(l2_clip_norm=clip_norm, noise_multiplier=1e-3)
   bound = mechanism.make(plan, loss, exact_group_size=_GROUP)
   bound = dataclasses.replace(bound, noise_stddev=0.0)
-  step = exact_step.ExactStep(bound, optax.sgd(64.0), _mesh("8"))
+  step = exact_step.ExactStep(bound, optax.sgd(64.0), meshes.of("8"))
   params = {"w": jnp.zeros(3)}
   data = {"x": np.ones(_NUM_EXAMPLES + 1, np.float32)}
 
@@ -327,14 +312,14 @@ def test_all_examples_in_one_direction_do_not_overflow(sign, clip_norm):
 def test_noise_has_its_standard_deviation_on_an_empty_step():
   loss = lambda params, example, rng: (jnp.sum(params["w"]), None)
   bound = mechanism.make(_plan(), loss, exact_group_size=_GROUP)
-  step = exact_step.ExactStep(bound, optax.sgd(1.0), _mesh("2"))
+  step = exact_step.ExactStep(bound, optax.sgd(1.0), meshes.of("2"))
   state = step.init({"w": jnp.zeros(100_000)})
   after, _ = step.apply(state, step.zeros(state.params), jax.random.key(4))
   assert int(after.step) == int(after.noise_state.draws) == 1
   claimed = 1.5 * _CLIP / 64
   # Standard error 0.22 %.
   np.testing.assert_allclose(np.std(after.params["w"]) / claimed, 1, atol=0.015)
-  plain = step_lib.Step(bound, optax.sgd(1.0), _mesh("2"))
+  plain = step_lib.Step(bound, optax.sgd(1.0), meshes.of("2"))
   state = plain.init({"w": jnp.zeros(100_000)})
   same, _ = plain.apply(state, plain.zeros(state.params), jax.random.key(4))
   np.testing.assert_allclose(
@@ -344,7 +329,7 @@ def test_noise_has_its_standard_deviation_on_an_empty_step():
 
 def test_only_integers_meet_and_once():
   _, params, data = _problem("mlp")
-  step = dataclasses.replace(_step("mlp", "adam"), mesh=_mesh("8"))
+  step = dataclasses.replace(_step("mlp", "adam"), mesh=meshes.of("8"))
   state = step.init(jax.tree.map(jnp.array, params))
   accumulator = step.zeros(state.params)
   collectives = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all")
@@ -353,7 +338,7 @@ def test_only_integers_meet_and_once():
   text = step.reduce.lower(accumulator).compile().as_text()
   assert count(text) == [1, 0, 0, 0]
   assert "f32" not in text
-  one = dataclasses.replace(step, mesh=_mesh("1"))
+  one = dataclasses.replace(step, mesh=meshes.of("1"))
   key = jax.random.key(0)
   group = {name: x[:_GROUP] for name, x in data.items()}
   add = exact_step.add_group.lower(
@@ -397,14 +382,14 @@ def test_what_rounds_is_compiled_for_one_device(mesh_name, monkeypatch):
   for name in ("add_group", "finish"):
     monkeypatch.setattr(exact_step, name, watch(getattr(exact_step, name)))
   _, params, data = _problem("mlp")
-  step = dataclasses.replace(_step("mlp", "adam"), mesh=_mesh(mesh_name))
+  step = dataclasses.replace(_step("mlp", "adam"), mesh=meshes.of(mesh_name))
   _digest(step, params, data, 64)
   assert shardings == {jax.sharding.SingleDeviceSharding}
 
 
 def test_rows_that_make_no_whole_groups_are_refused():
   _, params, data = _problem("mlp")
-  step = dataclasses.replace(_step("mlp", "adam"), mesh=_mesh("2"))
+  step = dataclasses.replace(_step("mlp", "adam"), mesh=meshes.of("2"))
   with pytest.raises(ValueError, match="4 rows a device for groups of 8"):
     _accumulated(step, params, data, np.arange(8), 8, jax.random.key(0))
 
@@ -477,7 +462,7 @@ def test_noise_on_the_sum_of_2048_devices_does_not_overflow():
 def test_more_devices_than_a_sum_has_room_for_are_refused(monkeypatch):
   monkeypatch.setattr(fixed_point, "MOST_DEVICES", 4)
   with pytest.raises(ValueError, match=r"exact_sum must be False .* got 8"):
-    dataclasses.replace(_step("mlp", "momentum"), mesh=_mesh("8"))
+    dataclasses.replace(_step("mlp", "momentum"), mesh=meshes.of("8"))
 
 
 @pytest.mark.parametrize("changes", [{"l2_clip_norm": 1e30}])

@@ -5,11 +5,12 @@ Each run is a cluster of real processes on this machine, which meet over gloo.
 
 import os
 import pathlib
-import socket
 import subprocess
 import sys
 
 import pytest
+
+from tests import jobs
 
 pytestmark = pytest.mark.cluster
 
@@ -89,14 +90,8 @@ print(jax.process_count(), jax.device_count(), provenance.params_sha256(values))
 """
 
 
-def _free_port():
-  with socket.socket() as server:
-    server.bind(("127.0.0.1", 0))
-    return server.getsockname()[1]
-
-
 def _start(num_processes, devices_each):
-  address = f"127.0.0.1:{_free_port()}"
+  address = jobs.address()
   flag = f"--xla_force_host_platform_device_count={devices_each}"
   return [
     subprocess.Popen(

@@ -23,26 +23,11 @@ from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import noise
 from dpdist import step as step_lib
+from tests import meshes
 
 _CLIP = 0.75
 # In two chunks of two examples a device, so that to mix those of one is seen.
 _ROWS = 32
-_MESHES = {
-  "1": (1, 1, 1),
-  "2": (2, 1, 1),
-  "4": (2, 2, 1),
-  "8": (8, 1, 1),
-  "8, fsdp": (2, 4, 1),
-  "8, model": (2, 2, 2),
-}
-
-
-def _mesh(name):
-  shape = _MESHES[name]
-  return mesh_lib.make(
-    dict(zip(mesh_lib.AXES, shape, strict=True)),
-    jax.devices()[: int(np.prod(shape))],
-  )
 
 
 def _plan(**changes):
@@ -173,12 +158,12 @@ def _adversaries(batch):
 
 
 @pytest.mark.parametrize("model", _MODELS)
-@pytest.mark.parametrize("mesh_name", _MESHES)
+@pytest.mark.parametrize("mesh_name", meshes.SHAPES)
 def test_clipped_sum_matches_closed_form_and_moves_within_sensitivity(
   model, mesh_name
 ):
   params, batch = _problem(model)
-  clipped_sum = _ClippedSum(model, _mesh(mesh_name))
+  clipped_sum = _ClippedSum(model, meshes.of(mesh_name))
   real = np.zeros(_ROWS, bool)
   base = clipped_sum(params, batch, real)
 
@@ -210,10 +195,10 @@ def test_clipped_sum_matches_closed_form_and_moves_within_sensitivity(
 
 
 @pytest.mark.parametrize("model", _MODELS)
-@pytest.mark.parametrize("mesh_name", _MESHES)
+@pytest.mark.parametrize("mesh_name", meshes.SHAPES)
 def test_padding_changes_no_bit_whatever_it_holds(model, mesh_name):
   params, batch = _problem(model)
-  clipped_sum = _ClippedSum(model, _mesh(mesh_name))
+  clipped_sum = _ClippedSum(model, meshes.of(mesh_name))
   is_padding_example = np.arange(_ROWS) % 3 == 0
 
   def padded_with(fill):
@@ -281,9 +266,9 @@ def _relative_deviation(draw, event, sensitivity):
   return flat.std() / claimed
 
 
-@pytest.mark.parametrize("mesh_name", _MESHES)
+@pytest.mark.parametrize("mesh_name", meshes.SHAPES)
 def test_noise_has_the_standard_deviation_that_the_event_claims(mesh_name):
-  plan, (draw,) = _noise_of_steps(_mesh(mesh_name), 1)
+  plan, (draw,) = _noise_of_steps(meshes.of(mesh_name), 1)
   # 420,000 draws: standard error 0.11 %, so 0.5 % is 4.6 of them.
   close = lambda factor, multiplier: (
     abs(
@@ -301,7 +286,9 @@ def test_noise_has_the_standard_deviation_that_the_event_claims(mesh_name):
 
 
 def test_noise_bits_are_equal_on_every_mesh():
-  draws = {name: _noise_of_steps(_mesh(name), 2)[1] for name in _MESHES}
+  draws = {
+    name: _noise_of_steps(meshes.of(name), 2)[1] for name in meshes.SHAPES
+  }
   for name, steps in draws.items():
     for mine, first in zip(steps, draws["1"], strict=True):
       for leaf in _SHAPES:
@@ -309,7 +296,7 @@ def test_noise_bits_are_equal_on_every_mesh():
 
 
 def test_noise_is_distinct_across_leaves_and_steps():
-  _, steps = _noise_of_steps(_mesh("8"), 3)
+  _, steps = _noise_of_steps(meshes.of("8"), 3)
   blocks = [step[leaf].ravel()[:100_000] for step in steps for leaf in "abc"]
   correlation = np.corrcoef(blocks) - np.eye(len(blocks))
   # Independent blocks: below 0.02 with error rate 1e-8; a shared key gives 1.
@@ -318,7 +305,7 @@ def test_noise_is_distinct_across_leaves_and_steps():
 
 def test_noise_does_not_repeat_within_a_leaf():
   # A block drawn once for each device would repeat along the leaf.
-  _, (draw,) = _noise_of_steps(_mesh("8"), 1)
+  _, (draw,) = _noise_of_steps(meshes.of("8"), 1)
   for leaf in draw.values():
     halves = leaf.ravel()[: leaf.size // 8 * 8].reshape(8, -1)
     correlation = np.corrcoef(halves) - np.eye(8)
@@ -326,7 +313,7 @@ def test_noise_does_not_repeat_within_a_leaf():
 
 
 def test_accumulate_is_local_and_apply_reduces_once():
-  mesh = _mesh("8")
+  mesh = meshes.of("8")
   plan = _plan()
   step = step_lib.Step(
     mechanism.make(plan, _dense_loss), optax.adam(1e-3), mesh, 0.9
@@ -352,7 +339,7 @@ def test_accumulate_is_local_and_apply_reduces_once():
 
 
 def test_an_empty_step_is_noise_alone():
-  mesh = _mesh("8")
+  mesh = meshes.of("8")
   plan = _plan()
   step = step_lib.Step(mechanism.make(plan, _dense_loss), optax.sgd(1.0), mesh)
   params, _ = _problem("dense")
@@ -373,7 +360,7 @@ def test_an_empty_step_is_noise_alone():
 
 
 def test_a_bfloat16_model_is_summed_and_noised_in_float32():
-  mesh = _mesh("8")
+  mesh = meshes.of("8")
   loss = lambda params, example, rng: (
     jnp.sum(params["w"] * example["x"]),
     None,
@@ -397,7 +384,7 @@ def test_a_bfloat16_model_is_summed_and_noised_in_float32():
 
 
 def test_stats_count_what_was_drawn_clipped_and_left_out():
-  mesh = _mesh("8, fsdp")
+  mesh = meshes.of("8, fsdp")
   params, batch = _problem("dense")
   batch["x"][3] = np.nan
   # The only one whose gradient is shorter than the clip norm: it is zero.
@@ -422,7 +409,7 @@ def test_stats_count_what_was_drawn_clipped_and_left_out():
 
 def test_randomness_belongs_to_the_example_and_not_to_the_device():
   def draws(mesh_name, chunk):
-    mesh = _mesh(mesh_name)
+    mesh = meshes.of(mesh_name)
     loss = lambda params, example, rng: (
       params["w"][example["i"]] * jax.random.normal(rng),
       None,
@@ -460,7 +447,7 @@ def _in_shard_map(fn, mesh, *specs):
 
 @pytest.mark.parametrize("model", _MODELS)
 def test_clipped_grad_in_a_users_own_shard_map(model):
-  mesh = _mesh("8")
+  mesh = meshes.of("8")
   params, batch = _problem(model)
   loss = lambda params, example: _MODELS[model][0](params, example, None)[0]
   fn = clipping.clipped_grad(loss, l2_clip_norm=_CLIP)
@@ -476,7 +463,7 @@ def test_clipped_grad_in_a_users_own_shard_map(model):
 
 
 def test_clipped_grad_in_shard_map_without_vma_checks_and_in_microbatches():
-  mesh = _mesh("8")
+  mesh = meshes.of("8")
   params, batch = _problem("dense")
   loss = lambda params, example: _dense_loss(params, example, None)[0]
   fn = clipping.clipped_grad(loss, l2_clip_norm=_CLIP, microbatch_size=1)
@@ -497,7 +484,7 @@ def test_clipped_grad_in_shard_map_without_vma_checks_and_in_microbatches():
 
 
 def test_a_sharded_batch_outside_shard_map_is_refused():
-  mesh = _mesh("8")
+  mesh = meshes.of("8")
   params, batch = _problem("convolution")
   loss = lambda params, example: _conv_loss(params, example, None)[0]
   fn = clipping.clipped_grad(loss, l2_clip_norm=_CLIP)
@@ -513,7 +500,7 @@ def test_a_sharded_batch_outside_shard_map_is_refused():
 
 @pytest.mark.parametrize("method", ["bookkeeping", "two_pass", "vmap"])
 def test_a_batch_that_jit_shards_is_right_without_convolutions(method):
-  mesh = _mesh("8")
+  mesh = meshes.of("8")
   params, batch = _problem("dense")
   loss = lambda params, example: _dense_loss(params, example, None)[0]
   fn = clipping.clipped_grad(loss, l2_clip_norm=_CLIP, method=method)
@@ -536,7 +523,7 @@ def test_a_batch_that_jit_shards_is_right_without_convolutions(method):
   ],
 )
 def test_a_loss_that_mixes_devices_is_refused(mix, wrap):
-  mesh = _mesh("8, fsdp")
+  mesh = meshes.of("8, fsdp")
   params, batch = _problem("dense")
 
   @wrap
@@ -551,7 +538,7 @@ def test_a_loss_that_mixes_devices_is_refused(mix, wrap):
 
 
 def test_one_key_for_all_devices_is_refused():
-  mesh = _mesh("8")
+  mesh = meshes.of("8")
   params, batch = _problem("dense")
   fn = clipping.clipped_grad(
     lambda p, e, rng: _dense_loss(p, e, rng)[0], l2_clip_norm=_CLIP
