@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.model.trainable = "lora|head"
   config.privacy.num_examples = 21_846
   config.privacy.expected_batch_size = 1024
-  config.privacy.num_steps = 80
+  config.privacy.num_steps = 60
   config.privacy.l2_clip_norm = 1.0
   config.privacy.target_epsilon = 8.0
   config.privacy.target_delta = 1e-5
@@ -39,6 +39,6 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.learning_rate = 3e-3
   config.optimizer.schedule = "cosine"
   config.ema_decay = 0.95
-  config.eval_every = 40
+  config.eval_every = 30
   config.chunk_size = 64
   return config
