@@ -37,4 +37,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.learning_rate = 4.0
   config.optimizer.options.momentum = 0.9
   config.ema_decay = 0.98
+  config.chunk_size = 512
   return config

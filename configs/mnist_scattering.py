@@ -22,10 +22,10 @@ def get_config() -> ml_collections.ConfigDict:
   """Returns the settings."""
   config = config_lib.default()
   config.data.name = "mnist"
-  config.data.features = "scattering"
+  config.data.features = "scattering_scaled"
   config.model.name = "linear"
   config.model.num_outputs = 10
-  config.model.num_groups = 27
+  config.model.num_groups = 9
   config.privacy.num_examples = 60_000
   config.privacy.expected_batch_size = 4096
   config.privacy.num_steps = 586
@@ -36,4 +36,5 @@ def get_config() -> ml_collections.ConfigDict:
   config.optimizer.learning_rate = 8.0
   config.optimizer.options.momentum = 0.9
   config.ema_decay = 0.98
+  config.chunk_size = 512
   return config

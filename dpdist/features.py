@@ -18,6 +18,7 @@ import tempfile
 import numpy as np
 
 from dpdist import fetch
+from dpdist import scaled_scattering
 from dpdist import scattering
 from dpdist import sentences
 from dpdist import sources
@@ -37,6 +38,10 @@ _FEATURES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
     for blocks in range(1, sentences.DEPTH)
   },
   "scattering": (scattering.transform, scattering.VERSION),
+  "scattering_scaled": (
+    scaled_scattering.transform,
+    scaled_scattering.VERSION,
+  ),
 }
 
 
@@ -78,7 +83,8 @@ def of(source: sources.Source, name: str) -> FeatureSource:
   Args:
     source: of examples {"inputs", "targets"}; inputs are images
       (height, width, channels), or tokens.
-    name: "scattering", of images; see `dpdist.scattering`. "minilm", and
+    name: "scattering" and "scattering_scaled", of images; see
+      `dpdist.scattering` and `dpdist.scaled_scattering`. "minilm", and
       "minilm_1" to "minilm_5", of tokens; see `dpdist.sentences`.
 
   Returns:

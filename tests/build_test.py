@@ -29,8 +29,8 @@ LAYERS = (
   + ("audit_bounds", "fields")
   + ("seals", "liveness", "stores", "progress", "signals", "maintenance")
   + ("events", "chips", "compiled", "products", "archives")
-  + ("scattering", "augment"),
-  ("pairs", "fetch"),
+  + ("scattering", "augment", "pictures"),
+  ("pairs", "fetch", "scaled_scattering"),
   ("records", "renyi", "loss_distributions", "verdict"),
   ("accountants",),
   ("accounting", "sampling", "noise", "clipping", "peers"),

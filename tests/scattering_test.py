@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from dpdist import pictures
+from dpdist import scaled_scattering
 from dpdist import scattering
 
 _HEIGHT, _WIDTH = 8, 12
@@ -106,3 +108,35 @@ def test_planes_do_not_mix():
 def test_other_shapes_are_refused(shape):
   with pytest.raises(ValueError, match=r"images must be .* multiples of 4"):
     scattering.transform(np.zeros(shape))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_scaled_ones_are_of_one_scale_for_public_pictures(channels):
+  public = pictures.like(8, 12, channels)
+  np.testing.assert_array_equal(public, pictures.like(8, 12, channels))
+  assert public.shape[1:] == (8, 12, channels)
+  assert public.min() >= (0 if channels == 1 else -1)
+  assert public.max() <= 1
+  assert public.std(0).mean() > 0.1
+  plain = scattering.transform(public)
+  scaled = scaled_scattering.transform(public)
+  np.testing.assert_allclose(scaled.mean((0, 1, 2)), 0, atol=1e-3)
+  np.testing.assert_allclose(scaled.std((0, 1, 2)), 1, atol=1e-3)
+  # Those of one picture are no other because of the pictures beside it.
+  np.testing.assert_allclose(
+    scaled_scattering.transform(public[3:4]), scaled[3:4], rtol=1e-4, atol=1e-4
+  )
+  # The same scale everywhere, and of another picture too.
+  other = np.random.default_rng(0).random((2, 8, 12, channels), np.float32)
+  mean, deviation = plain.mean((0, 1, 2)), plain.std((0, 1, 2))
+  np.testing.assert_allclose(
+    scaled_scattering.transform(other),
+    (scattering.transform(other) - mean) / deviation,
+    rtol=1e-4,
+    atol=1e-4,
+  )
+
+
+def test_scaled_ones_are_of_digits_or_photographs():
+  with pytest.raises(ValueError, match=r"must have 1 or 3 channels .* got 2"):
+    scaled_scattering.transform(np.zeros((1, 8, 8, 2), np.float32))
