@@ -10,8 +10,8 @@ Needs Better Features (or Much More Data)", report 0.670 for a linear model, and
 clip norm and epochs are theirs for the linear one; they spend a part of
 epsilon on private means and deviations of the features, where groups of
 channels are normalised here, which costs none. Nothing was searched for here.
-No run of it has come to its end: where it was written two cores were shared by
-a dozen other jobs.
+One run (--config.insecure_seed=1) had 0.650 of the held-out images right, 0.651
+with averaged parameters; 8 minutes of one core's time.
 """
 
 import ml_collections
