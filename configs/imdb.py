@@ -10,8 +10,9 @@ than the 0.767 of the private linear classifier in `imdb_probe.py`. At
 --config.privacy.target_epsilon=3 two runs had 0.776 and 0.745: with these
 settings, which are those of Rotten Tomatoes but for half the steps, it matters
 too much what the noise happens to be. Half the learning rate was tried on the
-worst seed, and had 0.725. 7 minutes of one core's time a run, and 8 to make the
-states that the last block begins from, once.
+worst seed, and had 0.725. 6.5 minutes of one core's time a run; the states that
+the last block begins from are made once, in 17 minutes of a core that had
+another run to do.
 """
 
 import ml_collections
