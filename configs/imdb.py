@@ -5,8 +5,8 @@
   python -m launch.train --config=configs/imdb.py --workdir=/tmp/imdb
 
 Epsilon 8.0, delta 1e-5: 0.768 of 3,154 held-out reviews are right (mean of
-seeds 1 to 3 given as --config.insecure_seed; 0.756 to 0.776), which is no more
-than the 0.767 of the private linear classifier in `imdb_probe.py`. At
+seeds 1 to 3 given as --config.insecure_seed; 0.756 to 0.776), hardly more than
+the 0.767 of the private linear classifier in `imdb_probe.py`. At
 --config.privacy.target_epsilon=3 two runs had 0.776 and 0.745: with these
 settings, which are those of Rotten Tomatoes but for half the steps, it matters
 too much what the noise happens to be. Half the learning rate was tried on the

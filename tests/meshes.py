@@ -20,7 +20,11 @@ SHAPES = {
 
 def of(name: str) -> Mesh:
   """Makes one of `SHAPES` from the first devices."""
-  shape = SHAPES[name]
+  return shaped(SHAPES[name])
+
+
+def shaped(shape: tuple[int, ...]) -> Mesh:
+  """Makes a mesh of so many devices along each axis, from the first ones."""
   return mesh.make(
     dict(zip(mesh.AXES, shape, strict=True)), jax.devices()[: math.prod(shape)]
   )

@@ -26,6 +26,7 @@ from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import models
 from dpdist import step as step_lib
+from tests import meshes
 
 _CLIP = 0.1
 _ROWS = 16
@@ -42,11 +43,7 @@ _MESHES = {
 
 
 def _mesh(name):
-  shape = _MESHES.get(name, (1, 1, 1))
-  return mesh_lib.make(
-    dict(zip(mesh_lib.AXES, shape, strict=True)),
-    jax.devices()[: int(np.prod(shape))],
-  )
+  return meshes.shaped(_MESHES.get(name, (1, 1, 1)))
 
 
 # The engines, inside a shard_map of ours.
