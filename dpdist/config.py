@@ -65,6 +65,7 @@ def default() -> ml_collections.ConfigDict:
   config.model.rope_theta = 10_000.0  # stacked_decoder
   config.model.norm_epsilon = 1e-6  # stacked_decoder
   config.model.lora_rank = 0  # bert, stacked_decoder: adapters; 0: none
+  config.model.lora_alpha = 16.0  # over lora_rank, what adapters are scaled by
   # bert, stacked_decoder: a .safetensors or .gguf file, or what launch.fetch
   # calls it; empty: the model begins at random. Taken for public.
   config.model.weights = ""

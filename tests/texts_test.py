@@ -258,6 +258,37 @@ def test_padding_is_seen_by_no_token_and_an_adapter_begins_at_nothing():
   assert all(np.isfinite(x).all() for x in leaves)
 
 
+@pytest.mark.parametrize(
+  "make", [lambda **x: _bert(**x), lambda **x: _decoder(**x)]
+)
+def test_alpha_scales_what_an_adapter_adds(make):
+  tokens_ = np.array([3, 5, 7, 2], np.int32)
+  model = make(lora_rank=2, lora_alpha=2.0)
+  params = _params(model, tokens_)
+  smaller = jax.tree.map_with_path(
+    lambda path, x: x / 8 if "lora_up" in jax.tree_util.keystr(path) else x,
+    params,
+  )
+  run = jax.jit(
+    lambda model, p: model.apply({"params": p}, tokens_), static_argnums=0
+  )
+  logits = run(model, params)
+  stronger = make(lora_rank=2, lora_alpha=16.0)
+  np.testing.assert_allclose(
+    run(stronger, smaller), logits, rtol=1e-4, atol=1e-6
+  )
+  assert np.abs(run(stronger, params) - logits).max() > 1e-4
+
+
+def test_an_alpha_of_nothing_is_refused():
+  config = config_lib.default().model
+  config.update(
+    name="bert", width=8, depth=1, num_heads=2, vocabulary=16, lora_alpha=0.0
+  )
+  with pytest.raises(ValueError, match=r"lora_alpha .* above 0 .* got 0\.0"):
+    models.make(config)
+
+
 def test_blocks_that_are_run_ahead_change_nothing():
   tokens_ = np.array([3, 5, 7, 0, 0, 0], np.int32)
   whole = _bert(depth=3)

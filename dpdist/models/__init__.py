@@ -1,5 +1,6 @@
 """Flax models for the configs, by name."""
 
+import math
 from typing import Any
 
 from flax import linen as nn
@@ -88,6 +89,7 @@ def make(config: ml_collections.ConfigDict) -> nn.Module:
       num_heads=num_heads,
       hidden=config.hidden or 4 * width,
       lora_rank=config.lora_rank,
+      lora_alpha=_alpha(config),
       dtype=dtype,
       first_block=config.first_block,
     )
@@ -117,6 +119,7 @@ def make(config: ml_collections.ConfigDict) -> nn.Module:
       rope_theta=config.rope_theta,
       norm_epsilon=config.norm_epsilon,
       lora_rank=config.lora_rank,
+      lora_alpha=_alpha(config),
     )
   raise ValueError(
     "model.name must be linear, random_features, cnn, wide_resnet, decoder,"
@@ -155,6 +158,15 @@ def from_disk(
 def partitioning(model: nn.Module) -> mesh.Rules:
   """A model's own rules for the mesh axis `model`; empty without any."""
   return getattr(model, "partitioning", ())
+
+
+def _alpha(config: ml_collections.ConfigDict) -> float:
+  alpha = config.lora_alpha
+  if not 0 < alpha < math.inf:
+    raise ValueError(
+      f"model.lora_alpha must be above 0 and finite, got {alpha}"
+    )
+  return alpha
 
 
 def _size(config: ml_collections.ConfigDict, name: str) -> int:

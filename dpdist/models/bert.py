@@ -34,6 +34,7 @@ class Bert(nn.Module):
     hidden: width of the inner layer of a block.
     lora_rank: of the adapters of queries and values, as in section 4.2 of Hu et
       al.; 0: none.
+    lora_alpha: see `dpdist.models.lora`.
     dtype: of the computation.
     first_block: those before it, and the embeddings, were run ahead: inputs are
       states [length, width]; 0: tokens.
@@ -50,6 +51,7 @@ class Bert(nn.Module):
   hidden: int
   lora_rank: int
   dtype: jnp.dtype
+  lora_alpha: float = 16.0
   first_block: int = 0
   returns_states: bool = False
 
@@ -78,6 +80,7 @@ class Bert(nn.Module):
         self.num_heads,
         self.hidden,
         self.lora_rank,
+        self.lora_alpha,
         self.dtype,
         name=f"block_{i}",
       )(x, seen)
@@ -167,6 +170,7 @@ class _Block(nn.Module):
   num_heads: int
   hidden: int
   rank: int
+  alpha: float
   dtype: jnp.dtype
 
   @nn.compact
@@ -178,7 +182,7 @@ class _Block(nn.Module):
 
   def _dense(self, name: str, features: int, x: jax.Array) -> jax.Array:
     rank = self.rank if name in ("query", "value") else 0
-    return lora.Dense(features, rank, self.dtype, name=name)(x)
+    return lora.Dense(features, rank, self.alpha, self.dtype, name=name)(x)
 
   def _attention(self, x: jax.Array, seen: jax.Array) -> jax.Array:
     length, width = x.shape

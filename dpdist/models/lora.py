@@ -2,6 +2,9 @@
 
 A layer x W becomes x W + (x A) B alpha / rank. B begins at zero, so that the
 model begins as it was. A name of each has "lora" in it, for model.trainable.
+
+Under an optimizer that scales each entry by itself, as Adam does, noise moves
+every entry of B as far whatever alpha is, and the layer by alpha times as much.
 """
 
 from collections.abc import Callable
@@ -10,9 +13,6 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-# Of the scale of all adapters. A learning rate would do as well.
-ALPHA = 16.0
-
 
 class Dense(nn.Module):
   """A dense layer, [..., in] to [..., features], with an adapter.
@@ -20,12 +20,14 @@ class Dense(nn.Module):
   Attributes:
     features: of the output.
     rank: of the adapter; 0: there is none.
+    alpha: scale of the adapter, times its rank.
     dtype: of the computation.
     kernel_init: of the kernel.
   """
 
   features: int
   rank: int = 0
+  alpha: float = 16.0
   dtype: jnp.dtype = jnp.dtype("float32")
   kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
 
@@ -42,4 +44,4 @@ class Dense(nn.Module):
     )
     up = self.param("lora_up", nn.initializers.zeros, (self.rank, shape[1]))
     inner = x @ down.astype(self.dtype)
-    return y + inner @ up.astype(self.dtype) * (ALPHA / self.rank)
+    return y + inner @ up.astype(self.dtype) * (self.alpha / self.rank)

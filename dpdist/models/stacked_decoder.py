@@ -13,7 +13,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpdist import mesh
-from dpdist.models import lora
 
 
 class StackedDecoder(nn.Module):
@@ -38,6 +37,7 @@ class StackedDecoder(nn.Module):
     norm_epsilon: added to mean squares.
     lora_rank: of the adapters of queries and values (see `dpdist.models.lora`);
       0: there are none.
+    lora_alpha: see `dpdist.models.lora`.
   """
 
   vocabulary: int
@@ -51,6 +51,7 @@ class StackedDecoder(nn.Module):
   rope_theta: float = 10_000.0
   norm_epsilon: float = 1e-6
   lora_rank: int = 0
+  lora_alpha: float = 16.0
 
   @property
   def partitioning(self) -> mesh.Rules:
@@ -93,6 +94,7 @@ class StackedDecoder(nn.Module):
       self.rope_theta,
       self.norm_epsilon,
       self.lora_rank,
+      self.lora_alpha,
       name="blocks",
     )(x, None)
     x = nn.RMSNorm(self.norm_epsilon, dtype=self.dtype)(x)
@@ -159,6 +161,7 @@ class _Block(nn.Module):
   rope_theta: float
   norm_epsilon: float
   lora_rank: int
+  lora_alpha: float
 
   @nn.compact
   def __call__(self, x: jax.Array, unused: None) -> tuple[jax.Array, None]:
@@ -211,7 +214,7 @@ class _Block(nn.Module):
       f"{name}_lora_up", nn.initializers.zeros, (self.lora_rank, *shape)
     )
     added = jnp.tensordot(x @ down, up.astype(self.dtype), 1)
-    return added * (lora.ALPHA / self.lora_rank)
+    return added * (self.lora_alpha / self.lora_rank)
 
   def _gated(self, x: jax.Array) -> jax.Array:
     width = x.shape[-1]
