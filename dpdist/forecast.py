@@ -48,6 +48,7 @@ def forecast(
   Raises:
     ValueError: names the setting, its value and what would be right.
   """
+  job.check(config)
   devices = chips.devices(topology, num_slices)
   chip = chips.CHIPS[topology.partition(":")[0]]
   plan = plan_lib.make_plan(config_lib.privacy_config(config))

@@ -270,7 +270,7 @@ def _load(
   config: ml_collections.ConfigDict,
 ) -> tuple[Mesh, datasets.Splits, str, str, Callable[[], None]]:
   """What may be found, or not, by each process: devices and data."""
-  _check(config)  # Before features are computed, which may take long.
+  check(config)  # Before features are computed, which may take long.
   mesh = mesh_lib.make(config.mesh)
   name, path = config.data.name, config.data.path
 
@@ -382,7 +382,7 @@ def loss_fn(
   return loss
 
 
-def _check(config: ml_collections.ConfigDict) -> None:
+def check(config: ml_collections.ConfigDict) -> None:
   """Raises ValueError for a setting that nothing else looks at so early."""
   if not 0 <= config.ema_decay < 1:
     raise ValueError(

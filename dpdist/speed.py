@@ -79,6 +79,7 @@ def prepare(config: ml_collections.ConfigDict) -> Bench:
       "clipping.exact_sum must be False to be measured: its programs are for"
       " one device each, got True"
     )
+  job.check(config)
   plan = plan_lib.make_plan(config_lib.privacy_config(config))
   mesh = mesh_lib.make(config.mesh)
   model = models.make(config.model)

@@ -161,6 +161,11 @@ def test_exact_sums_are_not_measured():
     speed.prepare(_config(**{"clipping.exact_sum": True}))
 
 
+def test_settings_are_held_to_what_a_run_would_hold_them_to():
+  with pytest.raises(ValueError, match=r"ema_decay must be .* got 1\.5"):
+    speed.prepare(_config(ema_decay=1.5))
+
+
 def test_rounds_must_be_at_least_one(bench):
   with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
     speed.compare(bench, rounds=0)
