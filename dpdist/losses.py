@@ -15,6 +15,10 @@ from dpdist import mesh as mesh_lib
 
 PyTree = Any
 
+# Of a device, for one pass over held-out examples: the logits of a large
+# vocabulary are far more than what a step holds.
+_LOGITS_BYTES = 1 << 28
+
 
 def cross_entropy(model: nn.Module) -> Callable[..., tuple[jax.Array, None]]:
   """The mean cross-entropy of a model's logits, for one example.
@@ -131,7 +135,8 @@ def evaluator(
   Args:
     model: as in `cross_entropy`.
     test: arrays "inputs" and "targets", all held-out examples.
-    mesh: the examples are divided over it, in passes of about 1,024.
+    mesh: the examples are divided over it, in passes of about 1,024, or as
+      many as have 256 MiB of logits on a device.
 
   Returns:
     A function params -> {"accuracy", "loss"}, means over all targets, but for
@@ -139,8 +144,6 @@ def evaluator(
   """
   size = test["targets"].shape[0]
   shards = mesh_lib.num_example_shards(mesh)
-  rows = min(1024, size)
-  rows += -rows % shards
   sharding = mesh_lib.examples(mesh)
 
   @jax.jit
@@ -159,8 +162,17 @@ def evaluator(
   def put(x: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
+  def rows_of_a_pass(params: PyTree) -> int:
+    logits: Any = jax.eval_shape(
+      model.apply, {"params": params}, test["inputs"][0]
+    )
+    fitting = max(1, _LOGITS_BYTES // (4 * logits.size)) * shards
+    rows = min(1024, size, fitting)
+    return rows + -rows % shards
+
   def evaluate(params: PyTree) -> dict[str, float]:
     loss, hits = 0.0, 0
+    rows = rows_of_a_pass(params)
     for start in range(0, size, rows):
       kept = np.arange(start, start + rows)
       batch = {

@@ -145,6 +145,38 @@ def test_evaluator_averages_over_every_held_out_example_once(size):
   assert got["accuracy"] == np.mean(logits.argmax(1) == test["targets"])
 
 
+def test_a_pass_holds_no_more_logits_than_fit():
+  class Wide:
+    """Logits [64, 49,152] of a token, as of a pretrained vocabulary."""
+
+    def apply(self, variables, inputs):
+      classes = jnp.arange(49_152) == inputs
+      return variables["params"] * jnp.tile(classes, (64, 1))
+
+  size = 50
+  test = {
+    "inputs": np.arange(size, dtype=np.int32),
+    "targets": np.tile(np.arange(size, dtype=np.int32)[:, None], (1, 64)),
+  }
+  mesh = mesh_lib.make({"data": 2, "fsdp": 1, "model": 1}, jax.devices()[:2])
+  run = losses.evaluator(Wide(), test, mesh)
+  shapes = []
+  put = jax.make_array_from_callback
+
+  def watched(shape, *args):
+    shapes.append(shape)
+    return put(shape, *args)
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(jax, "make_array_from_callback", watched)
+    got = run(jnp.float32(20.0))
+  rows = {shape[0] for shape in shapes}
+  assert len(rows) == 1
+  # Half of them on each of two devices, of 12 MiB each.
+  assert rows.pop() * 64 * 49_152 * 4 / 2 <= 1 << 28
+  assert got["accuracy"] == 1.0
+
+
 def test_cross_entropy_of_a_sequence_is_its_mean():
   model = _make(name="decoder")
   inputs = _INPUTS["decoder"]
