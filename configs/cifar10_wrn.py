@@ -1,4 +1,4 @@
-"""A private WRN-16-4 on CIFAR-10, from scratch: the recipe for a GPU or more.
+r"""A private WRN-16-4 on CIFAR-10, from scratch: the recipe for a GPU or more.
 
   python -m launch.fetch --name=cifar10
   python -m launch.train --config=configs/cifar10_wrn.py --workdir=/tmp/wrn
@@ -15,6 +15,17 @@ and PLD, which is used here,
 
 Pixels are scaled to [-1, 1] by the format, and no statistic of the data is
 used. No run of it has come to its end: it wants a GPU, and none was to be had.
+On one core of a CPU, 200 steps of 64 images as they are, with little noise,
+
+  --config.augmentation.multiplicity=0 --config.augmentation.flip=False \
+  --config.augmentation.crop=0 --config.privacy.expected_batch_size=64 \
+  --config.privacy.num_steps=200 --config.privacy.noise_multiplier=0.1 \
+  --config.clipping.microbatch_size=0 --config.chunk_size=32 \
+  --config.ema_decay=0.98 --config.eval_every=200
+
+had 0.430 of the held-out images right, and 0.480 with averaged parameters
+(insecure_seed 1; 35 minutes beside other runs): so it learns. What they spend,
+epsilon 207, promises nothing.
 
 For epsilon 2 by their accounting: --config.privacy.noise_multiplier=6
 --config.privacy.num_steps=1125 (Renyi 2.000, PLD 1.836).
