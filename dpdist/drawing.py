@@ -1,7 +1,8 @@
-"""A run's released metrics over its steps, as drawings inside a page.
+"""What a run wrote over its steps, as drawings inside a page.
 
 Letters are the reader's own and colours follow the page's, light or dark, so
-that nothing is fetched. Only released metrics are drawn.
+that nothing is fetched. `plots` draws released metrics alone; `speed` draws
+what is as private as the data.
 """
 
 from collections.abc import Mapping, Sequence
@@ -59,7 +60,45 @@ def plots(rows: _Rows, epsilon_budget: float) -> str:
     ),
     _plot("Learning rate", rows, {"learning_rate": ""}),
   )
-  inner = "\n".join(filter(None, found))
+  return _grid(found)
+
+
+def speed(rows: _Rows) -> str:
+  """The drawings of times and memory, likewise. PRIVATE: not to be released.
+
+  Args:
+    rows: {"step", "examples_per_second", "step_seconds", "input_wait_seconds",
+      "host_gib", "device_peak_gib"}; any but the first may be missing.
+  """
+  return _grid(
+    (
+      _plot(
+        "Examples a second",
+        rows,
+        {"examples_per_second": ""},
+        from_zero=True,
+        note="Of the expected batch, without evaluation and saving.",
+      ),
+      _plot(
+        "Seconds a step",
+        rows,
+        {"step_seconds": "all", "input_wait_seconds": "waiting for examples"},
+        from_zero=True,
+        note="Of the slowest process.",
+      ),
+      _plot(
+        "Memory, GiB",
+        rows,
+        {"host_gib": "process", "device_peak_gib": "device, peak"},
+        from_zero=True,
+        note="Of the fullest process and device.",
+      ),
+    )
+  )
+
+
+def _grid(drawings: Sequence[str]) -> str:
+  inner = "\n".join(filter(None, drawings))
   return f"<div class='grid plots'>\n{inner}\n</div>" if inner else ""
 
 

@@ -1,8 +1,9 @@
-"""A file of scalars for TensorBoard."""
+"""Files of scalars for TensorBoard: written, and read back as it does."""
 
 from collections.abc import Mapping
 import contextlib
 import pathlib
+import struct
 import time
 from typing import Self
 
@@ -66,3 +67,39 @@ class Events:
     # A full disk is full here too; what it spoilt first is what to tell.
     with contextlib.suppress(*[OSError] if kind else []):
       self._writer.close()
+
+
+def read(folder: pathlib.Path) -> list[event_pb2.Event]:
+  """The records of all files of a folder, in the order of the files.
+
+  A record is its length (8 bytes), a checksum (4), itself, and a checksum (4).
+  One that a kill cut short is left out.
+  """
+  found = []
+  for path in sorted(folder.glob("events*")):
+    data, at = path.read_bytes(), 0
+    while at + 12 <= len(data):
+      (length,) = struct.unpack_from("<Q", data, at)
+      if at + length + 16 > len(data):
+        break
+      found.append(event_pb2.Event.FromString(data[at + 12 : at + 12 + length]))
+      at += length + 16
+  return found
+
+
+def scalars(folder: pathlib.Path) -> dict[tuple[str, int], float]:
+  """What TensorBoard shows of a folder: values by name and step.
+
+  A file hides what those before it hold of its first step and later.
+  """
+  values: dict[tuple[str, int], float] = {}
+  for event in read(folder):
+    if event.HasField("session_log"):
+      values = {
+        (name, step): value
+        for (name, step), value in values.items()
+        if step < event.step
+      }
+    for value in event.summary.value:
+      values[value.tag, event.step] = value.simple_value
+  return values

@@ -1,8 +1,8 @@
-"""One page that says what a run learned and what it spent.
+"""One page that says what a run learned and what it spent; one of its speed.
 
-The page opens without a network: styles and plots are inside it, letters are
-the reader's own, and nothing is fetched. Only released metrics are drawn, so
-the page may be shown wherever the result may.
+Pages open without a network: styles and plots are inside, letters are the
+reader's own, and nothing is fetched. Only released metrics are drawn on the
+first, so it may be shown wherever the result may. The second is its owner's.
 """
 
 from collections.abc import Mapping, Sequence
@@ -13,9 +13,11 @@ import pathlib
 from typing import Any
 
 from dpdist import drawing
+from dpdist import events
 from dpdist import metrics as metrics_lib
 
 _FILE = "report.html"
+_SPEED_FILE = "speed.html"
 _STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff;
   --text: #1c2330; --muted: #5d6778; --grid: #e4e7ec; --first: #2563eb;
@@ -89,7 +91,11 @@ pre { margin: .75rem 0 0; font: .8rem/1.5 ui-monospace, Menlo, Consolas,
 _SPEED = (
   "How fast the run was is not on this page: how long a step takes tells how"
   " many examples were drawn, and that is private. It is in the run's"
-  " directory, in operations/, which is not for others."
+  f" directory, in operations/{_SPEED_FILE}, which is not for others."
+)
+_NOT_FOR_OTHERS = (
+  "How long a step takes tells how many examples were drawn, which no noise"
+  " covers: keep this page as you keep the data."
 )
 
 
@@ -139,13 +145,45 @@ def write(
       f"<h2>Result</h2>\n<div class='card'>{_numbers(result)}</div>",
     )
   )
+  return _put(pathlib.Path(workdir) / _FILE, "Private training report", body)
+
+
+def write_speed(folder: pathlib.Path) -> pathlib.Path:
+  """Writes `speed.html`, for the run's owner alone.
+
+  Args:
+    folder: `dpdist.operations.FOLDER` of the run, which only its owner can
+      enter; what TensorBoard would show of it is drawn.
+
+  Returns:
+    The page's path.
+  """
+  rows: dict[int, dict[str, float]] = {}
+  for (name, step), value in events.scalars(folder).items():
+    row = rows.setdefault(step, {"step": step})
+    name = name.rpartition("/")[-1]
+    if name.endswith("_bytes"):
+      name, value = name.removesuffix("_bytes") + "_gib", value / 2**30
+    # Of several processes.
+    row[name] = max(value, row.get(name, value))
+  body = (
+    "<header><h1>Speed of a private training run</h1>"
+    "<span class='badge red'>Not for others</span></header>\n"
+    "<section class='notices red' role='alert'><strong>As private as the data"
+    f"</strong><p>{_text(_NOT_FOR_OTHERS)}</p></section>\n"
+    "<h2>Over the run's steps</h2>\n"
+    + drawing.speed([rows[step] for step in sorted(rows)])
+  )
+  return _put(folder / _SPEED_FILE, "Speed of a private training run", body)
+
+
+def _put(path: pathlib.Path, title: str, body: str) -> pathlib.Path:
   page = (
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-    f"<title>Private training report</title>\n<style>{_STYLE}</style>\n"
+    f"<title>{title}</title>\n<style>{_STYLE}</style>\n"
     f"</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
   )
-  path = pathlib.Path(workdir) / _FILE
   # Renamed into place, so that a reader never opens half a page.
   temporary = path.with_name(path.name + ".tmp")
   temporary.write_text(page, encoding="utf-8")

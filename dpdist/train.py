@@ -322,6 +322,7 @@ def _run(
       notices=notices,
       epsilon_budget=epsilon_planned,
     )
+    report.write_speed(workdir / operations.FOLDER)
     screen.show_end(summary.end_rows(result, workdir))
     screen.show_text(statement)
     return result

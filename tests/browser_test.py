@@ -11,6 +11,7 @@ import struct
 
 import pytest
 
+from dpdist import events
 from dpdist import metrics
 from dpdist import report
 from tests import browser
@@ -107,6 +108,25 @@ def test_the_report_fits_the_window(tmp_path, page, width, height, scheme):
   wide, high = struct.unpack(">II", picture.read_bytes()[16:24])
   assert wide == 2 * width
   assert high > 2 * height
+
+
+def test_the_owner_s_page_fits_a_phone(tmp_path, page):
+  with events.Events(tmp_path, purge_step=1, tells_time=True) as writer:
+    for step in range(600, 60_001, 600):
+      row = {
+        "examples_per_second": 9000.0 + step % 7,
+        "process_0/step_seconds": 1.25,
+        "process_0/input_wait_seconds": 0.01,
+        "process_0/host_bytes": 3e9,
+      }
+      writer.write(step, row)
+  path = report.write_speed(tmp_path)
+  _look(page, path, 390, 844, "light", "speed")
+  assert page.ask("document.documentElement.scrollWidth") <= 390
+  assert page.ask(_OUTSIDE.replace("WIDTH", "390")) == []
+  assert page.ask(_CUT) == []
+  assert page.ask("document.querySelectorAll('svg').length") == 3
+  assert page.errors == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

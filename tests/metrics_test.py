@@ -6,17 +6,16 @@ from tensorboardX.proto import event_pb2
 
 from dpdist import events
 from dpdist import metrics
-from tests import events as tensorboard
 
 FILE = "metrics.jsonl"
 
 
 def _events(workdir):
-  return tensorboard.read(workdir / "tensorboard")
+  return events.read(workdir / "tensorboard")
 
 
 def _scalars(workdir):
-  return tensorboard.scalars(workdir / "tensorboard")
+  return events.scalars(workdir / "tensorboard")
 
 
 def test_the_two_sets_are_exactly_these():

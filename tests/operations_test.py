@@ -5,9 +5,9 @@ import stat
 
 import pytest
 
+from dpdist import events
 from dpdist import operations
 from dpdist import progress as progress_lib
-from tests import events
 from tests import training
 
 _NAMES = ("step_seconds", "input_wait_seconds", "own_seconds", "host_bytes")
@@ -68,6 +68,9 @@ def test_a_run_tells_them_to_its_owner_alone(run):
   }
   assert len({step for _, step in scalars}) == training.NUM_STEPS
   assert scalars["process_0/step_seconds", training.NUM_STEPS] > 0
+  page = (folder / "speed.html").read_text(encoding="utf-8")
+  assert "Not for others" in page
+  assert "Examples a second" in page
 
 
 def test_nothing_of_them_is_in_what_is_released(run):
@@ -80,6 +83,7 @@ def test_nothing_of_them_is_in_what_is_released(run):
   assert {"metrics.jsonl", "result.json", "report.html"} <= names
   assert any("tensorboard" in path.parts for path in released)
   private = (*_NAMES, "straggler_ratio", "examples_per_second")
+  private += ("Examples a second", "Seconds a step")
   for path in released:
     content = path.read_bytes()
     # The report says that it has them not, and who has.

@@ -5,6 +5,7 @@ import re
 import pytest
 
 from dpdist import drawing
+from dpdist import events
 from dpdist import metrics
 from dpdist import report
 
@@ -234,9 +235,80 @@ def test_the_page_says_where_the_speed_is_and_why_not_there(tmp_path):
   _run(tmp_path)
   page = _Page(_write(tmp_path).read_text(encoding="utf-8"))
   assert "tells how many examples were drawn" in page.text
-  assert "operations/" in page.text
+  assert "operations/speed.html" in page.text
   with pytest.raises(ValueError, match="examples_per_second"):
     _run(tmp_path / "b", examples_per_second=1.0)
+
+
+def _measure(folder, rates, start_step=0):
+  with events.Events(
+    folder, purge_step=start_step + 1, tells_time=True
+  ) as writer:
+    for step, rate in enumerate(rates, start=start_step + 1):
+      row = {"examples_per_second": rate}
+      for process in (0, 1):
+        name = f"process_{process}"
+        row[f"{name}/step_seconds"] = 2.0 + process
+        row[f"{name}/input_wait_seconds"] = 0.5
+        row[f"{name}/host_bytes"] = 2.0**30 * (3 - process)
+      writer.write(step, row)
+
+
+def test_the_owner_s_page_has_the_speed_and_says_that_it_is_private(tmp_path):
+  _measure(tmp_path, [100.0, 101.0, 7000.0, 7000.0, 7000.0])
+  # Stopped behind the second step, and gone on.
+  _measure(tmp_path, [102.0, 103.0], start_step=2)
+  path = report.write_speed(tmp_path)
+  assert path == tmp_path / "speed.html"
+  page = _Page(path.read_text(encoding="utf-8"))
+  assert set(page.plots) == {
+    "Examples a second",
+    "Seconds a step",
+    "Memory, GiB",
+  }
+  assert "Not for others" in page.text
+  assert "keep this page as you keep the data" in page.text
+  assert "7000" not in page.text
+  for title, color, count in (
+    ("Examples a second", "first", 4),
+    ("Seconds a step", "first", 4),
+    ("Seconds a step", "second", 4),
+    ("Memory, GiB", "first", 4),
+  ):
+    (line,) = _lines(page, title, color)
+    assert len(line) == count
+
+
+def test_of_several_processes_the_slowest_and_the_fullest_are_drawn(
+  tmp_path, monkeypatch
+):
+  _measure(tmp_path, [100.0])
+  drawn = []
+  monkeypatch.setattr(drawing, "speed", lambda rows: drawn.append(rows) or "")
+  report.write_speed(tmp_path)
+  assert drawn == [
+    [
+      {
+        "step": 1,
+        "examples_per_second": 100.0,
+        "step_seconds": 3.0,
+        "input_wait_seconds": 0.5,
+        "host_gib": 3.0,
+      }
+    ]
+  ]
+
+
+def test_a_record_that_a_kill_cut_short_is_left_out(tmp_path):
+  _measure(tmp_path, [1.0, 2.0])
+  (path,) = tmp_path.iterdir()
+  path.write_bytes(path.read_bytes()[:-5])
+  rates = [
+    (step, value)
+    for (name, step), value in events.scalars(tmp_path).items()
+    if name == "examples_per_second"
+  ]
+  assert rates == [(1, 1.0)]
 
 
 def test_provenance_keeps_the_machine_s_own_paths_to_itself(tmp_path):
