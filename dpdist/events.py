@@ -8,6 +8,7 @@ import time
 from typing import Self
 
 from tensorboardX import event_file_writer
+from tensorboardX import record_writer
 from tensorboardX.proto import event_pb2
 from tensorboardX.proto import summary_pb2
 
@@ -73,7 +74,7 @@ def read(folder: pathlib.Path) -> list[event_pb2.Event]:
   """The records of all files of a folder, in the order of the files.
 
   A record is its length (8 bytes), a checksum (4), itself, and a checksum (4).
-  One that a kill cut short is left out.
+  One that a kill or a power cut spoilt is left out, with what follows it.
   """
   found = []
   for path in sorted(folder.glob("events*")):
@@ -82,7 +83,11 @@ def read(folder: pathlib.Path) -> list[event_pb2.Event]:
       (length,) = struct.unpack_from("<Q", data, at)
       if at + length + 16 > len(data):
         break
-      found.append(event_pb2.Event.FromString(data[at + 12 : at + 12 + length]))
+      record = data[at + 12 : at + 12 + length]
+      (checksum,) = struct.unpack_from("<I", data, at + 12 + length)
+      if checksum != record_writer.masked_crc32c(record):
+        break
+      found.append(event_pb2.Event.FromString(record))
       at += length + 16
   return found
 
