@@ -17,6 +17,7 @@ what the norms never saw would be left in the sum.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -41,7 +42,8 @@ def clipped_sum(
   """Sums clipped per-example gradients; see `bookkeeping.clipped_sum`."""
   found, outs = _norms(problem, examples, keep.shape)
   scales, found = problem.scaling.scales(found, keep)
-  kept = scales[0] != 0
+  # The scale of one group may be too small for a number.
+  kept = functools.reduce(jnp.logical_or, [scale != 0 for scale in scales])
   # An example that is left out may hold NaN, and NaN * 0 is NaN. In the second
   # pass another one stands in for it, with scale 0.
   index = jnp.where(kept, jnp.arange(kept.size), jnp.argmax(kept))
