@@ -23,6 +23,7 @@ from dpdist.clipping import gradients
 from dpdist.clipping import manual_axes
 from dpdist.clipping import reference
 from dpdist.clipping import shards
+from dpdist.clipping import sharing
 from dpdist.clipping.program import Block
 from dpdist.clipping.program import Site
 from dpdist.clipping.rules import Rule
@@ -96,7 +97,7 @@ def clipped_sum(
     kept.append(formed if rule.way == "keep" else None)
   scales, norms = problem.scaling.scales(squares, keep)
   sums = weighted_sum(problem, operands, cotangents, kept, scales)
-  return sums, outs, norms
+  return problem.scaling.enlarged(sums, problem.groups), outs, norms
 
 
 def backward(
@@ -126,7 +127,10 @@ def backward(
 
   loss, pull, (outs, operands) = jax.vjp(losses, taps, has_aux=True)
   (cotangents,) = pull(jnp.ones_like(loss))
-  return operands, cotangents, outs
+  once = lambda by_key: {
+    key: sharing.computed_once(x) for key, x in by_key.items()
+  }
+  return once(operands), once(cotangents), outs
 
 
 def norms_of(
@@ -165,7 +169,10 @@ def norms_of(
 
   def one(args: tuple[dict[Key, jax.Array], dict[Key, jax.Array]]) -> Any:
     of_weights = _of_weights(problem, rule, *args)
-    by_leaf = to_leaves(problem, of_weights, rule.leaves)
+    by_leaf = {
+      i: sharing.computed_once(x)
+      for i, x in to_leaves(problem, of_weights, rule.leaves).items()
+    }
     squares: dict[int, jax.Array] = {}
     for i, x in by_leaf.items():
       group = problem.groups[i]
@@ -205,6 +212,8 @@ def norm(
     gradients.placed(site, of_weights[site.key], rule.sites[0])
     for site in rule.sites
   )
+  if rule.way == "keep":
+    formed = sharing.computed_once(formed)
   square = gradients.square(formed)
   unit_roundoff = problem.unit_roundoff(rule)
   if rule.way == "drop":
