@@ -49,24 +49,23 @@ class Scaling:
     return tuple(2.0 ** max(0, math.ceil(math.log2(x))) for x in greatest)
 
   def scales(
-    self, squares: Sequence[jax.Array], keep: jax.Array
+    self, norms: Sequence[jax.Array], keep: jax.Array
   ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Computes the factors, but for `enlargements`.
 
     Args:
-      squares: squared norms [B] of each group, float32 or wider.
+      norms: [B] of each group, float32 or wider.
       keep: [B] bool.
 
     Returns:
       Factors, at most 1, and norms, [B] a group. An example is left out of all
       groups if the norm of one is not finite.
     """
-    norms = [jnp.sqrt(square) for square in squares]
     bounds = [
       bound / more
       for bound, more in zip(self.bounds, self.enlargements, strict=True)
     ]
-    return self._factors(bounds, norms, keep), norms
+    return self._factors(bounds, norms, keep), list(norms)
 
   def enlarged(
     self, sums: Sequence[jax.Array], groups: Sequence[int]

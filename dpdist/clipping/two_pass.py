@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from dpdist.clipping import bookkeeping
 from dpdist.clipping import evaluate
 from dpdist.clipping import manual_axes
+from dpdist.clipping import norms
 from dpdist.clipping import reference
 from dpdist.clipping import shards
 from dpdist.clipping import sharing
@@ -42,8 +43,8 @@ def clipped_sum(
   """Sums clipped per-example gradients; see `bookkeeping.clipped_sum`."""
   if not _takes_two_passes(problem):
     return bookkeeping.clipped_sum(problem, examples, keep)
-  squares, kept, outs = _squared_norms(problem, examples, keep.shape)
-  scales, norms = problem.scaling.scales(squares, keep)
+  found, kept, outs = _norms(problem, examples, keep.shape)
+  scales, found = problem.scaling.scales(found, keep)
   (scale,) = scales
   sums = {i: reference.weighted_sum(x, scale) for i, x in kept.items()}
   some = scale != 0
@@ -59,7 +60,7 @@ def clipped_sum(
   for i, leaf in enumerate(problem.leaves):
     if i in kept:
       (others[i],) = shards.sums([leaf], [sums[i]])
-  return problem.scaling.enlarged(others, problem.groups), outs, norms
+  return problem.scaling.enlarged(others, problem.groups), outs, found
 
 
 def _takes_two_passes(problem: bookkeeping.Problem) -> bool:
@@ -79,7 +80,7 @@ def _takes_two_passes(problem: bookkeeping.Problem) -> bool:
   )
 
 
-def _squared_norms(
+def _norms(
   problem: bookkeeping.Problem,
   examples: Sequence[jax.Array],
   shape: tuple[int, ...],
@@ -87,10 +88,10 @@ def _squared_norms(
   """The first pass.
 
   Returns:
-    Squared norms, [B] a group. Gradients [B, ...] by the number of their
-    parameter, where weights are computed from it: on the way there terms may
-    cancel, and a sum over the examples that goes it would be rounded otherwise.
-    The outputs of the loss.
+    Norms, [B] a group. Gradients [B, ...] by the number of their parameter,
+    where weights are computed from it: on the way there terms may cancel, and a
+    sum over the examples that goes it would be rounded otherwise. The outputs
+    of the loss.
   """
   inside = {
     rule.sites[0].key: _summed_by_a_product(rule)
@@ -98,7 +99,7 @@ def _squared_norms(
     if _is_local(rule)
   }
   taps = {
-    site.key: jnp.zeros(shape, jnp.float32)
+    site.key: jnp.zeros((*shape, *site.lengths), jnp.float32)
     if site.key in inside
     else jnp.zeros((*shape, *site.tap_shape), site.out.dtype)
     for site in problem.block.all_sites()
@@ -124,7 +125,6 @@ def _squared_norms(
         problem.inputs(example),
         taps,
         product=product,
-        per_iteration=frozenset(taps) - frozenset(inside),
       )
       return outs, {k: x for k, x in operands.items() if k not in inside}
 
@@ -134,21 +134,23 @@ def _squared_norms(
   loss, pull, (outs, operands) = jax.vjp(losses, taps, has_aux=True)
   (cotangents,) = pull(jnp.ones_like(loss))
   operands = jax.tree.map(sharing.computed_once, operands)
-  squares = [jnp.zeros(shape, jnp.float32) for _ in problem.scaling.bounds]
+  total = [jnp.zeros(shape, jnp.float32) for _ in problem.scaling.bounds]
   kept: dict[int, jax.Array] = {}
   for rule in map(_summed_by_a_product, problem.rules):
     first = rule.sites[0]
     if first.key in inside:
       group = problem.groups[min(rule.leaves)]
-      squares[group] = squares[group] + cotangents[first.key]
+      # Each iteration of a loop has a weight of its own.
+      norm = norms.of(cotangents[first.key].reshape(*shape, -1), -1)
+      total[group] = norms.hypot(total[group], norm)
       continue
     mine = {s.key: sharing.computed_once(cotangents[s.key]) for s in rule.sites}
     found, formed = bookkeeping.norms_of(problem, rule, operands, mine)
-    for group, square in found.items():
-      squares[group] = squares[group] + square
+    for group, norm in found.items():
+      total[group] = norms.hypot(total[group], norm)
     if rule.view == "parameters":
       kept |= formed
-  return squares, kept, outs
+  return total, kept, outs
 
 
 def _as_in_the_other_pass(x: jax.Array) -> jax.Array:
@@ -184,8 +186,7 @@ def _with_norm(
   operand: jax.Array,
   tap: jax.Array,
 ) -> jax.Array:
-  """A product whose backward pass leaves the squared norm as the gradient of
-  the tap. Iterations of a loop add theirs up: each has a weight of its own."""
+  """A product whose backward pass leaves the norm as the tap's gradient."""
   (site,) = rule.sites
   lone = dataclasses.replace(
     site, lengths=(), weight=site.weight._replace(loops=())
@@ -212,13 +213,13 @@ def _with_norm(
       (of_operand,) = pull(cotangent)
     else:
       of_operand = None
-    square, _ = bookkeeping.norm(
+    norm, _ = bookkeeping.norm(
       problem,
       dataclasses.replace(rule, sites=(lone,)),
       {site.key: operand},
       {site.key: cotangent},
     )
-    return None, of_operand, square.astype(jnp.float32)
+    return None, of_operand, norm.astype(jnp.float32)
 
   product.defvjp(forward, backward)
   return product(weight, operand, tap)
