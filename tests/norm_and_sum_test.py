@@ -215,3 +215,22 @@ def test_a_factor_above_one_meets_no_large_gradient(method, options, row):
   length = np.sqrt(sum(np.sum(np.square(x)) for x in jax.tree.leaves(moved)))
   assert length <= 1.0001 * fn.sensitivity()
   assert np.all(np.asarray(without["a"]) > 0)
+
+
+@pytest.mark.parametrize("method", _METHODS)
+@pytest.mark.parametrize("columns", [16, 64])
+def test_what_underflows_is_not_missed_where_it_cancels(columns, method):
+  """One term is lost when it is scaled, and not the one that it cancels with:
+  of an operand or, where that is the smaller, of a gradient."""
+  loss = lambda p, e: jnp.sum((e[0] @ p["w"]) * e[1]) + jnp.dot(p["v"], e[2])
+  params = {"w": jnp.zeros((32, columns)), "v": jnp.zeros(2)}
+  large, small = ([2.0**120, 2.0**50], [2.0**-30, -(2.0**40)])
+  if columns > 32:
+    large, small = small, large
+  column = lambda numbers, n: jnp.tile(jnp.array(numbers)[None, :, None], n)
+  batch = column(large, 32), column(small, columns), jnp.ones((1, 2))
+  fn = clipping.clipped_grad(loss, l2_clip_norm=2.0**-33, method=method)
+  got = jax.jit(fn)(params, batch).sum
+  for x in (got["w"], got["v"]):
+    assert np.all(np.isfinite(x))
+    assert np.linalg.norm(x) <= 1.0001 * 2.0**-33

@@ -7,6 +7,10 @@ import math
 import jax
 import jax.numpy as jnp
 
+# The part of the greatest norm of a scaled gradient by which what underflows
+# may move it.
+_LOST = 2.0**-20
+
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
@@ -49,23 +53,36 @@ class Scaling:
     return tuple(2.0 ** max(0, math.ceil(math.log2(x))) for x in greatest)
 
   def scales(
-    self, norms: Sequence[jax.Array], keep: jax.Array
+    self,
+    norms: Sequence[jax.Array],
+    keep: jax.Array,
+    lost: Sequence[jax.Array] = (),
   ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Computes the factors, but for `enlargements`.
 
     Args:
       norms: [B] of each group, float32 or wider.
       keep: [B] bool.
+      lost: for each group, [B]: by how much a scaled gradient can differ from
+        what it should be because numbers on the way there are too small for
+        their dtype; empty if nothing is lost.
 
     Returns:
       Factors, at most 1, and norms, [B] a group. An example is left out of all
-      groups if the norm of one is not finite.
+      groups if the norm of one is not finite, and of a group if it is scaled
+      and loses too much: what it should cancel with would be left.
     """
     bounds = [
       bound / more
       for bound, more in zip(self.bounds, self.enlargements, strict=True)
     ]
-    return self._factors(bounds, norms, keep), list(norms)
+    factors = self._factors(bounds, norms, keep)
+    if lost:
+      factors = [
+        jnp.where((factor < 1) & ~(less <= _LOST * bound), 0, factor)
+        for factor, less, bound in zip(factors, lost, bounds, strict=True)
+      ]
+    return factors, list(norms)
 
   def enlarged(
     self, sums: Sequence[jax.Array], groups: Sequence[int]
@@ -102,5 +119,8 @@ class Scaling:
         divisor = jnp.maximum(norm, clip_norm)
       else:
         divisor = norm + self.normalize_gamma
-      scales.append(jnp.where(keep, bound / divisor, 0))
+      factor = bound / divisor
+      # A subnormal number would be rounded by a large part of itself.
+      fits = factor >= jnp.finfo(factor.dtype).tiny
+      scales.append(jnp.where(keep & fits, factor, 0))
     return scales

@@ -17,6 +17,7 @@ what the norms never saw would be left in the sum.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -43,8 +44,8 @@ def clipped_sum(
   """Sums clipped per-example gradients; see `bookkeeping.clipped_sum`."""
   if not _takes_two_passes(problem):
     return bookkeeping.clipped_sum(problem, examples, keep)
-  found, kept, outs = _norms(problem, examples, keep.shape)
-  scales, found = problem.scaling.scales(found, keep)
+  found, lost, kept, outs = _norms(problem, examples, keep.shape)
+  scales, found = problem.scaling.scales(found, keep, lost)
   (scale,) = scales
   sums = {i: reference.weighted_sum(x, scale) for i, x in kept.items()}
   some = scale != 0
@@ -84,14 +85,16 @@ def _norms(
   problem: bookkeeping.Problem,
   examples: Sequence[jax.Array],
   shape: tuple[int, ...],
-) -> tuple[list[jax.Array], dict[int, jax.Array], list[jax.Array]]:
+) -> tuple[
+  list[jax.Array], list[jax.Array], dict[int, jax.Array], list[jax.Array]
+]:
   """The first pass.
 
   Returns:
-    Norms, [B] a group. Gradients [B, ...] by the number of their parameter,
-    where weights are computed from it: on the way there terms may cancel, and a
-    sum over the examples that goes it would be rounded otherwise. The outputs
-    of the loss.
+    Norms, and what underflow may take from a sum, [B] a group. Gradients
+    [B, ...] by the number of their parameter, where weights are computed from
+    it: on the way there terms may cancel, and a sum over the examples that goes
+    it would be rounded otherwise. The outputs of the loss.
   """
   inside = {
     rule.sites[0].key: _summed_by_a_product(rule)
@@ -99,7 +102,7 @@ def _norms(
     if _is_local(rule)
   }
   taps = {
-    site.key: jnp.zeros((*shape, *site.lengths), jnp.float32)
+    site.key: jnp.zeros((*shape, *site.lengths, 2), jnp.float32)
     if site.key in inside
     else jnp.zeros((*shape, *site.tap_shape), site.out.dtype)
     for site in problem.block.all_sites()
@@ -135,22 +138,29 @@ def _norms(
   (cotangents,) = pull(jnp.ones_like(loss))
   operands = jax.tree.map(sharing.computed_once, operands)
   total = [jnp.zeros(shape, jnp.float32) for _ in problem.scaling.bounds]
+  lost = [jnp.zeros(shape, jnp.float32) for _ in total]
   kept: dict[int, jax.Array] = {}
   for rule in map(_summed_by_a_product, problem.rules):
+    group = problem.groups[min(rule.leaves)]
     first = rule.sites[0]
     if first.key in inside:
-      group = problem.groups[min(rule.leaves)]
       # Each iteration of a loop has a weight of its own.
-      norm = norms.of(cotangents[first.key].reshape(*shape, -1), -1)
-      total[group] = norms.hypot(total[group], norm)
+      both = cotangents[first.key].reshape(*shape, -1, 2)
+      total[group] = norms.hypot(total[group], norms.of(both[..., 0], -1))
+      lost[group] += jnp.sum(both[..., 1], -1)
       continue
     mine = {s.key: sharing.computed_once(cotangents[s.key]) for s in rule.sites}
     found, formed = bookkeeping.norms_of(problem, rule, operands, mine)
-    for group, norm in found.items():
-      total[group] = norms.hypot(total[group], norm)
+    for i, norm in found.items():
+      total[i] = norms.hypot(total[i], norm)
     if rule.view == "parameters":
       kept |= formed
-  return total, kept, outs
+      continue
+    for site in rule.sites:
+      if site.eqn is not None:
+        of_one = functools.partial(bookkeeping.lost, site)
+        lost[group] += jax.vmap(of_one)(operands[site.key])
+  return total, lost, kept, outs
 
 
 def _as_in_the_other_pass(x: jax.Array) -> jax.Array:
@@ -186,7 +196,8 @@ def _with_norm(
   operand: jax.Array,
   tap: jax.Array,
 ) -> jax.Array:
-  """A product whose backward pass leaves the norm as the tap's gradient."""
+  """A product whose backward pass leaves the norm, and what underflow may take
+  from the sum, as the tap's gradient."""
   (site,) = rule.sites
   lone = dataclasses.replace(
     site, lengths=(), weight=site.weight._replace(loops=())
@@ -219,7 +230,8 @@ def _with_norm(
       {site.key: operand},
       {site.key: cotangent},
     )
-    return None, of_operand, norm.astype(jnp.float32)
+    lost = bookkeeping.lost(lone, operand)
+    return None, of_operand, jnp.stack([norm.astype(jnp.float32), lost])
 
   product.defvjp(forward, backward)
   return product(weight, operand, tap)
