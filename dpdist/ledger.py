@@ -226,6 +226,7 @@ class Ledger(history.History):
       branch = self.branches[-1]
       if (
         branch.segment == len(self.segments) - 1
+        and branch.version == history.IDENTITY_VERSION
         and branch.fingerprint == fingerprint
         and digest in branch.bases
       ):
@@ -236,6 +237,7 @@ class Ledger(history.History):
       start_step=step,
       fingerprint=fingerprint,
       base=digest,
+      identity=history.IDENTITY_VERSION,
     )
     return self.branches[-1]
 
