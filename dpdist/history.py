@@ -28,7 +28,7 @@ _FIELDS: dict[str, dict[str, type]] = {
   "branch": {"branch": int, "start_step": int, "fingerprint": str, "base": str},
   "reserve": {"branch": int, "stop_step": int},
   "checkpoint": {"branch": int, "step": int, "digest": str, "writer": int},
-  "notice": {"text": str},
+  "notice": {"text": str},  # And perhaps "unsound": true.
   "stake": {"root": str, "data": str, "stake": str},
   "epsilons": {"spent": dict, "planned": dict},
   "end": {},
@@ -208,6 +208,12 @@ class History:
   def notices(self) -> list[str]:
     """What a reader of any figure from this run has to be told."""
     found = [r["text"] for r in self.records if r["kind"] == "notice"]
+    return list(dict.fromkeys(found))
+
+  @property
+  def unsound(self) -> list[str]:
+    """Those of `notices` by which the record is not sound, whole as it is."""
+    found = [r["text"] for r in self.records if r.get("unsound") is True]
     return list(dict.fromkeys(found))
 
   @property
