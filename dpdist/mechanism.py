@@ -63,14 +63,14 @@ class Mechanism:
 
   Guarantees with exact_group_size:
     Truncation is inside the sensitivity. N examples make at most M = ceil(N /
-    exact_group_size) groups, and removing one may shift all that follow it, so
-    that two clipped sums, M truncated groups of d entries each, differ by at
-    most the clip norm in use plus 2 M sqrt(d) units of the last limb. The clip
-    norm in use is (1 - 2**-10) C, and `sum_format` takes limbs until that is at
-    most 2**-10 C: together C, the clip norm of the plan. Noise is added in
-    integers as well, rounded down to their unit, so that all rounding is of a
-    noisy value. The float32 rounding inside a group is not covered, as it is
-    not without groups.
+    exact_group_size) groups, and removing one may shift all that follow it. A
+    group's sum is truncated, and so is what rounding left out of it, so that
+    two clipped sums of d entries differ by at most the clip norm in use plus
+    4 M sqrt(d) units of the last limb. The clip norm in use is (1 - 2**-10) C,
+    and `sum_format` takes limbs until that is at most 2**-11 C. The other
+    2**-11 C are for the float32 rounding inside groups; what that may take
+    beyond them is `dpdist.rounding.Bound.inside`. Noise is added in integers as
+    well, rounded down to their unit, so that all rounding is of a noisy value.
   """
 
   plan: plan_lib.PrivacyPlan
@@ -198,7 +198,7 @@ class Mechanism:
       # A group's sum, and what rounding left out of it.
       num_terms=2 * self._most_groups,
       num_entries=sum(leaf.size for leaf in jax.tree.leaves(params)),
-      tolerance=_ROOM * self.plan.l2_clip_norm,
+      tolerance=(_ROOM - rounding.ROOM) * self.plan.l2_clip_norm,
     )
 
 

@@ -28,6 +28,10 @@ _CUT_ROUNDOFF = 2.0**-23
 _TOLERANCE = 2.0**-14
 
 
+# Of clip norms: how much earlier exact sums clip, for what rounds inside a group.
+ROOM = 2.0**-11
+
+
 class Bound(NamedTuple):
   """What rounding can add to the sensitivity, in clip norms.
 
@@ -62,6 +66,7 @@ def bound(
   num_entries: int,
   num_devices: int = 1,
   is_cut: bool = False,
+  is_exact: bool = False,
 ) -> Bound:
   """What rounding can add to the sensitivity of a step.
 
@@ -72,15 +77,16 @@ def bound(
     num_entries: of the gradient.
     num_devices: among which the sums are added up in the end.
     is_cut: whether sums inside a part may drop bits, as on an accelerator.
+    is_exact: whether parts, or groups of them, are added up in integers.
   """
   most = most_examples(plan)
   part_size = min(part_size, most)
-  return Bound(
-    num_examples=most,
-    part_size=part_size,
-    across=_across(plan, most, num_entries, num_devices),
-    inside=_inside(plan, most, part_size, is_cut),
-  )
+  inside = _inside(plan, most, part_size, is_cut)
+  if is_exact:
+    # Examples are clipped earlier by as much; noise is added in integers.
+    return Bound(most, part_size, _sums(most, part_size), max(0, inside - ROOM))
+  across = _sums(most, part_size) + _ends(plan, most, num_entries, num_devices)
+  return Bound(most, part_size, across, inside)
 
 
 def _inside(
@@ -103,27 +109,29 @@ def _inside(
   return 2 * growth * roundoff * terms
 
 
-def _across(
+def _sums(most: int, size: int) -> float:
+  """Of parts in chunks and on devices, both neighbors' together."""
+  # A part is added to its chunk's sum, and that, high and low, to a device's.
+  # All parts are full but one; padding adds 0, which is exact. An addition errs
+  # by 2 u^2 of its result.
+  additions = 3 * (most // size + 1)
+  return 2 * additions * 2 * _ROUNDOFF**2 * most
+
+
+def _ends(
   plan: plan_lib.PrivacyPlan, most: int, num_entries: int, num_devices: int
 ) -> float:
-  """Of all that is done with two floats a number."""
-  square = _ROUNDOFF**2
-  # At worst a device adds up `most` parts, their lows and as many empty ones of
-  # padding, which change nothing; each addition errs by 2 u^2 of its result.
-  sums = 2 * square * (2 * most) * most
-  # Devices: each rest is at most a unit, and two of them, and the noise, are
-  # joined with 2 u^2 again.
+  """Of the sum over devices and of the noise, both neighbors' together."""
   units = grid(plan, num_devices, num_entries) if num_devices > 1 else ()
-  root = math.sqrt(num_entries)
   rests = 0.0
   if units:
     unit = units[-1] / plan.l2_clip_norm
     rests = _rests(unit, num_devices, num_entries)
   sigma = max(x.noise_multiplier for x in plan.settings)
   # A float32 normal ends at 5.42; replacing one doubles the noise.
-  noisy = most + 2 * 5.42 * sigma * root
-  joined = 2 * square * (len(units) + 1) * noisy
-  return 2 * (sums + rests + joined)
+  noisy = most + 2 * 5.42 * sigma * math.sqrt(num_entries)
+  # Units and rest are joined, and noise is added, with 2 u^2 of the result.
+  return 2 * (rests + 2 * _ROUNDOFF**2 * (len(units) + 1) * noisy)
 
 
 def grid(
