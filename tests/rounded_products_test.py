@@ -1,8 +1,8 @@
 """Sums of clipped gradients where products round their operands.
 
-GPUs and TPUs multiply float32 with 11 or 8 significant bits. Here a CPU does so:
-the operands of every product that does not ask for more are rounded first, as
-a device's matrix unit rounds them.
+GPUs and TPUs multiply float32 with 11 or 8 significant bits. A CPU does so
+here: the operands of every product that does not ask for more are rounded
+first, as a device's matrix unit rounds them.
 """
 
 import functools

@@ -40,6 +40,7 @@ KINDS = (
   "division by the drawn batch",
   "NaN passed by the clip",
   "infinite norm",
+  "norm of another gradient than the sum's",
   "padding counted",
   "padding in the noise divisor",
   "clip in bf16",
