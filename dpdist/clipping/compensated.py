@@ -67,6 +67,7 @@ def add_once(total: Sum, x: PyTree) -> Sum:
   pairs = jax.tree.map(_add, total.high, total.low, x)
   return Sum(*jax.tree.transpose(jax.tree.structure(x), _PAIR, pairs))
 
+
 def split(
   high: jax.Array, low: jax.Array, units: tuple[float, ...]
 ) -> tuple[jax.Array, ...]:

@@ -39,7 +39,8 @@ class ClippedGrads(NamedTuple):
   """The clipped sum and what was seen on the way.
 
   Only `sum`, or it and `low` together, has bounded sensitivity, and even it is
-  private until noise is added. `loss`, `grad_norms` and `aux` are per example and NOT private.
+  private until noise is added. `loss`, `grad_norms` and `aux` are per example
+  and NOT private.
 
   Attributes:
     sum: pytree like params, float32 or wider; None where a parameter is frozen.
