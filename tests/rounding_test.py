@@ -186,6 +186,7 @@ def test_microbatches_keep_what_float32_rounds_away(unroll):
     size=_CHUNK,
     axes=frozenset(),
     unroll=unroll,
+    keep_low=True,
   )
   total, loss, _, _ = jax.jit(lambda rows: run((rows,)))(rows)
   exact = math.fsum(rows)
