@@ -43,7 +43,7 @@ LAYERS = (
   ("accountants",),
   ("accounting", "sampling", "noise", "clipping", "peers"),
   ("plan",),
-  ("statements",),
+  ("rounding", "statements"),
   ("mechanism", "config", "dp_config", "composition", "history")
   + ("tradeoffs", "tradeoff_plot"),
   ("gradients", "stateful", "ledger", "manifest", "step", "metrics", "sources")

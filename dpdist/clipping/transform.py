@@ -39,7 +39,8 @@ class ClippedGrads(NamedTuple):
   """The clipped sum and what was seen on the way.
 
   Only `sum`, or it and `low` together, has bounded sensitivity, and even it is
-  private until noise is added. `loss`, `grad_norms` and `aux` are per example and NOT private.
+  private until noise is added. `loss`, `grad_norms` and `aux` are per example
+  and NOT private.
 
   Attributes:
     sum: pytree like params, float32 or wider; None where a parameter is frozen.
@@ -48,8 +49,9 @@ class ClippedGrads(NamedTuple):
       pytree shaped like l2_clip_norm of such arrays.
     aux: what loss_fn returned beside the loss, stacked along B; None without
       has_aux.
-    low: what float32 left out of `sum` where microbatches were added up: a
-      pytree like it, to be added to the same total; None: nothing. As private.
+    low: what rounding left out of `sum` where microbatches of a given size were
+      added up: a pytree like it, to be added to the same total; None: nothing.
+      As private.
   """
 
   sum: PyTree
@@ -199,6 +201,8 @@ class ClippedGrad:
       # TPU it plans the use of fast memory better without one.
       unroll=(self._platform == "cpu" and traced.block.convolves())
       or (self._platform == "tpu" and self.microbatch_size is None),
+      # What was chosen for speed is fast, and promises nothing.
+      keep_low=self.microbatch_size is not None,
     )
     return ClippedGrads(
       parts.of_trainable(total.high),
@@ -398,7 +402,8 @@ def clipped_grad(
       "two_pass" where the loss rematerialises, "bookkeeping" elsewhere; what it
       does with each parameter is told by fn.explain(params, batch).
     microbatch_size: how many examples are worked on at once; must divide the
-      batch. None: the whole batch, or fewer where that is faster.
+      batch. Microbatches are added up with two floats a number. None: the whole
+      batch, or fewer where that is faster.
     rescale_to_unit_norm: divide by the clip norm, so that the learning rate
       does not depend on it.
     platform: "cpu", "gpu" or "tpu", whose costs and rounding the choices go

@@ -46,6 +46,7 @@ KINDS = (
   "clip in bf16",
   "noise in bf16",
   "accumulation in bf16",
+  "sums that drift in float32",
   "gradients summed over shards before clipping",
   "per-example gradients under plain jit with a sharded batch",
   "a tied weight counted once",
