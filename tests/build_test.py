@@ -29,7 +29,7 @@ LAYERS = (
   + ("audit_bounds", "fields")
   + ("seals", "liveness", "stores", "progress", "signals", "maintenance")
   + ("events", "chips", "compiled", "products", "archives")
-  + ("scattering", "augment", "pictures"),
+  + ("scattering", "augment", "pictures", "chance"),
   ("pairs", "fetch", "scaled_scattering"),
   ("records", "renyi", "loss_distributions", "verdict"),
   ("accountants",),
@@ -46,10 +46,10 @@ LAYERS = (
   ("features",),
   ("data", "data_budget", "datasets", "retrying", "screen", "drawing")
   + ("checkpoint", "exact_step", "odometer", "watch"),
-  ("report",),
+  ("report", "data_checks"),
   ("admission", "verification", "display"),
   ("job", "frontends"),
-  ("summary", "shapes"),
+  ("summary", "shapes", "dry_run"),
   ("forecast", "released", "speed"),
   ("model_card", "autotune"),
   ("export",),
