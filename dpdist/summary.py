@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpdist import chance
 from dpdist import composition
 from dpdist import job as job_lib
 from dpdist import ledger as ledger_lib
@@ -139,6 +140,11 @@ def result(
   for name, score in scores.items():
     group, metric = name.split("/")
     values.setdefault(group, {})[metric] = score
+  targets = job.test["targets"]
+  best = values.get("test_ema", values["test"])
+  values["held_out_problem"] = chance.problem(values["test"], targets) and (
+    chance.problem(best, targets)
+  )
   return values
 
 
@@ -164,6 +170,8 @@ def end_rows(
   if "test_ema" in values:
     accuracy = values["test_ema"]["accuracy"]
     rows.append(("test accuracy, average", f"{accuracy:.4f}"))
+  if values.get("held_out_problem"):
+    rows.append(("WARNING", values["held_out_problem"]))
   return rows + [
     ("result", str(workdir / "result.json")),
     ("report", str(workdir / "report.html")),

@@ -146,6 +146,8 @@ def _numbers(plan: plan_lib.PrivacyPlan) -> dict[str, Any]:
 
 
 def _spent(workdir: str) -> dict[str, Any]:
+  if ledgers.none_began(workdir, _LEDGER.value):
+    return {"steps_spent": 0, "note": "no run has begun in this directory"}
   ledger = ledgers.open_begun(workdir, _LEDGER.value)
   told = ledger.epsilons
   if told is None or any(x.keys() != {"pld", "rdp"} for x in told.values()):

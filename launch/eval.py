@@ -66,6 +66,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
   for group, what in (("test", ""), ("test_ema", ", average")):
     for name, value in facts.get(group, {}).items():
       rows.append((f"{name}{what}", f"{value:.4f}"))
+  for found in facts.get("held_out_problems", {}).values():
+    rows.append(("WARNING", found))
   return [
     *rows,
     (

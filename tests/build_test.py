@@ -37,7 +37,7 @@ LAYERS = (
     "maintenance",
   )
   + ("events", "chips", "compiled", "products", "archives")
-  + ("scattering", "augment", "pictures"),
+  + ("scattering", "augment", "pictures", "chance"),
   ("pairs", "fetch", "scaled_scattering"),
   ("records", "renyi", "loss_distributions", "verdict"),
   ("accountants",),
@@ -54,10 +54,10 @@ LAYERS = (
   ("features",),
   ("data", "data_budget", "datasets", "retrying", "screen", "drawing")
   + ("checkpoint", "exact_step", "odometer", "watch"),
-  ("report",),
+  ("report", "data_checks"),
   ("admission", "verification", "display"),
   ("job", "frontends"),
-  ("summary", "shapes"),
+  ("summary", "shapes", "dry_run"),
   ("forecast", "released", "speed"),
   ("model_card", "autotune"),
   ("export",),

@@ -221,7 +221,7 @@ def _parameters(weights, trainable=_TRAINABLE):
   config = config_lib.default().model
   config.trainable = trainable
   return parameters.Parameters(
-    functools.partial(job_lib.make_params, _model()),
+    functools.partial(parameters.make_params, _model()),
     np.array([1, 2], np.uint32),
     _tokens()["inputs"][0],
     weights,

@@ -238,7 +238,7 @@ def test_a_run_whose_mesh_divides_the_parameters_goes_on_on_another(
 
 
 def test_every_step_is_charged_before_it_is_computed(tmp_path, monkeypatch):
-  charged = []
+  charged, tried = [], []
   make = step_lib.Step.apply.func
 
   def watch(self):
@@ -246,6 +246,10 @@ def test_every_step_is_charged_before_it_is_computed(tmp_path, monkeypatch):
 
     def apply(state, *args):
       on_disk = ledger_lib.Ledger(tmp_path / "ledger").spent_steps
+      if not np.any(jax.random.key_data(args[1])):
+        # Of zeros, under a key that everybody knows.
+        tried.append(on_disk)
+        return compiled(state, *args)
       charged.append(on_disk)
       assert on_disk > int(state.step)
       return compiled(state, *args)
@@ -257,6 +261,7 @@ def test_every_step_is_charged_before_it_is_computed(tmp_path, monkeypatch):
   monkeypatch.setattr(step_lib.Step, "apply", watched)
   dpdist.train(_config(), tmp_path)
   assert len(charged) == 12
+  assert tried == [0]
 
 
 def test_changed_code_or_devices_open_a_branch_and_stay_in_budget(

@@ -73,6 +73,7 @@ KINDS = (
   "training loss in the metrics by default",
   "batch norm let through",
   "a setting that no flag can unset",
+  "charged for nothing",
 )
 
 _FIELDS = ("Bug", "Listed as", "Had by", "Tests")
