@@ -15,6 +15,7 @@ import pytest
 import dpdist
 from dpdist import config as config_lib
 from dpdist import hosts
+from dpdist import job as job_lib
 from dpdist import ledger as ledger_lib
 from dpdist import metrics
 from dpdist import preemption
@@ -129,6 +130,44 @@ def test_files_that_another_process_saw_change_stop_this_one_too(
     assert not any("/data" in text for text in ledger.notices)
     monkeypatch.setattr(hosts, "any_process", lambda flag: False)
     loop._check_data(job)
+
+
+class _StopError(Exception):
+  pass
+
+
+def test_a_run_is_told_apart_by_all_that_its_steps_are_made_of(
+  data, tmp_path, monkeypatch
+):
+  """By settings, plan, data, every process and every digest of the job."""
+  made_of = {
+    name: name
+    for name in job_lib.Job._fields
+    if name in {"weights_sha256", "frozen_sha256", "features_sha256"}
+  }
+  assert len(made_of) == 3
+  prepare, given = job_lib.prepare, []
+  monkeypatch.setattr(
+    job_lib, "prepare", lambda *args: prepare(*args)._replace(**made_of)
+  )
+
+  def stop(*args):
+    given.extend(args)
+    raise _StopError
+
+  monkeypatch.setattr(provenance, "fingerprint", stop)
+  config = _config(data)
+  with pytest.raises(_StopError):
+    dpdist.train(config, tmp_path)
+  ledger = ledger_lib.Ledger(tmp_path / "ledger")
+  assert given[:3] == [
+    config.to_dict(),
+    ledger.plan.fingerprint(),
+    ledger.segment.data,
+  ]
+  assert [environment["num_processes"] for environment in given[3]] == [1]
+  assert given[4] == made_of
+  assert ledger.spent_steps == 0
 
 
 def test_a_run_that_goes_on_between_two_charges_is_charged_first(
