@@ -71,6 +71,10 @@ KINDS = (
   "training loss in the metrics by default",
   "batch norm let through",
   "a setting that no flag can unset",
+  "data changed under the run",
+  "budget that forgets charges",
+  "epsilon told too low",
+  "secret that others can read",
 )
 
 _FIELDS = ("Bug", "Listed as", "Had by", "Tests")
