@@ -21,15 +21,37 @@ _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "ml_dtypes")
 _GPU_PACKAGES = ("jax-cuda", "jax-rocm", "nvidia-")
 # Those of JAX's own options that change what a program computes.
 _JAX_CONFIG = (
+  "eager_constant_folding",
+  "jax_allow_f16_reductions",
+  "jax_bcoo_cusparse_lowering",
+  "jax_compiler_enable_remat_pass",
+  "jax_cpu_collectives_implementation",
+  "jax_custom_vjp3",
   "jax_default_matmul_precision",
   "jax_default_prng_impl",
+  "jax_disable_jit",
   "jax_disable_most_optimizations",
+  "jax_embedded_constants_max_bytes",
+  "jax_enable_pgle",
   "jax_enable_x64",
   "jax_exec_time_optimization_effort",
+  "jax_high_dynamic_range_gumbel",
+  "jax_memory_fitting_effort",
+  "jax_memory_fitting_level",
   "jax_numpy_dtype_promotion",
   "jax_optimization_level",
+  "jax_pallas_use_mosaic_gpu",
+  "jax_ragged_dot_use_gpu_pallas_triton_lowering",
+  "jax_ragged_dot_use_ragged_dot_instruction",
+  "jax_random_seed_offset",
+  "jax_remat3",
+  "jax_scan3",
+  "jax_softmax_custom_jvp",
+  "jax_threefry_gpu_kernel_lowering",
   "jax_threefry_partitionable",
+  "jax_use_direct_linearize",
   "jax_use_shardy_partitioner",
+  "jax_use_simplified_jaxpr_constants",
 )
 # Of the environment's variables, those that may change it too.
 _VARIABLES = (
@@ -70,13 +92,17 @@ _TOPOLOGY_VARIABLES = ("JAX_NUM_CPU_DEVICES", "JAX_NUM_PROCESSES")
 
 def environment(mesh: Mesh) -> dict[str, Any]:
   """Versions, code and devices, JSON-able."""
-  device = jax.local_devices()[0]
+  devices = jax.local_devices()
+  device = devices[0]
+  # One for all where they are alike, else one for each.
+  kinds = [x.device_kind for x in devices]
+  kinds = kinds[:1] if len(set(kinds)) == 1 else kinds
   xla_flags = os.environ.get("XLA_FLAGS", "")
   return {
     "packages": _versions(),
     "python": platform.python_version(),
     "code_sha256": code_digest(),
-    "device_kind": device.device_kind,
+    "device_kind": ", ".join(kinds),
     "mesh": dict(mesh.shape),
     "backend": device.client.platform_version,
     "xla_flags": xla_flags,
@@ -99,7 +125,7 @@ def fingerprint(
   plan_fingerprint: str,
   data_manifest: str,
   environments: Sequence[Mapping[str, Any]],
-  made_of: Sequence[str] = (),
+  made_of: Mapping[str, str] | None = None,
 ) -> str:
   """A digest that is equal only if a step run again gives the same bits.
 
@@ -111,9 +137,9 @@ def fingerprint(
     plan_fingerprint: of the plan.
     data_manifest: of the training set.
     environments: from `environment`, of every process in order.
-    made_of: SHA-256 of the parameters that were read from disk or are frozen,
-      and of the features in the place of inputs, if there are any; their paths
-      do not count.
+    made_of: by name, SHA-256 of the parameters that were read from disk or are
+      frozen, and of the features in the place of inputs, if there are any;
+      their paths do not count.
 
   Returns:
     SHA-256, hex.
@@ -133,7 +159,7 @@ def fingerprint(
       numbers = {k: v for k, v in numbers.items() if k not in _TOPOLOGY}
   parts: list[Any] = [
     *(numbers, plan_fingerprint, data_manifest),
-    *(list(environments), list(made_of)),
+    *(list(environments), dict(made_of or {})),
   ]
   text = _canonical(parts)
   return hashlib.sha256(text.encode()).hexdigest()

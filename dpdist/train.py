@@ -152,7 +152,6 @@ def _run(
   plan, step, ledger = job.plan, job.step, job.ledger
   environment = provenance.environment(job.mesh)
   environments = hosts.gather(json.dumps(environment))
-  made_of = (job.weights_sha256, job.frozen_sha256, job.features_sha256)
 
   state = job.init()
   saved, rejected = job.found
@@ -181,7 +180,7 @@ def _run(
         plan.fingerprint(),
         job.train_manifest,
         [json.loads(text) for text in environments],
-        [sha for sha in made_of if sha],
+        job.made_of,
       ),
     )
     if rejected and ledger.last_step == 0:

@@ -97,7 +97,11 @@ def test_a_run_leaves_its_result_and_report(finished):
   assert result["test_ema"]["accuracy"] > 0.5
   assert "<svg" in (workdir / "report.html").read_text()
   assert list((workdir / "tensorboard").iterdir())
-  assert [row["step"] for row in metrics.read(workdir)] == [4, 8, 12]
+  rows = metrics.read(workdir)
+  assert [row["step"] for row in rows] == [4, 8, 12]
+  # Of all updates that the parameters of that step have seen.
+  for row in rows:
+    assert row["epsilon"] >= _plan().epsilon(num_steps=row["step"])
   assert ledger_lib.Ledger(workdir / "ledger").spent_steps == 12
 
 

@@ -74,6 +74,10 @@ KINDS = (
   "batch norm let through",
   "a setting that no flag can unset",
   "charged for nothing",
+  "data changed under the run",
+  "budget that forgets charges",
+  "epsilon told too low",
+  "secret that others can read",
 )
 
 _FIELDS = ("Bug", "Listed as", "Had by", "Tests")
