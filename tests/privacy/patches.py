@@ -50,6 +50,7 @@ KINDS = (
   "a tied weight counted once",
   "a parameter left out of the norm",
   "bias left out",
+  "a part of the loss left out",
   "per-layer sensitivity not joint",
   "sampler without replacement accounted as Poisson",
   "shuffling accounted as Poisson",
