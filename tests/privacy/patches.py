@@ -63,6 +63,7 @@ KINDS = (
   "replace-one accounted as add-remove",
   "ledger written after the step",
   "fsync left out",
+  "charged for nothing",
   "replay with a fresh key uncharged",
   "replay with the same key on other data",
   "two writers",
