@@ -37,6 +37,7 @@ from dpdist import mechanism as mechanism_lib
 from dpdist import noise
 from dpdist import plan as plan_lib
 from dpdist import sources
+from dpdist.clipping import compensated
 from dpdist.frontends import keras_loss
 from dpdist.frontends import keras_model
 from dpdist.frontends import run as run_lib
@@ -165,12 +166,12 @@ class PrivateModel:
     def accumulate(
       trainable: list[jax.Array],
       non_trainable: list[jax.Array],
-      total: list[jax.Array],
+      total: compensated.Sum,
       batch: tuple[PyTree, PyTree],
       is_padding_example: jax.Array,
       key: jax.Array,
       first_row: jax.Array,
-    ) -> tuple[list[jax.Array], jax.Array]:
+    ) -> tuple[compensated.Sum, jax.Array]:
       rows = first_row + jnp.arange(is_padding_example.shape[0])
       got = clipped_grad(non_trainable)(
         trainable,
@@ -179,17 +180,17 @@ class PrivateModel:
         rng=jax.vmap(jax.random.fold_in, (None, 0))(key, rows),
       )
       loss = jnp.sum(jnp.where(is_padding_example, 0, got.loss))
-      return jax.tree.map(jnp.add, total, got.sum), loss
+      return compensated.add(total, got.sum, got.low), loss
 
     def update(
       trainable: list[jax.Array],
       optimizer: list[jax.Array],
-      total: list[jax.Array],
+      total: compensated.Sum,
       key: jax.Array,
       step: jax.Array,
     ) -> tuple[list[jax.Array], list[jax.Array]]:
       bound = mechanism(clipped_grad([]))
-      noisy, _ = bound.noise(key).update(total, noise.GaussianNoiseState(step))
+      noisy, _ = bound.add_noise(total, noise.GaussianNoiseState(step), key)
       return model.optimizer.stateless_apply(
         optimizer, bound.mean(noisy), trainable
       )
@@ -248,10 +249,12 @@ class PrivateModel:
     data = _Arrays(x, y, self.plan.num_examples)
     ends = self._ends(epochs, steps_per_epoch)
     keras_model.refuse_changing_state(self.model, data.example())
-    zeros = [
-      jnp.zeros(v.shape, jnp.promote_types(v.dtype, jnp.float32))
-      for v in self.model.trainable_variables
-    ]
+    zeros = compensated.zeros_like(
+      [
+        jax.ShapeDtypeStruct(v.shape, jnp.promote_types(v.dtype, jnp.float32))
+        for v in self.model.trainable_variables
+      ]
+    )
     self._rehearse(data, zeros)
     told = keras.callbacks.CallbackList(
       list(callbacks or ()),
@@ -280,12 +283,12 @@ class PrivateModel:
     told.on_train_end()
     return self.model.history
 
-  def _rehearse(self, data: "_Arrays", zeros: list[jax.Array]) -> None:
+  def _rehearse(self, data: "_Arrays", zeros: compensated.Sum) -> None:
     """Makes a step of made-up zeros: what fails, fails before it is charged."""
     chunk, padding = next(data.chunks(np.zeros(0, np.int64), self._chunk_size))
     chunk = jax.tree.map(np.zeros_like, chunk)
     state, key = self._state(), jax.random.key(0)
-    total = zeros
+    total: compensated.Sum = zeros
     for row in range(2):  # Other programs run at a second call than at a first.
       total, _ = self._accumulate(
         *(state["trainable"], state["non_trainable"], total),
@@ -321,7 +324,7 @@ class PrivateModel:
     self,
     going: run_lib.GoingOn,
     data: "_Arrays",
-    zeros: list[jax.Array],
+    zeros: compensated.Sum,
     stop: int,
   ) -> float:
     """Makes the updates before stop; returns the mean loss, not private."""
