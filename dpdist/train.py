@@ -324,10 +324,10 @@ def _run(
       num_steps=int(state.step),
       scores=scores,
       params_sha256=params_sha256,
-      environment=environment,
+      environment=provenance.public(environment),
     )
     summary.write_result(workdir / "result.json", result)
-    statement = composition.statement(ledger.planned)
+    statement = composition.statement(ledger.planned, result["epsilon"])
     report.write(
       workdir,
       result=result,
