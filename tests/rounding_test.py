@@ -293,6 +293,16 @@ def test_the_bound_follows_plan_and_shapes():
   assert moved == pytest.approx(32 * 33 * 2.0**-24, rel=1e-3)
 
 
+def test_parts_so_small_that_adding_them_up_loses_much_are_refused():
+  large = _plan(num_examples=10**6, expected_batch_size=10.0**6)
+  make = functools.partial(mechanism.make, large, _linear)
+  with pytest.raises(ValueError, match="microbatch_size must be at least 64"):
+    make(microbatch_size=2)
+  assert make(microbatch_size=64).clipped_grad.microbatch_size == 64
+  assert rounding.bound(large, part_size=64, num_entries=1).across < 1e-3
+  assert rounding.bound(large, part_size=32, num_entries=1).across > 1e-3
+
+
 @pytest.mark.parametrize("num_devices", [2, 8, 2048])
 @pytest.mark.parametrize("num_entries", [1, 10**6, 10**10])
 def test_pieces_of_devices_add_up_exactly(num_devices, num_entries):
