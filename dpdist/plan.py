@@ -216,7 +216,11 @@ class PrivacyPlan(Sampling):
     return _pair_of(self, setting.noise_multiplier, self.probability(setting))
 
   def epsilon(self, num_steps: int | None = None) -> float:
-    """Returns the epsilon spent at `delta` by the first steps of the plan.
+    """Returns the epsilon, at `delta`, of a run that stops after some steps.
+
+    That of all the plan's steps, since where it stopped may have been chosen by
+    looking at what it released (Rogers et al. 2016, arXiv:1605.08294). `curve`
+    has that of a number of steps that was fixed beforehand.
 
     Args:
       num_steps: in [0, `self.num_steps`]; None means all of them.
@@ -224,12 +228,15 @@ class PrivacyPlan(Sampling):
     Raises:
       ValueError: if the plan does not cover that many steps.
     """
-    return self.curve([self.delta], num_steps)[0]
+    begun = min(self._covered(num_steps), 1) * self.num_steps
+    return self.curve([self.delta], begun)[0]
 
   def curve(
     self, deltas: Sequence[float], num_steps: int | None = None
   ) -> list[float]:
-    """Returns the epsilons that the first steps spend at several deltas.
+    """Returns the epsilons of the first steps at several deltas.
+
+    They hold if the number of steps was fixed before the first one.
 
     Args:
       deltas: each in (0, 1).
@@ -439,13 +446,16 @@ def _check(record: PrivacyConfig | PrivacyPlan) -> None:
 def _pair_of(
   record: PrivacyConfig | PrivacyPlan, noise_multiplier: float, q: float
 ) -> pairs_lib.Pair:
-  is_truncated = record.sampling == "truncated_poisson"
+  larger = None  # Of two neighbouring data sets; the other may have a row more.
+  if record.sampling == "truncated_poisson":
+    is_kept = record.neighboring_relation != "add_or_remove_one"
+    larger = record.num_examples + (not is_kept)
   return pairs_lib.of(
     noise_multiplier=noise_multiplier,
     sampling_probability=q,
     sampling=record.sampling,
     neighboring_relation=record.neighboring_relation,
-    num_examples=record.num_examples if is_truncated else None,
+    num_examples=larger,
     truncated_batch_size=record.truncated_batch_size,
     cycle_length=record.cycle_length,
     examples_per_user=record.examples_per_user,

@@ -40,6 +40,7 @@ KINDS = (
   "division by the drawn batch",
   "NaN passed by the clip",
   "infinite norm",
+  "norm of another gradient than the sum's",
   "padding counted",
   "padding in the noise divisor",
   "clip in bf16",
@@ -51,6 +52,7 @@ KINDS = (
   "a tied weight counted once",
   "a parameter left out of the norm",
   "bias left out",
+  "a part of the loss left out",
   "per-layer sensitivity not joint",
   "sampler without replacement accounted as Poisson",
   "shuffling accounted as Poisson",
@@ -63,6 +65,7 @@ KINDS = (
   "replace-one accounted as add-remove",
   "ledger written after the step",
   "fsync left out",
+  "charged for nothing",
   "replay with a fresh key uncharged",
   "replay with the same key on other data",
   "two writers",
@@ -71,6 +74,12 @@ KINDS = (
   "seed in a checkpoint",
   "training loss in the metrics by default",
   "batch norm let through",
+  "a setting that no flag can unset",
+  "charged for nothing",
+  "data changed under the run",
+  "budget that forgets charges",
+  "epsilon told too low",
+  "secret that others can read",
 )
 
 _FIELDS = ("Bug", "Listed as", "Had by", "Tests")
