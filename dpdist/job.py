@@ -64,6 +64,7 @@ class Job(NamedTuple):
     mesh: all devices.
     train_source: the private examples or users; `close` when all is over.
     train_manifest: names their content, hex.
+    earlier: returns its other names; see `admission.known_as`.
     features_sha256: of the features in their inputs' place; "" without any.
     test: all held-out examples, arrays "inputs" and "targets".
     evaluate: from parameters to held-out metrics; see `losses.evaluator`.
@@ -94,6 +95,7 @@ class Job(NamedTuple):
   mesh: Mesh
   train_source: sources.Source
   train_manifest: str
+  earlier: Callable[[], list[str]]
   features_sha256: str
   test: dict[str, np.ndarray]
   evaluate: Callable[..., dict[str, float]]
@@ -156,7 +158,7 @@ def _prepared(
   ledger: ledger_lib.Ledger | None,
 ) -> Job:
   """The job, not begun; nothing is written."""
-  mesh, splits, train_manifest, features_sha256, close = hosts.in_all(
+  mesh, splits, train_manifest, earlier, features_sha256, close = hosts.in_all(
     lambda: _load(config)
   )
   environment = provenance.environment(mesh)
@@ -168,6 +170,7 @@ def _prepared(
     training_data=train_manifest,
     training_features=features_sha256,
   )
+  train_manifest = admission.known_as(ledger, train_manifest, earlier)
   plan, changes, found = admission.decide(
     config, workdir, ledger, train_manifest
   )
@@ -198,6 +201,7 @@ def _prepared(
     mesh,
     splits.train,
     train_manifest,
+    earlier,
     features_sha256,
     test,
     losses.evaluator(model, test, mesh),
@@ -225,7 +229,9 @@ def _begun(
   def agree_on_secret() -> str:
     nonlocal budget
     assert ledger is not None
-    budget = admission.shared_budget(config, ledger, job.train_manifest)
+    budget = admission.shared_budget(
+      config, ledger, job.train_manifest, job.earlier
+    )
     if budget is not None and ledger.is_new:
       # Here too, so that a run that does not fit leaves nothing behind.
       whole = plan_lib.Part(plan, plan.num_steps)
@@ -266,7 +272,14 @@ def _begun(
 
 def _load(
   config: ml_collections.ConfigDict,
-) -> tuple[Mesh, datasets.Splits, str, str, Callable[[], None]]:
+) -> tuple[
+  Mesh,
+  datasets.Splits,
+  str,
+  Callable[[], list[str]],
+  str,
+  Callable[[], None],
+]:
   """What may be found, or not, by each process: devices and data."""
   check(config)  # Before features are computed, which may take long.
   mesh = mesh_lib.make(config.mesh)
@@ -292,6 +305,7 @@ def _load(
   else:
     train = examples = retried(train)
   num_rows, manifest = len(train), train.manifest()
+  earlier = functools.partial(sources.earlier_manifests, train)
   if group_size > 1:
     if unit == "user":
       raise ValueError(
@@ -312,7 +326,7 @@ def _load(
       f" {config.privacy.num_examples}"
     )
   splits = datasets.Splits(train, retried(test))
-  return mesh, splits, manifest, features_sha256, examples.close
+  return mesh, splits, manifest, earlier, features_sha256, examples.close
 
 
 def make_step(
@@ -417,7 +431,7 @@ def chunk_size(
   Raises:
     ValueError: what is set cannot be divided evenly.
   """
-  multiple, name = chunk_multiple(config, mesh)
+  multiple, name = mesh_lib.chunk_multiple(config.clipping, mesh)
   if config.chunk_size:
     if config.chunk_size < 0 or config.chunk_size % multiple:
       raise ValueError(
@@ -434,14 +448,3 @@ def chunk_size(
     size = math.ceil(batch + 3 * math.sqrt(batch))
   size = min(size, plan.truncated_batch_size or size, plan.num_units)
   return size + -size % multiple
-
-
-def chunk_multiple(
-  config: ml_collections.ConfigDict, mesh: Mesh
-) -> tuple[int, str]:
-  """What a chunk is a multiple of, and by which setting of clipping."""
-  size, name = config.clipping.microbatch_size, "microbatch_size"
-  if config.clipping.exact_sum:
-    # A group is worked on at once, or in microbatches that divide it.
-    size, name = config.clipping.exact_group_size, "exact_group_size"
-  return mesh_lib.num_example_shards(mesh) * max(1, size), name

@@ -27,7 +27,15 @@ RUNNER = "tests/run.py"
 LAYERS = (
   ("keys", "hosts", "rendezvous", "mesh", "fixed_point", "search")
   + ("audit_bounds", "fields")
-  + ("seals", "liveness", "stores", "progress", "signals", "maintenance")
+  + (
+    "seals",
+    "liveness",
+    "file_stamps",
+    "stores",
+    "progress",
+    "signals",
+    "maintenance",
+  )
   + ("events", "chips", "compiled", "products", "archives")
   + ("scattering", "augment", "pictures", "chance"),
   ("pairs", "fetch", "scaled_scattering"),
