@@ -31,6 +31,7 @@ LAYERS = (
   + ("events", "chips", "compiled", "products", "archives")
   + ("scattering", "augment", "pictures"),
   ("pairs", "fetch", "scaled_scattering"),
+  ("mixtures",),
   ("records", "renyi", "loss_distributions", "verdict"),
   ("accountants",),
   ("accounting", "sampling", "noise", "clipping", "peers"),
