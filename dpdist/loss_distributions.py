@@ -226,16 +226,21 @@ def _best_order(
     way: the steps.
     bound: from the logarithm of the moment, and the order.
   """
-  logs = sum(count * _rough_moments(side) for side, count in way)
+  logs = _added([(count, _rough_moments(side)) for side, count in way])
   values = [bound(k, x) for k, x in zip(logs, _ORDERS, strict=True)]
   coarse = _least(values)
   orders = _ORDERS[coarse] * 2.0 ** np.arange(-1.75, 2, 0.25)
-  logs = sum(
-    count * mixtures.log_moments(_roughly(side), orders) for side, count in way
+  logs = _added(
+    [(n, mixtures.log_moments(_roughly(side), orders)) for side, n in way]
   )
   values = [bound(k, x) for k, x in zip(logs, orders, strict=True)]
   best = _least(values)
   return float(orders[best]), float(values[best])
+
+
+def _added(terms: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
+  found: np.ndarray = np.sum([count * term for count, term in terms], axis=0)
+  return found
 
 
 def _least(values: list[float]) -> int:
@@ -289,11 +294,11 @@ def _sum(way: _Way, order: float, log_delta: float) -> Sum:
 
 
 def _product(factors: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
-  """Of powers; few places of that of many steps are not as good as 0."""
+  """Of powers, of which all but few places are as good as 0 for many steps."""
   with np.errstate(divide="ignore"):
-    logs = sum(count * np.log(np.abs(x)) for x, count in factors)
+    logs = _added([(count, np.log(np.abs(x))) for x, count in factors])
   places = np.flatnonzero(logs > 2 * _LOG_OFF)
-  turns = sum(count * np.angle(x[places]) for x, count in factors)
+  turns = _added([(count, np.angle(x[places])) for x, count in factors])
   found = np.zeros(len(logs), complex)
   found[places] = np.exp(logs[places] + 1j * turns)
   return found
@@ -303,7 +308,7 @@ def _cell(steps: _Losses, order: float, num_steps: int) -> float:
   """How far the losses of the grid are apart."""
   moments, squares = [], []
   for atoms, count in steps:
-    (log,) = mixtures.log_moments(atoms, [order])
+    (log,) = mixtures.log_moments(atoms, np.array([order]))
     weights = atoms.masses * np.exp(order * atoms.losses - log)
     moments.append(count * float(log))
     squares.append(count * float(np.sum(weights * atoms.losses**2)))
@@ -320,7 +325,7 @@ def _window(steps: _Losses, order: float) -> tuple[float, float]:
   """Between which all but a tiny part of the weighted sum lies (Chernoff)."""
   mean, variance, least, most, base = 0.0, 0.0, 0.0, 0.0, 0.0
   for atoms, count in steps:
-    (log,) = mixtures.log_moments(atoms, [order])
+    (log,) = mixtures.log_moments(atoms, np.array([order]))
     weights = atoms.masses * np.exp(order * atoms.losses - log)
     middle = float(np.sum(weights * atoms.losses))
     mean += count * middle
@@ -333,12 +338,9 @@ def _window(steps: _Losses, order: float) -> tuple[float, float]:
   )
   room = 1 - _LOG_OFF
   above, below = (
-    sum(
-      count * mixtures.log_moments(atoms, order + sign * shifts)
-      for atoms, count in steps
-    )
+    _added([(n, mixtures.log_moments(atoms, order + x)) for atoms, n in steps])
     - base
-    for sign in (1, -1)
+    for x in (shifts, -shifts)
   )
   high = min(most, float(np.min((above + room) / shifts)))
   low = max(least, float(np.max((below + room) / -shifts)))

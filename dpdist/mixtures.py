@@ -14,7 +14,6 @@ ratio within a bin is spread thereby, which tells P from Q no worse at any order
 Imports no jax.
 """
 
-from collections.abc import Sequence
 import functools
 import math
 from typing import NamedTuple, TypeAlias
@@ -160,10 +159,9 @@ def _log_ratio(mixture: Mixture, sigma: float, x: np.ndarray) -> np.ndarray:
     w * np.exp(a - peak) for (w, _), a in zip(mixture, exponents, strict=True)
   )
   found = peak + np.log(scaled)
-  rise = sum(
-    w * np.expm1(np.minimum(a, 500.0))
-    for (w, _), a in zip(mixture, exponents, strict=True)
-  )
+  rise = np.zeros_like(x)
+  for (w, _), a in zip(mixture, exponents, strict=True):
+    rise += w * np.expm1(np.minimum(a, 500.0))
   is_near = (peak < 500) & (rise > -0.5)
   found[is_near] = np.log1p(rise[is_near])
   return found
@@ -273,7 +271,7 @@ def _part_above(
   return np.clip(part, 0.0, 1.0)
 
 
-def log_moments(found: Atoms, orders: Sequence[float]) -> np.ndarray:
+def log_moments(found: Atoms, orders: np.ndarray) -> np.ndarray:
   """Of e^(order * loss), without what is infinite, as logarithms."""
   is_there = found.masses > 0
   logs, losses = np.log(found.masses[is_there]), found.losses[is_there]
