@@ -41,6 +41,8 @@ def test_settings_that_change_no_bit_keep_the_fingerprint(changes):
 @pytest.mark.parametrize(
   "changes",
   [
+    {"augmentation.multiplicity": 2},
+    {"augmentation.flip": True},
     {"chunk_size": 64},
     {"clipping.microbatch_size": 2},
     {"mesh.fsdp": 2},

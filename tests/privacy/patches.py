@@ -71,6 +71,7 @@ KINDS = (
   "seed in a flag file",
   "seed in a checkpoint",
   "training loss in the metrics by default",
+  "released without noise",
   "batch norm let through",
   "a setting that no flag can unset",
 )
