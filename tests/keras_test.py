@@ -1,5 +1,6 @@
 """Keras 3: a fit that is private, by real Keras on its JAX backend."""
 
+import functools
 import json
 import os
 import pathlib
@@ -240,10 +241,12 @@ def _without_gradient():
   return x, {"one": np.ones((_NUM_EXAMPLES, 1)), "many": np.arange(12) % 3}
 
 
-@pytest.fixture(scope="module")
-def core(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("core") / "run"
-  private = _private(workdir, _two_outputs(), chunk_size=4)
+@functools.cache
+def _core(tmp_path_factory):
+  """No fixture: what fails of it is a failed test."""
+  private = _private(
+    tmp_path_factory.mktemp("core") / "run", _two_outputs(), chunk_size=4
+  )
   spy, note = _Spy(private), _Weights()
   before = _weights(private)
   data = _without_gradient()
@@ -258,8 +261,8 @@ def core(tmp_path_factory):
   return private, spy, history.history, moves
 
 
-def test_a_fit_trains_two_outputs_and_counts_updates(core):
-  private, _, history, moves = core
+def test_a_fit_trains_two_outputs_and_counts_updates(tmp_path_factory):
+  private, _, history, moves = _core(tmp_path_factory)
   assert private.step == 3
   assert private.epsilon() == private.plan.epsilon(3)
   assert np.all(moves != 0)
@@ -267,28 +270,28 @@ def test_a_fit_trains_two_outputs_and_counts_updates(core):
   assert not [name for name in history if not name.startswith("val_")]
 
 
-def test_epochs_of_one_fit_draw_their_own_noise(core):
-  *_, moves = core
+def test_epochs_of_one_fit_draw_their_own_noise(tmp_path_factory):
+  *_, moves = _core(tmp_path_factory)
   assert len(np.unique(np.round(moves, 5))) == moves.size
 
 
-def test_every_update_is_charged_before_it_is_computed(core):
-  _, spy, *_ = core
+def test_every_update_is_charged_before_it_is_computed(tmp_path_factory):
+  _, spy, *_ = _core(tmp_path_factory)
   rehearsal, *steps = spy.updated
   assert rehearsal == (0, 0)
   assert [step for step, _ in steps] == [0, 1, 2]
   assert all(spent > step for step, spent in steps)
 
 
-def test_what_is_computed_before_a_charge_is_of_zeros(core):
-  _, spy, *_ = core
+def test_what_is_computed_before_a_charge_is_of_zeros(tmp_path_factory):
+  _, spy, *_ = _core(tmp_path_factory)
   assert len(spy.rehearsed) == 2  # A second call may run another program.
   for leaf in jax.tree.leaves(spy.rehearsed):
     np.testing.assert_array_equal(leaf, 0)
 
 
-def test_a_fit_beyond_the_plan_or_of_other_data_is_refused(core):
-  private, *_ = core
+def test_a_fit_beyond_the_plan_or_of_other_data_is_refused(tmp_path_factory):
+  private, *_ = _core(tmp_path_factory)
   x, y = _without_gradient()
   with pytest.raises(ValueError, match=r"at most 1, .* \(3 of .* 4 .* got 2"):
     private.fit(x, y, epochs=2, steps_per_epoch=1)
