@@ -65,7 +65,9 @@ def run(tmp_path, monkeypatch):
   ledger = ledger_lib.Ledger(tmp_path / "ledger")
   (saved,) = ledger.checkpoints
   monkeypatch.setattr(
-    losses, "evaluator", lambda *_: lambda params: {"accuracy": 0.5}
+    losses,
+    "evaluator",
+    lambda *_: lambda params: {"accuracy": 0.5, "loss": 0.5},
   )
   state = types.SimpleNamespace(
     params={"w": np.ones(3, np.float32)}, ema_params=None
