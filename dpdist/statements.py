@@ -107,11 +107,11 @@ def _sampling(plan: plan_lib.PrivacyPlan) -> str:
       " The gradients of a group are averaged and clipped as one, which one"
       f" {plan.unit} can turn over"
     )
-    # Noise for replacing one is twice as much already.
+    # Of the sensitivity under replacing, that is no more than once.
     group += (
       "."
       if plan.neighboring_relation == "replace_one"
-      else ": noise counts half."
+      else ": their sum moves by up to twice the clip norm."
     )
   if plan.sampling == "cyclic_poisson":
     return (
