@@ -1,7 +1,6 @@
 """What a run tells a person at its start and its end."""
 
 from collections.abc import Sequence
-import json
 import os
 import pathlib
 from typing import Any
@@ -9,11 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpdist import chance
 from dpdist import composition
+from dpdist import fields
 from dpdist import job as job_lib
 from dpdist import ledger as ledger_lib
 from dpdist import mesh as mesh_lib
 from dpdist import plan as plan_lib
+from dpdist import rounding as rounding_lib
 from dpdist import screen
 from dpdist import statements
 
@@ -59,6 +61,7 @@ def start_rows(
     ("chunk size", screen.human_count(job.chunk_size)),
     ("parameters", screen.human_count(_num_params(job))),
     *_frozen_rows(job),
+    ("rounding, in clip norms", str(rounding(job))),
     ("memory estimate", screen.human_bytes(_memory(job)) + " a device"),
   ]
   group_size = job.step.mechanism.exact_group_size
@@ -67,6 +70,27 @@ def start_rows(
   if start_step:
     rows.append(("resumed after step", screen.human_count(start_step)))
   return rows
+
+
+def rounding(job: job_lib.Job) -> rounding_lib.Bound:
+  """What float rounding can add to the sensitivity of a run's steps."""
+  mechanism, mesh = job.step.mechanism, job.mesh
+  is_exact = mechanism.exact_group_size is not None
+  shards = mesh_lib.num_example_shards(mesh)
+  size = job.chunk_size // shards
+  size = min(size, mechanism.exact_group_size or size)
+  size = min(size, mechanism.clipped_grad.microbatch_size or size)
+  if not is_exact:
+    # Of divided parameters, all devices of the axis add up a part together.
+    size *= mesh.shape["fsdp"]
+  return rounding_lib.bound(
+    job.plan,
+    part_size=size,
+    num_entries=_num_params(job),
+    num_devices=shards,
+    is_cut=mesh.devices.flat[0].platform != "cpu",
+    is_exact=is_exact,
+  )
 
 
 def result(
@@ -93,13 +117,15 @@ def result(
   """
   plan = job.plan
   values: dict[str, Any] = {
-    "epsilon": composition.epsilon(ledger.spent),
+    "epsilon": composition.guaranteed(ledger.bounds),
+    "epsilon_spent": composition.epsilon(ledger.spent),
     "delta": plan.delta,
     "guarantee": ledger.guarantee,
     "neighboring_relation": plan.neighboring_relation,
     "noise_multiplier": plan.noise_multiplier,
     "sampling_probability": plan.sampling_probability,
     "l2_clip_norm": plan.l2_clip_norm,
+    "rounding": rounding(job).to_dict(),
     "num_steps": num_steps,
     "steps_charged": ledger.spent_steps,
     "segments": len(ledger.segments),
@@ -115,13 +141,18 @@ def result(
   for name, score in scores.items():
     group, metric = name.split("/")
     values.setdefault(group, {})[metric] = score
+  targets = job.test["targets"]
+  best = values.get("test_ema", values["test"])
+  values["held_out_problem"] = chance.problem(values["test"], targets) and (
+    chance.problem(best, targets)
+  )
   return values
 
 
 def write_result(path: pathlib.Path, values: dict[str, Any]) -> None:
   """Writes JSON so that a reader finds the old file or the new, never half."""
   temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(values, indent=2) + "\n")
+  temporary.write_text(fields.text(values) + "\n")
   os.replace(temporary, path)
 
 
@@ -131,7 +162,7 @@ def end_rows(
   """The table shown at the end."""
   rows = [
     (
-      "epsilon spent",
+      "epsilon",
       f"{values['epsilon']:.4f} at delta {values['delta']:g}",
     ),
     ("guarantee", values["guarantee"]),
@@ -140,6 +171,8 @@ def end_rows(
   if "test_ema" in values:
     accuracy = values["test_ema"]["accuracy"]
     rows.append(("test accuracy, average", f"{accuracy:.4f}"))
+  if values.get("held_out_problem"):
+    rows.append(("WARNING", values["held_out_problem"]))
   return rows + [
     ("result", str(workdir / "result.json")),
     ("report", str(workdir / "report.html")),
@@ -180,5 +213,5 @@ def _memory(job: job_lib.Job) -> int:
   mechanism = job.step.mechanism
   rows = min(rows, mechanism.exact_group_size or rows)
   size = mechanism.clipped_grad.microbatch_size
-  gradients = min(rows, size or rows) + 1  # and the sum
+  gradients = min(rows, size or rows) + 2  # and the sum, of two floats
   return state_bytes + gradients * _num_params(job) * np.dtype("f4").itemsize

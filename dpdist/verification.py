@@ -60,7 +60,7 @@ def verify(
       f" {ledger.writer} process{'es' * (ledger.writer != 1)}",
       "",
     ),
-    Finding("guarantee", ledger.guarantee, ""),
+    Finding("guarantee", ledger.guarantee, "; ".join(ledger.unsound)),
     _found("plan", lambda: _plan(ledger)),
     _steps(ledger),
     _found("epsilon spent", lambda: _epsilon(ledger)),
@@ -202,7 +202,7 @@ def _metrics(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
   rows = metrics.read(workdir)
   told = max((row.get("epsilon", 0.0) for row in rows), default=0.0)
   spent = composition.epsilon(ledger.spent)
-  spent = max([spent, *_told(ledger)])
+  spent = max([spent, *_told(ledger, "spent")])
   problem = ""
   if told > spent * (1 + _TOLERANCE):
     problem = f"they tell of epsilon {told:.6g}, the ledger of {spent:.6g}"
@@ -230,27 +230,47 @@ def _result(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
   }
   problems = [
     f"{name} is {result.get(name)!r}, by the ledger {value!r}"
-    for name, value in expected.items()
+    for name, value in fields.strict(expected).items()
     if not _same(result.get(name), value)
   ]
-  told, spent = result.get("epsilon"), _least(ledger.spent)
-  is_known = told in _told(ledger) or _same(
-    told, composition.epsilon(ledger.spent)
-  )
-  if not (is_known and _is_bound(told, spent)):
-    problems.insert(0, f"epsilon is {told!r}, by the ledger {spent!r}")
+  problems = _epsilons(ledger, result) + problems
   return Finding(
     "result", f"epsilon {result.get('epsilon')}", "; ".join(problems)
   )
 
 
-def _told(ledger: ledger_lib.Ledger) -> list[float]:
-  """What the ledger told was spent; by an older version that may be more."""
+def _epsilons(ledger: ledger_lib.Ledger, result: dict[str, Any]) -> list[str]:
+  """What is wrong with the epsilons of a result."""
+  spent = ("spent", [ledger.spent])
+  checked = {"epsilon": ("planned", ledger.bounds), "epsilon_spent": spent}
+  if "epsilon_spent" not in result:  # Before 2026-12 there was the one number.
+    checked = {"epsilon": spent}
+  problems = []
+  for name, (recorded, ways) in checked.items():
+    told = result.get(name)
+    if told == fields.strict(math.inf):
+      told = math.inf
+    least = max(map(_least, ways), default=0.0)
+    is_known = told in _told(ledger, recorded) or _same(
+      told, composition.guaranteed(ways)
+    )
+    if not (is_known and _is_bound(told, least)):
+      problems.append(f"{name} is {told!r}, by the ledger {least!r}")
+  return problems
+
+
+def _told(ledger: ledger_lib.Ledger, name: str) -> list[float]:
+  """What the ledger recorded; by an older version that may be more.
+
+  Args:
+    ledger: the run's.
+    name: "spent" or "planned".
+  """
   return [
     value
     for record in ledger.records
     if record["kind"] == "epsilons"
-    for value in record["spent"].values()
+    for value in record[name].values()
     if value is not None
   ]
 

@@ -2,12 +2,16 @@
 
 from collections.abc import Callable, Sequence
 import functools
+import os
+import re
+import select
 import sys
 from typing import NoReturn
 
 from absl import app
 from absl import flags
 from absl import logging
+from ml_collections import config_flags
 
 from dpdist import config
 from launch import errors
@@ -44,12 +48,29 @@ def usage_error(message: object) -> int:
 def _told(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
   """Runs a door; what a person can do something about ends in a sentence."""
   try:
-    return main(argv)
+    code = main(argv)
+    sys.stdout.flush()
+    return code
   except (Exception, KeyboardInterrupt) as error:
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+      return exit_codes.NOBODY_READS
     told = errors.explain(error)
     if told is None:
       raise
     return errors.tell(told)
+
+
+def _nobody_reads() -> bool:
+  """Whether standard output goes to a program that has ended, as in `| head`.
+
+  What is left to be printed is dropped then.
+  """
+  poll = select.poll()
+  poll.register(sys.stdout.fileno(), 0)  # Errors are reported in any case.
+  if not poll.poll(0):
+    return False
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  return True
 
 
 def _last_line(text: object) -> str:
@@ -63,11 +84,18 @@ def _parse(passes_on: bool, argv: Sequence[str]) -> list[str]:
     end = argv.index("--")
     argv, passed = argv[:end], list(argv[end + 1 :])
   try:
+    unset: list[str] = []
+    if "config" in flags.FLAGS:
+      argv, unset = _unset(argv)
     rest = flags.FLAGS(argv)
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
       # Where a file could not be loaded, any attribute raises what was wrong.
       hasattr(flags.FLAGS.config, "to_dict")
       config.check(flags.FLAGS.config)
+      changes = config_flags.get_override_values(flags.FLAGS["config"])
+      for name in unset:
+        flags.FLAGS.config.update_from_flattened_dict({name: None})
+        changes[name] = None
   except AttributeError as error:
     # An unknown setting, perhaps with a suggestion, wrapped in a KeyError.
     reason = error.args[0] if error.args else error
@@ -87,3 +115,37 @@ def _parse(passes_on: bool, argv: Sequence[str]) -> list[str]:
   if passes_on and not passed:
     sys.exit(usage_error("no arguments to pass on after --\nTry --help."))
   return rest + passed
+
+
+def _unset(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Takes out the flags that unset a setting, which its parser would refuse.
+
+  Args:
+    argv: the command line.
+
+  Returns:
+    The rest of it, and the settings that are to be None: those that may be,
+    and whose last flag is "None", "none" or empty.
+  """
+  argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
+  optional = config.optional()
+  kept: list[str] = []
+  unset: dict[str, bool] = {}
+  words = iter(argv)
+  for word in words:
+    if word == "--":
+      kept += [word, *words]
+      break
+    match = re.fullmatch(r"--?config\.([\w.]+)(?:=(.*))?", word, re.DOTALL)
+    if match is None or match[1] not in optional:
+      kept.append(word)
+      continue
+    given = [word]
+    value = match[2]
+    if value is None:
+      given += [after for after in [next(words, None)] if after is not None]
+      value = given[-1]
+    unset[match[1]] = value in ("", "None", "none")
+    if not unset[match[1]]:
+      kept += given
+  return kept, [name for name, is_unset in unset.items() if is_unset]

@@ -27,16 +27,24 @@ RUNNER = "tests/run.py"
 LAYERS = (
   ("keys", "hosts", "rendezvous", "mesh", "fixed_point", "search")
   + ("audit_bounds", "fields")
-  + ("seals", "liveness", "stores", "progress", "signals", "maintenance")
+  + (
+    "seals",
+    "liveness",
+    "file_stamps",
+    "stores",
+    "progress",
+    "signals",
+    "maintenance",
+  )
   + ("events", "chips", "compiled", "products", "archives")
-  + ("scattering", "augment", "pictures"),
+  + ("scattering", "augment", "pictures", "chance"),
   ("pairs", "fetch", "scaled_scattering"),
   ("mixtures",),
   ("records", "renyi", "loss_distributions", "verdict"),
   ("accountants",),
   ("accounting", "sampling", "noise", "clipping", "peers"),
   ("plan",),
-  ("statements",),
+  ("rounding", "statements"),
   ("mechanism", "config", "dp_config", "composition", "history")
   + ("tradeoffs", "tradeoff_plot"),
   ("gradients", "stateful", "ledger", "manifest", "step", "metrics", "sources")
@@ -47,10 +55,10 @@ LAYERS = (
   ("features",),
   ("data", "data_budget", "datasets", "retrying", "screen", "drawing")
   + ("checkpoint", "exact_step", "odometer", "watch"),
-  ("report",),
+  ("report", "data_checks"),
   ("admission", "verification", "display"),
   ("job", "frontends"),
-  ("summary", "shapes"),
+  ("summary", "shapes", "dry_run"),
   ("forecast", "released", "speed"),
   ("model_card", "autotune"),
   ("export",),

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpdist.clipping import compensated
 from dpdist.clipping import costs
 from dpdist.clipping import manual_axes
 from dpdist.clipping.program import Block
@@ -44,7 +45,8 @@ def run(
   axes: frozenset[str],
   *,
   unroll: bool,
-) -> tuple[list[jax.Array], Any, Any, Any]:
+  keep_low: bool,
+) -> tuple[compensated.Sum, Any, Any, Any]:
   """Applies a function to parts of a batch.
 
   Args:
@@ -55,12 +57,16 @@ def run(
     axes: mesh axes that args vary over.
     unroll: whether to write the parts out instead of looping over them. XLA on
       a CPU is many times slower at convolutions inside a loop.
+    keep_low: whether to keep what the additions round away; else they are
+      rounded like those within a part.
 
   Returns:
-    The sums over all parts; the other results joined.
+    The sums over all parts, whose low is None where it is not kept, or there is
+    one part; the other results joined.
   """
   if size >= batch_size:
-    return function(*args)
+    alone, loss, norms, aux = function(*args)
+    return compensated.Sum(alone, None), loss, norms, aux
   if batch_size % size:
     raise ValueError(
       f"microbatch_size must divide the batch of {batch_size}, got {size}"
@@ -68,19 +74,24 @@ def run(
   parts = batch_size // size
   args = jax.tree.map(lambda x: x.reshape((parts, size) + x.shape[1:]), args)
   if unroll:
-    total, rest = _unrolled(function, args, parts)
+    total, rest = _unrolled(function, args, parts, keep_low)
   else:
     first = jax.tree.map(lambda x: x[0], args)
     zeros = jax.tree.map(
       lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *first)[0]
     )
 
-    def body(total: PyTree, part: PyTree) -> tuple[PyTree, Any]:
+    def body(
+      total: compensated.Sum, part: PyTree
+    ) -> tuple[compensated.Sum, Any]:
       more, *rest = function(*part)
-      return jax.tree.map(jnp.add, total, more), rest
+      return _added(total, more), rest
 
+    empty = compensated.Sum(zeros, None)
+    if keep_low:
+      empty = compensated.zeros_like(zeros)
     total, rest = jax.lax.scan(
-      body, manual_axes.cast_to_varying(zeros, axes), args
+      body, manual_axes.cast_to_varying(empty, axes), args
     )
   loss, norms, aux = jax.tree.map(
     lambda x: x.reshape((batch_size,) + x.shape[2:]), tuple(rest)
@@ -92,18 +103,28 @@ def _unrolled(
   function: Callable[..., tuple[list[jax.Array], Any, Any, Any]],
   args: PyTree,
   parts: int,
-) -> tuple[list[jax.Array], PyTree]:
-  total: list[jax.Array] | None = None
+  keep_low: bool,
+) -> tuple[compensated.Sum, PyTree]:
+  total: compensated.Sum | None = None
   all_rest = []
   for i in range(parts):
     part = jax.tree.map(lambda x, i=i: x[i], args)
     if total is None:
-      total, *rest = function(*part)
+      first, *rest = function(*part)
+      total = compensated.Sum(first, None)
+      if keep_low:
+        total = compensated.of(first)
     else:
       # One part after the other, so that they use the same memory.
       part, total = jax.lax.optimization_barrier((part, total))
       more, *rest = function(*part)
-      total = jax.tree.map(jnp.add, total, more)
+      total = _added(total, more)
     all_rest.append(rest)
   assert total is not None
   return total, jax.tree.map(lambda *x: jnp.stack(x), *all_rest)
+
+
+def _added(total: compensated.Sum, more: list[jax.Array]) -> compensated.Sum:
+  if total.low is None:
+    return compensated.Sum(jax.tree.map(jnp.add, total.high, more), None)
+  return compensated.add(total, more)
