@@ -210,7 +210,7 @@ def test_one_row_moves_a_groups_sum_by_two_clip_norms_at_most():
   turned = {name: x.copy() for name, x in rows.items()}
   turned["x"][3, 2] = -1e3 * rows["x"][3].mean(0)
   moved = np.linalg.norm(total(turned) - before)
-  # One clip norm would not do, which is why a group's noise counts half.
+  # One clip norm would not do: it is twice what is accounted for one row.
   assert 1.9 < moved <= 2.0001
   missing = {name: x.copy() for name, x in rows.items()}
   missing[units.EMPTY_SLOT][3, 2] = True
