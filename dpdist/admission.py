@@ -23,7 +23,6 @@ from dpdist import manifest
 from dpdist import plan as plan_lib
 from dpdist import screen
 
-
 NOT_BEGUN = "not_begun"
 """In the directory of a run that was started and has not begun: it was refused
 for its data or for what a step on zeros showed, or is about to begin."""
