@@ -111,6 +111,12 @@ class Job(NamedTuple):
   chunk_size: int
   close: Callable[[], None]
 
+  @property
+  def made_of(self) -> dict[str, str]:
+    """By name, SHA-256 of what a step depends on beside settings and data."""
+    facts = self._asdict().items()
+    return {k: v for k, v in facts if k.endswith("_sha256") and v}
+
   def __repr__(self) -> str:
     # It may end up in a log, and the secret must not.
     return f"Job(plan={self.plan!r}, writer={self.writer!r}, ...)"

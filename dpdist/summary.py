@@ -1,7 +1,6 @@
 """What a run tells a person at its start and its end."""
 
 from collections.abc import Sequence
-import json
 import os
 import pathlib
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from dpdist import chance
 from dpdist import composition
+from dpdist import fields
 from dpdist import job as job_lib
 from dpdist import ledger as ledger_lib
 from dpdist import mesh as mesh_lib
@@ -117,7 +117,8 @@ def result(
   """
   plan = job.plan
   values: dict[str, Any] = {
-    "epsilon": composition.epsilon(ledger.spent),
+    "epsilon": composition.guaranteed(ledger.bounds),
+    "epsilon_spent": composition.epsilon(ledger.spent),
     "delta": plan.delta,
     "guarantee": ledger.guarantee,
     "neighboring_relation": plan.neighboring_relation,
@@ -151,7 +152,7 @@ def result(
 def write_result(path: pathlib.Path, values: dict[str, Any]) -> None:
   """Writes JSON so that a reader finds the old file or the new, never half."""
   temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(values, indent=2) + "\n")
+  temporary.write_text(fields.text(values) + "\n")
   os.replace(temporary, path)
 
 
@@ -161,7 +162,7 @@ def end_rows(
   """The table shown at the end."""
   rows = [
     (
-      "epsilon spent",
+      "epsilon",
       f"{values['epsilon']:.4f} at delta {values['delta']:g}",
     ),
     ("guarantee", values["guarantee"]),

@@ -150,7 +150,6 @@ def _run(
   plan, step, ledger = job.plan, job.step, job.ledger
   environment = provenance.environment(job.mesh)
   environments = hosts.gather(json.dumps(environment))
-  made_of = (job.weights_sha256, job.frozen_sha256, job.features_sha256)
 
   state = job.init()
   saved, rejected = job.found
@@ -179,7 +178,7 @@ def _run(
         plan.fingerprint(),
         job.train_manifest,
         [json.loads(text) for text in environments],
-        [sha for sha in made_of if sha],
+        job.made_of,
       ),
     )
     if rejected and ledger.last_step == 0:
@@ -323,10 +322,10 @@ def _run(
       num_steps=int(state.step),
       scores=scores,
       params_sha256=params_sha256,
-      environment=environment,
+      environment=provenance.public(environment),
     )
     summary.write_result(workdir / "result.json", result)
-    statement = composition.statement(ledger.planned)
+    statement = composition.statement(ledger.planned, result["epsilon"])
     report.write(
       workdir,
       result=result,

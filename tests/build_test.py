@@ -39,11 +39,12 @@ LAYERS = (
   + ("events", "chips", "compiled", "products", "archives")
   + ("scattering", "augment", "pictures", "chance"),
   ("pairs", "fetch", "scaled_scattering"),
+  ("mixtures",),
   ("records", "renyi", "loss_distributions", "verdict"),
   ("accountants",),
   ("accounting", "sampling", "noise", "clipping", "peers"),
   ("plan",),
-  ("statements",),
+  ("rounding", "statements"),
   ("mechanism", "config", "dp_config", "composition", "history")
   + ("tradeoffs", "tradeoff_plot"),
   ("gradients", "stateful", "ledger", "manifest", "step", "metrics", "sources")

@@ -421,8 +421,8 @@ def test_looking_at_a_run_puts_the_model_together(finished, tmp_path):
 
 def test_weights_count_and_their_path_does_not():
   config = config_lib.default()
-  digest = lambda *weights: provenance.fingerprint(
-    config.to_dict(), "plan", "data", [], weights
+  digest = lambda weights="": provenance.fingerprint(
+    config.to_dict(), "plan", "data", [], {"weights_sha256": weights}
   )
   before = digest("ab")
   assert digest("cd") != before
