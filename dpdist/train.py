@@ -103,8 +103,6 @@ def train(
     def open_ledger() -> None:
       nonlocal ledger
       ledger = stack.enter_context(admission.open_ledger(config, workdir))
-      # So that a run that is refused is found where it would have been.
-      workdir.mkdir(parents=True, exist_ok=True)
 
     hosts.from_leader(open_ledger)
     job = job_lib.prepare(
