@@ -275,6 +275,24 @@ def test_terms_that_cancel_in_inner_products_leave_a_norm(
   assert np.all(found >= 2**-6.5 * terms * (1 - 1e-5))
 
 
+def test_pixels_far_smaller_than_others_count(monkeypatch):
+  """They vanish at the scale of the whole input, and meet what is large."""
+  _take("diagonal", monkeypatch)
+  x, g = np.full((1, 7, 3), 1e-20), np.full((1, 7, 2), 1e20)
+  x[:, 0], g[:, :2] = 1e30, 0
+  x, g = x.astype(np.float32), g.astype(np.float32)
+  shape, _, _, product = _KINDS["one axis"]
+  found = _norms(
+    lambda p, e: jnp.sum(product(p, e["x"]) * e["g"]),
+    jnp.zeros(shape),
+    {"x": x, "g": g},
+    method="bookkeeping",
+  )
+  # Each of three offsets, of which the last misses one of five outputs.
+  true = np.sqrt((2 * 5**2 + 4**2) * 3 * 2)
+  assert true * (1 - _UNNOTICED) <= found <= 2 * true
+
+
 @pytest.mark.parametrize("length", [2048, 1500])
 def test_long_vectors_of_equal_entries_leave_a_norm(length, monkeypatch):
   """Each addition of their inner products rounds the same way."""
