@@ -59,8 +59,8 @@ class Sampling:
     examples_per_user: how many rows, drawn apart from one another, whoever is
       protected may have; at least 1.
     group_size: how many rows that follow one another are averaged and clipped
-      as one; at least 1. Each is protected, at the price of half the noise. Not
-      with "add_or_remove_one", and neither is a cycle: see `dpdist.pairs`.
+      as one; at least 1. Each is protected, although one can turn its group's
+      gradient over. Not with "add_or_remove_one", and neither is a cycle: see `dpdist.pairs`.
     noise_schedule: (step, noise_multiplier) from later steps on, rising; not
       with a target epsilon.
     batch_size_schedule: (step, expected_batch_size), likewise.

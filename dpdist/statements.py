@@ -20,8 +20,8 @@ def of_plan(plan: plan_lib.PrivacyPlan) -> str:
     f" {plan.l2_clip_norm}, and {_noise(plan)}"
     f" All {plan.num_steps:,} steps together are (epsilon, delta)-"
     f"differentially private with epsilon = {rounded_up(plan.epsilon())} and"
-    f" delta = {plan.delta:g}, by dp-accounting's {plan.accountant.upper()}"
-    f" accountant. {assumptions(plan)} "
+    f" delta = {plan.delta:g}, by the {plan.accountant.upper()} accountant."
+    f" {assumptions(plan)} "
     "It does not cover choices made by looking at the data, such as trying "
     "several settings and keeping the best."
   )
@@ -120,11 +120,11 @@ def _sampling(plan: plan_lib.PrivacyPlan) -> str:
       " The gradients of a group are averaged and clipped as one, which one"
       f" {plan.unit} can turn over"
     )
-    # Noise for replacing one is twice as much already.
+    # Of the sensitivity under replacing, that is no more than once.
     group += (
       "."
       if plan.neighboring_relation == "replace_one"
-      else ": noise counts half."
+      else ": their sum moves by up to twice the clip norm."
     )
   if plan.sampling == "cyclic_poisson":
     return (

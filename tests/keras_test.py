@@ -354,7 +354,8 @@ def train_two(workdir):
   model = _model(optimizer=keras.optimizers.Adam(0.1))
   private = _private(workdir, model, seed=None)
   private.fit(x, y, epochs=1, steps_per_epoch=2)
-  print(json.dumps({"w": _weights(private).tolist(), "at": private.epsilon_spent()}))
+  told = {"w": _weights(private).tolist(), "at": private.epsilon_spent()}
+  print(json.dumps(told))
 
 
 @pytest.mark.slow

@@ -332,8 +332,11 @@ def clipped_grad(
     * The sum moves by at most `sensitivity(relation)` when one example changes,
       for any data and parameters, on one device or inside shard_map on many,
       up to the rounding of float32.
-    * An example whose gradient norm is not finite (in float32: entries beyond
-      about 1e19 overflow it) contributes exactly 0.
+    * An example whose gradient norm is not finite (in float32: above 3e38)
+      contributes exactly 0. But under "vmap", so does one with activations of
+      about 3e38, however small its gradient, and one that is shortened, with
+      activations so large (a layer's sum above about 1e28 l2_clip_norm) that
+      what they meet would underflow.
     * A padding example contributes exactly 0, whatever it holds.
     * Randomness in the loss keeps it, if `rng` is secret and new at each step,
       or goes by the example: see `ClippedGrad.__call__`.
