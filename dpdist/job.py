@@ -279,12 +279,7 @@ def _begun(
 def _load(
   config: ml_collections.ConfigDict,
 ) -> tuple[
-  Mesh,
-  datasets.Splits,
-  str,
-  Callable[[], list[str]],
-  str,
-  Callable[[], None],
+  Mesh, datasets.Splits, str, Callable[[], list[str]], str, Callable[[], None]
 ]:
   """What may be found, or not, by each process: devices and data."""
   check(config)  # Before features are computed, which may take long.
@@ -445,8 +440,7 @@ def chunk_size(
         f" the examples times clipping.{name}), got {config.chunk_size}"
       )
     return config.chunk_size
-  # Three standard deviations above the mean, so that about one step in a
-  # thousand needs a second chunk.
+  # Three deviations above the mean: about one step in a thousand needs two.
   batch = max(x.expected_batch_size for x in plan.settings) / plan.group_size
   if plan.sampling == "fixed_size":
     size = math.ceil(batch)
