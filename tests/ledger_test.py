@@ -451,8 +451,8 @@ def test_several_lost_records_in_a_row_are_all_acknowledged(tmp_path):
   _resume(ledger)
   ledger.reserve_through(3)
   ledger.close()
-  for _ in range(2):
-    (tmp_path / f"{len(_files(tmp_path)):012d}.json").write_bytes(b'{"torn')
+  for torn in (b'{"torn', b'{"torn too'):
+    (tmp_path / f"{len(_files(tmp_path)):012d}.json").write_bytes(torn)
   ledger = _writer(tmp_path)
   ledger.reserve_through(4)
   ledger.close()
