@@ -121,8 +121,11 @@ def _privacy(released: released_lib.Released, facts: dict[str, Any]) -> str:
     f"**epsilon = {bound}, delta = {facts['delta']:g}**, for all that the run"
     f" has released: {charged:,} of {planned:,} planned steps are charged in"
     " its ledger, which was verified when this was written.\n",
-    composition.statement(ledger.planned) + "\n",
   ]
+  if charged < planned:
+    reading = statements.rounded_up(facts["epsilon_spent"])
+    lines.append(f"{statements.stopped_early(reading)}\n")
+  lines.append(composition.statement(ledger.planned, facts["epsilon"]) + "\n")
   return "\n".join(lines)
 
 

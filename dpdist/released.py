@@ -177,8 +177,9 @@ def evaluate(released: Released) -> dict[str, Any]:
     JSON-able: "step", "test" and, of the average where there is one,
     "test_ema"; "held_out_problems", by these names, where they are no better
     than a constant guess's (see `dpdist.chance`); "num_test"; "epsilon",
-    "delta" and "guarantee" of all that the run may have released so far, which
-    is not less than of this checkpoint.
+    "delta" and "guarantee" of the run, wherever it stops, which is not less
+    than of this checkpoint; and "epsilon_spent", the odometer's reading of what
+    it may have released so far.
   """
   _, ledger, saved, model, mesh, state, test, _ = released
   run = losses.evaluator(model, test, mesh)
@@ -192,7 +193,8 @@ def evaluate(released: Released) -> dict[str, Any]:
       facts.setdefault("held_out_problems", {})[group] = found
   return facts | {
     "num_test": len(test["targets"]),
-    "epsilon": composition.epsilon(ledger.spent),
+    "epsilon": composition.guaranteed(ledger.bounds),
+    "epsilon_spent": composition.epsilon(ledger.spent),
     "delta": ledger.plan.delta,
     "guarantee": ledger.guarantee,
   }

@@ -7,13 +7,13 @@ first, so it may be shown wherever the result may. The second is its owner's.
 
 from collections.abc import Mapping, Sequence
 import html
-import json
 import os
 import pathlib
 from typing import Any
 
 from dpdist import drawing
 from dpdist import events
+from dpdist import fields
 from dpdist import metrics as metrics_lib
 
 _FILE = "report.html"
@@ -287,5 +287,5 @@ def _numbers(result: Mapping[str, Any]) -> str:
   kept = {k: v for k, v in result.items() if k != "environment"}
   return (
     "<details><summary>All numbers, for programs</summary>"
-    f"<pre>{_text(json.dumps(kept, indent=2))}</pre></details>"
+    f"<pre>{_text(fields.text(kept))}</pre></details>"
   )

@@ -20,8 +20,8 @@ def of_plan(plan: plan_lib.PrivacyPlan) -> str:
     f" {plan.l2_clip_norm}, and {_noise(plan)}"
     f" All {plan.num_steps:,} steps together are (epsilon, delta)-"
     f"differentially private with epsilon = {rounded_up(plan.epsilon())} and"
-    f" delta = {plan.delta:g}, by dp-accounting's {plan.accountant.upper()}"
-    f" accountant. {assumptions(plan)} "
+    f" delta = {plan.delta:g}, by the {plan.accountant.upper()} accountant."
+    f" {assumptions(plan)} "
     "It does not cover choices made by looking at the data, such as trying "
     "several settings and keeping the best."
   )
@@ -61,6 +61,19 @@ def assumptions(plan: plan_lib.PrivacyPlan) -> str:
   return (
     f"This holds if {whose}, if the draws and the noise stay secret, and if"
     " nothing else that was computed from the data is released."
+  )
+
+
+def stopped_early(reading: str) -> str:
+  """Why a run before its plan's end has the epsilon of the whole plan.
+
+  Args:
+    reading: epsilon of the steps that were charged.
+  """
+  return (
+    "The run has not come to its plan's end. Its odometer reads epsilon ="
+    f" {reading}, which is no guarantee: whoever stops a run may have looked at"
+    " what it released, and then only the epsilon of the whole plan holds."
   )
 
 
@@ -107,11 +120,11 @@ def _sampling(plan: plan_lib.PrivacyPlan) -> str:
       " The gradients of a group are averaged and clipped as one, which one"
       f" {plan.unit} can turn over"
     )
-    # Noise for replacing one is twice as much already.
+    # Of the sensitivity under replacing, that is no more than once.
     group += (
       "."
       if plan.neighboring_relation == "replace_one"
-      else ": noise counts half."
+      else ": their sum moves by up to twice the clip norm."
     )
   if plan.sampling == "cyclic_poisson":
     return (

@@ -335,25 +335,11 @@ class Step:
         axis_names=mesh_lib.manual_axes(self.mesh),
       )
       def add(total: compensated.Sum) -> compensated.Sum:
-        # Together, so that it is one reduction, for all along the same axes.
-        # mypy takes JAX's own class of tree structures for a mere name.
-        structure: Any = jax.tree.structure(total.high)
-        axes = [
-          mesh_lib.summed_axes(spec) for spec in structure.flatten_up_to(manual)
-        ]
-        leaves = [
-          compensated.split(high[0], low[0], units)
-          for high, low in zip(*map(jax.tree.leaves, total), strict=True)
-        ]
-        for over in dict.fromkeys(axes):
-          chosen = [i for i, mine in enumerate(axes) if mine == over]
-          sums = jax.lax.psum([leaves[i] for i in chosen], over)
-          for i, x in zip(chosen, sums, strict=True):
-            leaves[i] = x
-        joined = [compensated.joined(pieces) for pieces in leaves]
-        return compensated.Sum(
-          *(structure.unflatten(part) for part in zip(*joined, strict=True))
+        mine = jax.tree.map(lambda x: x[0], total)
+        axes = jax.tree.map(
+          lambda x, spec: mesh_lib.summed_axes(spec), mine.high, manual
         )
+        return compensated.over_devices(mine, axes, units)
 
       return mesh_lib.constrain(add(total), both, self.mesh)
 

@@ -1,7 +1,6 @@
 """What a run tells a person at its start and its end."""
 
 from collections.abc import Sequence
-import json
 import os
 import pathlib
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from dpdist import chance
 from dpdist import composition
+from dpdist import fields
 from dpdist import job as job_lib
 from dpdist import ledger as ledger_lib
 from dpdist import mesh as mesh_lib
@@ -77,17 +77,16 @@ def rounding(job: job_lib.Job) -> rounding_lib.Bound:
   mechanism, mesh = job.step.mechanism, job.mesh
   is_exact = mechanism.exact_group_size is not None
   shards = mesh_lib.num_example_shards(mesh)
-  size = job.chunk_size // shards
-  size = min(size, mechanism.exact_group_size or size)
-  size = min(size, mechanism.clipped_grad.microbatch_size or size)
-  if not is_exact:
-    # Of divided parameters, all devices of the axis add up a part together.
-    size *= mesh.shape["fsdp"]
+  rows = job.chunk_size // shards
+  rows = min(rows, mechanism.exact_group_size or rows)
   return rounding_lib.bound(
     job.plan,
-    part_size=size,
+    microbatch_size=min(rows, mechanism.clipped_grad.microbatch_size or rows),
+    rows_per_device=rows,
     num_entries=_num_params(job),
     num_devices=shards,
+    # Of divided parameters, all devices of the axis add up at once.
+    num_sharing=1 if is_exact else mesh.shape["fsdp"],
     is_cut=mesh.devices.flat[0].platform != "cpu",
     is_exact=is_exact,
   )
@@ -117,7 +116,8 @@ def result(
   """
   plan = job.plan
   values: dict[str, Any] = {
-    "epsilon": composition.epsilon(ledger.spent),
+    "epsilon": composition.guaranteed(ledger.bounds),
+    "epsilon_spent": composition.epsilon(ledger.spent),
     "delta": plan.delta,
     "guarantee": ledger.guarantee,
     "neighboring_relation": plan.neighboring_relation,
@@ -151,7 +151,7 @@ def result(
 def write_result(path: pathlib.Path, values: dict[str, Any]) -> None:
   """Writes JSON so that a reader finds the old file or the new, never half."""
   temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(values, indent=2) + "\n")
+  temporary.write_text(fields.text(values) + "\n")
   os.replace(temporary, path)
 
 
@@ -161,7 +161,7 @@ def end_rows(
   """The table shown at the end."""
   rows = [
     (
-      "epsilon spent",
+      "epsilon",
       f"{values['epsilon']:.4f} at delta {values['delta']:g}",
     ),
     ("guarantee", values["guarantee"]),

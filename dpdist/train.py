@@ -103,8 +103,6 @@ def train(
     def open_ledger() -> None:
       nonlocal ledger
       ledger = stack.enter_context(admission.open_ledger(config, workdir))
-      # So that a run that is refused is found where it would have been.
-      workdir.mkdir(parents=True, exist_ok=True)
 
     hosts.from_leader(open_ledger)
     job = job_lib.prepare(
@@ -324,10 +322,10 @@ def _run(
       num_steps=int(state.step),
       scores=scores,
       params_sha256=params_sha256,
-      environment=environment,
+      environment=provenance.public(environment),
     )
     summary.write_result(workdir / "result.json", result)
-    statement = composition.statement(ledger.planned)
+    statement = composition.statement(ledger.planned, result["epsilon"])
     report.write(
       workdir,
       result=result,

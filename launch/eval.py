@@ -11,12 +11,12 @@ Exit codes: 0 done; 1 the record is not sound; 2 wrong usage.
 """
 
 from collections.abc import Sequence
-import json
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
+from dpdist import fields
 from dpdist import released
 from dpdist import screen
 from launch import exit_codes
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     return flag_parsing.usage_error(error)
   facts = released.evaluate(found)
   if _JSON.value:
-    print(json.dumps(facts, indent=2))
+    print(fields.text(facts))
   else:
     screen.show_table("Held out", _rows(facts))
   return exit_codes.DONE
@@ -71,9 +71,10 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
   return [
     *rows,
     (
-      "epsilon spent by the run",
+      "epsilon of the run",
       f"{facts['epsilon']:.4f} at delta {facts['delta']:g}",
     ),
+    ("read by its odometer", f"{facts['epsilon_spent']:.4f}"),
     ("guarantee", facts["guarantee"]),
   ]
 

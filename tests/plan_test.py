@@ -67,14 +67,56 @@ def test_plan_of_a_target_never_overspends(target, accountant):
 def test_epsilon_is_the_accountants(accountant):
   plan = _plan(accountant=accountant)
   for given, meant in ((None, 500), (500, 500), (np.int64(7), 7), (1, 1)):
-    assert plan.epsilon(given) == accounting.epsilon(
+    want = accounting.epsilon(
       noise_multiplier=8.0,
       sampling_probability=0.08,
       num_steps=meant,
       delta=1e-5,
       accountant=accountant,
     )
+    assert plan.curve([plan.delta], given) == [want]
+
+
+def test_a_run_that_stops_early_has_the_epsilon_of_its_plan():
+  plan = _plan()
   assert plan.epsilon(0) == 0.0
+  assert plan.epsilon(1) == plan.epsilon(499) == plan.epsilon()
+  assert plan.epsilon() == plan.curve([plan.delta])[0]
+
+
+def test_epsilon_bounds_a_run_that_is_stopped_after_a_look():
+  # Without sampling the privacy loss after t steps is normal: drawn for a run
+  # that is stopped once its odometer's reading is far below the loss.
+  steps, every, sigma, delta, runs = 400, 20, 40.0, 1e-2, 50_000
+  plan = _plan(
+    num_examples=10,
+    expected_batch_size=10,
+    num_steps=steps,
+    noise_multiplier=sigma,
+    target_delta=delta,
+    accountant="pld",
+  )
+  rng = np.random.default_rng(0)
+  loss, running = np.zeros(runs), np.ones(runs, bool)
+  failed = {"guarantee": np.zeros(runs), "reading": np.zeros(runs)}
+  guarantee = plan.epsilon(every)
+  for t in range(every, steps + 1, every):
+    loss += every / (2 * sigma**2)
+    loss += rng.normal(size=runs) * math.sqrt(every) / sigma
+    reading = plan.curve([delta], t)[0]
+    is_last = t == steps
+    stops = running & (is_last | (np.expm1(reading - loss) < -0.25))
+    running &= ~stops
+    for name, epsilon in (
+      ("guarantee", guarantee),
+      ("reading", reading),
+    ):
+      excess = np.maximum(0, -np.expm1(epsilon - loss))
+      failed[name][stops] = excess[stops]
+  error = failed["reading"].std() / math.sqrt(runs)
+  assert failed["guarantee"].mean() <= delta + 4 * error
+  # A reading would not do.
+  assert failed["reading"].mean() > delta + 4 * error
 
 
 def test_event():
@@ -106,6 +148,24 @@ def test_no_part_that_takes_turns_is_empty(group_size, parts):
   _config(**run, cycle_length=parts)
   with pytest.raises(ValueError, match=rf"^cycle_length must be .* {parts},"):
     _config(**run, cycle_length=parts + 1)
+
+
+def test_a_probability_that_rounds_to_more_than_one_is_one():
+  run = {
+    "sampling": "cyclic_poisson",
+    "neighboring_relation": "zero_out",
+    "noise_multiplier": 1.0,
+    "target_delta": 1e-5,
+    "num_steps": 5,
+  }
+  plan = _plan(
+    **run, num_examples=21, expected_batch_size=21 / 19, cycle_length=19
+  )
+  assert 21 / 19 * 19 / 21 > 1
+  assert plan.sampling_probability == 1
+  assert plan.epsilon() == accounting.epsilon(
+    noise_multiplier=1.0, sampling_probability=1.0, num_steps=1, delta=1e-5
+  )
 
 
 @pytest.mark.parametrize("given", [{}, {"noise_multiplier": 2.5}])
@@ -267,7 +327,8 @@ def test_a_group_is_stated_however_it_is_drawn(sampling, relation):
   assert "every group of 4 examples" in text
   assert "averaged and clipped as one" in text
   # That of replacing is noise for twice the clip norm already.
-  assert ("noise counts half" in text) == (relation == "zero_out")
+  moved = "their sum moves by up to twice the clip norm"
+  assert (moved in text) == (relation == "zero_out")
 
 
 @pytest.mark.parametrize(

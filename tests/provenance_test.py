@@ -2,6 +2,7 @@
 
 import functools
 from importlib import metadata
+import json
 import os
 import pathlib
 import platform
@@ -189,6 +190,32 @@ def test_variables_that_may_change_bits_are_in_the_environment(
   before = provenance.environment(mesh)
   monkeypatch.setenv(name, "1")
   assert provenance.environment(mesh) != before
+
+
+def test_no_credential_or_path_of_the_environment_is_public(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/home/hunter2 --xla_a=true")
+  for name in (
+    *("TF_VAR_db_password", "TF_TOKEN_app_terraform_io", "JAX_SERVICE_TOKEN"),
+    *("CUDA_LICENSE_KEY", "OMP_NUM_THREADS", "XLA_OTHER"),
+  ):
+    monkeypatch.setenv(name, "/home/hunter2")
+  monkeypatch.setenv("JAX_ENABLE_X64", "0")
+  everything = provenance.environment(mesh_lib.make(_SIZES))
+  public = provenance.public(everything)
+  assert "hunter2" not in json.dumps(public)
+  assert everything["other_variables_sha256"] not in json.dumps(public)
+  assert public["variables"]["JAX_ENABLE_X64"] == "0"
+  assert public["xla_flags"] == "--xla_dump_to=not told --xla_a=true"
+
+
+def test_variables_of_others_change_no_fingerprint(monkeypatch):
+  before = provenance.environment(mesh_lib.make(_SIZES))
+  monkeypatch.setenv("TF_TOKEN_app_terraform_io", "hunter2")
+  monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+  assert provenance.environment(mesh_lib.make(_SIZES)) == before
+  monkeypatch.setenv("JAX_SOMETHING", "hunter2")
+  after = provenance.environment(mesh_lib.make(_SIZES))
+  assert _fingerprint((), after) != _fingerprint((), before)
 
 
 def test_plan_data_and_environment_change_the_fingerprint():

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import dpdist
+from dpdist.sampling import poisson
 
 _STEPS = 4000
 
@@ -51,6 +52,32 @@ def test_a_cut_keeps_a_uniform_part_of_what_was_drawn():
     kept.append(len(mine))
   singles, _ = _counts(cut, 12)
   _assert_rate(singles, np.mean(kept) / 12)
+
+
+def test_what_a_cut_keeps_has_no_word_in_common_with_the_draw(monkeypatch):
+  words, make = [], poisson.stream
+
+  class Listening:
+    def __init__(self, *args, **kwargs):
+      self._stream = make(*args, **kwargs)
+      words.append([])
+
+    def random_raw(self, count):
+      found = self._stream.random_raw(count)
+      words[-1].extend(found.tolist())
+      return found
+
+  monkeypatch.setattr(poisson, "stream", Listening)
+  for q in (0.5, 0.05):  # Drawn in either of two ways.
+    words.clear()
+    cut = dpdist.TruncatedPoissonSampler(
+      num_examples=200, sampling_probability=q, truncated_batch_size=2, seed=3
+    )
+    for step in range(5):
+      assert len(cut(step)) == 2
+    assert len(words) >= 10
+    whole = [word for stream in words for word in stream]
+    assert len(set(whole)) == len(whole)
 
 
 def test_parts_take_turns_and_are_drawn_as_poisson():

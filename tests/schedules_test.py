@@ -60,10 +60,11 @@ def test_settings_hold_from_their_step_on():
 def test_epsilon_composes_what_was_taken(accountant):
   plan = _plan(**_CHANGING, accountant=accountant)
   plain = _plan(accountant=accountant)
-  spent = [plan.epsilon(n) for n in range(13)]
+  first = lambda plan, n: plan.curve([plan.delta], n)[0]
+  spent = [first(plan, n) for n in range(13)]
   assert spent == sorted(spent)
-  assert spent[:5] == [plain.epsilon(n) for n in range(5)]
-  assert spent[5] > plain.epsilon(5)
+  assert spent[:5] == [first(plain, n) for n in range(5)]
+  assert spent[5] > first(plain, 5)
   # Each setting's steps, whatever their order.
   counts = {(p.sigma, p.q): n for p, n in plan.steps()}
   assert counts == {(2.0, 0.1): 4, (1.0, 0.1): 2, (1.0, 0.2): 3, (3.0, 0.2): 3}
@@ -168,7 +169,7 @@ def test_a_group_is_one_gradient_in_training(tmp_path):
   assert ledger.plan.group_size == 4
   assert result["epsilon"] == ledger.plan.epsilon()
   ((pair, count),) = ledger.plan.steps()
-  assert (pair.kind, pair.sigma, count) == ("exchange", 0.5, 3)
+  assert (pair.kind, pair.sigma, count) == ("opposite", 1.0, 3)
 
 
 def test_one_row_moves_a_groups_sum_by_two_clip_norms_at_most():
@@ -209,7 +210,7 @@ def test_one_row_moves_a_groups_sum_by_two_clip_norms_at_most():
   turned = {name: x.copy() for name, x in rows.items()}
   turned["x"][3, 2] = -1e3 * rows["x"][3].mean(0)
   moved = np.linalg.norm(total(turned) - before)
-  # One clip norm would not do, which is why a group's noise counts half.
+  # One clip norm would not do: it is twice what is accounted for one row.
   assert 1.9 < moved <= 2.0001
   missing = {name: x.copy() for name, x in rows.items()}
   missing[units.EMPTY_SLOT][3, 2] = True
@@ -239,6 +240,34 @@ def test_each_sampling_draws_as_its_name_says():
   assert max(map(len, grown[:6])) < 80 < min(map(len, grown[6:]))
   for t in range(6):
     np.testing.assert_array_equal(grown[t], _draws(_plan())[t])
+
+
+def test_a_schedule_of_sizes_goes_by_what_was_charged():
+  plan = _plan(batch_size_schedule=((4, 200), (8, 10)))
+  for first in (0, 3, 7):
+    sizes = [len(x) for x in _draws(plan, first, 12 - first)]
+    for t, size in enumerate(sizes, first):
+      low, high = ((20, 65), (150, 250), (0, 24))[(t >= 4) + (t >= 8)]
+      assert low <= size <= high
+
+
+def test_private_gradients_have_the_noise_and_the_size_of_their_draw():
+  plan = _plan(
+    num_steps=4,
+    noise_schedule=((1, 20.0), (3, 5.0)),
+    batch_size_schedule=((2, 80.0),),
+  )
+  loss = lambda w, x: jnp.sum(w) * jnp.sum(x) * 0
+  gradient_fn = dpdist.private_gradients(loss, plan=plan, seed=bytes(32))
+  params, batch = jnp.zeros(4_000), jnp.zeros((1, 1))
+  state = gradient_fn.init(params)
+  deviations = []
+  for _ in range(4):
+    found, state = gradient_fn(params, batch, state)
+    deviations.append(float(jnp.std(found.gradient)))
+  # The standard error is a percent.
+  expected = [2 / 40, 20 / 40, 20 / 80, 5 / 80]
+  np.testing.assert_allclose(deviations, expected, rtol=0.06)
 
 
 def test_parts_take_turns_by_what_was_charged():

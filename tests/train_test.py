@@ -615,8 +615,14 @@ def test_a_setting_that_nothing_reads_is_refused(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_the_secret_is_in_its_file_alone(tmp_path, capfd):
+def test_the_secret_is_in_its_file_alone(tmp_path, capfd, monkeypatch):
   config = _config()
+  others_secret = "hunter2-of-somebody"
+  for name in ("TF_TOKEN_app_terraform_io", "JAX_SERVICE_TOKEN"):
+    monkeypatch.setenv(name, others_secret)
+  flags = f" --xla_dump_hlo_as_dot=false --xla_dump_to={tmp_path}/hunter2"
+  # Read by nobody any more: the backend is there.
+  monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + flags)
   with config.unlocked():
     config.insecure_seed = None
   result = dpdist.train(config, tmp_path)
@@ -632,6 +638,8 @@ def test_the_secret_is_in_its_file_alone(tmp_path, capfd):
   assert searched.in_files([file])
   others = {path for path in tmp_path.rglob("*") if path.is_file()} - {file}
   assert not searched.in_files(sorted(others))
+  for path in others:
+    assert b"hunter2" not in path.read_bytes(), path
   shown = "".join(capfd.readouterr())
   assert "epsilon" in shown
   assert secret.hex() not in shown.lower()

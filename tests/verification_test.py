@@ -7,6 +7,7 @@ import pytest
 
 from configs import digits
 import dpdist
+from dpdist import composition
 from dpdist import ledger as ledger_lib
 from dpdist import verification
 from tests import without_jax
@@ -93,6 +94,25 @@ def test_a_result_that_claims_something_else_is_found(run, changes, message):
   (problem,) = _problems(run)
   assert problem.what == "result"
   assert message in problem.problem
+
+
+@pytest.mark.parametrize(
+  ("factor", "problems"),
+  [
+    (0.2, set()),  # A tighter bound was found since.
+    (1 - 1e-5, set()),
+    (1 + 1e-5, set()),  # Losses are cut into other cells.
+    (1.01, {"plan", "epsilons told", "result"}),  # It was no bound.
+  ],
+)
+def test_a_record_of_an_older_version_is_held_against_the_bounds_of_today(
+  run, monkeypatch, factor, problems
+):
+  epsilon = composition.epsilon
+  monkeypatch.setattr(
+    composition, "epsilon", lambda *a, **k: factor * epsilon(*a, **k)
+  )
+  assert {finding.what for finding in _problems(run)} == problems
 
 
 @pytest.mark.parametrize("changes", [{"epsilon": 99.0}, {"step": 7}])

@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from dpdist.clipping import bookkeeping
 from dpdist.clipping import checks
@@ -15,11 +16,10 @@ from dpdist.clipping import freezing
 from dpdist.clipping import grouping
 from dpdist.clipping import manual_axes
 from dpdist.clipping import microbatches
-from dpdist.clipping import program
 from dpdist.clipping import reference
 from dpdist.clipping import rules
 from dpdist.clipping import shards
-from dpdist.clipping import splitting
+from dpdist.clipping import tracing
 from dpdist.clipping import two_pass
 from dpdist.clipping.scaling import Scaling
 
@@ -116,12 +116,18 @@ class ClippedGrad:
     """Computes the clipped sum of a batch; see `clipped_grad`.
 
     Args:
-      params: pytree of floating arrays; frozen ones may be of any dtype.
+      params: pytree of floating arrays or numbers; frozen ones may be of any
+        dtype.
       batch: pytree; every leaf has the same leading axis B.
       is_padding_example: [B] bool; where True the example contributes exactly
         0, whatever it holds. None: no padding.
-      rng: a PRNG key, split over the examples, or keys of shape [B]; handed to
-        loss_fn as its third argument. None: loss_fn takes two arguments.
+      rng: a PRNG key, or keys of shape [B]; handed to loss_fn as its third
+        argument. None: loss_fn takes two arguments. One key is split over the
+        rows, not the examples: take a row away, and those behind it have other
+        keys. The sensitivity holds all the same if the key is secret and new at
+        each step, as in `dpdist.train`, since such keys are as good as drawn
+        again. With a key that is known, or used twice, it does not hold: hand
+        in a key for each example that depends on nothing but it and the step.
       param_specs: inside shard_map, for parameters of which a device holds a
         part: pytree like params of PartitionSpecs, those that params came in
         by, each with one mesh axis at most, along which the batch is divided
@@ -139,7 +145,15 @@ class ClippedGrad:
     axes = manual_axes.varying_axes((batch, is_padding_example, rng))
     keep = ~checks.padding(is_padding_example, batch_size)
     rng = checks.per_example_keys(rng, batch_size, axes)
+    of_examples = {
+      "batch": batch,
+      "is_padding_example": is_padding_example,
+      "rng": rng,
+    }
+    checks.sharding(**of_examples)
     checks.params(freezing.partition(params, self.frozen)[0])
+    # Python's and NumPy's numbers are parameters like any other.
+    params = jax.tree.map(jnp.asarray, params)
     params = manual_axes.cast_to_varying(params, axes)
     keep = manual_axes.cast_to_varying(keep, axes)
     parts = freezing.split(
@@ -154,28 +168,29 @@ class ClippedGrad:
     examples = (batch,) if rng is None else (batch, rng)
     scaling, groups, norm_def = self._scaling(params, parts.is_frozen)
     # Only for its shapes; nobody uses what is gathered here.
-    traced = self._trace(parts, examples)
-    checks.refuse_sharded_outside_shard_map(batch, traced.block)
+    traced = tracing.trace(self.loss_fn, self.has_aux, parts, examples)
+    checks.sharding_inside_jit(traced.block, **of_examples)
     checks.loss(traced.block, traced.shapes[0], axes)
     divided = axes | manual_axes.untold_axes(axes)
     if divided:
       one = jax.tree.map(lambda x: x[0], jax.tree.leaves(examples))
       values = [shards.whole(x) for x in [*leaves, *parts.frozen]]
       checks.derivatives(traced.block, [*values, *one], len(leaves), divided)
-    method, _ = self._method(traced, axes)
+    method, _ = traced.method(self.method, axes)
 
     def run(
       examples: tuple[PyTree, ...], keep: jax.Array
     ) -> tuple[list[jax.Array], jax.Array, list[jax.Array], Any]:
       if method == "vmap":
-        total, *rest = reference.clipped_sum(
-          traced.of_trainable(parts),
-          [shards.whole(x) for x in leaves],
-          examples,
-          keep,
-          groups,
-          scaling,
-        )
+        with checks.effects(traced.effects):
+          total, *rest = reference.clipped_sum(
+            traced.of_trainable(parts),
+            [shards.whole(x) for x in leaves],
+            examples,
+            keep,
+            groups,
+            scaling,
+          )
         return shards.sums(leaves, total), *rest
       problem = self._problem(traced, parts, groups, scaling, method)
       engine = {"bookkeeping": bookkeeping, "two_pass": two_pass}[method]
@@ -238,9 +253,10 @@ class ClippedGrad:
       rng = jax.eval_shape(lambda k: jax.random.split(k, 1), rng)
     examples = (batch,) if rng is None else (batch, rng)
     parts = freezing.split(params, self.frozen)
-    traced = self._trace(parts, examples)
+    traced = tracing.trace(self.loss_fn, self.has_aux, parts, examples)
     scaling, groups, _ = self._scaling(params, parts.is_frozen)
-    method, reason = self._method(traced, manual_axes.varying_axes(examples))
+    axes = manual_axes.varying_axes(examples)
+    method, reason = traced.method(self.method, axes)
     named: dict[bool, list[str]] = {False: [], True: []}
     paths = jax.tree_util.tree_flatten_with_path(params)[0]
     for (path, _), is_frozen in zip(paths, parts.is_frozen, strict=True):
@@ -261,59 +277,9 @@ class ClippedGrad:
     backend = jax.default_backend()
     return {"cuda": "gpu", "rocm": "gpu"}.get(backend, backend)
 
-  def _trace(
-    self, parts: freezing.Split, examples: tuple[PyTree, ...]
-  ) -> "_Traced":
-    with_aux = self.loss_fn if self.has_aux else _with_aux(self.loss_fn)
-
-    def loss_fn(trainable: list[Any], frozen: list[Any], *example: Any) -> Any:
-      return with_aux(parts.join(trainable, frozen), *example)
-
-    whole = lambda leaves: [shards.whole(x) for x in leaves]
-    one = jax.tree.map(
-      lambda x: (
-        jax.eval_shape(lambda y: y[0], x)
-        if isinstance(x, jax.ShapeDtypeStruct)
-        else x[0]
-      ),
-      examples,
-    )
-    try:
-      closed, shapes = program.trace(
-        loss_fn, whole(parts.trainable), whole(parts.frozen), *one
-      )
-    except NameError as error:
-      if "axis name" not in str(error):
-        raise
-      raise ValueError(
-        "loss_fn must use one example alone, but it uses a named axis over"
-        f" several ({error}): statistics of a batch, as of batch norm, make"
-        " an example's gradient depend on the others; use group or layer norm"
-      ) from error
-    block = splitting.split(closed, len(parts.trainable), len(parts.frozen))
-    return _Traced(loss_fn, block, shapes)
-
-  def _method(self, traced: "_Traced", axes: frozenset[str]) -> tuple[str, str]:
-    other = manual_axes.axes_in(traced.block.jaxpr.jaxpr) - axes
-    if other and self.method in ("auto", "vmap"):
-      return "vmap", f"the loss also varies over the mesh axes {sorted(other)}"
-    if other:
-      raise ValueError(
-        "method must be 'auto' or 'vmap' for a loss that also varies over the"
-        f" mesh axes {sorted(other)}, got {self.method!r}"
-      )
-    if self.method != "auto":
-      return self.method, "as asked for"
-    if traced.block.rematerialises():
-      return (
-        "two_pass",
-        "the loss rematerialises activations, which book-keeping would keep",
-      )
-    return "bookkeeping", "the fastest where activations are kept anyway"
-
   def _problem(
     self,
-    traced: "_Traced",
+    traced: tracing.Traced,
     parts: freezing.Split,
     groups: list[int],
     scaling: Scaling,
@@ -345,24 +311,6 @@ class ClippedGrad:
     return scaling, groups, structure
 
 
-class _Traced(NamedTuple):
-  """The loss of one example: as a function, taken apart, and its shapes.
-
-  The function is (trainable leaves, frozen leaves, *example) -> (loss, aux).
-  """
-
-  loss_fn: Callable[..., tuple[jax.Array, Any]]
-  block: program.Block
-  shapes: tuple[Any, Any]
-
-  def of_trainable(
-    self, parts: freezing.Split
-  ) -> Callable[..., tuple[jax.Array, Any]]:
-    """The function with its frozen leaves, whole."""
-    frozen = [shards.whole(x) for x in parts.frozen]
-    return lambda trainable, *example: self.loss_fn(trainable, frozen, *example)
-
-
 def clipped_grad(
   loss_fn: Callable[..., Any],
   *,
@@ -384,9 +332,14 @@ def clipped_grad(
     * The sum moves by at most `sensitivity(relation)` when one example changes,
       for any data and parameters, on one device or inside shard_map on many,
       up to the rounding of float32.
-    * An example whose gradient norm is not finite (in float32: entries beyond
-      about 1e19 overflow it) contributes exactly 0.
+    * An example whose gradient norm is not finite (in float32: above 3e38)
+      contributes exactly 0. But under "vmap", so does one with activations of
+      about 3e38, however small its gradient, and one that is shortened, with
+      activations so large (a layer's sum above about 1e28 l2_clip_norm) that
+      what they meet would underflow.
     * A padding example contributes exactly 0, whatever it holds.
+    * Randomness in the loss keeps it, if `rng` is secret and new at each step,
+      or goes by the example: see `ClippedGrad.__call__`.
     * Norms and sums are float32 or wider whatever the dtype of the model.
 
   Args:
@@ -400,7 +353,9 @@ def clipped_grad(
       about two thirds more and the memory of an ordinary gradient; "vmap"
       instantiates every gradient, and is the reference. "auto" takes
       "two_pass" where the loss rematerialises, "bookkeeping" elsewhere; what it
-      does with each parameter is told by fn.explain(params, batch).
+      does with each parameter is told by fn.explain(params, batch). A loss with
+      effects other than printing, as of jax.new_ref, goes to "vmap" whatever is
+      asked for.
     microbatch_size: how many examples are worked on at once; must divide the
       batch. Microbatches are added up with two floats a number. None: the whole
       batch, or fewer where that is faster.
@@ -446,7 +401,3 @@ def clipped_grad(
     normalize_gamma,
     frozen,
   )
-
-
-def _with_aux(loss_fn: Callable[..., Any]) -> Callable[..., tuple[Any, None]]:
-  return lambda *args: (loss_fn(*args), None)
