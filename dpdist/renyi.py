@@ -37,8 +37,8 @@ _LADDER = {
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
 # Beyond so many panels a Gaussian that is always drawn is a bound as good.
 _MOST_PANELS = 2**15
-# Larger exponents of what is below 1 are not worth the places they take.
-_MOST_FALL = 30.0
+# So much, relative, may quadrature miss of a ratio to a large negative power.
+_STEEP = 1e-5
 
 
 def step_event(pair: pairs_lib.Pair) -> dp_accounting.DpEvent:
@@ -127,13 +127,12 @@ def _log_moment(
   """The logarithm of the ratio's mean under Q, to the power of the order."""
   terms = logs + order * losses
   log = float(special.logsumexp(terms))
-  if log > 1:
-    # Of the other half there is no more than all of P and Q.
-    return float(np.logaddexp(log, math.log(2))) if is_folded else log
+  if log > 300:  # The rest, of 2 at most, is nothing beside it.
+    return log
   excess = float(np.sum(_excess(order, losses, logs)))
   if is_folded:  # Here Q is P, with losses the other way.
-    fall = min(order, _MOST_FALL)
-    excess += float(np.sum(_excess(fall, -losses, logs + losses)))
+    excess += float(np.sum(_excess(order, -losses, logs + losses)))
+    excess *= 1 + _STEEP
   return math.log1p(excess)
 
 

@@ -63,6 +63,40 @@ def test_no_exchange_is_worse_than_its_pair(world):
       assert divergences[orders == order][0] >= true - 1e-6
 
 
+@pytest.mark.parametrize("kind", ["presence", "opposite", "exchange"])
+@pytest.mark.parametrize(
+  ("sigma", "q", "wanted"),
+  [(0.8, 0.1, (1.5, 2, 5.5, 11)), (4.0, 1e-3, (1.1, 2, 10, 63)),
+   (1e4, 0.3, (2, 192, 3 * 2**11))],
+)  # fmt: skip
+def test_renyi_divergences_are_those_of_the_pair(kind, sigma, q, wanted):
+  """By sums over a fine line, of the worse one at every order."""
+  orders, divergences = renyi.step_divergences(pairs.Pair(kind, sigma, q))
+  for order in wanted:
+    low = 0.5 if kind == "exchange" else -10 * sigma
+    x = np.arange(low, 2 * order + 10 * sigma, sigma / 2000)
+    if kind == "exchange":
+      x += sigma / 4000  # Middles of cells from where the losses are 0.
+    plain = np.exp(-0.5 * (x / sigma) ** 2)
+    logs = [np.log1p(q * np.expm1((m * x - 0.5) / sigma**2)) for m in (1, -1)]
+    loss = logs[0] - logs[1] if kind == "opposite" else logs[0]
+    base = plain * np.exp(logs[1]) if kind == "opposite" else plain
+    # The moment less 1, and less what adds up to nothing to the first order.
+    excess = lambda w, a, loss: np.where(
+      a * loss < 300,
+      w * (np.expm1(np.minimum(a * loss, 300)) - a * np.expm1(loss)),
+      np.exp(np.log(np.maximum(w, 1e-300)) + a * loss),
+    )
+    total = np.sum(excess(base, order, loss))
+    if kind == "exchange":
+      total += np.sum(excess(base * np.exp(loss), order, -loss))
+    total *= (x[1] - x[0]) / (sigma * math.sqrt(2 * math.pi))
+    true = math.log1p(total) / (order - 1)
+    found = divergences[orders == order][0]
+    assert found == pytest.approx(true, rel=1e-4)
+    assert found >= true * (1 - 1e-6)
+
+
 def _optimistic(adjacency, count):
   """A lower bound of what a true way of exchanging composes to."""
   replace = adjacency == "replace"
