@@ -240,6 +240,12 @@ def whole(x: jax.Array | np.ndarray) -> np.ndarray:
   return np.asarray(x)
 
 
+def put_rows(rows: np.ndarray, chunk_size: int, mesh: Mesh) -> jax.Array:
+  """Puts this process's rows of a chunk, see `local_rows`, on the mesh."""
+  shape = (chunk_size, *rows.shape[1:])
+  return jax.make_array_from_process_local_data(examples(mesh), rows, shape)
+
+
 def bytes_per_device(tree: Any, specs: Any, mesh: Mesh) -> int:
   """What arrays or shapes take on one device."""
   sizes = jax.tree.map(

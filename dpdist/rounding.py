@@ -28,7 +28,7 @@ _CUT_ROUNDOFF = 2.0**-23
 _TOLERANCE = 2.0**-14
 
 
-# Of clip norms: how much earlier exact sums clip, for what rounds inside a group.
+# How much earlier, in clip norms, exact sums clip for what rounds in a group.
 ROOM = 2.0**-11
 
 

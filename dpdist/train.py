@@ -10,7 +10,7 @@ Promises of that order:
   * Only released values reach a writer or the screen; see `dpdist.metrics`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import functools
 import json
@@ -27,13 +27,14 @@ from dpdist import checkpoint
 from dpdist import composition
 from dpdist import config as config_lib
 from dpdist import data
+from dpdist import data_checks
 from dpdist import display as display_lib
+from dpdist import dry_run
 from dpdist import history
 from dpdist import hosts
 from dpdist import job as job_lib
 from dpdist import keys
 from dpdist import ledger as ledger_lib
-from dpdist import losses
 from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import odometer as odometer_lib
@@ -56,8 +57,6 @@ _OWN_ERRORS = (
   checkpoint.MismatchError,
   ledger_lib.LedgerError,
 )
-
-_Evaluate = Callable[[Any], dict[str, float]]
 
 
 def train(
@@ -104,9 +103,16 @@ def train(
     def open_ledger() -> None:
       nonlocal ledger
       ledger = stack.enter_context(admission.open_ledger(config, workdir))
+      # So that a run that is refused is found where it would have been.
+      workdir.mkdir(parents=True, exist_ok=True)
 
     hosts.from_leader(open_ledger)
-    job = job_lib.prepare(config, workdir, ledger)
+    job = job_lib.prepare(
+      config,
+      workdir,
+      ledger,
+      try_out=functools.partial(dry_run.run, config, progress),
+    )
     stack.callback(job.close)
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(
@@ -146,7 +152,6 @@ def _run(
   plan, step, ledger = job.plan, job.step, job.ledger
   environment = provenance.environment(job.mesh)
   environments = hosts.gather(json.dumps(environment))
-  made_of = (job.weights_sha256, job.frozen_sha256, job.features_sha256)
 
   state = job.init()
   saved, rejected = job.found
@@ -170,11 +175,12 @@ def _run(
       digest=saved.digest if saved else "",
       ledger_head=ledger_head,
       fingerprint=provenance.fingerprint(
-        config.to_dict(),
+        # As it was chosen: sums of other chunks round otherwise.
+        config.to_dict() | {"chunk_size": job.chunk_size},
         plan.fingerprint(),
         job.train_manifest,
         [json.loads(text) for text in environments],
-        [sha for sha in made_of if sha],
+        job.made_of,
       ),
     )
     if rejected and ledger.last_step == 0:
@@ -202,9 +208,13 @@ def _run(
   if ledger is not None:
     rows = summary.start_rows(job, ledger.planned, start_step=start)
     screen.show_start(rows, notices)
+    if saved is None and start < last:
+      # Among no notices, which are in the report as well.
+      shared = data_checks.shared_rows(job.train_source, job.test)
+      if shared:
+        screen.warn(shared)
 
   num_entries = sum(leaf.size for leaf in jax.tree.leaves(job.params))
-  evaluate = losses.evaluator(job.model, job.test, job.mesh)
   scores: dict[str, float] = {}
   num_steps = config.privacy.num_steps
   eval_every = config.eval_every or max(1, num_steps // 20)
@@ -224,7 +234,7 @@ def _run(
   )
   with shown as display, told as odometer:
     clock = display_lib.Clock(plan.expected_batch_size)
-    measured = start + 1  # The first step compiles.
+    measured = start
     progress.enter(start, "reading")
     for t, chunks in _steps(config, job, streams, first_release, start, last):
       # All wait for it: a sum may pass between the others before the leader
@@ -234,7 +244,7 @@ def _run(
         stop_step = min(last, t - t % charge_every + charge_every)
         hosts.from_leader(functools.partial(_charge, job, stop_step))
 
-      progress.enter(t, "compiling" if t == start else "computing")
+      progress.enter(t, "computing")
       accumulator = step.zeros(state.params)
       # Given only where there are any, as is release below.
       frozen = [] if job.frozen is None else [job.frozen]
@@ -249,7 +259,7 @@ def _run(
           first_row,
           *frozen,
         )
-      if jax.process_count() > 1 and t > start:
+      if jax.process_count() > 1:
         # So that who is slow can be told from who waits.
         jax.block_until_ready(accumulator.stats)
         progress.enter(t, "reducing")
@@ -273,7 +283,7 @@ def _run(
         measured = done
         _check_data(job)
         with clock.paused():
-          scores = _scores(evaluate, state, job.frozen)
+          scores = _scores(job, state)
           sensitive: dict[str, float] = {}
           if config.unsafe_metrics:
             sensitive = _sensitive(step.stats(accumulator))
@@ -302,7 +312,7 @@ def _run(
     if odometer is not None:
       odometer.poll(wait=True)
 
-  scores = scores or _scores(evaluate, state, job.frozen)
+  scores = scores or _scores(job, state)
   # In all processes, each of which may have a part alone.
   params_sha256 = provenance.params_sha256(state.params)
 
@@ -314,10 +324,10 @@ def _run(
       num_steps=int(state.step),
       scores=scores,
       params_sha256=params_sha256,
-      environment=environment,
+      environment=provenance.public(environment),
     )
     summary.write_result(workdir / "result.json", result)
-    statement = composition.statement(ledger.planned)
+    statement = composition.statement(ledger.planned, result["epsilon"])
     report.write(
       workdir,
       result=result,
@@ -398,11 +408,9 @@ def _steps(
   last: int,
 ) -> Iterator[tuple[int, Iterator[tuple[int, Any, jax.Array]]]]:
   """Yields each step and its chunks, on the mesh."""
-  sharding = mesh_lib.examples(job.mesh)
 
   def put(x: np.ndarray) -> jax.Array:
-    shape = (job.chunk_size, *x.shape[1:])
-    return jax.make_array_from_process_local_data(sharding, x, shape)
+    return mesh_lib.put_rows(x, job.chunk_size, job.mesh)
 
   def on_mesh(
     chunks: Sequence[data.Chunk],
@@ -428,14 +436,12 @@ def _steps(
     yield t, on_mesh(chunks)
 
 
-def _scores(
-  evaluate: _Evaluate, state: step_lib.TrainState, frozen: Any
-) -> dict[str, float]:
+def _scores(job: job_lib.Job, state: step_lib.TrainState) -> dict[str, float]:
   """Held-out metrics of the parameters and of their average."""
-  params = step_lib.whole(state.params, frozen)
-  scores = {f"test/{k}": v for k, v in evaluate(params).items()}
+  params = step_lib.whole(state.params, job.frozen)
+  scores = {f"test/{k}": v for k, v in job.evaluate(params).items()}
   if state.ema_params is not None:
-    average = evaluate(step_lib.whole(state.ema_params, frozen))
+    average = job.evaluate(step_lib.whole(state.ema_params, job.frozen))
     scores |= {f"test_ema/{k}": v for k, v in average.items()}
   return scores
 

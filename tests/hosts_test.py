@@ -87,6 +87,7 @@ def _codes(runs):
   return [run.wait() for run in runs]
 
 
+# The first call in a process is on zeros, before its first step.
 _APPLY = "dpdist.exact_step:ExactStep:apply"
 
 
@@ -97,8 +98,8 @@ def test_a_job_comes_back_on_another_number_of_processes_and_devices(
   assert whole.wait() == 0, whole.screen
   expected = training.outcome(tmp_path / "whole")
   workdir = tmp_path / "run"
-  kill = training.before(_APPLY, 10, training.send(signal.SIGKILL))
-  stop = training.before(_APPLY, 10, training.send(signal.SIGTERM))
+  kill = training.before(_APPLY, 11, training.send(signal.SIGKILL))
+  stop = training.before(_APPLY, 11, training.send(signal.SIGTERM))
 
   # Two devices of one process, which is killed in its tenth step.
   (run,) = job(1, 2, kill)

@@ -49,8 +49,9 @@ class ClippedGrads(NamedTuple):
       pytree shaped like l2_clip_norm of such arrays.
     aux: what loss_fn returned beside the loss, stacked along B; None without
       has_aux.
-    low: what float32 left out of `sum` where microbatches were added up: a
-      pytree like it, to be added to the same total; None: nothing. As private.
+    low: what rounding left out of `sum` where microbatches of a given size were
+      added up: a pytree like it, to be added to the same total; None: nothing.
+      As private.
   """
 
   sum: PyTree
@@ -215,6 +216,8 @@ class ClippedGrad:
       # TPU it plans the use of fast memory better without one.
       unroll=(self._platform == "cpu" and traced.block.convolves())
       or (self._platform == "tpu" and self.microbatch_size is None),
+      # What was chosen for speed is fast, and promises nothing.
+      keep_low=self.microbatch_size is not None,
     )
     return ClippedGrads(
       parts.of_trainable(total.high),
@@ -351,7 +354,8 @@ def clipped_grad(
       effects other than printing, as of jax.new_ref, goes to "vmap" whatever is
       asked for.
     microbatch_size: how many examples are worked on at once; must divide the
-      batch. None: the whole batch, or fewer where that is faster.
+      batch. Microbatches are added up with two floats a number. None: the whole
+      batch, or fewer where that is faster.
     rescale_to_unit_norm: divide by the clip norm, so that the learning rate
       does not depend on it.
     platform: "cpu", "gpu" or "tpu", whose costs and rounding the choices go

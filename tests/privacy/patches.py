@@ -41,11 +41,13 @@ KINDS = (
   "division by the drawn batch",
   "NaN passed by the clip",
   "infinite norm",
+  "norm of another gradient than the sum's",
   "padding counted",
   "padding in the noise divisor",
   "clip in bf16",
   "noise in bf16",
   "accumulation in bf16",
+  "sums that drift in float32",
   "gradients summed over shards before clipping",
   "per-example gradients under plain jit with a sharded batch",
   "a tied weight counted once",
@@ -76,6 +78,11 @@ KINDS = (
   "released without noise",
   "batch norm let through",
   "a setting that no flag can unset",
+  "charged for nothing",
+  "data changed under the run",
+  "budget that forgets charges",
+  "epsilon told too low",
+  "secret that others can read",
 )
 
 _FIELDS = ("Bug", "Listed as", "Had by", "Tests")
