@@ -57,7 +57,7 @@ def run(
     return job.chunk_size
   progress.enter(-1, "compiling")
   state = hosts.in_all(job.init)
-  multiple, _ = job_lib.chunk_multiple(config, job.mesh)
+  multiple, _ = mesh_lib.chunk_multiple(config.clipping, job.mesh)
   size = job.chunk_size
   while True:
     accumulator, problem = _accumulated(job, state, size)

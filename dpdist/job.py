@@ -64,7 +64,7 @@ class Job(NamedTuple):
     mesh: all devices.
     train_source: the private examples or users; `close` when all is over.
     train_manifest: names their content, hex.
-    earlier_manifests: returns what earlier releases called the same content.
+    earlier: returns its other names; see `admission.known_as`.
     features_sha256: of the features in their inputs' place; "" without any.
     test: all held-out examples, arrays "inputs" and "targets".
     evaluate: from parameters to held-out metrics; see `losses.evaluator`.
@@ -95,7 +95,7 @@ class Job(NamedTuple):
   mesh: Mesh
   train_source: sources.Source
   train_manifest: str
-  earlier_manifests: Callable[[], list[str]]
+  earlier: Callable[[], list[str]]
   features_sha256: str
   test: dict[str, np.ndarray]
   evaluate: Callable[..., dict[str, float]]
@@ -236,7 +236,7 @@ def _begun(
     nonlocal budget
     assert ledger is not None
     budget = admission.shared_budget(
-      config, ledger, job.train_manifest, job.earlier_manifests
+      config, ledger, job.train_manifest, job.earlier
     )
     if budget is not None and ledger.is_new:
       # Here too, so that a run that does not fit leaves nothing behind.
@@ -437,7 +437,7 @@ def chunk_size(
   Raises:
     ValueError: what is set cannot be divided evenly.
   """
-  multiple, name = chunk_multiple(config, mesh)
+  multiple, name = mesh_lib.chunk_multiple(config.clipping, mesh)
   if config.chunk_size:
     if config.chunk_size < 0 or config.chunk_size % multiple:
       raise ValueError(
@@ -454,14 +454,3 @@ def chunk_size(
     size = math.ceil(batch + 3 * math.sqrt(batch))
   size = min(size, plan.truncated_batch_size or size, plan.num_units)
   return size + -size % multiple
-
-
-def chunk_multiple(
-  config: ml_collections.ConfigDict, mesh: Mesh
-) -> tuple[int, str]:
-  """What a chunk is a multiple of, and by which setting of clipping."""
-  size, name = config.clipping.microbatch_size, "microbatch_size"
-  if config.clipping.exact_sum:
-    # A group is worked on at once, or in microbatches that divide it.
-    size, name = config.clipping.exact_group_size, "exact_group_size"
-  return mesh_lib.num_example_shards(mesh) * max(1, size), name

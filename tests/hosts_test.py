@@ -160,6 +160,36 @@ def test_processes_with_other_settings_stop_before_anything_is_charged(
   assert not (tmp_path / "run" / "ledger").exists()
 
 
+def _raise(kind, text):
+  # By its name: nothing of JAX's may be imported before the process is set up.
+  import jax
+
+  raise {"jax": jax.errors.JaxRuntimeError, "other": RuntimeError}[kind](text)
+
+
+@pytest.mark.parametrize(
+  ("kind", "text", "said", "code"),
+  [
+    ("jax", "RESOURCE_EXHAUSTED: no memory", "chunk_size must be small", 2),
+    ("other", "the device is gone", "the device is gone", 1),
+  ],
+)
+def test_a_step_that_fails_on_zeros_in_one_process_stops_all_for_nothing(
+  job, tmp_path, kind, text, said, code
+):
+  fail = training.before(
+    "dpdist.exact_step:ExactStep:accumulate",
+    1,
+    functools.partial(_raise, kind, text),
+  )
+  runs = job(2, 1, fail, args=[("--config.chunk_size=64",)])
+  assert _codes(runs) == [code, code], runs[0].screen + runs[1].screen
+  for run in runs:
+    assert said in run.screen
+  assert not (tmp_path / "run" / "ledger").exists()
+  assert not (tmp_path / "run" / "secret").exists()
+
+
 def test_what_stops_the_leader_stops_all(job, tmp_path):
   (tmp_path / "run" / "ledger").mkdir(parents=True)
   (tmp_path / "run" / "ledger" / "stray").write_text("")

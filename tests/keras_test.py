@@ -26,6 +26,11 @@ _NUM_EXAMPLES = 12
 _NO_NOISE = 1e-9
 
 
+def _first(plan, num_steps):
+  """Epsilon of the first steps of a plan."""
+  return plan.curve([plan.delta], num_steps)[0]
+
+
 def _config(**changed):
   return dpdist.PrivacyConfig(
     **{
@@ -115,7 +120,7 @@ def test_updates_are_counted_and_not_chunks(tmp_path):
     ends.append(_weights(private))
     assert private.step == 3
     assert int(model.optimizer.iterations) == 3
-    assert private.epsilon() == private.plan.epsilon(3)
+    assert private.epsilon_spent() == _first(private.plan, 3)
   np.testing.assert_allclose(ends[0], ends[1], rtol=1e-4, atol=1e-5)
   assert np.all(ends[0] != 0)
 
@@ -154,7 +159,7 @@ def test_no_step_beyond_the_plan(tmp_path):
     private.fit(x, y, epochs=2, steps_per_epoch=1)
   np.testing.assert_array_equal(_weights(private), before)
   private.fit(x, y)  # What is left.
-  assert private.epsilon() == private.plan.epsilon()
+  assert private.epsilon_spent() == private.plan.epsilon()
   with pytest.raises(ValueError, match="at most 0"):
     private.fit(x, y)
 
@@ -267,7 +272,7 @@ def _core(workdir):
 def test_a_fit_trains_two_outputs_and_counts_updates(workdir):
   private, _, history, moves = _core(workdir)
   assert private.step == 3
-  assert private.epsilon() == private.plan.epsilon(3)
+  assert private.epsilon_spent() == _first(private.plan, 3)
   assert np.all(moves != 0)
   assert {"val_loss", "val_one_mae", "val_many_accuracy"} < set(history)
   assert not [name for name in history if not name.startswith("val_")]
@@ -304,7 +309,7 @@ def test_a_fit_beyond_the_plan_or_of_other_data_is_refused(workdir):
     private.fit(x[:3], y)
   with pytest.raises(RuntimeError, match="without privacy"):
     private.model.fit(x, y)
-  assert private.epsilon() == private.plan.epsilon(3)
+  assert private.epsilon_spent() == _first(private.plan, 3)
 
 
 def test_a_step_that_fails_on_zeros_is_not_charged(tmp_path):
@@ -352,7 +357,8 @@ def train_two(workdir):
   model = _model(optimizer=keras.optimizers.Adam(0.1))
   private = _private(workdir, model, seed=None)
   private.fit(x, y, epochs=1, steps_per_epoch=2)
-  print(json.dumps({"w": _weights(private).tolist(), "at": private.epsilon()}))
+  told = {"w": _weights(private).tolist(), "at": private.epsilon_spent()}
+  print(json.dumps(told))
 
 
 @pytest.mark.slow
@@ -372,7 +378,7 @@ def test_another_process_goes_on_with_the_budget(tmp_path):
   np.testing.assert_array_equal(_weights(private), np.float32(told["w"]))
   assert private.step == 2
   assert int(model.optimizer.iterations) == 2
-  assert private.epsilon() == told["at"] == private.plan.epsilon(2)
+  assert private.epsilon_spent() == told["at"] == _first(private.plan, 2)
   x, y = _data()
   with pytest.raises(ValueError, match="at most 2"):
     private.fit(x, y, epochs=1, steps_per_epoch=3)
@@ -382,7 +388,7 @@ def test_another_process_goes_on_with_the_budget(tmp_path):
   with pytest.raises(ValueError, match="secret: hash"):
     _private(tmp_path, same).fit(x, y)
   private.fit(x, y)
-  assert private.epsilon() == private.plan.epsilon(4)
+  assert private.epsilon_spent() == _first(private.plan, 4)
   with ledger_lib.Ledger(tmp_path / "ledger") as ledger:
     assert ledger.guarantee == "holds"
     assert len({branch.identity for branch in ledger.branches}) == 2
@@ -403,7 +409,7 @@ def test_steps_of_a_killed_process_are_spent(tmp_path):
   with pytest.warns(UserWarning, match="step 2 passed over: it has no mani"):
     private = _private(tmp_path)
   assert private.step == 1
-  assert private.epsilon() == private.plan.epsilon(2)
+  assert private.epsilon_spent() == _first(private.plan, 2)
   with pytest.raises(ValueError, match="at most 2"):
     private.fit(x, y, epochs=1, steps_per_epoch=3)
 
@@ -415,7 +421,7 @@ def test_one_writer(tmp_path):
   one.fit(x, y, epochs=1, steps_per_epoch=1)
   with pytest.raises(ledger_lib.LedgerError, match="gone on since"):
     two.fit(x, y, epochs=1, steps_per_epoch=1)
-  assert one.epsilon() == one.plan.epsilon(1)
+  assert one.epsilon_spent() == _first(one.plan, 1)
 
 
 class _Stop(keras.callbacks.Callback):
@@ -440,7 +446,7 @@ def test_a_stopped_fit_can_go_on(tmp_path):
     private.fit(x, y, steps_per_epoch=1, callbacks=[_Stop(0, True)])
   private.fit(x, y, steps_per_epoch=1, callbacks=[_Stop(1, False)])
   assert private.step == 3
-  assert private.epsilon() == private.plan.epsilon(3)
+  assert private.epsilon_spent() == _first(private.plan, 3)
 
 
 @pytest.mark.slow

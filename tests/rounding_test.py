@@ -293,6 +293,16 @@ def test_the_bound_follows_plan_and_shapes():
   assert moved == pytest.approx(32 * 33 * 2.0**-24, rel=1e-3)
 
 
+def test_parts_so_small_that_adding_them_up_loses_much_are_refused():
+  large = _plan(num_examples=10**6, expected_batch_size=10.0**6)
+  make = functools.partial(mechanism.make, large, _linear)
+  with pytest.raises(ValueError, match="microbatch_size must be at least 64"):
+    make(microbatch_size=2)
+  assert make(microbatch_size=64).clipped_grad.microbatch_size == 64
+  assert rounding.bound(large, part_size=64, num_entries=1).across < 1e-3
+  assert rounding.bound(large, part_size=32, num_entries=1).across > 1e-3
+
+
 @pytest.mark.parametrize("num_devices", [2, 8, 2048])
 @pytest.mark.parametrize("num_entries", [1, 10**6, 10**10])
 def test_pieces_of_devices_add_up_exactly(num_devices, num_entries):
@@ -309,3 +319,31 @@ def test_pieces_of_devices_add_up_exactly(num_devices, num_entries):
     plan, part_size=8, num_entries=num_entries, num_devices=num_devices
   )
   assert bound.across < 1e-3
+
+
+@pytest.mark.parametrize("size", [7, 16])
+def test_an_example_has_the_same_bits_at_any_place(size):
+  """What the bound for parts of one example, and for exchanges, rests on."""
+  rng = np.random.default_rng(4)
+  params = {
+    "kernel": rng.normal(size=(3, 3, 1, 5)).astype(np.float32),
+    "w": rng.normal(size=(180, 9)).astype(np.float32),
+  }
+
+  def loss(params, x):
+    x = jax.lax.conv(
+      x[None, None], params["kernel"].transpose(3, 2, 0, 1), (1, 1), "SAME"
+    )
+    return jnp.sum(jnp.tanh(jnp.tanh(x).reshape(-1) @ params["w"]) ** 2)
+
+  batch = rng.normal(size=(size, 6, 6)).astype(np.float32)
+  fn = jax.jit(
+    clipping.clipped_grad(loss, l2_clip_norm=1.0, microbatch_size=size)
+  )
+  expected = fn(params, batch)
+  for places in (1, 3):
+    got = fn(params, np.roll(batch, places, axis=0))
+    for name in ("grad_norms", "loss"):
+      np.testing.assert_array_equal(
+        np.roll(getattr(got, name), -places), getattr(expected, name)
+      )

@@ -20,8 +20,10 @@ from dpdist.clipping import costs
 from dpdist.clipping import evaluate
 from dpdist.clipping import factors
 from dpdist.clipping import gradients
+from dpdist.clipping import inner_products
 from dpdist.clipping import manual_axes
 from dpdist.clipping import norms
+from dpdist.clipping import pixels
 from dpdist.clipping import reference
 from dpdist.clipping import shards
 from dpdist.clipping import sharing
@@ -235,8 +237,7 @@ def norm(
     A scalar; and the gradient as `rule.view` has it, None if it is not formed.
   """
   if rule.way in ("gram", "diagonal"):
-    square = _square_unformed(problem, rule, operands, cotangents)
-    return jnp.sqrt(square), None
+    return _norm_unformed(problem, rule, operands, cotangents), None
   of_weights = _of_weights(problem, rule, operands, cotangents)
   formed: Any = sum(
     gradients.placed(site, of_weights[site.key], rule.sites[0])
@@ -244,8 +245,7 @@ def norm(
   )
   if rule.way == "keep":
     formed = sharing.computed_once(formed)
-  square = gradients.square(formed)
-  unit_roundoff = problem.unit_roundoff(rule)
+  found = norms.of(formed)
   if rule.way == "drop":
     # The sum is a product of its own, in which terms that cancel here leave
     # what they are rounded by.
@@ -253,14 +253,20 @@ def norm(
       gradients.magnitude(s, operands.get(s.key), cotangents[s.key])
       for s in rule.sites
     )
-    square = jnp.maximum(square, factors.SUMMED * jnp.square(size))
-  if rule.way == "drop" and unit_roundoff:
-    terms: Any = sum(
-      gradients.terms(site, operands[site.key], cotangents[site.key])
-      for site in rule.sites
+    found = jnp.maximum(found, inner_products.SUMMED**0.5 * size)
+    # Rounded in both products.
+    twice = 2 * sum(
+      gradients.positions(s, operands.get(s.key)) for s in rule.sites
     )
-    square = factors.with_slack(square, terms, unit_roundoff)
-  return jnp.sqrt(square), formed
+    found = inner_products.with_room(found, size, twice, 0.0)
+    unit_roundoff = problem.unit_roundoff(rule)
+    if unit_roundoff:
+      terms: Any = sum(
+        gradients.terms(site, operands[site.key], cotangents[site.key])
+        for site in rule.sites
+      )
+      found = inner_products.with_room(found, terms, 0, unit_roundoff)
+  return found, formed
 
 
 def _of_weights(
@@ -278,7 +284,7 @@ def _of_weights(
   }
 
 
-def _square_unformed(
+def _norm_unformed(
   problem: Problem,
   rule: Rule,
   operands: dict[Key, jax.Array],
@@ -288,21 +294,17 @@ def _square_unformed(
   precision = first.eqn.params.get("precision")
   unit_roundoff = problem.unit_roundoff(rule)
   if rule.view == "factors":
-    return factors.squared_norm(
+    return factors.norm(
       [gradients.factor(s, first, operands, cotangents) for s in rule.sites],
       unit_roundoff,
       precision,
     )
   x, g = operands[first.key], cotangents[first.key]
   if rule.way == "gram":
-    return factors.squared_norm(
+    return factors.norm(
       [convolution.patches(first, x, g)], unit_roundoff, precision
     )
-  square = convolution.squared_norm(first, x, g)
-  if unit_roundoff:
-    terms = gradients.terms(first, x, g)
-    square = factors.with_slack(square, terms, unit_roundoff)
-  return square
+  return pixels.norm(first, x, g, unit_roundoff)
 
 
 def to_leaves(
