@@ -266,6 +266,23 @@ def one_example(source: sources.Source) -> dict[str, np.ndarray]:
   return row
 
 
+def row_shapes(source: sources.Source) -> dict[str, jax.ShapeDtypeStruct]:
+  """Shapes of a row of a chunk, as they are on a device."""
+  rows = source.read(np.zeros(1, np.int64))
+  return jax.eval_shape(
+    lambda rows: {name: x[0] for name, x in rows.items()}, rows
+  )
+
+
+def largest_integers(
+  config: ml_collections.ConfigDict, row: dict[str, Any]
+) -> dict[str, int]:
+  """What each array's integers are at most, by the settings alone."""
+  inputs = max(config.model.num_outputs, config.model.vocabulary) - 1
+  others = config.model.num_outputs - 1
+  return {name: inputs if name == "inputs" else others for name in row}
+
+
 def _load(
   config: ml_collections.ConfigDict,
 ) -> tuple[Mesh, datasets.Splits, str, str, Callable[[], None]]:
@@ -399,6 +416,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     (config, "stuck_after"),
     (config.data, "num_threads"),
     (config.data, "prefetch"),
+    (config.sentinel, "every"),
   ):
     if section[name] < 0:
       raise ValueError(f"{name} must be at least 0, got {section[name]}")
