@@ -303,7 +303,9 @@ def calibrate_batch_size(
   accountant = _check("accountant", accountant)
 
   if settings.get("sampling") == "truncated_poisson":
-    settings["num_examples"] = size
+    # A neighbour may have a row more, and it is that one's which are cut.
+    relation = settings.get("neighboring_relation", "add_or_remove_one")
+    settings["num_examples"] = size + (relation == "add_or_remove_one")
   in_turn = accountants.in_turn(_steps(sigma, 1.0, 1, settings), accountant)
   turns = settings.get("cycle_length", 1)
   if turns > size:

@@ -4,6 +4,7 @@ What is decided here rests on the ledger, the data set's budget and the
 checkpoints that are there. `decide` changes nothing; `begin` writes.
 """
 
+from collections.abc import Callable, Sequence
 import pathlib
 import secrets
 from typing import Any
@@ -19,6 +20,7 @@ from dpdist import keys
 from dpdist import ledger as ledger_lib
 from dpdist import manifest
 from dpdist import plan as plan_lib
+from dpdist import screen
 
 
 class SettingsError(ValueError):
@@ -47,6 +49,32 @@ def open_ledger(
         " does not hold: it was removed or rolled back, or is another run's"
       )
   return ledger
+
+
+def known_as(
+  ledger: ledger_lib.Ledger | None,
+  train_manifest: str,
+  earlier: Callable[[], Sequence[str]],
+) -> str:
+  """The manifest by which a run's data is called, in every process.
+
+  A run that began under an earlier release goes on under the one it has.
+
+  Args:
+    ledger: of the run; None in the processes that are not the leader.
+    train_manifest: of the training set.
+    earlier: returns other manifests of the same content; called only if it
+      matters.
+  """
+
+  def look() -> str:
+    assert ledger is not None
+    if ledger.is_new or ledger.segment.data == train_manifest:
+      return train_manifest
+    known = ledger.segment.data
+    return known if known in earlier() else train_manifest
+
+  return str(hosts.from_leader(look))
 
 
 def decide(
@@ -109,7 +137,7 @@ def begin(
     )
   if budget is not None:
     # Before the stake, so that none is without a run that knows where it is.
-    ledger.record_stake(root=budget.root, data=data, stake="")
+    ledger.record_stake(root=budget.root, data=budget.data, stake="")
     ended = ledger.spent if is_changed else ledger.spent[:-1]
     stake = budget.admit(
       ledger,
@@ -117,7 +145,7 @@ def begin(
       label=str(workdir.absolute()),
       reservation=config.data_budget.reservation,
     )
-    ledger.record_stake(root=budget.root, data=data, stake=stake)
+    ledger.record_stake(root=budget.root, data=budget.data, stake=stake)
   if config.insecure_seed is not None:
     ledger.notice(
       "insecure_seed fixes every random stream, so anyone can subtract the"
@@ -172,8 +200,12 @@ def shared_budget(
   config: ml_collections.ConfigDict,
   ledger: ledger_lib.Ledger,
   train_manifest: str,
+  earlier: Callable[[], Sequence[str]],
 ) -> data_budget.DataBudget | None:
-  """The data set's budget, made if it is missing."""
+  """The data set's budget, made if it is missing.
+
+  `earlier` is as in `known_as`.
+  """
   settings = config.data_budget
   if not settings.location:
     if ledger.stakes:
@@ -188,9 +220,11 @@ def shared_budget(
     epsilon=settings.epsilon,
     delta=settings.delta,
     neighboring_relation=config.privacy.neighboring_relation,
+    earlier=earlier,
+    tell=screen.warn,
   )
   for stake in ledger.stakes:
-    if stake["data"] == train_manifest and stake["stake"] not in budget.stakes:
+    if stake["data"] == budget.data and stake["stake"] not in budget.stakes:
       raise ValueError(
         "data_budget.location must be that of the budget in which this run has"
         f" its stake, {stake['root']!r}, got {settings.location!r}, which does"

@@ -155,6 +155,21 @@ def default() -> ml_collections.ConfigDict:
   return config
 
 
+def optional() -> frozenset[str]:
+  """Paths of the settings that may be None, as "privacy.target_epsilon"."""
+
+  def paths(section: ml_collections.ConfigDict, prefix: str) -> list[str]:
+    found = []
+    for name, value in section.items():
+      if isinstance(value, ml_collections.ConfigDict):
+        found += paths(value, f"{prefix}{name}.")
+      elif value is None:
+        found.append(prefix + name)
+    return found
+
+  return frozenset(paths(default(), ""))
+
+
 def check(config: Any) -> None:
   """Holds the names of a config's settings against those that there are.
 

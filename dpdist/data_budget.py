@@ -24,7 +24,7 @@ their owner to count them together.
 Imports no jax.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 import os
@@ -45,6 +45,9 @@ _FIELDS: dict[str, dict[str, type]] = {
   "make": {
     **{"format": int, "data": str, **_MAKE, "order": int, "divergence": float}
   },
+  # The budget of this data set is the one that was made under another manifest
+  # of the same content.
+  "same": {"data": str},
   "reserve": {"label": str, "cost": float, "count": int},
   "cancel": {"label": str},
   "admit": {**_GROW, "label": str, "reservation": str},
@@ -115,6 +118,7 @@ class DataBudget:
 
   Attributes:
     terms: None before it is made.
+    same_as: the manifest that the budget was made under, if that is another.
     stakes: by a random name.
     reservations: by label.
   """
@@ -136,6 +140,7 @@ class DataBudget:
       self.root = os.path.abspath(self.root)
     self.data = data
     self.terms: Terms | None = None
+    self.same_as = ""
     self.stakes: dict[str, Stake] = {}
     self.reservations: dict[str, Reservation] = {}
     # The stake of this process's run, and the head that it told last.
@@ -225,6 +230,22 @@ class DataBudget:
           f" {delta:g}, {neighboring_relation}"
         )
       return None
+
+    self._log.propose(decide)
+
+  def refer_to(self, data: str) -> None:
+    """Writes down that the budget is the one of another manifest.
+
+    Raises:
+      RefusedError: there is one of this.
+    """
+
+    def decide() -> tuple[str, Mapping[str, Any]] | None:
+      if self.terms is not None or self.same_as not in ("", data):
+        raise ledger_lib.RefusedError(
+          f"data set {self.data[:12]} has a budget in {self.root} already"
+        )
+      return None if self.same_as else ("same", {"data": data})
 
     self._log.propose(decide)
 
@@ -443,8 +464,12 @@ class DataBudget:
     fields.check(record, _FIELDS[kind])
     if record.get("cost", 0) < 0:
       raise ValueError("a cost below 0")
-    if (kind == "make") != (self.terms is None):
+    first = self.terms is None and not self.same_as
+    if (kind in ("make", "same")) != first:
       raise ValueError(f"a record of kind {kind!r} in this place")
+    if kind == "same":
+      self.same_as = record["data"]
+      return
     if kind == "make":
       if record["format"] != _FORMAT or record["data"] != self.data:
         raise ValueError("another format, or another data set")
@@ -487,6 +512,36 @@ class DataBudget:
     )
 
 
+def find(
+  root: str | os.PathLike[str],
+  data: str,
+  earlier: Callable[[], Sequence[str]] = tuple,
+) -> DataBudget:
+  """The budget of a data set, also if it was made by an earlier release.
+
+  That one may have called the data by another manifest, in which the names of
+  files had a part. So that they may change from now on, it is written down that
+  the two are the same.
+
+  Args:
+    root: as in `DataBudget`.
+    data: as in `DataBudget`.
+    earlier: returns other manifests of the same content, as
+      `dpdist.sources.earlier_manifests` does; called only if it matters.
+
+  Returns:
+    The budget; its terms are None if there is none yet.
+  """
+  budget = DataBudget(root, data)
+  if budget.terms is None and not budget.same_as:
+    for manifest in earlier():
+      found = DataBudget(root, manifest)
+      if found.terms is not None:
+        budget.refer_to(manifest)
+        break
+  return DataBudget(root, budget.same_as) if budget.same_as else budget
+
+
 def open_or_make(
   root: str | os.PathLike[str],
   data: str,
@@ -494,6 +549,8 @@ def open_or_make(
   epsilon: float | None,
   delta: float | None,
   neighboring_relation: str,
+  earlier: Callable[[], Sequence[str]] = tuple,
+  tell: Callable[[str], None] = lambda line: None,
 ) -> DataBudget:
   """Opens a data set's budget; makes it if both numbers are given.
 
@@ -503,13 +560,17 @@ def open_or_make(
     epsilon: as in `DataBudget.make`; None: the budget must be there.
     delta: likewise.
     neighboring_relation: as in `DataBudget.make`.
+    earlier: as in `find`.
+    tell: is called with a line of text where a budget is made beside others: it
+      may be that the data set has one, and was changed since.
 
   Raises:
     ValueError: the budget is not there, and a number is missing.
     RefusedError: it has other terms.
     dpdist.records.RecordError: it is damaged.
   """
-  budget = DataBudget(root, data)
+  budget = find(root, data, earlier)
+  is_new = budget.terms is None
   if budget.terms is not None:
     epsilon = budget.terms.epsilon if epsilon is None else epsilon
     delta = budget.terms.delta if delta is None else delta
@@ -522,6 +583,13 @@ def open_or_make(
       "data_budget.epsilon and data_budget.delta must be given where the data"
       f" set has no budget yet, as in {os.fspath(root)!r}, got {epsilon} and"
       f" {delta}"
+    )
+  others = [name for name in records.folders(root) if name != budget.data]
+  if is_new and others:
+    tell(
+      f"data set {budget.data[:12]} had no budget in {budget.root} and has a"
+      f" new one now, beside those of {len(others)} other data sets: if it is"
+      " one of these and was changed, count the two together"
     )
   return budget
 

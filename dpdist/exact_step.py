@@ -209,13 +209,16 @@ def add_group(
   )
   grads, seen = watched.seen(grads)
   # The leading axis has one entry a device.
-  total = jax.tree.map(
-    lambda x, limbs: fixed_point.add(
-      limbs, fixed_point.split(form, x[None], mechanism.largest_in_group)
-    ),
-    grads.sum,
-    accumulator.clipped_sum,
-  )
+  total = accumulator.clipped_sum
+  # What rounding left out of the sum of microbatches counts as well.
+  for part in (grads.sum,) if grads.low is None else (grads.sum, grads.low):
+    total = jax.tree.map(
+      lambda x, limbs: fixed_point.add(
+        limbs, fixed_point.split(form, x[None], mechanism.largest_in_group)
+      ),
+      part,
+      total,
+    )
   stats = step_lib.count(mechanism, grads, is_padding_example)
   after = step_lib.Accumulator(
     total, jax.tree.map(jnp.add, accumulator.stats, stats)

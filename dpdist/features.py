@@ -18,6 +18,7 @@ import tempfile
 import numpy as np
 
 from dpdist import fetch
+from dpdist import file_stamps
 from dpdist import scaled_scattering
 from dpdist import scattering
 from dpdist import sentences
@@ -66,11 +67,35 @@ class FeatureSource(sources.ArraySource):
   """
 
   def __init__(
-    self, inputs: np.ndarray, targets: np.ndarray, manifest: str, sha256: str
+    self,
+    inputs: np.ndarray,
+    targets: np.ndarray,
+    source: sources.Source,
+    sha256: str,
+    stamps: file_stamps.FileStamps,
   ):
+    """Makes it.
+
+    Args:
+      inputs: the features.
+      targets: of the examples.
+      source: the examples.
+      sha256: of the features as they are kept, hex.
+      stamps: of the file that they are kept in, from before it was hashed.
+    """
     super().__init__({"inputs": inputs, "targets": targets})
-    self._manifest = manifest
+    self._manifest = source.manifest()
+    self._source = source
+    self._stamps = stamps
     self.sha256 = sha256
+
+  def earlier_manifests(self) -> list[str]:
+    """Those of the examples; see `dpdist.sources.earlier_manifests`."""
+    return sources.earlier_manifests(self._source)
+
+  def changed_files(self) -> list[str]:
+    """Also of the examples; see `dpdist.sources.changed_files`."""
+    return self._stamps.changed() + sources.changed_files(self._source)
 
 
 def of(source: sources.Source, name: str) -> FeatureSource:
@@ -106,6 +131,7 @@ def of(source: sources.Source, name: str) -> FeatureSource:
   if not folder.is_dir():
     _keep(source, function, folder)
   try:
+    stamps = file_stamps.FileStamps([folder / _FILE])
     with open(folder / _FILE, "rb") as file:
       found = hashlib.file_digest(file, "sha256").hexdigest()
     is_sound = found == (folder / _DIGEST).read_text()
@@ -116,7 +142,7 @@ def of(source: sources.Source, name: str) -> FeatureSource:
       f"{folder / _FILE} is damaged: delete {folder}, and it is made again"
     )
   inputs = np.load(folder / _FILE, mmap_mode="r", allow_pickle=False)
-  return FeatureSource(inputs, targets, manifest, found)
+  return FeatureSource(inputs, targets, source, found, stamps)
 
 
 def _keep(

@@ -30,6 +30,7 @@ from dpdist import mechanism as mechanism_lib
 from dpdist import noise
 from dpdist import plan as plan_lib
 from dpdist.clipping import checks
+from dpdist.clipping import compensated
 from dpdist.clipping import manual_axes
 
 PyTree = Any
@@ -119,8 +120,9 @@ class PrivateGradientFn:
       params, batch, is_padding_example=is_padding_row, rng=rng
     )
     release = state.draws
-    noise_now = self._mechanism.noise(self._key, release)
-    noisy, state = noise_now.update(got.sum, state)
+    noisy, state = self._mechanism.add_noise(
+      compensated.of(got.sum, got.low), state, self._key, release
+    )
     gradient = jax.tree.map(
       lambda x: jnp.where(left, x, jnp.nan),
       self._mechanism.mean(noisy, release),

@@ -15,6 +15,9 @@ from dpdist import fields
 from dpdist import plan as plan_lib
 
 FORMAT = 3
+# How the identity of a new branch is made; see `_identity`. A branch whose
+# record names no version is of version 1.
+IDENTITY_VERSION = 2
 _SEGMENT = {"config": dict, "plan": dict, "data": str, "start_step": int}
 # What a record of each kind must say.
 _FIELDS: dict[str, dict[str, type]] = {
@@ -25,7 +28,7 @@ _FIELDS: dict[str, dict[str, type]] = {
   "branch": {"branch": int, "start_step": int, "fingerprint": str, "base": str},
   "reserve": {"branch": int, "stop_step": int},
   "checkpoint": {"branch": int, "step": int, "digest": str, "writer": int},
-  "notice": {"text": str},
+  "notice": {"text": str},  # And perhaps "unsound": true.
   "stake": {"root": str, "data": str, "stake": str},
   "epsilons": {"spent": dict, "planned": dict},
   "end": {},
@@ -63,6 +66,7 @@ class Branch:
     bases: digests of the checkpoints it may go on from: the one it started
       from ("" for the initial parameters) and its own.
     charged: steps that were charged in its segment before it.
+    version: of the rule by which its identity was made.
   """
 
   number: int
@@ -73,6 +77,7 @@ class Branch:
   fingerprint: str
   bases: tuple[str, ...]
   charged: int = 0
+  version: int = IDENTITY_VERSION
 
   def release(self, step: int) -> int:
     """The place of a step among all that are charged in its segment, from 0.
@@ -129,6 +134,8 @@ class History:
     self.is_ended = False
     self.places: list[dict[str, str]] = []
     self._run = ""
+    # What opened the current segment, as it was written.
+    self._opened: dict[str, Any] = {}
 
   @property
   def is_new(self) -> bool:
@@ -204,6 +211,12 @@ class History:
     return list(dict.fromkeys(found))
 
   @property
+  def unsound(self) -> list[str]:
+    """Those of `notices` by which the record is not sound, whole as it is."""
+    found = [r["text"] for r in self.records if r.get("unsound") is True]
+    return list(dict.fromkeys(found))
+
+  @property
   def guarantee(self) -> str:
     """Either "holds", or "void: " and why."""
     return "void: " + "; ".join(self.notices) if self.notices else "holds"
@@ -228,6 +241,7 @@ class History:
     elif kind in ("open", "segment"):
       if kind == "open":
         self._run, self.secret_hash = record["run"], record["secret_hash"]
+      self._opened = {name: record[name] for name in _SEGMENT}
       plan = plan_lib.PrivacyPlan.from_dict(record["plan"])
       self.segments.append(
         Segment(plan, record["config"], record["data"], record["start_step"])
@@ -238,12 +252,13 @@ class History:
         Branch(
           len(self.branches),
           len(self.segments) - 1,
-          _identity(self._run, record),
+          self._identity(record),
           start,
           start,
           record["fingerprint"],
           (record["base"],),
           self.segment.charged,
+          record.get("identity", 1),
         )
       )
     elif kind == "reserve":
@@ -281,6 +296,8 @@ class History:
     elif kind == "branch":
       if record["branch"] != len(self.branches):
         raise ValueError("a branch that does not follow")
+      if record.get("identity", 1) not in range(1, IDENTITY_VERSION + 1):
+        raise ValueError(f"a branch of identity version {record['identity']!r}")
     elif kind == "reserve":
       branch = self._current_branch(record)
       more = record["stop_step"] - branch.stop_step
@@ -295,6 +312,28 @@ class History:
       told = [*record["spent"].values(), *record["planned"].values()]
       if not all(x is None or fields.is_of(float, x) for x in told):
         raise ValueError("an epsilon that is no number")
+
+  def _identity(self, record: Mapping[str, Any]) -> str:
+    """What the keys of a new branch depend on: all that decides its releases.
+
+    A copy of a run directory could open another branch under the same number,
+    from the same checkpoint: under another plan, by other code, or after other
+    charges, on which the place of its steps in schedules and turns depends.
+    """
+    if not self._run:
+      return str(record["branch"])
+    facts: Any = {
+      "run": self._run,
+      "segment": [len(self.segments) - 1, self._opened],
+      "charged": self.segment.charged,
+      "branch": {name: record[name] for name in _FIELDS["branch"]},
+    }
+    if record.get("identity", 1) == 1:
+      # How it was before; some runs have such branches.
+      names = ("branch", "start_step", "fingerprint", "base")
+      facts = [self._run, *(record[name] for name in names)]
+    text = json.dumps(facts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
   def _charge(self, num_steps: int) -> None:
     charged = self.segment.charged + num_steps
@@ -312,17 +351,3 @@ class History:
 def most_steps(plan: plan_lib.PrivacyPlan) -> int:
   """How many steps one record may charge."""
   return -(-plan.num_steps // _PARTS)
-
-
-def _identity(run: str, record: Mapping[str, Any]) -> str:
-  """What the keys of a branch depend on.
-
-  A copy of a run directory could go on with other code from the same record as
-  the original, under the same number; hence everything that decides what its
-  steps release, and not the number alone.
-  """
-  if not run:
-    return str(record["branch"])
-  names = ("branch", "start_step", "fingerprint", "base")
-  text = json.dumps([run, *(record[name] for name in names)])
-  return hashlib.sha256(text.encode()).hexdigest()

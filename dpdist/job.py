@@ -144,7 +144,7 @@ def _prepare(
   ledger: ledger_lib.Ledger | None,
 ) -> Job:
   settings = config_lib.privacy_dict(config)
-  mesh, splits, train_manifest, features_sha256, close = hosts.in_all(
+  mesh, splits, train_manifest, earlier, features_sha256, close = hosts.in_all(
     lambda: _load(config)
   )
   environment = provenance.environment(mesh)
@@ -156,6 +156,7 @@ def _prepare(
     training_data=train_manifest,
     training_features=features_sha256,
   )
+  train_manifest = admission.known_as(ledger, train_manifest, earlier)
   plan, changes, found = admission.decide(
     config, workdir, ledger, train_manifest
   )
@@ -172,7 +173,7 @@ def _prepare(
   def agree_on_secret() -> str:
     nonlocal budget
     assert ledger is not None
-    budget = admission.shared_budget(config, ledger, train_manifest)
+    budget = admission.shared_budget(config, ledger, train_manifest, earlier)
     if budget is not None and ledger.is_new:
       # Here too, so that a run that does not fit leaves nothing behind.
       whole = plan_lib.Part(plan, plan.num_steps)
@@ -285,7 +286,14 @@ def largest_integers(
 
 def _load(
   config: ml_collections.ConfigDict,
-) -> tuple[Mesh, datasets.Splits, str, str, Callable[[], None]]:
+) -> tuple[
+  Mesh,
+  datasets.Splits,
+  str,
+  Callable[[], list[str]],
+  str,
+  Callable[[], None],
+]:
   """What may be found, or not, by each process: devices and data."""
   check(config)  # Before features are computed, which may take long.
   mesh = mesh_lib.make(config.mesh)
@@ -311,6 +319,7 @@ def _load(
   else:
     train = examples = retried(train)
   num_rows, manifest = len(train), train.manifest()
+  earlier = functools.partial(sources.earlier_manifests, train)
   if group_size > 1:
     if unit == "user":
       raise ValueError(
@@ -331,7 +340,7 @@ def _load(
       f" {config.privacy.num_examples}"
     )
   splits = datasets.Splits(train, retried(test))
-  return mesh, splits, manifest, features_sha256, examples.close
+  return mesh, splits, manifest, earlier, features_sha256, examples.close
 
 
 def make_step(

@@ -226,6 +226,7 @@ class Ledger(history.History):
       branch = self.branches[-1]
       if (
         branch.segment == len(self.segments) - 1
+        and branch.version == history.IDENTITY_VERSION
         and branch.fingerprint == fingerprint
         and digest in branch.bases
       ):
@@ -236,6 +237,7 @@ class Ledger(history.History):
       start_step=step,
       fingerprint=fingerprint,
       base=digest,
+      identity=history.IDENTITY_VERSION,
     )
     return self.branches[-1]
 
@@ -278,10 +280,17 @@ class Ledger(history.History):
       writer=self.writer,
     )
 
-  def notice(self, text: str) -> None:
-    """Records, once, what weakens or voids the run's guarantee."""
-    if text not in self.notices:
-      self._append("notice", text=text)
+  def notice(self, text: str, *, unsound: bool = False) -> None:
+    """Records, once, what weakens or voids the run's guarantee.
+
+    Args:
+      text: a sentence.
+      unsound: whether the record cannot be relied on either.
+    """
+    if text not in (self.unsound if unsound else self.notices):
+      self._append(
+        "notice", text=text, **({"unsound": True} if unsound else {})
+      )
 
   def end(self) -> None:
     """Ends the run for good: nothing can be charged any more.

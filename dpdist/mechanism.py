@@ -31,9 +31,13 @@ from dpdist import fixed_point
 from dpdist import keys
 from dpdist import noise
 from dpdist import plan as plan_lib
+from dpdist import rounding
 from dpdist import sampling
+from dpdist.clipping import compensated
 
 PyTree = Any
+# `Mechanism` has a method of the module's name.
+_NoiseState = noise.GaussianNoiseState
 
 # With exact sums, examples are clipped by this much, a thousandth, earlier.
 _ROOM = 2.0**-10
@@ -59,14 +63,14 @@ class Mechanism:
 
   Guarantees with exact_group_size:
     Truncation is inside the sensitivity. N examples make at most M = ceil(N /
-    exact_group_size) groups, and removing one may shift all that follow it, so
-    that two clipped sums, M truncated groups of d entries each, differ by at
-    most the clip norm in use plus 2 M sqrt(d) units of the last limb. The clip
-    norm in use is (1 - 2**-10) C, and `sum_format` takes limbs until that is at
-    most 2**-10 C: together C, the clip norm of the plan. Noise is added in
-    integers as well, rounded down to their unit, so that all rounding is of a
-    noisy value. The float32 rounding inside a group is not covered, as it is
-    not without groups.
+    exact_group_size) groups, and removing one may shift all that follow it. A
+    group's sum is truncated, and so is what rounding left out of it, so that
+    two clipped sums of d entries differ by at most the clip norm in use plus
+    4 M sqrt(d) units of the last limb. The clip norm in use is (1 - 2**-10) C,
+    and `sum_format` takes limbs until that is at most 2**-11 C. The other
+    2**-11 C are for the float32 rounding inside groups; what that may take
+    beyond them is `dpdist.rounding.Bound.inside`. Noise is added in integers as
+    well, rounded down to their unit, so that all rounding is of a noisy value.
   """
 
   plan: plan_lib.PrivacyPlan
@@ -91,6 +95,38 @@ class Mechanism:
       for setting in self.plan.settings
     ]
     return noise.gaussian_noise(self._now(stddevs, release), key)
+
+  def add_noise(
+    self,
+    total: compensated.Sum,
+    state: _NoiseState,
+    key: jax.Array,
+    release: jax.Array | None = None,
+  ) -> tuple[PyTree, _NoiseState]:
+    """Adds the noise of a step to its clipped sum.
+
+    Guarantees:
+      What is returned is the sum, low included, and the noise, rounded
+      together: no part of the sum is rounded by itself, which would move it.
+
+    Args:
+      total: over all devices.
+      state: of the noise.
+      key: as for `noise`.
+      release: as for `noise`.
+
+    Returns:
+      The noisy sum; and the state after it.
+    """
+    zeros = jax.tree.map(jnp.zeros_like, total.high)
+    drawn, state = self.noise(key, release).update(zeros, state)
+    return compensated.add_once(total, drawn).high, state
+
+  def grid(self, params: PyTree, num_devices: int) -> tuple[float, ...]:
+    """Units by which the devices' sums are added up; see `dpdist.rounding`."""
+    return rounding.grid(
+      self.plan, num_devices, sum(x.size for x in jax.tree.leaves(params))
+    )
 
   def noise_norm(self, num_entries: int, release: int) -> float:
     """The length that the noise in the mean has, as a root of mean squares.
@@ -159,9 +195,10 @@ class Mechanism:
     """The format of the exact sum of gradients of params."""
     return fixed_point.choose(
       largest=self.largest_sum,
-      num_terms=self._most_groups,
+      # A group's sum, and what rounding left out of it.
+      num_terms=2 * self._most_groups,
       num_entries=sum(leaf.size for leaf in jax.tree.leaves(params)),
-      tolerance=_ROOM * self.plan.l2_clip_norm,
+      tolerance=(_ROOM - rounding.ROOM) * self.plan.l2_clip_norm,
     )
 
 

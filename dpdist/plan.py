@@ -439,13 +439,16 @@ def _check(record: PrivacyConfig | PrivacyPlan) -> None:
 def _pair_of(
   record: PrivacyConfig | PrivacyPlan, noise_multiplier: float, q: float
 ) -> pairs_lib.Pair:
-  is_truncated = record.sampling == "truncated_poisson"
+  larger = None  # Of two neighbouring data sets; the other may have a row more.
+  if record.sampling == "truncated_poisson":
+    is_kept = record.neighboring_relation != "add_or_remove_one"
+    larger = record.num_examples + (not is_kept)
   return pairs_lib.of(
     noise_multiplier=noise_multiplier,
     sampling_probability=q,
     sampling=record.sampling,
     neighboring_relation=record.neighboring_relation,
-    num_examples=record.num_examples if is_truncated else None,
+    num_examples=larger,
     truncated_batch_size=record.truncated_batch_size,
     cycle_length=record.cycle_length,
     examples_per_user=record.examples_per_user,

@@ -94,6 +94,19 @@ class RetryingSource:
     """See `dpdist.sources.Source.manifest`; may take long, but not fail."""
     return self._get(self._source.manifest, 0)
 
+  def earlier_manifests(self) -> list[str]:
+    """See `dpdist.sources.earlier_manifests`; as long as `manifest`."""
+    return list(self._get(lambda: sources.earlier_manifests(self._source), 0))
+
+  def changed_files(self) -> list[str]:
+    """See `dpdist.sources.changed_files`.
+
+    Raises:
+      dpdist.sources.ReadError: patience is at its end.
+    """
+    ask = lambda: sources.changed_files(self._source)
+    return list(self._get(ask, self._stall_seconds))
+
   def close(self) -> None:
     """Ends the waiting in all threads, soon, with an error."""
     self._closed.set()

@@ -130,6 +130,6 @@ def memory(
     "parameters": size(state.params) + size(given[6]),
     "optimizer": size(state.opt_state),
     "average": size(state.ema_params),
-    "accumulator": size(given[1].clipped_sum),
+    "accumulator": size((given[1].clipped_sum, given[1].low)),
     "batch": size(given[2]),
   }

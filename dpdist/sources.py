@@ -23,19 +23,30 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
+from dpdist import file_stamps
+
 Path = str | os.PathLike[str]
 
 _HASH_BLOCK_BYTES = 1 << 24
+# Of columns that are held back while those before them are hashed.
+_HELD_BYTES = 1 << 28
 
 
 class ReadError(OSError):
   """A data set could not be read. Names no example and no file of it."""
 
 
+class ChangedError(ReadError):
+  """Files of a data set were changed while a run was reading them."""
+
+
 class Source(Protocol):
   """What the data pipeline asks of a data set.
 
   `read` is called from several threads at once and must be thread-safe.
+
+  A source may have two methods more; see `changed_files` and
+  `earlier_manifests`, which ask them.
   """
 
   def __len__(self) -> int:
@@ -61,8 +72,32 @@ class Source(Protocol):
     ...
 
   def manifest(self) -> str:
-    """SHA-256 of the content, 64 hex digits; safe to record beside a run."""
+    """SHA-256 of the content, 64 hex digits; safe to record beside a run.
+
+    Of the examples in their order, and of nothing that can change without them,
+    such as the names of files: what a data set may spend is kept under it.
+    """
     ...
+
+
+def changed_files(source: Source) -> list[str]:
+  """The files that a source still reads from and that were changed since.
+
+  Once this is empty, all that was read so far is what the manifest is of. A
+  source that reads from files after it was made has a method of this name.
+
+  Raises:
+    OSError: they cannot be looked at now, but perhaps later.
+  """
+  return list(getattr(source, "changed_files", list)())
+
+
+def earlier_manifests(source: Source) -> list[str]:
+  """What earlier releases called the same content, and may have recorded.
+
+  A source whose manifest was once made otherwise has a method of this name.
+  """
+  return list(getattr(source, "earlier_manifests", list)())
 
 
 class ArraySource:
@@ -92,6 +127,11 @@ class ArraySource:
     self._arrays = {name: np.asarray(a) for name, a in arrays.items()}
     self._convert = convert
     self._manifest: str | None = None
+    mapped = {_mapped_file(array) for array in self._arrays.values()} - {None}
+    # One that was removed by now is nobody's to change.
+    self._stamps = file_stamps.FileStamps(
+      path for path in mapped if path and os.path.exists(path)
+    )
     shapes = {name: a.shape for name, a in self._arrays.items()}
     if len({shape[:1] for shape in shapes.values()}) != 1 or () in (
       shapes.values()
@@ -122,6 +162,10 @@ class ArraySource:
   def is_in_memory(self) -> bool:
     """Whether no read touches a file."""
     return not any(_is_mapped(array) for array in self._arrays.values())
+
+  def changed_files(self) -> list[str]:
+    """Those of mapped arrays; see `changed_files` of the module."""
+    return self._stamps.changed()
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """See `Source.read`."""
@@ -222,6 +266,8 @@ class ArrayRecordSource:
 
     self._paths = _check_paths(paths)
     self._manifest: str | None = None
+    # Before anything is read, so that no change is missed.
+    self._stamps = file_stamps.FileStamps(self._paths)
     with _array_record_errors():
       self._records = grain.sources.ArrayRecordDataSource(self._paths)
     if not len(self._records):
@@ -270,16 +316,63 @@ class ArrayRecordSource:
     return found
 
   def manifest(self) -> str:
-    """SHA-256 over base names, sizes and bytes of the files, in order."""
+    """That of an `ArraySource` of the same examples, however they are stored.
+
+    Raises:
+      ValueError: records differ in shape.
+    """
     if self._manifest is None:
-      header = [[os.path.basename(p), os.path.getsize(p)] for p in self._paths]
+      columns = sorted(self._spec.items())
+      header = [
+        [name, dtype.str, [len(self), *shape]]
+        for name, (shape, dtype) in columns
+      ]
       digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
-      for path in self._paths:
-        with open(path, "rb") as file:
-          while block := file.read(_HASH_BLOCK_BYTES):
-            digest.update(block)
+      for block in self._columns():
+        digest.update(block.tobytes())
       self._manifest = digest.hexdigest()
     return self._manifest
+
+  def _columns(self) -> Iterator[np.ndarray]:
+    """All examples in blocks of rows, one column after the other."""
+    sizes = {
+      name: dtype.itemsize * math.prod(shape)
+      for name, (shape, dtype) in sorted(self._spec.items())
+    }
+    rows = max(1, _HASH_BLOCK_BYTES // max(1, sum(sizes.values())))
+    left = list(sizes)
+    while left:
+      # All are read at once; what is not this column's turn is held back, as
+      # far as there is room for it, and else read again.
+      first, room = left.pop(0), _HELD_BYTES
+      held: dict[str, list[np.ndarray]] = {}
+      for name in left:
+        room -= sizes[name] * len(self)
+        if room < 0:
+          break
+        held[name] = []
+      for start in range(0, len(self), rows):
+        batch = self.read(np.arange(start, min(start + rows, len(self))))
+        yield batch[first]
+        for name, blocks in held.items():
+          blocks.append(batch[name])
+      for blocks in held.values():
+        yield from blocks
+      left = left[len(held) :]
+
+  def changed_files(self) -> list[str]:
+    """See `changed_files` of the module."""
+    return self._stamps.changed()
+
+  def earlier_manifests(self) -> list[str]:
+    """SHA-256 over base names, sizes and bytes of the files, in order."""
+    header = [[os.path.basename(p), os.path.getsize(p)] for p in self._paths]
+    digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
+    for path in self._paths:
+      with open(path, "rb") as file:
+        while block := file.read(_HASH_BLOCK_BYTES):
+          digest.update(block)
+    return [digest.hexdigest()]
 
 
 def write_array_record(
@@ -383,12 +476,23 @@ def check_indices(indices: np.ndarray, num_examples: int) -> np.ndarray:
 
 def _is_mapped(array: np.ndarray) -> bool:
   """Whether an array, or what it is a view of, is a file's content."""
+  return _map_of(array) is not None
+
+
+def _mapped_file(array: np.ndarray) -> str | None:
+  """The file that an array is the content of, where its name is known."""
+  owner = _map_of(array)
+  name = None if owner is None else owner.filename
+  return None if name is None else os.fspath(name)
+
+
+def _map_of(array: np.ndarray) -> np.memmap | None:
   owner: Any = array
   while isinstance(owner, np.ndarray):
     if isinstance(owner, np.memmap):
-      return True
+      return owner
     owner = owner.base
-  return False
+  return None
 
 
 def _check_paths(paths: Path | Sequence[Path]) -> list[str]:

@@ -1,7 +1,8 @@
 """One training step: accumulate chunks, then apply.
 
-`accumulate` adds a chunk's clipped sum to each device's own accumulator and
-touches no network where every device has all parameters. `apply` reduces the
+`accumulate` adds a chunk's clipped sum to each device's own accumulator, which
+keeps what float32 rounds away (`dpdist.clipping.compensated`), and touches no
+network where every device has all parameters. `apply` reduces the
 accumulators over the mesh, draws noise once, divides by the expected batch size
 and updates the parameters. A step may have any number of chunks, none included,
 so that a draw of any size fits any memory and nothing recompiles.
@@ -33,6 +34,7 @@ from dpdist import clipping
 from dpdist import mechanism as mechanism_lib
 from dpdist import mesh as mesh_lib
 from dpdist import noise
+from dpdist.clipping import compensated
 from dpdist.clipping import watched
 
 PyTree = Any
@@ -85,10 +87,13 @@ class Accumulator(NamedTuple):
     clipped_sum: pytree like params, float32 or wider, with a leading axis over
       those devices; of what `fsdp` divides, over those along `data`.
     stats: Stats of [devices] arrays.
+    low: like clipped_sum, what rounding left out of it: the sum of both is
+      meant. (): nothing, as of integers.
   """
 
   clipped_sum: PyTree
   stats: Stats
+  low: PyTree = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,7 +143,7 @@ class Step:
     """How an accumulator lies on the mesh: of PartitionSpecs."""
     sums = jax.tree.map(mesh_lib.stacked, self.specs(params))
     stats = jax.tree.map(lambda x: mesh_lib.EXAMPLES, no_stats(1))
-    return Accumulator(sums, stats)
+    return Accumulator(sums, stats, sums)
 
   def init(self, params: PyTree) -> TrainState:
     """The state before the first step, on the mesh, from whole parameters."""
@@ -192,7 +197,10 @@ class Step:
         params,
         self.specs(params),
       )
-      return self._constrained(params, Accumulator(sums, no_stats(shards)))
+      empty = compensated.zeros_like(sums)
+      return self._constrained(
+        params, Accumulator(empty.high, no_stats(shards), empty.low)
+      )
 
     return jax.jit(zeros)
 
@@ -253,9 +261,14 @@ class Step:
       )
       grads, seen = watched.seen(grads)
       stats = count(self.mechanism, grads, is_padding_example)
-      more = Accumulator(grads.sum, stats)
       # The leading axis has one entry a device, here this device's own.
-      after = jax.tree.map(lambda x, y: x + y[None], accumulator, more)
+      more, low, stats = jax.tree.map(
+        lambda x: x[None], (grads.sum, grads.low, stats)
+      )
+      before = compensated.Sum(accumulator.clipped_sum, accumulator.low)
+      total = compensated.add(before, more, low)
+      stats = jax.tree.map(jnp.add, accumulator.stats, stats)
+      after = Accumulator(total.high, stats, total.low)
       return after if seen is None else (after, seen)
 
     def accumulate(
@@ -274,8 +287,9 @@ class Step:
         jax.tree.map(mesh_lib.without_model, self.specs(x))
         for x in (params, frozen)
       )
+      stacked: Any = jax.tree.map(mesh_lib.stacked, specs)
       sums: Any = Accumulator(
-        jax.tree.map(mesh_lib.stacked, specs), self.accumulator_specs({}).stats
+        stacked, self.accumulator_specs({}).stats, stacked
       )
       run = jax.shard_map(
         functools.partial(local, whole(specs, frozen_specs)),
@@ -301,7 +315,11 @@ class Step:
     """Compiled (params, accumulator) -> the clipped sum over all devices."""
 
     def total(params: PyTree, accumulator: Accumulator) -> PyTree:
-      summed = jax.tree.map(lambda x: jnp.sum(x, 0), accumulator.clipped_sum)
+      summed = jax.tree.map(
+        lambda high, low: jnp.sum(high + low, 0),
+        accumulator.clipped_sum,
+        accumulator.low,
+      )
       return mesh_lib.constrain(summed, self.specs(params), self.mesh)
 
     return jax.jit(total)
@@ -321,39 +339,47 @@ class Step:
       The state after the step, and released metrics: "noisy_gradient_norm".
     """
 
-    def reduce(params: PyTree, clipped_sum: PyTree) -> PyTree:
+    def reduce(params: PyTree, total: compensated.Sum) -> compensated.Sum:
       specs = self.specs(params)
+      both = compensated.Sum(specs, specs)
       if mesh_lib.num_example_shards(self.mesh) == 1:
         # Nothing to add up. XLA fails on a sum over axes of size 1 where others
         # are its own to divide (jax 0.10.2).
-        alone = jax.tree.map(lambda x: x[0], clipped_sum)
-        return mesh_lib.constrain(alone, specs, self.mesh)
+        alone = jax.tree.map(lambda x: x[0], total)
+        return mesh_lib.constrain(alone, both, self.mesh)
       manual = jax.tree.map(mesh_lib.without_model, specs)
       parts = jax.tree.map(mesh_lib.stacked, manual)
+      units = self.mechanism.grid(params, self._num_summed(mesh_lib.REPLICATED))
 
       @functools.partial(
         jax.shard_map,
         mesh=self.mesh,
-        in_specs=(parts,),
-        out_specs=manual,
+        in_specs=(compensated.Sum(parts, parts),),
+        out_specs=compensated.Sum(manual, manual),
         axis_names=mesh_lib.manual_axes(self.mesh),
       )
-      def add(clipped_sum: PyTree) -> PyTree:
+      def add(total: compensated.Sum) -> compensated.Sum:
         # Together, so that it is one reduction, for all along the same axes.
-        leaves, treedef = jax.tree.flatten(clipped_sum)
         # mypy takes JAX's own class of tree structures for a mere name.
-        structure: Any = treedef
+        structure: Any = jax.tree.structure(total.high)
         axes = [
           mesh_lib.summed_axes(spec) for spec in structure.flatten_up_to(manual)
         ]
+        leaves = [
+          compensated.split(high[0], low[0], units)
+          for high, low in zip(*map(jax.tree.leaves, total), strict=True)
+        ]
         for over in dict.fromkeys(axes):
           chosen = [i for i, mine in enumerate(axes) if mine == over]
-          total = jax.lax.psum([leaves[i][0] for i in chosen], over)
-          for i, x in zip(chosen, total, strict=True):
+          sums = jax.lax.psum([leaves[i] for i in chosen], over)
+          for i, x in zip(chosen, sums, strict=True):
             leaves[i] = x
-        return structure.unflatten(leaves)
+        joined = [compensated.joined(pieces) for pieces in leaves]
+        return compensated.Sum(
+          *(structure.unflatten(part) for part in zip(*joined, strict=True))
+        )
 
-      return mesh_lib.constrain(add(clipped_sum), specs, self.mesh)
+      return mesh_lib.constrain(add(total), both, self.mesh)
 
     def apply(
       state: TrainState,
@@ -363,8 +389,9 @@ class Step:
     ) -> tuple[TrainState, dict[str, jax.Array]]:
       # Outside shard_map: inside, each device would draw, and the sum of their
       # draws, or copies of one block, is not the noise that was planned.
-      noisy_sum, noise_state = self.mechanism.noise(noise_key, release).update(
-        reduce(state.params, accumulator.clipped_sum), state.noise_state
+      total = compensated.Sum(accumulator.clipped_sum, accumulator.low)
+      noisy_sum, noise_state = self.mechanism.add_noise(
+        reduce(state.params, total), state.noise_state, noise_key, release
       )
       after, released = update(
         self.mechanism,

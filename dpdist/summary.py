@@ -14,6 +14,7 @@ from dpdist import job as job_lib
 from dpdist import ledger as ledger_lib
 from dpdist import mesh as mesh_lib
 from dpdist import plan as plan_lib
+from dpdist import rounding as rounding_lib
 from dpdist import screen
 from dpdist import statements
 
@@ -59,6 +60,7 @@ def start_rows(
     ("chunk size", screen.human_count(job.chunk_size)),
     ("parameters", screen.human_count(_num_params(job))),
     *_frozen_rows(job),
+    ("rounding, in clip norms", str(rounding(job))),
     ("memory estimate", screen.human_bytes(_memory(job)) + " a device"),
   ]
   group_size = job.step.mechanism.exact_group_size
@@ -67,6 +69,27 @@ def start_rows(
   if start_step:
     rows.append(("resumed after step", screen.human_count(start_step)))
   return rows
+
+
+def rounding(job: job_lib.Job) -> rounding_lib.Bound:
+  """What float rounding can add to the sensitivity of a run's steps."""
+  mechanism, mesh = job.step.mechanism, job.mesh
+  is_exact = mechanism.exact_group_size is not None
+  shards = mesh_lib.num_example_shards(mesh)
+  size = job.chunk_size // shards
+  size = min(size, mechanism.exact_group_size or size)
+  size = min(size, mechanism.clipped_grad.microbatch_size or size)
+  if not is_exact:
+    # Of divided parameters, all devices of the axis add up a part together.
+    size *= mesh.shape["fsdp"]
+  return rounding_lib.bound(
+    job.plan,
+    part_size=size,
+    num_entries=_num_params(job),
+    num_devices=shards,
+    is_cut=mesh.devices.flat[0].platform != "cpu",
+    is_exact=is_exact,
+  )
 
 
 def result(
@@ -100,6 +123,7 @@ def result(
     "noise_multiplier": plan.noise_multiplier,
     "sampling_probability": plan.sampling_probability,
     "l2_clip_norm": plan.l2_clip_norm,
+    "rounding": rounding(job).to_dict(),
     "num_steps": num_steps,
     "steps_charged": ledger.spent_steps,
     "segments": len(ledger.segments),
@@ -180,5 +204,5 @@ def _memory(job: job_lib.Job) -> int:
   mechanism = job.step.mechanism
   rows = min(rows, mechanism.exact_group_size or rows)
   size = mechanism.clipped_grad.microbatch_size
-  gradients = min(rows, size or rows) + 1  # and the sum
+  gradients = min(rows, size or rows) + 2  # and the sum, of two floats
   return state_bytes + gradients * _num_params(job) * np.dtype("f4").itemsize

@@ -45,6 +45,7 @@ from dpdist import released as released_lib
 from dpdist import report
 from dpdist import screen
 from dpdist import sentinel as sentinel_lib
+from dpdist import sources
 from dpdist import step as step_lib
 from dpdist import summary
 from dpdist import units
@@ -86,6 +87,7 @@ def train(
       collective, it ends.
     dpdist.sources.ReadError: the data could not be read, for long; what is
       saved and charged so far is gone on with.
+    dpdist.sources.ChangedError: files of the data were changed meanwhile.
     dpdist.preemption.Preempted: a signal asked to stop; all is saved.
     dpdist.sentinel.SensitivityError: clipping does not bound what an example
       can do; before a step is charged, or after one that is saved.
@@ -294,6 +296,7 @@ def _run(
         progress.enter(t, "evaluating")
         machines = hosts.gather(operations.measure(progress, done - measured))
         measured = done
+        _check_data(job)
         with clock.paused():
           scores = _scores(evaluate, state, job.frozen)
           sensitive: dict[str, float] = {}
@@ -312,6 +315,7 @@ def _run(
             display.tell(done, values, scores, sensitive, machines)
       if done % save_every == 0 or done == last or is_stopped or found:
         progress.enter(t, "saving")
+        _check_data(job)
         with clock.paused():
           _save(job, checkpoints, state, done)
         # A signal during the save need not cost another one.
@@ -389,6 +393,30 @@ def _charge(job: job_lib.Job, stop_step: int) -> None:
     return
   if job.budget is not None:
     job.budget.follow(ledger)
+
+
+def _check_data(job: job_lib.Job) -> None:
+  """Stops the run, in all processes, if files of its data were changed.
+
+  Before anything is shown or saved of steps that may have read them. That their
+  noise hides what it should cannot be said any more, so the record says so.
+  """
+  changed = hosts.in_all(lambda: sources.changed_files(job.train_source))
+  if not hosts.any_process(bool(changed)):
+    return
+  text = "files of the training data were changed while the run read them"
+
+  def record() -> None:
+    assert job.ledger is not None
+    job.ledger.notice(text, unsound=True)
+
+  hosts.from_leader(record)
+  where = f", here {', '.join(changed)}" if changed else ""
+  raise sources.ChangedError(
+    f"{text}{where}: the run stops, since it cannot vouch for its data; what"
+    " it read since its last checkpoint is neither shown nor saved. Start a new"
+    " run on data that stays as it is"
+  )
 
 
 def _save(

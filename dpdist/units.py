@@ -108,7 +108,19 @@ class UnitSource:
 
     How many slots there are does not count: the data is the same.
     """
-    header = ["dpdist.units/v1", self.num_units, self.examples.manifest()]
+    return self._manifest_of(self.examples.manifest())
+
+  def earlier_manifests(self) -> list[str]:
+    """See `dpdist.sources.earlier_manifests`."""
+    earlier = sources.earlier_manifests(self.examples)
+    return [self._manifest_of(manifest) for manifest in earlier]
+
+  def changed_files(self) -> list[str]:
+    """See `dpdist.sources.changed_files`."""
+    return sources.changed_files(self.examples)
+
+  def _manifest_of(self, examples: str) -> str:
+    header = ["dpdist.units/v1", self.num_units, examples]
     digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
     digest.update(self.unit_of_example.astype("<i8").tobytes())
     return digest.hexdigest()

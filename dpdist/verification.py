@@ -57,7 +57,7 @@ def verify(
       f" {ledger.writer} process{'es' * (ledger.writer != 1)}",
       "",
     ),
-    Finding("guarantee", ledger.guarantee, ""),
+    Finding("guarantee", ledger.guarantee, "; ".join(ledger.unsound)),
     _found("plan", lambda: _plan(ledger)),
     _steps(ledger),
     _found("epsilon spent", lambda: _epsilon(ledger)),

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Sequence
 import functools
+import re
 import sys
 from typing import NoReturn
 
 from absl import app
 from absl import flags
 from absl import logging
+from ml_collections import config_flags
 
 from dpdist import config
 from launch import errors
@@ -63,11 +65,18 @@ def _parse(passes_on: bool, argv: Sequence[str]) -> list[str]:
     end = argv.index("--")
     argv, passed = argv[:end], list(argv[end + 1 :])
   try:
+    unset: list[str] = []
+    if "config" in flags.FLAGS:
+      argv, unset = _unset(argv)
     rest = flags.FLAGS(argv)
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
       # Where a file could not be loaded, any attribute raises what was wrong.
       hasattr(flags.FLAGS.config, "to_dict")
       config.check(flags.FLAGS.config)
+      changes = config_flags.get_override_values(flags.FLAGS["config"])
+      for name in unset:
+        flags.FLAGS.config.update_from_flattened_dict({name: None})
+        changes[name] = None
   except AttributeError as error:
     # An unknown setting, perhaps with a suggestion, wrapped in a KeyError.
     reason = error.args[0] if error.args else error
@@ -87,3 +96,37 @@ def _parse(passes_on: bool, argv: Sequence[str]) -> list[str]:
   if passes_on and not passed:
     sys.exit(usage_error("no arguments to pass on after --\nTry --help."))
   return rest + passed
+
+
+def _unset(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Takes out the flags that unset a setting, which its parser would refuse.
+
+  Args:
+    argv: the command line.
+
+  Returns:
+    The rest of it, and the settings that are to be None: those that may be,
+    and whose last flag is "None", "none" or empty.
+  """
+  argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
+  optional = config.optional()
+  kept: list[str] = []
+  unset: dict[str, bool] = {}
+  words = iter(argv)
+  for word in words:
+    if word == "--":
+      kept += [word, *words]
+      break
+    match = re.fullmatch(r"--?config\.([\w.]+)(?:=(.*))?", word, re.DOTALL)
+    if match is None or match[1] not in optional:
+      kept.append(word)
+      continue
+    given = [word]
+    value = match[2]
+    if value is None:
+      given += [after for after in [next(words, None)] if after is not None]
+      value = given[-1]
+    unset[match[1]] = value in ("", "None", "none")
+    if not unset[match[1]]:
+      kept += given
+  return kept, [name for name, is_unset in unset.items() if is_unset]

@@ -12,6 +12,7 @@ Exit codes: 0 done; 2 wrong usage, or no room; anything else is a failure.
 """
 
 from collections.abc import Sequence
+import functools
 import sys
 
 from absl import flags
@@ -22,6 +23,8 @@ from dpdist import data_budget
 from dpdist import datasets
 from dpdist import ledger as ledger_lib
 from dpdist import plan as plan_lib
+from dpdist import screen
+from dpdist import sources
 from launch import exit_codes
 from launch import flag_parsing
 
@@ -58,12 +61,15 @@ def _reserve() -> tuple[data_budget.DataBudget, float]:
   if not settings.location:
     raise ValueError("data_budget.location must be given, got ''")
   plan = plan_lib.make_plan(config_lib.privacy_config(config))
+  train = datasets.load(config.data).train
   budget = data_budget.open_or_make(
     settings.location,
-    datasets.load(config.data).train.manifest(),
+    train.manifest(),
     epsilon=settings.epsilon,
     delta=settings.delta,
     neighboring_relation=plan.neighboring_relation,
+    earlier=functools.partial(sources.earlier_manifests, train),
+    tell=screen.warn,
   )
   cost = budget.cost([plan_lib.Part(plan, plan.num_steps)])
   assert _LABEL.value is not None  # Both flags are required.

@@ -5,7 +5,9 @@ fail, and are never skipped, where there are fewer.
 """
 
 import os
+import shutil
 import signal
+import tempfile
 
 _DEVICES = 8
 os.environ["XLA_FLAGS"] = (
@@ -24,7 +26,54 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
   signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
+# A program that one test, worker or started process has compiled, no other one
+# of this run compiles again.
+_CACHE = "JAX_COMPILATION_CACHE_DIR"
+_made_cache = ""
+if _CACHE not in os.environ:
+  _made_cache = tempfile.mkdtemp(prefix="dpdist-compiled-")
+  os.environ[_CACHE] = _made_cache
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.05")
+
 import jax  # noqa: E402
+import pytest  # noqa: E402
+
+from tests import parts  # noqa: E402
+
+_LONG = ("cluster", "slow", "tpu")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+  """Adds the option that chooses among tests that take long."""
+  parser.addoption(
+    "--part",
+    choices=parts.CHOICES,
+    default="all",
+    help="of the cluster, slow and tpu tests, a quarter",
+  )
+
+
+def pytest_collection_modifyitems(
+  config: pytest.Config, items: list[pytest.Item]
+) -> None:
+  """Leaves out the tests that take long of other parts."""
+  which = parts.number(config.getoption("part"), config.rootpath)
+  if which is None:
+    return
+  # All cases of a function together: they share what they set up.
+  function = lambda item: item.nodeid.partition("[")[0]
+  is_long = lambda item: any(map(item.get_closest_marker, _LONG))
+  long = [item for item in items if is_long(item)]
+  mine = {*parts.of(sorted({*map(function, long)}), which)}
+  left_out = {item for item in long if function(item) not in mine}
+  items[:] = [item for item in items if item not in left_out]
+  config.hook.pytest_deselected(items=[*left_out])
+
+
+def pytest_unconfigure() -> None:
+  """Removes the compiled programs, in the process that made their folder."""
+  if _made_cache:
+    shutil.rmtree(_made_cache, ignore_errors=True)
 
 
 def pytest_sessionstart() -> None:

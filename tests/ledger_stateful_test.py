@@ -134,7 +134,8 @@ class Machine(stateful.RuleBasedStateMachine):
       return
     for step in range(process.step, stop):
       key = (process.branch.identity, step)
-      given = _digest(process.state, process.code)
+      place = process.branch.release(step)
+      given = _digest(process.state, process.code, place)
       assert self.inputs.setdefault(key, given) == given
       assert run.released.setdefault(key, process.numbers) == process.numbers
       process.state = _digest(given, key)

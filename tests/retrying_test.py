@@ -123,6 +123,25 @@ def test_the_manifest_is_waited_for_too(files, tmp_path):
   assert source.manifest() == "0"
 
 
+def test_changed_files_are_waited_for_and_passed_on(tmp_path):
+  np.save(tmp_path / "y.npy", np.arange(3))
+  mapped = np.load(tmp_path / "y.npy", mmap_mode="r")
+  told = []
+
+  def back(line):
+    told.append(line)
+    (tmp_path / "away").rename(tmp_path / "y.npy")
+
+  source = waiting(sources.ArraySource({"inputs": mapped}), tell=back)
+  assert source.changed_files() == []
+  (tmp_path / "y.npy").rename(tmp_path / "away")
+  assert source.changed_files() == []
+  assert len(told) == 1
+  os.utime(tmp_path / "y.npy", ns=(0, 0))
+  assert source.changed_files() == [str(tmp_path / "y.npy")]
+  assert source.earlier_manifests() == []
+
+
 def test_patience_ends_with_what_to_do_and_names_no_example(files):
   told = []
   files.path(5).unlink()

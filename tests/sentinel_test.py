@@ -81,9 +81,9 @@ def _weaken(monkeypatch, name, part):
   norm = bookkeeping.norm
 
   def wrong(problem, rule, *args):
-    square, formed = norm(problem, rule, *args)
+    size, formed = norm(problem, rule, *args)
     is_it = any(site.name == name for site in rule.sites)
-    return square * (part**2 if is_it else 1), formed
+    return size * (part if is_it else 1), formed
 
   monkeypatch.setattr(bookkeeping, "norm", wrong)
 
@@ -308,7 +308,7 @@ def test_the_first_step_and_one_in_a_hundred_are_watched():
 _MODELS = {
   "linear": ((6, 6, 3), (), {"num_groups": 3}),
   "random_features": ((6, 6, 1), (), {"width": 16}),
-  "cnn": ((12, 12, 1), (), {"width": 4}),
+  "cnn": ((28, 28, 1), (), {"width": 4}),
   "wide_resnet": ((8, 8, 3), (), {"width": 1, "depth": 10, "num_groups": 4}),
   "decoder": ((6,), (6,), {"width": 8, "depth": 1, "num_heads": 2}),
   "stacked_decoder": ((6,), (6,), {"width": 8, "depth": 2, "num_heads": 2}),

@@ -2,6 +2,9 @@
 
 from concurrent import futures
 import hashlib
+import io
+import itertools
+import json
 import os
 import shutil
 import sys
@@ -219,16 +222,58 @@ def test_bad_arrays_are_refused(arrays):
 # ArrayRecord.
 
 
-def test_array_record_manifest_changes_with_a_flipped_byte(tmp_path):
-  path = tmp_path / "data.array_record"
-  sources.write_array_record(path, to_rows(examples()))
-  before = sources.ArrayRecordSource(path).manifest()
-  assert sources.ArrayRecordSource([str(path)]).manifest() == before
-  data = bytearray(path.read_bytes())
+def _array_record(path, arrays, *parts):
+  """A source of arrays in one file, or in several that are cut at `parts`."""
+  rows, cuts = to_rows(arrays), [0, *parts, None]
+  paths = []
+  for start, stop in itertools.pairwise(cuts):
+    paths.append(path.with_name(f"{path.name}-{start}"))
+    sources.write_array_record(paths[-1], rows[start:stop])
+  return sources.ArrayRecordSource(paths)
+
+
+def test_array_record_manifest_is_of_the_examples_alone(tmp_path):
+  """Not of how they are stored: a budget is kept under it."""
+  arrays = examples()
+  expected = sources.ArraySource(arrays).manifest()
+  one = _array_record(tmp_path / "a", arrays)
+  assert one.manifest() == expected
+  # Files that have other names, sizes and bytes.
+  assert _array_record(tmp_path / "b", arrays, 5).manifest() == expected
+  assert _array_record(tmp_path / "c", arrays, 2, 7).manifest() == expected
+  writer = array_record_module.ArrayRecordWriter(
+    str(tmp_path / "packed"), "group_size:4"
+  )
+  for row in to_rows(arrays):
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **dict(reversed(row.items())))
+    writer.write(buffer.getvalue())
+  writer.close()
+  packed = sources.ArrayRecordSource(tmp_path / "packed")
+  assert packed.manifest() == expected
+  # And not of what files hold beside them.
+  data = bytearray((tmp_path / "a-0").read_bytes())
   data[-1] ^= 1
-  # The last byte is padding: the records read the same, the file is not.
-  path.write_bytes(data)
-  assert sources.ArrayRecordSource(path).manifest() != before
+  (tmp_path / "a-0").write_bytes(data)
+  assert sources.ArrayRecordSource(tmp_path / "a-0").manifest() == expected
+
+
+def test_array_record_manifest_changes_with_any_example(tmp_path):
+  arrays, manifests = examples(), set()
+  changed = {key: a.copy() for key, a in arrays.items()}
+  changed["inputs"].view(np.uint8).flat[-1] ^= 1
+  other = {key: a.copy() for key, a in arrays.items()}
+  other["targets"][0] += 1
+  variants = [
+    *(arrays, changed, other),
+    {name: array[:-1] for name, array in arrays.items()},
+    {name: array[::-1] for name, array in arrays.items()},
+    {"inputs": arrays["inputs"], "labels": arrays["targets"]},
+  ]
+  for number, variant in enumerate(variants):
+    source = _array_record(tmp_path / str(number), variant, 5)
+    manifests.add(source.manifest())
+  assert len(manifests) == len(variants)
 
 
 def test_array_record_manifest_changes_with_the_order_of_files(tmp_path):
@@ -237,26 +282,104 @@ def test_array_record_manifest_changes_with_the_order_of_files(tmp_path):
   assert other.manifest() != source.manifest()
 
 
-def test_array_record_manifest_is_over_base_names(tmp_path):
-  source = array_record_source(tmp_path)
-  (tmp_path / "moved").mkdir()
-  moved = [tmp_path / "moved" / name for name in "ab"]
-  for path, target in zip(source._paths, moved, strict=True):
-    shutil.copy(path, target.with_suffix(".array_record"))
-  kept = [path.with_suffix(".array_record") for path in moved]
-  assert sources.ArrayRecordSource(kept).manifest() == source.manifest()
-  renamed = [path.with_suffix(".other") for path in moved]
-  for path, target in zip(kept, renamed, strict=True):
-    path.rename(target)
-  assert sources.ArrayRecordSource(renamed).manifest() != source.manifest()
-
-
-def test_array_record_manifest_does_not_depend_on_the_block(
-  tmp_path, monkeypatch
+@pytest.mark.parametrize("held_bytes", [0, 12 * 4, 1 << 20])
+def test_array_record_manifest_does_not_depend_on_blocks_or_room(
+  tmp_path, monkeypatch, held_bytes
 ):
-  manifest = array_record_source(tmp_path).manifest()
-  monkeypatch.setattr(sources, "_HASH_BLOCK_BYTES", 50)
-  assert array_record_source(tmp_path).manifest() == manifest
+  arrays = examples() | {"z": np.arange(24, dtype=np.uint8).reshape(12, 2)}
+  expected = sources.ArraySource(arrays).manifest()
+  monkeypatch.setattr(sources, "_HASH_BLOCK_BYTES", 100)
+  monkeypatch.setattr(sources, "_HELD_BYTES", held_bytes)
+  assert _array_record(tmp_path / "a", arrays, 5).manifest() == expected
+
+
+def test_what_earlier_releases_called_an_array_record_is_known(tmp_path):
+  source = array_record_source(tmp_path)
+  names = ["a.array_record", "b.array_record"]
+  header = [[name, (tmp_path / name).stat().st_size] for name in names]
+  content = b"".join((tmp_path / name).read_bytes() for name in names)
+  (earlier,) = sources.earlier_manifests(source)
+  assert (
+    earlier
+    == hashlib.sha256(json.dumps(header).encode() + b"\n" + content).hexdigest()
+  )
+  assert earlier != source.manifest()
+  assert sources.earlier_manifests(array_source(tmp_path)) == []
+
+
+# Files that are changed while they are read.
+
+
+def _touched(path):
+  os.utime(path, ns=(0, 0))
+
+
+def _overwritten(path):
+  """The same size and time, in the same place."""
+  before = path.stat()
+  aside = path.with_name("aside")
+  shutil.copy(path, aside)
+  aside.rename(path)
+  os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def _longer(path):
+  before = path.stat()
+  with path.open("ab") as file:
+    file.write(b"x")
+  os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def mapped_source(directory):
+  """Arrays that stay on disk, one of them seen through a view."""
+  for name, array in examples().items():
+    np.save(directory / f"{name}.npy", array)
+  load = lambda name: np.load(directory / f"{name}.npy", mmap_mode="r")
+  arrays = {"inputs": load("inputs")[:], "targets": load("targets")}
+  return sources.ArraySource({k: np.asarray(a) for k, a in arrays.items()})
+
+
+@pytest.mark.parametrize("change", [_touched, _overwritten, _longer])
+@pytest.mark.parametrize(
+  ("lazy", "names"),
+  [
+    (array_record_source, ["a.array_record", "b.array_record"]),
+    (mapped_source, ["inputs.npy", "targets.npy"]),
+  ],
+  ids=["array_record", "mapped"],
+)
+def test_a_source_says_which_of_its_files_were_changed(
+  lazy, names, change, tmp_path
+):
+  for name in names:
+    source = lazy(tmp_path)
+    source.read(np.arange(12))
+    source.manifest()
+    assert sources.changed_files(source) == []
+    change(tmp_path / name)
+    assert sources.changed_files(source) == [str(tmp_path / name)]
+
+
+@pytest.mark.parametrize("lazy", [array_record_source, mapped_source])
+def test_a_file_that_is_away_may_come_back(lazy, tmp_path):
+  source = lazy(tmp_path)
+  path = next(iter(source._stamps._stamps))
+  os.rename(path, tmp_path / "away")
+  with pytest.raises(OSError, match="No such file"):
+    sources.changed_files(source)
+  os.rename(tmp_path / "away", path)
+  assert sources.changed_files(source) == []
+
+
+@pytest.mark.parametrize("eager", [array_source, parquet_source])
+def test_what_is_in_memory_is_what_was_hashed(eager, tmp_path):
+  """Whatever becomes of the files meanwhile."""
+  expected = eager(tmp_path).manifest()
+  source = eager(tmp_path)
+  for path in tmp_path.iterdir():
+    path.write_bytes(b"")
+  assert source.manifest() == expected
+  assert sources.changed_files(source) == []
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,29 @@ def test_manifest_covers_whose_an_example_is():
   assert users().drawing(KEY)(3).manifest() == users().manifest()
 
 
+def test_units_pass_on_what_is_asked_of_their_examples(tmp_path):
+  class Source(sources.ArraySource):
+    def earlier_manifests(self):
+      return ["e" * 64]
+
+    def changed_files(self):
+      return ["train.array_record"]
+
+  def of(examples):
+    return units.UnitSource(examples, OWNERS, 6, SLOTS)
+
+  arrays = {"inputs": np.arange(len(OWNERS))}
+  source = of(Source(arrays))
+  assert sources.changed_files(source) == ["train.array_record"]
+  # As it would be, were that the manifest of the examples.
+  other = Source(arrays)
+  other._manifest = "e" * 64
+  assert sources.earlier_manifests(source) == [of(other).manifest()]
+  plain = of(sources.ArraySource(arrays))
+  assert sources.earlier_manifests(plain) == []
+  assert sources.changed_files(plain) == []
+
+
 def test_users_are_numbered_in_order_of_their_identities():
   for ids in (["b", "a", "c", "a"], [7, -2, 10, -2]):
     owners, count = units.number(np.array(ids), name="user")

@@ -21,6 +21,7 @@ from dpdist.clipping import evaluate
 from dpdist.clipping import factors
 from dpdist.clipping import gradients
 from dpdist.clipping import manual_axes
+from dpdist.clipping import norms
 from dpdist.clipping import reference
 from dpdist.clipping import shards
 from dpdist.clipping.program import Block
@@ -85,18 +86,18 @@ def clipped_sum(
     norms before clipping, [B] a group.
   """
   operands, cotangents, outs = backward(problem, examples)
-  squares = [
+  total = [
     jnp.zeros(keep.shape, jnp.float32) for _ in problem.scaling.l2_clip_norms
   ]
   kept = []
   for rule in problem.rules:
     found, formed = norms_of(problem, rule, operands, cotangents)
-    for group, square in found.items():
-      squares[group] = squares[group] + square
+    for group, mine in found.items():
+      total[group] = norms.hypot(total[group], mine)
     kept.append(formed if rule.way == "keep" else None)
-  scales, norms = problem.scaling.scales(squares, keep)
+  scales, total = problem.scaling.scales(total, keep)
   sums = weighted_sum(problem, operands, cotangents, kept, scales)
-  return sums, outs, norms
+  return sums, outs, total
 
 
 def backward(
@@ -135,7 +136,7 @@ def norms_of(
   operands: dict[Key, jax.Array],
   cotangents: dict[Key, jax.Array],
 ) -> tuple[dict[int, jax.Array], Any]:
-  """Squared norms of a rule's gradients, by group; and the gradients.
+  """Norms of a rule's gradients, by group; and the gradients.
 
   Args:
     problem: what of.
@@ -152,10 +153,10 @@ def norms_of(
   cotangents = {s.key: cotangents[s.key] for s in rule.sites}
   if rule.view != "parameters":
     group = problem.groups[min(rule.leaves)]
-    square, formed = jax.vmap(functools.partial(norm, problem, rule))(
+    found, formed = jax.vmap(functools.partial(norm, problem, rule))(
       operands, cotangents
     )
-    return {group: square}, formed
+    return {group: found}, formed
 
   # Here, and not once for each example.
   problem = problem._replace(
@@ -166,11 +167,11 @@ def norms_of(
   def one(args: tuple[dict[Key, jax.Array], dict[Key, jax.Array]]) -> Any:
     of_weights = _of_weights(problem, rule, *args)
     by_leaf = to_leaves(problem, of_weights, rule.leaves)
-    squares: dict[int, jax.Array] = {}
+    total: dict[int, jax.Array] = {}
     for i, x in by_leaf.items():
       group = problem.groups[i]
-      squares[group] = squares.get(group, 0.0) + gradients.square(x)
-    return squares, by_leaf
+      total[group] = norms.hypot(total.get(group, jnp.zeros(())), norms.of(x))
+    return total, by_leaf
 
   # What takes gradients to the parameters passes over them many times: where
   # they do not fit in the cache together, they do so one at a time.
@@ -187,7 +188,7 @@ def norm(
   operands: dict[Key, jax.Array],
   cotangents: dict[Key, jax.Array],
 ) -> tuple[jax.Array, jax.Array | None]:
-  """The squared norm of one example's gradient; and the gradient itself.
+  """The norm of one example's gradient; and the gradient itself.
 
   Args:
     problem: what of.
@@ -199,7 +200,8 @@ def norm(
     A scalar; and the gradient as `rule.view` has it, None if it is not formed.
   """
   if rule.way in ("gram", "diagonal"):
-    return _square_unformed(problem, rule, operands, cotangents), None
+    square = _square_unformed(problem, rule, operands, cotangents)
+    return jnp.sqrt(square), None
   of_weights = _of_weights(problem, rule, operands, cotangents)
   formed: Any = sum(
     gradients.placed(site, of_weights[site.key], rule.sites[0])
@@ -221,7 +223,7 @@ def norm(
       for site in rule.sites
     )
     square = factors.with_slack(square, terms, unit_roundoff)
-  return square, formed
+  return jnp.sqrt(square), formed
 
 
 def _of_weights(

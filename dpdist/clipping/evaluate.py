@@ -44,7 +44,6 @@ def forward(
   taps: Mapping[Key, Any],
   *,
   product: Product = tapped,
-  per_iteration: frozenset[Key] | None = None,
   gather: Gather = shards.Shard.whole,
   promote: Promote = lambda weight: weight,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
@@ -57,8 +56,6 @@ def forward(
     taps: for each site's key what is added to its output; a site without one
       runs as it is. In a loop with a leading axis over the iterations.
     product: runs the products.
-    per_iteration: the keys whose tap has an axis over the iterations of every
-      loop; the other taps are handed to each iteration whole. None: all.
     gather: puts a shard together with the others, where it is used.
     promote: what a weight is read through where it becomes data.
 
@@ -116,7 +113,7 @@ def forward(
       run = _loop if inner.loop is not None else _rematerialised
       outs, more = run(
         *(eqn, inner, arguments, inner_taps),
-        *(product, per_iteration, gather, promote),
+        *(product, gather, promote),
       )
       operands.update(more)
     else:
@@ -133,7 +130,6 @@ def _loop(
   values: Sequence[Any],
   taps: dict[Key, Any],
   product: Product,
-  per_iteration: frozenset[Key] | None,
   gather: Gather,
   promote: Promote,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
@@ -146,19 +142,14 @@ def _loop(
     gather(x) if isinstance(x, shards.Shard) and x.divides_rows() else x
     for x in values[num_consts + num_carry :]
   ]
-  sliced = {
-    k: x for k, x in taps.items() if per_iteration is None or k in per_iteration
-  }
-  whole = {k: x for k, x in taps.items() if k not in sliced}
 
   def step(carry: Any, xs: Any) -> tuple[Any, Any]:
     now, taps_now = xs
     outs, operands = forward(
       body,
       [*consts, *carry, *now],
-      whole | taps_now,
+      taps_now,
       product=product,
-      per_iteration=per_iteration,
       gather=gather,
       promote=promote,
     )
@@ -167,7 +158,7 @@ def _loop(
   carry, (ys, operands) = jax.lax.scan(
     step,
     list(carry),
-    (stacked, sliced),
+    (stacked, taps),
     length=body.loop,
     reverse=eqn.params["reverse"],
     unroll=eqn.params["unroll"],
@@ -181,7 +172,6 @@ def _rematerialised(
   values: Sequence[Any],
   taps: dict[Key, Any],
   product: Product,
-  per_iteration: frozenset[Key] | None,
   gather: Gather,
   promote: Promote,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
@@ -191,7 +181,6 @@ def _rematerialised(
       values,
       taps,
       product=product,
-      per_iteration=per_iteration,
       gather=gather,
       promote=promote,
     )

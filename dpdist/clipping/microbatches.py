@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpdist.clipping import compensated
 from dpdist.clipping import costs
 from dpdist.clipping import manual_axes
 from dpdist.clipping.program import Block
@@ -44,7 +45,7 @@ def run(
   axes: frozenset[str],
   *,
   unroll: bool,
-) -> tuple[list[jax.Array], Any, Any, Any]:
+) -> tuple[compensated.Sum, Any, Any, Any]:
   """Applies a function to parts of a batch.
 
   Args:
@@ -57,10 +58,12 @@ def run(
       a CPU is many times slower at convolutions inside a loop.
 
   Returns:
-    The sums over all parts; the other results joined.
+    The sums over all parts, whose low is None where there is one; the other
+    results joined.
   """
   if size >= batch_size:
-    return function(*args)
+    alone, loss, norms, aux = function(*args)
+    return compensated.Sum(alone, None), loss, norms, aux
   if batch_size % size:
     raise ValueError(
       f"microbatch_size must divide the batch of {batch_size}, got {size}"
@@ -75,12 +78,15 @@ def run(
       lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, *first)[0]
     )
 
-    def body(total: PyTree, part: PyTree) -> tuple[PyTree, Any]:
+    def body(
+      total: compensated.Sum, part: PyTree
+    ) -> tuple[compensated.Sum, Any]:
       more, *rest = function(*part)
-      return jax.tree.map(jnp.add, total, more), rest
+      return compensated.add(total, more), rest
 
+    empty = compensated.zeros_like(zeros)
     total, rest = jax.lax.scan(
-      body, manual_axes.cast_to_varying(zeros, axes), args
+      body, manual_axes.cast_to_varying(empty, axes), args
     )
   loss, norms, aux = jax.tree.map(
     lambda x: x.reshape((batch_size,) + x.shape[2:]), tuple(rest)
@@ -92,18 +98,19 @@ def _unrolled(
   function: Callable[..., tuple[list[jax.Array], Any, Any, Any]],
   args: PyTree,
   parts: int,
-) -> tuple[list[jax.Array], PyTree]:
-  total: list[jax.Array] | None = None
+) -> tuple[compensated.Sum, PyTree]:
+  total: compensated.Sum | None = None
   all_rest = []
   for i in range(parts):
     part = jax.tree.map(lambda x, i=i: x[i], args)
     if total is None:
-      total, *rest = function(*part)
+      first, *rest = function(*part)
+      total = compensated.of(first)
     else:
       # One part after the other, so that they use the same memory.
       part, total = jax.lax.optimization_barrier((part, total))
       more, *rest = function(*part)
-      total = jax.tree.map(jnp.add, total, more)
+      total = compensated.add(total, more)
     all_rest.append(rest)
   assert total is not None
   return total, jax.tree.map(lambda *x: jnp.stack(x), *all_rest)

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpdist.clipping import norms
 from dpdist.clipping.scaling import Scaling
 
 PyTree = Any
@@ -40,13 +41,13 @@ def clipped_sum(
   leaves, loss, aux = per_example_gradients(loss_fn, params, examples)
   total = [jnp.zeros(keep.shape, jnp.float32)] * len(scaling.l2_clip_norms)
   for group, g in zip(groups, leaves, strict=True):
-    total[group] += squares(g)
-  scales, norms = scaling.scales(total, keep)
+    total[group] = norms.hypot(total[group], norms_of(g))
+  scales, total = scaling.scales(total, keep)
   sums = [
     weighted_sum(g, scales[group])
     for group, g in zip(groups, leaves, strict=True)
   ]
-  return sums, loss, norms, aux
+  return sums, loss, total, aux
 
 
 def per_example_gradients(
@@ -68,9 +69,9 @@ def per_example_gradients(
   return leaves, loss, aux
 
 
-def squares(grads: jax.Array) -> jax.Array:
-  """The squared norm of each row, [B]."""
-  return jnp.sum(jnp.square(grads), axis=tuple(range(1, grads.ndim)))
+def norms_of(grads: jax.Array) -> jax.Array:
+  """The norm of each row, [B]."""
+  return norms.of(grads, tuple(range(1, grads.ndim)))
 
 
 def scaled(grads: jax.Array, scale: jax.Array) -> jax.Array:

@@ -36,20 +36,19 @@ class Scaling:
     return self.l2_clip_norms
 
   def scales(
-    self, squares: Sequence[jax.Array], keep: jax.Array
+    self, norms: Sequence[jax.Array], keep: jax.Array
   ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Computes the factors.
 
     Args:
-      squares: squared norms [B] of each group, float32 or wider.
+      norms: [B] of each group, float32 or wider.
       keep: [B] bool.
 
     Returns:
       Factors and norms, [B] a group. An example is left out of all groups if
       the norm of one is not finite.
     """
-    norms = [jnp.sqrt(square) for square in squares]
-    return self.of_norms(norms, keep), norms
+    return self.of_norms(norms, keep), list(norms)
 
   def of_norms(
     self, norms: Sequence[jax.Array], keep: jax.Array

@@ -4,6 +4,7 @@ Nothing here is private: whoever sees a number of one example learns about it.
 """
 
 from collections.abc import Callable
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from dpdist.clipping import checks
 from dpdist.clipping import freezing
 from dpdist.clipping import grouping
 from dpdist.clipping import manual_axes
+from dpdist.clipping import norms
 from dpdist.clipping import reference
 from dpdist.clipping import transform
 from dpdist.clipping.scaling import Scaling
@@ -107,7 +109,7 @@ def unsafe_statistics(
     reference.scaled(g, factors[group])
     for g, group in zip(before, groups, strict=True)
   ]
-  squares = [reference.squares(g) for g in before]
+  found = [reference.norms_of(g) for g in before]
   paths = freezing.names(parts.of_trainable(parts.trainable))
   for i, (path, group) in enumerate(zip(paths, groups, strict=True)):
     hook(
@@ -115,7 +117,7 @@ def unsafe_statistics(
         path,
         factors[group],
         thresholds[group],
-        jnp.sqrt(squares[i]),
+        found[i],
         before[i],
         after[i],
       )
@@ -125,7 +127,7 @@ def unsafe_statistics(
       "",
       jax.tree.unflatten(structure, factors),
       fn.l2_clip_norm,
-      jnp.sqrt(sum(squares, jnp.zeros((size,)))),
+      functools.reduce(norms.hypot, found, jnp.zeros((size,))),
       parts.of_trainable(before),
       parts.of_trainable(after),
     )

@@ -39,8 +39,8 @@ _SENSITIVITY_FACTOR = {
 class ClippedGrads(NamedTuple):
   """The clipped sum and what was seen on the way.
 
-  Only `sum` has bounded sensitivity, and even it is private until noise is
-  added. `loss`, `grad_norms` and `aux` are per example and NOT private.
+  Only `sum`, or it and `low` together, has bounded sensitivity, and even it is
+  private until noise is added. `loss`, `grad_norms` and `aux` are per example and NOT private.
 
   Attributes:
     sum: pytree like params, float32 or wider; None where a parameter is frozen.
@@ -49,6 +49,8 @@ class ClippedGrads(NamedTuple):
       pytree shaped like l2_clip_norm of such arrays.
     aux: what loss_fn returned beside the loss, stacked along B; None without
       has_aux.
+    low: what float32 left out of `sum` where microbatches were added up: a
+      pytree like it, to be added to the same total; None: nothing. As private.
     found: of a call with a direction, [B, trained parameters] bool: of an
       example that was left out, the parameter that it is longest along.
   """
@@ -57,6 +59,7 @@ class ClippedGrads(NamedTuple):
   loss: jax.Array
   grad_norms: PyTree
   aux: Any
+  low: PyTree = None
   found: jax.Array | None = None
 
 
@@ -212,10 +215,11 @@ class ClippedGrad:
       or (self._platform == "tpu" and self.microbatch_size is None),
     )
     return ClippedGrads(
-      parts.of_trainable(total),
+      parts.of_trainable(total.high),
       loss,
       jax.tree.unflatten(norm_def, norms),
       aux if self.has_aux else None,
+      None if total.low is None else parts.of_trainable(total.low),
       found=found,
     )
 

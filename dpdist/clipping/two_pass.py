@@ -25,6 +25,7 @@ import jax.numpy as jnp
 from dpdist.clipping import bookkeeping
 from dpdist.clipping import evaluate
 from dpdist.clipping import manual_axes
+from dpdist.clipping import norms
 from dpdist.clipping import shards
 from dpdist.clipping.program import Site
 from dpdist.clipping.rules import Rule
@@ -38,8 +39,8 @@ def clipped_sum(
   keep: jax.Array,
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
   """Sums clipped per-example gradients; see `bookkeeping.clipped_sum`."""
-  squares, outs = _squared_norms(problem, examples, keep.shape)
-  scales, norms = problem.scaling.scales(squares, keep)
+  found, outs = _norms(problem, examples, keep.shape)
+  scales, found = problem.scaling.scales(found, keep)
   kept = scales[0] != 0
   # An example that is left out may hold NaN, and NaN * 0 is NaN. In the second
   # pass another one stands in for it, with scale 0.
@@ -69,10 +70,10 @@ def clipped_sum(
     sums = bookkeeping.weighted_sum(
       problem, operands, cotangents, formed, scales
     )
-  return sums, outs, norms
+  return sums, outs, found
 
 
-def _squared_norms(
+def _norms(
   problem: bookkeeping.Problem,
   examples: Sequence[jax.Array],
   shape: tuple[int, ...],
@@ -83,7 +84,7 @@ def _squared_norms(
     if _is_local(rule)
   }
   taps = {
-    site.key: jnp.zeros(shape, jnp.float32)
+    site.key: jnp.zeros((*shape, *site.lengths), jnp.float32)
     if site.key in inside
     else jnp.zeros((*shape, *site.tap_shape), site.out.dtype)
     for site in problem.block.all_sites()
@@ -106,7 +107,6 @@ def _squared_norms(
         problem.inputs(example),
         taps,
         product=product,
-        per_iteration=frozenset(taps) - frozenset(inside),
       )
       return outs, {k: x for k, x in operands.items() if k not in inside}
 
@@ -115,17 +115,19 @@ def _squared_norms(
 
   loss, pull, (outs, operands) = jax.vjp(losses, taps, has_aux=True)
   (cotangents,) = pull(jnp.ones_like(loss))
-  squares = [jnp.zeros(shape, jnp.float32) for _ in problem.scaling.bounds]
+  total = [jnp.zeros(shape, jnp.float32) for _ in problem.scaling.bounds]
   for rule in map(_summed_by_a_product, problem.rules):
     first = rule.sites[0]
     if first.key in inside:
       group = problem.groups[min(rule.leaves)]
-      squares[group] = squares[group] + cotangents[first.key]
+      # Each iteration of a loop has a weight of its own.
+      mine = norms.of(cotangents[first.key].reshape(*shape, -1), -1)
+      total[group] = norms.hypot(total[group], mine)
       continue
     found, _ = bookkeeping.norms_of(problem, rule, operands, cotangents)
-    for group, square in found.items():
-      squares[group] = squares[group] + square
-  return squares, outs
+    for group, mine in found.items():
+      total[group] = norms.hypot(total[group], mine)
+  return total, outs
 
 
 def _summed_by_a_product(rule: Rule) -> Rule:
@@ -160,8 +162,7 @@ def _with_norm(
   operand: jax.Array,
   tap: jax.Array,
 ) -> jax.Array:
-  """A product whose backward pass leaves the squared norm as the gradient of
-  the tap. Iterations of a loop add theirs up: each has a weight of its own."""
+  """A product whose backward pass leaves the norm as the tap's gradient."""
   (site,) = rule.sites
   lone = dataclasses.replace(
     site, lengths=(), weight=site.weight._replace(loops=())
@@ -188,13 +189,13 @@ def _with_norm(
       (of_operand,) = pull(cotangent)
     else:
       of_operand = None
-    square, _ = bookkeeping.norm(
+    norm, _ = bookkeeping.norm(
       problem,
       dataclasses.replace(rule, sites=(lone,)),
       {site.key: operand},
       {site.key: cotangent},
     )
-    return None, of_operand, square.astype(jnp.float32)
+    return None, of_operand, norm.astype(jnp.float32)
 
   product.defvjp(forward, backward)
   return product(weight, operand, tap)

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 
 from dpdist.clipping import checks
+from dpdist.clipping import compensated
 from dpdist.clipping import freezing
 from dpdist.clipping import transform
 
@@ -102,7 +103,7 @@ class VirtualStep:
     self._fn = fn
     self._divisor = float(expected_batch_size or 1)
     self._compiled: dict[Any, Any] = {}
-    self._total: PyTree = None
+    self._total: Any = None
     self._fns: list[transform.ClippedGrad] = []
 
   @property
@@ -180,7 +181,7 @@ class VirtualStep:
         " nobody, which takes noise as well, call add_nothing(params) first"
       )
     sensitivity = max(fn.sensitivity(neighboring_relation) for fn in self._fns)
-    value = jax.tree.map(lambda x: x / self._divisor, self._total)
+    value = jax.tree.map(lambda x: x / self._divisor, self._total.high)
     self.clear()
     return LogicalBatch(value, sensitivity / self._divisor)
 
@@ -206,12 +207,14 @@ class VirtualStep:
         grads = fn(
           params, batch, is_padding_example=is_padding_example, rng=rng
         )
-        return jax.tree.map(jnp.add, total, grads.sum), grads
+        return compensated.add(total, grads.sum, grads.low), grads
 
       self._compiled[(*norms, structure)] = fn, jax.jit(run)
     return self._compiled[(*norms, structure)]
 
-  def _total_like(self, fn: transform.ClippedGrad, params: PyTree) -> PyTree:
+  def _total_like(
+    self, fn: transform.ClippedGrad, params: PyTree
+  ) -> compensated.Sum:
     """The sum so far, which must be like params; zeros if there is none."""
     trainable, _ = freezing.partition(params, fn.frozen)
     like = jax.tree.map(
@@ -221,9 +224,9 @@ class VirtualStep:
       trainable,
     )
     if not self._fns:
-      return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like)
+      return compensated.zeros_like(like)
     before = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._total
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._total.high
     )
     if before != like:
       raise ValueError(

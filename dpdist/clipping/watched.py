@@ -174,12 +174,16 @@ def seen(grads: Any) -> tuple[Any, Seen | None]:
   """Some `ClippedGrads`, and what they showed; None where nobody watched."""
   if grads.found is None:
     return grads, None
-  leaves = jax.tree.leaves(grads.sum)
-  is_finite = jnp.stack([jnp.all(jnp.isfinite(x)) for x in leaves])
+  is_finite = jnp.stack(
+    [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(grads.sum)]
+  )
   found = jnp.sum(grads.found, axis=0, dtype=jnp.int32) + ~is_finite
   # No example is left to blame. Of clipped gradients none could be so.
-  kept = jax.tree.map(lambda x: jnp.where(jnp.all(is_finite), x, 0), grads.sum)
-  return grads._replace(sum=kept), Seen(found[None], grads.grad_norms)
+  kept = jax.tree.map(
+    lambda x: jnp.where(jnp.all(is_finite), x, 0), (grads.sum, grads.low)
+  )
+  grads = grads._replace(sum=kept[0], low=kept[1])
+  return grads, Seen(found[None], grads.grad_norms)
 
 
 def laid_out(

@@ -37,6 +37,7 @@ from dpdist import model_check
 from dpdist import noise
 from dpdist import plan as plan_lib
 from dpdist import sources
+from dpdist.clipping import compensated
 from dpdist.frontends import keras_loss
 from dpdist.frontends import run as run_lib
 
@@ -164,12 +165,12 @@ class PrivateModel:
     def accumulate(
       trainable: list[jax.Array],
       non_trainable: list[jax.Array],
-      total: list[jax.Array],
+      total: compensated.Sum,
       batch: tuple[PyTree, PyTree],
       is_padding_example: jax.Array,
       key: jax.Array,
       first_row: jax.Array,
-    ) -> tuple[list[jax.Array], jax.Array]:
+    ) -> tuple[compensated.Sum, jax.Array]:
       rows = first_row + jnp.arange(is_padding_example.shape[0])
       got = clipped_grad(non_trainable)(
         trainable,
@@ -178,17 +179,17 @@ class PrivateModel:
         rng=jax.vmap(jax.random.fold_in, (None, 0))(key, rows),
       )
       loss = jnp.sum(jnp.where(is_padding_example, 0, got.loss))
-      return jax.tree.map(jnp.add, total, got.sum), loss
+      return compensated.add(total, got.sum, got.low), loss
 
     def update(
       trainable: list[jax.Array],
       optimizer: list[jax.Array],
-      total: list[jax.Array],
+      total: compensated.Sum,
       key: jax.Array,
       step: jax.Array,
     ) -> tuple[list[jax.Array], list[jax.Array]]:
       bound = mechanism(clipped_grad([]))
-      noisy, _ = bound.noise(key).update(total, noise.GaussianNoiseState(step))
+      noisy, _ = bound.add_noise(total, noise.GaussianNoiseState(step), key)
       return model.optimizer.stateless_apply(
         optimizer, bound.mean(noisy), trainable
       )
@@ -251,10 +252,12 @@ class PrivateModel:
     key, row = jax.random.key(0), jnp.zeros((), jnp.int32)
     chunk, padding = next(data.chunks(np.zeros(0, np.int64), self._chunk_size))
     state = self._state()
-    zeros = [
-      jnp.zeros(w.shape, jnp.promote_types(w.dtype, jnp.float32))
-      for w in state["trainable"]
-    ]
+    zeros = compensated.zeros_like(
+      [
+        jax.ShapeDtypeStruct(w.shape, jnp.promote_types(w.dtype, jnp.float32))
+        for w in state["trainable"]
+      ]
+    )
     jax.eval_shape(
       self._accumulate,
       *(state["trainable"], state["non_trainable"], zeros),
@@ -311,7 +314,7 @@ class PrivateModel:
     self,
     going: run_lib.GoingOn,
     data: "_Arrays",
-    zeros: list[jax.Array],
+    zeros: compensated.Sum,
     stop: int,
   ) -> float:
     """Makes the updates before stop; returns the mean loss, not private."""

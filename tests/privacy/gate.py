@@ -1,7 +1,7 @@
 """The mutation gate: known privacy bugs, each of which a test must catch.
 
   python -m tests.privacy.gate
-  python -m tests.privacy.gate --third=commit
+  python -m tests.privacy.gate --part=commit
   python -m tests.privacy.gate --only=same_key_for_every_leaf,silent_truncation
   python -m tests.privacy.gate --list
 
@@ -35,6 +35,7 @@ import rich.console
 import rich.table
 import rich.text
 
+from tests import parts
 from tests.privacy import patches
 
 # Generous: how busy a machine is decides nothing.
@@ -130,10 +131,12 @@ def run(
     pool = stack.enter_context(futures.ThreadPoolExecutor(num_workers))
     stack.callback(pool.shutdown, wait=True, cancel_futures=True)
     if baseline:
-      parts = _parts({test for bug in bugs for test in bug.tests}, num_workers)
+      shares = _shares(
+        {test for bug in bugs for test in bug.tests}, num_workers
+      )
       # As long as all bugs together.
       limit = seconds * len(bugs)
-      for found in pool.map(lambda part: _baseline(free, part, limit), parts):
+      for found in pool.map(lambda mine: _baseline(free, mine, limit), shares):
         if found:
           raise patches.BrokenError(found)
     waiting = [pool.submit(_try, free, bug, seconds) for bug in bugs]
@@ -141,15 +144,15 @@ def run(
       yield future.result()
 
 
-def _parts(tests: set[str], count: int) -> list[list[str]]:
+def _shares(tests: set[str], count: int) -> list[list[str]]:
   """Tests in equal parts, by file: those of one share what they set up."""
   by_file: dict[str, list[str]] = {}
   for test in sorted(tests):
     by_file.setdefault(test.partition("::")[0], []).append(test)
-  parts: list[list[str]] = [[] for _ in range(count)]
+  shares: list[list[str]] = [[] for _ in range(count)]
   for mine in sorted(by_file.values(), key=len, reverse=True):
-    min(parts, key=len).extend(mine)
-  return [part for part in parts if part]
+    min(shares, key=len).extend(mine)
+  return [share for share in shares if share]
 
 
 def _baseline(
@@ -273,20 +276,8 @@ def _cases(report: pathlib.Path) -> list[_Case | None]:
   return cases
 
 
-def third_of_commit(root: pathlib.Path) -> int:
-  """A number below 3 that changes with the commit."""
-  done = subprocess.run(
-    ["git", "rev-parse", "HEAD"],
-    cwd=root,
-    capture_output=True,
-    text=True,
-    check=True,
-  )
-  return int(done.stdout.strip(), 16) % 3
-
-
 def chosen(
-  bugs: list[patches.Bug], third: str | None, only: str | None
+  bugs: list[patches.Bug], part: str, only: str | None
 ) -> list[patches.Bug]:
   """Those of all bugs that the flags name."""
   if only is not None:
@@ -295,11 +286,10 @@ def chosen(
     if unknown:
       raise patches.BrokenError(f"--only names no bug: {unknown}")
     return [bug for bug in bugs if bug.name in wanted]
-  if third is None:
-    return bugs
-  part = third_of_commit(patches.ROOT) if third == "commit" else int(third)
-  print(f"third {part} of 0 to 2", flush=True)
-  return bugs[part::3]
+  which = parts.number(part, patches.ROOT)
+  if which is not None:
+    print(f"part {which} of 0 to {parts.COUNT - 1}", flush=True)
+  return list(parts.of(bugs, which))
 
 
 def _show(console: rich.console.Console, outcomes: Sequence[Outcome]) -> None:
@@ -326,7 +316,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   )
   which = parser.add_mutually_exclusive_group()
   which.add_argument(
-    "--third", choices=["0", "1", "2", "commit"], help="every third bug"
+    "--part", choices=parts.CHOICES, default="all", help="a quarter of them"
   )
   which.add_argument("--only", metavar="NAME,...", help="these bugs")
   which.add_argument("--list", action="store_true", help="name all bugs")
@@ -346,7 +336,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       for bug in bugs:
         print(f"{bug.name}: {bug.what}")
       return 0
-    wanted = chosen(bugs, arguments.third, arguments.only)
+    wanted = chosen(bugs, arguments.part, arguments.only)
     began = time.monotonic()
     outcomes = []
     for outcome in run(wanted, baseline=not arguments.no_baseline):

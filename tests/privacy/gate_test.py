@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from tests import parts
 from tests.privacy import gate
 from tests.privacy import patches
 
@@ -49,9 +50,9 @@ def test_the_tests_of_every_bug_are_ordinary_ones():
   assert "deselected" not in done.stdout, done.stdout[-500:]
 
 
-def test_every_bug_is_in_one_third():
-  thirds = [gate.chosen(_BUGS, str(k), None) for k in range(3)]
-  assert sorted(bug.name for third in thirds for bug in third) == [
+def test_every_bug_is_in_one_part():
+  found = [gate.chosen(_BUGS, str(k), None) for k in range(parts.COUNT)]
+  assert sorted(bug.name for part in found for bug in part) == [
     bug.name for bug in _BUGS
   ]
 
@@ -211,7 +212,7 @@ def test_a_header_that_is_not_whole_is_refused(tmp_path, line, message):
     patches.read(bug.path)
 
 
-def test_the_third_is_that_of_the_commit(tmp_path):
+def test_the_part_is_that_of_the_commit(tmp_path):
   git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.com"]
   for command in (
     ["init", "-q"],
@@ -223,4 +224,4 @@ def test_the_third_is_that_of_the_commit(tmp_path):
       ["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True
     )
   ).stdout
-  assert gate.third_of_commit(tmp_path) == int(head, 16) % 3
+  assert parts.number("commit", tmp_path) == int(head, 16) % parts.COUNT

@@ -70,6 +70,7 @@ KINDS = (
   "seed in a checkpoint",
   "training loss in the metrics by default",
   "batch norm let through",
+  "a setting that no flag can unset",
 )
 
 _FIELDS = ("Bug", "Listed as", "Had by", "Tests")
