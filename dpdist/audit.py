@@ -137,7 +137,7 @@ def audit(
   bounds = bound(plan, num_steps, scores, observed.is_in, confidence)
   return Result(
     mode=mode,
-    epsilon_claimed=plan.epsilon(num_steps),
+    epsilon_claimed=plan.curve([plan.delta], num_steps)[0],
     delta=plan.delta,
     bounds=bounds,
     confidence=confidence,
@@ -296,7 +296,7 @@ def trade_off(
       less = scale / 2 ** (0.5**halving)
       if is_contradicted(less):
         scale = less
-  return _scaled(plan, scale).epsilon(num_steps)
+  return _scaled(plan, scale).curve([plan.delta], num_steps)[0]
 
 
 def _profile(

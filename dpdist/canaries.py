@@ -29,6 +29,7 @@ from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import models
 from dpdist import optimizers
+from dpdist import parameters
 from dpdist import plan as plan_lib
 from dpdist import shapes
 from dpdist import step as step_lib
@@ -132,7 +133,7 @@ def prepare(
   draw = functools.partial(_random, rng, config.model.num_outputs)
   words = keys.prng_words(keys.insecure_secret(0))
   state = step.init_from(
-    functools.partial(job.make_params, model),
+    functools.partial(parameters.make_params, model),
     words,
     _filled(example, draw)["inputs"],
   )

@@ -17,10 +17,11 @@ may be asked then:
   (arXiv:2602.06756) give counterexamples. The order taken here is the best one
   for the first part's plan.
 
-A filter bounds a procedure by a sum that was fixed before looking. What is
-computed here is the sum on the way that was taken; the procedure is bounded by
-the largest sum, at that order, that the run was planned for at any time. Who
-raises the target after a look has the guarantee of the raised one.
+A filter bounds a procedure by a sum that was fixed before looking. `epsilon` is
+the sum on the way that was taken, an odometer's reading; the procedure is
+bounded by the largest sum that the run was planned for at any time,
+`guaranteed`. Who raises the target after a look has the guarantee of the raised
+one, and who stops early that of the whole plan.
 
 Imports no jax.
 """
@@ -95,6 +96,23 @@ def epsilon(
   if _was_chosen_on_the_way(parts):
     return _at_fixed_order(parts)
   return accountants.epsilon([*_pairs(parts).items()], first.delta, accountant)
+
+
+def guaranteed(bounds: Sequence[Sequence[plan_lib.Part]]) -> float:
+  """The epsilon that a run has, wherever it stops.
+
+  A privacy loss at a time that was chosen by looking is not bounded by the
+  epsilon of as many steps (Rogers et al. 2016, arXiv:1605.08294). It is by that
+  of all steps that might have followed: what was released until then is a
+  function of what the whole run would have released.
+
+  Args:
+    bounds: see `dpdist.history.History.bounds`.
+
+  Returns:
+    The largest epsilon of them; 0 where nothing was charged.
+  """
+  return max((epsilon(parts) for parts in bounds), default=0.0)
 
 
 def plan_after(
@@ -201,8 +219,17 @@ def _check_can_follow(
     )
 
 
-def statement(parts: Sequence[plan_lib.Part]) -> str:
-  """What the parts together guarantee, and when, in plain words."""
+def statement(
+  parts: Sequence[plan_lib.Part], guarantee: float | None = None
+) -> str:
+  """What the parts together guarantee, and when, in plain words.
+
+  Args:
+    parts: of a run, the last one whole; see `dpdist.history.History.planned`.
+    guarantee: from `guaranteed`; None: what the parts spend.
+  """
+  if guarantee is None:
+    guarantee = epsilon(parts)
   if len(parts) == 1:
     return statements.of_plan(parts[0].plan)
   first, last = parts[0].plan, parts[-1].plan
@@ -218,15 +245,14 @@ def statement(parts: Sequence[plan_lib.Part]) -> str:
   if _was_chosen_on_the_way(parts):
     how += (
       " at an order that the first settings fixed, since later ones may have"
-      " been chosen by looking at what was released. The number is that of the"
-      " way that was taken; the run as a procedure is bounded by the largest"
-      " epsilon, at that order, that it was planned for at any time"
+      " been chosen by looking at what was released. The number is the largest"
+      " that the run was planned for at any time"
     )
   return (
     f"{statements.unit(last)} The settings of this run changed on the"
     f" way. It consists of {listed}. Together they are (epsilon,"
     " delta)-differentially private with epsilon ="
-    f" {statements.rounded_up(epsilon(parts))} and delta = {first.delta:g}, by"
+    f" {statements.rounded_up(guarantee)} and delta = {first.delta:g}, by"
     f" {how}. {statements.assumptions(last)}"
   )
 

@@ -82,6 +82,9 @@ def write(
   # Last, and renamed, so that no parameters are there without their card.
   temporary = output / (_PARAMS + ".tmp")
   safetensors.save_file(flat, temporary, metadata=_metadata(facts))
+  # safetensors makes files for their owner alone; this one is as open as its
+  # siblings.
+  temporary.chmod((output / _CARD).stat().st_mode & 0o777)
   os.replace(temporary, output / _PARAMS)
   return facts
 

@@ -1,8 +1,9 @@
-"""JSON that comes from outside, held against what it should be.
+"""JSON: what comes from outside is held against what it should be.
 
 Python reads more than one means: an integer where a float was, True for 1, a
 list for a text, numbers that no float holds. What is read from a disk is
-therefore checked field by field, before anything is computed with it.
+therefore checked field by field, before anything is computed with it. What goes
+out is strict JSON.
 """
 
 from collections.abc import Mapping
@@ -31,6 +32,29 @@ def parse(data: bytes | str, what: str) -> dict[str, Any]:
   if not isinstance(value, dict):
     raise ValueError(f"{what} must hold a JSON object, and cannot be read")
   return value
+
+
+def strict(value: Any) -> Any:
+  """The same value, as JSON can hold it.
+
+  JSON has no way to write NaN and infinity. They become the strings "NaN",
+  "Infinity" and "-Infinity", which Python's float reads.
+
+  Args:
+    value: of dicts, lists, tuples, strings, numbers, bools and None.
+  """
+  if isinstance(value, Mapping):
+    return {name: strict(x) for name, x in value.items()}
+  if isinstance(value, list | tuple):
+    return [strict(x) for x in value]
+  if not isinstance(value, float) or math.isfinite(value):
+    return value
+  return "NaN" if math.isnan(value) else f"{'-' * (value < 0)}Infinity"
+
+
+def text(value: Any) -> str:
+  """Strict JSON for programs and people, of several lines; see `strict`."""
+  return json.dumps(strict(value), indent=2, allow_nan=False)
 
 
 def check(record: Mapping[str, Any], kinds: Mapping[str, type]) -> None:

@@ -171,6 +171,22 @@ class History:
     """What `spent` will be at most."""
     return [*self.spent[:-1], plan_lib.Part(self.plan, self.plan.num_steps)]
 
+  @property
+  def bounds(self) -> list[list[plan_lib.Part]]:
+    """What `planned` was under each plan, with what was spent before it.
+
+    Whoever may stop, shorten or change a run after a look has what the dearest
+    of these spends, and not what the way that was taken does.
+    """
+    found = []
+    before: list[plan_lib.Part] = []
+    for segment in self.segments:
+      whole = plan_lib.Part(segment.plan, segment.plan.num_steps)
+      if segment.charged:
+        found.append([*before, whole])
+        before.append(plan_lib.Part(segment.plan, segment.charged))
+    return found
+
   def spent_through(self, step: int) -> list[plan_lib.Part]:
     """What `spent` was when the current branch had just made update `step`."""
     branch = self.branches[-1]

@@ -1,8 +1,4 @@
-"""From settings to everything that a run is made of, checked.
-
-All that can be wrong with settings is found here, before the ledger charges
-anything.
-"""
+"""From settings to all that a run is made of, checked before any charge."""
 
 from collections.abc import Callable
 import dataclasses
@@ -22,6 +18,7 @@ from dpdist import admission
 from dpdist import augment
 from dpdist import config as config_lib
 from dpdist import data_budget
+from dpdist import data_checks
 from dpdist import datasets
 from dpdist import exact_step
 from dpdist import features
@@ -33,7 +30,6 @@ from dpdist import manifest
 from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import models
-from dpdist import noise
 from dpdist import optimizers
 from dpdist import parameters
 from dpdist import plan as plan_lib
@@ -45,6 +41,9 @@ from dpdist import step as step_lib
 from dpdist import units
 
 PyTree = Any
+
+# Of the key of a state that is made before the run's secret is.
+PUBLIC_WORDS = np.zeros(2, np.uint32)
 
 
 class Job(NamedTuple):
@@ -65,11 +64,15 @@ class Job(NamedTuple):
     mesh: all devices.
     train_source: the private examples or users; `close` when all is over.
     train_manifest: names their content, hex.
+    earlier: returns its other names; see `admission.known_as`.
     features_sha256: of the features in their inputs' place; "" without any.
     test: all held-out examples, arrays "inputs" and "targets".
+    evaluate: from parameters to held-out metrics; see `losses.evaluator`.
     model: maps inputs to logits.
+    row: the shapes and dtypes of what is clipped as one: example, user, group.
     params: the trained parameters' shapes.
-    init: makes the state before the first step, on the mesh.
+    init: makes the state before the first step, on the mesh; before a run
+      begins, of `PUBLIC_WORDS`.
     frozen: the frozen parameters, on the mesh, None where one is trained; None
       without any.
     frozen_sha256: of those; "" without any.
@@ -92,11 +95,14 @@ class Job(NamedTuple):
   mesh: Mesh
   train_source: sources.Source
   train_manifest: str
+  earlier: Callable[[], list[str]]
   features_sha256: str
   test: dict[str, np.ndarray]
+  evaluate: Callable[..., dict[str, float]]
   model: nn.Module
+  row: dict[str, jax.ShapeDtypeStruct]
   params: PyTree
-  init: Callable[[], step_lib.TrainState]
+  init: functools.partial[step_lib.TrainState]
   frozen: PyTree | None
   frozen_sha256: str
   weights_sha256: str
@@ -104,6 +110,12 @@ class Job(NamedTuple):
   learning_rate: optax.Schedule
   chunk_size: int
   close: Callable[[], None]
+
+  @property
+  def made_of(self) -> dict[str, str]:
+    """By name, SHA-256 of what a step depends on beside settings and data."""
+    facts = self._asdict().items()
+    return {k: v for k, v in facts if k.endswith("_sha256") and v}
 
   def __repr__(self) -> str:
     # It may end up in a log, and the secret must not.
@@ -114,14 +126,19 @@ def prepare(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   ledger: ledger_lib.Ledger | None,
+  *,
+  try_out: Callable[[Job], int] | None = None,
 ) -> Job:
   """Makes a job, and the leader its ledger's writer.
+
+  All that can fail on settings or data comes before anything is written.
 
   Args:
     config: settings; see `dpdist.config.default`.
     workdir: the run's directory; made if missing.
     ledger: of the run; opened if it is new, else held against the settings.
       None in the processes that are not the leader.
+    try_out: from the job, not begun, to its chunk size; see `dpdist.dry_run`.
 
   Returns:
     The job.
@@ -132,18 +149,21 @@ def prepare(
     dpdist.hosts.PeerError: the leader raised one of these.
   """
   try:
-    return _prepare(config, workdir, ledger)
+    job = _prepared(config, workdir, ledger)
+    if try_out is not None:
+      job = job._replace(chunk_size=try_out(job))
+    return _begun(config, workdir, job)
   except ValueError as error:
     # So that a door can tell a user's mistake from a fault further on.
     raise admission.SettingsError(str(error)) from error
 
 
-def _prepare(
+def _prepared(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   ledger: ledger_lib.Ledger | None,
 ) -> Job:
-  settings = config_lib.privacy_dict(config)
+  """The job, not begun; nothing is written."""
   mesh, splits, train_manifest, earlier, features_sha256, close = hosts.in_all(
     lambda: _load(config)
   )
@@ -167,13 +187,57 @@ def _prepare(
   )
   size = chunk_size(config, plan, mesh)
   step = make_step(config, plan, model, optimizer, mesh)
+  test, row, start = hosts.in_all(
+    lambda: data_checks.fit(config, splits, model, PUBLIC_WORDS)
+  )
+  hosts.agree(model_weights=start.weights_sha256)
+  for shapes in (start.shapes, start.frozen_shapes):
+    step.specs(shapes)  # The mesh must fit them.
+  frozen = start.frozen(step)
+  return Job(
+    plan,
+    changes,
+    config_lib.privacy_dict(config),
+    ledger,
+    None,
+    0,
+    [],
+    found,
+    b"",
+    mesh,
+    splits.train,
+    train_manifest,
+    earlier,
+    features_sha256,
+    test,
+    losses.evaluator(model, test, mesh),
+    model,
+    row,
+    start.shapes,
+    functools.partial(start.initializer(step), PUBLIC_WORDS),
+    frozen,
+    parameters.frozen_sha256(frozen),
+    start.weights_sha256,
+    step,
+    learning_rate,
+    size,
+    close,
+  )
 
+
+def _begun(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, job: Job
+) -> Job:
+  """Makes a job the one that is paid for, with the run's secret."""
+  ledger, plan = job.ledger, job.plan
   budget: data_budget.DataBudget | None = None
 
   def agree_on_secret() -> str:
     nonlocal budget
     assert ledger is not None
-    budget = admission.shared_budget(config, ledger, train_manifest, earlier)
+    budget = admission.shared_budget(
+      config, ledger, job.train_manifest, job.earlier
+    )
     if budget is not None and ledger.is_new:
       # Here too, so that a run that does not fit leaves nothing behind.
       whole = plan_lib.Part(plan, plan.num_steps)
@@ -185,20 +249,6 @@ def _prepare(
   secret_hash = hosts.from_leader(agree_on_secret)
   secret = hosts.in_all(lambda: admission.secret(config, workdir, is_new=False))
   hosts.agree(secret_file=keys.secret_hash(secret))
-  example = one_example(splits.train)["inputs"]
-  augment.check(config, example.shape)
-  start = hosts.in_all(
-    lambda: parameters.of(
-      config.model,
-      model,
-      functools.partial(make_params, model),
-      mechanism.Streams(secret, "").words("init"),
-      example,
-    )
-  )
-  hosts.agree(model_weights=start.weights_sha256)
-  for shapes in (start.shapes, start.frozen_shapes):
-    step.specs(shapes)  # The mesh must fit them.
 
   def begin() -> dict[str, Any]:
     assert ledger is not None
@@ -208,70 +258,21 @@ def _prepare(
       ledger,
       budget,
       plan=plan,
-      settings=settings,
-      data=train_manifest,
+      settings=job.settings,
+      data=job.train_manifest,
       secret_hash=secret_hash,
-      is_changed=bool(changes),
+      is_changed=bool(job.changes),
     )
     return {"writer": ledger.writer, "notices": ledger.notices}
 
   begun = hosts.from_leader(begin)
-  frozen = start.frozen(step)
-  return Job(
-    plan,
-    changes,
-    settings,
-    ledger,
-    budget,
-    begun["writer"],
-    begun["notices"],
-    found,
-    secret,
-    mesh,
-    splits.train,
-    train_manifest,
-    features_sha256,
-    splits.test.read(np.arange(len(splits.test))),
-    model,
-    start.shapes,
-    functools.partial(start.init, step),
-    frozen,
-    parameters.frozen_sha256(frozen),
-    start.weights_sha256,
-    step,
-    learning_rate,
-    size,
-    close,
-  )
-
-
-def make_params(
-  model: nn.Module, words: jax.Array, example: jax.Array
-) -> PyTree:
-  """A model's initial parameters.
-
-  Args:
-    model: maps the inputs of one example to logits.
-    words: uint32 [2], of the key of the stream "init".
-    example: inputs of one example, of which only the shape matters.
-  """
-  return model.init(noise.as_key(words), example)["params"]
-
-
-def one_example(source: sources.Source) -> dict[str, np.ndarray]:
-  """An example, for its shapes; of units, one without the axis of slots."""
-  row = {k: x[0] for k, x in source.read(np.zeros(1, np.int64)).items()}
-  if isinstance(source, units.UnitSource):
-    del row[units.EMPTY_SLOT]
-    return {k: x[0] for k, x in row.items()}
-  return row
-
-
-def row_shapes(source: sources.Source) -> dict[str, jax.ShapeDtypeStruct]:
-  """Shapes of a row of a chunk, as they are on a device."""
-  rows = source.read(np.zeros(1, np.int64))
-  return jax.eval_shape(
-    lambda rows: {name: x[0] for name, x in rows.items()}, rows
+  words = mechanism.Streams(secret, "").words("init")
+  return job._replace(
+    budget=budget,
+    writer=begun["writer"],
+    notices=begun["notices"],
+    secret=secret,
+    init=functools.partial(job.init.func, words),
   )
 
 
@@ -446,12 +447,7 @@ def chunk_size(
   Raises:
     ValueError: what is set cannot be divided evenly.
   """
-  shards = mesh_lib.num_example_shards(mesh)
-  size, name = config.clipping.microbatch_size, "microbatch_size"
-  if config.clipping.exact_sum:
-    # A group is worked on at once, or in microbatches that divide it.
-    size, name = config.clipping.exact_group_size, "exact_group_size"
-  multiple = shards * max(1, size)
+  multiple, name = mesh_lib.chunk_multiple(config.clipping, mesh)
   if config.chunk_size:
     if config.chunk_size < 0 or config.chunk_size % multiple:
       raise ValueError(

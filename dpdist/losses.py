@@ -23,9 +23,11 @@ _LOGITS_BYTES = 1 << 28
 def cross_entropy(model: nn.Module) -> Callable[..., tuple[jax.Array, None]]:
   """The mean cross-entropy of a model's logits, for one example.
 
-  Where an example has many targets, those below 0 are none: its loss is the
-  mean over the others, and 0 if there are none, so that a sequence may be
-  padded.
+  Targets outside [0, classes) are none. Where an example has many, its loss is
+  the mean over the others, so that a sequence may be padded with -1; of one
+  that has no target the loss is 0, and so is its gradient. Nothing else could
+  be done of a bad label in private data: to refuse it would tell of it, and an
+  index that wraps around or a NaN would train on it or drop it silently.
 
   Args:
     model: maps example["inputs"] to logits [..., classes].
@@ -41,10 +43,11 @@ def cross_entropy(model: nn.Module) -> Callable[..., tuple[jax.Array, None]]:
     logits: Any = model.apply(
       {"params": params}, example["inputs"], rngs={"dropout": rng}
     )
-    loss = _cross_entropy(logits, example["targets"])
+    targets = example["targets"]
+    is_target = (targets >= 0) & (targets < logits.shape[-1])
+    loss = _cross_entropy(logits, jnp.where(is_target, targets, 0))
     if not loss.ndim:
-      return loss, None
-    is_target = example["targets"] >= 0
+      return jnp.where(is_target, loss, 0), None
     count = jnp.maximum(1, jnp.sum(is_target))
     return jnp.sum(jnp.where(is_target, loss, 0)) / count, None
 
@@ -126,7 +129,7 @@ def mean_over_copies(
 
 def evaluator(
   model: nn.Module, test: Mapping[str, np.ndarray], mesh: Mesh
-) -> Callable[[PyTree], dict[str, float]]:
+) -> Callable[..., dict[str, float]]:
   """Makes a function from parameters to held-out metrics.
 
   The held-out examples are not protected: their metrics are released as they
@@ -139,8 +142,10 @@ def evaluator(
       many as have 256 MiB of logits on a device.
 
   Returns:
-    A function params -> {"accuracy", "loss"}, means over all targets, but for
-    those that are padding as in `cross_entropy`.
+    A function (params, num_passes=None) -> {"accuracy", "loss"}, means over all
+    targets, but for those below 0 of a sequence, which are padding. With
+    num_passes, only so many of the passes are made, and the means are not
+    right: that compiles it, and shows whether it fits the memory.
   """
   size = test["targets"].shape[0]
   shards = mesh_lib.num_example_shards(mesh)
@@ -170,10 +175,12 @@ def evaluator(
     rows = min(1024, size, fitting)
     return rows + -rows % shards
 
-  def evaluate(params: PyTree) -> dict[str, float]:
+  def evaluate(
+    params: PyTree, num_passes: int | None = None
+  ) -> dict[str, float]:
     loss, hits = 0.0, 0
     rows = rows_of_a_pass(params)
-    for start in range(0, size, rows):
+    for start in range(0, size, rows)[:num_passes]:
       kept = np.arange(start, start + rows)
       batch = {
         name: put(array[np.minimum(kept, size - 1)])

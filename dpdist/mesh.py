@@ -240,6 +240,21 @@ def whole(x: jax.Array | np.ndarray) -> np.ndarray:
   return np.asarray(x)
 
 
+def chunk_multiple(clipping: Any, mesh: Mesh) -> tuple[int, str]:
+  """What a chunk is a multiple of, and by which setting of `clipping`."""
+  size, name = clipping.microbatch_size, "microbatch_size"
+  if clipping.exact_sum:
+    # A group is worked on at once, or in microbatches that divide it.
+    size, name = clipping.exact_group_size, "exact_group_size"
+  return num_example_shards(mesh) * max(1, size), name
+
+
+def put_rows(rows: np.ndarray, chunk_size: int, mesh: Mesh) -> jax.Array:
+  """Puts this process's rows of a chunk, see `local_rows`, on the mesh."""
+  shape = (chunk_size, *rows.shape[1:])
+  return jax.make_array_from_process_local_data(examples(mesh), rows, shape)
+
+
 def bytes_per_device(tree: Any, specs: Any, mesh: Mesh) -> int:
   """What arrays or shapes take on one device."""
   sizes = jax.tree.map(

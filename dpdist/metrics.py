@@ -14,13 +14,13 @@ no word for a number that is not finite, so those are written as the strings
 from collections.abc import Iterable, Mapping
 import contextlib
 import json
-import math
 import operator
 import os
 import pathlib
 from typing import Any, Self
 
 from dpdist import events
+from dpdist import fields
 
 _HELD_OUT = ("accuracy", "loss", "perplexity")
 
@@ -235,18 +235,7 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 def _line(row: Mapping[str, Any]) -> str:
   """Gives the line of a row; strict JSON whatever the values."""
-  return (
-    json.dumps(
-      {name: _jsonable(value) for name, value in row.items()}, allow_nan=False
-    )
-    + "\n"
-  )
-
-
-def _jsonable(value: float) -> float | str:
-  if math.isfinite(value):
-    return value
-  return "NaN" if math.isnan(value) else f"{'-' * (value < 0)}Infinity"
+  return json.dumps(fields.strict(row), allow_nan=False) + "\n"
 
 
 def _replace(path: pathlib.Path, text: str) -> None:

@@ -43,6 +43,7 @@ def text(
     "## Held-out results\n",
     f"On {facts['num_test']:,} examples that were not trained on, and that the"
     " guarantee does not cover.\n",
+    _warning(facts),
     _table(_result_rows(facts)),
     "## Provenance\n",
     _table(
@@ -120,8 +121,11 @@ def _privacy(released: released_lib.Released, facts: dict[str, Any]) -> str:
     f"**epsilon = {bound}, delta = {facts['delta']:g}**, for all that the run"
     f" has released: {charged:,} of {planned:,} planned steps are charged in"
     " its ledger, which was verified when this was written.\n",
-    composition.statement(ledger.planned) + "\n",
   ]
+  if charged < planned:
+    reading = statements.rounded_up(facts["epsilon_spent"])
+    lines.append(f"{statements.stopped_early(reading)}\n")
+  lines.append(composition.statement(ledger.planned, facts["epsilon"]) + "\n")
   return "\n".join(lines)
 
 
@@ -155,6 +159,18 @@ def _result_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     for group in (this, other)
     for metric, value in facts.get(group, {}).items()
   ]
+
+
+def _warning(facts: dict[str, Any]) -> str:
+  """What is wrong with the held-out metrics; "" if nothing is."""
+  which = "test_ema" if facts["uses_ema"] else "test"
+  found = facts.get("held_out_problems", {}).get(which, "")
+  if not found:
+    return ""
+  text = f"{found[:1].upper()}{found[1:]}"
+  return (
+    f"> [!WARNING]\n> **{text}.** That its privacy holds is another matter.\n"
+  )
 
 
 def _environment(released: released_lib.Released) -> list[tuple[str, str]]:

@@ -22,6 +22,7 @@ import numpy as np
 
 from dpdist import clipping
 from dpdist import models
+from dpdist import noise
 from dpdist import provenance
 from dpdist import step as step_lib
 from dpdist.clipping import freezing
@@ -74,6 +75,19 @@ def of(
   weights = models.from_disk(config, model)
   is_frozen = frozen_paths(config)
   return Parameters(make, words, example, weights, config.trainable, is_frozen)
+
+
+def make_params(
+  model: nn.Module, words: jax.Array, example: jax.Array
+) -> PyTree:
+  """A model's initial parameters.
+
+  Args:
+    model: maps the inputs of one example to logits.
+    words: uint32 [2], of the key of the stream "init".
+    example: inputs of one example, of which only the shape matters.
+  """
+  return model.init(noise.as_key(words), example)["params"]
 
 
 def frozen_sha256(frozen: PyTree | None) -> str:
@@ -145,6 +159,12 @@ class Parameters:
 
   def init(self, step: step_lib.Step) -> step_lib.TrainState:
     """The state before the first step, on the step's mesh."""
+    return self.initializer(step)(self.words)
+
+  def initializer(
+    self, step: step_lib.Step
+  ) -> Callable[[Any], step_lib.TrainState]:
+    """The same, of other words: one function, which compiles once."""
 
     def make(
       words: Any, example: Any, weights: Mapping[str, jax.Array]
@@ -154,7 +174,8 @@ class Parameters:
       )
 
     trained = {k: v for k, v in self.weights.items() if not self._frozen(k)}
-    return step.init_from(make, self.words, self.example, trained)
+    run = step.initializer(make, self.words, self.example, trained)
+    return lambda words: run(words, self.example, trained)
 
   def frozen(self, step: step_lib.Step) -> PyTree | None:
     """The frozen parameters, on the step's mesh; None without any."""

@@ -216,7 +216,11 @@ class PrivacyPlan(Sampling):
     return _pair_of(self, setting.noise_multiplier, self.probability(setting))
 
   def epsilon(self, num_steps: int | None = None) -> float:
-    """Returns the epsilon spent at `delta` by the first steps of the plan.
+    """Returns the epsilon, at `delta`, of a run that stops after some steps.
+
+    That of all the plan's steps, since where it stopped may have been chosen by
+    looking at what it released (Rogers et al. 2016, arXiv:1605.08294). `curve`
+    has that of a number of steps that was fixed beforehand.
 
     Args:
       num_steps: in [0, `self.num_steps`]; None means all of them.
@@ -224,12 +228,15 @@ class PrivacyPlan(Sampling):
     Raises:
       ValueError: if the plan does not cover that many steps.
     """
-    return self.curve([self.delta], num_steps)[0]
+    begun = min(self._covered(num_steps), 1) * self.num_steps
+    return self.curve([self.delta], begun)[0]
 
   def curve(
     self, deltas: Sequence[float], num_steps: int | None = None
   ) -> list[float]:
-    """Returns the epsilons that the first steps spend at several deltas.
+    """Returns the epsilons of the first steps at several deltas.
+
+    They hold if the number of steps was fixed before the first one.
 
     Args:
       deltas: each in (0, 1).

@@ -23,8 +23,8 @@ PHASES = (
 )
 """In the order in which they come in a step.
 
-`compiling` takes the place of computing and reducing in the first step of a
-process. Until the end of computing a process needs no other one.
+`compiling` comes before all steps; see `dpdist.dry_run`. Until the end of
+computing a process needs no other one.
 """
 
 

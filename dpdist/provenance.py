@@ -7,6 +7,7 @@ import json
 import os
 import pathlib
 import platform
+import re
 import secrets
 from typing import Any
 
@@ -21,21 +22,58 @@ _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "ml_dtypes")
 _GPU_PACKAGES = ("jax-cuda", "jax-rocm", "nvidia-")
 # Those of JAX's own options that change what a program computes.
 _JAX_CONFIG = (
+  "eager_constant_folding",
+  "jax_allow_f16_reductions",
+  "jax_bcoo_cusparse_lowering",
+  "jax_compiler_enable_remat_pass",
+  "jax_cpu_collectives_implementation",
+  "jax_custom_vjp3",
   "jax_default_matmul_precision",
   "jax_default_prng_impl",
+  "jax_disable_jit",
   "jax_disable_most_optimizations",
+  "jax_embedded_constants_max_bytes",
+  "jax_enable_pgle",
   "jax_enable_x64",
   "jax_exec_time_optimization_effort",
+  "jax_high_dynamic_range_gumbel",
+  "jax_memory_fitting_effort",
+  "jax_memory_fitting_level",
   "jax_numpy_dtype_promotion",
   "jax_optimization_level",
+  "jax_pallas_use_mosaic_gpu",
+  "jax_ragged_dot_use_gpu_pallas_triton_lowering",
+  "jax_ragged_dot_use_ragged_dot_instruction",
+  "jax_random_seed_offset",
+  "jax_remat3",
+  "jax_scan3",
+  "jax_softmax_custom_jvp",
+  "jax_threefry_gpu_kernel_lowering",
   "jax_threefry_partitionable",
+  "jax_use_direct_linearize",
   "jax_use_shardy_partitioner",
+  "jax_use_simplified_jaxpr_constants",
 )
-# Of the environment's variables, those that may change it too.
+# Of the environment's variables, those that may change it too and whose values
+# are nobody's secret.
 _VARIABLES = (
-  *("CUBLAS", "CUDA_", "CUDNN_", "JAX_", "LIBTPU_", "NCCL_", "NPROC"),
-  *("NVIDIA_TF32", "OMP_", "PJRT_NPROC", "TF_", "XLA_"),
+  *("CUBLAS_WORKSPACE_CONFIG", "JAX_DEFAULT_MATMUL_PRECISION"),
+  *("JAX_DEFAULT_PRNG_IMPL", "JAX_DISABLE_MOST_OPTIMIZATIONS"),
+  *("JAX_ENABLE_X64", "JAX_NUM_CPU_DEVICES", "JAX_NUM_PROCESSES"),
+  *("JAX_NUMPY_DTYPE_PROMOTION", "JAX_PLATFORMS"),
+  *("JAX_THREEFRY_PARTITIONABLE", "NCCL_ALGO", "NCCL_PROTO", "NPROC"),
+  *("NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "PJRT_NPROC"),
 )
+# Others that begin so may change it. What is in them nobody knows, and so they
+# are compared by a digest. Not all of TF_: Terraform's begin so as well, and
+# TF_VAR_ and TF_TOKEN_ hold credentials.
+_COMPARED = (
+  *("CUBLAS", "CUDA_", "CUDNN_", "JAX_", "LIBTPU_", "NCCL_", "NVIDIA_TF32"),
+  *("OMP_", "TF_CUBLAS", "TF_CUDNN", "TF_DETERMINISTIC", "TF_DISABLE"),
+  *("TF_ENABLE", "TF_FORCE", "TF_GPU", "TF_USE", "TF_XLA", "XLA_"),
+)
+# Values of flags that say no more than they seem to.
+_PLAIN = re.compile(r"[\w.,+-]{0,32}")
 # As many devices of one process can come and go without a change of bits.
 _THREADS = 32
 # Settings that no bit of a step depends on.
@@ -69,23 +107,26 @@ _TOPOLOGY_VARIABLES = ("JAX_NUM_CPU_DEVICES", "JAX_NUM_PROCESSES")
 
 
 def environment(mesh: Mesh) -> dict[str, Any]:
-  """Versions, code and devices, JSON-able."""
-  device = jax.local_devices()[0]
+  """Versions, code and devices, JSON-able. Not to be released; see `public`."""
+  devices = jax.local_devices()
+  device = devices[0]
+  # One for all where they are alike, else one for each.
+  kinds = [x.device_kind for x in devices]
+  kinds = kinds[:1] if len(set(kinds)) == 1 else kinds
   xla_flags = os.environ.get("XLA_FLAGS", "")
   return {
     "packages": _versions(),
     "python": platform.python_version(),
     "code_sha256": code_digest(),
-    "device_kind": device.device_kind,
+    "device_kind": ", ".join(kinds),
     "mesh": dict(mesh.shape),
     "backend": device.client.platform_version,
     "xla_flags": xla_flags,
     "xla_files": _files(xla_flags),
     "variables": {
-      name: value
-      for name, value in sorted(os.environ.items())
-      if name.startswith(_VARIABLES) and name not in _WHO
+      name: os.environ[name] for name in _VARIABLES if name in os.environ
     },
+    "other_variables_sha256": _other_variables(),
     "jax_config": {name: jax.config.values.get(name) for name in _JAX_CONFIG},
     "unrepeatable": unrepeatable(device.platform, xla_flags),
     "num_processes": jax.process_count(),
@@ -94,12 +135,43 @@ def environment(mesh: Mesh) -> dict[str, Any]:
   }
 
 
+def public(environment: Mapping[str, Any]) -> dict[str, Any]:
+  """The part of `environment` that may be released.
+
+  Variables and flags may hold credentials and paths. Not even a digest of those
+  may leave: what is short can be guessed from it.
+  """
+  kept = {k: v for k, v in environment.items() if k != "other_variables_sha256"}
+  flags = [
+    (name, value if _PLAIN.fullmatch(value) else "not told")
+    for name, value in _flags(environment["xla_flags"])
+  ]
+  return kept | {
+    "xla_flags": " ".join("=".join(filter(None, flag)) for flag in flags),
+    "xla_files": sorted(environment["xla_files"].values()),
+    "variables": {
+      name: value if _PLAIN.fullmatch(value) else "not told"
+      for name, value in environment["variables"].items()
+    },
+  }
+
+
+def _other_variables() -> str:
+  named = {*_VARIABLES, *_WHO, "XLA_FLAGS"}
+  others = {
+    name: value
+    for name, value in os.environ.items()
+    if name.startswith(_COMPARED) and name not in named
+  }
+  return hashlib.sha256(_canonical(others).encode()).hexdigest()
+
+
 def fingerprint(
   config: Mapping[str, Any],
   plan_fingerprint: str,
   data_manifest: str,
   environments: Sequence[Mapping[str, Any]],
-  made_of: Sequence[str] = (),
+  made_of: Mapping[str, str] | None = None,
 ) -> str:
   """A digest that is equal only if a step run again gives the same bits.
 
@@ -111,9 +183,9 @@ def fingerprint(
     plan_fingerprint: of the plan.
     data_manifest: of the training set.
     environments: from `environment`, of every process in order.
-    made_of: SHA-256 of the parameters that were read from disk or are frozen,
-      and of the features in the place of inputs, if there are any; their paths
-      do not count.
+    made_of: by name, SHA-256 of the parameters that were read from disk or are
+      frozen, and of the features in the place of inputs, if there are any;
+      their paths do not count.
 
   Returns:
     SHA-256, hex.
@@ -133,7 +205,7 @@ def fingerprint(
       numbers = {k: v for k, v in numbers.items() if k not in _TOPOLOGY}
   parts: list[Any] = [
     *(numbers, plan_fingerprint, data_manifest),
-    *(list(environments), list(made_of)),
+    *(list(environments), dict(made_of or {})),
   ]
   text = _canonical(parts)
   return hashlib.sha256(text.encode()).hexdigest()
@@ -203,12 +275,10 @@ def _without_topology(environment: Mapping[str, Any]) -> dict[str, Any]:
     return " ".join(kept)
 
   variables = {
-    name: flags(value) if name == "XLA_FLAGS" else value
+    name: value
     for name, value in environment["variables"].items()
     if name not in _TOPOLOGY_VARIABLES
   }
-  # A flag that is all there was leaves what no flags at all would.
-  variables = {k: v for k, v in variables.items() if v or k != "XLA_FLAGS"}
   rest = {
     k: v for k, v in environment.items() if k not in _TOPOLOGY_ENVIRONMENT
   }

@@ -18,6 +18,7 @@ from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 
+from dpdist import chance
 from dpdist import checkpoint
 from dpdist import composition
 from dpdist import config as config_lib
@@ -132,7 +133,7 @@ def load(
   start = parameters.of(
     config.model,
     model,
-    functools.partial(job.make_params, model),
+    functools.partial(parameters.make_params, model),
     jax.ShapeDtypeStruct((2,), np.uint32),
     held_out["inputs"][0],
   )
@@ -174,17 +175,26 @@ def evaluate(released: Released) -> dict[str, Any]:
 
   Returns:
     JSON-able: "step", "test" and, of the average where there is one,
-    "test_ema"; "num_test"; "epsilon", "delta" and "guarantee" of all that the
-    run may have released so far, which is not less than of this checkpoint.
+    "test_ema"; "held_out_problems", by these names, where they are no better
+    than a constant guess's (see `dpdist.chance`); "num_test"; "epsilon",
+    "delta" and "guarantee" of the run, wherever it stops, which is not less
+    than of this checkpoint; and "epsilon_spent", the odometer's reading of what
+    it may have released so far.
   """
   _, ledger, saved, model, mesh, state, test, _ = released
   run = losses.evaluator(model, test, mesh)
   facts: dict[str, Any] = {"step": saved.step, "test": run(state.params)}
   if state.ema_params is not None:
     facts["test_ema"] = run(state.ema_params)
+  for group in ("test", "test_ema"):
+    if found := group in facts and chance.problem(
+      facts[group], test["targets"]
+    ):
+      facts.setdefault("held_out_problems", {})[group] = found
   return facts | {
     "num_test": len(test["targets"]),
-    "epsilon": composition.epsilon(ledger.spent),
+    "epsilon": composition.guaranteed(ledger.bounds),
+    "epsilon_spent": composition.epsilon(ledger.spent),
     "delta": ledger.plan.delta,
     "guarantee": ledger.guarantee,
   }

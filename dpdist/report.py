@@ -7,13 +7,13 @@ first, so it may be shown wherever the result may. The second is its owner's.
 
 from collections.abc import Mapping, Sequence
 import html
-import json
 import os
 import pathlib
 from typing import Any
 
 from dpdist import drawing
 from dpdist import events
+from dpdist import fields
 from dpdist import metrics as metrics_lib
 
 _FILE = "report.html"
@@ -112,7 +112,9 @@ def write(
 
   Args:
     workdir: the run's directory; its metrics are drawn.
-    result: what `result.json` holds: epsilon, delta, noise_multiplier,
+    result: what `result.json` holds: held_out_problem ("" or what is wrong
+      with the held-out metrics; may be missing), epsilon, delta,
+      noise_multiplier,
       sampling_probability, num_steps, accountant, params_sha256, test,
       test_ema, ledger_head and environment (may be missing) and guarantee
       ("holds" or "void: why").
@@ -216,6 +218,9 @@ def _headline(result: Mapping[str, Any]) -> str:
     *scores[1:],
   ]
   badge = "No guarantee" if void else "Guarantee holds"
+  useless = ""
+  if result.get("held_out_problem"):
+    useless = "<span class='badge red'>Model of no use shown</span>"
   inner = "\n".join(
     f"<div class='card{' void' if crossed else ''}'>"
     f"<div class='figure'>{_text(value)}</div>"
@@ -224,14 +229,16 @@ def _headline(result: Mapping[str, Any]) -> str:
   )
   return (
     "<header><h1>Private training report</h1>"
-    f"<span class='badge{' red' if void else ''}'>{badge}</span></header>\n"
-    f"<section class='grid'>\n{inner}\n</section>"
+    f"<span class='badge{' red' if void else ''}'>{badge}</span>{useless}"
+    f"</header>\n<section class='grid'>\n{inner}\n</section>"
   )
 
 
 def _notices(result: Mapping[str, Any], notices: Sequence[str]) -> str:
   void = _is_void(result)
   lines = list(notices)
+  if result.get("held_out_problem"):
+    lines.insert(0, result["held_out_problem"])
   if not void and not lines:
     return ""
   title = "Notices"
@@ -280,5 +287,5 @@ def _numbers(result: Mapping[str, Any]) -> str:
   kept = {k: v for k, v in result.items() if k != "environment"}
   return (
     "<details><summary>All numbers, for programs</summary>"
-    f"<pre>{_text(json.dumps(kept, indent=2))}</pre></details>"
+    f"<pre>{_text(fields.text(kept))}</pre></details>"
   )

@@ -24,11 +24,12 @@ TAIL = 2.0**-64
 _ROUNDOFF = 2.0**-24
 # Matrix units of accelerators may drop the last bits instead.
 _CUT_ROUNDOFF = 2.0**-23
+_MOST_ACROSS = 1e-3
 # Of the rests that the devices' sums leave, in clip norms.
 _TOLERANCE = 2.0**-14
 
 
-# Of clip norms: how much earlier exact sums clip, for what rounds inside a group.
+# How much earlier, in clip norms, exact sums clip for what rounds in a group.
 ROOM = 2.0**-11
 
 
@@ -87,6 +88,24 @@ def bound(
     return Bound(most, part_size, _sums(most, part_size), max(0, inside - ROOM))
   across = _sums(most, part_size) + _ends(plan, most, num_entries, num_devices)
   return Bound(most, part_size, across, inside)
+
+
+def check(plan: plan_lib.PrivacyPlan, part_size: int) -> None:
+  """Refuses parts so small that adding them up could lose 1e-3 clip norms.
+
+  Raises:
+    ValueError: names the argument, its value and what would be right.
+  """
+  most = most_examples(plan)
+  least = part_size
+  while _sums(most, least) > _MOST_ACROSS and least < most:
+    least *= 2
+  if least > part_size:
+    raise ValueError(
+      f"microbatch_size must be at least {least} for steps of up to"
+      f" {most} examples, or rounding could move their sum by more than"
+      f" {_MOST_ACROSS:g} clip norms, got {part_size}"
+    )
 
 
 def _inside(

@@ -16,10 +16,11 @@ import ml_collections
 import numpy as np
 
 from dpdist import clipping
+from dpdist import data_checks
 from dpdist import datasets
-from dpdist import job
 from dpdist import mesh as mesh_lib
 from dpdist import noise
+from dpdist import parameters
 from dpdist import step as step_lib
 from dpdist import units
 
@@ -31,7 +32,7 @@ def example(config: ml_collections.ConfigDict) -> dict[str, Any]:
   if config.model.name in ("decoder", "stacked_decoder"):
     tokens = jax.ShapeDtypeStruct((config.data.sequence_length,), jnp.int32)
     return {"inputs": tokens, "targets": tokens}
-  one = job.one_example(datasets.load(config.data).train)
+  one = data_checks.one_example(datasets.load(config.data).train)
   return {
     name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in one.items()
   }
@@ -84,7 +85,7 @@ def _parts(
 ) -> tuple[PyTree, PyTree]:
   """Of trained parameters and of frozen ones."""
   words = jax.ShapeDtypeStruct((2,), jnp.uint32)
-  make = functools.partial(job.make_params, model)
+  make = functools.partial(parameters.make_params, model)
   params = jax.eval_shape(make, words, inputs)
   return clipping.partition(params, step.mechanism.clipped_grad.frozen)
 

@@ -64,6 +64,19 @@ def assumptions(plan: plan_lib.PrivacyPlan) -> str:
   )
 
 
+def stopped_early(reading: str) -> str:
+  """Why a run before its plan's end has the epsilon of the whole plan.
+
+  Args:
+    reading: epsilon of the steps that were charged.
+  """
+  return (
+    "The run has not come to its plan's end. Its odometer reads epsilon ="
+    f" {reading}, which is no guarantee: whoever stops a run may have looked at"
+    " what it released, and then only the epsilon of the whole plan holds."
+  )
+
+
 def rounded_up(epsilon: float) -> str:
   """Returns four significant digits, not below the number itself."""
   if epsilon == 0 or math.isinf(epsilon):

@@ -157,6 +157,12 @@ class Step:
       make: from args to parameters; traced.
       *args: NumPy arrays, equal in all processes.
     """
+    return self.initializer(make, *args)(*args)
+
+  def initializer(
+    self, make: Callable[..., PyTree], *args: Any
+  ) -> Callable[..., TrainState]:
+    """The function of `init_from`, compiled once for args of such shapes."""
 
     def initial(*args: Any) -> TrainState:
       return self.initial(make(*args))
@@ -164,9 +170,10 @@ class Step:
     specs = self.state_specs(jax.eval_shape(initial, *args))
     if all(spec == mesh_lib.REPLICATED for spec in jax.tree.leaves(specs)):
       # The program of one device, whose bits do not depend on the mesh.
-      return mesh_lib.place(jax.jit(initial)(*args), specs, self.mesh)
+      alone = jax.jit(initial)
+      return lambda *args: mesh_lib.place(alone(*args), specs, self.mesh)
     shardings = jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
-    return jax.jit(initial, out_shardings=shardings)(*args)
+    return jax.jit(initial, out_shardings=shardings)
 
   def placed(self, params: PyTree) -> PyTree:
     """Puts whole parameters, NumPy arrays of this process, on the mesh."""

@@ -1,7 +1,6 @@
 """What a run tells a person at its start and its end."""
 
 from collections.abc import Sequence
-import json
 import os
 import pathlib
 from typing import Any
@@ -9,7 +8,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from dpdist import chance
 from dpdist import composition
+from dpdist import fields
 from dpdist import job as job_lib
 from dpdist import ledger as ledger_lib
 from dpdist import mesh as mesh_lib
@@ -116,7 +117,8 @@ def result(
   """
   plan = job.plan
   values: dict[str, Any] = {
-    "epsilon": composition.epsilon(ledger.spent),
+    "epsilon": composition.guaranteed(ledger.bounds),
+    "epsilon_spent": composition.epsilon(ledger.spent),
     "delta": plan.delta,
     "guarantee": ledger.guarantee,
     "neighboring_relation": plan.neighboring_relation,
@@ -139,13 +141,18 @@ def result(
   for name, score in scores.items():
     group, metric = name.split("/")
     values.setdefault(group, {})[metric] = score
+  targets = job.test["targets"]
+  best = values.get("test_ema", values["test"])
+  values["held_out_problem"] = chance.problem(values["test"], targets) and (
+    chance.problem(best, targets)
+  )
   return values
 
 
 def write_result(path: pathlib.Path, values: dict[str, Any]) -> None:
   """Writes JSON so that a reader finds the old file or the new, never half."""
   temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(values, indent=2) + "\n")
+  temporary.write_text(fields.text(values) + "\n")
   os.replace(temporary, path)
 
 
@@ -155,7 +162,7 @@ def end_rows(
   """The table shown at the end."""
   rows = [
     (
-      "epsilon spent",
+      "epsilon",
       f"{values['epsilon']:.4f} at delta {values['delta']:g}",
     ),
     ("guarantee", values["guarantee"]),
@@ -164,6 +171,8 @@ def end_rows(
   if "test_ema" in values:
     accuracy = values["test_ema"]["accuracy"]
     rows.append(("test accuracy, average", f"{accuracy:.4f}"))
+  if values.get("held_out_problem"):
+    rows.append(("WARNING", values["held_out_problem"]))
   return rows + [
     ("result", str(workdir / "result.json")),
     ("report", str(workdir / "report.html")),

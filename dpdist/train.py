@@ -10,7 +10,7 @@ Promises of that order:
   * Only released values reach a writer or the screen; see `dpdist.metrics`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 import contextlib
 import functools
 import json
@@ -27,13 +27,14 @@ from dpdist import checkpoint
 from dpdist import composition
 from dpdist import config as config_lib
 from dpdist import data
+from dpdist import data_checks
 from dpdist import display as display_lib
+from dpdist import dry_run
 from dpdist import history
 from dpdist import hosts
 from dpdist import job as job_lib
 from dpdist import keys
 from dpdist import ledger as ledger_lib
-from dpdist import losses
 from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import odometer as odometer_lib
@@ -58,8 +59,6 @@ _OWN_ERRORS = (
   ledger_lib.LedgerError,
   sentinel_lib.SensitivityError,
 )
-
-_Evaluate = Callable[[Any], dict[str, float]]
 
 
 def train(
@@ -108,9 +107,16 @@ def train(
     def open_ledger() -> None:
       nonlocal ledger
       ledger = stack.enter_context(admission.open_ledger(config, workdir))
+      # So that a run that is refused is found where it would have been.
+      workdir.mkdir(parents=True, exist_ok=True)
 
     hosts.from_leader(open_ledger)
-    job = job_lib.prepare(config, workdir, ledger)
+    job = job_lib.prepare(
+      config,
+      workdir,
+      ledger,
+      try_out=functools.partial(dry_run.run, config, progress),
+    )
     stack.callback(job.close)
     checkpoints = stack.enter_context(
       checkpoint.Checkpoints(
@@ -152,7 +158,6 @@ def _run(
   plan, step, ledger = job.plan, job.step, job.ledger
   environment = provenance.environment(job.mesh)
   environments = hosts.gather(json.dumps(environment))
-  made_of = (job.weights_sha256, job.frozen_sha256, job.features_sha256)
 
   state = job.init()
   saved, rejected = job.found
@@ -176,11 +181,12 @@ def _run(
       digest=saved.digest if saved else "",
       ledger_head=ledger_head,
       fingerprint=provenance.fingerprint(
-        config.to_dict(),
+        # As it was chosen: sums of other chunks round otherwise.
+        config.to_dict() | {"chunk_size": job.chunk_size},
         plan.fingerprint(),
         job.train_manifest,
         [json.loads(text) for text in environments],
-        [sha for sha in made_of if sha],
+        job.made_of,
       ),
     )
     if rejected and ledger.last_step == 0:
@@ -207,15 +213,14 @@ def _run(
   if hosts.any_process(stop.received) and start < last:
     raise preemption.Preempted(start, stop.reason)
   sentinel = _sentinel(config, job, streams, line.first_step)
-  row = job_lib.row_shapes(job.train_source)
   if start < last:
     progress.enter(start, "compiling")
     sentinel_lib.check_step(
       step,
       state.params,
       job.frozen,
-      row=row,
-      largest=job_lib.largest_integers(config, row),
+      row=job.row,
+      largest=job_lib.largest_integers(config, job.row),
       chunk_size=job.chunk_size,
       is_watched=config.sentinel.every > 0,
     )
@@ -226,9 +231,13 @@ def _run(
   if ledger is not None:
     rows = summary.start_rows(job, ledger.planned, start_step=start)
     screen.show_start(rows, notices)
+    if saved is None and start < last:
+      # Among no notices, which are in the report as well.
+      shared = data_checks.shared_rows(job.train_source, job.test)
+      if shared:
+        screen.warn(shared)
 
   num_entries = sum(leaf.size for leaf in jax.tree.leaves(job.params))
-  evaluate = losses.evaluator(job.model, job.test, job.mesh)
   scores: dict[str, float] = {}
   num_steps = config.privacy.num_steps
   eval_every = config.eval_every or max(1, num_steps // 20)
@@ -248,7 +257,7 @@ def _run(
   )
   with shown as display, told as odometer:
     clock = display_lib.Clock(plan.expected_batch_size)
-    measured = start + 1  # The first step compiles.
+    measured = start
     progress.enter(start, "reading")
     for t, chunks in _steps(config, job, streams, first_release, start, last):
       # All wait for it: a sum may pass between the others before the leader
@@ -258,7 +267,7 @@ def _run(
         stop_step = min(last, t - t % charge_every + charge_every)
         hosts.from_leader(functools.partial(_charge, job, stop_step))
 
-      progress.enter(t, "compiling" if t == start else "computing")
+      progress.enter(t, "computing")
       accumulator = step.zeros(state.params)
       sentinel.begin(t, state.params)
       step_key = streams.key("model_rng", t)
@@ -271,7 +280,7 @@ def _run(
           step_key,
           first_row,
         )
-      if jax.process_count() > 1 and t > start:
+      if jax.process_count() > 1:
         # So that who is slow can be told from who waits.
         jax.block_until_ready(accumulator.stats)
         progress.enter(t, "reducing")
@@ -298,7 +307,7 @@ def _run(
         measured = done
         _check_data(job)
         with clock.paused():
-          scores = _scores(evaluate, state, job.frozen)
+          scores = _scores(job, state)
           sensitive: dict[str, float] = {}
           if config.unsafe_metrics:
             sensitive = _sensitive(step.stats(accumulator))
@@ -323,7 +332,7 @@ def _run(
       if found:
         whole = step_lib.whole(state.params, job.frozen)
         raise sentinel_lib.SensitivityError(
-          sentinel_lib.fault(step.mechanism.clipped_grad, whole, row, found)
+          sentinel_lib.fault(step.mechanism.clipped_grad, whole, job.row, found)
         )
       if is_stopped and done < last:
         raise preemption.Preempted(done, stop.reason)
@@ -332,7 +341,7 @@ def _run(
     if odometer is not None:
       odometer.poll(wait=True)
 
-  scores = scores or _scores(evaluate, state, job.frozen)
+  scores = scores or _scores(job, state)
   # In all processes, each of which may have a part alone.
   params_sha256 = provenance.params_sha256(state.params)
 
@@ -344,10 +353,10 @@ def _run(
       num_steps=int(state.step),
       scores=scores,
       params_sha256=params_sha256,
-      environment=environment,
+      environment=provenance.public(environment),
     )
     summary.write_result(workdir / "result.json", result)
-    statement = composition.statement(ledger.planned)
+    statement = composition.statement(ledger.planned, result["epsilon"])
     report.write(
       workdir,
       result=result,
@@ -449,11 +458,9 @@ def _steps(
   last: int,
 ) -> Iterator[tuple[int, Iterator[tuple[int, Any, jax.Array]]]]:
   """Yields each step and its chunks, on the mesh."""
-  sharding = mesh_lib.examples(job.mesh)
 
   def put(x: np.ndarray) -> jax.Array:
-    shape = (job.chunk_size, *x.shape[1:])
-    return jax.make_array_from_process_local_data(sharding, x, shape)
+    return mesh_lib.put_rows(x, job.chunk_size, job.mesh)
 
   def on_mesh(
     chunks: Sequence[data.Chunk],
@@ -479,14 +486,12 @@ def _steps(
     yield t, on_mesh(chunks)
 
 
-def _scores(
-  evaluate: _Evaluate, state: step_lib.TrainState, frozen: Any
-) -> dict[str, float]:
+def _scores(job: job_lib.Job, state: step_lib.TrainState) -> dict[str, float]:
   """Held-out metrics of the parameters and of their average."""
-  params = step_lib.whole(state.params, frozen)
-  scores = {f"test/{k}": v for k, v in evaluate(params).items()}
+  params = step_lib.whole(state.params, job.frozen)
+  scores = {f"test/{k}": v for k, v in job.evaluate(params).items()}
   if state.ema_params is not None:
-    average = evaluate(step_lib.whole(state.ema_params, frozen))
+    average = job.evaluate(step_lib.whole(state.ema_params, job.frozen))
     scores |= {f"test_ema/{k}": v for k, v in average.items()}
   return scores
 

@@ -203,7 +203,7 @@ def _result(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
   result = fields.parse(path.read_bytes(), "result.json")
   plan = ledger.plan
   expected: dict[str, Any] = {
-    "epsilon": composition.epsilon(ledger.spent),
+    **_epsilons(ledger, result),
     "steps_charged": ledger.spent_steps,
     "guarantee": ledger.guarantee,
     "delta": plan.delta,
@@ -215,12 +215,23 @@ def _result(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
   }
   problems = [
     f"{name} is {result.get(name)!r}, by the ledger {value!r}"
-    for name, value in expected.items()
+    for name, value in fields.strict(expected).items()
     if not _same(result.get(name), value)
   ]
   return Finding(
     "result", f"epsilon {result.get('epsilon')}", "; ".join(problems)
   )
+
+
+def _epsilons(
+  ledger: ledger_lib.Ledger, result: dict[str, Any]
+) -> dict[str, float]:
+  """What a result must say of epsilon."""
+  spent = composition.epsilon(ledger.spent)
+  if "epsilon_spent" not in result:  # Before 2026-12 that was the one number.
+    return {"epsilon": spent}
+  guaranteed = composition.guaranteed(ledger.bounds)
+  return {"epsilon": guaranteed, "epsilon_spent": spent}
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -20,7 +20,6 @@ Exit codes: 0 the bound is at most the claim; 1 it is above; 2 wrong usage.
 """
 
 from collections.abc import Sequence
-import json
 import pathlib
 from typing import Any
 
@@ -30,6 +29,7 @@ from ml_collections import config_flags
 from dpdist import audit
 from dpdist import audit_plot
 from dpdist import canaries
+from dpdist import fields
 from dpdist import screen
 from launch import exit_codes
 from launch import flag_parsing
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
     facts["plot"] = str(pathlib.Path(_PLOT.value).resolve())
     audit_plot.draw(result, _PLOT.value)
   if _JSON.value:
-    print(json.dumps(facts, indent=2))
+    print(fields.text(facts))
   else:
     screen.show_table("Audit", _rows(facts))
   return exit_codes.UNSOUND if result.is_refuted else exit_codes.DONE

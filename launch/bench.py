@@ -21,13 +21,13 @@ Exit codes: 0 it fits; 1 it does not; 2 wrong usage.
 """
 
 from collections.abc import Sequence
-import json
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
 from dpdist import autotune
+from dpdist import fields
 from dpdist import forecast
 from dpdist import screen
 from dpdist import speed
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
   except ValueError as error:
     return flag_parsing.usage_error(error)
   if _JSON.value:
-    print(json.dumps(facts, indent=2))
+    print(fields.text(facts))
   elif "tries" in facts:
     _show_tries(facts)
   elif _TOPOLOGY.value is None:

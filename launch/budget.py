@@ -23,7 +23,6 @@ Imports no jax. Exit codes: 0 done; 2 wrong usage; anything else is a failure.
 """
 
 from collections.abc import Sequence
-import json
 import textwrap
 from typing import Any
 
@@ -31,6 +30,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpdist import config as config_lib
+from dpdist import fields
 from dpdist import ledger as ledger_lib
 from dpdist import plan as plan_lib
 from launch import exit_codes
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
   except ValueError as error:
     return flag_parsing.usage_error(error)
   if _JSON.value:
-    print(json.dumps(facts, indent=2))
+    print(fields.text(facts))
   else:
     _show(facts)
   return exit_codes.DONE
@@ -146,6 +146,8 @@ def _numbers(plan: plan_lib.PrivacyPlan) -> dict[str, Any]:
 
 
 def _spent(workdir: str) -> dict[str, Any]:
+  if ledgers.none_began(workdir, _LEDGER.value):
+    return {"steps_spent": 0, "note": "no run has begun in this directory"}
   ledger = ledgers.open_begun(workdir, _LEDGER.value)
   told = ledger.epsilons
   if told is None or any(x.keys() != {"pld", "rdp"} for x in told.values()):
@@ -154,17 +156,42 @@ def _spent(workdir: str) -> dict[str, Any]:
   accountant = ledger.plan.accountant
   if spent[accountant] is None or planned[accountant] is None:
     accountant = "rdp"
+  total = sum(part.num_steps for part in ledger.planned)
   return {
+    "epsilon": _guaranteed(ledger, planned[accountant]),
     "epsilon_spent": spent[accountant],
     **{f"epsilon_spent_{name}": value for name, value in spent.items()},
     "steps_spent": ledger.spent_steps,
     "guarantee": ledger.guarantee,
     "epsilon_planned": planned[accountant],
     **_numbers(ledger.plan),
-    "steps_planned": sum(part.num_steps for part in ledger.planned),
+    "steps_planned": total,
     "accountant": accountant,
     "segments": len(ledger.segments),
+    **({"note": _NOTE} if 0 < ledger.spent_steps < total else {}),
   }
+
+
+# As `dpdist.statements.stopped_early` says at length.
+_NOTE = (
+  "epsilon is the guarantee, that of the whole plan, wherever the run stops;"
+  " epsilon_spent is a reading of its odometer, which bounds nothing once"
+  " someone has looked"
+)
+
+
+def _guaranteed(
+  ledger: ledger_lib.Ledger, planned: float | None
+) -> float | None:
+  """What holds for the run wherever it stops; see `composition.guaranteed`."""
+  if not ledger.spent_steps:
+    return 0.0
+  if len(ledger.segments) == 1:
+    return planned
+  # Here, since loading the accountants takes longer than all else.
+  from dpdist import composition
+
+  return composition.guaranteed(ledger.bounds)
 
 
 def _computed(ledger: ledger_lib.Ledger) -> dict[str, dict[str, float | None]]:

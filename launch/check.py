@@ -74,7 +74,7 @@ def _prepared(config: Any) -> Callable[[], sentinel.Report]:
   start = parameters.of(
     config.model,
     model,
-    functools.partial(job.make_params, model),
+    functools.partial(parameters.make_params, model),
     keys.prng_words(keys.insecure_secret(0)),
     np.zeros(inputs.shape, inputs.dtype),
   )

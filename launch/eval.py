@@ -11,12 +11,12 @@ Exit codes: 0 done; 1 the record is not sound; 2 wrong usage.
 """
 
 from collections.abc import Sequence
-import json
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
+from dpdist import fields
 from dpdist import released
 from dpdist import screen
 from launch import exit_codes
@@ -52,7 +52,7 @@ def main(argv: Sequence[str]) -> int:
     return flag_parsing.usage_error(error)
   facts = released.evaluate(found)
   if _JSON.value:
-    print(json.dumps(facts, indent=2))
+    print(fields.text(facts))
   else:
     screen.show_table("Held out", _rows(facts))
   return exit_codes.DONE
@@ -66,12 +66,15 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
   for group, what in (("test", ""), ("test_ema", ", average")):
     for name, value in facts.get(group, {}).items():
       rows.append((f"{name}{what}", f"{value:.4f}"))
+  for found in facts.get("held_out_problems", {}).values():
+    rows.append(("WARNING", found))
   return [
     *rows,
     (
-      "epsilon spent by the run",
+      "epsilon of the run",
       f"{facts['epsilon']:.4f} at delta {facts['delta']:g}",
     ),
+    ("read by its odometer", f"{facts['epsilon_spent']:.4f}"),
     ("guarantee", facts["guarantee"]),
   ]
 

@@ -10,3 +10,5 @@ USAGE = 2
 PREEMPTED = 75
 # As a shell says of what Ctrl-C ended.
 INTERRUPTED = 130
+# As it says of what was printing to a program that has ended.
+NOBODY_READS = 141

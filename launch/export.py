@@ -11,13 +11,13 @@ Exit codes: 0 done; 1 the record is not sound; 2 wrong usage.
 """
 
 from collections.abc import Sequence
-import json
 import os
 
 from absl import flags
 from ml_collections import config_flags
 
 from dpdist import export
+from dpdist import fields
 from dpdist import released
 from dpdist import screen
 from launch import exit_codes
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
   except ValueError as error:
     return flag_parsing.usage_error(error)
   if _JSON.value:
-    print(json.dumps(facts, indent=2))
+    print(fields.text(facts))
   else:
     screen.show_table(
       "Exported",

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Sequence
 import functools
+import os
 import re
+import select
 import sys
 from typing import NoReturn
 
@@ -46,12 +48,29 @@ def usage_error(message: object) -> int:
 def _told(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
   """Runs a door; what a person can do something about ends in a sentence."""
   try:
-    return main(argv)
+    code = main(argv)
+    sys.stdout.flush()
+    return code
   except (Exception, KeyboardInterrupt) as error:
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+      return exit_codes.NOBODY_READS
     told = errors.explain(error)
     if told is None:
       raise
     return errors.tell(told)
+
+
+def _nobody_reads() -> bool:
+  """Whether standard output goes to a program that has ended, as in `| head`.
+
+  What is left to be printed is dropped then.
+  """
+  poll = select.poll()
+  poll.register(sys.stdout.fileno(), 0)  # Errors are reported in any case.
+  if not poll.poll(0):
+    return False
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  return True
 
 
 def _last_line(text: object) -> str:

@@ -4,6 +4,9 @@ import os
 
 from dpdist import ledger as ledger_lib
 
+# What a run leaves in its directory before it charges its first step.
+_SIGNS = ("ledger", "config.json", "checkpoints", "result.json")
+
 
 def open_begun(workdir: str, location: str | None) -> ledger_lib.Ledger:
   """Opens the ledger of a run that has begun, to be read.
@@ -28,3 +31,20 @@ def open_begun(workdir: str, location: str | None) -> ledger_lib.Ledger:
   if ledger.is_new:
     raise ValueError(f"the ledger in {location!r} is empty: nothing was spent")
   return ledger
+
+
+def none_began(workdir: str, location: str | None) -> bool:
+  """Whether a directory is there, and no run has ever begun in it.
+
+  So it is where a run was refused for its settings or its data. One whose
+  ledger is elsewhere has left its settings.
+
+  Args:
+    workdir: the directory.
+    location: of the ledger, if it is given.
+  """
+  return (
+    location is None
+    and os.path.isdir(workdir)
+    and not any(os.path.exists(os.path.join(workdir, x)) for x in _SIGNS)
+  )

@@ -7,10 +7,10 @@ not; 2 wrong usage.
 """
 
 from collections.abc import Sequence
-import json
 
 from absl import flags
 
+from dpdist import fields
 from dpdist import ledger as ledger_lib
 from dpdist import verification
 from launch import exit_codes
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> int:
   sound = not any(finding.problem for finding in findings)
   if _JSON.value:
     rows = [finding._asdict() for finding in findings]
-    print(json.dumps({"sound": sound, "findings": rows}, indent=2))
+    print(fields.text({"sound": sound, "findings": rows}))
   else:
     for finding in findings:
       mark = "WRONG" if finding.problem else "ok"

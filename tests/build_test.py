@@ -37,13 +37,13 @@ LAYERS = (
     "maintenance",
   )
   + ("events", "chips", "compiled", "products", "archives")
-  + ("scattering", "augment", "pictures"),
+  + ("scattering", "augment", "pictures", "chance"),
   ("pairs", "fetch", "scaled_scattering"),
   ("records", "renyi", "loss_distributions", "verdict"),
   ("accountants",),
   ("accounting", "sampling", "noise", "clipping", "peers"),
   ("plan",),
-  ("statements",),
+  ("rounding", "statements"),
   ("mechanism", "config", "dp_config", "composition", "history")
   + ("tradeoffs", "tradeoff_plot"),
   ("gradients", "stateful", "ledger", "manifest", "step", "metrics", "sources")
@@ -54,10 +54,10 @@ LAYERS = (
   ("features",),
   ("data", "data_budget", "datasets", "retrying", "screen", "drawing")
   + ("checkpoint", "exact_step", "odometer", "watch"),
-  ("report",),
+  ("report", "data_checks"),
   ("admission", "verification", "display"),
   ("job", "frontends"),
-  ("summary", "shapes"),
+  ("summary", "shapes", "dry_run"),
   ("forecast", "released", "speed"),
   ("model_card", "autotune"),
   ("export",),

@@ -68,6 +68,19 @@ def test_steps_of_one_mechanism_are_as_many_steps_of_it():
   assert composition.epsilon([_part(0)]) == 0.0
 
 
+def test_a_run_is_bounded_by_the_dearest_of_its_plans():
+  # 500 steps were planned, and 100 of them made before it was shortened.
+  planned, way = [_part(500)], [_part(100), _part(50)]
+  guaranteed = composition.guaranteed([planned, way])
+  assert guaranteed == composition.epsilon(planned)
+  assert guaranteed > composition.epsilon(way)
+  longer = [_part(100), _part(900)]
+  assert composition.guaranteed([planned, longer]) == composition.epsilon(
+    longer
+  )
+  assert composition.guaranteed([]) == 0.0
+
+
 def test_noise_chosen_after_looking_adds_up_at_one_order_fixed_before():
   later = _part(60, noise_multiplier=0.9, expected_batch_size=100.0)
   parts = [_part(100), later]

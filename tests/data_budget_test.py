@@ -12,6 +12,8 @@ import pytest
 
 from configs import digits
 import dpdist
+from dpdist import admission
+from dpdist import config as config_lib
 from dpdist import data_budget
 from dpdist import ledger as ledger_lib
 from dpdist import pairs
@@ -19,6 +21,7 @@ from dpdist import plan as plan_lib
 from dpdist import records
 from dpdist import renyi
 from dpdist import sampling
+from dpdist import sources
 from dpdist import verification
 from tests import without_jax
 
@@ -274,6 +277,205 @@ def test_each_data_set_has_its_own(tmp_path):
   (tmp_path / _DATA).rename(tmp_path / ("e" * 64))
   with pytest.raises(records.RecordError, match="another data set"):
     data_budget.DataBudget(tmp_path, "e" * 64)
+
+
+# --- Several segments ---------------------------------------------------------
+
+# Each of them dearer than the one before.
+_PLANS = [
+  plan_lib.make_plan(
+    plan_lib.PrivacyConfig(
+      num_examples=1000,
+      expected_batch_size=10,
+      num_steps=100,
+      l2_clip_norm=1.0,
+      target_delta=1e-5,
+      noise_multiplier=sigma,
+    )
+  )
+  for sigma in (4.0, 2.0, 1.0)
+]
+
+
+def _changed_twice(path, counts=(10, 20, 30)):
+  """The ledger of a run that charged steps under three plans."""
+  ledger = ledger_lib.Ledger(path)
+  ledger.acquire()
+  ledger.open(
+    config={}, plan=_PLANS[0], data=_DATA, secret_hash="5" * 64, run="a run"
+  )
+  for number, (plan, count) in enumerate(zip(_PLANS, counts, strict=True)):
+    if number:
+      ledger.open_segment(config={}, plan=plan, data=_DATA, start_step=0)
+    ledger.resume(step=0, digest="", ledger_head="", fingerprint=str(number))
+    ledger.reserve_through(count)
+  return ledger
+
+
+def _cost(budget, counts, plans=_PLANS):
+  """Step by step, from the divergence of one step of each plan."""
+  return sum(
+    count
+    * renyi.divergence(_pair(plan.noise_multiplier), 1, budget.terms.order)
+    for plan, count in zip(plans, counts, strict=True)
+  )
+
+
+def test_a_cost_is_of_all_parts_also_of_equal_ones(tmp_path):
+  budget = _budget(tmp_path)
+  parts = [plan_lib.Part(plan, 10) for plan in _PLANS]
+  assert budget.cost(parts) == pytest.approx(_cost(budget, (10, 10, 10)))
+  one = [plan_lib.Part(_PLAN, 10)]
+  assert budget.cost(one * 3) == pytest.approx(3 * budget.cost(one))
+  ledger = _changed_twice(tmp_path / "run")
+  assert budget.cost(ledger.spent) == pytest.approx(_cost(budget, (10, 20, 30)))
+  # Equal plans on both sides of another one.
+  plans = [_PLANS[0], _PLANS[1], _PLANS[0]]
+  parts = [plan_lib.Part(plan, 10) for plan in plans]
+  assert budget.cost(parts) == pytest.approx(_cost(budget, (10, 10, 10), plans))
+
+
+def test_what_all_segments_spent_is_kept_when_the_rest_is_given_back(tmp_path):
+  budget = _budget(tmp_path, epsilon=30.0)
+  ledger = _changed_twice(tmp_path / "run")
+  budget.admit(ledger, ledger.planned, label="a run")
+  whole = _cost(budget, (10, 20, 100))
+  assert budget.reserved == pytest.approx(whole)
+  ledger.end()
+  spent = _cost(budget, (10, 20, 30))
+  assert budget.give_back(ledger) == pytest.approx(whole - spent)
+  assert budget.reserved == pytest.approx(spent)
+
+
+@pytest.mark.parametrize("is_changed", [False, True])
+def test_at_each_start_a_run_reserves_its_past_and_its_plan(
+  tmp_path, is_changed
+):
+  """Also the steps of the segment that a change is about to end."""
+  budget = _budget(tmp_path, epsilon=30.0)
+  _changed_twice(tmp_path / "run").close()
+  ledger = ledger_lib.Ledger(tmp_path / "run")
+  config = config_lib.default()
+  config.data_budget.location = budget.root
+  plan = _PLANS[1] if is_changed else ledger.plan
+  admission.begin(
+    config,
+    tmp_path,
+    ledger,
+    budget,
+    plan=plan,
+    settings={},
+    data=_DATA,
+    secret_hash="5" * 64,
+    is_changed=is_changed,
+  )
+  expected = _cost(budget, (10, 20, 30 if is_changed else 100))
+  if is_changed:
+    expected += _cost(budget, (100,), [plan])
+  assert budget.reserved == pytest.approx(expected)
+  (stake,) = ledger.stakes
+  assert (stake["root"], stake["data"]) == (budget.root, _DATA)
+  ledger.close()
+
+
+# --- What a data set is called ------------------------------------------------
+
+
+def _make(root, data, **kwargs):
+  return data_budget.open_or_make(
+    root,
+    data,
+    epsilon=3.0,
+    delta=1e-6,
+    neighboring_relation="add_or_remove_one",
+    **kwargs,
+  )
+
+
+def test_a_budget_of_an_earlier_release_is_found_and_stays_found(tmp_path):
+  """Under the manifest that it gave, and then whatever files are called."""
+  root = tmp_path / "budgets"
+  old = _budget(root)
+  _admit(old, _run(tmp_path / "run"))
+  asked, told = [], []
+
+  def earlier():
+    asked.append(True)
+    return [_DATA]
+
+  for number in range(3):
+    found = _make(root, "e" * 64, earlier=earlier, tell=told.append)
+    assert (found.data, found.stakes) == (_DATA, old.stakes)
+    assert found.reserved == old.reserved > 0
+    # The second time it is written down, and nobody need ask.
+    assert len(asked) == 1, number
+  renamed = _make(root, "e" * 64, earlier=lambda: ["f" * 64])
+  assert renamed.data == _DATA
+  assert not told
+  made = [b.data for b in data_budget.all_below(root) if b.terms]
+  assert made == [_DATA]
+  with pytest.raises(ledger_lib.RefusedError, match="has a budget"):
+    data_budget.DataBudget(root, "e" * 64).refer_to("f" * 64)
+  with pytest.raises(ledger_lib.RefusedError, match="has a budget"):
+    old.refer_to("e" * 64)
+  # Nor can another one be made under the new name.
+  with pytest.raises(records.RecordError, match="in this place"):
+    data_budget.DataBudget(root, "e" * 64).make(
+      epsilon=3.0, delta=1e-6, neighboring_relation="add_or_remove_one"
+    )
+
+
+def test_a_budget_that_is_made_beside_others_is_told_of(tmp_path):
+  told = []
+  first = _make(tmp_path, _DATA, earlier=lambda: ["f" * 64], tell=told.append)
+  assert first.terms is not None
+  assert first.data == _DATA
+  assert not told
+  _make(tmp_path, "e" * 64, tell=told.append)
+  (line,) = told
+  assert line.startswith("data set eeeeeeeeeeee had no budget in")
+  assert "beside those of 1 other data sets" in line
+  _make(tmp_path, "e" * 64, tell=told.append)
+  assert len(told) == 1
+
+
+@pytest.mark.parametrize(
+  ("recorded", "now", "expected"),
+  [
+    (_DATA, _DATA, _DATA),
+    ("f" * 64, _DATA, "f" * 64),
+    ("b" * 64, _DATA, _DATA),
+  ],
+  ids=["the same", "an earlier release's", "other data"],
+)
+def test_a_run_of_an_earlier_release_goes_on_under_its_name(
+  tmp_path, recorded, now, expected
+):
+  ledger = ledger_lib.Ledger(tmp_path)
+  assert admission.known_as(ledger, now, lambda: ["f" * 64]) == now
+  ledger.acquire()
+  ledger.open(
+    config={}, plan=_PLAN, data=recorded, secret_hash="5" * 64, run="a run"
+  )
+  assert admission.known_as(ledger, now, lambda: ["f" * 64]) == expected
+  ledger.close()
+
+
+def test_renamed_files_spend_the_same_budget(tmp_path):
+  rows = [{"inputs": np.float32([i])} for i in range(5)]
+  for name in ("train.array_record", "renamed.array_record"):
+    sources.write_array_record(tmp_path / name, rows)
+    source = sources.ArrayRecordSource(tmp_path / name)
+    budget = _make(
+      tmp_path / "budgets",
+      source.manifest(),
+      earlier=lambda: sources.earlier_manifests(source),  # noqa: B023
+    )
+    if name.startswith("train"):
+      cost = budget.cost(_WHOLE)
+      budget.reserve("all", cost, int(budget.terms.divergence / cost / 1.001))
+  with pytest.raises(ledger_lib.RefusedError, match="would be exceeded"):
+    budget.reserve("more", cost, 1)
 
 
 _CHILD = """

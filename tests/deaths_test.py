@@ -19,6 +19,7 @@ from tests import training
 
 pytestmark = pytest.mark.cluster
 
+# The first call in a process is on zeros, before its first step.
 _APPLY = "dpdist.exact_step:ExactStep:apply"
 _CONFIRM = "dpdist.ledger:Ledger:confirm"
 _READ = "dpdist.sources:ArraySource:read"
@@ -177,7 +178,7 @@ def test_any_process_may_be_asked_to_stop(start, expected, tmp_path):
   saved = 0
   for name in ("SIGTERM", "SIGUSR1"):
     number = rng.randrange(3)
-    stop = training.before(_APPLY, 3, training.send(signal.Signals[name]))
+    stop = training.before(_APPLY, 4, training.send(signal.Signals[name]))
     changes = {f"of_{i}": [_under_slurm] for i in range(3)}
     changes[f"of_{number}"] = [_under_slurm, stop]
     runs = start(3, **changes)
@@ -199,7 +200,7 @@ def _ask_when_all_have_stopped():
 
 
 def test_who_is_asked_to_stop_when_all_have_stopped_ends_as_they_do(start):
-  stop = training.before(_APPLY, 3, training.send(signal.SIGTERM))
+  stop = training.before(_APPLY, 4, training.send(signal.SIGTERM))
   runs = start(2, of_0=[stop], of_1=[_ask_when_all_have_stopped])
   assert _codes(runs) == [75, 75], runs[0].screen
   assert "stopped after step 3; run the same" in runs[1].screen

@@ -221,7 +221,7 @@ def _parameters(weights, trainable=_TRAINABLE):
   config = config_lib.default().model
   config.trainable = trainable
   return parameters.Parameters(
-    functools.partial(job_lib.make_params, _model()),
+    functools.partial(parameters.make_params, _model()),
     np.array([1, 2], np.uint32),
     _tokens()["inputs"][0],
     weights,
@@ -421,8 +421,8 @@ def test_looking_at_a_run_puts_the_model_together(finished, tmp_path):
 
 def test_weights_count_and_their_path_does_not():
   config = config_lib.default()
-  digest = lambda *weights: provenance.fingerprint(
-    config.to_dict(), "plan", "data", [], weights
+  digest = lambda weights="": provenance.fingerprint(
+    config.to_dict(), "plan", "data", [], {"weights_sha256": weights}
   )
   before = digest("ab")
   assert digest("cd") != before

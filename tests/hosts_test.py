@@ -87,6 +87,7 @@ def _codes(runs):
   return [run.wait() for run in runs]
 
 
+# The first call in a process is on zeros, before its first step.
 _APPLY = "dpdist.exact_step:ExactStep:apply"
 
 
@@ -97,8 +98,8 @@ def test_a_job_comes_back_on_another_number_of_processes_and_devices(
   assert whole.wait() == 0, whole.screen
   expected = training.outcome(tmp_path / "whole")
   workdir = tmp_path / "run"
-  kill = training.before(_APPLY, 10, training.send(signal.SIGKILL))
-  stop = training.before(_APPLY, 10, training.send(signal.SIGTERM))
+  kill = training.before(_APPLY, 11, training.send(signal.SIGKILL))
+  stop = training.before(_APPLY, 11, training.send(signal.SIGTERM))
 
   # Two devices of one process, which is killed in its tenth step.
   (run,) = job(1, 2, kill)
@@ -157,6 +158,36 @@ def test_processes_with_other_settings_stop_before_anything_is_charged(
     assert "settings must be the same in all processes" in run.screen
     assert "Traceback" not in run.screen
   assert not (tmp_path / "run" / "ledger").exists()
+
+
+def _raise(kind, text):
+  # By its name: nothing of JAX's may be imported before the process is set up.
+  import jax
+
+  raise {"jax": jax.errors.JaxRuntimeError, "other": RuntimeError}[kind](text)
+
+
+@pytest.mark.parametrize(
+  ("kind", "text", "said", "code"),
+  [
+    ("jax", "RESOURCE_EXHAUSTED: no memory", "chunk_size must be small", 2),
+    ("other", "the device is gone", "the device is gone", 1),
+  ],
+)
+def test_a_step_that_fails_on_zeros_in_one_process_stops_all_for_nothing(
+  job, tmp_path, kind, text, said, code
+):
+  fail = training.before(
+    "dpdist.exact_step:ExactStep:accumulate",
+    1,
+    functools.partial(_raise, kind, text),
+  )
+  runs = job(2, 1, fail, args=[("--config.chunk_size=64",)])
+  assert _codes(runs) == [code, code], runs[0].screen + runs[1].screen
+  for run in runs:
+    assert said in run.screen
+  assert not (tmp_path / "run" / "ledger").exists()
+  assert not (tmp_path / "run" / "secret").exists()
 
 
 def test_what_stops_the_leader_stops_all(job, tmp_path):

@@ -17,8 +17,6 @@ from dpdist import ledger as ledger_lib
 from dpdist.frontends import keras as private_keras
 from dpdist.frontends import keras_loss
 
-pytestmark = pytest.mark.slow
-
 # After the frontend, which chooses the backend.
 keras = private_keras.keras
 layers = keras.layers
@@ -73,6 +71,7 @@ def _private(workdir, model=None, *, seed=7, config=None, **options):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("clip_norm", "rescales", "gradient"),
   [
@@ -103,6 +102,7 @@ def test_gradients_are_those_of_dp_keras_config(
   )
 
 
+@pytest.mark.slow
 def test_updates_are_counted_and_not_chunks(tmp_path):
   """Chunks change neither draw, noise, dropout nor count."""
   x, y = _data()
@@ -119,6 +119,7 @@ def test_updates_are_counted_and_not_chunks(tmp_path):
   assert np.all(ends[0] != 0)
 
 
+@pytest.mark.slow
 def test_noise_has_the_plans_size(tmp_path):
   """In units of the clip norm, over the expected batch, anew each update."""
   size = 20_000
@@ -137,6 +138,7 @@ def test_noise_has_the_plans_size(tmp_path):
   assert np.std(_weights(private)) == pytest.approx(expected, rel=0.03)
 
 
+@pytest.mark.slow
 def test_no_step_beyond_the_plan(tmp_path):
   x, y = _data()
   private = _private(tmp_path)
@@ -169,6 +171,7 @@ class _Weights(keras.callbacks.Callback):
     )
 
 
+@pytest.mark.slow
 def test_a_fixed_seed_does_not_repeat_batches(tmp_path):
   """Neither in an epoch, nor in a call, nor after opening anew."""
   x, y = _data()
@@ -189,6 +192,147 @@ def test_a_fixed_seed_does_not_repeat_batches(tmp_path):
   assert drawn(tmp_path / "b") == first
 
 
+# The core, which runs with the ordinary tests: one model, compiled once.
+
+
+class _Spy:
+  """Notes what a fit computes, and what was charged by then."""
+
+  def __init__(self, private):
+    self.rehearsed, self.updated, self._private = [], [], private
+    self._accumulate, self._update = private._accumulate, private._update
+    private._accumulate, private._update = self.accumulate, self.update
+
+  def accumulate(self, *args):
+    batch = args[3]
+    if not self._private._run.spent_steps:
+      self.rehearsed.append(batch)
+    return self._accumulate(*args)
+
+  def update(self, *args):
+    step, spent = int(args[-1]), self._private._run.spent_steps
+    # The first is of the rehearsal.
+    self.updated.append((step, spent))
+    return self._update(*args)
+
+
+def _two_outputs():
+  """Two kinds of loss, weighted: Keras makes metrics while it is traced."""
+  given = keras.Input((_NUM_EXAMPLES,))
+  one = layers.Dense(1, use_bias=False, name="one")(given)
+  many = layers.Dense(3, use_bias=False, name="many")(given)
+  model = keras.Model(given, {"one": one, "many": many})
+  model.compile(
+    keras.optimizers.SGD(1.0),
+    loss={
+      "one": "mse",
+      "many": keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+    },
+    loss_weights={"one": 1.0, "many": 0.5},
+    metrics={"one": ["mae"], "many": ["accuracy"]},
+  )
+  return model
+
+
+def _without_gradient():
+  """Inputs of zeros, so that weights move by the noise alone."""
+  x = np.zeros((_NUM_EXAMPLES, _NUM_EXAMPLES), np.float32)
+  return x, {"one": np.ones((_NUM_EXAMPLES, 1)), "many": np.arange(12) % 3}
+
+
+@pytest.fixture(scope="module")
+def core(tmp_path_factory):
+  workdir = tmp_path_factory.mktemp("core") / "run"
+  private = _private(workdir, _two_outputs(), chunk_size=4)
+  spy, note = _Spy(private), _Weights()
+  before = _weights(private)
+  data = _without_gradient()
+  history = private.fit(
+    *data,
+    epochs=3,
+    steps_per_epoch=1,
+    validation_data=data,
+    callbacks=[note],
+  )
+  moves = np.diff([before, *note.seen], axis=0)
+  return private, spy, history.history, moves
+
+
+def test_a_fit_trains_two_outputs_and_counts_updates(core):
+  private, _, history, moves = core
+  assert private.step == 3
+  assert private.epsilon() == private.plan.epsilon(3)
+  assert np.all(moves != 0)
+  assert {"val_loss", "val_one_mae", "val_many_accuracy"} < set(history)
+  assert not [name for name in history if not name.startswith("val_")]
+
+
+def test_epochs_of_one_fit_draw_their_own_noise(core):
+  *_, moves = core
+  assert len(np.unique(np.round(moves, 5))) == moves.size
+
+
+def test_every_update_is_charged_before_it_is_computed(core):
+  _, spy, *_ = core
+  rehearsal, *steps = spy.updated
+  assert rehearsal == (0, 0)
+  assert [step for step, _ in steps] == [0, 1, 2]
+  assert all(spent > step for step, spent in steps)
+
+
+def test_what_is_computed_before_a_charge_is_of_zeros(core):
+  _, spy, *_ = core
+  assert len(spy.rehearsed) == 2  # A second call may run another program.
+  for leaf in jax.tree.leaves(spy.rehearsed):
+    np.testing.assert_array_equal(leaf, 0)
+
+
+def test_a_fit_beyond_the_plan_or_of_other_data_is_refused(core):
+  private, *_ = core
+  x, y = _without_gradient()
+  with pytest.raises(ValueError, match=r"at most 1, .* \(3 of .* 4 .* got 2"):
+    private.fit(x, y, epochs=2, steps_per_epoch=1)
+  with pytest.raises(ValueError, match="training data: manifest"):
+    private.fit(x + 1, y, epochs=1, steps_per_epoch=1)
+  with pytest.raises(ValueError, match=r"x must .*=12 .* \(3, 12\)"):
+    private.fit(x[:3], y)
+  with pytest.raises(RuntimeError, match="without privacy"):
+    private.model.fit(x, y)
+  assert private.epsilon() == private.plan.epsilon(3)
+
+
+def test_a_step_that_fails_on_zeros_is_not_charged(tmp_path):
+  def loss(y, got):
+    return jnp.mean((y - got) ** 2) + jax.pure_callback(
+      _fail, jax.ShapeDtypeStruct((), np.float32), vmap_method="expand_dims"
+    )
+
+  private = _private(tmp_path, _model(loss=loss))
+  with pytest.raises(Exception, match="out of memory"):
+    private.fit(*_data())
+  assert private.epsilon() == 0
+  assert not (tmp_path / "ledger").exists()
+
+
+def _fail():
+  raise RuntimeError("out of memory")
+
+
+def test_metrics_in_the_place_of_keras_2_are_taken_for_metrics(tmp_path):
+  model = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
+  model.compile("sgd", "mse", ["mae"])
+  with pytest.warns(UserWarning, match=r"loss_weights=\['mae'\], .* metrics"):
+    _private(tmp_path, model)
+  scores = model.evaluate(
+    np.zeros((2, 3)), np.ones((2, 1)), verbose=0, return_dict=True
+  )
+  assert set(scores) == {"loss", "mae"}
+  both = keras.Sequential([keras.Input((3,)), layers.Dense(1)])
+  both.compile("sgd", "mse", ["mae"], ["mse"])
+  with pytest.raises(ValueError, match=r"numbers for loss_weights, got \['ma"):
+    _private(tmp_path, both)
+
+
 _TRAIN = """
 import json, sys
 from tests import keras_test
@@ -205,6 +349,7 @@ def train_two(workdir):
   print(json.dumps({"w": _weights(private).tolist(), "at": private.epsilon()}))
 
 
+@pytest.mark.slow
 def test_another_process_goes_on_with_the_budget(tmp_path):
   root = pathlib.Path(__file__).parents[1]
   told = subprocess.run(
@@ -241,6 +386,7 @@ def test_another_process_goes_on_with_the_budget(tmp_path):
     _private(tmp_path, _model(size=3), seed=None)
 
 
+@pytest.mark.slow
 def test_steps_of_a_killed_process_are_spent(tmp_path):
   """A checkpoint that is gone stands for one that was never written."""
   x, y = _data()
@@ -256,6 +402,7 @@ def test_steps_of_a_killed_process_are_spent(tmp_path):
     private.fit(x, y, epochs=1, steps_per_epoch=3)
 
 
+@pytest.mark.slow
 def test_one_writer(tmp_path):
   x, y = _data()
   one, two = _private(tmp_path), _private(tmp_path)
@@ -279,6 +426,7 @@ class _Stop(keras.callbacks.Callback):
       raise KeyboardInterrupt
 
 
+@pytest.mark.slow
 def test_a_stopped_fit_can_go_on(tmp_path):
   x, y = _data()
   private = _private(tmp_path)
@@ -289,6 +437,7 @@ def test_a_stopped_fit_can_go_on(tmp_path):
   assert private.epsilon() == private.plan.epsilon(3)
 
 
+@pytest.mark.slow
 def test_only_held_out_metrics_are_shown(tmp_path, capsys):
   x, y = _data()
   private = _private(tmp_path / "safe")
@@ -303,6 +452,7 @@ def test_only_held_out_metrics_are_shown(tmp_path, capsys):
     assert "unsafe_metrics" in ledger.guarantee
 
 
+@pytest.mark.slow
 def test_keras_own_fit_refuses(tmp_path):
   private = _private(tmp_path)
   x, y = _data()
@@ -324,6 +474,7 @@ def _convolutional():
   )
 
 
+@pytest.mark.slow
 def test_the_sum_is_that_of_the_reference():
   """Against gradients of Keras's plain forward pass, one by one."""
   model = _convolutional()
@@ -354,6 +505,7 @@ def test_the_sum_is_that_of_the_reference():
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dropout_is_each_examples_own():
   model = _model(layers.Dropout(0.5), layers.Dropout(0.5), size=64)
   model.set_weights([np.ones((64, 1))])
@@ -438,6 +590,10 @@ _BAD_MODELS = {
     lambda: _model(optimizer=keras.optimizers.SGD(loss_scale_factor=8.0)),
     "bfloat16",
   ),
+  "not reduced": (
+    lambda: _model(loss=keras.losses.MeanSquaredError(reduction=None)),
+    "model.loss must be one number .* got reduction=None in 'mean_squared_e",
+  ),
   "no model": (lambda: 3, "must be a keras.Model, got 3"),
 }
 
@@ -450,6 +606,7 @@ def test_refuses_the_model(tmp_path, name):
   assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("fit", "message"),
   [
@@ -480,6 +637,7 @@ def test_refuses_the_options(tmp_path, options, message):
     _private(tmp_path, **options)
 
 
+@pytest.mark.slow
 def test_state_that_changes_is_refused_and_frozen_state_is_not(tmp_path):
   x, y = _data()
   private = _private(tmp_path / "counter", _model(_Counter()))
@@ -507,6 +665,7 @@ attempt()
 """
 
 
+@pytest.mark.slow
 def test_another_backend_is_an_error():
   told = subprocess.run(
     [sys.executable, "-c", _OTHER_BACKEND],
@@ -521,6 +680,7 @@ def test_another_backend_is_an_error():
   assert told[1].endswith("got the backend 'numpy'")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_poisson", [True, False])
 def test_a_dp_config_is_a_budget(tmp_path, is_poisson):
   config = dpdist.DPConfig(

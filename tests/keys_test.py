@@ -105,6 +105,35 @@ def test_a_secret_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
   assert events == [(32, False), "link", ("directory", True)]
 
 
+def test_nobody_can_read_a_secret_for_a_moment(tmp_path, monkeypatch):
+  """Its file is its owner's alone from the first instant, and while it is
+  written to."""
+  seen = []
+  opened, written = os.open, os.urandom
+
+  def look():
+    return [stat.S_IMODE(p.stat().st_mode) & 0o077 for p in tmp_path.iterdir()]
+
+  def open_and_look(path, flags, mode=0o777, **kwargs):
+    descriptor = opened(path, flags, mode, **kwargs)
+    seen.append(look())
+    return descriptor
+
+  def look_and_draw(size):
+    seen.append(look())
+    return written(size)
+
+  monkeypatch.setattr(os, "open", open_and_look)
+  monkeypatch.setattr(os, "urandom", look_and_draw)
+  before = os.umask(0)
+  try:
+    keys.load_or_create_secret(tmp_path / "secret")
+  finally:
+    os.umask(before)
+  assert [0] in seen
+  assert not any(mode for modes in seen for mode in modes)
+
+
 def test_a_failed_write_leaves_nothing(tmp_path, monkeypatch):
   def fail(descriptor):
     raise OSError("no space left on device")

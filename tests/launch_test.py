@@ -11,6 +11,7 @@ import pytest
 
 from dpdist import ledger as ledger_lib
 from dpdist import metrics
+from dpdist import plan as plan_lib
 from tests import without_jax
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -162,6 +163,49 @@ def test_budget_of_a_config_without_jax():
   code, out, err = _budget_without_jax(_DIGITS)
   assert code == 0, err
   assert "noise_multiplier" in out
+
+
+def test_budget_of_a_stopped_run_quotes_its_whole_plan(tmp_path):
+  settings = {
+    "num_examples": 1000,
+    "expected_batch_size": 10,
+    "num_steps": 100,
+    "l2_clip_norm": 1.0,
+    "target_delta": 1e-5,
+    "noise_multiplier": 2.0,
+  }
+  plan = plan_lib.make_plan(plan_lib.PrivacyConfig(**settings))
+  with ledger_lib.Ledger(tmp_path / "ledger") as ledger:
+    ledger.acquire()
+    ledger.open(
+      config=settings,
+      plan=plan,
+      data="d" * 64,
+      secret_hash="5" * 64,
+      run="a run",
+    )
+    ledger.resume(step=0, digest="", ledger_head="", fingerprint="f")
+    ledger.reserve_through(1)
+  code, out, err = _budget_without_jax(f"--workdir={tmp_path}", "--json")
+  assert code == 0, err
+  facts = json.loads(out)
+  assert facts["epsilon"] == pytest.approx(plan.epsilon())
+  assert facts["epsilon_spent"] < facts["epsilon"]
+  assert "reading of its odometer" in facts["note"]
+
+
+def test_a_reader_that_ends_is_no_fault():
+  done = subprocess.run(
+    [
+      *("bash", "-c", '"$@" | true; echo ${PIPESTATUS[0]}', "-"),
+      *(sys.executable, "-m", "launch.budget", _DIGITS),
+    ],
+    cwd=_ROOT,
+    capture_output=True,
+    text=True,
+  )
+  assert done.stderr == ""
+  assert done.stdout.strip() in ("0", "141")
 
 
 def test_budget_names_what_is_wrong(tmp_path):

@@ -204,6 +204,22 @@ def test_a_segment_keeps_what_was_charged_before_it(tmp_path):
     ledger.reserve_through(41)
 
 
+def test_a_run_is_bound_by_every_plan_that_it_had(tmp_path):
+  ledger = _opened(tmp_path)
+  assert ledger.bounds == []
+  _resume(ledger)
+  ledger.reserve_through(1)
+  assert ledger.bounds == [ledger.planned]
+  assert [part.num_steps for part in ledger.bounds[0]] == [100]
+  shorter = _SETTINGS | {"num_steps": 40}
+  plan = plan_lib.make_plan(plan_lib.PrivacyConfig(**shorter))
+  ledger.open_segment(config=shorter, plan=plan, data="d" * 64, start_step=0)
+  _resume(ledger)
+  ledger.reserve_through(1)
+  steps = [[part.num_steps for part in parts] for parts in ledger.bounds]
+  assert steps == [[100], [1, 40]]
+
+
 def test_a_segment_that_charged_nothing_is_left_out(tmp_path):
   ledger = _opened(tmp_path)
   other = _plan(noise_multiplier=3.0)

@@ -12,6 +12,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType
+from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 import optax
@@ -496,6 +497,48 @@ def test_a_sharded_batch_outside_shard_map_is_refused():
     jax.jit(lambda p, b: fn(p, b).sum)(params, sharded)
   alone = jax.jit(lambda p, b: fn(p, b).sum)(params, batch)
   assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(alone))
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
+@pytest.mark.parametrize("size", [1, 8])
+@pytest.mark.parametrize("what", ["batch", "is_padding_example", "rng"])
+def test_what_an_explicit_mesh_shards_is_refused_and_named(what, size, wrap):
+  """`jax.make_mesh` makes Explicit axes unless it is told otherwise."""
+  mesh = jax.make_mesh((size,), ("data",), devices=jax.devices()[:size])
+  given = {
+    "batch": jnp.ones((8, 3)),
+    "is_padding_example": jnp.zeros(8, bool),
+    "rng": jax.random.split(jax.random.key(0), 8),
+  }
+  given[what] = jax.device_put(
+    given[what], NamedSharding(mesh, PartitionSpec("data"))
+  )
+  fn = clipping.clipped_grad(
+    lambda w, x, rng: jnp.sum(w * x) * jax.random.uniform(rng),
+    l2_clip_norm=_CLIP,
+  )
+  with pytest.raises(ValueError, match=rf"{what} is .* outside jax\.shard_map"):
+    wrap(fn)(jnp.ones(3), **given)
+
+
+@pytest.mark.parametrize("what", ["is_padding_example", "rng"])
+def test_padding_and_keys_that_jit_shards_are_refused_with_convolutions(what):
+  """XLA divides the convolutions by them, and norms come out wrong."""
+  mesh = meshes.of("8")
+  params, batch = _problem("convolution")
+  loss = lambda p, x, rng: _conv_loss(p, x, rng)[0]
+  fn = clipping.clipped_grad(loss, l2_clip_norm=_CLIP, method="vmap")
+  size = len(jax.tree.leaves(batch)[0])
+  given = {
+    "is_padding_example": jnp.zeros(size, bool),
+    "rng": jax.random.split(jax.random.key(0), size),
+  }
+  given[what] = _put(mesh, given[what])
+  with pytest.raises(ValueError, match=rf"{what} is .* outside jax\.shard_map"):
+    fn(params, batch, **given)
+  # Inside a jit XLA may have divided the batch by them.
+  with pytest.raises(Exception, match=r"outside jax\.shard_map"):
+    jax.jit(lambda p, b, k: fn(p, b, **k).sum)(params, batch, given)
 
 
 @pytest.mark.parametrize("method", ["bookkeeping", "two_pass", "vmap"])

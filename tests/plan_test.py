@@ -67,14 +67,56 @@ def test_plan_of_a_target_never_overspends(target, accountant):
 def test_epsilon_is_the_accountants(accountant):
   plan = _plan(accountant=accountant)
   for given, meant in ((None, 500), (500, 500), (np.int64(7), 7), (1, 1)):
-    assert plan.epsilon(given) == accounting.epsilon(
+    want = accounting.epsilon(
       noise_multiplier=8.0,
       sampling_probability=0.08,
       num_steps=meant,
       delta=1e-5,
       accountant=accountant,
     )
+    assert plan.curve([plan.delta], given) == [want]
+
+
+def test_a_run_that_stops_early_has_the_epsilon_of_its_plan():
+  plan = _plan()
   assert plan.epsilon(0) == 0.0
+  assert plan.epsilon(1) == plan.epsilon(499) == plan.epsilon()
+  assert plan.epsilon() == plan.curve([plan.delta])[0]
+
+
+def test_epsilon_bounds_a_run_that_is_stopped_after_a_look():
+  # Without sampling the privacy loss after t steps is normal: drawn for a run
+  # that is stopped once its odometer's reading is far below the loss.
+  steps, every, sigma, delta, runs = 400, 20, 40.0, 1e-2, 50_000
+  plan = _plan(
+    num_examples=10,
+    expected_batch_size=10,
+    num_steps=steps,
+    noise_multiplier=sigma,
+    target_delta=delta,
+    accountant="pld",
+  )
+  rng = np.random.default_rng(0)
+  loss, running = np.zeros(runs), np.ones(runs, bool)
+  failed = {"guarantee": np.zeros(runs), "reading": np.zeros(runs)}
+  guarantee = plan.epsilon(every)
+  for t in range(every, steps + 1, every):
+    loss += every / (2 * sigma**2)
+    loss += rng.normal(size=runs) * math.sqrt(every) / sigma
+    reading = plan.curve([delta], t)[0]
+    is_last = t == steps
+    stops = running & (is_last | (np.expm1(reading - loss) < -0.25))
+    running &= ~stops
+    for name, epsilon in (
+      ("guarantee", guarantee),
+      ("reading", reading),
+    ):
+      excess = np.maximum(0, -np.expm1(epsilon - loss))
+      failed[name][stops] = excess[stops]
+  error = failed["reading"].std() / math.sqrt(runs)
+  assert failed["guarantee"].mean() <= delta + 4 * error
+  # A reading would not do.
+  assert failed["reading"].mean() > delta + 4 * error
 
 
 def test_event():

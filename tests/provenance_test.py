@@ -1,12 +1,20 @@
 """What a replay may differ in, and what not."""
 
+import functools
+from importlib import metadata
+import json
 import os
+import pathlib
+import platform
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from configs import digits
+from dpdist import config as config_lib
+from dpdist import job as job_lib
 from dpdist import mesh as mesh_lib
 from dpdist import provenance
 
@@ -184,6 +192,32 @@ def test_variables_that_may_change_bits_are_in_the_environment(
   assert provenance.environment(mesh) != before
 
 
+def test_no_credential_or_path_of_the_environment_is_public(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/home/hunter2 --xla_a=true")
+  for name in (
+    *("TF_VAR_db_password", "TF_TOKEN_app_terraform_io", "JAX_SERVICE_TOKEN"),
+    *("CUDA_LICENSE_KEY", "OMP_NUM_THREADS", "XLA_OTHER"),
+  ):
+    monkeypatch.setenv(name, "/home/hunter2")
+  monkeypatch.setenv("JAX_ENABLE_X64", "0")
+  everything = provenance.environment(mesh_lib.make(_SIZES))
+  public = provenance.public(everything)
+  assert "hunter2" not in json.dumps(public)
+  assert everything["other_variables_sha256"] not in json.dumps(public)
+  assert public["variables"]["JAX_ENABLE_X64"] == "0"
+  assert public["xla_flags"] == "--xla_dump_to=not told --xla_a=true"
+
+
+def test_variables_of_others_change_no_fingerprint(monkeypatch):
+  before = provenance.environment(mesh_lib.make(_SIZES))
+  monkeypatch.setenv("TF_TOKEN_app_terraform_io", "hunter2")
+  monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "hunter2")
+  assert provenance.environment(mesh_lib.make(_SIZES)) == before
+  monkeypatch.setenv("JAX_SOMETHING", "hunter2")
+  after = provenance.environment(mesh_lib.make(_SIZES))
+  assert _fingerprint((), after) != _fingerprint((), before)
+
+
 def test_plan_data_and_environment_change_the_fingerprint():
   assert _fingerprint((), {"kind": "there"}) != _fingerprint()
   assert _fingerprint(plan="q") != _fingerprint()
@@ -201,8 +235,8 @@ def test_environment_names_code_packages_and_devices():
 
 def test_gpus_repeat_themselves_only_when_told_to():
   deterministic = "--xla_a=1 --xla_gpu_deterministic_ops=true"
-  for platform, flags in (("cpu", ""), ("tpu", ""), ("cuda", deterministic)):
-    assert provenance.unrepeatable(platform, flags) == ""
+  for name, flags in (("cpu", ""), ("tpu", ""), ("cuda", deterministic)):
+    assert provenance.unrepeatable(name, flags) == ""
   # Of two XLA takes the last.
   flags = f"--xla_gpu_deterministic_ops=false {deterministic}"
   assert provenance.unrepeatable("gpu", flags) == ""
@@ -226,3 +260,262 @@ def test_params_digest_sees_names_dtypes_shapes_and_bytes():
   ]
   digests = {provenance.params_sha256(other) for other in others}
   assert len({digest, *digests}) == 5
+
+
+# --- One thing at a time ------------------------------------------------------
+
+# What may differ in a replay. Spelt out, so that nothing becomes harmless by a
+# change of the code's lists alone; everything else that there is, or will be,
+# makes another fingerprint.
+_HARMLESS = {
+  *("checkpoint_every", "eval_every", "ledger", "max_checkpoints"),
+  *("secret_file", "stuck_after", "unsafe_metrics"),
+  *("data.changed_to", "data.num_threads", "data.path", "data.prefetch"),
+  *("data.retry_seconds", "data.stall_seconds"),
+  *("data_budget.delta", "data_budget.epsilon", "data_budget.location"),
+  "data_budget.reservation",
+  "model.weights",  # What they are counts, not where.
+}
+# With exact sums these too.
+_HARMLESS_IF_EXACT = {"chunk_size", "mesh.data", "mesh.fsdp", "mesh.model"}
+_SETTINGS = config_lib.default().to_dict()
+
+
+def _leaves(tree, path=()):
+  """The paths of all that is in a tree of dicts; of one that is empty, its."""
+  for name, value in tree.items():
+    if isinstance(value, dict) and value:
+      yield from _leaves(value, (*path, name))
+    else:
+      yield (*path, name)
+
+
+def _get(tree, path):
+  return functools.reduce(lambda found, name: found[name], path, tree)
+
+
+def _with(tree, path, value):
+  """A copy of a tree of dicts in which one value is another."""
+  name, *rest = path
+  return (
+    {**tree, name: _with(tree.get(name, {}), rest, value)}
+    if rest
+    else {
+      **tree,
+      name: value,
+    }
+  )
+
+
+def _other(value):
+  """Another value of the same kind."""
+  if isinstance(value, bool):
+    return not value
+  if isinstance(value, int | float):
+    return value + 1
+  if isinstance(value, dict):
+    return {**value, "another": 1}
+  if isinstance(value, list | tuple):
+    return [*value, [1, 1.0]]
+  return 1 if value is None else f"{value}x"
+
+
+def _of(settings, environments=({"xla_flags": "", "variables": {}},), **given):
+  facts = {"plan_fingerprint": "p", "data_manifest": "d", "made_of": {}}
+  return provenance.fingerprint(
+    settings, environments=environments, **{**facts, **given}
+  )
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_each_setting_changes_the_fingerprint_or_is_harmless(exact):
+  base = _with(_SETTINGS, ("clipping", "exact_sum"), exact)
+  before, harmless = _of(base), set()
+  for path in _leaves(base):
+    if path == ("clipping", "exact_sum"):
+      continue
+    if _of(_with(base, path, _other(_get(base, path)))) == before:
+      harmless.add(".".join(path))
+  assert harmless == _HARMLESS | (_HARMLESS_IF_EXACT if exact else set())
+  # Nor is a setting harmless that comes later.
+  for path in _leaves(_SETTINGS):
+    section = path[:-1]
+    if section not in {("data_budget",), ("mesh",)}:
+      assert _of(_with(base, (*section, "new"), 1)) != before, section
+
+
+# What exact sums make harmless of an environment.
+_TOPOLOGY_ALONE = {
+  *(("local_devices",), ("num_processes",)),
+  *(("mesh", axis) for axis in ("data", "fsdp", "model")),
+  ("variables", "JAX_NUM_PROCESSES"),
+}
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_each_fact_of_an_environment_changes_the_fingerprint(
+  exact, monkeypatch
+):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_a=1")
+  monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+  monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+  here = provenance.environment(mesh_lib.make(_SIZES))
+  settings = _with(_SETTINGS, ("clipping", "exact_sum"), exact)
+  before, harmless = _of(settings, [here]), set()
+  for path in _leaves(here):
+    there = _with(here, path, _other(_get(here, path)))
+    if _of(settings, [there]) == before:
+      harmless.add(path)
+    # In any process, and not in the first alone.
+    elif not exact:
+      pairs = ([here, here], [here, there])
+      assert _of(settings, pairs[0]) != _of(settings, pairs[1]), path
+  assert harmless == (_TOPOLOGY_ALONE if exact else set())
+  assert _of(settings, [here | {"new": 1}]) != before
+
+
+@pytest.mark.parametrize(
+  "given",
+  [
+    {"plan_fingerprint": "q"},
+    {"data_manifest": "e"},
+    {"made_of": {"weights_sha256": "w"}},
+    {"made_of": {"frozen_sha256": "w"}},
+    {"made_of": {"frozen_sha256": "v"}},
+    {"made_of": {"frozen_sha256": "w", "features_sha256": "w"}},
+  ],
+)
+def test_what_steps_are_made_of_changes_the_fingerprint(given):
+  every = [{}, {"plan_fingerprint": "q"}, {"data_manifest": "e"}]
+  every += [
+    {"made_of": {name: value}}
+    for name in ("weights_sha256", "frozen_sha256", "features_sha256")
+    for value in ("v", "w")
+  ]
+  others = [_of(_SETTINGS, **other) for other in every if other != given]
+  assert _of(_SETTINGS, **given) not in others
+
+
+def test_a_job_names_all_digests_that_a_step_depends_on():
+  names = [x for x in job_lib.Job._fields if x.endswith("_sha256")]
+  assert {"weights_sha256", "frozen_sha256", "features_sha256"} <= {*names}
+  empty = job_lib.Job(**dict.fromkeys(job_lib.Job._fields, ""))
+  assert empty.made_of == {}
+  for name in names:
+    assert empty._replace(**{name: "w"}).made_of == {name: "w"}
+
+
+class _Device:
+  """A device of another kind."""
+
+  platform = "cpu"
+
+  def __init__(self, kind, version="1"):
+    self.device_kind = kind
+    self.client = types.SimpleNamespace(platform_version=version)
+
+
+def _devices(*kinds, version="1"):
+  return lambda: [_Device(kind, version) for kind in kinds]
+
+
+_read = pathlib.Path.read_text
+
+
+def _read_text(path, *args, **kwargs):
+  """That of a machine whose processors have another feature."""
+  text = _read(path, *args, **kwargs)
+  return text + "flags: another\n" if path.name == "cpuinfo" else text
+
+
+# What the machine is, and how it comes to be another.
+_MACHINES = {
+  "interpreter": lambda p: p.setattr(platform, "python_version", lambda: "9"),
+  "machine": lambda p: p.setattr(platform, "machine", lambda: "riscv64"),
+  "processors": lambda p: p.setattr(pathlib.Path, "read_text", _read_text),
+  "device kind": lambda p: p.setattr(jax, "local_devices", _devices("v")),
+  "second device": lambda p: p.setattr(
+    jax, "local_devices", _devices("k", "v")
+  ),
+  "back end": lambda p: p.setattr(
+    jax, "local_devices", _devices("k", version="2")
+  ),
+  "processes": lambda p: p.setattr(jax, "process_count", lambda: 3),
+  "devices": lambda p: p.setattr(jax, "local_device_count", lambda: 3),
+  "code": lambda p: p.setattr(provenance, "code_digest", lambda: "another"),
+  "flags": lambda p: p.setenv("XLA_FLAGS", "--xla_b=1"),
+}
+
+
+@pytest.mark.parametrize("name", _MACHINES)
+def test_each_thing_of_a_machine_is_in_its_environment(name, monkeypatch):
+  mesh = mesh_lib.make(_SIZES)
+  monkeypatch.setattr(jax, "local_devices", _devices("k", "k"))
+  before = _of(_SETTINGS, [provenance.environment(mesh)])
+  assert _of(_SETTINGS, [provenance.environment(mesh)]) == before
+  with monkeypatch.context() as patch:
+    _MACHINES[name](patch)
+    changed = provenance.environment(mesh)
+  assert _of(_SETTINGS, [changed]) != before
+
+
+@pytest.mark.parametrize(
+  "name", ["jax", "jaxlib", "numpy", "flax", "optax", "ml_dtypes"]
+)
+def test_each_package_that_computes_is_in_the_environment(name, monkeypatch):
+  version = metadata.version
+  monkeypatch.setattr(
+    provenance.metadata,
+    "version",
+    lambda package: "0" if package == name else version(package),
+  )
+  assert provenance.environment(mesh_lib.make(_SIZES))["packages"][name] == "0"
+
+
+@pytest.mark.parametrize(
+  "name", ["jax-cuda12-plugin", "nvidia-cublas-cu12", "jax-rocm60-plugin"]
+)
+def test_each_library_of_a_gpu_is_in_the_environment(name, monkeypatch):
+  found = types.SimpleNamespace(metadata={"Name": name}, version="7")
+  monkeypatch.setattr(provenance.metadata, "distributions", lambda: [found])
+  assert provenance.environment(mesh_lib.make(_SIZES))["packages"][name] == "7"
+
+
+@pytest.mark.parametrize(
+  "name",
+  [
+    *("jax_default_matmul_precision", "jax_default_prng_impl"),
+    *("jax_disable_jit", "jax_disable_most_optimizations", "jax_enable_x64"),
+    *("jax_numpy_dtype_promotion", "jax_optimization_level"),
+    *("jax_exec_time_optimization_effort", "jax_memory_fitting_level"),
+    *("jax_random_seed_offset", "jax_softmax_custom_jvp"),
+    *("jax_threefry_partitionable", "jax_use_direct_linearize"),
+    *("jax_cpu_collectives_implementation", "jax_use_shardy_partitioner"),
+  ],
+)
+def test_each_option_that_changes_bits_is_in_the_environment(name, monkeypatch):
+  assert name in jax.config.values
+  assert name in provenance.environment(mesh_lib.make(_SIZES))["jax_config"]
+  values = {**jax.config.values, name: "another"}
+  monkeypatch.setattr(
+    provenance.jax, "config", types.SimpleNamespace(values=values)
+  )
+  found = provenance.environment(mesh_lib.make(_SIZES))["jax_config"]
+  assert found[name] == "another"
+
+
+def test_each_file_of_the_code_is_in_its_digest(tmp_path, monkeypatch):
+  monkeypatch.setattr(provenance, "__file__", str(tmp_path / "provenance.py"))
+  (tmp_path / "models").mkdir()
+  digests = [provenance.code_digest()]
+  for name, text in (
+    ("provenance.py", "a"),
+    ("models/cnn.py", "a"),
+    ("models/cnn.py", "b"),
+    ("models/bert.py", "b"),
+  ):
+    (tmp_path / name).write_text(text)
+    digests.append(provenance.code_digest())
+  (tmp_path / "models/bert.py").rename(tmp_path / "models/tree.py")
+  digests.append(provenance.code_digest())
+  assert len({*digests}) == len(digests)

@@ -147,6 +147,8 @@ def test_exported_parameters_are_those_of_the_run(
   _, result = run
   facts = export.write(found, scores, tmp_path / "m", name="m", use_ema=use_ema)
   assert (facts["params_sha256"] == result["params_sha256"]) != use_ema
+  # As open as its siblings.
+  assert len({path.stat().st_mode for path in (tmp_path / "m").iterdir()}) == 1
   model, params = export.load(tmp_path / "m")
   wanted = found.state.ema_params if use_ema else found.state.params
   jax.tree.map(np.testing.assert_array_equal, params, wanted)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import math
 
 import jax
@@ -185,6 +186,7 @@ def test_microbatches_keep_what_float32_rounds_away(unroll):
     size=_CHUNK,
     axes=frozenset(),
     unroll=unroll,
+    keep_low=True,
   )
   total, loss, _, _ = jax.jit(lambda rows: run((rows,)))(rows)
   exact = math.fsum(rows)
@@ -238,8 +240,9 @@ def test_a_step_holds_no_more_than_it_says():
     truncated_batch_size=96,
   )
   assert rounding.most_examples(cut) == 96
-  grown = _plan(expected_batch_size=64.0, batch_size_schedule=((1, 512.0),)
-                , num_steps=2)
+  grown = _plan(
+    expected_batch_size=64.0, batch_size_schedule=((1, 512.0),), num_steps=2
+  )
   assert rounding.most_examples(grown) == rounding.most_examples(
     _plan(expected_batch_size=512.0)
   )
@@ -290,6 +293,16 @@ def test_the_bound_follows_plan_and_shapes():
   assert moved == pytest.approx(32 * 33 * 2.0**-24, rel=1e-3)
 
 
+def test_parts_so_small_that_adding_them_up_loses_much_are_refused():
+  large = _plan(num_examples=10**6, expected_batch_size=10.0**6)
+  make = functools.partial(mechanism.make, large, _linear)
+  with pytest.raises(ValueError, match="microbatch_size must be at least 64"):
+    make(microbatch_size=2)
+  assert make(microbatch_size=64).clipped_grad.microbatch_size == 64
+  assert rounding.bound(large, part_size=64, num_entries=1).across < 1e-3
+  assert rounding.bound(large, part_size=32, num_entries=1).across > 1e-3
+
+
 @pytest.mark.parametrize("num_devices", [2, 8, 2048])
 @pytest.mark.parametrize("num_entries", [1, 10**6, 10**10])
 def test_pieces_of_devices_add_up_exactly(num_devices, num_entries):
@@ -300,9 +313,37 @@ def test_pieces_of_devices_add_up_exactly(num_devices, num_entries):
   assert all(math.frexp(unit)[0] == 0.5 for unit in units)
   largest = rounding.most_examples(plan) * plan.l2_clip_norm
   assert largest + num_devices * units[0] / 2 <= 2.0**24 * units[0]
-  for unit, finer in zip(units, units[1:], strict=False):
+  for unit, finer in itertools.pairwise(units):
     assert num_devices * (unit + finer / 2) <= 2.0**24 * finer
   bound = rounding.bound(
     plan, part_size=8, num_entries=num_entries, num_devices=num_devices
   )
   assert bound.across < 1e-3
+
+
+@pytest.mark.parametrize("size", [7, 16])
+def test_an_example_has_the_same_bits_at_any_place(size):
+  """What the bound for parts of one example, and for exchanges, rests on."""
+  rng = np.random.default_rng(4)
+  params = {
+    "kernel": rng.normal(size=(3, 3, 1, 5)).astype(np.float32),
+    "w": rng.normal(size=(180, 9)).astype(np.float32),
+  }
+
+  def loss(params, x):
+    x = jax.lax.conv(
+      x[None, None], params["kernel"].transpose(3, 2, 0, 1), (1, 1), "SAME"
+    )
+    return jnp.sum(jnp.tanh(jnp.tanh(x).reshape(-1) @ params["w"]) ** 2)
+
+  batch = rng.normal(size=(size, 6, 6)).astype(np.float32)
+  fn = jax.jit(
+    clipping.clipped_grad(loss, l2_clip_norm=1.0, microbatch_size=size)
+  )
+  expected = fn(params, batch)
+  for places in (1, 3):
+    got = fn(params, np.roll(batch, places, axis=0))
+    for name in ("grad_norms", "loss"):
+      np.testing.assert_array_equal(
+        np.roll(getattr(got, name), -places), getattr(expected, name)
+      )

@@ -60,10 +60,11 @@ def test_settings_hold_from_their_step_on():
 def test_epsilon_composes_what_was_taken(accountant):
   plan = _plan(**_CHANGING, accountant=accountant)
   plain = _plan(accountant=accountant)
-  spent = [plan.epsilon(n) for n in range(13)]
+  first = lambda plan, n: plan.curve([plan.delta], n)[0]
+  spent = [first(plan, n) for n in range(13)]
   assert spent == sorted(spent)
-  assert spent[:5] == [plain.epsilon(n) for n in range(5)]
-  assert spent[5] > plain.epsilon(5)
+  assert spent[:5] == [first(plain, n) for n in range(5)]
+  assert spent[5] > first(plain, 5)
   # Each setting's steps, whatever their order.
   counts = {(p.sigma, p.q): n for p, n in plan.steps()}
   assert counts == {(2.0, 0.1): 4, (1.0, 0.1): 2, (1.0, 0.2): 3, (3.0, 0.2): 3}

@@ -17,16 +17,16 @@ import dpdist
 from dpdist import clipping
 from dpdist import config as config_lib
 from dpdist import exact_step
-from dpdist import job as job_lib
 from dpdist import keys
 from dpdist import ledger as ledger_lib
 from dpdist import losses
 from dpdist import mechanism
 from dpdist import models
+from dpdist import parameters
 from dpdist import sentinel
 from dpdist import step as step_lib
 from dpdist.clipping import bookkeeping
-from dpdist.clipping import factors
+from dpdist.clipping import inner_products
 from dpdist.clipping import watched
 from tests import meshes
 
@@ -162,7 +162,9 @@ def test_a_wrong_rule_is_found_on_any_mesh(monkeypatch, name):
 
 def test_a_norm_without_its_guard_is_found(monkeypatch):
   """Terms that cancel: without a guard the norm is rounding error."""
-  monkeypatch.setattr(factors, "TRUSTED", 0.0)
+  bare = lambda square, error, terms: jnp.sqrt(jnp.maximum(square, 0))
+  monkeypatch.setattr(inner_products, "from_inner_products", bare)
+  monkeypatch.setattr(inner_products, "with_room", lambda root, *rest: root)
   loss = lambda params, x: jnp.sum((x[0] @ params) * x[1])
   batch = (np.zeros((2, 8, 64), np.float32),) * 2
   with pytest.raises(sentinel.SensitivityError, match="long where its bound"):
@@ -335,7 +337,7 @@ def test_models_raise_no_alarm(name):
     x = rng.normal(size=(32, *inputs)).astype(np.float32)
   y = rng.integers(0, 16, (32, *targets)).astype(np.int32)
   batch = {"inputs": x, "targets": y}
-  params = job_lib.make_params(model, np.zeros(2, np.uint32), x[0])
+  params = parameters.make_params(model, np.zeros(2, np.uint32), x[0])
   loss = losses.cross_entropy(model)
   key = jax.random.key(0)
   report = dpdist.check_sensitivity(

@@ -20,11 +20,11 @@ import pytest
 import dpdist
 from dpdist import clipping
 from dpdist import config as config_lib
-from dpdist import job
 from dpdist import losses
 from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import models
+from dpdist import parameters
 from dpdist import step as step_lib
 from tests import meshes
 
@@ -359,7 +359,7 @@ def _step_state(mesh_name):
 def test_init_from_makes_the_same_parameters_in_place():
   model = _model("stacked_decoder")
   words, example = np.array([3, 4], np.uint32), _tokens()[0, :-1]
-  make = functools.partial(job.make_params, model)
+  make = functools.partial(parameters.make_params, model)
   one = _step("stacked_decoder", _mesh("one")).init_from(make, words, example)
   step = _step("stacked_decoder", _mesh("data, fsdp, model"))
   many = step.init_from(make, words, example)

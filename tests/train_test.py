@@ -97,7 +97,11 @@ def test_a_run_leaves_its_result_and_report(finished):
   assert result["test_ema"]["accuracy"] > 0.5
   assert "<svg" in (workdir / "report.html").read_text()
   assert list((workdir / "tensorboard").iterdir())
-  assert [row["step"] for row in metrics.read(workdir)] == [4, 8, 12]
+  rows = metrics.read(workdir)
+  assert [row["step"] for row in rows] == [4, 8, 12]
+  # Of all updates that the parameters of that step have seen.
+  for row in rows:
+    assert row["epsilon"] >= _plan().epsilon(num_steps=row["step"])
   assert ledger_lib.Ledger(workdir / "ledger").spent_steps == 12
 
 
@@ -238,7 +242,7 @@ def test_a_run_whose_mesh_divides_the_parameters_goes_on_on_another(
 
 
 def test_every_step_is_charged_before_it_is_computed(tmp_path, monkeypatch):
-  charged = []
+  charged, tried = [], []
   make = step_lib.Step.apply.func
 
   def watch(self):
@@ -246,6 +250,10 @@ def test_every_step_is_charged_before_it_is_computed(tmp_path, monkeypatch):
 
     def apply(state, *args):
       on_disk = ledger_lib.Ledger(tmp_path / "ledger").spent_steps
+      if not np.any(jax.random.key_data(args[1])):
+        # Of zeros, under a key that everybody knows.
+        tried.append(on_disk)
+        return compiled(state, *args)
       charged.append(on_disk)
       assert on_disk > int(state.step)
       return compiled(state, *args)
@@ -257,6 +265,7 @@ def test_every_step_is_charged_before_it_is_computed(tmp_path, monkeypatch):
   monkeypatch.setattr(step_lib.Step, "apply", watched)
   dpdist.train(_config(), tmp_path)
   assert len(charged) == 12
+  assert tried == [0]
 
 
 def test_changed_code_or_devices_open_a_branch_and_stay_in_budget(
@@ -606,8 +615,14 @@ def test_a_setting_that_nothing_reads_is_refused(tmp_path):
   assert not (tmp_path / "run").exists()
 
 
-def test_the_secret_is_in_its_file_alone(tmp_path, capfd):
+def test_the_secret_is_in_its_file_alone(tmp_path, capfd, monkeypatch):
   config = _config()
+  others_secret = "hunter2-of-somebody"
+  for name in ("TF_TOKEN_app_terraform_io", "JAX_SERVICE_TOKEN"):
+    monkeypatch.setenv(name, others_secret)
+  flags = f" --xla_dump_hlo_as_dot=false --xla_dump_to={tmp_path}/hunter2"
+  # Read by nobody any more: the backend is there.
+  monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"] + flags)
   with config.unlocked():
     config.insecure_seed = None
   result = dpdist.train(config, tmp_path)
@@ -623,6 +638,8 @@ def test_the_secret_is_in_its_file_alone(tmp_path, capfd):
   assert searched.in_files([file])
   others = {path for path in tmp_path.rglob("*") if path.is_file()} - {file}
   assert not searched.in_files(sorted(others))
+  for path in others:
+    assert b"hunter2" not in path.read_bytes(), path
   shown = "".join(capfd.readouterr())
   assert "epsilon" in shown
   assert secret.hex() not in shown.lower()

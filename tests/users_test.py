@@ -13,10 +13,10 @@ import dpdist
 from dpdist import admission
 from dpdist import chitchat
 from dpdist import config as config_lib
+from dpdist import data_checks
 from dpdist import datasets
 from dpdist import exact_step
 from dpdist import fetch
-from dpdist import job as job_lib
 from dpdist import ledger
 from dpdist import losses
 from dpdist import mechanism
@@ -455,4 +455,4 @@ def test_chitchat_as_it_was_fetched():
   assert counts.max() > 10_000  # The heavy tail.
   assert (counts == 0).sum() == 81
   assert len(test) == 816
-  assert job_lib.one_example(train)["inputs"].shape == (64,)
+  assert data_checks.one_example(train)["inputs"].shape == (64,)

@@ -20,10 +20,13 @@ from dpdist.clipping import costs
 from dpdist.clipping import evaluate
 from dpdist.clipping import factors
 from dpdist.clipping import gradients
+from dpdist.clipping import inner_products
 from dpdist.clipping import manual_axes
 from dpdist.clipping import norms
+from dpdist.clipping import pixels
 from dpdist.clipping import reference
 from dpdist.clipping import shards
+from dpdist.clipping import sharing
 from dpdist.clipping.program import Block
 from dpdist.clipping.program import Site
 from dpdist.clipping.rules import Rule
@@ -89,15 +92,43 @@ def clipped_sum(
   total = [
     jnp.zeros(keep.shape, jnp.float32) for _ in problem.scaling.l2_clip_norms
   ]
+  less = [jnp.zeros(keep.shape, jnp.float32) for _ in total]
   kept = []
   for rule in problem.rules:
     found, formed = norms_of(problem, rule, operands, cotangents)
     for group, mine in found.items():
       total[group] = norms.hypot(total[group], mine)
     kept.append(formed if rule.way == "keep" else None)
-  scales, total = problem.scaling.scales(total, keep)
+    if rule.way == "keep":
+      continue
+    group = problem.groups[min(rule.leaves)]
+    for site in rule.sites:
+      x, g = operands[site.key], cotangents[site.key]
+      other = x if _scales_cotangent(site, x, g) else g
+      less[group] += jax.vmap(functools.partial(lost, site))(other)
+  scales, total = problem.scaling.scales(total, keep, less)
   sums = weighted_sum(problem, operands, cotangents, kept, scales)
-  return sums, outs, total
+  return problem.scaling.enlarged(sums, problem.groups), outs, total
+
+
+def lost(site: Site, other: jax.Array) -> jax.Array:
+  """At least the norm of what underflow takes from an example's product.
+
+  Args:
+    site: a product, of which one side is multiplied with at most 1.
+    other: the other side, for one example.
+
+  Returns:
+    The root of the number of entries, each of which is a sum of some products
+    of what was lost, at most the smallest number, and entries of the other.
+  """
+  if site.name == "gather":
+    return jnp.zeros((), jnp.float32)  # Nothing is multiplied.
+  each = math.sqrt(math.prod(site.weight_shape)) * float(
+    jnp.finfo(other.dtype if other.dtype.itemsize > 4 else jnp.float32).tiny
+  )
+  other = gradients.widen(other)
+  return jnp.sum(jnp.abs(other * each)).astype(jnp.float32)
 
 
 def backward(
@@ -127,7 +158,10 @@ def backward(
 
   loss, pull, (outs, operands) = jax.vjp(losses, taps, has_aux=True)
   (cotangents,) = pull(jnp.ones_like(loss))
-  return operands, cotangents, outs
+  once = lambda by_key: {
+    key: sharing.computed_once(x) for key, x in by_key.items()
+  }
+  return once(operands), once(cotangents), outs
 
 
 def norms_of(
@@ -166,7 +200,10 @@ def norms_of(
 
   def one(args: tuple[dict[Key, jax.Array], dict[Key, jax.Array]]) -> Any:
     of_weights = _of_weights(problem, rule, *args)
-    by_leaf = to_leaves(problem, of_weights, rule.leaves)
+    by_leaf = {
+      i: sharing.computed_once(x)
+      for i, x in to_leaves(problem, of_weights, rule.leaves).items()
+    }
     total: dict[int, jax.Array] = {}
     for i, x in by_leaf.items():
       group = problem.groups[i]
@@ -200,15 +237,15 @@ def norm(
     A scalar; and the gradient as `rule.view` has it, None if it is not formed.
   """
   if rule.way in ("gram", "diagonal"):
-    square = _square_unformed(problem, rule, operands, cotangents)
-    return jnp.sqrt(square), None
+    return _norm_unformed(problem, rule, operands, cotangents), None
   of_weights = _of_weights(problem, rule, operands, cotangents)
   formed: Any = sum(
     gradients.placed(site, of_weights[site.key], rule.sites[0])
     for site in rule.sites
   )
-  square = gradients.square(formed)
-  unit_roundoff = problem.unit_roundoff(rule)
+  if rule.way == "keep":
+    formed = sharing.computed_once(formed)
+  found = norms.of(formed)
   if rule.way == "drop":
     # The sum is a product of its own, in which terms that cancel here leave
     # what they are rounded by.
@@ -216,14 +253,20 @@ def norm(
       gradients.magnitude(s, operands.get(s.key), cotangents[s.key])
       for s in rule.sites
     )
-    square = jnp.maximum(square, factors.SUMMED * jnp.square(size))
-  if rule.way == "drop" and unit_roundoff:
-    terms: Any = sum(
-      gradients.terms(site, operands[site.key], cotangents[site.key])
-      for site in rule.sites
+    found = jnp.maximum(found, inner_products.SUMMED**0.5 * size)
+    # Rounded in both products.
+    twice = 2 * sum(
+      gradients.positions(s, operands.get(s.key)) for s in rule.sites
     )
-    square = factors.with_slack(square, terms, unit_roundoff)
-  return jnp.sqrt(square), formed
+    found = inner_products.with_room(found, size, twice, 0.0)
+    unit_roundoff = problem.unit_roundoff(rule)
+    if unit_roundoff:
+      terms: Any = sum(
+        gradients.terms(site, operands[site.key], cotangents[site.key])
+        for site in rule.sites
+      )
+      found = inner_products.with_room(found, terms, 0, unit_roundoff)
+  return found, formed
 
 
 def _of_weights(
@@ -241,7 +284,7 @@ def _of_weights(
   }
 
 
-def _square_unformed(
+def _norm_unformed(
   problem: Problem,
   rule: Rule,
   operands: dict[Key, jax.Array],
@@ -251,21 +294,17 @@ def _square_unformed(
   precision = first.eqn.params.get("precision")
   unit_roundoff = problem.unit_roundoff(rule)
   if rule.view == "factors":
-    return factors.squared_norm(
+    return factors.norm(
       [gradients.factor(s, first, operands, cotangents) for s in rule.sites],
       unit_roundoff,
       precision,
     )
   x, g = operands[first.key], cotangents[first.key]
   if rule.way == "gram":
-    return factors.squared_norm(
+    return factors.norm(
       [convolution.patches(first, x, g)], unit_roundoff, precision
     )
-  square = convolution.squared_norm(first, x, g)
-  if unit_roundoff:
-    terms = gradients.terms(first, x, g)
-    square = factors.with_slack(square, terms, unit_roundoff)
-  return square
+  return pixels.norm(first, x, g, unit_roundoff)
 
 
 def to_leaves(
@@ -342,8 +381,7 @@ def _products(
   scaled, others = {}, {}
   for site, scale in sites:
     x, g = operands[site.key], gradients.widen(cotangents[site.key])
-    # The smaller one is multiplied, which is the cheaper.
-    if site.name == "gather" or g.size <= x.size:
+    if _scales_cotangent(site, x, g):
       scaled[site.key], others[site.key] = _scaled(scale, g), x
     else:
       scaled[site.key], others[site.key] = _scaled(scale, gradients.widen(x)), g
@@ -359,12 +397,18 @@ def _products(
   for site, _ in sites:
     one, other = scaled[site.key], others[site.key]
     x, g = operands[site.key], cotangents[site.key]
-    if site.name == "gather" or g.size <= x.size:
+    if _scales_cotangent(site, x, g):
       one, other = other, one
     sums[site.key] = gradients.product_gradient(
       site, one, other, (False, *site.weight.loops)
     )
   return sums
+
+
+def _scales_cotangent(site: Site, x: jax.Array, g: jax.Array) -> bool:
+  """Whether the cotangent, not the operand, is multiplied with the factors: the
+  smaller one is, which is the cheaper."""
+  return site.name == "gather" or g.size <= x.size
 
 
 def _rows(scale: jax.Array, x: jax.Array) -> jax.Array:

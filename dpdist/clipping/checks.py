@@ -1,11 +1,15 @@
 """What a clipped sum refuses before anything is computed."""
 
+from collections.abc import Iterator, Sequence
+import contextlib
+import functools
 import math
 from typing import Any
 
 import jax
 from jax.extend import core
 import jax.numpy as jnp
+import numpy as np
 
 from dpdist.clipping import manual_axes
 from dpdist.clipping import program
@@ -13,12 +17,18 @@ from dpdist.clipping.program import Block
 
 PyTree = Any
 
+_NUMBERS = (jax.Array, np.ndarray, np.generic, int, float, complex)
 _METHODS = ("auto", "bookkeeping", "two_pass", "vmap")
 _PLATFORMS = ("cpu", "gpu", "tpu")
 # The square of a gradient entry below about 1e-19 is 0 in float32, so that a
 # norm near that size would be taken for nothing; and that of one above is
 # infinite.
 _SMALLEST_NORM, _LARGEST_NORM = 1e-12, 1e18
+_SHARDED = (
+  "{} is sharded outside jax.shard_map, where per-example gradients cannot be"
+  " trusted: call clipped_grad inside"
+  " jax.shard_map; got sharding {}"
+)
 
 
 def arguments(
@@ -86,6 +96,11 @@ def whole(tree: PyTree, axes: frozenset[str]) -> None:
 def params(tree: PyTree) -> None:
   """Parameters that nothing can be differentiated by."""
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
+    if not isinstance(leaf, _NUMBERS):
+      raise ValueError(
+        "params must hold floating arrays alone, got a"
+        f" {type(leaf).__name__} at params{jax.tree_util.keystr(path)}"
+      )
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
       raise ValueError(
         "params must hold floating arrays alone, got dtype"
@@ -147,6 +162,32 @@ def derivatives(
     )
 
 
+def randomness(jaxpr: Any) -> None:
+  """Random numbers that are others each time that a loss is run.
+
+  A norm and a sum could then be of two different gradients.
+  """
+  if any(program.uses(eqn, "rng_uniform") for eqn in jaxpr.eqns):
+    raise ValueError(
+      "loss_fn must draw its random numbers from its rng by jax.random, got"
+      " jax.lax.rng_uniform, which draws others each time it is run"
+    )
+
+
+@contextlib.contextmanager
+def effects(names: Sequence[str]) -> Iterator[None]:
+  """Says of what a loss with effects fails, if it fails, where it is run."""
+  try:
+    yield
+  except Exception as error:
+    if not names:
+      raise
+    raise ValueError(
+      "loss_fn must have no effects but those that jax.vmap and jax.grad know"
+      f" how to handle, got {list(names)}: {str(error).splitlines()[0]}"
+    ) from error
+
+
 def batch_size(batch: PyTree) -> int:
   shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
   sizes = {shape[0] if shape else None for shape in shapes}
@@ -176,29 +217,46 @@ def padding(is_padding_example: Any, batch_size: int) -> jax.Array:
   return jnp.asarray(is_padding_example, bool)
 
 
-def refuse_sharded_outside_shard_map(batch: PyTree, block: Block) -> None:
-  """A batch of which the partitioner would make wrong gradients.
+def sharding(**arguments: PyTree) -> None:
+  """What has an axis over examples and is known to be sharded along some.
 
-  Left to it, convolutions with a kernel or a kernel's gradient for each example
-  of a sharded batch come out wrong without an error. Inside a jit it is known
-  only to the compiler how a batch is sharded.
+  Left to the partitioner, convolutions with a kernel or a kernel's gradient for
+  each example come out wrong without an error if anything of the examples is
+  sharded outside shard_map, padding's mask too. On a mesh of Explicit axes,
+  which `jax.make_mesh` makes, the type of a value says how it is sharded,
+  inside a jit too.
+
+  Args:
+    **arguments: trees of arrays, by the name to show.
   """
-  for leaf in jax.tree.leaves(batch):
-    if manual_axes.varying_axes(leaf):
-      continue
+  for name, leaf in _outside_shard_map(arguments):
+    if manual_axes.is_divided_explicitly(leaf):
+      raise ValueError(_SHARDED.format(name, jax.typeof(leaf).sharding))
     if not isinstance(leaf, jax.core.Tracer):
-      _refuse_sharding(getattr(leaf, "sharding", None))
-    elif block.convolves() and jax.device_count() > 1:
-      jax.debug.inspect_array_sharding(leaf, callback=_refuse_sharding)
+      _refuse_sharding(name, getattr(leaf, "sharding", None))
 
 
-def _refuse_sharding(sharding: Any) -> None:
+def sharding_inside_jit(block: Block, **arguments: PyTree) -> None:
+  """The same where the compiler alone knows how something is sharded."""
+  if not block.convolves() or jax.device_count() == 1:
+    return
+  for name, leaf in _outside_shard_map(arguments):
+    if isinstance(leaf, jax.core.Tracer):
+      jax.debug.inspect_array_sharding(
+        leaf, callback=functools.partial(_refuse_sharding, name)
+      )
+
+
+def _outside_shard_map(arguments: PyTree) -> Iterator[tuple[str, Any]]:
+  for name, tree in arguments.items():
+    for leaf in jax.tree.leaves(tree):
+      if not manual_axes.varying_axes(leaf):
+        yield name, leaf
+
+
+def _refuse_sharding(name: str, sharding: Any) -> None:
   if sharding is not None and not sharding.is_fully_replicated:
-    raise ValueError(
-      "batch is sharded over several devices outside jax.shard_map, where"
-      " per-example gradients cannot be trusted: call clipped_grad inside"
-      f" jax.shard_map; got sharding {sharding}"
-    )
+    raise ValueError(_SHARDED.format(name, sharding))
 
 
 def per_example_keys(

@@ -52,10 +52,9 @@ def add(total: Sum, x: PyTree, low: PyTree | None = None) -> Sum:
   """
   # A product that is fused into the addition is not rounded there, and is where
   # the error of the addition is computed: what is added must be one value.
-  total = add_once(total, jax.lax.optimization_barrier(x))
-  if low is None:
-    return total
-  return add_once(total, jax.lax.optimization_barrier(low))
+  x, low = jax.lax.optimization_barrier((x, low))
+  total = add_once(total, x)
+  return total if low is None else add_once(total, low)
 
 
 def add_once(total: Sum, x: PyTree) -> Sum:
@@ -66,6 +65,7 @@ def add_once(total: Sum, x: PyTree) -> Sum:
   """
   pairs = jax.tree.map(_add, total.high, total.low, x)
   return Sum(*jax.tree.transpose(jax.tree.structure(x), _PAIR, pairs))
+
 
 def split(
   high: jax.Array, low: jax.Array, units: tuple[float, ...]

@@ -8,14 +8,12 @@ with the input shifted by k. The norm comes from one of
   for each example, is several times dearer there. On a TPU by one convolution
   for all examples, which reads each operand once.
 * `patches`: the convolution as a dense layer, whose norms need no gradient.
-* `squared_norm`, which never forms it either: the inner products of all pairs
-  of pixels are summed along the diagonals that the offsets mark. For few
-  positions and many channels this is far cheaper.
+* `pixels.norm`, which never forms it either.
 
 Any stride, dilation, padding and number of groups, and any number of axes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
 import itertools
 import math
@@ -62,7 +60,7 @@ class Sizes(NamedTuple):
   cells: int
 
 
-class _Geometry(NamedTuple):
+class Geometry(NamedTuple):
   """Static facts of a convolution; one entry an axis of space."""
 
   lhs: tuple[int, ...]
@@ -76,12 +74,12 @@ class _Geometry(NamedTuple):
   groups: int
 
 
-def _geometry(site: Site) -> _Geometry:
+def geometry(site: Site) -> Geometry:
   params = site.eqn.params
   numbers = params["dimension_numbers"]
   kernel = site.eqn.invars[1].aval.shape
   out = site.eqn.outvars[0].aval.shape
-  return _Geometry(
+  return Geometry(
     numbers.lhs_spec,
     numbers.rhs_spec,
     numbers.out_spec,
@@ -101,7 +99,7 @@ def _geometry(site: Site) -> _Geometry:
 
 def sizes(site: Site) -> Sizes:
   """The sizes that costs depend on."""
-  g = _geometry(site)
+  g = geometry(site)
   lhs = site.eqn.invars[0].aval.shape
   out = site.eqn.outvars[0].aval.shape
   rows = lhs[g.lhs[0]]
@@ -124,8 +122,8 @@ def sizes(site: Site) -> Sizes:
   )
 
 
-def _arrange(
-  g: _Geometry, x: jax.Array, cotangent: jax.Array
+def arrange(
+  g: Geometry, x: jax.Array, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   """Rows, space, groups, channels; the input with padding and holes."""
   space = g.lhs[2:]
@@ -137,7 +135,7 @@ def _arrange(
 
 
 def _window(
-  g: _Geometry, x: jax.Array, offset: tuple[int, ...], axis: int
+  g: Geometry, x: jax.Array, offset: tuple[int, ...], axis: int
 ) -> jax.Array:
   """The entries of x that an offset of the kernel meets, from an axis on."""
   index = [slice(None)] * axis
@@ -148,7 +146,7 @@ def _window(
   return x[tuple(index)]
 
 
-def _offsets(g: _Geometry) -> list[tuple[int, ...]]:
+def _offsets(g: Geometry) -> list[tuple[int, ...]]:
   return list(itertools.product(*map(range, g.kernel)))
 
 
@@ -168,8 +166,8 @@ def instantiate(
   """
   if platform == "tpu":
     return _by_convolution(site)(x[None], cotangent[None])[0]
-  g = _geometry(site)
-  x, cotangent = _arrange(g, x, cotangent)
+  g = geometry(site)
+  x, cotangent = arrange(g, x, cotangent)
   precision = site.eqn.params["precision"]
   if x.shape[-1] >= _MIN_CHANNELS and all(n == 1 for n in g.strides[:-1]):
     return _as_kernel(g, _by_both_sides(g, x, cotangent, precision))
@@ -186,7 +184,7 @@ def _by_convolution(
     the kernel, [N, ...]. Under vmap N grows, where JAX's own rule would make
     groups of channels.
   """
-  g = _geometry(site)
+  g = geometry(site)
   channels = site.eqn.invars[0].aval.shape[g.lhs[1]] // g.groups
 
   @jax.custom_batching.custom_vmap
@@ -233,7 +231,7 @@ def _by_axis_of_space(
   each meets itself alone; this is how XLA writes a batched matrix product for a
   TPU's matrix unit.
   """
-  g = _geometry(site)
+  g = geometry(site)
   size, ndim = x.shape[0], len(g.kernel)
   dtype = jnp.promote_types(x.dtype, cotangent.dtype)
   x, cotangent = x.astype(dtype), cotangent.astype(dtype)
@@ -278,7 +276,7 @@ def _by_axis_of_space(
 
 
 def _by_rows(
-  g: _Geometry, x: jax.Array, cotangent: jax.Array, precision: Any
+  g: Geometry, x: jax.Array, cotangent: jax.Array, precision: Any
 ) -> jax.Array:
   """A product for each offset on all axes but the last."""
   inputs = _last_axis_shifted(g, x)
@@ -292,7 +290,7 @@ def _by_rows(
   return jnp.moveaxis(grad, -3, len(g.kernel) - 1)
 
 
-def _last_axis_shifted(g: _Geometry, x: jax.Array) -> jax.Array:
+def _last_axis_shifted(g: Geometry, x: jax.Array) -> jax.Array:
   """Rows, space, groups, last offset, channels: the input as each offset of the
   last axis meets it."""
   step, dilation, width = g.strides[-1], g.dilation[-1], g.output[-1]
@@ -309,7 +307,7 @@ def _last_axis_shifted(g: _Geometry, x: jax.Array) -> jax.Array:
 
 
 def _by_both_sides(
-  g: _Geometry, x: jax.Array, cotangent: jax.Array, precision: Any
+  g: Geometry, x: jax.Array, cotangent: jax.Array, precision: Any
 ) -> jax.Array:
   """One large product: the last axis of space is shifted on the input's side,
   the others on the output's. [*kernel, groups, inputs, outputs]."""
@@ -364,7 +362,7 @@ def _outer(x: jax.Array, cotangent: jax.Array, precision: Any) -> jax.Array:
   return grad.reshape(groups, inputs, outputs)
 
 
-def _as_kernel(g: _Geometry, grad: jax.Array) -> jax.Array:
+def _as_kernel(g: Geometry, grad: jax.Array) -> jax.Array:
   """From [*kernel, groups, inputs, outputs] to the kernel's own axes."""
   ndim = len(g.kernel)
   # Kernel axes: outputs of all groups, inputs of one, space.
@@ -380,98 +378,8 @@ def patches(site: Site, x: jax.Array, cotangent: jax.Array) -> factors.Dense:
   Returns:
     Factors whose S are the groups and whose rows are patches of the input.
   """
-  g = _geometry(site)
-  x, cotangent = _arrange(g, x, cotangent)
+  g = geometry(site)
+  x, cotangent = arrange(g, x, cotangent)
   rows = jnp.concatenate([_window(g, x, k, 1) for k in _offsets(g)], axis=-1)
   by_group = lambda y: jnp.moveaxis(y.reshape(-1, g.groups, y.shape[-1]), 1, 0)
   return factors.Dense(by_group(rows), by_group(cotangent))
-
-
-def squared_norm(site: Site, x: jax.Array, cotangent: jax.Array) -> jax.Array:
-  """The squared norm of that gradient, never much too small (`factors`).
-
-  An offset of the kernel moves both pixels of a pair. With the pixels of the
-  padded input in one row that is a shift along a diagonal; a stride sorts them
-  into phases first, of which each offset meets one.
-  """
-  g = _geometry(site)
-  x, cotangent = _arrange(g, x, cotangent)
-  x, cells = _phases(g, x)
-  room = [(0, n - size) for n, size in zip(cells, g.output, strict=True)]
-  cotangent = jnp.pad(cotangent, [(0, 0), *room, (0, 0), (0, 0)])
-  outs = jnp.moveaxis(cotangent.reshape(-1, *cotangent.shape[-2:]), 1, 0)
-
-  gram = functools.partial(_gram, precision=site.eqn.params["precision"])
-  pairs = _sum_of_shifts(g, gram(x), cells, 2)
-  span = pairs.shape[-1]
-  outs = outs[:, :span]  # What is cut off is padding.
-  square = jnp.sum(pairs * gram(outs))
-  squares = lambda y: jnp.sum(
-    jnp.square(y.astype(pairs.dtype)), axis=-1, dtype=pairs.dtype
-  )
-  patches = _sum_of_shifts(g, squares(x), cells, 1)
-  terms = jnp.sum(jnp.sqrt(patches * squares(outs)), axis=-1)
-  return jnp.maximum(square, factors.TRUSTED * jnp.sum(jnp.square(terms)))
-
-
-def _phases(g: _Geometry, x: jax.Array) -> tuple[jax.Array, list[int]]:
-  """Rows, space, groups, channels to phases of each axis, groups, rows and
-  cells of space in one, channels; and the number of cells of each axis."""
-  ndim = len(g.kernel)
-  cells = [
-    -(-size // step) for size, step in zip(x.shape[1:], g.strides, strict=False)
-  ]
-  room = [
-    (0, n * step - size)
-    for n, step, size in zip(cells, g.strides, x.shape[1:], strict=False)
-  ]
-  x = jnp.pad(x, [(0, 0), *room, (0, 0), (0, 0)])
-  split = [n for pair in zip(cells, g.strides, strict=True) for n in pair]
-  x = x.reshape(x.shape[0], *split, *x.shape[-2:])
-  phases = range(2, 2 * ndim + 1, 2)
-  space = range(1, 2 * ndim + 1, 2)
-  x = jnp.transpose(x, (*phases, 2 * ndim + 1, 0, *space, 2 * ndim + 2))
-  return x.reshape(*g.strides, g.groups, -1, x.shape[-1]), cells
-
-
-def _sum_of_shifts(
-  g: _Geometry, x: jax.Array, cells: Sequence[int], moved: int
-) -> jax.Array:
-  """Sums over the offsets of the kernel.
-
-  Args:
-    g: the convolution.
-    x: phases, groups, and pixels once or twice.
-    cells: of each axis of space.
-    moved: how many of the last axes hold pixels, which all move together.
-
-  Returns:
-    Groups and pixels; only as many as all offsets have.
-  """
-  for axis in reversed(range(len(g.kernel))):
-    pitch = math.prod(cells[axis + 1 :])
-    at = [
-      divmod(k * g.dilation[axis], g.strides[axis])
-      for k in range(g.kernel[axis])
-    ]
-    size = x.shape[-1] - max(shift for shift, _ in at) * pitch
-    total: Any = 0
-    for shift, phase in at:
-      part = jax.lax.index_in_dim(x, phase, axis, keepdims=False)
-      for a in range(part.ndim - moved, part.ndim):
-        start = shift * pitch
-        part = jax.lax.slice_in_dim(part, start, start + size, axis=a)
-      total = total + part
-    x = total
-  return x
-
-
-def _gram(x: jax.Array, precision: Any) -> jax.Array:
-  """Inner products of all pairs of rows."""
-  return jnp.einsum(
-    "...ti,...ui->...tu",
-    x,
-    x,
-    precision=precision,
-    preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
-  )

@@ -2,13 +2,16 @@
 
 By the flow of data alone: what is multiplied with zero still counts. A loop or
 a branch is looked into; of what is not known every output depends on every
-input.
+input. So does what an effect gives back, as a read of a `jax.new_ref`, on all
+that effects were given before.
 """
 
 from collections.abc import Sequence
 from typing import Any
 
 from jax.extend import core
+
+from dpdist.clipping import program
 
 
 def dependent(jaxpr: Any, marked: Sequence[bool]) -> list[bool]:
@@ -23,8 +26,13 @@ def dependent(jaxpr: Any, marked: Sequence[bool]) -> list[bool]:
   def read(atom: Any) -> bool:
     return not isinstance(atom, core.Literal) and env.get(atom, False)
 
+  is_outside = False  # Whether an effect was given something marked.
   for eqn in jaxpr.eqns:
     inputs = [read(x) for x in eqn.invars]
+    if program.effects(eqn):
+      is_outside = is_outside or any(inputs)
+      env.update((x, is_outside) for x in eqn.outvars)
+      continue
     found = (
       _equation(eqn, inputs) if any(inputs) else [False] * len(eqn.outvars)
     )

@@ -356,6 +356,8 @@ def _weights(
   for eqn in jaxpr.eqns:
     if not all(isinstance(x, core.Literal) or x in env for x in eqn.invars):
       continue
+    if not eqn.outvars:  # It prints, and has done so in the forward pass.
+      continue
     values = [value(x) for x in eqn.invars]
     is_weight = [
       x in block.weights and not block.weights[x].narrow for x in eqn.outvars

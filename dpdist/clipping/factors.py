@@ -13,27 +13,23 @@ Private Learners", section 4, for many). An embedding is a product whose rows
 are one-hot, and is kept as indices.
 
 Guarantees:
-  * A norm is never taken for much smaller than it is. The sum over t and u
-    may cancel, and float32 then returns anything near 0: an example whose
-    terms cancel would pass the clip unclipped. `squared_norm` therefore never
-    returns less than what rounding can hide.
+  * A norm is never taken for more than 2^-11 smaller than it is, relative to
+    itself, whatever finite numbers the factors hold. The sum over t and u may
+    cancel, and float32 then returns anything near 0: an example whose terms
+    cancel would pass the clip unclipped. `norm` therefore adds what rounding
+    can hide, and nothing is squared before it was scaled.
 """
 
+from collections.abc import Sequence
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from dpdist.clipping import inner_products
+from dpdist.clipping import norms
 from dpdist.clipping.program import Site
-
-# A squared norm below this part of the square of sum_t |r_t| |c_t| is rounding
-# error. Rounding errors of the squares are near 2^-23 of it, so that a norm
-# above is right to about 2^-10 at worst, and to float32 where little cancels.
-TRUSTED = 2.0**-13
-# The same where gradients are formed for their norm, and summed by a product of
-# its own: that rounds their terms by about 2^-24 of their size.
-SUMMED = 2.0**-26
 
 
 class Dense(NamedTuple):
@@ -182,7 +178,9 @@ def dense(site: Site, operand: jax.Array, cotangent: jax.Array) -> Dense:
 def lookup(site: Site, indices: jax.Array, cotangent: jax.Array) -> Lookup:
   """The factors of an embedding lookup for one example, loops included."""
   table = site.eqn.invars[0].aval.shape
-  indices = indices.reshape(-1)
+  # The number of rows may be too large for the type of the ids: uint8 holds 256
+  # ids, and not the number 256.
+  indices = widened(indices).reshape(-1)
   columns = cotangent.reshape(-1, table[1])
   inside = (indices >= 0) & (indices < table[0])
   # Plain indexing promises to stay in bounds, and reads the nearest row where
@@ -192,15 +190,22 @@ def lookup(site: Site, indices: jax.Array, cotangent: jax.Array) -> Lookup:
   return Lookup(jnp.clip(indices, 0, table[0] - 1), columns)
 
 
+def widened(indices: jax.Array) -> jax.Array:
+  """Integers of at least 32 bits, which hold any size of an array."""
+  return indices.astype(jnp.promote_types(indices.dtype, jnp.int32))
+
+
 def transposed(factor: Dense) -> Dense:
   """The factors of the transposed weight."""
   return Dense(factor.columns, factor.rows)
 
 
-def squared_norm(
-  factors: list[Dense | Lookup], unit_roundoff: float, precision: Any = None
+def norm(
+  factors: Sequence[Dense | Lookup],
+  unit_roundoff: float,
+  precision: Any = None,
 ) -> jax.Array:
-  """The squared norm of the sum of some factors' gradients, never too small.
+  """The norm of the sum of some factors' gradients, never too small.
 
   Args:
     factors: of one weight, in one layout; for one example.
@@ -211,140 +216,120 @@ def squared_norm(
   Returns:
     Scalar, float32 or wider.
   """
-  total: Any = 0.0
-  terms: Any = 0.0
-  factors = [_balanced(factor) for factor in factors]
-  for i, one in enumerate(factors):
-    total = total + _inner(one, one, precision)
-    terms = terms + _sum_of_norms(one)
-    for other in factors[:i]:
-      total = total + 2 * _inner(one, other, precision)
-  if len(factors) > 1 or _positions(factors[0]) > 1:
-    total = jnp.maximum(total, TRUSTED * jnp.square(terms))
-  total = jnp.sum(total)
-  if unit_roundoff:
-    terms = jnp.sqrt(jnp.sum(jnp.square(terms)))
-    total = with_slack(total, terms, unit_roundoff)
-  return total
-
-
-def with_slack(
-  square: jax.Array, terms: jax.Array, unit_roundoff: float
-) -> jax.Array:
-  """A squared norm with room for what a product's rounding can add.
-
-  Accelerators multiply float32 with 8 or 11 bits unless told otherwise. What an
-  example contributes to a sum can then be longer than its gradient, by the
-  rounding of both operands in every term.
-
-  Args:
-    square: squared norm.
-    terms: at least the sum of the norms of the product's terms.
-    unit_roundoff: relative rounding error of an operand.
-
-  Returns:
-    The square of the norm plus that.
-  """
-  return jnp.square(jnp.sqrt(square) + 2 * unit_roundoff * terms)
-
-
-# Of floats as narrow in range as float32: integers of their size, and the bits
-# of their fraction.
-_LAYOUTS = {
-  jnp.dtype("float32"): (jnp.int32, 23),
-  jnp.dtype("bfloat16"): (jnp.int16, 7),
-}
-
-
-def _balanced(factor: Dense | Lookup) -> Dense | Lookup:
-  """The same gradient, with rows whose largest entry is between 1 and 2.
-
-  Squares of rows below about 1e-19 are 0, whatever columns they meet. Powers of
-  two round nothing.
-  """
-  if isinstance(factor, Lookup) or not (
-    factor.rows.dtype in _LAYOUTS and factor.columns.dtype in _LAYOUTS
-  ):
-    return factor  # One-hot, or never as small.
-  largest = jnp.max(jnp.abs(factor.rows), axis=-1, keepdims=True, initial=0)
-  power = jnp.where(largest > 0, _exponent(largest), 0)
-  return Dense(
-    _times_two_to_the(-power, factor.rows),
-    _times_two_to_the(power, factor.columns),
+  units, power = _units(factors)
+  terms: Any = sum(
+    jnp.sum(unit.row_norms * unit.column_norms, axis=-1) for unit in units
   )
+  positions = sum(unit.columns.shape[-2] for unit in units)
+  root = terms
+  if positions > 1:
+    square: Any = 0.0
+    error: Any = 0.0
+    for i, one in enumerate(units):
+      for j, other in enumerate(units[: i + 1]):
+        inner, more = _inner(one, other, precision)
+        times = 1 if i == j else 2
+        square, error = square + times * inner, error + times * more
+    root = inner_products.from_inner_products(square, error, terms)
+  length = lambda x: jnp.sqrt(jnp.sum(jnp.square(x)))
+  root = inner_products.with_room(
+    length(root), length(terms), positions, unit_roundoff
+  )
+  return norms.times_power_of_two(root, power)
 
 
-def _exponent(x: jax.Array) -> jax.Array:
-  """The largest n with 2^n at most x, for x above 0; int32."""
-  kind, fraction = _LAYOUTS[x.dtype]
-  bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.int32)
-  return (bits >> fraction) - 127
+def sum_of_norms(factor: Dense) -> jax.Array:
+  """sum_t |r_t| |c_t|, a scalar."""
+  rows, columns = (norms.of(x, -1) for x in factor)
+  products, power = norms.products(rows, columns)
+  return norms.times_power_of_two(jnp.sum(products), power)
 
 
-def _times_two_to_the(power: jax.Array, x: jax.Array) -> jax.Array:
-  """x 2^power, 0 where it is too small. Not as a product: of a sum of products
-  the compiler would take the factor out."""
-  kind, fraction = _LAYOUTS[x.dtype]
-  exponent = _exponent(jnp.abs(x)) + 127
-  moved = exponent + power
-  bits = jax.lax.bitcast_convert_type(x, kind)
-  shifted = bits + (power << fraction).astype(kind)
-  y = jax.lax.bitcast_convert_type(shifted, x.dtype)
-  y = jnp.where((exponent > 0) & (moved > 0), y, jnp.zeros((), x.dtype))
-  # What overflows, and what was not finite, is not.
-  return jnp.where((moved > 254) | (exponent > 254), jnp.inf * jnp.sign(x), y)
+class _Unit(NamedTuple):
+  """Factors of which every entry can be squared.
+
+  Attributes:
+    rows: [S, T, m]; None if they are one-hot.
+    indices: [T] of those that are.
+    columns: [S, T, n].
+    row_norms: [S, T].
+    column_norms: [S, T].
+  """
+
+  rows: jax.Array | None
+  indices: jax.Array | None
+  columns: jax.Array
+  row_norms: jax.Array
+  column_norms: jax.Array
 
 
-def _positions(factor: Dense | Lookup) -> int:
-  return factor.columns.shape[-2]
+def _units(
+  factors: Sequence[Dense | Lookup],
+) -> tuple[list[_Unit], jax.Array]:
+  """The same gradient but for a power of two, which is the second result.
 
-
-def _sum_of_norms(factor: Dense | Lookup) -> jax.Array:
-  """sum_t |r_t| |c_t|, for each of the S weights."""
-  columns = _norms(factor.columns)
-  if isinstance(factor, Lookup):
-    return jnp.sum(columns)
-  return jnp.sum(_norms(factor.rows) * columns, axis=-1)
+  Each row and each column is scaled by itself: what it meets may be as large as
+  it is small. Of terms that are far apart the smaller ones may vanish.
+  """
+  scaled = []
+  power = jnp.full((), norms.OF_ZERO)
+  for factor in factors:
+    if isinstance(factor, Lookup):
+      rows, of_rows = None, jnp.zeros((), jnp.int32)
+      columns, of_columns = norms.scaled(factor.columns[None], -1)
+    else:
+      rows, of_rows = norms.scaled(factor.rows, -1)
+      columns, of_columns = norms.scaled(factor.columns, -1)
+    power = jnp.maximum(
+      power, jnp.max(of_rows + of_columns, initial=norms.OF_ZERO)
+    )
+    scaled.append((rows, columns, of_rows + of_columns))
+  units = []
+  for factor, (rows, columns, of_both) in zip(factors, scaled, strict=True):
+    columns = norms.times_power_of_two(columns, of_both - power)
+    # Of a sum of products the compiler would take powers of two out again.
+    rows, columns = jax.lax.optimization_barrier((rows, columns))
+    column_norms = _norms(columns)
+    if isinstance(factor, Lookup):
+      one_hot = jnp.ones_like(column_norms)
+      unit = _Unit(None, factor.indices, columns, one_hot, column_norms)
+    else:
+      unit = _Unit(rows, None, columns, _norms(rows), column_norms)
+    units.append(unit)
+  return units, power
 
 
 def _norms(x: jax.Array) -> jax.Array:
-  return jnp.sqrt(jnp.sum(jnp.square(x.astype(_wide(x.dtype))), axis=-1))
+  return jnp.sqrt(jnp.sum(jnp.square(x.astype(norms.wide(x.dtype))), axis=-1))
 
 
 def _inner(
-  one: Dense | Lookup, other: Dense | Lookup, precision: Any
-) -> jax.Array:
-  """The inner product of two gradients, for each of the S weights."""
-  if isinstance(other, Lookup):
-    one, other = other, one
-  if isinstance(one, Lookup):
-    if isinstance(other, Lookup):
-      same = one.indices[:, None] == other.indices[None, :]
-      gram = _gram(one.columns, other.columns, precision)
-      return jnp.sum(jnp.where(same, gram, 0))
-    # The one-hot rows pick entries of the other's rows.
-    picked = other.rows[0][:, one.indices].T.astype(_wide(other.rows.dtype))
-    return jnp.sum(picked * _gram(one.columns, other.columns[0], precision))
-  assert isinstance(other, Dense)
-  if one.rows.shape[-2] == other.rows.shape[-2] == 1:
-    inner = lambda x, y: jnp.sum(
-      x.astype(_wide(x.dtype)) * y.astype(_wide(y.dtype)), axis=(-1, -2)
-    )
-    return inner(one.rows, other.rows) * inner(one.columns, other.columns)
-  rows = _gram(one.rows, other.rows, precision)
-  columns = _gram(one.columns, other.columns, precision)
-  return jnp.sum(rows * columns, axis=(-1, -2))
-
-
-def _gram(x: jax.Array, y: jax.Array, precision: Any) -> jax.Array:
-  return jnp.einsum(
-    "...ti,...ui->...tu",
-    x,
-    y,
-    precision=precision,
-    preferred_element_type=_wide(x.dtype),
+  one: _Unit, other: _Unit, precision: Any
+) -> tuple[jax.Array, jax.Array]:
+  """The inner product of two gradients, for each of the S weights, and by how
+  much it may be too small."""
+  rows, error = _inner_rows(one, other, precision)
+  columns, more = inner_products.gram(one.columns, other.columns, precision)
+  pairs = inner_products.InnerProducts
+  return inner_products.sum_of_products(
+    pairs(rows, one.row_norms, other.row_norms, error),
+    pairs(columns, one.column_norms, other.column_norms, more),
   )
 
 
-def _wide(dtype: Any) -> Any:
-  return jnp.promote_types(dtype, jnp.float32)
+def _inner_rows(
+  one: _Unit, other: _Unit, precision: Any
+) -> tuple[jax.Array, float]:
+  if one.rows is not None and other.rows is not None:
+    return inner_products.gram(one.rows, other.rows, precision)
+  dtype = norms.wide(one.columns.dtype)
+  # One-hot rows pick entries of other rows.
+  if one.rows is not None:
+    return one.rows[:, :, other.indices].astype(dtype), 0.0
+  assert one.indices is not None
+  if other.rows is not None:
+    picked = other.rows[:, :, one.indices].astype(dtype)
+    return jnp.swapaxes(picked, -1, -2), 0.0
+  assert other.indices is not None
+  same = one.indices[:, None] == other.indices[None, :]
+  return same[None].astype(dtype), 0.0

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from dpdist.clipping import convolution
 from dpdist.clipping import factors
 from dpdist.clipping import manual_axes
+from dpdist.clipping import norms
 from dpdist.clipping import program
 from dpdist.clipping.program import Site
 
@@ -19,22 +20,31 @@ def terms(site: Site, x: jax.Array, g: jax.Array) -> jax.Array:
   """At least the sum of the norms of the terms that a product adds up."""
   if site.name == "gather":
     # Nothing is multiplied, and therefore nothing rounded.
-    return jnp.zeros((), jnp.float32)
-  uses = 1
-  if site.name == "conv_general_dilated":
-    uses = convolution.sizes(site).offsets
-  # Roots first: the product of the squares may overflow.
-  return jnp.sqrt(uses * square(widen(x))) * jnp.sqrt(square(widen(g)))
+    return jnp.zeros((), norms.wide(g.dtype))
+  if site.name == "dot_general":
+    return factors.sum_of_norms(factors.dense(site, x, g))
+  offsets = convolution.sizes(site).offsets
+  product, power = norms.products(offsets**0.5 * norms.of(x), norms.of(g))
+  return norms.times_power_of_two(product, power)
 
 
 def magnitude(site: Site, x: jax.Array | None, g: jax.Array) -> jax.Array:
   """At least the sum of the norms of the terms that a gradient adds up."""
   if site.eqn is None or site.name == "gather":
-    # As many terms as iterations, or rows that are looked up.
-    count = math.prod(site.lengths) if x is None else x.size
-    return jnp.sqrt(count * square(widen(g)))
+    return positions(site, x) ** 0.5 * norms.of(g)
   assert x is not None
   return terms(site, x, g)
+
+
+def positions(site: Site, x: jax.Array | None) -> int:
+  """How many terms a gradient adds up, at most."""
+  if x is None:
+    return math.prod(site.lengths)
+  if site.name == "gather":
+    return x.size
+  if site.name == "dot_general":
+    return factors.sizes(site)[1]
+  return convolution.sizes(site).positions * math.prod(site.lengths)
 
 
 def weight_gradient(
@@ -136,9 +146,4 @@ def factor(
 
 def widen(x: jax.Array) -> jax.Array:
   """float32, or wider if it is."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def square(x: jax.Array) -> jax.Array:
-  """The squared norm."""
-  return jnp.sum(jnp.square(x))
+  return x.astype(norms.wide(x.dtype))

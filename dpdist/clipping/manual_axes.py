@@ -45,6 +45,12 @@ def untold_axes(axes: frozenset[str]) -> frozenset[str]:
   return frozenset(jax.sharding.get_abstract_mesh().manual_axes)
 
 
+def is_divided_explicitly(x: Any) -> bool:
+  """Whether a type names mesh axes, as it does of a mesh of Explicit axes."""
+  sharding = getattr(jax.typeof(x), "sharding", None)
+  return sharding is not None and any(sharding.spec)
+
+
 def abstract_varying_axes(tree: PyTree) -> frozenset[str]:
   """The same for a tree of `jax.ShapeDtypeStruct`."""
   axes: frozenset[str] = frozenset()

@@ -45,6 +45,7 @@ def run(
   axes: frozenset[str],
   *,
   unroll: bool,
+  keep_low: bool,
 ) -> tuple[compensated.Sum, Any, Any, Any]:
   """Applies a function to parts of a batch.
 
@@ -56,10 +57,12 @@ def run(
     axes: mesh axes that args vary over.
     unroll: whether to write the parts out instead of looping over them. XLA on
       a CPU is many times slower at convolutions inside a loop.
+    keep_low: whether to keep what the additions round away; else they are
+      rounded like those within a part.
 
   Returns:
-    The sums over all parts, whose low is None where there is one; the other
-    results joined.
+    The sums over all parts, whose low is None where it is not kept, or there is
+    one part; the other results joined.
   """
   if size >= batch_size:
     alone, loss, norms, aux = function(*args)
@@ -71,7 +74,7 @@ def run(
   parts = batch_size // size
   args = jax.tree.map(lambda x: x.reshape((parts, size) + x.shape[1:]), args)
   if unroll:
-    total, rest = _unrolled(function, args, parts)
+    total, rest = _unrolled(function, args, parts, keep_low)
   else:
     first = jax.tree.map(lambda x: x[0], args)
     zeros = jax.tree.map(
@@ -82,9 +85,11 @@ def run(
       total: compensated.Sum, part: PyTree
     ) -> tuple[compensated.Sum, Any]:
       more, *rest = function(*part)
-      return compensated.add(total, more), rest
+      return _added(total, more), rest
 
-    empty = compensated.zeros_like(zeros)
+    empty = compensated.Sum(zeros, None)
+    if keep_low:
+      empty = compensated.zeros_like(zeros)
     total, rest = jax.lax.scan(
       body, manual_axes.cast_to_varying(empty, axes), args
     )
@@ -98,6 +103,7 @@ def _unrolled(
   function: Callable[..., tuple[list[jax.Array], Any, Any, Any]],
   args: PyTree,
   parts: int,
+  keep_low: bool,
 ) -> tuple[compensated.Sum, PyTree]:
   total: compensated.Sum | None = None
   all_rest = []
@@ -105,12 +111,20 @@ def _unrolled(
     part = jax.tree.map(lambda x, i=i: x[i], args)
     if total is None:
       first, *rest = function(*part)
-      total = compensated.of(first)
+      total = compensated.Sum(first, None)
+      if keep_low:
+        total = compensated.of(first)
     else:
       # One part after the other, so that they use the same memory.
       part, total = jax.lax.optimization_barrier((part, total))
       more, *rest = function(*part)
-      total = compensated.add(total, more)
+      total = _added(total, more)
     all_rest.append(rest)
   assert total is not None
   return total, jax.tree.map(lambda *x: jnp.stack(x), *all_rest)
+
+
+def _added(total: compensated.Sum, more: list[jax.Array]) -> compensated.Sum:
+  if total.low is None:
+    return compensated.Sum(jax.tree.map(jnp.add, total.high, more), None)
+  return compensated.add(total, more)

@@ -19,7 +19,7 @@ _LAYOUTS: dict[Any, tuple[Any, int]] = {
   jnp.dtype("float32"): (jnp.int32, 23),
 }
 # The exponent of 0: below all others, also where two of them are added.
-_OF_ZERO = -(2**14)
+OF_ZERO = -(2**14)
 
 
 def wide(dtype: Any) -> Any:
@@ -37,6 +37,23 @@ def of(x: jax.Array, axes: int | Sequence[int] | None = None) -> jax.Array:
   return times_power_of_two(root, power.reshape(root.shape))
 
 
+def products(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+  """a * b but for a power of two, which is the second result.
+
+  Of products that are far apart the smaller ones may vanish.
+  """
+  powers = exponent(a), exponent(b)
+  a, b = jax.lax.optimization_barrier(
+    [
+      x * _power_of_two(-power, x.dtype)
+      for x, power in zip((a, b), powers, strict=True)
+    ]
+  )
+  power = jnp.where((a == 0) | (b == 0), OF_ZERO, powers[0] + powers[1])
+  most = jnp.max(power, initial=OF_ZERO)
+  return times_power_of_two(a * b, power - most), most
+
+
 def hypot(a: jax.Array, b: jax.Array) -> jax.Array:
   """The root of the sum of two squares, of numbers that are not negative."""
   high, low = jnp.maximum(a, b), jnp.minimum(a, b)
@@ -51,21 +68,25 @@ def scaled(
   """Vectors that can be squared, and the powers of two that were taken out.
 
   Args:
-    x: floating, with the range of float32 or a wider one.
+    x: of any floating dtype, or of whole numbers.
     axes: along which a vector lies; all if None.
 
   Returns:
-    Of x's dtype, entries of at most 4, of which the sum is at least 1/2 unless
-    all are 0 or subnormal, and not finite where they were not; and exponents,
-    int32, of x's shape but 1 along the axes, far below all others where a
-    vector is 0.
+    Entries of at most 4, the sum of whose sizes is at least 1/2 unless all are
+    0 or subnormal, and not finite where they were not, of a dtype with the
+    range of float32; and exponents, int32, of x's shape but 1 along the axes,
+    far below all others where a vector is 0.
   """
+  if x.dtype != jnp.bfloat16:
+    x = x.astype(wide(x.dtype))
+  # Of factors that it knows the compiler would make one, and square each apart.
+  # Nor is what x is computed from computed twice.
+  x = jax.lax.optimization_barrier(x)
   # Sums are several times cheaper than maxima on a CPU, and as good here.
   size = jnp.sum(jnp.abs(x), axis=axes, keepdims=True, dtype=wide(x.dtype))
   power = exponent(size)
-  # Rounds nothing: multiplied where it is larger than the smallest number.
-  unit = x * _power_of_two(-power, size.dtype).astype(x.dtype)
-  return unit, jnp.where(size == 0, _OF_ZERO, power)
+  factor = jax.lax.optimization_barrier(_power_of_two(-power, size.dtype))
+  return x * factor.astype(x.dtype), jnp.where(size == 0, OF_ZERO, power)
 
 
 def exponent(x: jax.Array) -> jax.Array:
@@ -80,10 +101,11 @@ def exponent(x: jax.Array) -> jax.Array:
 
 
 def times_power_of_two(x: jax.Array, power: jax.Array) -> jax.Array:
-  """x 2^power, for numbers with a power that is the sum of two exponents."""
+  """x 2^power, for a power that is the sum of at most two exponents."""
   half = power >> 1
-  x = x * _power_of_two(half, x.dtype)
-  return x * _power_of_two(power - half, x.dtype)
+  for part in (half, power - half):
+    x = x * _power_of_two(part, wide(x.dtype)).astype(x.dtype)
+  return x
 
 
 def _power_of_two(power: jax.Array, dtype: Any) -> jax.Array:

@@ -29,6 +29,8 @@ import jax.numpy as jnp
 # A call of these is replaced by what it calls. Not custom_jvp or custom_vjp:
 # that would lose the derivative that the user wrote.
 _CALLS = ("jit", "pjit", "closed_call", "core_call")
+# They leave values as they are: some print, one names the axis of a collective.
+_KNOWN_EFFECTS = ("DebugEffect", "OrderedDebugEffect", "NamedAxisEffect")
 
 
 class Kind(enum.IntEnum):
@@ -196,11 +198,29 @@ def trace(
     the result as outputs; and the result's shapes.
   """
   closed, shapes = jax.make_jaxpr(loss_fn, return_shape=True)(params, *example)
-  return without_calls(closed), shapes
+  # What has effects is not taken apart, and stays as it is.
+  return closed if effects(closed.jaxpr) else without_calls(closed), shapes
+
+
+def effects(program: Any) -> tuple[str, ...]:
+  """Names of the effects that a list of equations cannot be taken apart with.
+
+  Equations are read as functions of their operands. One that writes into an
+  operand, as into a `jax.new_ref`, or speaks with the world outside, is none.
+
+  Args:
+    program: a jaxpr or an equation.
+  """
+  found = {type(effect).__name__ for effect in program.effects}
+  return tuple(sorted(found.difference(_KNOWN_EFFECTS)))
 
 
 def bind(eqn: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
   """Runs an equation on values; a list of its outputs."""
+  # Constants may be NumPy's, which a derivative of the user's that indexes them
+  # by a traced number does not expect.
+  if eqn.primitive.name.startswith("custom_"):
+    values = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in values]
   bound = eqn.primitive.get_bind_params(eqn.params | changed)
   # A plain dict in some releases of JAX, a pair in others.
   functions, params = bound if isinstance(bound, tuple) else ((), bound)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dpdist.clipping import norms
+from dpdist.clipping import sharing
 from dpdist.clipping.scaling import Scaling
 
 PyTree = Any
@@ -39,6 +40,7 @@ def clipped_sum(
     [B]; the gradient norms before clipping, [B] a group; aux stacked along B.
   """
   leaves, loss, aux = per_example_gradients(loss_fn, params, examples)
+  leaves = [sharing.computed_once(g) for g in leaves]
   total = [jnp.zeros(keep.shape, jnp.float32)] * len(scaling.l2_clip_norms)
   for group, g in zip(groups, leaves, strict=True):
     total[group] = norms.hypot(total[group], norms_of(g))
@@ -47,7 +49,7 @@ def clipped_sum(
     weighted_sum(g, scales[group])
     for group, g in zip(groups, leaves, strict=True)
   ]
-  return sums, loss, total, aux
+  return scaling.enlarged(sums, groups), loss, total, aux
 
 
 def per_example_gradients(

@@ -6,6 +6,7 @@ import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from dpdist.clipping import bookkeeping
 from dpdist.clipping import checks
@@ -15,11 +16,10 @@ from dpdist.clipping import freezing
 from dpdist.clipping import grouping
 from dpdist.clipping import manual_axes
 from dpdist.clipping import microbatches
-from dpdist.clipping import program
 from dpdist.clipping import reference
 from dpdist.clipping import rules
 from dpdist.clipping import shards
-from dpdist.clipping import splitting
+from dpdist.clipping import tracing
 from dpdist.clipping import two_pass
 from dpdist.clipping import watched
 from dpdist.clipping.scaling import Scaling
@@ -40,7 +40,8 @@ class ClippedGrads(NamedTuple):
   """The clipped sum and what was seen on the way.
 
   Only `sum`, or it and `low` together, has bounded sensitivity, and even it is
-  private until noise is added. `loss`, `grad_norms` and `aux` are per example and NOT private.
+  private until noise is added. `loss`, `grad_norms` and `aux` are per example
+  and NOT private.
 
   Attributes:
     sum: pytree like params, float32 or wider; None where a parameter is frozen.
@@ -49,8 +50,9 @@ class ClippedGrads(NamedTuple):
       pytree shaped like l2_clip_norm of such arrays.
     aux: what loss_fn returned beside the loss, stacked along B; None without
       has_aux.
-    low: what float32 left out of `sum` where microbatches were added up: a
-      pytree like it, to be added to the same total; None: nothing. As private.
+    low: what rounding left out of `sum` where microbatches of a given size were
+      added up: a pytree like it, to be added to the same total; None: nothing.
+      As private.
     found: of a call with a direction, [B, trained parameters] bool: of an
       example that was left out, the parameter that it is longest along.
   """
@@ -119,7 +121,8 @@ class ClippedGrad:
     """Computes the clipped sum of a batch; see `clipped_grad`.
 
     Args:
-      params: pytree of floating arrays; frozen ones may be of any dtype.
+      params: pytree of floating arrays or numbers; frozen ones may be of any
+        dtype.
       batch: pytree; every leaf has the same leading axis B.
       is_padding_example: [B] bool; where True the example contributes exactly
         0, whatever it holds. None: no padding.
@@ -146,7 +149,15 @@ class ClippedGrad:
     axes = manual_axes.varying_axes((batch, is_padding_example, rng))
     keep = ~checks.padding(is_padding_example, batch_size)
     rng = checks.per_example_keys(rng, batch_size, axes)
+    of_examples = {
+      "batch": batch,
+      "is_padding_example": is_padding_example,
+      "rng": rng,
+    }
+    checks.sharding(**of_examples)
     checks.params(freezing.partition(params, self.frozen)[0])
+    # Python's and NumPy's numbers are parameters like any other.
+    params = jax.tree.map(jnp.asarray, params)
     params = manual_axes.cast_to_varying(params, axes)
     keep = manual_axes.cast_to_varying(keep, axes)
     parts = freezing.split(
@@ -162,31 +173,30 @@ class ClippedGrad:
     examples = (batch,) if rng is None else (batch, rng)
     scaling, groups, norm_def = self._scaling(params, parts.is_frozen)
     # Only for its shapes; nobody uses what is gathered here.
-    traced = self._trace(parts, examples)
-    checks.refuse_sharded_outside_shard_map(batch, traced.block)
+    traced = tracing.trace(self.loss_fn, self.has_aux, parts, examples)
+    checks.sharding_inside_jit(traced.block, **of_examples)
     checks.loss(traced.block, traced.shapes[0], axes)
     divided = axes | manual_axes.untold_axes(axes)
     if divided:
       one = jax.tree.map(lambda x: x[0], jax.tree.leaves(examples))
       values = [shards.whole(x) for x in [*leaves, *parts.frozen]]
       checks.derivatives(traced.block, [*values, *one], len(leaves), divided)
-    method, _ = self._method(traced, axes)
+    method, _ = traced.method(self.method, axes)
 
     def run(
       examples: tuple[PyTree, ...], keep: jax.Array
     ) -> tuple[list[jax.Array], jax.Array, list[jax.Array], Any]:
-      how = watched.watch(
-        scaling, traced.loss_fn, traced.block, parts, examples, along, groups
-      )
+      how = watched.watch(scaling, traced, parts, examples, along, groups)
       if method == "vmap":
-        total, loss, norms, aux = reference.clipped_sum(
-          traced.of_trainable(parts),
-          [shards.whole(x) for x in leaves],
-          examples,
-          keep,
-          groups,
-          how,
-        )
+        with checks.effects(traced.effects):
+          total, loss, norms, aux = reference.clipped_sum(
+            traced.of_trainable(parts),
+            [shards.whole(x) for x in leaves],
+            examples,
+            keep,
+            groups,
+            how,
+          )
         total = shards.sums(leaves, total)
         return total, loss, norms, (aux, watched.found(how))
       problem = self._problem(traced, parts, groups, how, method)
@@ -213,6 +223,8 @@ class ClippedGrad:
       # TPU it plans the use of fast memory better without one.
       unroll=(self._platform == "cpu" and traced.block.convolves())
       or (self._platform == "tpu" and self.microbatch_size is None),
+      # What was chosen for speed is fast, and promises nothing.
+      keep_low=self.microbatch_size is not None,
     )
     return ClippedGrads(
       parts.of_trainable(total.high),
@@ -275,9 +287,10 @@ class ClippedGrad:
       rng = jax.eval_shape(lambda k: jax.random.split(k, 1), rng)
     examples = (batch,) if rng is None else (batch, rng)
     parts = freezing.split(params, self.frozen)
-    traced = self._trace(parts, examples)
+    traced = tracing.trace(self.loss_fn, self.has_aux, parts, examples)
     scaling, groups, _ = self._scaling(params, parts.is_frozen)
-    method, reason = self._method(traced, manual_axes.varying_axes(examples))
+    axes = manual_axes.varying_axes(examples)
+    method, reason = traced.method(self.method, axes)
     named: dict[bool, list[str]] = {False: [], True: []}
     paths = jax.tree_util.tree_flatten_with_path(params)[0]
     for (path, _), is_frozen in zip(paths, parts.is_frozen, strict=True):
@@ -296,59 +309,9 @@ class ClippedGrad:
     backend = jax.default_backend()
     return {"cuda": "gpu", "rocm": "gpu"}.get(backend, backend)
 
-  def _trace(
-    self, parts: freezing.Split, examples: tuple[PyTree, ...]
-  ) -> "_Traced":
-    with_aux = self.loss_fn if self.has_aux else _with_aux(self.loss_fn)
-
-    def loss_fn(trainable: list[Any], frozen: list[Any], *example: Any) -> Any:
-      return with_aux(parts.join(trainable, frozen), *example)
-
-    whole = lambda leaves: [shards.whole(x) for x in leaves]
-    one = jax.tree.map(
-      lambda x: (
-        jax.eval_shape(lambda y: y[0], x)
-        if isinstance(x, jax.ShapeDtypeStruct)
-        else x[0]
-      ),
-      examples,
-    )
-    try:
-      closed, shapes = program.trace(
-        loss_fn, whole(parts.trainable), whole(parts.frozen), *one
-      )
-    except NameError as error:
-      if "axis name" not in str(error):
-        raise
-      raise ValueError(
-        "loss_fn must use one example alone, but it uses a named axis over"
-        f" several ({error}): statistics of a batch, as of batch norm, make"
-        " an example's gradient depend on the others; use group or layer norm"
-      ) from error
-    block = splitting.split(closed, len(parts.trainable), len(parts.frozen))
-    return _Traced(loss_fn, block, shapes)
-
-  def _method(self, traced: "_Traced", axes: frozenset[str]) -> tuple[str, str]:
-    other = manual_axes.axes_in(traced.block.jaxpr.jaxpr) - axes
-    if other and self.method in ("auto", "vmap"):
-      return "vmap", f"the loss also varies over the mesh axes {sorted(other)}"
-    if other:
-      raise ValueError(
-        "method must be 'auto' or 'vmap' for a loss that also varies over the"
-        f" mesh axes {sorted(other)}, got {self.method!r}"
-      )
-    if self.method != "auto":
-      return self.method, "as asked for"
-    if traced.block.rematerialises():
-      return (
-        "two_pass",
-        "the loss rematerialises activations, which book-keeping would keep",
-      )
-    return "bookkeeping", "the fastest where activations are kept anyway"
-
   def _problem(
     self,
-    traced: "_Traced",
+    traced: tracing.Traced,
     parts: freezing.Split,
     groups: list[int],
     scaling: Scaling,
@@ -378,24 +341,6 @@ class ClippedGrad:
       self.normalize_gamma,
     )
     return scaling, groups, structure
-
-
-class _Traced(NamedTuple):
-  """The loss of one example: as a function, taken apart, and its shapes.
-
-  The function is (trainable leaves, frozen leaves, *example) -> (loss, aux).
-  """
-
-  loss_fn: Callable[..., tuple[jax.Array, Any]]
-  block: program.Block
-  shapes: tuple[Any, Any]
-
-  def of_trainable(
-    self, parts: freezing.Split
-  ) -> Callable[..., tuple[jax.Array, Any]]:
-    """The function with its frozen leaves, whole."""
-    frozen = [shards.whole(x) for x in parts.frozen]
-    return lambda trainable, *example: self.loss_fn(trainable, frozen, *example)
 
 
 def clipped_grad(
@@ -435,9 +380,12 @@ def clipped_grad(
       about two thirds more and the memory of an ordinary gradient; "vmap"
       instantiates every gradient, and is the reference. "auto" takes
       "two_pass" where the loss rematerialises, "bookkeeping" elsewhere; what it
-      does with each parameter is told by fn.explain(params, batch).
+      does with each parameter is told by fn.explain(params, batch). A loss with
+      effects other than printing, as of jax.new_ref, goes to "vmap" whatever is
+      asked for.
     microbatch_size: how many examples are worked on at once; must divide the
-      batch. None: the whole batch, or fewer where that is faster.
+      batch. Microbatches are added up with two floats a number. None: the whole
+      batch, or fewer where that is faster.
     rescale_to_unit_norm: divide by the clip norm, so that the learning rate
       does not depend on it.
     platform: "cpu", "gpu" or "tpu", whose costs and rounding the choices go
@@ -480,7 +428,3 @@ def clipped_grad(
     normalize_gamma,
     frozen,
   )
-
-
-def _with_aux(loss_fn: Callable[..., Any]) -> Callable[..., tuple[Any, None]]:
-  return lambda *args: (loss_fn(*args), None)

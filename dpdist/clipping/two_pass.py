@@ -17,6 +17,7 @@ what the norms never saw would be left in the sum.
 
 from collections.abc import Sequence
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -26,7 +27,9 @@ from dpdist.clipping import bookkeeping
 from dpdist.clipping import evaluate
 from dpdist.clipping import manual_axes
 from dpdist.clipping import norms
+from dpdist.clipping import reference
 from dpdist.clipping import shards
+from dpdist.clipping import sharing
 from dpdist.clipping.program import Site
 from dpdist.clipping.rules import Rule
 
@@ -39,52 +42,67 @@ def clipped_sum(
   keep: jax.Array,
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
   """Sums clipped per-example gradients; see `bookkeeping.clipped_sum`."""
-  found, outs = _norms(problem, examples, keep.shape)
-  scales, found = problem.scaling.scales(found, keep)
-  kept = scales[0] != 0
+  if not _takes_two_passes(problem):
+    return bookkeeping.clipped_sum(problem, examples, keep)
+  found, lost, kept, outs = _norms(problem, examples, keep.shape)
+  scales, found = problem.scaling.scales(found, keep, lost)
+  (scale,) = scales
+  sums = {i: reference.weighted_sum(x, scale) for i, x in kept.items()}
+  some = scale != 0
   # An example that is left out may hold NaN, and NaN * 0 is NaN. In the second
   # pass another one stands in for it, with scale 0.
-  index = jnp.where(kept, jnp.arange(kept.size), jnp.argmax(kept))
+  index = jnp.where(some, jnp.arange(some.size), jnp.argmax(some))
   examples = [x[index] for x in examples]
   # Without a barrier the compiler would merge the two passes into one.
-  examples, scales = jax.lax.optimization_barrier((examples, scales))
-  if (
-    len(scales) == 1
+  examples, scale = jax.lax.optimization_barrier((examples, scale))
+  others = _weighted_gradient(
+    problem, examples, scale, jnp.any(some), frozenset(kept)
+  )
+  for i, leaf in enumerate(problem.leaves):
+    if i in kept:
+      (others[i],) = shards.sums([leaf], [sums[i]])
+  return problem.scaling.enlarged(others, problem.groups), outs, found
+
+
+def _takes_two_passes(problem: bookkeeping.Problem) -> bool:
+  """Whether one scale an example is enough, and the second pass sums in float32
+  what the first one took the norms of: a derivative of the user's need not.
+
+  Norms of gradients that are kept have no room for the rounding of a product.
+  """
+  return (
+    len(problem.scaling.bounds) == 1
     and problem.block.is_wide()
     and not problem.block.has_custom_vjp()
-    and not _rounds_what_is_kept(problem)
-  ):
-    sums = _weighted_gradient(problem, examples, scales[0], jnp.any(kept))
-  else:
-    # Several scales an example, products that would be summed in less than
-    # float32, a derivative of the user's, that need not scale with the loss, or
-    # rounding that the norms have no room for: as in book-keeping, with the
-    # scales known beforehand.
-    operands, cotangents, _ = bookkeeping.backward(problem, examples)
-    formed = [
-      bookkeeping.norms_of(problem, rule, operands, cotangents)[1]
-      if rule.way == "keep"
-      else None
+    and not any(
+      rule.way == "keep" and problem.unit_roundoff(rule) > 0
       for rule in problem.rules
-    ]
-    sums = bookkeeping.weighted_sum(
-      problem, operands, cotangents, formed, scales
     )
-  return sums, outs, found
+  )
 
 
 def _norms(
   problem: bookkeeping.Problem,
   examples: Sequence[jax.Array],
   shape: tuple[int, ...],
-) -> tuple[list[jax.Array], list[jax.Array]]:
+) -> tuple[
+  list[jax.Array], list[jax.Array], dict[int, jax.Array], list[jax.Array]
+]:
+  """The first pass.
+
+  Returns:
+    Norms, and what underflow may take from a sum, [B] a group. Gradients
+    [B, ...] by the number of their parameter, where weights are computed from
+    it: on the way there terms may cancel, and a sum over the examples that goes
+    it would be rounded otherwise. The outputs of the loss.
+  """
   inside = {
     rule.sites[0].key: _summed_by_a_product(rule)
     for rule in problem.rules
     if _is_local(rule)
   }
   taps = {
-    site.key: jnp.zeros((*shape, *site.lengths), jnp.float32)
+    site.key: jnp.zeros((*shape, *site.lengths, 2), jnp.float32)
     if site.key in inside
     else jnp.zeros((*shape, *site.tap_shape), site.out.dtype)
     for site in problem.block.all_sites()
@@ -96,9 +114,12 @@ def _norms(
   def product(
     site: Site, weight: jax.Array, operand: jax.Array, tap: Any
   ) -> jax.Array:
+    operand = _as_in_the_other_pass(operand)
     if site.key not in inside:
-      return evaluate.tapped(site, weight, operand, tap)
-    return _with_norm(problem, inside[site.key], weight, operand, tap)
+      out = evaluate.tapped(site, weight, operand, tap)
+    else:
+      out = _with_norm(problem, inside[site.key], weight, operand, tap)
+    return _as_in_the_other_pass(out)
 
   def losses(taps: dict[Key, jax.Array]) -> tuple[jax.Array, Any]:
     def one(example: Any, taps: Any) -> Any:
@@ -115,33 +136,46 @@ def _norms(
 
   loss, pull, (outs, operands) = jax.vjp(losses, taps, has_aux=True)
   (cotangents,) = pull(jnp.ones_like(loss))
+  operands = jax.tree.map(sharing.computed_once, operands)
   total = [jnp.zeros(shape, jnp.float32) for _ in problem.scaling.bounds]
+  lost = [jnp.zeros(shape, jnp.float32) for _ in total]
+  kept: dict[int, jax.Array] = {}
   for rule in map(_summed_by_a_product, problem.rules):
+    group = problem.groups[min(rule.leaves)]
     first = rule.sites[0]
     if first.key in inside:
-      group = problem.groups[min(rule.leaves)]
       # Each iteration of a loop has a weight of its own.
-      mine = norms.of(cotangents[first.key].reshape(*shape, -1), -1)
-      total[group] = norms.hypot(total[group], mine)
+      both = cotangents[first.key].reshape(*shape, -1, 2)
+      total[group] = norms.hypot(total[group], norms.of(both[..., 0], -1))
+      lost[group] += jnp.sum(both[..., 1], -1)
       continue
-    found, _ = bookkeeping.norms_of(problem, rule, operands, cotangents)
-    for group, mine in found.items():
-      total[group] = norms.hypot(total[group], mine)
-  return total, outs
+    mine = {s.key: sharing.computed_once(cotangents[s.key]) for s in rule.sites}
+    found, formed = bookkeeping.norms_of(problem, rule, operands, mine)
+    for i, norm in found.items():
+      total[i] = norms.hypot(total[i], norm)
+    if rule.view == "parameters":
+      kept |= formed
+      continue
+    for site in rule.sites:
+      if site.eqn is not None:
+        of_one = functools.partial(bookkeeping.lost, site)
+        lost[group] += jax.vmap(of_one)(operands[site.key])
+  return total, lost, kept, outs
+
+
+def _as_in_the_other_pass(x: jax.Array) -> jax.Array:
+  """x; between two products the passes are the same computation, and rounded
+  alike, if each product is fused with nothing before or after it."""
+  if jnp.issubdtype(x.dtype, jnp.floating):
+    return sharing.computed_once(x)
+  return x
 
 
 def _summed_by_a_product(rule: Rule) -> Rule:
   """A rule whose gradients are formed for the norm alone."""
-  return dataclasses.replace(rule, way="drop") if rule.way == "keep" else rule
-
-
-def _rounds_what_is_kept(problem: bookkeeping.Problem) -> bool:
-  """Whether a product would be summed that has no room for its rounding: norms
-  of gradients that are kept are those of what book-keeping sums."""
-  return any(
-    rule.way == "keep" and problem.unit_roundoff(rule) > 0
-    for rule in problem.rules
-  )
+  if rule.way != "keep" or rule.view == "parameters":
+    return rule
+  return dataclasses.replace(rule, way="drop")
 
 
 def _is_local(rule: Rule) -> bool:
@@ -162,7 +196,8 @@ def _with_norm(
   operand: jax.Array,
   tap: jax.Array,
 ) -> jax.Array:
-  """A product whose backward pass leaves the norm as the tap's gradient."""
+  """A product whose backward pass leaves the norm, and what underflow may take
+  from the sum, as the tap's gradient."""
   (site,) = rule.sites
   lone = dataclasses.replace(
     site, lengths=(), weight=site.weight._replace(loops=())
@@ -195,7 +230,8 @@ def _with_norm(
       {site.key: operand},
       {site.key: cotangent},
     )
-    return None, of_operand, norm.astype(jnp.float32)
+    lost = bookkeeping.lost(lone, operand)
+    return None, of_operand, jnp.stack([norm.astype(jnp.float32), lost])
 
   product.defvjp(forward, backward)
   return product(weight, operand, tap)
@@ -206,9 +242,22 @@ def _weighted_gradient(
   examples: Sequence[jax.Array],
   scale: jax.Array,
   some: jax.Array,
-) -> list[jax.Array]:
-  """The sum of the scaled gradients; 0 unless some are kept, in what a device
-  adds to the sum of a shard too."""
+  others: frozenset[int],
+) -> list[Any]:
+  """The second pass: the sums of the scaled gradients, but for some parameters.
+
+  Args:
+    problem: what of.
+    examples: none of which may hold NaN.
+    scale: [B].
+    some: whether any is not 0; if not the sums are, in what a device adds to
+      the sum of a shard too.
+    others: the numbers of parameters that are left out.
+
+  Returns:
+    For each parameter its sum, None where it is left out.
+  """
+  wanted = [i for i in range(len(problem.leaves)) if i not in others]
 
   def gather(shard: shards.Shard) -> jax.Array:
     return _kept_if(shard.whole(), some)
@@ -218,10 +267,11 @@ def _weighted_gradient(
       site: Site, weight: jax.Array, operand: jax.Array, tap: Any
     ) -> jax.Array:
       still = jax.lax.stop_gradient
+      operand = _as_in_the_other_pass(operand)
       # Never computed forward: nobody uses its value.
       of_weight = evaluate.tapped(site, weight, still(operand), tap)
       out = evaluate.tapped(site, still(weight), operand, tap)
-      return _with_scaled(out, of_weight, scale)
+      return _as_in_the_other_pass(_with_scaled(out, of_weight, scale))
 
     def promote(weight: jax.Array) -> jax.Array:
       return _with_scaled(jax.lax.stop_gradient(weight), weight, scale)
@@ -236,15 +286,19 @@ def _weighted_gradient(
       promote=promote,
     )[0][0]
 
-  def losses(leaves: list[Any]) -> jax.Array:
+  def losses(trained: list[Any]) -> jax.Array:
+    leaves = list(problem.leaves)
+    for i, x in zip(wanted, trained, strict=True):
+      leaves[i] = x
     run = jax.vmap(lambda example, scale: loss(leaves, example, scale))
     return run(list(examples), scale)
 
-  out, pull = jax.vjp(losses, list(problem.leaves))
-  return [
-    x.part if isinstance(x, shards.Shard) else jnp.where(some, x, 0)
-    for x in pull(jnp.ones_like(out))[0]
-  ]
+  out, pull = jax.vjp(losses, [problem.leaves[i] for i in wanted])
+  sums: list[Any] = [None] * len(problem.leaves)
+  for i, x in zip(wanted, pull(jnp.ones_like(out))[0], strict=True):
+    is_part = isinstance(x, shards.Shard)
+    sums[i] = x.part if is_part else jnp.where(some, x, 0)
+  return sums
 
 
 @jax.custom_vjp
@@ -253,7 +307,7 @@ def _with_scaled(x: jax.Array, same: jax.Array, scale: jax.Array) -> jax.Array:
   del same
   # What is the same for all examples would have one gradient for all of them,
   # in which nothing can be scaled any more.
-  return x + (0 * scale).astype(x.dtype)
+  return jnp.where(scale < 0, 0, x)
 
 
 def _scaled_forward(
@@ -265,6 +319,7 @@ def _scaled_forward(
 def _scaled_backward(
   scale: jax.Array, g: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
+  g = sharing.computed_once(g)
   # An example that is left out has a stand-in, of which nothing may remain.
   return g, jnp.where(scale != 0, scale.astype(g.dtype) * g, 0), None
 

@@ -34,8 +34,8 @@ import jax.numpy as jnp
 from dpdist.clipping import evaluate
 from dpdist.clipping import freezing
 from dpdist.clipping import manual_axes
-from dpdist.clipping import program
 from dpdist.clipping import shards
+from dpdist.clipping import tracing
 from dpdist.clipping.scaling import Scaling
 
 PyTree = Any
@@ -72,7 +72,7 @@ class Watched(Scaling):
     derive: the derivatives of the examples' losses along a direction.
     direction: one array, or `shards.Shard`, of normal numbers a parameter.
     groups: for each parameter the number of the group it is clipped with.
-    found: what `of_norms` found, [B, parameters] bool: of an example that is
+    found: what `scales` found, [B, parameters] bool: of an example that is
       left out, the parameter along which it is longest. For the one trace that
       this object is made in.
   """
@@ -82,12 +82,18 @@ class Watched(Scaling):
   groups: Sequence[int]
   found: list[jax.Array] = dataclasses.field(default_factory=list)
 
-  def of_norms(
-    self, norms: Sequence[jax.Array], keep: jax.Array
-  ) -> list[jax.Array]:
+  def scales(
+    self,
+    norms: Sequence[jax.Array],
+    keep: jax.Array,
+    lost: Sequence[jax.Array] = (),
+  ) -> tuple[list[jax.Array], list[jax.Array]]:
     """As of `Scaling`, but exactly 0 for an example that was found out."""
-    scales = super().of_norms(norms, keep)
-    bounds = self.bounds
+    scales, norms = super().scales(norms, keep, lost)
+    bounds = [
+      bound / more
+      for bound, more in zip(self.bounds, self.enlargements, strict=True)
+    ]
     seen = [self.derive(self._of_group(i)) for i in range(len(bounds))]
     suspects = [
       jnp.abs(scale * d) > LIMIT * bound
@@ -101,14 +107,14 @@ class Watched(Scaling):
       some = jax.lax.pmax(some.astype(jnp.int32), axis) > 0
 
     def confirm() -> jax.Array:
-      return self._confirmed(scales, seen, suspects)
+      return self._confirmed(scales, bounds, seen, suspects)
 
     nobody = jnp.zeros((*keep.shape, len(self.groups)), bool)
     nobody = nobody & suspects[0][:, None]
     found = jax.lax.cond(some, confirm, lambda: nobody)
     self.found.append(found)
     out = jnp.any(found, axis=1)
-    return [jnp.where(out, 0, scale) for scale in scales]
+    return [jnp.where(out, 0, scale) for scale in scales], norms
 
   def _of_group(self, group: int) -> list[Any]:
     return [
@@ -119,6 +125,7 @@ class Watched(Scaling):
   def _confirmed(
     self,
     scales: Sequence[jax.Array],
+    bounds: Sequence[float],
     seen: Sequence[jax.Array],
     suspects: Sequence[jax.Array],
   ) -> jax.Array:
@@ -159,7 +166,7 @@ class Watched(Scaling):
     lengths = jnp.stack(
       [
         jnp.where(sure[group], jnp.abs(scales[group] * along[changed + i]), -1)
-        / self.bounds[group]
+        / bounds[group]
         for i, group in enumerate(self.groups)
       ],
       axis=1,
@@ -238,8 +245,7 @@ def found(scaling: Scaling) -> jax.Array | None:
 
 def watch(
   scaling: Scaling,
-  loss_fn: Callable[..., tuple[jax.Array, Any]],
-  block: program.Block,
+  traced: tracing.Traced,
   parts: freezing.Split,
   examples: tuple[PyTree, ...],
   direction: Sequence[Any] | None,
@@ -247,10 +253,11 @@ def watch(
 ) -> Scaling:
   """The same scaling, with an eye on the examples if there is a direction.
 
+  A loss with effects is not looked at: what it writes would be written again.
+
   Args:
     scaling: how gradients are shortened.
-    loss_fn: (trained leaves, frozen leaves, *example) -> (loss, aux).
-    block: the same taken apart; runs where parameters come in parts.
+    traced: the loss.
     parts: the parameters; some may be `shards.Shard`s.
     examples: pytrees; every leaf has the leading axis B.
     direction: of `laid_out`.
@@ -259,7 +266,7 @@ def watch(
   """
   if direction is None:
     return scaling
-  derive = _deriver(loss_fn, block, parts.trainable, parts.frozen, examples)
+  derive = _deriver(traced, parts.trainable, parts.frozen, examples)
   fields = {
     field.name: getattr(scaling, field.name)
     for field in dataclasses.fields(scaling)
@@ -270,8 +277,7 @@ def watch(
 
 
 def _deriver(
-  loss_fn: Callable[..., tuple[jax.Array, Any]],
-  block: program.Block,
+  traced: tracing.Traced,
   leaves: Sequence[Any],
   frozen: Sequence[Any],
   examples: tuple[PyTree, ...],
@@ -280,13 +286,18 @@ def _deriver(
   wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
   axes = manual_axes.varying_axes((leaves, examples))
 
-  if block.has_custom_vjp():
+  if traced.effects:
+    some = jax.tree.leaves(examples)[0]
+    nothing = manual_axes.cast_to_varying(jnp.zeros(some.shape[0]), axes)
+    return lambda direction: nothing
+
+  if traced.block.has_custom_vjp():
     # Which has no forward mode: one gradient after the other.
     whole = [shards.whole(x) for x in leaves]
     constants = [shards.whole(x) for x in frozen]
 
     def dotted(example: tuple[PyTree, ...], direction: list[Any]) -> jax.Array:
-      loss = lambda leaves: loss_fn(leaves, constants, *example)[0]
+      loss = lambda leaves: traced.loss_fn(leaves, constants, *example)[0]
       parts = zip(jax.grad(loss)(whole), direction, strict=True)
       # Not as a product, which accelerators make of rounded operands.
       sums = [jnp.sum(wide(g) * wide(v)) for g, v in parts]
@@ -303,10 +314,10 @@ def _deriver(
   def one(example: tuple[PyTree, ...], direction: list[Any]) -> jax.Array:
     def loss(leaves: list[Any]) -> jax.Array:
       if not in_parts:
-        return loss_fn(leaves, frozen, *example)[0]
+        return traced.loss_fn(leaves, frozen, *example)[0]
       # No more than a block of a deep model is ever whole.
       values = [*leaves, *frozen, *jax.tree.leaves(example)]
-      return evaluate.forward(block, values, {})[0][0]
+      return evaluate.forward(traced.block, values, {})[0][0]
 
     return wide(jax.jvp(loss, (leaves,), (direction,))[1])
 

@@ -3,8 +3,9 @@
     from dpdist.frontends import keras as private_keras   # before keras
     import keras
 
-    model = keras.Sequential([...])
-    model.compile("adam", "sparse_categorical_crossentropy", ["accuracy"])
+    model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(10)])
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile("adam", loss, metrics=["accuracy"])
     private = private_keras.make_private(
       model,
       dpdist.PrivacyConfig(
@@ -33,12 +34,12 @@ import numpy as np
 from dpdist import clipping
 from dpdist import dp_config
 from dpdist import mechanism as mechanism_lib
-from dpdist import model_check
 from dpdist import noise
 from dpdist import plan as plan_lib
 from dpdist import sources
 from dpdist.clipping import compensated
 from dpdist.frontends import keras_loss
+from dpdist.frontends import keras_model
 from dpdist.frontends import run as run_lib
 
 PyTree = Any
@@ -88,7 +89,7 @@ def make_private(
     dpdist.ledger.LedgerError: the ledger in workdir is damaged.
     dpdist.checkpoint.MismatchError: the run in workdir is of another model.
   """
-  _check_model(model)
+  keras_model.check(model)
   if isinstance(config, dp_config.DPConfig):
     microbatch_size = microbatch_size or config.microbatch_size
     rescale_to_unit_norm |= config.rescale_to_unit_norm
@@ -125,7 +126,7 @@ def make_private(
   private = PrivateModel(model, run, chunk_size, options, unsafe_metrics)
   private._restore()
   for name in ("fit", "train_on_batch"):
-    setattr(model, name, functools.partial(_refuse, name))
+    setattr(model, name, functools.partial(keras_model.refuse, name))
   return private
 
 
@@ -247,22 +248,14 @@ class PrivateModel:
     """
     data = _Arrays(x, y, self.plan.num_examples)
     ends = self._ends(epochs, steps_per_epoch)
-    _refuse_changing_state(self.model, data.example())
-    # Whatever is wrong with the loss is found before a step is spent.
-    key, row = jax.random.key(0), jnp.zeros((), jnp.int32)
-    chunk, padding = next(data.chunks(np.zeros(0, np.int64), self._chunk_size))
-    state = self._state()
+    keras_model.refuse_changing_state(self.model, data.example())
     zeros = compensated.zeros_like(
       [
-        jax.ShapeDtypeStruct(w.shape, jnp.promote_types(w.dtype, jnp.float32))
-        for w in state["trainable"]
+        jax.ShapeDtypeStruct(v.shape, jnp.promote_types(v.dtype, jnp.float32))
+        for v in self.model.trainable_variables
       ]
     )
-    jax.eval_shape(
-      self._accumulate,
-      *(state["trainable"], state["non_trainable"], zeros),
-      *(chunk, padding, key, row),
-    )
+    self._rehearse(data, zeros)
     told = keras.callbacks.CallbackList(
       list(callbacks or ()),
       add_history=True,
@@ -289,6 +282,23 @@ class PrivateModel:
           break
     told.on_train_end()
     return self.model.history
+
+  def _rehearse(self, data: "_Arrays", zeros: compensated.Sum) -> None:
+    """Makes a step of made-up zeros: what fails, fails before it is charged."""
+    chunk, padding = next(data.chunks(np.zeros(0, np.int64), self._chunk_size))
+    chunk = jax.tree.map(np.zeros_like, chunk)
+    state, key = self._state(), jax.random.key(0)
+    total: compensated.Sum = zeros
+    for row in range(2):  # Other programs run at a second call than at a first.
+      total, _ = self._accumulate(
+        *(state["trainable"], state["non_trainable"], total),
+        *(chunk, padding, key, jnp.int32(row)),
+      )
+    jax.block_until_ready(
+      self._update(
+        *(state["trainable"], state["optimizer"], total, key, jnp.int32(0))
+      )
+    )
 
   def _ends(self, epochs: int | None, steps_per_epoch: int | None) -> list[int]:
     """The step at which each epoch ends."""
@@ -422,61 +432,3 @@ class _Arrays:
       padded = np.pad(rows, (0, size - len(rows)))
       batch = jax.tree.map(lambda a, rows=padded: a[rows], self._tree)
       yield batch, np.arange(size) >= len(rows)
-
-
-def _check_model(model: Any) -> None:
-  if not isinstance(model, keras.Model):
-    raise ValueError(f"model must be a keras.Model, got {model!r}")
-  if not model.compiled or model.optimizer is None:
-    raise ValueError(
-      "model must be compiled with an optimizer and a loss: call"
-      " model.compile(...) first"
-    )
-  if not model.built:
-    raise ValueError(
-      "model must be built: give it a keras.Input, or call it once"
-    )
-  if jax.process_count() > 1 or keras.distribution.distribution() is not None:
-    raise ValueError(
-      "model must be on one device of one process: for more, see dpdist.train"
-    )
-  if type(model).train_step is not keras.Model.train_step:
-    raise ValueError(
-      "model must not have a train_step of its own, which would not be private:"
-      " put what it computes into compute_loss"
-    )
-  if (
-    isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
-    or model.optimizer.loss_scale_factor is not None
-  ):
-    raise ValueError(
-      "model.optimizer must not scale the loss, or gradients would be clipped"
-      " at another norm: compile with auto_scale_loss=False, and use bfloat16"
-      " rather than float16"
-    )
-  found = model_check.check_model(model)
-  if found:
-    raise ValueError(
-      "model must be safe to train privately, got "
-      + "; ".join(str(finding) for finding in found)
-    )
-  model.optimizer.build(model.trainable_variables)
-
-
-def _refuse_changing_state(model: Any, example: tuple[PyTree, PyTree]) -> None:
-  changed = keras_loss.changed_state(model, example)
-  if changed:
-    named = ", ".join(path for path, _ in changed)
-    raise ValueError(
-      "model must not change state while it trains, since what it keeps of the"
-      f" examples is not noised, but it changes {named}: use"
-      " keras.layers.GroupNormalization or LayerNormalization in place of"
-      " BatchNormalization, or freeze the layer (trainable=False)"
-    )
-
-
-def _refuse(name: str, *unused: Any, **also_unused: Any) -> None:
-  raise RuntimeError(
-    f"model.{name} would train without privacy: use fit of what"
-    " dpdist.frontends.keras.make_private returned"
-  )

@@ -120,14 +120,17 @@ def _loss_and_state(
   example: tuple[PyTree, PyTree],
 ) -> tuple[jax.Array, list[jax.Array]]:
   x, y = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], example)
+  # No loss depends on them. Their present values would be constants of the
+  # program, and those of metrics come and go while it is traced.
+  zeros = lambda variables: [jnp.zeros(v.shape, v.dtype) for v in variables]
   loss, (_, _, state, _) = model.compute_loss_and_updates(
     trainable,
     non_trainable,
-    [v.value for v in model.metrics_variables],
+    zeros(model.metrics_variables),
     x,
     y,
     None,
     training=True,
-    optimizer_variables=[v.value for v in model.optimizer.variables],
+    optimizer_variables=zeros(model.optimizer.variables),
   )
   return loss, state

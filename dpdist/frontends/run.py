@@ -162,7 +162,7 @@ class Run:
   def epsilon(self) -> float:
     """What the run may have spent so far, at the plan's delta."""
     with self._open() as ledger:
-      return 0.0 if ledger.is_new else composition.epsilon(ledger.spent)
+      return 0.0 if ledger.is_new else composition.guaranteed(ledger.bounds)
 
   def restore(self, like: PyTree) -> PyTree:
     """The newest checkpoint's state; `like` itself if there is none.

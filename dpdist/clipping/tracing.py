@@ -1,0 +1,133 @@
+"""A loss of one example, traced, taken apart, and how it can be clipped."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+import warnings
+
+import jax
+
+from dpdist.clipping import checks
+from dpdist.clipping import freezing
+from dpdist.clipping import manual_axes
+from dpdist.clipping import program
+from dpdist.clipping import shards
+from dpdist.clipping import splitting
+
+PyTree = Any
+
+
+class Traced(NamedTuple):
+  """The loss of one example.
+
+  Attributes:
+    loss_fn: (trainable leaves, frozen leaves, *example) -> (loss, aux).
+    block: it taken apart.
+    shapes: of (loss, aux).
+    effects: names of those that it cannot be taken apart with.
+  """
+
+  loss_fn: Callable[..., tuple[jax.Array, Any]]
+  block: program.Block
+  shapes: tuple[Any, Any]
+  effects: tuple[str, ...]
+
+  def of_trainable(
+    self, parts: freezing.Split
+  ) -> Callable[..., tuple[jax.Array, Any]]:
+    """The function with its frozen leaves, whole."""
+    frozen = [shards.whole(x) for x in parts.frozen]
+    return lambda trainable, *example: self.loss_fn(trainable, frozen, *example)
+
+  def method(self, wanted: str, axes: frozenset[str]) -> tuple[str, str]:
+    """Which method to take, and why.
+
+    Args:
+      wanted: a method, or "auto".
+      axes: the mesh axes that the examples vary over.
+
+    Raises:
+      ValueError: wanted cannot be had.
+    """
+    other = manual_axes.axes_in(self.block.jaxpr.jaxpr) - axes
+    if other and wanted in ("auto", "vmap"):
+      return "vmap", f"the loss also varies over the mesh axes {sorted(other)}"
+    if other:
+      raise ValueError(
+        "method must be 'auto' or 'vmap' for a loss that also varies over the"
+        f" mesh axes {sorted(other)}, got {wanted!r}"
+      )
+    if self.effects:
+      reason = f"the loss has the effects {list(self.effects)}"
+      if wanted not in ("auto", "vmap"):
+        warnings.warn(
+          f"method {wanted!r} was asked for, and 'vmap' is taken: {reason}, as"
+          " of jax.new_ref or jax.experimental.io_callback, and no other method"
+          " knows them",
+          stacklevel=3,
+        )
+      return "vmap", reason
+    if wanted != "auto":
+      return wanted, "as asked for"
+    if self.block.rematerialises():
+      return (
+        "two_pass",
+        "the loss rematerialises activations, which book-keeping would keep",
+      )
+    return "bookkeeping", "the fastest where activations are kept anyway"
+
+
+def trace(
+  loss_fn: Callable[..., Any],
+  has_aux: bool,
+  parts: freezing.Split,
+  examples: tuple[PyTree, ...],
+) -> Traced:
+  """Traces a loss of one example.
+
+  Args:
+    loss_fn: (params, *example) -> loss, or (loss, aux) with has_aux.
+    has_aux: likewise.
+    parts: the parameters.
+    examples: pytrees with a leading axis; shapes are enough.
+
+  Raises:
+    ValueError: the loss looks at other examples, or draws its randomness from
+      nowhere.
+  """
+  with_aux = loss_fn if has_aux else _with_aux(loss_fn)
+
+  def joined(trainable: list[Any], frozen: list[Any], *example: Any) -> Any:
+    return with_aux(parts.join(trainable, frozen), *example)
+
+  whole = lambda leaves: [shards.whole(x) for x in leaves]
+  one = jax.tree.map(
+    lambda x: (
+      jax.eval_shape(lambda y: y[0], x)
+      if isinstance(x, jax.ShapeDtypeStruct)
+      else x[0]
+    ),
+    examples,
+  )
+  try:
+    closed, shapes = program.trace(
+      joined, whole(parts.trainable), whole(parts.frozen), *one
+    )
+  except NameError as error:
+    if "axis name" not in str(error):
+      raise
+    raise ValueError(
+      "loss_fn must use one example alone, but it uses a named axis over"
+      f" several ({error}): statistics of a batch, as of batch norm, make"
+      " an example's gradient depend on the others; use group or layer norm"
+    ) from error
+  checks.randomness(closed.jaxpr)
+  num_leaves, num_constants = len(parts.trainable), len(parts.frozen)
+  effects = program.effects(closed.jaxpr)
+  if effects:  # It is not taken apart: all of it is data.
+    num_leaves = num_constants = 0
+  block = splitting.split(closed, num_leaves, num_constants)
+  return Traced(joined, block, shapes, effects)
+
+
+def _with_aux(loss_fn: Callable[..., Any]) -> Callable[..., tuple[Any, None]]:
+  return lambda *args: (loss_fn(*args), None)

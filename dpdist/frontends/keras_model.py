@@ -1,0 +1,115 @@
+"""Which Keras 3 models can be trained privately, and what the others lack."""
+
+from typing import Any
+import warnings
+
+import jax
+
+from dpdist import model_check
+from dpdist.frontends import keras_loss
+
+PyTree = Any
+keras = keras_loss.keras
+
+
+def check(model: Any) -> None:
+  """Refuses a model that cannot be trained privately, and builds the rest.
+
+  Raises:
+    ValueError: says what is wrong, and what to use instead.
+  """
+  if not isinstance(model, keras.Model):
+    raise ValueError(f"model must be a keras.Model, got {model!r}")
+  if not model.compiled or model.optimizer is None:
+    raise ValueError(
+      "model must be compiled with an optimizer and a loss: call"
+      " model.compile(...) first"
+    )
+  if not model.built:
+    raise ValueError(
+      "model must be built: give it a keras.Input, or call it once"
+    )
+  _take_metrics_from_loss_weights(model)
+  for loss in jax.tree.leaves(model.loss):
+    if getattr(loss, "reduction", "") in (None, "none"):
+      raise ValueError(
+        "model.loss must be one number for each example, got reduction="
+        f"{loss.reduction!r} in {loss.name!r}: leave it at its default"
+      )
+  if jax.process_count() > 1 or keras.distribution.distribution() is not None:
+    raise ValueError(
+      "model must be on one device of one process: for more, see dpdist.train"
+    )
+  if type(model).train_step is not keras.Model.train_step:
+    raise ValueError(
+      "model must not have a train_step of its own, which would not be private:"
+      " put what it computes into compute_loss"
+    )
+  if (
+    isinstance(model.optimizer, keras.optimizers.LossScaleOptimizer)
+    or model.optimizer.loss_scale_factor is not None
+  ):
+    raise ValueError(
+      "model.optimizer must not scale the loss, or gradients would be clipped"
+      " at another norm: compile with auto_scale_loss=False, and use bfloat16"
+      " rather than float16"
+    )
+  found = model_check.check_model(model)
+  if found:
+    raise ValueError(
+      "model must be safe to train privately, got "
+      + "; ".join(str(finding) for finding in found)
+    )
+  model.optimizer.build(model.trainable_variables)
+
+
+def refuse_changing_state(model: Any, example: tuple[PyTree, PyTree]) -> None:
+  """Refuses state that a training call changes.
+
+  Args:
+    model: checked.
+    example: shapes of one example (x, y), without the batch axis.
+  """
+  changed = keras_loss.changed_state(model, example)
+  if changed:
+    named = ", ".join(path for path, _ in changed)
+    raise ValueError(
+      "model must not change state while it trains, since what it keeps of the"
+      f" examples is not noised, but it changes {named}: use"
+      " keras.layers.GroupNormalization or LayerNormalization in place of"
+      " BatchNormalization, or freeze the layer (trainable=False)"
+    )
+
+
+def refuse(name: str, *unused: Any, **also_unused: Any) -> None:
+  """What stands in the place of a method that would train without privacy."""
+  raise RuntimeError(
+    f"model.{name} would train without privacy: use fit of what"
+    " dpdist.frontends.keras.make_private returned"
+  )
+
+
+def _take_metrics_from_loss_weights(model: Any) -> None:
+  """Compiles anew where metrics came in the place that they had in Keras 2."""
+  # model.get_compile_config() would write all of it out as text.
+  settings = getattr(getattr(model, "_compile_config", None), "config", {})
+  names = jax.tree.leaves(settings.get("loss_weights"))
+  if not any(isinstance(name, str) for name in names):
+    return
+  if settings.get("metrics") or settings.get("weighted_metrics"):
+    raise ValueError(
+      f"model must be compiled with numbers for loss_weights, got {names}"
+    )
+  warnings.warn(
+    f"model was compiled with loss_weights={names}, which are taken for"
+    f" metrics: the third argument of Keras 2's compile is metrics={names} now",
+    stacklevel=4,
+  )
+  model.compile(
+    model.optimizer,
+    model.loss,
+    metrics=names,
+    run_eagerly=model.run_eagerly,
+    steps_per_execution=model.steps_per_execution,
+    jit_compile=model.jit_compile,
+  )

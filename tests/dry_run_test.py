@@ -1,0 +1,239 @@
+"""Nothing is charged before a step was compiled, and run once on zeros."""
+
+import contextlib
+import functools
+
+import jax
+import pytest
+
+from configs import digits
+import dpdist
+from dpdist import admission
+from dpdist import checkpoint
+from dpdist import dry_run
+from dpdist import job as job_lib
+from dpdist import keys
+from dpdist import ledger as ledger_lib
+from dpdist import step as step_lib
+
+_OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory allocating 9999 bytes."
+
+
+def _config(**changes):
+  config = digits.get_config()
+  config.model.width = 8
+  config.privacy.target_epsilon = None
+  config.privacy.noise_multiplier = 1.0
+  config.privacy.accountant = "rdp"
+  config.privacy.expected_batch_size = 64
+  config.privacy.num_steps = 3
+  config.insecure_seed = 7
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def _patched(monkeypatch, owner, name, replaced):
+  """Puts another function in the place of a compiled one of a step."""
+  make = getattr(owner, name).func
+  made = functools.cached_property(lambda self: replaced(make(self)))
+  made.__set_name__(owner, name)
+  monkeypatch.setattr(owner, name, made)
+
+
+def _fails_above(most, text=_OUT_OF_MEMORY):
+  """An accumulate that takes no more than so many rows, as a full device."""
+
+  def replaced(compiled):
+    def accumulate(params, accumulator, batch, is_padding_example, *rest):
+      if len(is_padding_example) > most:
+        raise jax.errors.JaxRuntimeError(text)
+      return compiled(params, accumulator, batch, is_padding_example, *rest)
+
+    return accumulate
+
+  return replaced
+
+
+def _nothing_is_left(workdir):
+  """Of a run that was refused: no ledger, no secret, no checkpoint."""
+  return not list(workdir.iterdir())
+
+
+@pytest.fixture(scope="module")
+def compiled_once(tmp_path_factory):
+  """A run, and what it compiled and evaluated, in order."""
+  seen = []
+  with pytest.MonkeyPatch.context() as patch:
+    listen = functools.partial(_listen, seen)
+    patch.setattr(ledger_lib.Ledger, "reserve_through", listen())
+    with _watched(seen):
+      result = dpdist.train(_config(), tmp_path_factory.mktemp("run"))
+  return seen, result
+
+
+def _listen(seen):
+  charge = ledger_lib.Ledger.reserve_through
+
+  def reserve_through(self, stop_step):
+    seen.append("charged")
+    return charge(self, stop_step)
+
+  return reserve_through
+
+
+@contextlib.contextmanager
+def _watched(seen):
+  """Notes each program that XLA is given to compile."""
+
+  def note(event, seconds, **kwargs):
+    if event == "/jax/core/compile/backend_compile_duration":
+      seen.append(kwargs.get("fun_name", ""))
+
+  jax.monitoring.register_event_duration_secs_listener(note)
+  try:
+    yield
+  finally:
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_no_program_of_a_step_compiles_after_the_first_charge(compiled_once):
+  seen, _ = compiled_once
+  first = seen.index("charged")
+  names = [f"jit({x})" for x in ("zeros", "accumulate", "apply", "sums")]
+  assert [seen[:first].count(name) for name in names] == [1] * 4
+  assert not set(names) & set(seen[first:])
+
+
+def test_it_changes_nothing_of_a_run(compiled_once, tmp_path, monkeypatch):
+  _, result = compiled_once
+  monkeypatch.setattr(
+    dry_run, "run", lambda config, progress, job: job.chunk_size
+  )
+  without = dpdist.train(_config(), tmp_path)
+  assert without["params_sha256"] == result["params_sha256"]
+  assert without["steps_charged"] == result["steps_charged"] == 3
+
+
+@pytest.mark.slow
+def test_with_exact_sums_nothing_compiles_late_either(tmp_path, monkeypatch):
+  seen = []
+  changes = {"clipping.exact_sum": True, "clipping.exact_group_size": 8}
+  with monkeypatch.context() as patch:
+    patch.setattr(ledger_lib.Ledger, "reserve_through", _listen(seen))
+    with _watched(seen):
+      dpdist.train(_config(**changes), tmp_path)
+  late = set(seen[seen.index("charged") :])
+  names = ("zeros", "add_group", "reduce", "finish", "sums", "_cut")
+  assert not late & {f"jit({name})" for name in names}
+
+
+def test_no_key_of_the_run_is_in_it(tmp_path, monkeypatch):
+  derived, words = [], []
+  derive, run = keys.derive, dry_run.run
+
+  def tried(config, progress, job):
+    before = len(derived)
+    assert job.secret == b""
+    size = run(config, progress, job)
+    assert len(derived) == before
+    return size
+
+  def watched(compiled):
+    def apply(state, accumulator, key, *release):
+      words.append(jax.random.key_data(key).tolist())
+      return compiled(state, accumulator, key, *release)
+
+    return apply
+
+  monkeypatch.setattr(
+    keys, "derive", lambda *args, **kw: derived.append(1) or derive(*args, **kw)
+  )
+  monkeypatch.setattr(dry_run, "run", tried)
+  _patched(monkeypatch, step_lib.Step, "apply", watched)
+  dpdist.train(_config(**{"privacy.num_steps": 1}), tmp_path)
+  assert words[0] == [0, 0]
+  assert words[1] != [0, 0]
+  assert len(words) == 2
+
+
+def test_a_step_that_fails_costs_nothing_at_any_start(tmp_path, monkeypatch):
+  _patched(
+    monkeypatch, step_lib.Step, "accumulate", _fails_above(0, "INTERNAL: no")
+  )
+  for rate in (0.1, 0.2):
+    with pytest.raises(jax.errors.JaxRuntimeError, match="INTERNAL"):
+      dpdist.train(_config(**{"optimizer.learning_rate": rate}), tmp_path)
+  assert _nothing_is_left(tmp_path)
+
+
+@pytest.mark.parametrize("half", ["apply", "evaluate"])
+def test_nor_does_one_whose_second_half_fails(tmp_path, monkeypatch, half):
+  def fails(*args, **kwargs):
+    raise jax.errors.JaxRuntimeError(_OUT_OF_MEMORY)
+
+  if half == "apply":
+    _patched(monkeypatch, step_lib.Step, "apply", lambda compiled: fails)
+  else:
+    monkeypatch.setattr(
+      job_lib.losses, "evaluator", lambda model, test, mesh: fails
+    )
+  with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+    dpdist.train(_config(), tmp_path)
+  assert _nothing_is_left(tmp_path)
+
+
+def test_a_chunk_that_was_chosen_is_halved_until_it_fits(
+  tmp_path, monkeypatch, capsys
+):
+  _patched(monkeypatch, step_lib.Step, "accumulate", _fails_above(24))
+  result = dpdist.train(_config(), tmp_path / "run")
+  shown = capsys.readouterr()
+  # 64 and three standard deviations, in multiples of 8 devices; halves of it.
+  assert [f"trying chunk_size {x}" in shown.err for x in (48, 40, 16)] == [
+    *(False, True, True)
+  ]
+  assert result["steps_charged"] == 3
+  # The same chunk, set by hand: bit by bit the same run.
+  again = dpdist.train(_config(chunk_size=16), tmp_path / "set")
+  assert again["params_sha256"] == result["params_sha256"]
+
+
+def test_another_chosen_chunk_is_another_branch(tmp_path, monkeypatch):
+  with monkeypatch.context() as patch:
+    patch.setattr(checkpoint.Checkpoints, "save", _interrupted)
+    with pytest.raises(KeyboardInterrupt):
+      dpdist.train(_config(), tmp_path)
+  # The same settings, and less memory: sums round otherwise.
+  _patched(monkeypatch, step_lib.Step, "accumulate", _fails_above(24))
+  dpdist.train(_config(), tmp_path)
+  ledger = ledger_lib.Ledger(tmp_path / "ledger")
+  assert len({branch.fingerprint for branch in ledger.branches}) == 2
+  assert ledger.spent_steps == 3
+
+
+def _interrupted(*args, **kwargs):
+  raise KeyboardInterrupt
+
+
+def test_a_chunk_that_was_set_is_named(tmp_path, monkeypatch):
+  _patched(monkeypatch, step_lib.Step, "accumulate", _fails_above(24))
+  with pytest.raises(admission.SettingsError) as error:
+    dpdist.train(_config(chunk_size=64), tmp_path)
+  for part in ("chunk_size must", "or 0", "64", "32 may fit"):
+    assert part in str(error.value)
+  assert _nothing_is_left(tmp_path)
+
+
+def test_the_smallest_chunk_that_does_not_fit_ends_the_search(
+  tmp_path, monkeypatch
+):
+  _patched(monkeypatch, step_lib.Step, "accumulate", _fails_above(0))
+  with pytest.raises(admission.SettingsError, match="smallest chunk_size, 8"):
+    dpdist.train(_config(), tmp_path)
+  assert _nothing_is_left(tmp_path)
+
+
+def test_a_finished_run_tries_nothing(tmp_path, monkeypatch):
+  dpdist.train(_config(**{"privacy.num_steps": 1}), tmp_path)
+  _patched(monkeypatch, step_lib.Step, "accumulate", _fails_above(0))
+  dpdist.train(_config(**{"privacy.num_steps": 1}), tmp_path)

@@ -1,0 +1,220 @@
+"""The order of things in a run: checks, charges and what is told of them.
+
+On a model and data so small that a run takes about two seconds.
+"""
+
+import functools
+import importlib
+import json
+import os
+import types
+
+import numpy as np
+import pytest
+
+import dpdist
+from dpdist import config as config_lib
+from dpdist import hosts
+from dpdist import job as job_lib
+from dpdist import ledger as ledger_lib
+from dpdist import metrics
+from dpdist import preemption
+from dpdist import provenance
+from dpdist import sampling
+from dpdist import sources
+from dpdist import step as step_lib
+from dpdist import verification
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("data")
+  rng = np.random.default_rng(0)
+  for part in ("train", "test"):
+    rows = [
+      {"inputs": rng.random(4, np.float32), "targets": np.int32(i % 2)}
+      for i in range(32)
+    ]
+    sources.write_array_record(folder / f"{part}.array_record", rows)
+  return folder
+
+
+def _config(data, **changes):
+  config = config_lib.default()
+  config.data.name, config.data.path = "array_record", str(data)
+  config.model.name, config.model.num_outputs = "linear", 2
+  config.privacy.num_examples = 32
+  config.privacy.expected_batch_size = 8
+  config.privacy.num_steps = 6
+  config.privacy.noise_multiplier = 1.0
+  config.privacy.accountant = "rdp"
+  config.checkpoint_every, config.eval_every = 2, 1
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def _at_step(monkeypatch, number, do):
+  """Does something as a step's examples are drawn."""
+  sample = sampling.PoissonSampler.__call__
+
+  def changed(self, step):
+    if step == number:
+      do()
+    return sample(self, step)
+
+  monkeypatch.setattr(sampling.PoissonSampler, "__call__", changed)
+
+
+def test_files_that_are_changed_stop_the_run_and_void_it(
+  data, tmp_path, monkeypatch
+):
+  """And nothing leaves it that may have come of them."""
+  path = data / "train.array_record"
+  with monkeypatch.context() as patch:
+    # Drawn ahead of time, so while a step before it is computed.
+    _at_step(patch, 3, lambda: os.utime(path, ns=(0, 0)))
+    with pytest.raises(sources.ChangedError, match="cannot vouch") as stopped:
+      dpdist.train(_config(data), tmp_path)
+  assert str(path) in str(stopped.value)
+  ledger = ledger_lib.Ledger(tmp_path / "ledger")
+  told = [row["step"] for row in metrics.read(tmp_path)]
+  saved = [saved.step for saved in ledger.checkpoints]
+  assert max([*told, *saved], default=0) <= 3
+  assert not (tmp_path / "result.json").exists()
+  assert ledger.guarantee == (
+    "void: files of the training data were changed while the run read them"
+  )
+  assert "/" not in ledger.guarantee
+  problems = [f for f in verification.verify(tmp_path, ledger) if f.problem]
+  (problem,) = problems
+  assert (problem.what, problem.problem) == ("guarantee", ledger.unsound[0])
+  # Whoever goes on with it all the same is told so to the end.
+  result = dpdist.train(_config(data), tmp_path)
+  assert result["guarantee"] == ledger.guarantee
+  assert "No guarantee" in (tmp_path / "report.html").read_text()
+  assert json.loads((tmp_path / "result.json").read_text())["guarantee"] == (
+    ledger.guarantee
+  )
+
+
+@pytest.mark.parametrize("here", [[], ["/data/train.array_record"]])
+def test_files_that_another_process_saw_change_stop_this_one_too(
+  here, tmp_path, monkeypatch
+):
+  with ledger_lib.Ledger(tmp_path) as ledger:
+    ledger.acquire()
+    config = config_lib.default()
+    config.update_from_flattened_dict(
+      {
+        "privacy.num_examples": 32,
+        "privacy.expected_batch_size": 8,
+        "privacy.num_steps": 6,
+        "privacy.noise_multiplier": 1.0,
+      }
+    )
+    ledger.open(
+      config={},
+      plan=dpdist.make_plan(config_lib.privacy_config(config)),
+      data="d" * 64,
+      secret_hash="5" * 64,
+      run="a run",
+    )
+    source = types.SimpleNamespace(changed_files=lambda: here)
+    # The function `dpdist.train` hides the module.
+    loop = importlib.import_module("dpdist.train")
+    job = types.SimpleNamespace(train_source=source, ledger=ledger)
+    monkeypatch.setattr(hosts, "any_process", lambda flag: True)
+    with pytest.raises(sources.ChangedError, match="cannot vouch"):
+      loop._check_data(job)
+    assert ledger.unsound
+    assert not any("/data" in text for text in ledger.notices)
+    monkeypatch.setattr(hosts, "any_process", lambda flag: False)
+    loop._check_data(job)
+
+
+class _StopError(Exception):
+  pass
+
+
+def test_a_run_is_told_apart_by_all_that_its_steps_are_made_of(
+  data, tmp_path, monkeypatch
+):
+  """By settings, plan, data, every process and every digest of the job."""
+  made_of = {
+    name: name
+    for name in job_lib.Job._fields
+    if name in {"weights_sha256", "frozen_sha256", "features_sha256"}
+  }
+  assert len(made_of) == 3
+  prepare, given = job_lib.prepare, []
+  monkeypatch.setattr(
+    job_lib, "prepare", lambda *args: prepare(*args)._replace(**made_of)
+  )
+
+  def stop(*args):
+    given.extend(args)
+    raise _StopError
+
+  monkeypatch.setattr(provenance, "fingerprint", stop)
+  config = _config(data)
+  with pytest.raises(_StopError):
+    dpdist.train(config, tmp_path)
+  ledger = ledger_lib.Ledger(tmp_path / "ledger")
+  assert given[:3] == [
+    config.to_dict(),
+    ledger.plan.fingerprint(),
+    ledger.segment.data,
+  ]
+  assert [environment["num_processes"] for environment in given[3]] == [1]
+  assert given[4] == made_of
+  assert ledger.spent_steps == 0
+
+
+def test_a_run_that_goes_on_between_two_charges_is_charged_first(
+  data, tmp_path, monkeypatch
+):
+  """It was stopped there, and goes on with other keys."""
+  notices = []
+  make = preemption.Notice.__enter__
+  monkeypatch.setattr(
+    preemption.Notice,
+    "__enter__",
+    lambda self: notices.append(self) or make(self),
+  )
+  config = _config(data, checkpoint_every=4, eval_every=4)
+
+  def stop():
+    notices[-1].received = True
+
+  with monkeypatch.context() as patch:
+    _at_step(patch, 3, stop)
+    with pytest.raises(preemption.Preempted) as stopped:
+      dpdist.train(config, tmp_path)
+  start = stopped.value.step
+  assert start % 4
+  charged = []
+  compile_apply = step_lib.Step.apply.func
+
+  def watch(self):
+    compiled = compile_apply(self)
+
+    def apply(state, *args):
+      ledger = ledger_lib.Ledger(tmp_path / "ledger")
+      charged.append((int(state.step), ledger.branches[-1].stop_step))
+      return compiled(state, *args)
+
+    return apply
+
+  watched = functools.cached_property(watch)
+  watched.__set_name__(step_lib.Step, "apply")
+  monkeypatch.setattr(step_lib.Step, "apply", watched)
+  environment = provenance.environment
+  monkeypatch.setattr(
+    provenance, "environment", lambda mesh: environment(mesh) | {"new": True}
+  )
+  dpdist.train(config, tmp_path)
+  ledger = ledger_lib.Ledger(tmp_path / "ledger")
+  assert [branch.start_step for branch in ledger.branches] == [0, start]
+  assert charged[0][0] == start
+  for step, stop_step in charged:
+    assert stop_step > step
