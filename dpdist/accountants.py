@@ -17,14 +17,10 @@ from dpdist import pairs as pairs_lib
 from dpdist import renyi
 from dpdist import search
 
-# Beyond it e^-epsilon nears the smallest double, and no longer matters.
-_LARGEST_PLD_EPSILON = 500.0
-# Below it rounding in the convolutions, which differs by processor, moved
-# epsilon by five percent, downwards too. That of many steps is more: see
-# `loss_distributions.rounding`.
-_SMALLEST_PLD_DELTA = 1e-12
-# Beyond it what dp_accounting counts with grows until it ends in no time.
-_MOST_PLD_STEPS = 10**12
+# Beyond it a grid of losses gains nothing that anyone would use.
+_LARGEST_PLD_EPSILON = 1e6
+# Beyond so many steps the grid has become so coarse that either may be better.
+_MANY_STEPS = 10**7
 
 # Pairs, and how often each is composed.
 Steps = Sequence[tuple[pairs_lib.Pair, int]]
@@ -51,7 +47,7 @@ def epsilon(steps: Steps, delta: float, kind: str) -> float:
   Args:
     steps: pairs, and how often each is composed.
     delta: in (0, 1).
-    kind: "pld" or "rdp".
+    kind: "pld" or "rdp"; "rough" is quick, and good for a first look.
 
   Raises:
     ValueError: there is no bound by that accountant.
@@ -76,50 +72,45 @@ def delta(steps: Steps, epsilon: float, kind: str) -> float:
   has_renyi(merged, kind)
   if any(pair.sigma < search.NO_NOISE for pair, _ in merged):
     return 1.0
+  if kind == "pld" and not _is_too_long(merged):
+    return min(1.0, loss_distributions.delta(merged, epsilon))
   orders, divergences = _divergences(merged)
   # e^-r of what is smaller is 1, of which dp_accounting takes no logarithm.
   divergences = np.maximum(divergences, 2.0**-52)
   rdp, _ = rdp_privacy_accountant.compute_delta(orders, divergences, epsilon)
-  bound = min(1.0, float(rdp))
-  if kind == "rdp" or bound < _SMALLEST_PLD_DELTA or _is_too_long(merged):
-    return bound
-  pld = float(_loss(merged).get_delta_for_epsilon(epsilon))
-  # What is below it is rounding, in the sum too.
-  pld = max(pld, _SMALLEST_PLD_DELTA) + loss_distributions.rounding(merged)
-  return pld if pld < bound else bound  # Also where PLD is not a number.
+  return min(1.0, float(rdp))
 
 
 @functools.lru_cache(maxsize=4096)
-def _epsilon(
-  steps: tuple[tuple[pairs_lib.Pair, int], ...], delta: float, kind: str
-) -> float:
+def _epsilon(steps: _Merged, delta: float, kind: str) -> float:
   if not steps:
     return 0.0
   has_renyi(steps, kind)
   if any(pair.sigma < search.NO_NOISE for pair, _ in steps):
     return math.inf
+  is_pld = kind != "rdp" and not _is_too_long(steps)
+  if is_pld and delta >= loss_distributions.SMALLEST_DELTA:
+    found = loss_distributions.rough_epsilon(steps, delta)
+    if kind == "rough" or found > _LARGEST_PLD_EPSILON:
+      return found
+    found = loss_distributions.epsilon(steps, delta)
+    if sum(count for _, count in steps) < _MANY_STEPS:
+      return found
+  else:
+    found = math.inf
   orders, divergences = _divergences(steps)
   rdp, _ = rdp_privacy_accountant.compute_epsilon(orders, divergences, delta)
-  rdp = float(rdp)
-  if kind == "rdp" or rdp > _LARGEST_PLD_EPSILON or delta < _SMALLEST_PLD_DELTA:
-    return rdp
-  delta -= loss_distributions.rounding(steps)
-  if delta < _SMALLEST_PLD_DELTA or _is_too_long(steps):
-    return rdp
-  with np.errstate(over="ignore", invalid="ignore"):
-    pld = float(_loss(steps).get_epsilon_for_delta(delta))
-  return pld if pld < rdp else rdp  # Also where PLD is not a number.
+  return min(found, float(rdp))
 
 
 def in_turn(steps: Steps, kind: str) -> tuple[str, ...]:
-  """The accountants to search by; see `dpdist.search.calibrate`.
+  """The kinds of epsilon to search by; see `dpdist.search.calibrate`.
 
   Raises:
     ValueError: there is no bound by that accountant.
   """
-  if has_renyi(steps, kind) and kind == "pld":
-    return "rdp", "pld"
-  return (kind,)
+  has_renyi(steps, kind)
+  return ("rough", "pld") if kind == "pld" else (kind,)
 
 
 def has_renyi(steps: Steps, kind: str) -> bool:
@@ -136,7 +127,11 @@ def has_renyi(steps: Steps, kind: str) -> bool:
 
 def _is_too_long(steps: Steps) -> bool:
   # Without sampling nothing is convolved.
-  return any(count > _MOST_PLD_STEPS and pair.q < 1 for pair, count in steps)
+  return any(
+    count > loss_distributions.MOST_STEPS
+    and (pair.q < 1 or pair.kind == "truncated")
+    for pair, count in steps
+  )
 
 
 def _divergences(steps: Steps) -> tuple[np.ndarray, np.ndarray]:
@@ -148,16 +143,7 @@ def _divergences(steps: Steps) -> tuple[np.ndarray, np.ndarray]:
   return found[0][0], total
 
 
-@functools.lru_cache(maxsize=4)
-def _loss(
-  steps: tuple[tuple[pairs_lib.Pair, int], ...],
-) -> loss_distributions.Loss:
-  orders, divergences = _divergences(steps)
-  near, _ = rdp_privacy_accountant.compute_epsilon(orders, divergences, 1e-5)
-  return loss_distributions.composed(steps, float(near))
-
-
-def _merged(steps: Steps) -> tuple[tuple[pairs_lib.Pair, int], ...]:
+def _merged(steps: Steps) -> _Merged:
   """The same steps, each pair once and those without a step left out."""
   counts: dict[pairs_lib.Pair, int] = {}
   for pair, count in steps:

@@ -10,18 +10,15 @@ named by the further keyword arguments of `dpdist.pairs.of`, which say what each
 of them takes: `sampling`, `neighboring_relation`, `num_examples`,
 `truncated_batch_size`, `cycle_length`, `examples_per_user`, `group_size`.
 
-Two accountants are offered, both of them dp_accounting's:
+Two accountants are offered:
 
 * `"rdp"` composes Renyi divergences (see `dpdist.renyi`) and converts them with
-  Proposition 12 of Canonne, Kamath & Steinke 2020 (arXiv:2004.00010). A query
-  takes tens of milliseconds, and a tenth of one at another number of steps.
-  It is not offered for truncated samples or several examples a user, where it
-  is loose.
+  Proposition 12 of Canonne, Kamath & Steinke 2020 (arXiv:2004.00010). It is not
+  offered for truncated samples or several examples a user, where it is loose.
 * `"pld"` convolves privacy loss distributions (see
-  `dpdist.loss_distributions`). It is the tighter of the two, and a query takes
-  tenths of a second. Where it is not the tighter bound - epsilon beyond 500, or
-  a delta near 1e-12 or near what rounding comes to, 5e-16 a step - it answers
-  with the RDP bound, which is as valid.
+  `dpdist.loss_distributions`), is the tighter of the two, and takes tenths of a
+  second. Where it has no bound - more than 10^11 steps, or a delta below 1e-250
+  - it answers with the RDP bound, which is as valid.
 
 This module never imports jax, so that a budget can be read without it.
 """
@@ -303,9 +300,10 @@ def calibrate_batch_size(
   accountant = _check("accountant", accountant)
 
   if settings.get("sampling") == "truncated_poisson":
-    # A neighbour may have a row more, and it is that one's which are cut.
+    # A neighbour has a row more, or one less.
     relation = settings.get("neighboring_relation", "add_or_remove_one")
-    settings["num_examples"] = size + (relation == "add_or_remove_one")
+    may_grow = relation == "add_or_remove_one"
+    settings |= {"num_examples": size + may_grow, "may_grow": may_grow}
   in_turn = accountants.in_turn(_steps(sigma, 1.0, 1, settings), accountant)
   turns = settings.get("cycle_length", 1)
   if turns > size:
@@ -314,7 +312,7 @@ def calibrate_batch_size(
     )
 
   def spent(batch: int, kind: str) -> float:
-    steps = _steps(sigma, batch * turns / size, count, settings)
+    steps = _steps(sigma, min(1.0, batch * turns / size), count, settings)
     return accountants.epsilon(steps, delta, kind)
 
   batch = search.calibrate(

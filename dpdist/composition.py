@@ -9,13 +9,15 @@ may be asked then:
   of it. Each of them is dominated by the same pair of distributions, whatever
   was released before, and dominating pairs compose adaptively (Zhu, Dong & Wang
   2022, arXiv:2106.08567, Theorem 10). Both accountants hold.
-* Otherwise only Renyi divergences at one order that was fixed beforehand add
-  up, by the filter of Feldman & Zrnic 2021 (arXiv:2008.11193, section 4).
+* Otherwise only Renyi divergences at orders that were fixed beforehand add up,
+  by the filter of Feldman & Zrnic 2021 (arXiv:2008.11193, section 4). There are
+  several orders here, those of `dpdist.renyi.ladder` for the first part's plan,
+  and each has a share of delta: a run that goes on while any of its filters
+  lets it has lost no more than all of them together (docs/accounting.md).
   Composing privacy loss distributions, or taking the best of several orders
-  afterwards, holds for numbers that were chosen beforehand alone; for curves of
-  trade-offs, which these distributions are another form of, Dong et al. 2026
-  (arXiv:2602.06756) give counterexamples. The order taken here is the best one
-  for the first part's plan.
+  afterwards at the whole of delta, holds for numbers that were chosen
+  beforehand alone; for curves of trade-offs, which these distributions are
+  another form of, Dong et al. 2026 (arXiv:2602.06756) give counterexamples.
 
 A filter bounds a procedure by a sum that was fixed before looking. `epsilon` is
 the sum on the way that was taken, an odometer's reading; the procedure is
@@ -56,23 +58,32 @@ def accountant_of(parts: Sequence[plan_lib.Part]) -> str:
   return wanted if wanted in valid or not valid else valid[0]
 
 
-def epsilons(parts: Sequence[plan_lib.Part]) -> dict[str, float | None]:
+def epsilons(
+  parts: Sequence[plan_lib.Part], *, by_one_order: bool = False
+) -> dict[str, float | None]:
   """What the parts spend by each accountant; None where it is not valid."""
   valid = valid_accountants(parts)
   return {
-    name: epsilon(parts, name) if name in valid else None
+    name: epsilon(parts, name, by_one_order=by_one_order)
+    if name in valid
+    else None
     for name in ("pld", "rdp")
   }
 
 
 def epsilon(
-  parts: Sequence[plan_lib.Part], accountant: str | None = None
+  parts: Sequence[plan_lib.Part],
+  accountant: str | None = None,
+  *,
+  by_one_order: bool = False,
 ) -> float:
   """What the parts spend together, at the delta of the first.
 
   Args:
     parts: in order, at least one; the first has steps if any has.
     accountant: "pld" or "rdp"; None: see `accountant_of`.
+    by_one_order: whether the filter is that of the first plan's best order
+      alone, which ledgers were written by before there were several.
 
   Returns:
     An upper bound on epsilon.
@@ -94,7 +105,7 @@ def epsilon(
       f" got {accountant!r}"
     )
   if _was_chosen_on_the_way(parts):
-    return _at_fixed_order(parts)
+    return _filtered(parts, by_one_order)
   return accountants.epsilon([*_pairs(parts).items()], first.delta, accountant)
 
 
@@ -188,16 +199,16 @@ def plan_after(
     plan = dataclasses.replace(
       draft, noise_multiplier=search.six_digits(-index)
     )
-    del accountant  # It is "rdp", and of these the order is fixed.
-    return _at_fixed_order([*spent, plan_lib.Part(plan, left)])
+    del accountant  # It is "rdp", and of these the orders are fixed.
+    return _filtered([*spent, plan_lib.Part(plan, left)])
 
   index = search.calibrate(
     search.NOISE_MULTIPLIERS, total, config.target_epsilon, ["rdp"], slope=1.0
   )
   if index is None:
     raise ValueError(
-      f"target_epsilon must be more than {_at_fixed_order(spent):.6g}, which"
-      " is spent by Renyi divergences of an order fixed before, got"
+      f"target_epsilon must be more than {_filtered(spent):.6g}, which is spent"
+      " by Renyi divergences at orders fixed before, got"
       f" {config.target_epsilon}"
     )
   return dataclasses.replace(
@@ -244,9 +255,10 @@ def statement(
   how = accountant_of(parts).upper()
   if _was_chosen_on_the_way(parts):
     how += (
-      " at an order that the first settings fixed, since later ones may have"
-      " been chosen by looking at what was released. The number is the largest"
-      " that the run was planned for at any time"
+      " at the best of several orders that the first settings fixed, each with"
+      " a share of delta, since later settings may have been chosen by looking"
+      " at what was released. The number is the largest that the run was"
+      " planned for at any time"
     )
   return (
     f"{statements.unit(last)} The settings of this run changed on the"
@@ -257,15 +269,22 @@ def statement(
   )
 
 
-def _at_fixed_order(parts: Sequence[plan_lib.Part]) -> float:
-  """The filter's epsilon: at the order that is best for the first plan."""
-  first = parts[0].plan
-  order = renyi.best_order(first.steps(), first.delta)
-  divergence = math.fsum(
-    renyi.divergence(pair, count, order)
-    for pair, count in _pairs(parts).items()
+def _filtered(
+  parts: Sequence[plan_lib.Part], by_one_order: bool = False
+) -> float:
+  """The least of the filters' epsilons."""
+  first, pairs = parts[0].plan, _pairs(parts).items()
+  shares = renyi.ladder(first.steps(), first.delta)
+  if by_one_order:
+    shares = {renyi.best_order(first.steps(), first.delta): first.delta}
+  return min(
+    renyi.epsilon_at(
+      order,
+      math.fsum(renyi.divergence(pair, count, order) for pair, count in pairs),
+      delta,
+    )
+    for order, delta in shares.items()
   )
-  return renyi.epsilon_at(order, divergence, first.delta)
 
 
 def _was_chosen_on_the_way(parts: Sequence[plan_lib.Part]) -> bool:

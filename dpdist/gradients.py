@@ -63,6 +63,7 @@ class PrivateGradientFn:
   sensitivity: float
   noise_stddev: float
   _key: jax.Array = dataclasses.field(repr=False)
+  _is_public: bool = False
 
   def init(self, params: PyTree) -> noise.GaussianNoiseState:
     """The state before the first step: a counter, which is all there is."""
@@ -86,7 +87,9 @@ class PrivateGradientFn:
       state: from `init` or the call before.
       is_padding_example: [B] bool; padding contributes exactly 0.
       rng: a PRNG key, or one for each example (for each group, if there are
-        groups), if loss_fn takes one.
+        groups), if loss_fn takes one. One key goes by row, and the guarantee
+        rests on it: it must be as secret as the seed and new at each step, see
+        `dpdist.clipped_grad`.
 
     Returns:
       PrivateGradients, and the next state. Past the plan's last step the
@@ -95,8 +98,15 @@ class PrivateGradientFn:
     Raises:
       ValueError: as `dpdist.clipped_grad`; group_size does not divide the
         batch; inside `jax.shard_map`, where each device would draw noise; the
-        plan is used up, and this is not compiled.
+        plan is used up, or rng is the key of an int, and this is not compiled.
     """
+    if not self._is_public and rng is not None and noise.is_of_an_int(rng):
+      raise ValueError(
+        "rng must be a secret key, new at each step, got jax.random.key of an"
+        " int, which can be guessed: one key goes by row, and a row that is"
+        " taken away moves the others' randomness; use"
+        " jax.random.wrap_key_data of random words, or a key for each example"
+      )
     axes = manual_axes.divided_axes((batch, is_padding_example, rng))
     if axes:
       raise ValueError(
@@ -175,8 +185,8 @@ def private_gradients(
     loss_fn: (params, example[, rng]) -> loss, or (loss, aux) with has_aux.
     plan: the numbers; its noise multiplier, steps and expected batch size.
     seed: of the noise; see `dpdist.gaussian_noise`. A secret with 128 bits of
-      entropy or more for the guarantee to hold. It becomes a constant of
-      programs that this is compiled into.
+      entropy or more, such as os.urandom(32), for the guarantee to hold; an int
+      is none. It becomes a constant of programs that this is compiled into.
     has_aux: whether loss_fn returns (loss, aux).
     l2_clip_norm: a number, or a prefix pytree of params for per-layer clipping;
       noise grows with the root of the sum of squares. None: the plan's.
@@ -229,6 +239,7 @@ def private_gradients(
     sensitivity=sensitivity,
     noise_stddev=plan.noise_multiplier * sensitivity,
     _key=noise.key_of(seed),
+    _is_public=isinstance(seed, int),
   )
 
 

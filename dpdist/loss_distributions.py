@@ -1,188 +1,370 @@
-"""Privacy loss distributions of steps, and what they compose to.
+"""What the privacy losses of steps add up to.
 
-Those of Koskela, Jalko & Honkela 2020 (arXiv:1906.03049), discretised
-pessimistically by connecting the dots (Doroshenko et al. 2022,
-arXiv:2207.04380), by dp_accounting. Arguments are taken as checked; see
+Losses of one step (see `dpdist.mixtures`) are put on a grid, weighted by
+e^(order * loss) so that those which delta is made of are the likely ones, and
+convolved by Fourier transforms (Koskela, Jalko & Honkela 2020,
+arXiv:1906.03049). The weight is taken off again, so that rounding is small
+beside delta, however small that is; what it may come to is added. Everything
+is rounded towards a larger delta. Arguments are taken as checked; see
 `dpdist.accounting`.
 
 Imports no jax.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import functools
 import math
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
-from dp_accounting.pld import pld_pmf
-from dp_accounting.pld import privacy_loss_distribution
-from dp_accounting.pld import privacy_loss_mechanism
 import numpy as np
-from scipy import stats
+from scipy import fft
+from scipy import optimize
+from scipy import special
 
+from dpdist import mixtures
 from dpdist import pairs as pairs_lib
 
-# More steps than this are composed in two stages, because the bound that sizes
-# the convolution grows with the steps where their square root would do.
-_LONG_RUN = 10**5
-_TAIL_MASS = 1e-15
+Steps: TypeAlias = tuple[tuple[pairs_lib.Pair, int], ...]
+_Losses: TypeAlias = list[tuple[mixtures.Atoms, int]]
 
-Loss: TypeAlias = privacy_loss_distribution.PrivacyLossDistribution
+# Cells of the grid in a deviation of one step's loss, as delta sees it. A cell
+# of h adds h^2 / 6 to the variance, so this costs a few millionths of epsilon,
+# or, where the grid would be large, fifty.
+_FINENESS, _LEAST_FINENESS = 500, 40
+_LARGE, _MOST_CELLS = 2**18, 2**22
+# Of the weighted mass, what may lie off the grid: e^-40.
+_LOG_OFF = -40.0
+# Rounding of one step's masses, relative, and of one factor of a transform.
+_STEP_ROUNDING, _FACTOR_ROUNDING = 2.0**-42, 2.0**-50
+# Of delta, what may have an infinite loss.
+_INFINITE = 1e-7
+# Below it the least double is near. Beyond so many steps rounding is all.
+SMALLEST_DELTA, MOST_STEPS = 1e-250, 10**11
+# So rough a look is enough to choose an order by.
+_ROUGH_ORDER = 2.0
+_ORDERS = 2.0 ** np.arange(-12, 100, 2)
 
 
-def composed(
-  steps: Sequence[tuple[pairs_lib.Pair, int]], epsilon_near: float
-) -> Loss:
-  """Returns the loss of all steps together, fixed before the first of them.
+class Sum(NamedTuple):
+  """Weighted losses of all steps.
+
+  Attributes:
+    order: of the weight.
+    cell: of the grid of losses.
+    start: index of the first loss.
+    masses: [n] weighted, of sum 1 or a little more.
+    log_total: of the weighted mass before it was made 1.
+    infinite: mass of an infinite loss.
+    slack: weighted mass that rounding may have hidden, at any loss.
+    growth: by which rounding may have made all of it too small.
+  """
+
+  order: float
+  cell: float
+  start: int
+  masses: np.ndarray
+  log_total: float
+  infinite: float
+  slack: float
+  growth: float
+
+  def log_delta(self, epsilon: float) -> float:
+    """The logarithm of an upper bound on delta."""
+    first = max(0, math.floor(epsilon / self.cell) + 1 - self.start)
+    # What is further out weighs less than the slack.
+    stop = first + math.ceil(50 / (self.order * self.cell)) + 1
+    masses = self.masses[first:stop]
+    above = (self.start + first + np.arange(len(masses))) * self.cell - epsilon
+    found = float(
+      np.sum(masses * np.exp(-self.order * above) * -np.expm1(-above))
+    )
+    log = self.log_total - self.order * epsilon + math.log(found + self.slack)
+    log += self.growth
+    if self.infinite:
+      log = float(np.logaddexp(log, math.log(self.infinite)))
+    return min(log, 0.0)
+
+
+def epsilon(steps: Steps, delta: float) -> float:
+  """Returns an upper bound on the epsilon that steps spend.
 
   Args:
-    steps: pairs, and how often each is composed, at least once.
-    epsilon_near: about what they come to; the grid follows.
+    steps: pairs, and how often each is composed, at least one.
+    delta: at least `SMALLEST_DELTA`.
   """
-  steps = _gaussians_as_one(steps)
-  interval = max(_grid_interval(p, epsilon_near) for p, _ in steps)
-  # With many steps, rounding can make a total mass above 1 overflow; the NaN
-  # that follows is the caller's to replace.
-  with np.errstate(over="ignore", invalid="ignore"):
-    losses = [_repeated(pair, count, interval) for pair, count in steps]
-    return functools.reduce(lambda a, b: a.compose(b), losses)
+  log = math.log(delta)
+  return max(_epsilon_one_way(way, log) for way in _ways(steps))
 
 
-def rounding(steps: Sequence[tuple[pairs_lib.Pair, int]]) -> float:
-  """Returns by how much rounding may make a delta too small.
+def _epsilon_one_way(way: "_Way", log: float) -> float:
+  mu = _mu_of_gaussians(way)
+  if mu is not None:
+    return _inverse(lambda e: gaussian_log_delta(mu, e), log, mu * mu)
+  order, near = _best_order(way, lambda k, x: (k - log) / x)
+  total = _sum(way, order, _rounded_log(log))
+  return _inverse(total.log_delta, log, near)
 
-  A convolution of many steps is a power of a Fourier transform, whose relative
-  error grows with the exponent. Where the transform is near 1 that is an error
-  of the mass. A third of this was seen: -1.4e-11 after 10^5 steps.
+
+def delta(steps: Steps, epsilon: float) -> float:
+  """Returns an upper bound on the delta at which steps spend epsilon."""
+  return max(math.exp(_log_delta_one_way(w, epsilon)) for w in _ways(steps))
+
+
+def _log_delta_one_way(way: "_Way", epsilon: float) -> float:
+  mu = _mu_of_gaussians(way)
+  if mu is not None:
+    return gaussian_log_delta(mu, epsilon)
+  least = math.log(SMALLEST_DELTA)
+  order, near = _best_order(way, lambda k, x: max(k - x * epsilon, least))
+  log = min(near, 0.0)
+  return _sum(way, order, _rounded_log(log)).log_delta(epsilon)
+
+
+def rough_epsilon(steps: Steps, delta: float) -> float:
+  """An upper bound on epsilon that is quick to find, and no tight one."""
+  log = math.log(delta)
+  found = []
+  for way in _ways(steps):
+    mu = _mu_of_gaussians(way)
+    if mu is not None:
+      found.append(_epsilon_one_way(way, log))
+    else:
+      found.append(_best_order(way, lambda k, x: (k - log) / x)[1])
+  return max(0.0, *found)
+
+
+def gaussian_log_delta(mu: float, epsilon: float) -> float:
+  """Of N(mu, 1) against N(0, 1): Balle & Wang 2018 (arXiv:1805.06530)."""
+  above = float(special.log_ndtr(mu / 2 - epsilon / mu))
+  below = epsilon + float(special.log_ndtr(-mu / 2 - epsilon / mu))
+  if below - above > -1e-6:  # All but equal: by the density between the two.
+    z = epsilon / mu
+    log = -0.5 * (z * z + mu * mu / 4) + epsilon / 2
+    return log + math.log(mu) - math.log(math.sqrt(2 * math.pi))
+  return above + math.log(-math.expm1(below - above))
+
+
+def _inverse(
+  log_delta: Callable[[float], float], log: float, near: float
+) -> float:
+  """The least epsilon, or a little more, with so small a delta."""
+  if log_delta(0.0) <= log:
+    return 0.0
+  high = max(near, 1e-300)
+  while log_delta(high) > log:
+    high *= 1.5
+    if not high < math.inf:
+      return math.inf
+  found = optimize.brentq(
+    lambda e: log_delta(e) - log, 0.0, high, xtol=1e-12 * high, rtol=1e-12
+  )
+  step = 1e-12 * high
+  while log_delta(found) > log:  # On the other side of the root.
+    found, step = found + step, 2 * step
+  return float(found)
+
+
+# --- One way ------------------------------------------------------------------
+
+# Directions, and how often each is composed.
+_Way: TypeAlias = tuple[tuple[mixtures.Direction, int], ...]
+
+
+def _ways(steps: Steps) -> list[_Way]:
+  """The directions that a run may be in; in one of them are all of its steps.
+
+  Steps of several kinds have one or more in common, as those of cut samples.
+  """
+  found = [(mixtures.directions(pair), count) for pair, count in steps]
+  most = max(len(directions) for directions, _ in found)
+  return [
+    _gaussians_as_one([(x[i % len(x)], count) for x, count in found])
+    for i in range(most)
+  ]
+
+
+def _gaussians_as_one(way: list[tuple[mixtures.Direction, int]]) -> _Way:
+  """Gaussians that are not mixed compose to one, whatever their order."""
+  counts: dict[mixtures.Direction, int] = {}
+  squares = []
+  for direction, count in way:
+    (side, *more) = direction
+    if not more and len(side.p) == len(side.q) == 1:
+      squares.append(count * (side.reach / side.sigma) ** 2)
+    else:
+      counts[direction] = counts.get(direction, 0) + count
+  if squares:
+    sigma = 1 / math.sqrt(math.fsum(squares))
+    side = mixtures.Side(1.0, ((1.0, 1.0),), ((1.0, 0.0),), sigma)
+    counts[(side,)] = 1
+  return tuple(counts.items())
+
+
+def _mu_of_gaussians(way: _Way) -> float | None:
+  ((side, *more), _), *others = way
+  if others or more or len(side.p) > 1 or len(side.q) > 1:
+    return None
+  return 1 / side.sigma
+
+
+@functools.lru_cache(maxsize=256)
+def _roughly(direction: mixtures.Direction) -> mixtures.Atoms:
+  return mixtures.atoms(direction, 1e-300, _ROUGH_ORDER, fineness=20)
+
+
+@functools.lru_cache(maxsize=64)
+def _rough_moments(direction: mixtures.Direction) -> np.ndarray:
+  return mixtures.log_moments(_roughly(direction), _ORDERS)
+
+
+def _best_order(
+  way: _Way, bound: Callable[[float, float], float]
+) -> tuple[float, float]:
+  """The order at which a bound by moments is least, and the bound.
 
   Args:
-    steps: pairs, and how often each is composed, at least once.
+    way: the steps.
+    bound: from the logarithm of the moment, and the order.
   """
-  num_steps = sum(count for _, count in _gaussians_as_one(steps))
-  return 0.0 if num_steps == 1 else num_steps * 2.0**-51
+  logs = _added([(count, _rough_moments(side)) for side, count in way])
+  values = [bound(k, x) for k, x in zip(logs, _ORDERS, strict=True)]
+  coarse = _least(values)
+  orders = _ORDERS[coarse] * 2.0 ** np.arange(-1.75, 2, 0.25)
+  logs = _added(
+    [(n, mixtures.log_moments(_roughly(side), orders)) for side, n in way]
+  )
+  values = [bound(k, x) for k, x in zip(logs, orders, strict=True)]
+  best = _least(values)
+  return float(orders[best]), float(values[best])
 
 
-def _gaussians_as_one(
-  steps: Sequence[tuple[pairs_lib.Pair, int]],
-) -> Sequence[tuple[pairs_lib.Pair, int]]:
-  """Steps that compose exactly, with no convolution, as the one they are."""
-  first = steps[0][0]
-  if (
-    first.q == 1.0
-    and first.kind in ("presence", "exchange")
-    and all(pair._replace(sigma=first.sigma) == first for pair, _ in steps)
-  ):
-    precision = math.fsum(count / pair.sigma**2 for pair, count in steps)
-    return [(first._replace(sigma=1 / math.sqrt(precision)), 1)]
-  return steps
+def _added(terms: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
+  found: np.ndarray = np.sum([count * term for count, term in terms], axis=0)
+  return found
 
 
-def _repeated(pair: pairs_lib.Pair, count: int, interval: float) -> Loss:
-  step = _step(pair, interval)
-  if count == 1:
-    return step
-  if count <= _LONG_RUN:
-    return step.self_compose(count, _TAIL_MASS)
-  inner = math.isqrt(count)
-  outer, rest = divmod(count, inner)
-  # Each of the outer copies brings its own truncated tail.
-  loss = step.self_compose(inner, _TAIL_MASS / outer).self_compose(outer)
-  if rest:
-    loss = loss.compose(step.self_compose(rest))
-  return loss
+def _least(values: list[float]) -> int:
+  """The first of those that are all but the least, for a small order."""
+  least = min(values)
+  return next(i for i, x in enumerate(values) if x <= least + 1e-3 * abs(least))
 
 
-@functools.lru_cache(maxsize=8)
-def _step(pair: pairs_lib.Pair, interval: float) -> Loss:
-  if pair.kind == "exchange" and pair.q < 1:
-    return _exchange(pair.sigma, pair.q, interval)
-  if pair.kind == "binomial" and not _has_binomial_loss(pair):
-    pair = pair.with_renyi
-  if pair.kind == "binomial":
-    rows = range(pair.rows + 1)
-    return privacy_loss_distribution.from_mixture_gaussian_mechanism(
-      pair.sigma,
-      [float(k) for k in rows],
-      stats.binom.pmf(rows, pair.rows, pair.q).tolist(),
-      value_discretization_interval=interval,
-    )
-  if pair.kind == "truncated":
-    make = (
-      privacy_loss_distribution.from_truncated_subsampled_gaussian_mechanism
-    )
-    return make(
-      pair.num_examples,
-      pair.q,
-      pair.limit,
-      pair.sigma,
-      value_discretization_interval=interval,
-    )
-  return privacy_loss_distribution.from_gaussian_mechanism(
-    pair.sigma, value_discretization_interval=interval, sampling_prob=pair.q
+def _rounded_log(log: float) -> float:
+  """So that queries at like deltas are of the same sum."""
+  return 8.0 * math.floor(log / 8)
+
+
+@functools.lru_cache(maxsize=4)
+def _sum(way: _Way, order: float, log_delta: float) -> Sum:
+  """What steps add up to, to be asked at a delta of about e^log_delta."""
+  num_steps = sum(count for _, count in way)
+  tiny = max(math.exp(log_delta) * _INFINITE / num_steps, 1e-305)
+  steps = [(mixtures.atoms(side, tiny, order), count) for side, count in way]
+  cell = _cell(steps, order, num_steps)
+  low, high = _window(steps, order)
+  least = cell * _FINENESS / _LEAST_FINENESS
+  cell = max(cell, min(least, (high - low) / _LARGE))
+  cell = max(cell, (high - low) / _MOST_CELLS)
+  size = fft.next_fast_len(math.ceil((high - low) / cell) + 8, real=True)
+  start = math.floor(low / cell) - 4
+  factors, offset, log_total = [], 0, 0.0
+  for atoms, count in steps:
+    first, masses, log = _on_grid(atoms, cell, order, size)
+    factors.append((fft.rfft(masses), count))
+    offset += first * count
+    log_total += log * count
+  transform = _product(factors)
+  masses = np.roll(fft.irfft(transform, size), (offset - start) % size)
+  # Each factor is off by a little, in its own place: so much in any cell.
+  flat = (2 * float(np.sum(np.abs(transform)))) / size
+  hidden = num_steps * _FACTOR_ROUNDING * flat
+  cells = min(size, 1 + 1 / -math.expm1(-order * cell))
+  return Sum(
+    order=order,
+    cell=cell,
+    start=start,
+    masses=np.maximum(masses, 0.0),
+    log_total=log_total,
+    infinite=-math.expm1(
+      math.fsum(n * math.log1p(-min(a.infinite, 0.5)) for a, n in steps)
+    ),
+    slack=hidden * cells + 2 * math.exp(_LOG_OFF),
+    growth=num_steps * _STEP_ROUNDING,
   )
 
 
-def _has_binomial_loss(pair: pairs_lib.Pair) -> bool:
-  """Whether dp_accounting can tell the losses of such a pair.
+def _product(factors: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
+  """Of powers, of which all but few places are as good as 0 for many steps."""
+  with np.errstate(divide="ignore"):
+    logs = _added([(count, np.log(np.abs(x))) for x, count in factors])
+  places = np.flatnonzero(logs > 2 * _LOG_OFF)
+  turns = _added([(count, np.angle(x[places])) for x, count in factors])
+  found = np.zeros(len(logs), complex)
+  found[places] = np.exp(logs[places] + 1j * turns)
+  return found
 
-  It takes two losses that differ by less than 1e-8 for the same, so that with
-  the tiniest probabilities nothing is left of them, and it looks for their
-  places to within 1e-6 of the noise's unit, which much noise has no bits for.
-  """
-  return pair.rows * pair.q > 1e-7 and pair.sigma < 1e4
+
+def _cell(steps: _Losses, order: float, num_steps: int) -> float:
+  """How far the losses of the grid are apart."""
+  moments, squares = [], []
+  for atoms, count in steps:
+    (log,) = mixtures.log_moments(atoms, np.array([order]))
+    weights = atoms.masses * np.exp(order * atoms.losses - log)
+    moments.append(count * float(log))
+    squares.append(count * float(np.sum(weights * atoms.losses**2)))
+  variance = math.fsum(squares) / num_steps
+  by_moment = math.fsum(moments) / num_steps
+  if by_moment > 1e-12:  # Else rounding.
+    variance = min(variance, 2 * by_moment / (order * (order + 1)))
+  cell = math.sqrt(variance) / _FINENESS
+  # One of few, so that like steps have the same and compare.
+  return 2.0 ** (math.floor(4 * math.log2(cell)) / 4)
 
 
-def _exchange(sigma: float, q: float, interval: float) -> Loss:
-  """See `dpdist.pairs`: the larger of both divergences at every order.
-
-  Of order e^epsilon, that is the one of removing from 0 on, and below 0 that of
-  adding.
-  """
-  remove, add = (
-    privacy_loss_mechanism.GaussianPrivacyLoss(
-      sigma, sampling_prob=q, adjacency_type=adjacency
-    )
-    for adjacency in (
-      privacy_loss_mechanism.AdjacencyType.REMOVE,
-      privacy_loss_mechanism.AdjacencyType.ADD,
-    )
+def _window(steps: _Losses, order: float) -> tuple[float, float]:
+  """Between which all but a tiny part of the weighted sum lies (Chernoff)."""
+  mean, variance, least, most, base = 0.0, 0.0, 0.0, 0.0, 0.0
+  for atoms, count in steps:
+    (log,) = mixtures.log_moments(atoms, np.array([order]))
+    weights = atoms.masses * np.exp(order * atoms.losses - log)
+    middle = float(np.sum(weights * atoms.losses))
+    mean += count * middle
+    variance += count * float(np.sum(weights * (atoms.losses - middle) ** 2))
+    least += count * float(np.min(atoms.losses))
+    most += count * float(np.max(atoms.losses))
+    base += count * float(log)
+  shifts = np.array([0.5, 1, 2, 4, 6, 8, 10, 15, 20, 40, 80]) / math.sqrt(
+    variance
   )
-  top = math.ceil(remove.connect_dots_bounds().epsilon_upper / interval)
-  bottom = math.floor(add.connect_dots_bounds().epsilon_lower / interval)
-  epsilons = np.arange(bottom, top + 1) * interval
-  deltas = np.maximum(
-    remove.get_delta_for_epsilon(epsilons), add.get_delta_for_epsilon(epsilons)
+  room = 1 - _LOG_OFF
+  above, below = (
+    _added([(n, mixtures.log_moments(atoms, order + x)) for atoms, n in steps])
+    - base
+    for x in (shifts, -shifts)
   )
-  return privacy_loss_distribution.PrivacyLossDistribution(
-    pld_pmf.create_pmf_pessimistic_connect_dots_fixed_gap(
-      interval, bottom, top, deltas
-    )
-  )
+  high = min(most, float(np.min((above + room) / shifts)))
+  low = max(least, float(np.max((below + room) / -shifts)))
+  return min(low, mean), max(high, mean)
 
 
-def _grid_interval(pair: pairs_lib.Pair, epsilon_near: float) -> float:
-  """Returns the spacing of the grid of privacy losses.
-
-  Rounding a loss to a grid of spacing h adds about h^2 / 6 to its variance,
-  which is about (q / sigma)^2 or more, and epsilon grows as the root of the
-  variance. A fortieth of q / sigma therefore costs about one part in twenty
-  thousand, whatever the number of steps; 1e-4 alone costs ten at q=.001.
-  Coarser grids are as valid. They are used where a finer one would lose mass
-  to rounding (1e-5) or would not fit: a step's losses in 200,000 points, a
-  run's in a few million.
-  """
-  sigma, q = pair.sigma, pair.q
-  finest = 1e-4
-  if pair.kind == "binomial":
-    # Each point takes a search for where its loss is.
-    finest = 1e-3
-    sigma, q = sigma / pair.rows, min(1.0, q * pair.rows)
-  if pair.kind == "truncated":
-    sigma /= 2
-  exponent = 0.5 / sigma**2 + 10 / sigma  # The loss ten deviations out.
-  largest_loss = float(np.logaddexp(0.0, exponent + math.log(q)))
-  return max(
-    min(finest, pair.q / pair.sigma / 40),
-    1e-5,
-    largest_loss / 200_000,
-    epsilon_near / 1e6,
+def _on_grid(
+  atoms: mixtures.Atoms, cell: float, order: float, size: int
+) -> tuple[int, np.ndarray, float]:
+  """Atoms moved to both neighbours, weighted; their first, and the total."""
+  below = np.floor(atoms.losses / cell)
+  up = np.expm1(below * cell - atoms.losses) / math.expm1(-cell)
+  up = np.clip(up, 0.0, 1.0)
+  exponents = order * cell * below
+  top = float(np.max(exponents[atoms.masses > 0]))
+  weights = atoms.masses * np.exp(np.minimum(exponents - top, 0.0))
+  first = int(np.min(below))
+  places = (below - first).astype(np.int64)
+  masses = np.bincount(
+    places % size, weights=weights * (1 - up), minlength=size
+  ) + np.bincount(
+    (places + 1) % size,
+    weights=weights * up * math.exp(order * cell),
+    minlength=size,
   )
+  total = float(np.sum(masses))
+  return first, masses / total, top + math.log(total)

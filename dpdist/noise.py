@@ -5,7 +5,9 @@ A mechanism is two pure functions and a counter: `init(params)` and
 leaf), so the counter is all that a checkpoint has to keep.
 """
 
+import functools
 import hashlib
+import logging
 import math
 from typing import Any, NamedTuple
 
@@ -48,9 +50,11 @@ def gaussian_noise(
     stddev: standard deviation of one entry, in units of the sum: noise
       multiplier times l2 sensitivity. Finite and at least 0. A float32 scalar
       array, possibly traced, is taken as it is.
-    seed: an int or bytes, hashed to a key, or a scalar typed PRNG key, possibly
-      traced. A secret belongs in the latter, passed as an argument of the
-      compiled function, since constants are written into compiled programs.
+    seed: bytes, hashed to a key, or a scalar typed PRNG key, possibly traced:
+      a secret of 128 bits of entropy or more, as of os.urandom(32). Better a
+      key, passed as an argument of the compiled function, since constants are
+      written into compiled programs. An int is for tests: it can be guessed,
+      and the noise subtracted, as a line in the log says once.
 
   Returns:
     An optax.GradientTransformation whose state is the step counter alone.
@@ -111,6 +115,7 @@ def key_of(seed: int | bytes | jax.Array) -> jax.Array:
       )
     return seed
   if isinstance(seed, int) and not isinstance(seed, bool):
+    _say_that_it_is_public()
     seed = keys.insecure_secret(seed)
   if not isinstance(seed, bytes) or not seed:
     raise ValueError(
@@ -119,3 +124,25 @@ def key_of(seed: int | bytes | jax.Array) -> jax.Array:
     )
   digest = hashlib.sha256(b"dpdist.noise/seed/v1" + seed).digest()
   return as_key(keys.prng_words(digest))
+
+
+def is_of_an_int(key: jax.Array) -> bool:
+  """Whether one key is what `jax.random.key` makes of an int of 32 bits.
+
+  Of random words one in 2^32 is taken for that. False for a traced key, which
+  tells nothing, and for several keys.
+  """
+  if isinstance(key, jax.core.Tracer) or getattr(key, "shape", None) != ():
+    return False
+  if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    return False
+  return not np.asarray(jax.random.key_data(key))[0]
+
+
+@functools.cache
+def _say_that_it_is_public() -> None:
+  """Once a process, and not at every step."""
+  logging.getLogger(__name__).warning(
+    "seed is an int, which can be guessed: the noise is public and nothing is"
+    " private. Pass a secret, such as os.urandom(32)."
+  )

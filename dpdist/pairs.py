@@ -2,26 +2,32 @@
 
 However a step samples and whatever the neighboring relation, its privacy is
 that of one pair of distributions (a dominating pair: Zhu, Dong & Wang 2022,
-arXiv:2106.08567). There are four kinds here, all of Gaussians on a line whose
-unit is the clip norm C, and noise of standard deviation sigma:
+arXiv:2106.08567). There are five kinds here, all of Gaussians on a line whose
+unit is the clip norm C, and noise of standard deviation sigma. Proofs that are
+in no paper are in docs/accounting.md.
 
   "presence"  q N(1) + (1-q) N(0) against N(0): with probability q the data of
               one unit are in the sum, or they are not. (Mironov, Talwar & Zhang
               2019, arXiv:1908.10530.)
-  "exchange"  the sum has, with probability q, something of a unit that may be
-              anything else in the other data set; what the sum has otherwise
-              may depend on the sample as well. The unit here is the l2
-              distance of the exchange, twice the clip norm. Amplification by
-              advanced joint convexity bounds the hockey-stick divergence of
-              order a >= 1 by that of q N(1) + (1-q) N(0) against N(0), and
-              that of order a < 1 by the same with the distributions exchanged
-              (Balle, Barthe & Gaboardi 2018, arXiv:1807.01647; Zhu, Dong & Wang
-              2022). The larger of what adding and removing compose to need not
-              be a bound: Lebeda et al. 2024, arXiv:2405.20769.
+  "opposite"  q N(1) + (1-q) N(0) against q N(-1) + (1-q) N(0): with probability
+              q, whatever the rest of the sample is, the sum has something of a
+              unit that may be anything else in the other data set.
+  "exchange"  as "opposite", but what the sum has otherwise may depend on
+              whether the unit is in the sample, as it does where samples have
+              one size. The unit here is the l2 distance of the exchange, twice
+              the clip norm. Amplification by advanced joint convexity bounds
+              the hockey-stick divergence of order a >= 1 by that of q N(1) +
+              (1-q) N(0) against N(0), and that of order a < 1 by the same with
+              the distributions exchanged (Balle, Barthe & Gaboardi 2018,
+              arXiv:1807.01647; Zhu, Dong & Wang 2022). The larger of what
+              adding and removing compose to need not be a bound: Lebeda et al.
+              2024, arXiv:2405.20769.
   "binomial"  the sum has K of a unit's rows, K from Binomial(k, q).
-  "truncated" as "presence", but a sample of more than B of n rows is cut to B
-              ("Tighter Privacy Analysis for Truncated Poisson Sampling", 2025,
-              arXiv:2508.15089, as dp_accounting computes it).
+  "truncated" as "presence", but a sample of more than B of n rows is cut to B:
+              where it is cut, a unit that comes in drives out another, with a
+              probability of less than q, which moves the sum by 2 at most
+              (after "Tighter Privacy Analysis for Truncated Poisson Sampling",
+              2025, arXiv:2508.15089).
 
 Imports no jax, and no accountant.
 """
@@ -36,12 +42,15 @@ class Pair(NamedTuple):
   """One step.
 
   Attributes:
-    kind: "presence", "exchange", "binomial" or "truncated".
+    kind: "presence", "opposite", "exchange", "binomial" or "truncated".
     sigma: standard deviation of the noise, in the kind's unit.
     q: with which probability a row takes part, in (0, 1].
     rows: k of "binomial".
-    num_examples: n of "truncated".
+    num_examples: n of "truncated", those of the larger data set.
     limit: B of "truncated".
+    is_in_place: whether a missing row of "truncated" leaves its place empty.
+    is_either: whether num_examples may be those of the smaller data set too,
+      less one, which is worse or better, as the limit is.
   """
 
   kind: str
@@ -50,11 +59,13 @@ class Pair(NamedTuple):
   rows: int = 1
   num_examples: int = 0
   limit: int = 0
+  is_in_place: bool = False
+  is_either: bool = False
 
   @property
   def has_renyi(self) -> bool:
     """Whether there is a bound on its Renyi divergences."""
-    return self.kind in ("presence", "exchange")
+    return self.kind in ("presence", "opposite", "exchange")
 
   @property
   def with_renyi(self) -> "Pair":
@@ -83,6 +94,7 @@ def of(
   cycle_length: int = 1,
   examples_per_user: int = 1,
   group_size: int = 1,
+  may_grow: bool = False,
 ) -> Pair:
   """Returns the pair of one step in which a unit can take part.
 
@@ -105,6 +117,8 @@ def of(
       group are always the same, and where one is missing, its place stays
       empty. A group is drawn as a whole, and one row of it can turn its
       gradient over, which is an exchange.
+    may_grow: whether the data set has one row less than num_examples, and is
+      meant to be told neither from the larger one nor from a smaller one.
 
   Raises:
     ValueError: the settings are for no mechanism with a proof.
@@ -121,24 +135,30 @@ def of(
   sigma, q = noise_multiplier, sampling_probability
   if truncated_batch_size is not None:
     assert num_examples is not None
-    if truncated_batch_size < num_examples:
-      return Pair(
-        "truncated",
-        sigma,
-        q,
-        num_examples=num_examples,
-        limit=truncated_batch_size,
-      )
-    return Pair("presence", sigma, q)
+    if truncated_batch_size >= num_examples:
+      return Pair("presence", sigma, q)
+    return Pair(
+      "truncated",
+      sigma,
+      q,
+      num_examples=num_examples,
+      limit=truncated_batch_size,
+      is_in_place=neighboring_relation == "zero_out",
+      is_either=may_grow,
+    )
+  is_replaced = neighboring_relation == "replace_one"
+  if q == 1:  # All that a unit has is always there: one Gaussian.
+    reach = examples_per_user * (1 if is_replaced or group_size == 1 else 2)
+    return Pair("presence", sigma / reach, q)
   if examples_per_user > 1:
     return Pair("binomial", sigma, q, rows=examples_per_user)
-  if neighboring_relation == "replace_one":
-    # In a group, too, no more can be exchanged than the whole gradient.
+  if sampling == "fixed_size":
     return Pair("exchange", sigma, q)
-  if group_size > 1:
-    # Noise was measured in clip norms; an exchange is two of them long.
-    return Pair("exchange", sigma / 2, q)
-  return Pair("presence", sigma, q)
+  if is_replaced:
+    # Noise was measured in twice the clip norm. In a group, too, no more can be
+    # exchanged than the whole gradient.
+    return Pair("opposite", 2 * sigma, q)
+  return Pair("opposite" if group_size > 1 else "presence", sigma, q)
 
 
 def num_turns(num_steps: int, cycle_length: int = 1) -> int:

@@ -10,6 +10,7 @@ which takes longer to load than a ledger.
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
 import numbers
@@ -170,7 +171,8 @@ class PrivacyPlan(Sampling):
 
   def probability(self, setting: Setting) -> float:
     """As `sampling_probability`, under a setting."""
-    return setting.expected_batch_size * self.cycle_length / self.num_examples
+    q = setting.expected_batch_size * self.cycle_length / self.num_examples
+    return min(1.0, q)  # Which rounding may miss by a bit.
 
   @property
   def num_units(self) -> int:
@@ -204,16 +206,31 @@ class PrivacyPlan(Sampling):
     """
     stop = self.num_steps if num_steps is None else num_steps
     ends = [setting.start for setting in self.settings[1:]] + [stop]
-    found = []
-    for setting, end in zip(self.settings, ends, strict=True):
-      count = min(end, stop) - setting.start
-      if count > 0:
-        turns = pairs_lib.num_turns(count, self.cycle_length)
-        found.append((self._pair(setting), turns))
-    return found
-
-  def _pair(self, setting: Setting) -> pairs_lib.Pair:
-    return _pair_of(self, setting.noise_multiplier, self.probability(setting))
+    # Which turns each setting is for, in part or as a whole.
+    turns = [
+      (
+        setting.start // self.cycle_length,
+        pairs_lib.num_turns(min(end, stop), self.cycle_length),
+        setting,
+      )
+      for setting, end in zip(self.settings, ends, strict=True)
+      if min(end, stop) > setting.start
+    ]
+    bounds = sorted({x for first, last, _ in turns for x in (first, last)})
+    # Whose turn it is under which setting differs by the part of the rows, and
+    # nobody has more than one step of a turn: the worst of it is taken.
+    return [
+      (
+        _pair_of(
+          self,
+          min(x.noise_multiplier for x in found),
+          max(self.probability(x) for x in found),
+        ),
+        last - first,
+      )
+      for first, last in itertools.pairwise(bounds)
+      if (found := [x for start, end, x in turns if start <= first < end])
+    ]
 
   def epsilon(self, num_steps: int | None = None) -> float:
     """Returns the epsilon, at `delta`, of a run that stops after some steps.
@@ -446,20 +463,20 @@ def _check(record: PrivacyConfig | PrivacyPlan) -> None:
 def _pair_of(
   record: PrivacyConfig | PrivacyPlan, noise_multiplier: float, q: float
 ) -> pairs_lib.Pair:
-  larger = None  # Of two neighbouring data sets; the other may have a row more.
-  if record.sampling == "truncated_poisson":
-    is_kept = record.neighboring_relation != "add_or_remove_one"
-    larger = record.num_examples + (not is_kept)
+  is_truncated = record.sampling == "truncated_poisson"
+  # A neighbour has a row more, or one less.
+  may_grow = is_truncated and record.neighboring_relation == "add_or_remove_one"
   return pairs_lib.of(
     noise_multiplier=noise_multiplier,
     sampling_probability=q,
     sampling=record.sampling,
     neighboring_relation=record.neighboring_relation,
-    num_examples=larger,
+    num_examples=record.num_examples + may_grow if is_truncated else None,
     truncated_batch_size=record.truncated_batch_size,
     cycle_length=record.cycle_length,
     examples_per_user=record.examples_per_user,
     group_size=record.group_size,
+    may_grow=may_grow,
   )
 
 

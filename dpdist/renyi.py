@@ -1,37 +1,54 @@
 """Renyi divergences of a step of DP-SGD, and what they come to.
 
-Those of "presence" are of the sampled Gaussian mechanism (Mironov, Talwar &
-Zhang 2019, arXiv:1908.10530), those of "exchange" are bounded as for samples
-without replacement (Wang, Balle & Kasiviswanathan 2019, arXiv:1808.00087,
-Theorem 27); for other pairs there is no bound here. Arguments are taken as
-checked; see `dpdist.accounting` and `dpdist.pairs`.
+They are integrals over both distributions of a pair; those of "presence" are
+the sampled Gaussian mechanism's (Mironov, Talwar & Zhang 2019,
+arXiv:1908.10530). "binomial" and "truncated" have none here. Arguments are
+taken as checked; see `dpdist.accounting` and `dpdist.pairs`.
 
 Imports no jax.
 """
 
-from collections.abc import Iterator, Sequence
-import contextlib
+from collections.abc import Sequence
 import functools
-import logging
 import math
 
 import dp_accounting
 from dp_accounting.rdp import rdp_privacy_accountant
 import numpy as np
+from scipy import special
 
+from dpdist import mixtures
 from dpdist import pairs as pairs_lib
 from dpdist import search
 
-# At whole orders a step's divergence is a finite sum, whatever its numbers.
-WHOLE_ORDERS = (*range(2, 64), 128, 256, 512, 1024)
+# Orders that were fixed beforehand are among these. Much noise has its best
+# ones beyond a thousand.
+WHOLE_ORDERS = (
+  *range(2, 64),
+  *(x for k in range(6, 30) for x in (3 * 2 ** (k - 1), 2 ** (k + 1))),
+)
+_ORDERS = np.array([*(1 + x / 10 for x in range(1, 100)), *WHOLE_ORDERS[9:]])
+_LOW = 64.0  # Orders up to it are integrated at the same places.
+# Orders over the best one, and the share of delta of each.
+_LADDER = {
+  **{0.25: 0.1, 0.375: 0.1, 0.5: 0.1, 0.75: 0.1},
+  **{1.0: 0.4, 1.5: 0.1, 2.5: 0.06, 5.0: 0.04},
+}
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
+# Beyond so many panels a Gaussian that is always drawn is a bound as good.
+_MOST_PANELS = 2**15
+# Larger exponents of what is below 1 are not worth the places they take.
+_MOST_FALL = 30.0
 
 
 def step_event(pair: pairs_lib.Pair) -> dp_accounting.DpEvent:
   """One step as dp_accounting's accountants understand it.
 
-  An "exchange" is meant for one under REPLACE_ONE that takes the noise to be in
-  units of the exchange, as its RDP accountant does; its PLD accountant takes it
-  in units of half of that.
+  An "opposite" is meant for one of losses under REPLACE_ONE, which takes the
+  noise to be in clip norms. An "exchange" is meant for one under REPLACE_ONE
+  that takes the noise to be in units of the exchange, as its RDP accountant
+  does; its PLD accountant takes it in units of half of that. Of a cut sample
+  it is the pair with more rows.
   """
   event: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(pair.sigma)
   if pair.kind == "truncated":
@@ -60,24 +77,84 @@ def step_divergences(pair: pairs_lib.Pair) -> tuple[np.ndarray, np.ndarray]:
 
   The pair has a Renyi bound.
   """
-  relation = (
-    dp_accounting.NeighboringRelation.REPLACE_ONE
-    if pair.kind == "exchange"
-    else dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE
+  is_low = _ORDERS <= _LOW
+  divergences = np.concatenate(
+    [
+      _integrals(pair, _ORDERS[is_low]),
+      *(_integrals(pair, np.array([x])) for x in _ORDERS[~is_low]),
+    ]
   )
-  accountant = dp_accounting.rdp.RdpAccountant(neighboring_relation=relation)
-  with _no_word_of_orders_left_out():
-    accountant.compose(step_event(pair))
-  orders = accountant.orders
-  # Rounding leaves divergences near 1e-16 at zero or below, which would count
-  # as no loss at all. What a mean shift of q alone costs is the true limit
-  # there, and below the computed values everywhere else.
-  divergences = np.maximum(
-    accountant.rdp, orders * (pair.q / pair.sigma) ** 2 / 2
-  )
-  for array in (orders, divergences):
-    array.setflags(write=False)  # Shared by every later query.
-  return orders, divergences
+  # Rounding may leave too little of the smallest. What a mean shift of q alone
+  # costs is the true limit there, and below the others.
+  shift = pair.q * (2 if pair.kind == "opposite" else 1)
+  divergences = np.maximum(divergences, _ORDERS * (shift / pair.sigma) ** 2 / 2)
+  divergences.setflags(write=False)  # Shared by every later query.
+  return _ORDERS, divergences
+
+
+def _integrals(pair: pairs_lib.Pair, orders: np.ndarray) -> np.ndarray:
+  """Divergences of P from Q by Gauss-Legendre quadrature.
+
+  For all pairs with a bound that is the larger one of both directions.
+  """
+  ((side,), *_) = mixtures.directions(pair)
+  sigma, reach = side.sigma, side.reach
+  unsampled = orders * (reach / sigma) ** 2 / 2
+  if pair.q == 1:
+    return unsampled
+  low = min(m for _, m in side.q) - 10 * sigma
+  low = reach / 2 if side.is_folded else low
+  # Where the moment's last peak is, and ten deviations more.
+  high = max(m for _, m in side.p) + (max(orders) - 1) * reach + 10 * sigma
+  panels = (high - low) / min(sigma, 2 * sigma * (sigma / reach))
+  if not panels < _MOST_PANELS:
+    return unsampled
+  ends = np.linspace(low, high, math.ceil(panels) + 1)[:, np.newaxis]
+  half = (ends[1:] - ends[:-1]) / 2
+  x = (ends[1:] + ends[:-1]) / 2 + half * _NODES
+  losses, logs = mixtures.loss(side, x), mixtures.log_density(side.q, sigma, x)
+  logs += np.log(half * _WEIGHTS)
+  found = [
+    _log_moment(order, losses, logs, side.is_folded) / (order - 1)
+    for order in orders
+  ]
+  return np.minimum(unsampled, found)
+
+
+def _log_moment(
+  order: float, losses: np.ndarray, logs: np.ndarray, is_folded: bool
+) -> float:
+  """The logarithm of the ratio's mean under Q, to the power of the order."""
+  terms = logs + order * losses
+  log = float(special.logsumexp(terms))
+  if log > 1:
+    # Of the other half there is no more than all of P and Q.
+    return float(np.logaddexp(log, math.log(2))) if is_folded else log
+  excess = float(np.sum(_excess(order, losses, logs)))
+  if is_folded:  # Here Q is P, with losses the other way.
+    fall = min(order, _MOST_FALL)
+    excess += float(np.sum(_excess(fall, -losses, logs + losses)))
+  return math.log1p(excess)
+
+
+def _excess(order: float, losses: np.ndarray, logs: np.ndarray) -> np.ndarray:
+  """Terms of the moment over 1: e^logs (e^(order l) - 1 - order (e^l - 1)).
+
+  What is taken off adds up to nothing, and to the first order the rest is gone.
+  """
+  weights = np.exp(logs)
+  is_near = order * np.abs(losses) < 0.5
+  small = np.where(is_near, losses, 0.0)
+  near = weights * (_beyond(order * small) - order * _beyond(small))
+  far = np.exp(logs + order * losses) - weights
+  far -= order * (np.exp(logs + losses) - weights)
+  return np.where(is_near, near, far)
+
+
+def _beyond(x: np.ndarray) -> np.ndarray:
+  """e^x - 1 - x."""
+  small = x * x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6))))
+  return np.where(np.abs(x) < 0.01, small, np.expm1(x) - x)
 
 
 def divergence(pair: pairs_lib.Pair, num_steps: int, order: int) -> float:
@@ -131,17 +208,18 @@ def best_order(
   )
 
 
-@contextlib.contextmanager
-def _no_word_of_orders_left_out() -> Iterator[None]:
-  """Keeps dp_accounting from logging each order whose series did not converge.
+def ladder(
+  steps: Sequence[tuple[pairs_lib.Pair, int]], delta: float
+) -> dict[int, float]:
+  """Returns orders around the best one for steps, and a share of delta each.
 
-  Such an order is left out of the minimum over orders, which loses tightness
-  at most, and a search would log it hundreds of times.
+  Those are for what comes instead of these steps. Less noise has lower orders,
+  at which a share costs most.
   """
-  logger = logging.getLogger("absl")
-  keep = lambda record: "failed to converge" not in str(record.msg)
-  logger.addFilter(keep)
-  try:
-    yield
-  finally:
-    logger.removeFilter(keep)
+  best = best_order(steps, delta)
+  found: dict[int, float] = {}
+  for factor, share in _LADDER.items():
+    wanted = math.log(best * factor)
+    order = min(WHOLE_ORDERS, key=lambda x: abs(math.log(x) - wanted))
+    found[order] = found.get(order, 0.0) + share * delta
+  return found

@@ -39,6 +39,7 @@ LAYERS = (
   + ("events", "chips", "compiled", "products", "archives")
   + ("scattering", "augment", "pictures", "chance"),
   ("pairs", "fetch", "scaled_scattering"),
+  ("mixtures",),
   ("records", "renyi", "loss_distributions", "verdict"),
   ("accountants",),
   ("accounting", "sampling", "noise", "clipping", "peers"),

@@ -81,20 +81,37 @@ def test_a_run_is_bounded_by_the_dearest_of_its_plans():
   assert composition.guaranteed([]) == 0.0
 
 
-def test_noise_chosen_after_looking_adds_up_at_one_order_fixed_before():
-  later = _part(60, noise_multiplier=0.9, expected_batch_size=100.0)
-  parts = [_part(100), later]
+@pytest.mark.parametrize("count", [1, 100])
+@pytest.mark.parametrize("sigma", [0.6, 0.9, 1.1])
+def test_noise_chosen_after_looking_adds_up_at_orders_fixed_before(
+  sigma, count
+):
+  later = _part(60, noise_multiplier=sigma, expected_batch_size=100.0)
   best = min(
     range(2, 64),
     key=lambda a: _epsilon(500 * _divergence(_PLAN, a), a, 1e-5),
   )
-  total = 100 * _divergence(_PLAN, best) + 60 * _divergence(later.plan, best)
-  found = composition.epsilon(parts)
-  assert found == pytest.approx(_epsilon(total, best, 1e-5), rel=1e-9)
-  # The order depends on the first plan alone, not on what came of it.
-  other = 1 * _divergence(_PLAN, best) + 60 * _divergence(later.plan, best)
-  found = composition.epsilon([_part(1), later])
-  assert found == pytest.approx(_epsilon(other, best, 1e-5), rel=1e-9)
+  # The orders depend on the first plan alone, not on what came of it.
+  assert best == 8
+  shares = {2: 0.1, 3: 0.1, 4: 0.1, 6: 0.1, 8: 0.4, 12: 0.1, 20: 0.06, 40: 0.04}
+  assert math.fsum(shares.values()) == pytest.approx(1)
+  expected = {}
+  for by_one_order, deltas in ((False, shares), (True, {best: 1.0})):
+    expected[by_one_order] = min(
+      _epsilon(
+        count * _divergence(_PLAN, a) + 60 * _divergence(later.plan, a),
+        a,
+        1e-5 * share,
+      )
+      for a, share in deltas.items()
+    )
+    found = composition.epsilon(
+      [_part(count), later], by_one_order=by_one_order
+    )
+    assert found == pytest.approx(expected[by_one_order], rel=1e-9)
+  # Where noise falls, the first plan's own order comes to be the wrong one.
+  if sigma == 0.6:
+    assert expected[False] < expected[True] / 3
 
 
 def test_it_is_no_less_than_numbers_chosen_beforehand_spend():
@@ -207,7 +224,7 @@ def test_a_run_that_charged_nothing_is_planned_anew():
     ({"num_steps": 100}, r"num_steps must be more than the 100 .* got 100"),
     (
       {"noise_multiplier": None, "target_epsilon": 0.5},
-      r"target_epsilon must be more than .* order fixed before, got 0\.5",
+      r"target_epsilon must be more than .* orders fixed before, got 0\.5",
     ),
   ],
 )
@@ -230,7 +247,7 @@ def test_the_statement_tells_of_every_part():
   assert "noise of 1.2 times" in text
   assert "60 steps that draw each" in text
   assert "noise of 0.9 times" in text
-  assert "by RDP at an order that the first settings fixed" in text
+  assert "by RDP at the best of several orders that the first settings" in text
   # The event is the same, so all holds as without a change.
   text = composition.statement([_part(100), _part(60, l2_clip_norm=3.0)])
   assert "by PLD. This holds" in text

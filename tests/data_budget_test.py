@@ -250,8 +250,8 @@ def test_room_that_nobody_came_for_is_given_back(tmp_path):
     ({"delta": 1e-5}, "made for epsilon 3 at delta 1e-06.*delta 1e-05"),
     ({"epsilon": -1.0}, "epsilon must be finite and > 0, got -1"),
     (
-      {"epsilon": 1e-9},
-      "epsilon must be large enough for data_budget.delta=1e-06",
+      {"epsilon": 1e-12, "delta": 1e-12},
+      "epsilon must be large enough for data_budget.delta=1e-12",
     ),
     ({"delta": 1.0}, r"delta must be in \(0, 1\), got 1\.0"),
   ],

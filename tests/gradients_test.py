@@ -109,6 +109,25 @@ def test_noise_has_the_deviation_of_the_plan():
     np.testing.assert_allclose(np.std(got.gradient["w"]), expected, rtol=0.02)
 
 
+def test_schedules_are_read_at_the_step_that_is_made():
+  plan = dpdist.make_plan(
+    dpdist.PrivacyConfig(
+      **_CONFIG,
+      noise_schedule=((1, 6.0),),
+      batch_size_schedule=((2, 40.0),),
+      accountant="rdp",
+    )
+  )
+  fn = dpdist.private_gradients(_loss, plan, seed=_SEED, has_aux=True)
+  compiled, params = jax.jit(fn), _params(50_000)
+  batch, padding = jnp.zeros((1, 50_000)), np.ones(1, bool)
+  state, got = fn.init(params), []
+  for _ in range(3):
+    found, state = compiled(params, batch, state, is_padding_example=padding)
+    got.append(np.std(found.gradient["w"]))
+  np.testing.assert_allclose(got, [0.3, 1.2, 0.3], rtol=0.02)
+
+
 @pytest.mark.parametrize("size", [1, 2])
 def test_values_are_means_over_real_examples(size):
   fn = _make(group_size=size, rows_are_fixed=True)
@@ -158,6 +177,22 @@ def test_each_example_has_its_own_randomness():
   got, _ = fn(jnp.ones(()), jnp.ones(4), fn.init(0), rng=keys)
   expected = np.mean([float(jax.random.normal(k)) ** 2 for k in keys])
   np.testing.assert_allclose(got.aux, expected, rtol=1e-5)
+
+
+def test_a_key_that_can_be_guessed_is_refused_where_privacy_rests_on_it():
+  """One key goes by row: a row less, and the other rows have other keys."""
+  loss = lambda p, x, rng: p * x * jax.random.normal(rng)
+  for seed, is_private in ((_SEED, True), (1, False)):
+    fn = dpdist.private_gradients(loss, _PLAN, seed=seed)
+    args = jnp.ones(()), jnp.ones(4), fn.init(0)
+    if is_private:
+      with pytest.raises(ValueError, match=r"rng must be a secret key, .* int"):
+        fn(*args, rng=jax.random.key(5))
+    else:  # Nothing rests on it: the noise is public.
+      fn(*args, rng=jax.random.key(5))
+    fn(*args, rng=jax.random.split(jax.random.key(5), 4))
+    with pytest.raises(ValueError, match=r"rng must be typed PRNG .* got 5"):
+      fn(*args, rng=5)
 
 
 def test_repr_tells_settings_and_no_secret():

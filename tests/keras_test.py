@@ -1,5 +1,6 @@
 """Keras 3: a fit that is private, by real Keras on its JAX backend."""
 
+import functools
 import json
 import os
 import pathlib
@@ -23,6 +24,11 @@ layers = keras.layers
 
 _NUM_EXAMPLES = 12
 _NO_NOISE = 1e-9
+
+
+def _first(plan, num_steps):
+  """Epsilon of the first steps of a plan."""
+  return plan.curve([plan.delta], num_steps)[0]
 
 
 def _config(**changed):
@@ -114,7 +120,7 @@ def test_updates_are_counted_and_not_chunks(tmp_path):
     ends.append(_weights(private))
     assert private.step == 3
     assert int(model.optimizer.iterations) == 3
-    assert private.epsilon() == private.plan.epsilon(3)
+    assert private.epsilon_spent() == _first(private.plan, 3)
   np.testing.assert_allclose(ends[0], ends[1], rtol=1e-4, atol=1e-5)
   assert np.all(ends[0] != 0)
 
@@ -153,7 +159,7 @@ def test_no_step_beyond_the_plan(tmp_path):
     private.fit(x, y, epochs=2, steps_per_epoch=1)
   np.testing.assert_array_equal(_weights(private), before)
   private.fit(x, y)  # What is left.
-  assert private.epsilon() == private.plan.epsilon()
+  assert private.epsilon_spent() == private.plan.epsilon()
   with pytest.raises(ValueError, match="at most 0"):
     private.fit(x, y)
 
@@ -240,10 +246,12 @@ def _without_gradient():
   return x, {"one": np.ones((_NUM_EXAMPLES, 1)), "many": np.arange(12) % 3}
 
 
-@pytest.fixture(scope="module")
-def core(tmp_path_factory):
-  workdir = tmp_path_factory.mktemp("core") / "run"
-  private = _private(workdir, _two_outputs(), chunk_size=4)
+@functools.cache
+def _core(tmp_path_factory):
+  """No fixture: what fails of it is a failed test."""
+  private = _private(
+    tmp_path_factory.mktemp("core") / "run", _two_outputs(), chunk_size=4
+  )
   spy, note = _Spy(private), _Weights()
   before = _weights(private)
   data = _without_gradient()
@@ -258,37 +266,37 @@ def core(tmp_path_factory):
   return private, spy, history.history, moves
 
 
-def test_a_fit_trains_two_outputs_and_counts_updates(core):
-  private, _, history, moves = core
+def test_a_fit_trains_two_outputs_and_counts_updates(tmp_path_factory):
+  private, _, history, moves = _core(tmp_path_factory)
   assert private.step == 3
-  assert private.epsilon() == private.plan.epsilon(3)
+  assert private.epsilon_spent() == _first(private.plan, 3)
   assert np.all(moves != 0)
   assert {"val_loss", "val_one_mae", "val_many_accuracy"} < set(history)
   assert not [name for name in history if not name.startswith("val_")]
 
 
-def test_epochs_of_one_fit_draw_their_own_noise(core):
-  *_, moves = core
+def test_epochs_of_one_fit_draw_their_own_noise(tmp_path_factory):
+  *_, moves = _core(tmp_path_factory)
   assert len(np.unique(np.round(moves, 5))) == moves.size
 
 
-def test_every_update_is_charged_before_it_is_computed(core):
-  _, spy, *_ = core
+def test_every_update_is_charged_before_it_is_computed(tmp_path_factory):
+  _, spy, *_ = _core(tmp_path_factory)
   rehearsal, *steps = spy.updated
   assert rehearsal == (0, 0)
   assert [step for step, _ in steps] == [0, 1, 2]
   assert all(spent > step for step, spent in steps)
 
 
-def test_what_is_computed_before_a_charge_is_of_zeros(core):
-  _, spy, *_ = core
+def test_what_is_computed_before_a_charge_is_of_zeros(tmp_path_factory):
+  _, spy, *_ = _core(tmp_path_factory)
   assert len(spy.rehearsed) == 2  # A second call may run another program.
   for leaf in jax.tree.leaves(spy.rehearsed):
     np.testing.assert_array_equal(leaf, 0)
 
 
-def test_a_fit_beyond_the_plan_or_of_other_data_is_refused(core):
-  private, *_ = core
+def test_a_fit_beyond_the_plan_or_of_other_data_is_refused(tmp_path_factory):
+  private, *_ = _core(tmp_path_factory)
   x, y = _without_gradient()
   with pytest.raises(ValueError, match=r"at most 1, .* \(3 of .* 4 .* got 2"):
     private.fit(x, y, epochs=2, steps_per_epoch=1)
@@ -298,7 +306,7 @@ def test_a_fit_beyond_the_plan_or_of_other_data_is_refused(core):
     private.fit(x[:3], y)
   with pytest.raises(RuntimeError, match="without privacy"):
     private.model.fit(x, y)
-  assert private.epsilon() == private.plan.epsilon(3)
+  assert private.epsilon_spent() == _first(private.plan, 3)
 
 
 def test_a_step_that_fails_on_zeros_is_not_charged(tmp_path):
@@ -346,7 +354,8 @@ def train_two(workdir):
   model = _model(optimizer=keras.optimizers.Adam(0.1))
   private = _private(workdir, model, seed=None)
   private.fit(x, y, epochs=1, steps_per_epoch=2)
-  print(json.dumps({"w": _weights(private).tolist(), "at": private.epsilon()}))
+  told = {"w": _weights(private).tolist(), "at": private.epsilon_spent()}
+  print(json.dumps(told))
 
 
 @pytest.mark.slow
@@ -366,7 +375,7 @@ def test_another_process_goes_on_with_the_budget(tmp_path):
   np.testing.assert_array_equal(_weights(private), np.float32(told["w"]))
   assert private.step == 2
   assert int(model.optimizer.iterations) == 2
-  assert private.epsilon() == told["at"] == private.plan.epsilon(2)
+  assert private.epsilon_spent() == told["at"] == _first(private.plan, 2)
   x, y = _data()
   with pytest.raises(ValueError, match="at most 2"):
     private.fit(x, y, epochs=1, steps_per_epoch=3)
@@ -376,7 +385,7 @@ def test_another_process_goes_on_with_the_budget(tmp_path):
   with pytest.raises(ValueError, match="secret: hash"):
     _private(tmp_path, same).fit(x, y)
   private.fit(x, y)
-  assert private.epsilon() == private.plan.epsilon(4)
+  assert private.epsilon_spent() == _first(private.plan, 4)
   with ledger_lib.Ledger(tmp_path / "ledger") as ledger:
     assert ledger.guarantee == "holds"
     assert len({branch.identity for branch in ledger.branches}) == 2
@@ -397,7 +406,7 @@ def test_steps_of_a_killed_process_are_spent(tmp_path):
   with pytest.warns(UserWarning, match="step 2 passed over: it has no mani"):
     private = _private(tmp_path)
   assert private.step == 1
-  assert private.epsilon() == private.plan.epsilon(2)
+  assert private.epsilon_spent() == _first(private.plan, 2)
   with pytest.raises(ValueError, match="at most 2"):
     private.fit(x, y, epochs=1, steps_per_epoch=3)
 
@@ -409,7 +418,7 @@ def test_one_writer(tmp_path):
   one.fit(x, y, epochs=1, steps_per_epoch=1)
   with pytest.raises(ledger_lib.LedgerError, match="gone on since"):
     two.fit(x, y, epochs=1, steps_per_epoch=1)
-  assert one.epsilon() == one.plan.epsilon(1)
+  assert one.epsilon_spent() == _first(one.plan, 1)
 
 
 class _Stop(keras.callbacks.Callback):
@@ -434,7 +443,7 @@ def test_a_stopped_fit_can_go_on(tmp_path):
     private.fit(x, y, steps_per_epoch=1, callbacks=[_Stop(0, True)])
   private.fit(x, y, steps_per_epoch=1, callbacks=[_Stop(1, False)])
   assert private.step == 3
-  assert private.epsilon() == private.plan.epsilon(3)
+  assert private.epsilon_spent() == _first(private.plan, 3)
 
 
 @pytest.mark.slow

@@ -499,6 +499,26 @@ def test_a_sharded_batch_outside_shard_map_is_refused():
   assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(alone))
 
 
+def test_the_average_is_of_what_is_released():
+  """Of the noised parameters, and of nothing else that a step computes."""
+  step = step_lib.Step(
+    mechanism.make(_plan(), _dense_loss),
+    optax.sgd(1.0),
+    meshes.of("8"),
+    ema_decay=0.5,
+  )
+  state = step.init({"w": jnp.zeros((36, 4)), "b": jnp.zeros(4)})
+  average = np.zeros((36, 4))
+  for number in range(3):
+    total = step.zeros(state.params)
+    state, _ = step.apply(state, total, jax.random.key(1))
+    w = np.asarray(state.params["w"])
+    decay = min(0.5, (1 + number) / (10 + number))
+    average = decay * average + (1 - decay) * w
+    np.testing.assert_allclose(state.ema_params["w"], average, rtol=1e-5)
+  assert np.std(w) > 0.1
+
+
 @pytest.mark.parametrize("wrap", [lambda f: f, jax.jit])
 @pytest.mark.parametrize("size", [1, 8])
 @pytest.mark.parametrize("what", ["batch", "is_padding_example", "rng"])

@@ -109,3 +109,36 @@ def test_a_traced_key_is_not_written_into_the_program():
 def test_bad_arguments_are_named(stddev, seed, message):
   with pytest.raises(ValueError, match=message):
     noise.gaussian_noise(stddev, seed)
+
+
+def test_that_the_noise_of_an_int_is_public_is_said_once(caplog):
+  noise._say_that_it_is_public.cache_clear()
+  with caplog.at_level("WARNING", logger="dpdist"):
+    noise.gaussian_noise(1.0, b"thirty-two bytes of a secret....")
+    noise.gaussian_noise(1.0, jax.random.key(1))
+    assert not caplog.records
+    for seed in (1, 2):
+      transform = noise.gaussian_noise(1.0, seed)
+      state = transform.init(jnp.zeros(2))
+      for _ in range(3):
+        _, state = transform.update(jnp.zeros(2), state)
+  assert [record.levelname for record in caplog.records] == ["WARNING"]
+  assert "seed is an int" in caplog.text
+  assert "os.urandom(32)" in caplog.text
+
+
+@pytest.mark.parametrize(
+  ("key", "is_of_an_int"),
+  [
+    (jax.random.key(0), True),
+    (jax.random.key(2**32 - 1), True),
+    (jax.random.key(5, impl="rbg"), True),
+    (jax.random.split(jax.random.key(5))[0], False),
+    (jax.random.split(jax.random.key(5)), False),
+    (jax.random.wrap_key_data(jnp.array([7, 0], jnp.uint32)), False),
+    (jnp.zeros((), jnp.uint32), False),
+    (7, False),
+  ],
+)
+def test_the_key_of_an_int_is_known(key, is_of_an_int):
+  assert noise.is_of_an_int(key) is is_of_an_int

@@ -150,6 +150,24 @@ def test_no_part_that_takes_turns_is_empty(group_size, parts):
     _config(**run, cycle_length=parts + 1)
 
 
+def test_a_probability_that_rounds_to_more_than_one_is_one():
+  run = {
+    "sampling": "cyclic_poisson",
+    "neighboring_relation": "zero_out",
+    "noise_multiplier": 1.0,
+    "target_delta": 1e-5,
+    "num_steps": 5,
+  }
+  plan = _plan(
+    **run, num_examples=21, expected_batch_size=21 / 19, cycle_length=19
+  )
+  assert 21 / 19 * 19 / 21 > 1
+  assert plan.sampling_probability == 1
+  assert plan.epsilon() == accounting.epsilon(
+    noise_multiplier=1.0, sampling_probability=1.0, num_steps=1, delta=1e-5
+  )
+
+
 @pytest.mark.parametrize("given", [{}, {"noise_multiplier": 2.5}])
 def test_exactly_one_of_target_and_noise(given):
   target = 1.25 if given else None

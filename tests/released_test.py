@@ -18,9 +18,7 @@ from dpdist import export
 from dpdist import ledger as ledger_lib
 from dpdist import metrics
 from dpdist import released
-
-# Compiles a lot.
-pytestmark = pytest.mark.slow
+from tests import doors
 
 
 def _config():
@@ -99,6 +97,29 @@ def test_looking_changes_nothing_and_spends_nothing(run, scores, tmp_path):
   before = _files(run[0])
   export.write(_load(run[0]), scores, tmp_path / "model", name="m")
   assert _files(run[0]) == before
+
+
+def test_the_command_for_held_out_metrics(run):
+  workdir, result = run
+  done = doors.run("eval", f"--workdir={workdir}", "--json")
+  assert done.code == 0, done.err
+  assert json.loads(done.out)["test"] == pytest.approx(result["test"])
+  done = doors.run("eval", f"--workdir={workdir}", "--step=3")
+  assert done.code == 2
+  assert "one of [2, 4], got 3" in done.err
+
+
+def test_the_command_for_export(run, tmp_path):
+  workdir, _ = run
+  output = f"--output={tmp_path / 'model'}"
+  done = doors.run("export", f"--workdir={workdir}", output, "--name=digits")
+  assert done.code == 0, done.err
+  assert "# digits" in (tmp_path / "model" / "README.md").read_text()
+  written = safetensors.load_file(tmp_path / "model" / "model.safetensors")
+  assert sum(x.size for x in written.values()) > 0
+  # A directory that holds something is left alone.
+  done = doors.run("export", f"--workdir={workdir}", output)
+  assert done.code == 2
 
 
 def test_only_a_checkpoint_that_is_there_can_be_had(run):

@@ -169,7 +169,7 @@ def test_a_group_is_one_gradient_in_training(tmp_path):
   assert ledger.plan.group_size == 4
   assert result["epsilon"] == ledger.plan.epsilon()
   ((pair, count),) = ledger.plan.steps()
-  assert (pair.kind, pair.sigma, count) == ("exchange", 0.5, 3)
+  assert (pair.kind, pair.sigma, count) == ("opposite", 1.0, 3)
 
 
 def test_one_row_moves_a_groups_sum_by_two_clip_norms_at_most():

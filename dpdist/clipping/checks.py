@@ -264,9 +264,11 @@ def per_example_keys(
 ) -> jax.Array | None:
   if rng is None:
     return None
-  if not jnp.issubdtype(rng.dtype, jax.dtypes.prng_key):
+  dtype = getattr(rng, "dtype", None)
+  if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
     raise ValueError(
-      f"rng must be typed PRNG keys (jax.random.key), got dtype {rng.dtype}"
+      "rng must be typed PRNG keys, as jax.random.wrap_key_data makes of random"
+      f" words, got {f'dtype {dtype}' if dtype is not None else repr(rng)}"
     )
   if rng.shape == (batch_size,):
     return rng

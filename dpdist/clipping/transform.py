@@ -126,8 +126,13 @@ class ClippedGrad:
       batch: pytree; every leaf has the same leading axis B.
       is_padding_example: [B] bool; where True the example contributes exactly
         0, whatever it holds. None: no padding.
-      rng: a PRNG key, split over the examples, or keys of shape [B]; handed to
-        loss_fn as its third argument. None: loss_fn takes two arguments.
+      rng: a PRNG key, or keys of shape [B]; handed to loss_fn as its third
+        argument. None: loss_fn takes two arguments. One key is split over the
+        rows, not the examples: take a row away, and those behind it have other
+        keys. The sensitivity holds all the same if the key is secret and new at
+        each step, as in `dpdist.train`, since such keys are as good as drawn
+        again. With a key that is known, or used twice, it does not hold: hand
+        in a key for each example that depends on nothing but it and the step.
       param_specs: inside shard_map, for parameters of which a device holds a
         part: pytree like params of PartitionSpecs, those that params came in
         by, each with one mesh axis at most, along which the batch is divided
@@ -367,6 +372,8 @@ def clipped_grad(
     * An example whose gradient norm is not finite (in float32: entries beyond
       about 1e19 overflow it) contributes exactly 0.
     * A padding example contributes exactly 0, whatever it holds.
+    * Randomness in the loss keeps it, if `rng` is secret and new at each step,
+      or goes by the example: see `ClippedGrad.__call__`.
     * Norms and sums are float32 or wider whatever the dtype of the model.
 
   Args:

@@ -11,6 +11,7 @@ import sys
 
 from flax import nnx
 import jax
+import numpy as np
 import optax
 
 import dpdist
@@ -75,7 +76,9 @@ def main(num_steps: int = 200) -> float:
     updates, opt_state = optimizer.update(got.gradient, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, noise_state
 
-  dropout = jax.random.key(secrets.randbits(31))
+  # Of the operating system's, like the seeds: jax.random.key keeps 32 bits.
+  words = np.frombuffer(secrets.token_bytes(8), np.uint32)
+  dropout = jax.random.wrap_key_data(words)
   for t in range(plan.num_steps):
     rows, is_padding_example = digits.padded(sampler(t))
     params, opt_state, noise_state = step(

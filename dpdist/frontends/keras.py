@@ -204,8 +204,15 @@ class PrivateModel:
     return self._run.step
 
   def epsilon(self) -> float:
-    """What may have been spent so far, at plan.delta; read from the ledger."""
+    """What holds at plan.delta, wherever training stops: 0 before it begins.
+
+    Whoever stops early may have looked, and has the whole plan's epsilon.
+    """
     return self._run.epsilon()
+
+  def epsilon_spent(self) -> float:
+    """What the steps so far would have cost, had their number been fixed."""
+    return self._run.epsilon_spent()
 
   def fit(
     self,

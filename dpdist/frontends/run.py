@@ -160,9 +160,14 @@ class Run:
     return self.saved.step if self.saved else 0
 
   def epsilon(self) -> float:
-    """What the run may have spent so far, at the plan's delta."""
+    """What holds for the run wherever it stops, at the plan's delta."""
     with self._open() as ledger:
-      return 0.0 if ledger.is_new else composition.guaranteed(ledger.bounds)
+      return composition.guaranteed(ledger.bounds)
+
+  def epsilon_spent(self) -> float:
+    """What its odometer reads; no guarantee once someone has looked."""
+    with self._open() as ledger:
+      return 0.0 if ledger.is_new else composition.epsilon(ledger.spent)
 
   def restore(self, like: PyTree) -> PyTree:
     """The newest checkpoint's state; `like` itself if there is none.
