@@ -12,7 +12,9 @@ A norm may be too large: then less is added to the sum than could be.
 
 from collections.abc import Callable, Sequence
 import dataclasses
+import functools
 import math
+import operator
 from typing import Any, NamedTuple
 
 import jax
@@ -49,14 +51,14 @@ class Measured(NamedTuple):
     varies: [parameters] the gradient's direction under other rounding.
   """
 
-  length: np.ndarray
-  norm: np.ndarray
-  truth: np.ndarray
-  again: np.ndarray
-  is_finite: np.ndarray
-  share: np.ndarray
-  differs: np.ndarray
-  varies: np.ndarray
+  length: Any
+  norm: Any
+  truth: Any
+  again: Any
+  is_finite: Any
+  share: Any
+  differs: Any
+  varies: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -226,7 +228,7 @@ def blamed(
     alone = dataclasses.replace(
       clipped_grad,
       l2_clip_norm=scaling.l2_clip_norms[groups[leaf]],
-      frozen=None if is_alone else lambda path, name=name: path != name,
+      frozen=None if is_alone else functools.partial(operator.ne, name),
       microbatch_size=None,
     )
     mine, rest = clipping.partition(params, alone.frozen)

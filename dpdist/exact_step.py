@@ -229,7 +229,7 @@ def add_group(
 @jax.jit
 def _together(groups: Sequence[watched.Seen]) -> watched.Seen:
   """What a device's groups showed, as of its whole part of a chunk."""
-  found = sum(group.found for group in groups)
+  found = jnp.sum(jnp.stack([group.found for group in groups]), axis=0)
   return watched.Seen(found, jnp.concatenate([x.norms for x in groups]))
 
 

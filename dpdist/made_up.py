@@ -110,7 +110,7 @@ def cases(shapes: PyTree, largest: PyTree) -> Iterator[Case]:
       f"{kind} floats of size {what!r}, {ids} integers"
       if num_floats
       else f"{ids} integers",
-      structure.unflatten(filled),
+      jax.tree.unflatten(structure, filled),
       all(size in _ORDINARY for size in sizes),
     )
 
