@@ -6,6 +6,8 @@ example is found with probability above 0.9 at a look.
 """
 
 import functools
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,7 @@ from dpdist import step as step_lib
 from dpdist.clipping import bookkeeping
 from dpdist.clipping import inner_products
 from dpdist.clipping import watched
+from tests import doors
 from tests import meshes
 
 _CLIP = 0.1
@@ -201,7 +204,8 @@ def test_right_examples_are_all_kept_and_sums_are_as_they_were():
 
 
 @pytest.mark.parametrize(
-  ("method", "microbatch_size"), [("auto", 8), ("two_pass", None)]
+  ("method", "microbatch_size"),
+  [("auto", 8), pytest.param("two_pass", None, marks=pytest.mark.slow)],
 )
 def test_an_example_that_is_too_long_adds_nothing(
   monkeypatch, method, microbatch_size
@@ -390,3 +394,19 @@ def test_a_run_that_would_be_wrong_charges_nothing(monkeypatch, tmp_path):
   with pytest.raises(sentinel.SensitivityError, match="kernel"):
     dpdist.train(_config(), tmp_path)
   assert ledger_lib.Ledger(tmp_path / "ledger").spent_steps == 0
+
+
+@pytest.mark.slow
+def test_a_config_is_checked_and_the_exit_code_says_so(monkeypatch):
+  args = ("--config=configs/digits.py", "--config.model.name=linear")
+  monkeypatch.chdir(pathlib.Path(__file__).parents[1])
+  right = doors.run("check", *args, "--json")
+  assert right.code == 0
+  assert json.loads(right.out)["num_examples"] >= 8
+  wrong = doors.run("check", *args, "--config.sentinel.every=-1")
+  assert wrong.code == 2
+  assert "every must be at least 0" in wrong.err
+  _weaken(monkeypatch, "dot_general", 1e-3)
+  wrong = doors.run("check", *args)
+  assert wrong.code == 1
+  assert "kernel" in wrong.err
