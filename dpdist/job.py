@@ -276,6 +276,15 @@ def _begun(
   )
 
 
+def largest_integers(
+  config: ml_collections.ConfigDict, row: dict[str, Any]
+) -> dict[str, int]:
+  """What each array's integers are at most, by the settings alone."""
+  inputs = max(config.model.num_outputs, config.model.vocabulary) - 1
+  others = config.model.num_outputs - 1
+  return {name: inputs if name == "inputs" else others for name in row}
+
+
 def _load(
   config: ml_collections.ConfigDict,
 ) -> tuple[
@@ -412,6 +421,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     (config, "stuck_after"),
     (config.data, "num_threads"),
     (config.data, "prefetch"),
+    (config.sentinel, "every"),
   ):
     if section[name] < 0:
       raise ValueError(f"{name} must be at least 0, got {section[name]}")

@@ -84,6 +84,7 @@ KINDS = (
   "budget that forgets charges",
   "epsilon told too low",
   "secret that others can read",
+  "sensitivity that nobody watches",
 )
 
 _FIELDS = ("Bug", "Listed as", "Had by", "Tests")
