@@ -11,6 +11,7 @@ import sys
 
 from flax import nnx
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -77,8 +78,8 @@ def main(num_steps: int = 200) -> float:
     return optax.apply_updates(params, updates), opt_state, noise_state
 
   # Of the operating system's, like the seeds: jax.random.key keeps 32 bits.
-  words = np.frombuffer(secrets.token_bytes(8), np.uint32)
-  dropout = jax.random.wrap_key_data(jax.numpy.asarray(words))
+  words = jnp.asarray(np.frombuffer(secrets.token_bytes(8), np.uint32))
+  dropout = jax.random.wrap_key_data(words)
   for t in range(plan.num_steps):
     rows, is_padding_example = digits.padded(sampler(t))
     params, opt_state, noise_state = step(
