@@ -79,7 +79,6 @@ KINDS = (
   "released without noise",
   "batch norm let through",
   "a setting that no flag can unset",
-  "charged for nothing",
   "data changed under the run",
   "budget that forgets charges",
   "epsilon told too low",
