@@ -60,7 +60,8 @@ class Sampling:
       protected may have; at least 1.
     group_size: how many rows that follow one another are averaged and clipped
       as one; at least 1. Each is protected, although one can turn its group's
-      gradient over. Not with "add_or_remove_one", and neither is a cycle: see `dpdist.pairs`.
+      gradient over. Not with "add_or_remove_one", and neither is a cycle: see
+      `dpdist.pairs`.
     noise_schedule: (step, noise_multiplier) from later steps on, rising; not
       with a target epsilon.
     batch_size_schedule: (step, expected_batch_size), likewise.
