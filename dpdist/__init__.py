@@ -25,6 +25,7 @@ if TYPE_CHECKING:
   from dpdist.sampling import FixedSizeSampler as FixedSizeSampler
   from dpdist.sampling import PoissonSampler as PoissonSampler
   from dpdist.sampling import TruncatedPoissonSampler as TruncatedPoissonSampler
+  from dpdist.sentinel import check_sensitivity as check_sensitivity
   from dpdist.stateful import with_state as with_state
   from dpdist.train import train as train
 
@@ -39,6 +40,7 @@ _HOME = {
   "PrivacyPlan": "plan",
   "accounting": "",
   "check_model": "model_check",
+  "check_sensitivity": "sentinel",
   "clipped_grad": "clipping",
   "gaussian_noise": "noise",
   "make_plan": "plan",

@@ -1,7 +1,8 @@
 """Whether a run may start or go on, and by which numbers: the leader's part.
 
 What is decided here rests on the ledger, the data set's budget and the
-checkpoints that are there. `decide` changes nothing; `begin` writes.
+checkpoints that are there. `begin` writes; all that `decide` leaves is a note,
+in the directory of a new run, that none has begun there yet.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,6 +22,12 @@ from dpdist import ledger as ledger_lib
 from dpdist import manifest
 from dpdist import plan as plan_lib
 from dpdist import screen
+
+NOT_BEGUN = "not_begun"
+"""In the directory of a run that was started and has not begun: it was refused
+for its data or for what a step on zeros showed, or is about to begin."""
+
+_NOTE = "No run has begun here, and nothing is spent.\n"
 
 
 class SettingsError(ValueError):
@@ -98,6 +105,9 @@ def decide(
       )
     found = manifest.newest(workdir / "checkpoints", ledger.checkpoints)
     plan, changes = _plan(config, workdir, ledger, found, train_manifest)
+    if ledger.is_new:
+      workdir.mkdir(parents=True, exist_ok=True)
+      (workdir / NOT_BEGUN).write_text(_NOTE)
     return {"plan": plan.to_dict(), "changes": changes, "found": found}
 
   told = hosts.from_leader(look)
@@ -135,6 +145,7 @@ def begin(
       secret_hash=secret_hash,
       run="" if config.insecure_seed is not None else secrets.token_hex(16),
     )
+  (workdir / NOT_BEGUN).unlink(missing_ok=True)
   if budget is not None:
     # Before the stake, so that none is without a run that knows where it is.
     ledger.record_stake(root=budget.root, data=budget.data, stake="")

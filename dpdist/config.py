@@ -109,6 +109,11 @@ def default() -> ml_collections.ConfigDict:
   config.clipping.exact_sum = False
   config.clipping.exact_group_size = 32  # examples summed in float32
 
+  # Of so many steps one, by a secret choice, and the first of all look for
+  # examples that are longer than their norms say; 0: none does.
+  config.sentinel = ml_collections.ConfigDict()
+  config.sentinel.every = 100
+
   config.optimizer = ml_collections.ConfigDict()
   config.optimizer.name = "sgd"  # any optax optimizer
   config.optimizer.learning_rate = 1.0  # its peak

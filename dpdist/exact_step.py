@@ -25,6 +25,7 @@ from dpdist import fixed_point
 from dpdist import mechanism as mechanism_lib
 from dpdist import mesh as mesh_lib
 from dpdist import step as step_lib
+from dpdist.clipping import watched
 
 PyTree = Any
 
@@ -99,7 +100,8 @@ class ExactStep(step_lib.Step):
     key: jax.Array,
     first_row: int,
     frozen: PyTree | None = None,
-  ) -> step_lib.Accumulator:
+    direction: PyTree | None = None,
+  ) -> Any:
     """Adds one chunk; as `dpdist.step.Step.accumulate`.
 
     A device's rows must be a multiple of the group size.
@@ -120,8 +122,10 @@ class ExactStep(step_lib.Step):
       for shard in is_padding_example.addressable_shards
     ]
     params, frozen = _split(params, devices), _split(frozen, devices)
+    direction = _split(direction, devices)
     rows = _split((batch, is_padding_example), devices)
     parts = _split(accumulator, devices)
+    seen: list[list[watched.Seen]] = [[] for _ in devices]
     # One group on every device before the next, so that all are at work.
     for row in range(0, num_rows, size):
       for i in range(len(devices)):
@@ -134,8 +138,32 @@ class ExactStep(step_lib.Step):
           key,
           starts[i] + row,
           frozen[i],
+          direction[i],
         )
-    return _join(parts, self.mesh)
+        if direction[i] is not None:
+          parts[i], more = parts[i]
+          seen[i].append(more)
+    after = _join(parts, self.mesh)
+    if not seen[0]:
+      return after
+    return after, _join([_together(groups) for groups in seen], self.mesh)
+
+  @functools.cached_property
+  def total(self) -> Callable[..., Any]:
+    """Compiled (params, accumulator) -> the clipped sum over all devices."""
+
+    def total(params: PyTree, accumulator: step_lib.Accumulator) -> PyTree:
+      form = self.mechanism.sum_format(params)
+      limbs, _ = self.reduce(accumulator)
+      return jax.tree.map(
+        lambda x, sums: fixed_point.to_float(
+          form, fixed_point.carry(sums), jnp.promote_types(x.dtype, jnp.float32)
+        ),
+        params,
+        limbs,
+      )
+
+    return jax.jit(total)
 
   def apply(
     self,
@@ -163,8 +191,12 @@ def add_group(
   key: jax.Array,
   first_row: jax.Array | int,
   frozen: PyTree | None = None,
-) -> step_lib.Accumulator:
-  """Compiled, for one device: adds one group to the device's accumulator."""
+  direction: PyTree | None = None,
+) -> Any:
+  """Compiled, for one device: adds one group to the device's accumulator.
+
+  With a direction: that, and what was seen.
+  """
   form = mechanism.sum_format(params)
   rows = first_row + jnp.arange(is_padding_example.shape[0])
   rngs = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
@@ -173,7 +205,9 @@ def add_group(
     batch,
     is_padding_example=is_padding_example,
     rng=rngs,
+    direction=direction,
   )
+  grads, seen = watched.seen(grads)
   # The leading axis has one entry a device.
   total = accumulator.clipped_sum
   # What rounding left out of the sum of microbatches counts as well.
@@ -186,9 +220,17 @@ def add_group(
       total,
     )
   stats = step_lib.count(mechanism, grads, is_padding_example)
-  return step_lib.Accumulator(
+  after = step_lib.Accumulator(
     total, jax.tree.map(jnp.add, accumulator.stats, stats)
   )
+  return after if seen is None else (after, seen)
+
+
+@jax.jit
+def _together(groups: Sequence[watched.Seen]) -> watched.Seen:
+  """What a device's groups showed, as of its whole part of a chunk."""
+  found = jnp.sum(jnp.stack([group.found for group in groups]), axis=0)
+  return watched.Seen(found, jnp.concatenate([x.norms for x in groups]))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2), donate_argnums=(3,))

@@ -276,15 +276,19 @@ def _begun(
   )
 
 
+def largest_integers(
+  config: ml_collections.ConfigDict, row: dict[str, Any]
+) -> dict[str, int]:
+  """What each array's integers are at most, by the settings alone."""
+  inputs = max(config.model.num_outputs, config.model.vocabulary) - 1
+  others = config.model.num_outputs - 1
+  return {name: inputs if name == "inputs" else others for name in row}
+
+
 def _load(
   config: ml_collections.ConfigDict,
 ) -> tuple[
-  Mesh,
-  datasets.Splits,
-  str,
-  Callable[[], list[str]],
-  str,
-  Callable[[], None],
+  Mesh, datasets.Splits, str, Callable[[], list[str]], str, Callable[[], None]
 ]:
   """What may be found, or not, by each process: devices and data."""
   check(config)  # Before features are computed, which may take long.
@@ -417,6 +421,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     (config, "stuck_after"),
     (config.data, "num_threads"),
     (config.data, "prefetch"),
+    (config.sentinel, "every"),
   ):
     if section[name] < 0:
       raise ValueError(f"{name} must be at least 0, got {section[name]}")
@@ -445,8 +450,7 @@ def chunk_size(
         f" the examples times clipping.{name}), got {config.chunk_size}"
       )
     return config.chunk_size
-  # Three standard deviations above the mean, so that about one step in a
-  # thousand needs a second chunk.
+  # Three deviations above the mean: about one step in a thousand needs two.
   batch = max(x.expected_batch_size for x in plan.settings) / plan.group_size
   if plan.sampling == "fixed_size":
     size = math.ceil(batch)

@@ -247,8 +247,6 @@ def make(
         f"microbatch_size must divide the exact_group_size of"
         f" {exact_group_size}, got {microbatch_size}"
       )
-  if microbatch_size is not None:
-    rounding.check(plan, microbatch_size)
   clipped_grad = clipping.clipped_grad(
     loss_fn,
     l2_clip_norm=plan.l2_clip_norm,

@@ -24,7 +24,6 @@ TAIL = 2.0**-64
 _ROUNDOFF = 2.0**-24
 # Matrix units of accelerators may drop the last bits instead.
 _CUT_ROUNDOFF = 2.0**-23
-_MOST_ACROSS = 1e-3
 # Of the rests that the devices' sums leave, in clip norms.
 _TOLERANCE = 2.0**-14
 
@@ -63,9 +62,11 @@ class Bound(NamedTuple):
 def bound(
   plan: plan_lib.PrivacyPlan,
   *,
-  part_size: int,
+  microbatch_size: int,
+  rows_per_device: int,
   num_entries: int,
   num_devices: int = 1,
+  num_sharing: int = 1,
   is_cut: bool = False,
   is_exact: bool = False,
 ) -> Bound:
@@ -73,39 +74,27 @@ def bound(
 
   Args:
     plan: the numbers.
-    part_size: examples that one float sum adds up, at most: of a microbatch,
-      over all devices that share its sum.
+    microbatch_size: examples that a device works on at once, at most.
+    rows_per_device: of a chunk; with exact sums, of a group.
     num_entries: of the gradient.
-    num_devices: among which the sums are added up in the end.
+    num_devices: that divide the examples of a chunk.
+    num_sharing: of them, that add up the sums of a microbatch each at once.
     is_cut: whether sums inside a part may drop bits, as on an accelerator.
-    is_exact: whether parts, or groups of them, are added up in integers.
+    is_exact: whether groups are added up in integers.
   """
   most = most_examples(plan)
-  part_size = min(part_size, most)
-  inside = _inside(plan, most, part_size, is_cut)
+  size = min(microbatch_size * num_sharing, most)
+  inside = _inside(plan, most, size, is_cut)
+  parts = -(-rows_per_device // microbatch_size)
   if is_exact:
     # Examples are clipped earlier by as much; noise is added in integers.
-    return Bound(most, part_size, _sums(most, part_size), max(0, inside - ROOM))
-  across = _sums(most, part_size) + _ends(plan, most, num_entries, num_devices)
-  return Bound(most, part_size, across, inside)
-
-
-def check(plan: plan_lib.PrivacyPlan, part_size: int) -> None:
-  """Refuses parts so small that adding them up could lose 1e-3 clip norms.
-
-  Raises:
-    ValueError: names the argument, its value and what would be right.
-  """
-  most = most_examples(plan)
-  least = part_size
-  while _sums(most, least) > _MOST_ACROSS and least < most:
-    least *= 2
-  if least > part_size:
-    raise ValueError(
-      f"microbatch_size must be at least {least} for steps of up to"
-      f" {most} examples, or rounding could move their sum by more than"
-      f" {_MOST_ACROSS:g} clip norms, got {part_size}"
-    )
+    across = _sums(most, parts, 0)
+    return Bound(most, size, across, max(0, inside - ROOM))
+  chunks = most // (rows_per_device * num_devices) + 1
+  across = _sums(most, parts, chunks) + _ends(
+    plan, most, num_entries, num_devices
+  )
+  return Bound(most, size, across, inside)
 
 
 def _inside(
@@ -128,13 +117,13 @@ def _inside(
   return 2 * growth * roundoff * terms
 
 
-def _sums(most: int, size: int) -> float:
+def _sums(most: int, parts: int, chunks: int) -> float:
   """Of parts in chunks and on devices, both neighbors' together."""
-  # A part is added to its chunk's sum, and that, high and low, to a device's.
-  # All parts are full but one; padding adds 0, which is exact. An addition errs
-  # by 2 u^2 of its result.
-  additions = 3 * (most // size + 1)
-  return 2 * additions * 2 * _ROUNDOFF**2 * most
+  # A part is added to its device's sum of the chunk, and that, high and low, to
+  # the device's accumulator. An addition errs by 2 u^2 of its result, which is
+  # no longer than the device has examples, of the chunk or of the step; those
+  # of all devices, or of all chunks, are the step's together.
+  return 2 * 2 * _ROUNDOFF**2 * (parts + 2 * chunks) * most
 
 
 def _ends(

@@ -42,7 +42,10 @@ def unit(
   config: ml_collections.ConfigDict, one: dict[str, Any]
 ) -> dict[str, Any]:
   """One unit of privacy, which is a row of a chunk, of such examples."""
+  # As `dpdist.job` makes units: of users, or of groups of rows.
   slots = config.data.examples_per_unit
+  if config.privacy.group_size > 1:
+    slots = config.privacy.group_size
   if not slots:
     return one
   found = {

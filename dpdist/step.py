@@ -35,6 +35,7 @@ from dpdist import mechanism as mechanism_lib
 from dpdist import mesh as mesh_lib
 from dpdist import noise
 from dpdist.clipping import compensated
+from dpdist.clipping import watched
 
 PyTree = Any
 
@@ -239,26 +240,33 @@ class Step:
       frozen: the frozen parameters, None where one is trained; None: all are
         trained. Which are must be what `mechanism.clipped_grad` was told.
 
+      direction: for a step that is watched, which is another program; see
+        `dpdist.clipping.watched`. None: nobody watches.
+
     Returns of the function:
-      The accumulator with the chunk's clipped sum.
+      The accumulator with the chunk's clipped sum; with a direction, that and
+      what was seen.
     """
 
     def local(
       specs: PyTree,
       params: PyTree,
       frozen: PyTree | None,
+      direction: PyTree | None,
       accumulator: Accumulator,
       batch: PyTree,
       is_padding_example: jax.Array,
       rngs: jax.Array,
-    ) -> Accumulator:
+    ) -> Any:
       grads = self.mechanism.clipped_grad(
         whole(params, frozen),
         batch,
         is_padding_example=is_padding_example,
         rng=rngs,
         param_specs=specs,
+        direction=direction,
       )
+      grads, seen = watched.seen(grads)
       stats = count(self.mechanism, grads, is_padding_example)
       # The leading axis has one entry a device, here this device's own.
       more, low, stats = jax.tree.map(
@@ -267,7 +275,8 @@ class Step:
       before = compensated.Sum(accumulator.clipped_sum, accumulator.low)
       total = compensated.add(before, more, low)
       stats = jax.tree.map(jnp.add, accumulator.stats, stats)
-      return Accumulator(total.high, stats, total.low)
+      after = Accumulator(total.high, stats, total.low)
+      return after if seen is None else (after, seen)
 
     def accumulate(
       params: PyTree,
@@ -277,7 +286,8 @@ class Step:
       key: jax.Array,
       first_row: jax.Array | int,
       frozen: PyTree | None = None,
-    ) -> Accumulator:
+      direction: PyTree | None = None,
+    ) -> Any:
       rows = first_row + jnp.arange(is_padding_example.shape[0])
       rngs = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
       specs, frozen_specs = (
@@ -291,14 +301,35 @@ class Step:
       run = jax.shard_map(
         functools.partial(local, whole(specs, frozen_specs)),
         mesh=self.mesh,
-        in_specs=(specs, frozen_specs, sums) + (mesh_lib.EXAMPLES,) * 3,
-        out_specs=sums,
+        in_specs=(specs, frozen_specs, None if direction is None else specs)
+        + (sums,)
+        + (mesh_lib.EXAMPLES,) * 3,
+        out_specs=sums if direction is None else (sums, mesh_lib.EXAMPLES),
         axis_names=mesh_lib.manual_axes(self.mesh),
       )
-      after = run(params, frozen, accumulator, batch, is_padding_example, rngs)
-      return self._constrained(params, after)
+      after = run(
+        *(params, frozen, direction, accumulator),
+        *(batch, is_padding_example, rngs),
+      )
+      if direction is None:
+        return self._constrained(params, after)
+      return self._constrained(params, after[0]), after[1]
 
     return jax.jit(accumulate, donate_argnums=(1,))
+
+  @functools.cached_property
+  def total(self) -> Callable[..., Any]:
+    """Compiled (params, accumulator) -> the clipped sum over all devices."""
+
+    def total(params: PyTree, accumulator: Accumulator) -> PyTree:
+      summed = jax.tree.map(
+        lambda high, low: jnp.sum(high + low, 0),
+        accumulator.clipped_sum,
+        accumulator.low,
+      )
+      return mesh_lib.constrain(summed, self.specs(params), self.mesh)
+
+    return jax.jit(total)
 
   @functools.cached_property
   def apply(self) -> Callable[..., Any]:
@@ -335,25 +366,11 @@ class Step:
         axis_names=mesh_lib.manual_axes(self.mesh),
       )
       def add(total: compensated.Sum) -> compensated.Sum:
-        # Together, so that it is one reduction, for all along the same axes.
-        # mypy takes JAX's own class of tree structures for a mere name.
-        structure: Any = jax.tree.structure(total.high)
-        axes = [
-          mesh_lib.summed_axes(spec) for spec in structure.flatten_up_to(manual)
-        ]
-        leaves = [
-          compensated.split(high[0], low[0], units)
-          for high, low in zip(*map(jax.tree.leaves, total), strict=True)
-        ]
-        for over in dict.fromkeys(axes):
-          chosen = [i for i, mine in enumerate(axes) if mine == over]
-          sums = jax.lax.psum([leaves[i] for i in chosen], over)
-          for i, x in zip(chosen, sums, strict=True):
-            leaves[i] = x
-        joined = [compensated.joined(pieces) for pieces in leaves]
-        return compensated.Sum(
-          *(structure.unflatten(part) for part in zip(*joined, strict=True))
+        mine = jax.tree.map(lambda x: x[0], total)
+        axes = jax.tree.map(
+          lambda x, spec: mesh_lib.summed_axes(spec), mine.high, manual
         )
+        return compensated.over_devices(mine, axes, units)
 
       return mesh_lib.constrain(add(total), both, self.mesh)
 

@@ -77,17 +77,16 @@ def rounding(job: job_lib.Job) -> rounding_lib.Bound:
   mechanism, mesh = job.step.mechanism, job.mesh
   is_exact = mechanism.exact_group_size is not None
   shards = mesh_lib.num_example_shards(mesh)
-  size = job.chunk_size // shards
-  size = min(size, mechanism.exact_group_size or size)
-  size = min(size, mechanism.clipped_grad.microbatch_size or size)
-  if not is_exact:
-    # Of divided parameters, all devices of the axis add up a part together.
-    size *= mesh.shape["fsdp"]
+  rows = job.chunk_size // shards
+  rows = min(rows, mechanism.exact_group_size or rows)
   return rounding_lib.bound(
     job.plan,
-    part_size=size,
+    microbatch_size=min(rows, mechanism.clipped_grad.microbatch_size or rows),
+    rows_per_device=rows,
     num_entries=_num_params(job),
     num_devices=shards,
+    # Of divided parameters, all devices of the axis add up at once.
+    num_sharing=1 if is_exact else mesh.shape["fsdp"],
     is_cut=mesh.devices.flat[0].platform != "cpu",
     is_exact=is_exact,
   )

@@ -45,6 +45,7 @@ from dpdist import provenance
 from dpdist import released as released_lib
 from dpdist import report
 from dpdist import screen
+from dpdist import sentinel as sentinel_lib
 from dpdist import sources
 from dpdist import step as step_lib
 from dpdist import summary
@@ -56,6 +57,7 @@ _OWN_ERRORS = (
   admission.SettingsError,
   checkpoint.MismatchError,
   ledger_lib.LedgerError,
+  sentinel_lib.SensitivityError,
 )
 
 
@@ -86,6 +88,8 @@ def train(
       saved and charged so far is gone on with.
     dpdist.sources.ChangedError: files of the data were changed meanwhile.
     dpdist.preemption.Preempted: a signal asked to stop; all is saved.
+    dpdist.sentinel.SensitivityError: clipping does not bound what an example
+      can do; before a step is charged, or after one that is saved.
   """
   try:
     config_lib.check(config)
@@ -103,8 +107,6 @@ def train(
     def open_ledger() -> None:
       nonlocal ledger
       ledger = stack.enter_context(admission.open_ledger(config, workdir))
-      # So that a run that is refused is found where it would have been.
-      workdir.mkdir(parents=True, exist_ok=True)
 
     hosts.from_leader(open_ledger)
     job = job_lib.prepare(
@@ -130,12 +132,14 @@ class _Line(NamedTuple):
 
   Attributes:
     branch: the identity of its keys.
+    first_step: of the branch.
     first_release: that of step 0; see `dpdist.history.Branch.release`.
     last: where it must end.
     epsilon_planned: of the run, by then.
   """
 
   branch: str
+  first_step: int
   first_release: int
   last: int
   epsilon_planned: float
@@ -192,15 +196,32 @@ def _run(
     released_lib.write_settings(workdir, config)
     epsilon_planned = composition.epsilon(ledger.planned)
     return _Line(
-      branch.identity, branch.release(0), ledger.last_step, epsilon_planned
+      branch.identity,
+      branch.start_step,
+      branch.release(0),
+      ledger.last_step,
+      epsilon_planned,
     )
 
-  branch, first_release, last, epsilon_planned = hosts.from_leader(go_on)
-  streams = mechanism.Streams(job.secret, branch)
+  line = _Line(*hosts.from_leader(go_on))
+  first_release, last, epsilon_planned = line[2:]
+  streams = mechanism.Streams(job.secret, line.branch)
   noise_key = streams.key("noise")
 
   if hosts.any_process(stop.received) and start < last:
     raise preemption.Preempted(start, stop.reason)
+  sentinel = _sentinel(config, job, streams, line.first_step)
+  if start < last:
+    progress.enter(start, "compiling")
+    sentinel_lib.check_step(
+      step,
+      state.params,
+      job.frozen,
+      row=job.row,
+      largest=job_lib.largest_integers(config, job.row),
+      chunk_size=job.chunk_size,
+      is_watched=config.sentinel.every > 0,
+    )
   notices = [*job.notices, *rejected]
   if job.changes:
     notices.append("settings changed: " + "; ".join(job.changes))
@@ -246,18 +267,16 @@ def _run(
 
       progress.enter(t, "computing")
       accumulator = step.zeros(state.params)
-      # Given only where there are any, as is release below.
-      frozen = [] if job.frozen is None else [job.frozen]
+      sentinel.begin(t, state.params)
       step_key = streams.key("model_rng", t)
       for first_row, batch, is_padding_example in chunks:
-        accumulator = step.accumulate(
+        accumulator = sentinel.accumulate(
           state.params,
           accumulator,
           batch,
           is_padding_example,
           step_key,
           first_row,
-          *frozen,
         )
       if jax.process_count() > 1:
         # So that who is slow can be told from who waits.
@@ -274,6 +293,9 @@ def _run(
       if odometer is not None:
         odometer.poll()
       is_stopped = hosts.any_process(stop.received)
+      found = sentinel.end()
+      if found:
+        hosts.from_leader(functools.partial(_record_void, job))
       clock.tick()
       if display is not None:
         display.update(done)
@@ -298,13 +320,18 @@ def _run(
               "examples_per_second": clock.examples_per_second(),
             }
             display.tell(done, values, scores, sensitive, machines)
-      if done % save_every == 0 or done == last or is_stopped:
+      if done % save_every == 0 or done == last or is_stopped or found:
         progress.enter(t, "saving")
         _check_data(job)
         with clock.paused():
           _save(job, checkpoints, state, done)
         # A signal during the save need not cost another one.
         is_stopped = hosts.any_process(stop.received)
+      if found:
+        whole = step_lib.whole(state.params, job.frozen)
+        raise sentinel_lib.SensitivityError(
+          sentinel_lib.fault(step.mechanism.clipped_grad, whole, job.row, found)
+        )
       if is_stopped and done < last:
         raise preemption.Preempted(done, stop.reason)
       progress.enter(done, "reading")
@@ -342,6 +369,27 @@ def _run(
     return result
 
   return dict(hosts.from_leader(finish))
+
+
+def _sentinel(
+  config: ml_collections.ConfigDict,
+  job: job_lib.Job,
+  streams: mechanism.Streams,
+  first_step: int,
+) -> sentinel_lib.Sentinel:
+  return sentinel_lib.Sentinel(
+    job.step,
+    job.frozen,
+    streams,
+    every=config.sentinel.every,
+    first_step=first_step,
+  )
+
+
+def _record_void(job: job_lib.Job) -> None:
+  """Records that clipping did not bound what an example can do."""
+  assert job.ledger is not None
+  job.ledger.notice(sentinel_lib.NOTICE)
 
 
 def _charge(job: job_lib.Job, stop_step: int) -> None:

@@ -4,8 +4,8 @@ import os
 
 from dpdist import ledger as ledger_lib
 
-# What a run leaves in its directory before it charges its first step.
-_SIGNS = ("ledger", "config.json", "checkpoints", "result.json")
+# As `dpdist.admission.NOT_BEGUN`, which takes long to import.
+_NOT_BEGUN = "not_begun"
 
 
 def open_begun(workdir: str, location: str | None) -> ledger_lib.Ledger:
@@ -34,10 +34,9 @@ def open_begun(workdir: str, location: str | None) -> ledger_lib.Ledger:
 
 
 def none_began(workdir: str, location: str | None) -> bool:
-  """Whether a directory is there, and no run has ever begun in it.
+  """Whether a run was started in a directory, and none has begun there.
 
-  So it is where a run was refused for its settings or its data. One whose
-  ledger is elsewhere has left its settings.
+  So it was refused, for its data or for what a step on zeros showed.
 
   Args:
     workdir: the directory.
@@ -45,6 +44,6 @@ def none_began(workdir: str, location: str | None) -> bool:
   """
   return (
     location is None
-    and os.path.isdir(workdir)
-    and not any(os.path.exists(os.path.join(workdir, x)) for x in _SIGNS)
+    and os.path.isfile(os.path.join(workdir, _NOT_BEGUN))
+    and not os.path.exists(os.path.join(workdir, "ledger"))
   )

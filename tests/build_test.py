@@ -26,7 +26,7 @@ RUNNER = "tests/run.py"
 # modules of one room may import one another.
 LAYERS = (
   ("keys", "hosts", "rendezvous", "mesh", "fixed_point", "search")
-  + ("audit_bounds", "fields")
+  + ("audit_bounds", "fields", "made_up")
   + (
     "seals",
     "liveness",
@@ -49,8 +49,8 @@ LAYERS = (
   + ("tradeoffs", "tradeoff_plot"),
   ("gradients", "stateful", "ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance")
-  + ("operations", "model_check"),
-  ("units", "parameters", "tokens"),
+  + ("operations", "model_check", "comparison"),
+  ("units", "parameters", "tokens", "sentinel"),
   ("chitchat", "cifar", "adult", "reviews", "sentences", "speeches"),
   ("features",),
   ("data", "data_budget", "datasets", "retrying", "screen", "drawing")

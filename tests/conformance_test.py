@@ -267,6 +267,34 @@ def embedding_indexed_out_of_range():
 
 
 @_case
+def ids_of_every_dtype():
+  # As many rows as a dtype has ids, which is a number that it may not hold.
+  rows = {"u1": 256, "i1": 128, "u2": 65536, "i2": 32768, "i4": 9, "u4": 9}
+
+  def loss(p, ids):
+    return _square(
+      jnp.stack([jnp.take(p[dtype], ids[dtype], axis=0) for dtype in rows])
+    )
+
+  params = {dtype: _normal(n, 2) for dtype, n in rows.items()}
+  ids = {
+    dtype: (_ids(_BATCH, 3, below=9) + n - 9).astype(dtype)
+    for dtype, n in rows.items()
+  }
+  return loss, params, ids
+
+
+@_case
+def inputs_of_every_dtype():
+  def loss(p, inputs):
+    return _square(jnp.stack([x @ p for x in inputs.values()]))
+
+  dtypes = ["bool", "u1", "i2", "i4", "f2", "bfloat16", "f4"]
+  ones = {x: _ids(_BATCH, 3, 4, below=2).astype(x) for x in dtypes}
+  return loss, _normal(4, 4), ones
+
+
+@_case
 def tied_embedding():
   def loss(p, ids):
     x = jnp.tanh(p["table"][ids] @ p["w"])

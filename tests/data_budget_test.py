@@ -232,6 +232,36 @@ def test_only_what_can_never_be_released_is_given_back(tmp_path):
     budget.give_back(stranger)
 
 
+def test_a_run_that_was_ended_stays_so(tmp_path):
+  budget = _budget(tmp_path)
+  ledger = _run(tmp_path / "run")
+  name = _admit(budget, ledger)
+  ledger.end()
+  budget.give_back(ledger)
+  budget.admit(ledger, ledger.spent, label="a run")
+  assert budget.stakes[name].is_ended
+  assert budget.give_back(ledger) == 0.0
+
+
+def test_a_run_that_is_dearer_by_little_than_its_room_is_refused(tmp_path):
+  budget = _budget(tmp_path)
+  budget.reserve("search", budget.cost(_WHOLE) / 1.05, 1)
+  with pytest.raises(ledger_lib.RefusedError, match="is for runs that take"):
+    _admit(budget, _run(tmp_path / "one"), reservation="search")
+
+
+def test_a_plan_that_grows_by_little_must_fit_too(tmp_path):
+  budget = _budget(tmp_path)
+  ledger = _run(tmp_path / "run")
+  _admit(budget, ledger)
+  rest = budget.terms.divergence - budget.reserved
+  budget.reserve("other", rest / 1.001, 1)
+  longer = [plan_lib.Part(_PLAN, 150)]
+  assert budget.cost(longer) - budget.cost(_WHOLE) < 1
+  with pytest.raises(ledger_lib.RefusedError, match="what changed in 'a run'"):
+    budget.admit(ledger, longer, label="a run")
+
+
 def test_room_that_nobody_came_for_is_given_back(tmp_path):
   budget = _budget(tmp_path)
   cost = budget.cost(_WHOLE)

@@ -8,12 +8,14 @@ import pytest
 
 from configs import digits
 import dpdist
+from dpdist import admission
 from dpdist import data_checks
 from dpdist import datasets
 from dpdist import job as job_lib
 from dpdist import losses
 from dpdist import models
 from dpdist import sources
+from launch import ledgers
 from tests import doors
 
 _NAN, _INF = float("nan"), float("inf")
@@ -282,4 +284,5 @@ def test_a_run_is_refused_in_a_sentence_and_has_spent_nothing(tmp_path):
   spent = doors.run("budget", workdir)
   assert spent.code == 0, spent.err
   assert spent.out.split()[:2] == ["steps_spent", "0"]
-  assert not list((tmp_path / "run").iterdir())
+  left = [path.name for path in (tmp_path / "run").iterdir()]
+  assert left == [admission.NOT_BEGUN] == [ledgers._NOT_BEGUN]

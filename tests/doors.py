@@ -11,8 +11,9 @@ import unittest.mock
 import warnings
 
 from absl import flags
+import grain  # noqa: F401
 
-# Defines flags that stay, being a module and no program.
+# Both define flags that stay, being modules and no programs.
 from launch import flag_parsing  # noqa: F401
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")

@@ -56,7 +56,7 @@ def _fails_above(most, text=_OUT_OF_MEMORY):
 
 def _nothing_is_left(workdir):
   """Of a run that was refused: no ledger, no secret, no checkpoint."""
-  return not list(workdir.iterdir())
+  return [path.name for path in workdir.iterdir()] == [admission.NOT_BEGUN]
 
 
 @pytest.fixture(scope="module")
@@ -235,5 +235,6 @@ def test_the_smallest_chunk_that_does_not_fit_ends_the_search(
 
 def test_a_finished_run_tries_nothing(tmp_path, monkeypatch):
   dpdist.train(_config(**{"privacy.num_steps": 1}), tmp_path)
+  assert not (tmp_path / admission.NOT_BEGUN).exists()
   _patched(monkeypatch, step_lib.Step, "accumulate", _fails_above(0))
   dpdist.train(_config(**{"privacy.num_steps": 1}), tmp_path)

@@ -246,12 +246,15 @@ def _without_gradient():
   return x, {"one": np.ones((_NUM_EXAMPLES, 1)), "many": np.arange(12) % 3}
 
 
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+  return tmp_path_factory.mktemp("core") / "run"
+
+
 @functools.cache
-def _core(tmp_path_factory):
+def _core(workdir):
   """No fixture: what fails of it is a failed test."""
-  private = _private(
-    tmp_path_factory.mktemp("core") / "run", _two_outputs(), chunk_size=4
-  )
+  private = _private(workdir, _two_outputs(), chunk_size=4)
   spy, note = _Spy(private), _Weights()
   before = _weights(private)
   data = _without_gradient()
@@ -266,8 +269,8 @@ def _core(tmp_path_factory):
   return private, spy, history.history, moves
 
 
-def test_a_fit_trains_two_outputs_and_counts_updates(tmp_path_factory):
-  private, _, history, moves = _core(tmp_path_factory)
+def test_a_fit_trains_two_outputs_and_counts_updates(workdir):
+  private, _, history, moves = _core(workdir)
   assert private.step == 3
   assert private.epsilon_spent() == _first(private.plan, 3)
   assert np.all(moves != 0)
@@ -275,28 +278,28 @@ def test_a_fit_trains_two_outputs_and_counts_updates(tmp_path_factory):
   assert not [name for name in history if not name.startswith("val_")]
 
 
-def test_epochs_of_one_fit_draw_their_own_noise(tmp_path_factory):
-  *_, moves = _core(tmp_path_factory)
+def test_epochs_of_one_fit_draw_their_own_noise(workdir):
+  *_, moves = _core(workdir)
   assert len(np.unique(np.round(moves, 5))) == moves.size
 
 
-def test_every_update_is_charged_before_it_is_computed(tmp_path_factory):
-  _, spy, *_ = _core(tmp_path_factory)
+def test_every_update_is_charged_before_it_is_computed(workdir):
+  _, spy, *_ = _core(workdir)
   rehearsal, *steps = spy.updated
   assert rehearsal == (0, 0)
   assert [step for step, _ in steps] == [0, 1, 2]
   assert all(spent > step for step, spent in steps)
 
 
-def test_what_is_computed_before_a_charge_is_of_zeros(tmp_path_factory):
-  _, spy, *_ = _core(tmp_path_factory)
+def test_what_is_computed_before_a_charge_is_of_zeros(workdir):
+  _, spy, *_ = _core(workdir)
   assert len(spy.rehearsed) == 2  # A second call may run another program.
   for leaf in jax.tree.leaves(spy.rehearsed):
     np.testing.assert_array_equal(leaf, 0)
 
 
-def test_a_fit_beyond_the_plan_or_of_other_data_is_refused(tmp_path_factory):
-  private, *_ = _core(tmp_path_factory)
+def test_a_fit_beyond_the_plan_or_of_other_data_is_refused(workdir):
+  private, *_ = _core(workdir)
   x, y = _without_gradient()
   with pytest.raises(ValueError, match=r"at most 1, .* \(3 of .* 4 .* got 2"):
     private.fit(x, y, epochs=2, steps_per_epoch=1)
@@ -354,7 +357,8 @@ def train_two(workdir):
   model = _model(optimizer=keras.optimizers.Adam(0.1))
   private = _private(workdir, model, seed=None)
   private.fit(x, y, epochs=1, steps_per_epoch=2)
-  print(json.dumps({"w": _weights(private).tolist(), "at": private.epsilon_spent()}))
+  told = {"w": _weights(private).tolist(), "at": private.epsilon_spent()}
+  print(json.dumps(told))
 
 
 @pytest.mark.slow

@@ -419,3 +419,58 @@ def test_a_record_that_makes_no_sense_is_found(tmp_path, kind, body, message):
   log.close()
   with pytest.raises(ledger_lib.LedgerError, match=message):
     ledger_lib.Ledger(tmp_path)
+
+
+def _forked(path):
+  """On a branch that began at step 10, after 20 steps were charged."""
+  ledger = _opened(path)
+  _resume(ledger)
+  ledger.reserve_through(20)
+  ledger.record_checkpoint(10, "ten")
+  _resume(ledger, 10, "ten", fingerprint="g")
+  ledger.reserve_through(30)
+  return ledger
+
+
+def test_before_a_branch_began_what_came_before_it_was_spent(tmp_path):
+  ledger = _forked(tmp_path)
+  for step, charged in ((5, 20), (10, 20), (11, 21), (30, 40)):
+    assert ledger.spent_through(step) == [(_plan(), charged)]
+
+
+def test_a_checkpoint_from_before_its_branch_is_refused(tmp_path):
+  ledger = _forked(tmp_path)
+  with pytest.raises(ValueError, match="step 9, not charged"):
+    ledger.record_checkpoint(9, "nine")
+  ledger.record_checkpoint(10, "ten")
+
+
+@pytest.mark.parametrize("event", ["segment", "lost"])
+def test_epsilons_are_not_told_of_another_plan_or_a_lost_charge(
+  tmp_path, event
+):
+  ledger = _opened(tmp_path)
+  _resume(ledger)
+  ledger.reserve_through(3)
+  ledger.record_epsilons(spent={"pld": 0.5}, planned={"pld": 1.0})
+  assert ledger.epsilons is not None
+  if event == "segment":
+    ledger.open_segment(config={}, plan=_plan(), data="", start_step=0)
+  ledger.close()
+  if event == "lost":
+    (tmp_path / f"{len(_files(tmp_path)):012d}.json").write_bytes(b"")
+  assert ledger_lib.Ledger(tmp_path).epsilons is None
+
+
+def test_several_lost_records_in_a_row_are_all_acknowledged(tmp_path):
+  ledger = _opened(tmp_path)
+  _resume(ledger)
+  ledger.reserve_through(3)
+  ledger.close()
+  for torn in (b'{"torn', b'{"torn too'):
+    (tmp_path / f"{len(_files(tmp_path)):012d}.json").write_bytes(torn)
+  ledger = _writer(tmp_path)
+  ledger.reserve_through(4)
+  ledger.close()
+  # One more for each of them.
+  assert ledger_lib.Ledger(tmp_path).spent_steps == 3 + 2 + 1

@@ -234,3 +234,7 @@ def test_what_underflows_is_not_missed_where_it_cancels(columns, method):
   for x in (got["w"], got["v"]):
     assert np.all(np.isfinite(x))
     assert np.linalg.norm(x) <= 1.0001 * 2.0**-33
+  # Where nothing is scaled nothing is lost.
+  fn = clipping.clipped_grad(loss, l2_clip_norm=1e4, method=method)
+  batch = batch[0], 0 * batch[1], batch[2]
+  np.testing.assert_array_equal(jax.jit(fn)(params, batch).sum["v"], [1, 1])

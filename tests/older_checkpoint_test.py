@@ -65,12 +65,17 @@ def run(tmp_path, monkeypatch):
   ledger = ledger_lib.Ledger(tmp_path / "ledger")
   (saved,) = ledger.checkpoints
   monkeypatch.setattr(
-    losses, "evaluator", lambda *_: lambda params: {"accuracy": 0.5}
+    losses,
+    "evaluator",
+    lambda *_: lambda params: {"accuracy": 0.5, "loss": 0.7},
   )
   state = types.SimpleNamespace(
     params={"w": np.ones(3, np.float32)}, ema_params=None
   )
-  test = {"inputs": np.zeros((4, 2), np.float32), "targets": np.zeros(4)}
+  test = {
+    "inputs": np.zeros((4, 2), np.float32),
+    "targets": np.zeros(4, np.int32),
+  }
   mesh = mesh_lib.make({"data": -1, "fsdp": 1, "model": 1})
   return released_lib.Released(
     config_lib.default(), ledger, saved, None, mesh, state, test, {}

@@ -252,7 +252,9 @@ def test_a_step_holds_no_more_than_it_says():
 def test_no_order_of_additions_loses_more_than_the_bound(order):
   rng = np.random.default_rng(3)
   size = 64
-  bound = rounding.bound(_plan(), part_size=size, num_entries=16)
+  bound = rounding.bound(
+    _plan(), microbatch_size=size, rows_per_device=size, num_entries=16
+  )
   allowed = bound.inside / (2 * (4096 / size))
   worst = 0.0
   for _ in range(200):
@@ -271,36 +273,35 @@ def test_no_order_of_additions_loses_more_than_the_bound(order):
 
 def test_the_bound_follows_plan_and_shapes():
   poisson = _plan(num_examples=60_000, expected_batch_size=256.0)
-  of = functools.partial(rounding.bound, poisson, num_entries=10**6)
-  one = of(part_size=1)
+  of = functools.partial(
+    rounding.bound, poisson, rows_per_device=256, num_entries=10**6
+  )
+  one = of(microbatch_size=1)
   assert one.inside == 0
   assert 0 < one.across < 1e-7
   assert one.num_examples == 420
-  assert of(part_size=1000).part_size == 420
-  assert of(part_size=32).inside == pytest.approx(420 * 33 * 2.0**-24, rel=1e-3)
-  assert of(part_size=32, is_cut=True).inside > 1.9 * of(part_size=32).inside
+  # Each of so many more chunks is rounded once more.
+  assert of(microbatch_size=1, rows_per_device=1).across > one.across
+  assert of(microbatch_size=1000).part_size == 420
+  some = of(microbatch_size=32)
+  assert some.inside == pytest.approx(420 * 33 * 2.0**-24, rel=1e-3)
+  assert of(microbatch_size=8, num_sharing=4).inside == some.inside
+  assert of(microbatch_size=32, is_cut=True).inside > 1.9 * some.inside
   # Of few examples a group it fits into the room of exact sums, of many not.
-  assert of(part_size=8, is_exact=True).inside == 0
-  assert of(part_size=128, is_exact=True).inside > 1e-3
-  assert of(part_size=8, num_devices=8).across > of(part_size=8).across
+  assert of(microbatch_size=8, is_exact=True).inside == 0
+  assert of(microbatch_size=128, is_exact=True).inside > 1e-3
+  few = of(microbatch_size=8)
+  assert of(microbatch_size=8, num_devices=8).across > few.across
   # Who is replaced in place moves nobody.
   exchanged = _plan(
     num_examples=60_000,
     expected_batch_size=256.0,
     neighboring_relation="zero_out",
   )
-  moved = rounding.bound(exchanged, part_size=32, num_entries=1).inside
-  assert moved == pytest.approx(32 * 33 * 2.0**-24, rel=1e-3)
-
-
-def test_parts_so_small_that_adding_them_up_loses_much_are_refused():
-  large = _plan(num_examples=10**6, expected_batch_size=10.0**6)
-  make = functools.partial(mechanism.make, large, _linear)
-  with pytest.raises(ValueError, match="microbatch_size must be at least 64"):
-    make(microbatch_size=2)
-  assert make(microbatch_size=64).clipped_grad.microbatch_size == 64
-  assert rounding.bound(large, part_size=64, num_entries=1).across < 1e-3
-  assert rounding.bound(large, part_size=32, num_entries=1).across > 1e-3
+  moved = rounding.bound(
+    exchanged, microbatch_size=32, rows_per_device=32, num_entries=1
+  )
+  assert moved.inside == pytest.approx(32 * 33 * 2.0**-24, rel=1e-3)
 
 
 @pytest.mark.parametrize("num_devices", [2, 8, 2048])
@@ -316,7 +317,11 @@ def test_pieces_of_devices_add_up_exactly(num_devices, num_entries):
   for unit, finer in itertools.pairwise(units):
     assert num_devices * (unit + finer / 2) <= 2.0**24 * finer
   bound = rounding.bound(
-    plan, part_size=8, num_entries=num_entries, num_devices=num_devices
+    plan,
+    microbatch_size=8,
+    rows_per_device=64,
+    num_entries=num_entries,
+    num_devices=num_devices,
   )
   assert bound.across < 1e-3
 

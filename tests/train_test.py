@@ -101,7 +101,8 @@ def test_a_run_leaves_its_result_and_report(finished):
   assert [row["step"] for row in rows] == [4, 8, 12]
   # Of all updates that the parameters of that step have seen.
   for row in rows:
-    assert row["epsilon"] >= _plan().epsilon(num_steps=row["step"])
+    (reading,) = _plan().curve([_plan().delta], row["step"])
+    assert row["epsilon"] >= reading
   assert ledger_lib.Ledger(workdir / "ledger").spent_steps == 12
 
 
@@ -405,7 +406,8 @@ def test_changed_settings_open_a_segment(tmp_path, monkeypatch, capsys):
   assert [segment.charged for segment in ledger.segments] == [8, 8]
   assert ledger.segments[1].start_step == 4
   assert result["num_steps"] == 12
-  assert result["epsilon"] == composition.epsilon(ledger.spent)
+  assert result["epsilon"] == composition.guaranteed(ledger.bounds)
+  assert result["epsilon_spent"] == composition.epsilon(ledger.spent)
   assert result["accountant"] == "rdp"
   assert result["noise_multiplier"] == 2.0
   # The same settings once more are no change.

@@ -20,9 +20,8 @@ PyTree = Any
 _NUMBERS = (jax.Array, np.ndarray, np.generic, int, float, complex)
 _METHODS = ("auto", "bookkeeping", "two_pass", "vmap")
 _PLATFORMS = ("cpu", "gpu", "tpu")
-# The square of a gradient entry below about 1e-19 is 0 in float32, so that a
-# norm near that size would be taken for nothing; and that of one above is
-# infinite.
+# What is far from both ends of float32 can be divided by a norm, and by what is
+# added to it, without underflow or overflow.
 _SMALLEST_NORM, _LARGEST_NORM = 1e-12, 1e18
 _SHARDED = (
   "{} is sharded outside jax.shard_map, where per-example gradients cannot be"

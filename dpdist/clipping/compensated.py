@@ -67,39 +67,33 @@ def add_once(total: Sum, x: PyTree) -> Sum:
   return Sum(*jax.tree.transpose(jax.tree.structure(x), _PAIR, pairs))
 
 
-def split(
-  high: jax.Array, low: jax.Array, units: tuple[float, ...]
-) -> tuple[jax.Array, ...]:
-  """Cuts a number into multiples of each unit and a rest.
+def over_devices(total: Sum, axes: PyTree, units: tuple[float, ...]) -> Sum:
+  """Adds up the sums of devices, inside `jax.shard_map`.
 
   Multiples of a power of two add up exactly, in any order, while their sum is
-  at most 2^24 units: so the sums of several devices lose no more than what
-  their rests round. See `dpdist.rounding.grid` for the units.
+  at most 2^24 units: so the sums of devices lose no more than what their rests
+  round.
 
   Args:
-    high: the number, rounded.
-    low: what is left of it.
-    units: powers of two, falling.
-
-  Returns:
-    As many arrays as units, and the rest.
+    total: a device's own.
+    axes: pytree like total.high of the mesh axes to add up over, tuples.
+    units: powers of two, falling; see `dpdist.rounding.grid`.
   """
-  pieces = []
-  rest, left = high, low
-  for unit in units:
-    piece = jnp.round(rest * (1 / unit)) * unit
-    pieces.append(piece)
-    rest, left = _two_sum(rest - piece, left)
-  return (*pieces, rest)
-
-
-def joined(pieces: tuple[jax.Array, ...]) -> Sum:
-  """The sum of arrays of one shape, the largest first."""
-  first, *others = pieces
-  total = of(first)
-  for piece in others:
-    total = add_once(total, piece)
-  return total
+  # mypy takes JAX's own class of tree structures for a mere name.
+  structure: Any = jax.tree.structure(total.high)
+  leaves = [
+    _split(high, low, units)
+    for high, low in zip(*map(jax.tree.leaves, total), strict=True)
+  ]
+  along = structure.flatten_up_to(axes)
+  # Together, so that it is one reduction, for all along the same axes.
+  for over in dict.fromkeys(along):
+    chosen = [i for i, mine in enumerate(along) if mine == over]
+    sums = jax.lax.psum([leaves[i] for i in chosen], over)
+    for i, x in zip(chosen, sums, strict=True):
+      leaves[i] = x
+  joined = [_joined(pieces) for pieces in leaves]
+  return Sum(*(structure.unflatten(x) for x in zip(*joined, strict=True)))
 
 
 _PAIR = jax.tree.structure((0, 0))
@@ -120,3 +114,25 @@ def _two_sum(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
   total = x + y
   part = total - x
   return total, (x - (total - part)) + (y - part)
+
+
+def _split(
+  high: jax.Array, low: jax.Array, units: tuple[float, ...]
+) -> tuple[jax.Array, ...]:
+  """Cuts a number into multiples of each unit and a rest."""
+  pieces = []
+  rest, left = high, low
+  for unit in units:
+    piece = jnp.round(rest * (1 / unit)) * unit
+    pieces.append(piece)
+    rest, left = _two_sum(rest - piece, left)
+  return (*pieces, rest)
+
+
+def _joined(pieces: tuple[jax.Array, ...]) -> Sum:
+  """The sum of arrays of one shape, the largest first."""
+  first, *others = pieces
+  total = of(first)
+  for piece in others:
+    total = add_once(total, piece)
+  return total

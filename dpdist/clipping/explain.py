@@ -58,6 +58,20 @@ def table(
   return "\n".join(lines)
 
 
+def ways(
+  method: str, rules: Sequence[Rule], names: Sequence[str]
+) -> dict[str, str]:
+  """For each of the named parameters how it is clipped, in a phrase."""
+  if method == "vmap":
+    return dict.fromkeys(names, "every gradient formed and kept (vmap)")
+  found = dict.fromkeys(names, "not used by the loss")
+  for rule in rules:
+    places = " + ".join(_place(site) for site in rule.sites)
+    for i in rule.leaves:
+      found[names[i]] = f"{_WAYS[rule.way]}, {places} ({method})"
+  return found
+
+
 def _place(site: Site) -> str:
   shape = "x".join(map(str, site.weight_shape)) or "scalar"
   loops = math.prod(site.lengths)

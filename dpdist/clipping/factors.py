@@ -180,7 +180,9 @@ def lookup(site: Site, indices: jax.Array, cotangent: jax.Array) -> Lookup:
   table = site.eqn.invars[0].aval.shape
   # The number of rows may be too large for the type of the ids: uint8 holds 256
   # ids, and not the number 256.
-  indices = widened(indices).reshape(-1)
+  if indices.dtype.itemsize < 4:
+    indices = indices.astype(jnp.int32)
+  indices = indices.reshape(-1)
   columns = cotangent.reshape(-1, table[1])
   inside = (indices >= 0) & (indices < table[0])
   # Plain indexing promises to stay in bounds, and reads the nearest row where
@@ -188,11 +190,6 @@ def lookup(site: Site, indices: jax.Array, cotangent: jax.Array) -> Lookup:
   if site.eqn.params["mode"] != jax.lax.GatherScatterMode.CLIP:
     columns = jnp.where(inside[:, None], columns, 0)
   return Lookup(jnp.clip(indices, 0, table[0] - 1), columns)
-
-
-def widened(indices: jax.Array) -> jax.Array:
-  """Integers of at least 32 bits, which hold any size of an array."""
-  return indices.astype(jnp.promote_types(indices.dtype, jnp.int32))
 
 
 def transposed(factor: Dense) -> Dense:

@@ -21,6 +21,7 @@ from dpdist.clipping import rules
 from dpdist.clipping import shards
 from dpdist.clipping import tracing
 from dpdist.clipping import two_pass
+from dpdist.clipping import watched
 from dpdist.clipping.scaling import Scaling
 
 PyTree = Any
@@ -52,6 +53,8 @@ class ClippedGrads(NamedTuple):
     low: what rounding left out of `sum` where microbatches of a given size were
       added up: a pytree like it, to be added to the same total; None: nothing.
       As private.
+    found: of a call with a direction, [B, trained parameters] bool: of an
+      example that was left out, the parameter that it is longest along.
   """
 
   sum: PyTree
@@ -59,6 +62,7 @@ class ClippedGrads(NamedTuple):
   grad_norms: PyTree
   aux: Any
   low: PyTree = None
+  found: jax.Array | None = None
 
 
 # Compared by identity, so that it can be handed to jax.jit whatever it holds.
@@ -112,6 +116,7 @@ class ClippedGrad:
     is_padding_example: jax.Array | None = None,
     rng: jax.Array | None = None,
     param_specs: PyTree | None = None,
+    direction: PyTree | None = None,
   ) -> ClippedGrads:
     """Computes the clipped sum of a batch; see `clipped_grad`.
 
@@ -133,6 +138,10 @@ class ClippedGrad:
         by, each with one mesh axis at most, along which the batch is divided
         too. The loss sees the whole parameter; its entry of the sum is a part
         again, of the sum over the devices of that axis. None: all are whole.
+      direction: pytree like params, None where one is frozen, of the same
+        dtypes and laid out alike: secret normal numbers, by which an example
+        that is longer than its norm says is found and left out; see
+        `dpdist.clipping.watched`. None: nobody is looked for.
 
     Returns:
       ClippedGrads.
@@ -164,6 +173,7 @@ class ClippedGrad:
     # After the specs' own check, which says more.
     checks.whole(params, axes)
     leaves = parts.trainable
+    along = watched.laid_out(direction, leaves, axes)
 
     examples = (batch,) if rng is None else (batch, rng)
     scaling, groups, norm_def = self._scaling(params, parts.is_frozen)
@@ -181,24 +191,26 @@ class ClippedGrad:
     def run(
       examples: tuple[PyTree, ...], keep: jax.Array
     ) -> tuple[list[jax.Array], jax.Array, list[jax.Array], Any]:
+      how = watched.watch(scaling, traced, parts, examples, along, groups)
       if method == "vmap":
         with checks.effects(traced.effects):
-          total, *rest = reference.clipped_sum(
+          total, loss, norms, aux = reference.clipped_sum(
             traced.of_trainable(parts),
             [shards.whole(x) for x in leaves],
             examples,
             keep,
             groups,
-            scaling,
+            how,
           )
-        return shards.sums(leaves, total), *rest
-      problem = self._problem(traced, parts, groups, scaling, method)
+        total = shards.sums(leaves, total)
+        return total, loss, norms, (aux, watched.found(how))
+      problem = self._problem(traced, parts, groups, how, method)
       engine = {"bookkeeping": bookkeeping, "two_pass": two_pass}[method]
       total, outs, norms = engine.clipped_sum(
         problem, jax.tree.leaves(examples), keep
       )
       loss, aux = jax.tree.unflatten(jax.tree.structure(traced.shapes), outs)
-      return total, loss, norms, aux
+      return total, loss, norms, (aux, watched.found(how))
 
     size = self.microbatch_size
     if size is None:
@@ -206,7 +218,7 @@ class ClippedGrad:
         traced.block, batch_size, self._platform
       )
       size = size if method == "bookkeeping" else batch_size
-    total, loss, norms, aux = microbatches.run(
+    total, loss, norms, (aux, found) = microbatches.run(
       run,
       (examples, keep),
       batch_size,
@@ -225,6 +237,7 @@ class ClippedGrad:
       jax.tree.unflatten(norm_def, norms),
       aux if self.has_aux else None,
       None if total.low is None else parts.of_trainable(total.low),
+      found=found,
     )
 
   def explain(self, params: PyTree, batch: PyTree, *, rng: Any = None) -> str:
@@ -249,6 +262,32 @@ class ClippedGrad:
     self, params: PyTree, batch: PyTree, *, rng: Any = None
   ) -> str:
     """What `explain` prints, with the same arguments."""
+    method, reason, chosen, named = self._explained(params, batch, rng)
+    return explain.table(
+      method, reason, self._platform, chosen, named[False], named[True]
+    )
+
+  def ways(
+    self, params: PyTree, batch: PyTree, *, rng: Any = None
+  ) -> dict[str, str]:
+    """By each trained parameter's path how it is clipped, in a phrase."""
+    method, _, chosen, _ = self._explained(params, batch, rng)
+    is_frozen = freezing.split(params, self.frozen).is_frozen
+    names = zip(freezing.names(params), is_frozen, strict=True)
+    return explain.ways(
+      method, chosen, [x for x, frozen in names if not frozen]
+    )
+
+  def scaling(self, params: PyTree) -> tuple[Scaling, list[int]]:
+    """How gradients are shortened, and each trained parameter's group."""
+    scaling, groups, _ = self._scaling(
+      params, freezing.split(params, self.frozen).is_frozen
+    )
+    return scaling, groups
+
+  def _explained(
+    self, params: PyTree, batch: PyTree, rng: Any
+  ) -> tuple[str, str, Sequence[rules.Rule], dict[bool, list[str]]]:
     if rng is not None and not rng.shape:
       rng = jax.eval_shape(lambda k: jax.random.split(k, 1), rng)
     examples = (batch,) if rng is None else (batch, rng)
@@ -266,9 +305,7 @@ class ClippedGrad:
       if method == "vmap"
       else self._problem(traced, parts, groups, scaling, method).rules
     )
-    return explain.table(
-      method, reason, self._platform, chosen, named[False], named[True]
-    )
+    return method, reason, chosen, named
 
   @property
   def _platform(self) -> str:
@@ -332,8 +369,11 @@ def clipped_grad(
     * The sum moves by at most `sensitivity(relation)` when one example changes,
       for any data and parameters, on one device or inside shard_map on many,
       up to the rounding of float32.
-    * An example whose gradient norm is not finite (in float32: entries beyond
-      about 1e19 overflow it) contributes exactly 0.
+    * An example whose gradient norm is not finite (in float32: above 3e38)
+      contributes exactly 0. But under "vmap", so does one with activations of
+      about 3e38, however small its gradient, and one that is shortened, with
+      activations so large (a layer's sum above about 1e28 l2_clip_norm) that
+      what they meet would underflow.
     * A padding example contributes exactly 0, whatever it holds.
     * Randomness in the loss keeps it, if `rng` is secret and new at each step,
       or goes by the example: see `ClippedGrad.__call__`.

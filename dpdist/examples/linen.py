@@ -77,7 +77,7 @@ def main(num_steps: int = 200) -> float:
 
   # Of the operating system's, like the seeds: jax.random.key keeps 32 bits.
   words = np.frombuffer(secrets.token_bytes(8), np.uint32)
-  dropout = jax.random.wrap_key_data(words)
+  dropout = jax.random.wrap_key_data(jax.numpy.asarray(words))
   for t in range(plan.num_steps):
     rows, is_padding_example = digits.padded(sampler(t))
     params, opt_state, noise_state = step(

@@ -53,6 +53,7 @@ KINDS = (
   "a tied weight counted once",
   "a parameter left out of the norm",
   "bias left out",
+  "a norm taken for too small",
   "a part of the loss left out",
   "per-layer sensitivity not joint",
   "sampler without replacement accounted as Poisson",
@@ -83,6 +84,7 @@ KINDS = (
   "budget that forgets charges",
   "epsilon told too low",
   "secret that others can read",
+  "sensitivity that nobody watches",
 )
 
 _FIELDS = ("Bug", "Listed as", "Had by", "Tests")

@@ -1,0 +1,328 @@
+"""Whether examples are as long as their norms say, seen along one direction.
+
+The derivative of an example's loss along v ~ N(0, I) is <g, v>, for which
+forward mode needs neither a rule nor a norm of ours. It is normal with standard
+deviation |g|, so that a scaled gradient of at most C has
+
+  P(scale |<g, v>| > 6.5 C) <= P(|N(0, 1)| > 6.5) = 8.03e-11.
+
+An example beyond that is taken for one whose norm was too small: it adds 0 to
+the sum. Of a scaled gradient of k C it is found with probability P(|N(0, 1)| >
+6.5 / k): one in three for k = 6.5, nine in ten for k = 50, none for k = 1.02.
+
+That the numbers are floats adds little:
+  * Float32 normals end at 5.42. They are normals under the condition that all
+    lie in a symmetric box, which makes {|<g, v>| <= t} no less likely (Royen
+    2014, the Gaussian correlation inequality). Their grid moves <g, v> by 1e-4
+    of |g|, rounding to bfloat16 by 2^-9: P stays below 1e-10.
+  * The derivative itself is rounded, and where large terms cancel, by more than
+    it should be; in bfloat16 that is common. So a suspect is confirmed: the
+    derivative is taken again along eight other directions, v with each entry
+    made longer or shorter by 2^-6. A true one moves by about 2^-6 of |g|; one
+    that is rounding error is drawn anew. Only where all eight are within an
+    eighth of the first is the example left out.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpdist.clipping import evaluate
+from dpdist.clipping import freezing
+from dpdist.clipping import manual_axes
+from dpdist.clipping import shards
+from dpdist.clipping import tracing
+from dpdist.clipping.scaling import Scaling
+
+PyTree = Any
+
+LIMIT = 6.5
+_CONFIRMATIONS = 8
+_CHANGE = 2.0**-6
+_AGREES = 2.0**-3
+
+# From a direction, one array a parameter, to the derivatives [B] along it.
+Derive = Callable[[Sequence[Any]], jax.Array]
+
+
+class Seen(NamedTuple):
+  """What a watched chunk showed; sensitive, and only asked whether it is any.
+
+  Attributes:
+    found: int32 [devices, trained parameters], the examples that were left out
+      because they were longer than their norms said, by the parameter that they
+      are longest along; and a 1 for a sum that is not finite, which is left out
+      whole.
+    norms: [chunk] of the examples' gradients, before clipping.
+  """
+
+  found: jax.Array
+  norms: PyTree
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Watched(Scaling):
+  """Scaling that leaves out examples that are longer than their norms say.
+
+  Attributes:
+    derive: the derivatives of the examples' losses along a direction.
+    direction: one array, or `shards.Shard`, of normal numbers a parameter.
+    groups: for each parameter the number of the group it is clipped with.
+    found: what `scales` found, [B, parameters] bool: of an example that is
+      left out, the parameter along which it is longest. For the one trace that
+      this object is made in.
+  """
+
+  derive: Derive
+  direction: Sequence[Any]
+  groups: Sequence[int]
+  found: list[jax.Array] = dataclasses.field(default_factory=list)
+
+  def scales(
+    self,
+    norms: Sequence[jax.Array],
+    keep: jax.Array,
+    lost: Sequence[jax.Array] = (),
+  ) -> tuple[list[jax.Array], list[jax.Array]]:
+    """As of `Scaling`, but exactly 0 for an example that was found out."""
+    scales, norms = super().scales(norms, keep, lost)
+    bounds = [
+      bound / more
+      for bound, more in zip(self.bounds, self.enlargements, strict=True)
+    ]
+    seen = [self.derive(self._of_group(i)) for i in range(len(bounds))]
+    suspects = [
+      jnp.abs(scale * d) > LIMIT * bound
+      for scale, d, bound in zip(scales, seen, bounds, strict=True)
+    ]
+    some = jnp.any(jnp.stack(suspects))
+    # Inside, parameters are put together: all that have parts of one must agree
+    # whether to do so.
+    axes = {x.axis for x in self.direction if isinstance(x, shards.Shard)}
+    for axis in sorted(axes):
+      some = jax.lax.pmax(some.astype(jnp.int32), axis) > 0
+
+    def confirm() -> jax.Array:
+      return self._confirmed(scales, bounds, seen, suspects)
+
+    nobody = jnp.zeros((*keep.shape, len(self.groups)), bool)
+    nobody = nobody & suspects[0][:, None]
+    found = jax.lax.cond(some, confirm, lambda: nobody)
+    self.found.append(found)
+    out = jnp.any(found, axis=1)
+    return [jnp.where(out, 0, scale) for scale in scales], norms
+
+  def _of_group(self, group: int) -> list[Any]:
+    return [
+      x if mine == group else jax.tree.map(jnp.zeros_like, x)
+      for x, mine in zip(self.direction, self.groups, strict=True)
+    ]
+
+  def _confirmed(
+    self,
+    scales: Sequence[jax.Array],
+    bounds: Sequence[float],
+    seen: Sequence[jax.Array],
+    suspects: Sequence[jax.Array],
+  ) -> jax.Array:
+    """Which suspects are no rounding error, [B, parameters] bool."""
+    changed = _CONFIRMATIONS * len(seen)
+
+    def one(number: jax.Array) -> jax.Array:
+      of_group = number // _CONFIRMATIONS
+      direction = []
+      for i, (whole, group) in enumerate(
+        zip(self.direction, self.groups, strict=True)
+      ):
+        own = number * len(self.groups) + i
+
+        def change(x: jax.Array, own: Any = own, group: int = group) -> Any:
+          longer = 1 + _CHANGE * signs(x.shape, own).astype(x.dtype)
+          return jnp.where(of_group == group, x * longer, 0)
+
+        def alone(x: jax.Array, i: int = i) -> jax.Array:
+          return jnp.where(number == changed + i, x, 0)
+
+        direction.append(
+          jax.tree.map(
+            lambda x, change=change, alone=alone: jnp.where(
+              number < changed, change(x), alone(x)
+            ).astype(x.dtype),
+            whole,
+          )
+        )
+      return self.derive(direction)
+
+    along = jax.lax.map(one, jnp.arange(changed + len(self.groups)))
+    sure = []
+    for group, (d, suspect) in enumerate(zip(seen, suspects, strict=True)):
+      again = along[group * _CONFIRMATIONS : (group + 1) * _CONFIRMATIONS]
+      agrees = jnp.abs(again - d) <= _AGREES * jnp.abs(d)
+      sure.append(suspect & jnp.all(agrees, axis=0))
+    lengths = jnp.stack(
+      [
+        jnp.where(sure[group], jnp.abs(scales[group] * along[changed + i]), -1)
+        / bounds[group]
+        for i, group in enumerate(self.groups)
+      ],
+      axis=1,
+    )
+    longest = jax.nn.one_hot(
+      jnp.argmax(lengths, axis=1), len(self.groups), dtype=bool
+    )
+    return longest & jnp.any(jnp.stack(sure), axis=0)[:, None]
+
+
+def seen(grads: Any) -> tuple[Any, Seen | None]:
+  """Some `ClippedGrads`, and what they showed; None where nobody watched."""
+  if grads.found is None:
+    return grads, None
+  is_finite = jnp.stack(
+    [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(grads.sum)]
+  )
+  found = jnp.sum(grads.found, axis=0, dtype=jnp.int32) + ~is_finite
+  # No example is left to blame. Of clipped gradients none could be so.
+  kept = jax.tree.map(
+    lambda x: jnp.where(jnp.all(is_finite), x, 0), (grads.sum, grads.low)
+  )
+  grads = grads._replace(sum=kept[0], low=kept[1])
+  return grads, Seen(found[None], grads.grad_norms)
+
+
+def laid_out(
+  direction: PyTree | None, leaves: Sequence[Any], axes: frozenset[str]
+) -> list[Any] | None:
+  """The direction's leaves, as the parameters' lie; None of None.
+
+  Args:
+    direction: pytree with an array for each of leaves.
+    leaves: the trained parameters; some may be `shards.Shard`s.
+    axes: mesh axes that the examples vary over.
+
+  Raises:
+    ValueError: an array does not fit its parameter.
+  """
+  if direction is None:
+    return None
+  found = manual_axes.cast_to_varying(jax.tree.leaves(direction), axes)
+  wanted = [x.part if isinstance(x, shards.Shard) else x for x in leaves]
+  kinds = [[(x.shape, x.dtype) for x in xs] for xs in (found, wanted)]
+  if kinds[0] != kinds[1]:
+    raise ValueError(
+      "direction must be like the parameters that are trained,"
+      f" {kinds[1]}, got {kinds[0]}"
+    )
+  return [
+    dataclasses.replace(x, part=v) if isinstance(x, shards.Shard) else v
+    for x, v in zip(leaves, found, strict=True)
+  ]
+
+
+def signs(shape: Sequence[int], seed: jax.Array | int) -> jax.Array:
+  """1 and -1 as by a coin, int32, the same for everyone.
+
+  Not by `jax.random`, which takes a second to compile for eight devices.
+  """
+  x = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
+  x = x + jnp.asarray(seed, jnp.uint32) * jnp.uint32(0x9E3779B9)
+  # The last steps of MurmurHash3, which make each bit depend on all.
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return 1 - 2 * ((x ^ (x >> 16)) & 1).astype(jnp.int32)
+
+
+def found(scaling: Scaling) -> jax.Array | None:
+  """What was found, [B, parameters] bool; None where nobody looked."""
+  if not isinstance(scaling, Watched):
+    return None
+  (one,) = scaling.found
+  return one
+
+
+def watch(
+  scaling: Scaling,
+  traced: tracing.Traced,
+  parts: freezing.Split,
+  examples: tuple[PyTree, ...],
+  direction: Sequence[Any] | None,
+  groups: Sequence[int],
+) -> Scaling:
+  """The same scaling, with an eye on the examples if there is a direction.
+
+  A loss with effects is not looked at: what it writes would be written again.
+
+  Args:
+    scaling: how gradients are shortened.
+    traced: the loss.
+    parts: the parameters; some may be `shards.Shard`s.
+    examples: pytrees; every leaf has the leading axis B.
+    direction: of `laid_out`.
+    groups: for each trained parameter the number of the group it is clipped
+      with.
+  """
+  if direction is None:
+    return scaling
+  derive = _deriver(traced, parts.trainable, parts.frozen, examples)
+  fields = {
+    field.name: getattr(scaling, field.name)
+    for field in dataclasses.fields(scaling)
+  }
+  return Watched(
+    **fields, derive=derive, direction=direction, groups=tuple(groups)
+  )
+
+
+def _deriver(
+  traced: tracing.Traced,
+  leaves: Sequence[Any],
+  frozen: Sequence[Any],
+  examples: tuple[PyTree, ...],
+) -> Derive:
+  leaves, frozen = list(leaves), list(frozen)
+  wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  axes = manual_axes.varying_axes((leaves, examples))
+
+  if traced.effects:
+    some = jax.tree.leaves(examples)[0]
+    nothing = manual_axes.cast_to_varying(jnp.zeros(some.shape[0]), axes)
+    return lambda direction: nothing
+
+  if traced.block.has_custom_vjp():
+    # Which has no forward mode: one gradient after the other.
+    whole = [shards.whole(x) for x in leaves]
+    constants = [shards.whole(x) for x in frozen]
+
+    def dotted(example: tuple[PyTree, ...], direction: list[Any]) -> jax.Array:
+      loss = lambda leaves: traced.loss_fn(leaves, constants, *example)[0]
+      parts = zip(jax.grad(loss)(whole), direction, strict=True)
+      # Not as a product, which accelerators make of rounded operands.
+      sums = [jnp.sum(wide(g) * wide(v)) for g, v in parts]
+      return jnp.sum(jnp.stack(sums))
+
+    def derive(direction: Sequence[Any]) -> jax.Array:
+      along = [shards.whole(x) for x in direction]
+      return jax.lax.map(lambda example: dotted(example, along), examples)
+
+    return derive
+
+  in_parts = any(isinstance(x, shards.Shard) for x in (*leaves, *frozen))
+
+  def one(example: tuple[PyTree, ...], direction: list[Any]) -> jax.Array:
+    def loss(leaves: list[Any]) -> jax.Array:
+      if not in_parts:
+        return traced.loss_fn(leaves, frozen, *example)[0]
+      # No more than a block of a deep model is ever whole.
+      values = [*leaves, *frozen, *jax.tree.leaves(example)]
+      return evaluate.forward(traced.block, values, {})[0][0]
+
+    return wide(jax.jvp(loss, (leaves,), (direction,))[1])
+
+  def forward(direction: Sequence[Any]) -> jax.Array:
+    along = manual_axes.cast_to_varying(list(direction), axes)
+    return jax.vmap(one, in_axes=(0, None))(examples, along)
+
+  return forward

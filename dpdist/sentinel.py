@@ -1,0 +1,490 @@
+"""The sentinel: a run watches its own sensitivity.
+
+All privacy rests on one number, how far one example can move the clipped sum,
+and that on rules for norms, any of which may be wrong. So nobody's word is
+taken for it:
+
+  * Before anything is charged, the step that will run is run on made-up
+    examples, one at a time among padding that holds NaN, and what it adds is
+    held against `jax.grad`; see `dpdist.made_up` and `dpdist.comparison`. A
+    loop of one's own has `dpdist.check_sensitivity`, a config `launch.check`.
+  * While it runs, at the first step of a branch and then at a secret one in
+    `config.sentinel.every`, examples of the data that are longer than their
+    norms say are found and add 0; see `dpdist.clipping.watched`, which proves
+    how seldom that is a mistake. The run ends after that step, which is
+    charged and saved as any other.
+
+Which steps those are, and along which direction examples are looked at, are
+functions of (secret, branch, step): a step that runs again has the same bits.
+
+That a run ends so is an event that depends on the data. While clipping is right
+it happens to one example at one watched step with probability below 1e-10,
+which adds less than that to delta. If it is wrong, there was no guarantee
+before: the ledger, and with it result and report, say void. Neither says more;
+the parameter and its rule are named on the owner's screen alone.
+"""
+
+from collections.abc import Callable, Iterator
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpdist import clipping
+from dpdist import comparison
+from dpdist import keys
+from dpdist import made_up
+from dpdist import mechanism
+from dpdist import mesh as mesh_lib
+from dpdist import noise
+from dpdist import step as step_lib
+from dpdist.clipping import freezing
+
+PyTree = Any
+
+# For the ledger: what has happened, and nothing of the data.
+NOTICE = (
+  "the sentinel found an example that was longer than its norm said, so that"
+  " clipping did not bound what one example can do"
+)
+
+
+_INSTEAD = (
+  "clipping.method=vmap (method='vmap') forms every gradient and needs no such"
+  " rule"
+)
+
+
+class SensitivityError(RuntimeError):
+  """A clipped sum moves further than it may; says by which parameter."""
+
+
+class Report(NamedTuple):
+  """What a check came to.
+
+  Attributes:
+    num_examples: made-up examples that were tried.
+    ways: by each trained parameter's path, how it is clipped.
+  """
+
+  num_examples: int
+  ways: dict[str, str]
+
+
+def check_sensitivity(
+  loss_fn: Callable[..., Any],
+  params: PyTree,
+  batch: PyTree,
+  *,
+  l2_clip_norm: PyTree,
+  has_aux: bool = False,
+  method: str = "auto",
+  microbatch_size: int | None = None,
+  rescale_to_unit_norm: bool = False,
+  platform: str | None = None,
+  normalize_gamma: float | None = None,
+  frozen: freezing.Frozen = None,
+  rng: jax.Array | None = None,
+) -> Report:
+  """Holds `dpdist.clipped_grad` of a loss against `jax.grad`.
+
+  To be called once before training: it compiles the clipped sum of such a
+  batch, and runs it on made-up examples.
+
+  Args:
+    loss_fn: as for `dpdist.clipped_grad`; likewise l2_clip_norm, has_aux,
+      method, microbatch_size, rescale_to_unit_norm, platform, normalize_gamma
+      and frozen.
+    params: as for a call of it.
+    batch: as for a call of it. Only shapes, dtypes and the largest integer of
+      each array are looked at.
+    rng: a PRNG key, if loss_fn takes one.
+
+  Returns:
+    What was tried.
+
+  Raises:
+    SensitivityError: names what is wrong, the parameter and its rule.
+    ValueError: as `dpdist.clipped_grad`.
+  """
+  clipped_grad = clipping.clipped_grad(
+    loss_fn,
+    l2_clip_norm=l2_clip_norm,
+    has_aux=has_aux,
+    method=method,
+    microbatch_size=microbatch_size,
+    rescale_to_unit_norm=rescale_to_unit_norm,
+    platform=platform,
+    normalize_gamma=normalize_gamma,
+    frozen=frozen,
+  )
+  params = jax.tree.map(jnp.asarray, params)
+  batch = jax.tree.map(jnp.asarray, batch)
+  trained, constants = clipping.partition(params, frozen)
+  rows = len(jax.tree.leaves(batch)[0])
+  rngs = None if rng is None else jax.random.split(rng, rows)
+  measure = comparison.measurer(clipped_grad)
+
+  @jax.jit
+  def one(
+    trained: PyTree,
+    constants: PyTree,
+    batch: PyTree,
+    is_padding: jax.Array,
+    row: int,
+  ) -> comparison.Measured:
+    params = clipping.merge(trained, constants)
+    out = clipped_grad(params, batch, is_padding_example=is_padding, rng=rngs)
+    # What is compared must not be a part of the sum's own program.
+    out = jax.lax.optimization_barrier(out._replace(aux=None))
+    example, key = jax.tree.map(lambda x: x[row], (batch, rngs))
+    norms = [x[row] for x in jax.tree.leaves(out.grad_norms)]
+    return measure(trained, constants, example, key, out.sum, norms)
+
+  program = _Program(
+    clipped_grad,
+    params,
+    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch),
+    jax.tree.map(_largest, batch),
+    rows,
+    lambda number: number % rows,
+    lambda *given: [one(trained, constants, *given)],
+    None if rngs is None else lambda row: rngs[row],
+  )
+  return _search(program)
+
+
+def check_step(
+  step: step_lib.Step,
+  params: PyTree,
+  frozen: PyTree | None,
+  *,
+  row: PyTree,
+  largest: PyTree,
+  chunk_size: int,
+  is_watched: bool = True,
+) -> Report:
+  """Holds the step that will run, on its mesh, against `jax.grad`.
+
+  To be called in all processes.
+
+  Args:
+    step: what will run.
+    params: of its state.
+    frozen: as `step.accumulate` takes it.
+    row: shapes of a row of a chunk.
+    largest: pytree like row: what its integers are at most, publicly.
+    chunk_size: rows over the mesh at once.
+    is_watched: whether watched steps will run too.
+
+  Returns:
+    What was tried.
+
+  Raises:
+    SensitivityError: names what is wrong, the parameter and its rule.
+  """
+  clipped_grad = step.mechanism.clipped_grad
+  mesh, sharding = step.mesh, mesh_lib.examples(step.mesh)
+  replicated = mesh_lib.replicated(mesh)
+  measure = _on_one_device(comparison.measurer(clipped_grad), replicated)
+  key = noise.as_key(keys.prng_words(keys.insecure_secret(0)))
+  along = drawer(step)(params, key) if is_watched else None
+  at = jax.jit(lambda x, row: x[row], out_shardings=replicated)
+  fold = functools.partial(jax.random.fold_in, key)
+  # A step that nobody watches does not say its norms.
+  unknown = [mesh_lib.replicate(jnp.array(jnp.nan, jnp.float32), mesh)]
+
+  def put(x: np.ndarray) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
+  def run(
+    batch: PyTree, is_padding: np.ndarray, row: int
+  ) -> Iterator[comparison.Measured]:
+    example = jax.tree.map(lambda x: x[row], batch)
+    chunk, empty = jax.tree.map(put, (batch, is_padding))
+    given = (chunk, empty, key, 0)
+    more = [] if frozen is None else [frozen]
+    plain = step.accumulate(params, step.zeros(params), *given, *more)
+    total = step.total(params, plain)
+    yield measure(params, frozen, example, fold(row), total, unknown)
+    if along is None:
+      return
+    after, seen = step.accumulate(
+      params, step.zeros(params), *given, frozen, along
+    )
+    norms = [at(x, row) for x in jax.tree.leaves(seen.norms)]
+    total = step.total(params, after)
+    yield measure(params, frozen, example, fold(row), total, norms)
+
+  # One device after the other, and each row of them.
+  shards = mesh_lib.num_example_shards(mesh)
+  size = chunk_size // shards
+  program = _Program(
+    clipped_grad,
+    step_lib.whole(params, frozen),
+    row,
+    largest,
+    chunk_size,
+    lambda number: number % shards * size + number // shards % size,
+    run,
+    fold,
+  )
+  return _search(program)
+
+
+def _on_one_device(
+  measure: Callable[..., comparison.Measured], replicated: Any
+) -> Callable[..., comparison.Measured]:
+  """Compiled; for one device of each process where it has all that is given."""
+  alone = jax.jit(measure)
+  together = jax.jit(measure, out_shardings=replicated)
+
+  def run(*given: Any) -> comparison.Measured:
+    arrays = [x for x in jax.tree.leaves(given) if isinstance(x, jax.Array)]
+    if not all(x.is_fully_replicated for x in arrays):
+      return together(*given)
+    here = lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x
+    return alone(*jax.tree.map(here, given))
+
+  return run
+
+
+def drawer(step: step_lib.Step) -> Callable[[PyTree, jax.Array], PyTree]:
+  """Compiled (params, key) -> normal numbers like params, on the mesh."""
+
+  def draw(params: PyTree, key: jax.Array) -> PyTree:
+    leaves, structure = jax.tree.flatten(params)
+    drawn = [
+      jax.random.normal(
+        jax.random.fold_in(key, i),
+        x.shape,
+        jnp.promote_types(x.dtype, jnp.float32),
+      ).astype(x.dtype)
+      for i, x in enumerate(leaves)
+    ]
+    found = jax.tree.unflatten(structure, drawn)
+    return mesh_lib.constrain(found, step.specs(params), step.mesh)
+
+  return jax.jit(draw)
+
+
+class Sentinel:
+  """Watches the steps of one branch of a run.
+
+  Attributes:
+    watches: whether the present step is watched.
+  """
+
+  def __init__(
+    self,
+    step: step_lib.Step,
+    frozen: PyTree | None,
+    streams: mechanism.Streams,
+    *,
+    every: int,
+    first_step: int,
+  ):
+    """Nothing is watched yet.
+
+    Args:
+      step: what runs.
+      frozen: as `step.accumulate` takes it.
+      streams: of the branch.
+      every: on average one step of so many is watched; 0: none is.
+      first_step: of the branch, which is watched too.
+    """
+    self._step, self._frozen, self._streams = step, frozen, streams
+    self._every, self._first_step = every, first_step
+    self._draw = drawer(step)
+    self._sum = jax.jit(
+      lambda x: jnp.sum(x, axis=0),
+      out_shardings=mesh_lib.replicated(step.mesh),
+    )
+    self._direction: PyTree | None = None
+    self._found: jax.Array | None = None
+
+  def is_watched(self, t: int) -> bool:
+    """Whether a step is one of those; secret, and the same whenever it runs."""
+    if not self._every:
+      return False
+    if t == self._first_step:
+      return True
+    high, low = self._streams.words("sentinel_step", t).tolist()
+    return (high << 32 | low) % self._every == 0
+
+  def begin(self, t: int, params: PyTree) -> None:
+    """Says that a step begins."""
+    self._direction = self._found = None
+    if self.is_watched(t):
+      key = self._streams.key("sentinel_direction", t)
+      self._direction = self._draw(params, key)
+
+  def accumulate(
+    self, params: PyTree, accumulator: PyTree, *chunk: Any
+  ) -> PyTree:
+    """Adds a chunk; as `dpdist.step.Step.accumulate` without frozen."""
+    if self._direction is None:
+      # Given only where there are any.
+      more = [] if self._frozen is None else [self._frozen]
+      return self._step.accumulate(params, accumulator, *chunk, *more)
+    accumulator, seen = self._step.accumulate(
+      params, accumulator, *chunk, self._frozen, self._direction
+    )
+    found = self._sum(seen.found)
+    self._found = found if self._found is None else self._found + found
+    return accumulator
+
+  def end(self) -> list[int]:
+    """The numbers of the trained parameters that examples were too long along.
+
+    The same in all processes.
+    """
+    self._direction = None
+    if self._found is None:
+      return []
+    return [int(i) for i in np.flatnonzero(np.asarray(self._found))]
+
+
+def fault(
+  clipped_grad: clipping.ClippedGrad,
+  params: PyTree,
+  row: PyTree,
+  leaves: list[int],
+) -> str:
+  """What to say on the owner's screen of what `Sentinel.end` found.
+
+  Args:
+    clipped_grad: of the step.
+    params: whole; shapes are enough.
+    row: shapes of a row of a chunk.
+    leaves: what was found.
+  """
+  names, ways = _ways(clipped_grad, params, row, has_rng=True)
+  where = ", ".join(f"{_path(names[i])} ({ways[names[i]]})" for i in leaves)
+  return (
+    "the sentinel found an example whose clipped gradient is far longer than"
+    f" the clip norm, along {where}: the guarantee of this run is void, and the"
+    f" ledger says so; {_INSTEAD}"
+  )
+
+
+class _Program(NamedTuple):
+  """What is searched for a fault.
+
+  Attributes:
+    clipped_grad: what it clips by.
+    params: whole.
+    row: shapes of an example.
+    largest: of its integers.
+    rows: of a batch.
+    place: from a case's number to its row.
+    run: (batch, is_padding, row) -> what was measured, of each program that
+      there is.
+    key: from a row to its key; None: the loss takes none.
+  """
+
+  clipped_grad: clipping.ClippedGrad
+  params: PyTree
+  row: PyTree
+  largest: PyTree
+  rows: int
+  place: Callable[[int], int]
+  run: Callable[..., Any]
+  key: Callable[[int], jax.Array] | None
+
+
+def _search(program: _Program) -> Report:
+  names, ways = _ways(
+    program.clipped_grad,
+    program.params,
+    program.row,
+    has_rng=program.key is not None,
+  )
+  filler = made_up.padding(program.row)
+  count = 0
+  for case in made_up.cases(program.row, program.largest):
+    row = program.place(count)
+    batch = jax.tree.map(
+      lambda rest, one, row=row: _chunk(rest, one, row, program.rows),
+      filler,
+      case.example,
+    )
+    is_padding = np.arange(program.rows) != row
+    for found in program.run(batch, is_padding, row):
+      problem = comparison.judge(
+        program.clipped_grad,
+        program.params,
+        jax.device_get(found),
+        is_ordinary=case.is_ordinary,
+      )
+      if problem is not None:
+        key = None if program.key is None else program.key(row)
+        leaf = _worst(program, case.example, key, problem, names)
+        raise SensitivityError(
+          f"the clipped sum of one made-up example ({case.name})"
+          f" {problem.what}: {_path(leaf)} ({ways[leaf]}) is not clipped as it"
+          f" should be, and no noise would be enough; {_INSTEAD}"
+        )
+    count += 1
+  return Report(count, ways)
+
+
+def _worst(
+  program: _Program,
+  example: PyTree,
+  key: jax.Array | None,
+  problem: comparison.Problem,
+  names: list[str],
+) -> str:
+  """The parameter to name."""
+  leaves = jax.tree.leaves(program.params)
+  if problem.what != "is not finite" and all(
+    x.is_fully_replicated for x in leaves
+  ):
+    alone = jax.tree.map(lambda x: x.addressable_data(0), program.params)
+    found = comparison.blamed(
+      program.clipped_grad, alone, example, key, problem.leaves
+    )
+    if found:
+      return found[0]
+  return names[problem.leaves[0]]
+
+
+def _ways(
+  clipped_grad: clipping.ClippedGrad,
+  params: PyTree,
+  row: PyTree,
+  *,
+  has_rng: bool,
+) -> tuple[list[str], dict[str, str]]:
+  """Paths of the trained parameters, and how each is clipped."""
+  batch = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), row
+  )
+  rng = jax.eval_shape(lambda: jax.random.key(0)) if has_rng else None
+  shapes = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params
+  )
+  ways = clipped_grad.ways(shapes, batch, rng=rng)
+  return list(ways), ways
+
+
+def _path(name: str) -> str:
+  return f"params/{name}" if name else "params"
+
+
+def _chunk(
+  rest: np.ndarray, one: np.ndarray, row: int, rows: int
+) -> np.ndarray:
+  """A batch of `rest`, but for one row."""
+  batch = np.repeat(rest[None], rows, axis=0)
+  batch[row] = one
+  return batch
+
+
+def _largest(x: jax.Array) -> int:
+  """Of the integers of an array; 0 of any other."""
+  is_integer = jnp.issubdtype(x.dtype, jnp.integer)
+  return int(np.max(np.asarray(x), initial=0)) if is_integer else 0

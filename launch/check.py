@@ -1,0 +1,94 @@
+r"""Holds a config's own step against `jax.grad`: does it clip as it must?
+
+  python -m launch.check --config=configs/digits.py
+
+Of the data only shapes are looked at; weights are read where the config names
+some. The step is compiled for the devices and the mesh that are there, and run
+on made-up examples of every size, as `launch.train` does before it charges
+anything. No budget is spent, and nothing is written.
+
+Exit codes: 0 it does; 1 it does not, or the sum cannot be had; 2 wrong usage.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import json
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+import numpy as np
+
+from dpdist import config as config_lib
+from dpdist import job
+from dpdist import keys
+from dpdist import mesh as mesh_lib
+from dpdist import models
+from dpdist import optimizers
+from dpdist import parameters
+from dpdist import plan as plan_lib
+from dpdist import screen
+from dpdist import sentinel
+from dpdist import shapes
+from launch import errors
+from launch import exit_codes
+from launch import flag_parsing
+
+_CONFIG = config_flags.DEFINE_config_file(
+  "config", None, "A file in configs/; --config.a.b=value changes a setting."
+)
+_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
+flags.mark_flag_as_required("config")
+
+
+def main(argv: Sequence[str]) -> int:
+  """Returns an exit code."""
+  del argv
+  try:
+    check = _prepared(_CONFIG.value)
+  except ValueError as error:
+    return flag_parsing.usage_error(error)
+  try:
+    report = check()
+  except sentinel.SensitivityError as error:
+    return errors.tell(errors.Told(str(error)))
+  if _JSON.value:
+    print(json.dumps(report._asdict(), indent=2))
+  else:
+    rows = [("made-up examples", f"{report.num_examples}, none too long")]
+    rows += [(name or "parameters", way) for name, way in report.ways.items()]
+    screen.show_table("Clipping", rows)
+  return exit_codes.DONE
+
+
+def _prepared(config: Any) -> Callable[[], sentinel.Report]:
+  """What is left to do when all settings are known to be right."""
+  job.check(config)
+  plan = plan_lib.make_plan(config_lib.privacy_config(config))
+  mesh = mesh_lib.make(config.mesh)
+  model = models.make(config.model)
+  optimizer, _ = optimizers.make(config.optimizer, config.privacy.num_steps)
+  step = job.make_step(config, plan, model, optimizer, mesh)
+  example = shapes.example(config)
+  inputs = example["inputs"]
+  start = parameters.of(
+    config.model,
+    model,
+    functools.partial(parameters.make_params, model),
+    keys.prng_words(keys.insecure_secret(0)),
+    np.zeros(inputs.shape, inputs.dtype),
+  )
+  row = shapes.unit(config, example)
+  return lambda: sentinel.check_step(
+    step,
+    start.init(step).params,
+    start.frozen(step),
+    row=row,
+    largest=job.largest_integers(config, row),
+    chunk_size=job.chunk_size(config, plan, mesh),
+    is_watched=config.sentinel.every > 0,
+  )
+
+
+if __name__ == "__main__":
+  flag_parsing.run(main)

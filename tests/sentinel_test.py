@@ -1,0 +1,412 @@
+"""The sentinel finds a wrong rule, before a run and while it runs.
+
+Rules are made wrong on purpose. Statistical claims have fixed keys: of a right
+program no example is found, and of a norm that is 1 % of what it should be an
+example is found with probability above 0.9 at a look.
+"""
+
+import functools
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import dpdist
+from dpdist import clipping
+from dpdist import config as config_lib
+from dpdist import exact_step
+from dpdist import keys
+from dpdist import ledger as ledger_lib
+from dpdist import losses
+from dpdist import mechanism
+from dpdist import models
+from dpdist import parameters
+from dpdist import sentinel
+from dpdist import step as step_lib
+from dpdist.clipping import bookkeeping
+from dpdist.clipping import inner_products
+from dpdist.clipping import watched
+from tests import doors
+from tests import meshes
+
+_CLIP = 0.1
+_ROWS = 16
+
+
+def _loss(params, example, rng=None):
+  """Bytes that are looked up, a product, a bias."""
+  del rng
+  seen = jnp.mean(jnp.take(params["table"], example["ids"], axis=0), axis=0)
+  out = jnp.tanh(seen @ params["w"] + params["b"])
+  return 50 * jnp.sum((out - example["y"]) ** 2)
+
+
+def _with_aux(*args):
+  return _loss(*args), None
+
+
+def _params():
+  rng = np.random.default_rng(0)
+  sizes = {"table": (32, 8), "w": (8, 4), "b": (4,)}
+  return {
+    name: jnp.asarray(rng.normal(size=size), jnp.float32)
+    for name, size in sizes.items()
+  }
+
+
+def _batch(rows=_ROWS):
+  rng = np.random.default_rng(1)
+  return {
+    "ids": rng.integers(0, 32, (rows, 6)).astype(np.uint8),
+    "y": rng.normal(size=(rows, 4)).astype(np.float32),
+  }
+
+
+def _shapes(batch):
+  return jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch
+  )
+
+
+def _direction(params, seed=0):
+  key = jax.random.key(seed)
+  return jax.tree.map(
+    lambda x: jax.random.normal(key, x.shape, x.dtype), params
+  )
+
+
+def _weaken(monkeypatch, name, part):
+  """Takes norms of the gradients of one kind of product for a part of them."""
+  norm = bookkeeping.norm
+
+  def wrong(problem, rule, *args):
+    size, formed = norm(problem, rule, *args)
+    is_it = any(site.name == name for site in rule.sites)
+    return size * (part if is_it else 1), formed
+
+  monkeypatch.setattr(bookkeeping, "norm", wrong)
+
+
+def _step(mesh, *, loss=_with_aux, exact=False, **changes):
+  plan = dpdist.make_plan(
+    dpdist.PrivacyConfig(
+      num_examples=1000,
+      expected_batch_size=8,
+      num_steps=10,
+      l2_clip_norm=_CLIP,
+      target_delta=1e-5,
+      noise_multiplier=1.0,
+    )
+  )
+  made = mechanism.make(
+    plan, loss, exact_group_size=1 if exact else None, **changes
+  )
+  kind = exact_step.ExactStep if exact else step_lib.Step
+  return kind(made, optax.sgd(1.0), mesh)
+
+
+def _check(step, *, frozen=None, params=None):
+  batch = _batch()
+  params = _params() if params is None else params
+  return sentinel.check_step(
+    step,
+    step.placed(params),
+    frozen,
+    row=_shapes(batch),
+    largest={"ids": 31, "y": 0},
+    chunk_size=_ROWS,
+  )
+
+
+def test_right_rules_pass_on_eight_devices():
+  report = _check(_step(meshes.of("8")))
+  assert report.num_examples >= 8
+  assert set(report.ways) == {"table", "w", "b"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+  ("name", "changes"),
+  [
+    ("8", {"exact": True}),
+    ("8, fsdp", {}),
+    ("8", {"method": "two_pass"}),
+    ("8", {"method": "vmap"}),
+    ("8", {"microbatch_size": 1}),
+  ],
+)
+def test_right_rules_pass_on_any_mesh(name, changes):
+  step = _step(meshes.of(name), **changes)
+  assert _check(step).num_examples >= 8
+
+
+def test_a_wrong_rule_is_named_before_anything_is_charged(monkeypatch):
+  _weaken(monkeypatch, "gather", 0.1)
+  with pytest.raises(sentinel.SensitivityError, match=r"params/table .*gather"):
+    _check(_step(meshes.of("8")))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["fsdp", "exact", "two_pass"])
+def test_a_wrong_rule_is_found_on_any_mesh(monkeypatch, name):
+  _weaken(monkeypatch, "gather", 0.01)
+  step = {
+    "fsdp": lambda: _step(meshes.of("8, fsdp")),
+    "exact": lambda: _step(meshes.of("8"), exact=True),
+    "two_pass": lambda: _step(meshes.of("8"), method="two_pass"),
+  }[name]()
+  with pytest.raises(sentinel.SensitivityError):
+    _check(step)
+
+
+def test_a_norm_without_its_guard_is_found(monkeypatch):
+  """Terms that cancel: without a guard the norm is rounding error."""
+  bare = lambda square, error, terms: jnp.sqrt(jnp.maximum(square, 0))
+  monkeypatch.setattr(inner_products, "from_inner_products", bare)
+  monkeypatch.setattr(inner_products, "with_room", lambda root, *rest: root)
+  loss = lambda params, x: jnp.sum((x[0] @ params) * x[1])
+  batch = (np.zeros((2, 8, 64), np.float32),) * 2
+  with pytest.raises(sentinel.SensitivityError, match="long where its bound"):
+    dpdist.check_sensitivity(
+      loss, jnp.zeros((64, 64)), batch, l2_clip_norm=_CLIP, platform="cpu"
+    )
+
+
+# While it runs.
+
+
+@functools.cache
+def _looked(method="auto", microbatch_size=None, loss=_loss, part=None):
+  """Compiled; part keeps programs of wrong rules apart."""
+  del part
+  fn = dpdist.clipped_grad(
+    loss, l2_clip_norm=_CLIP, method=method, microbatch_size=microbatch_size
+  )
+  return jax.jit(lambda *args: fn(*args[:2], direction=args[2]))
+
+
+def test_right_examples_are_all_kept_and_sums_are_as_they_were():
+  params, batch = _params(), _batch(64)
+  plain = jax.jit(dpdist.clipped_grad(_loss, l2_clip_norm=_CLIP))
+  wanted = plain(params, batch)
+  for seed in range(20):
+    found = _looked()(params, batch, _direction(params, seed))
+    assert not np.any(found.found)
+    jax.tree.map(
+      lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+      found.sum,
+      wanted.sum,
+    )
+
+
+@pytest.mark.parametrize(
+  ("method", "microbatch_size"),
+  [("auto", 8), pytest.param("two_pass", None, marks=pytest.mark.slow)],
+)
+def test_an_example_that_is_too_long_adds_nothing(
+  monkeypatch, method, microbatch_size
+):
+  _weaken(monkeypatch, "gather", 1e-2)
+  _weaken(monkeypatch, "dot_general", 1e-2)
+  params, batch = _params(), _batch()
+  # So that the bias does not make up for it.
+  batch["y"] = batch["y"] * np.arange(1, 5) * 1e3
+  loss = lambda params, example: _loss(params | {"b": 0.0}, example)
+  out = _looked(method, microbatch_size, loss, "weak")(
+    params, batch, _direction(params)
+  )
+  is_found = np.any(out.found, axis=1)
+  assert is_found.sum() > 0.5 * _ROWS
+  assert not np.any(out.found[:, 0])  # b, which sorts first, has no part.
+  kept = jax.tree.map(lambda x: x[~is_found], batch)
+  fn = dpdist.clipped_grad(loss, l2_clip_norm=_CLIP, method=method)
+  wanted = fn(params, kept).sum
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-5),
+    out.sum,
+    wanted,
+  )
+
+
+def test_a_sum_that_is_not_finite_is_left_out_whole_and_found():
+  total = {"a": jnp.array([1.0, jnp.nan]), "b": jnp.ones(3)}
+  found = jnp.zeros((4, 2), bool)
+  grads = clipping.ClippedGrads(total, None, jnp.ones(4), None, found=found)
+  kept, seen = watched.seen(grads)
+  assert seen.found.tolist() == [[1, 0]]
+  assert not np.any(kept.sum["a"])
+  assert not np.any(kept.sum["b"])
+
+
+def test_rounding_of_the_derivative_is_no_alarm(monkeypatch):
+  """Two sums in bfloat16 that are equal but for rounding: the gradient is 0."""
+
+  def loss(params, example):
+    x = (params * example).astype(jnp.bfloat16)
+    rows = jnp.sum(jnp.sum(x, axis=0, dtype=jnp.bfloat16), dtype=jnp.bfloat16)
+    cols = jnp.sum(jnp.sum(x, axis=1, dtype=jnp.bfloat16), dtype=jnp.bfloat16)
+    return (rows - cols).astype(jnp.float32)
+
+  rng = np.random.default_rng(0)
+  params = jnp.asarray(rng.normal(size=(33, 65)), jnp.float32)
+  batch = jnp.asarray(rng.normal(size=(32, 33, 65)), jnp.float32)
+  fn = dpdist.clipped_grad(loss, l2_clip_norm=1e-4)
+  look = lambda: jax.jit(lambda *args: fn(*args[:2], direction=args[2]))(
+    params, batch, _direction(params)
+  )
+  assert not np.any(look().found)
+  # It would be, if suspects were not confirmed.
+  monkeypatch.setattr(watched, "_AGREES", np.inf)
+  assert np.sum(look().found) > 16
+
+
+def test_a_derivative_of_the_users_own_is_watched_too(monkeypatch):
+  _weaken(monkeypatch, "gather", 1e-2)
+
+  @jax.custom_vjp
+  def square(x):
+    return x**2
+
+  square.defvjp(lambda x: (x**2, x), lambda x, g: (2 * x * g,))
+
+  def loss(params, example):
+    seen = jnp.take(params["table"], example["ids"], axis=0)
+    return jnp.sum(square(seen)) * jnp.sum(example["y"]) ** 2
+
+  params, batch = {"table": _params()["table"]}, _batch()
+  out = _looked(loss=loss, part="weak")(params, batch, _direction(params))
+  assert np.sum(out.found) > 0.5 * _ROWS
+
+
+def _streams(branch="a"):
+  return mechanism.Streams(keys.insecure_secret(3), branch)
+
+
+def _watcher(every, **changes):
+  return sentinel.Sentinel(
+    *(_step(meshes.of("8")), None, _streams(**changes)),
+    every=every,
+    first_step=5,
+  )
+
+
+def test_the_first_step_and_one_in_a_hundred_are_watched():
+  watches = _watcher(100)
+  steps = [t for t in range(20_000) if watches.is_watched(t)]
+  assert 5 in steps
+  # 200 expected; five standard deviations.
+  assert 130 < len(steps) < 272
+  assert [t for t in steps if t < 4000] == [
+    t for t in range(4000) if _watcher(100).is_watched(t)
+  ]
+  other = _watcher(100, branch="b")
+  assert steps != [t for t in range(20_000) if other.is_watched(t)]
+  assert not any(_watcher(0).is_watched(t) for t in range(100))
+  assert all(_watcher(1).is_watched(t) for t in range(100))
+
+
+# Whole models.
+
+_MODELS = {
+  "linear": ((6, 6, 3), (), {"num_groups": 3}),
+  "random_features": ((6, 6, 1), (), {"width": 16}),
+  "cnn": ((28, 28, 1), (), {"width": 4}),
+  "wide_resnet": ((8, 8, 3), (), {"width": 1, "depth": 10, "num_groups": 4}),
+  "decoder": ((6,), (6,), {"width": 8, "depth": 1, "num_heads": 2}),
+  "stacked_decoder": ((6,), (6,), {"width": 8, "depth": 2, "num_heads": 2}),
+  "bert": (
+    *((6,), ()),
+    {"width": 8, "depth": 1, "num_heads": 2, "vocabulary": 20},
+  ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _MODELS)
+def test_models_raise_no_alarm(name):
+  inputs, targets, changes = _MODELS[name]
+  config = config_lib.default()
+  config.model.name = name
+  config.model.num_outputs = 16
+  config.model.update(changes)
+  model = models.make(config.model)
+  rng = np.random.default_rng(0)
+  if name in ("decoder", "stacked_decoder", "bert"):
+    x = rng.integers(0, 15, (32, *inputs)).astype(np.int32)
+  else:
+    x = rng.normal(size=(32, *inputs)).astype(np.float32)
+  y = rng.integers(0, 16, (32, *targets)).astype(np.int32)
+  batch = {"inputs": x, "targets": y}
+  params = parameters.make_params(model, np.zeros(2, np.uint32), x[0])
+  loss = losses.cross_entropy(model)
+  key = jax.random.key(0)
+  report = dpdist.check_sensitivity(
+    loss, params, batch, l2_clip_norm=_CLIP, has_aux=True, rng=key
+  )
+  assert report.num_examples >= 3
+  fn = dpdist.clipped_grad(loss, l2_clip_norm=_CLIP, has_aux=True)
+  look = jax.jit(
+    lambda params, batch, direction: (
+      fn(params, batch, rng=key, direction=direction).found
+    )
+  )
+  for seed in range(10):
+    assert not np.any(look(params, batch, _direction(params, seed)))
+
+
+# A run.
+
+
+def _config(**changes):
+  from configs import digits
+
+  config = digits.get_config()
+  config.model.name = "linear"
+  config.privacy.expected_batch_size = 64
+  config.privacy.num_steps = 6
+  config.checkpoint_every = 6
+  config.privacy.target_epsilon = None
+  config.privacy.noise_multiplier = 1.0
+  config.update_from_flattened_dict(changes)
+  return config
+
+
+def test_a_run_stops_after_the_step_and_says_void(monkeypatch, tmp_path):
+  _weaken(monkeypatch, "dot_general", 1e-3)
+  monkeypatch.setattr(sentinel, "check_step", lambda *args, **kwargs: None)
+  with pytest.raises(sentinel.SensitivityError) as caught:
+    dpdist.train(_config(), tmp_path)
+  assert "kernel" in str(caught.value)
+  assert "dot_general" in str(caught.value)
+  ledger = ledger_lib.Ledger(tmp_path / "ledger")
+  assert ledger.guarantee == f"void: {sentinel.NOTICE}"
+  # The step that it was found in is charged, and saved, and the last.
+  assert [saved.step for saved in ledger.checkpoints] == [1]
+  assert not (tmp_path / "result.json").exists()
+
+
+def test_a_run_that_would_be_wrong_charges_nothing(monkeypatch, tmp_path):
+  _weaken(monkeypatch, "dot_general", 1e-3)
+  with pytest.raises(sentinel.SensitivityError, match="kernel"):
+    dpdist.train(_config(), tmp_path)
+  assert ledger_lib.Ledger(tmp_path / "ledger").spent_steps == 0
+
+
+@pytest.mark.slow
+def test_a_config_is_checked_and_the_exit_code_says_so(monkeypatch):
+  args = ("--config=configs/digits.py", "--config.model.name=linear")
+  monkeypatch.chdir(pathlib.Path(__file__).parents[1])
+  right = doors.run("check", *args, "--json")
+  assert right.code == 0
+  assert json.loads(right.out)["num_examples"] >= 8
+  wrong = doors.run("check", *args, "--config.sentinel.every=-1")
+  assert wrong.code == 2
+  assert "every must be at least 0" in wrong.err
+  _weaken(monkeypatch, "dot_general", 1e-3)
+  wrong = doors.run("check", *args)
+  assert wrong.code == 1
+  assert "kernel" in wrong.err
