@@ -21,6 +21,8 @@ from dpdist import search
 _LARGEST_PLD_EPSILON = 1e6
 # Beyond so many steps the grid has become so coarse that either may be better.
 _MANY_STEPS = 10**7
+# Beyond these the losses of a step overflow, or are all but rounding.
+_NOISE, _LEAST_PROBABILITY = (0.02, 1e12), 1e-15
 
 # Pairs, and how often each is composed.
 Steps = Sequence[tuple[pairs_lib.Pair, int]]
@@ -72,7 +74,7 @@ def delta(steps: Steps, epsilon: float, kind: str) -> float:
   has_renyi(merged, kind)
   if any(pair.sigma < search.NO_NOISE for pair, _ in merged):
     return 1.0
-  if kind == "pld" and not _is_too_long(merged):
+  if kind == "pld" and _has_grid(merged):
     return min(1.0, loss_distributions.delta(merged, epsilon))
   orders, divergences = _divergences(merged)
   # e^-r of what is smaller is 1, of which dp_accounting takes no logarithm.
@@ -88,7 +90,7 @@ def _epsilon(steps: _Merged, delta: float, kind: str) -> float:
   has_renyi(steps, kind)
   if any(pair.sigma < search.NO_NOISE for pair, _ in steps):
     return math.inf
-  is_pld = kind != "rdp" and not _is_too_long(steps)
+  is_pld = kind != "rdp" and _has_grid(steps)
   if is_pld and delta >= loss_distributions.SMALLEST_DELTA:
     found = loss_distributions.rough_epsilon(steps, delta)
     if kind == "rough" or found > _LARGEST_PLD_EPSILON:
@@ -125,11 +127,15 @@ def has_renyi(steps: Steps, kind: str) -> bool:
   return not without
 
 
-def _is_too_long(steps: Steps) -> bool:
-  # Without sampling nothing is convolved.
-  return any(
-    count > loss_distributions.MOST_STEPS
-    and (pair.q < 1 or pair.kind == "truncated")
+def _has_grid(steps: Steps) -> bool:
+  """Whether losses are within a grid's reach: else the other bound is used."""
+  return all(
+    (pair.q == 1 and pair.kind != "truncated")  # Nothing is convolved.
+    or (
+      count <= loss_distributions.MOST_STEPS
+      and pair.q >= _LEAST_PROBABILITY
+      and _NOISE[0] * pair.rows <= pair.sigma <= _NOISE[1]
+    )
     for pair, count in steps
   )
 

@@ -333,9 +333,9 @@ def _window(steps: _Losses, order: float) -> tuple[float, float]:
     least += count * float(np.min(atoms.losses))
     most += count * float(np.max(atoms.losses))
     base += count * float(log)
-  shifts = np.array([0.5, 1, 2, 4, 6, 8, 10, 15, 20, 40, 80]) / math.sqrt(
-    variance
-  )
+  # None at all, where the weight leaves one atom, is no deviation to go by.
+  deviation = max(math.sqrt(variance), 1e-9 * (most - least)) or 1.0
+  shifts = np.array([0.5, 1, 2, 4, 6, 8, 10, 15, 20, 40, 80]) / deviation
   room = 1 - _LOG_OFF
   above, below = (
     _added([(n, mixtures.log_moments(atoms, order + x)) for atoms, n in steps])

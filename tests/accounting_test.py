@@ -386,6 +386,29 @@ def test_runs_too_long_for_convolutions_have_the_other_bound():
   assert 0 < bounds[0] < accounting.epsilon(**given, examples_per_user=2)
 
 
+@pytest.mark.parametrize("sigma", [1e-99, 1e-3, 0.05, 1e15])
+@pytest.mark.parametrize(
+  "settings",
+  [
+    {},
+    {"neighboring_relation": "replace_one"},
+    {"sampling": "fixed_size", "neighboring_relation": "replace_one"},
+    {"examples_per_user": 3},
+    {
+      "sampling": "truncated_poisson",
+      "num_examples": 50,
+      "truncated_batch_size": 10,
+    },
+  ],
+)
+def test_there_is_a_bound_at_the_ends_of_all_ranges(settings, sigma):
+  for q, num_steps in ((1e-300, 1), (1e-12, 10**20), (1.0, 1)):
+    run = {"noise_multiplier": sigma, "sampling_probability": q}
+    run |= {"num_steps": num_steps, **settings}
+    assert accounting.epsilon(delta=1e-6, **run) >= 0
+    assert 0 <= accounting.delta(epsilon=1.0, **run) <= 1
+
+
 def test_no_noise_is_enough():
   with pytest.raises(ValueError, match=r"target_epsilon .* noise_multiplier"):
     accounting.calibrate_noise_multiplier(
