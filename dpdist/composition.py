@@ -117,13 +117,20 @@ def guaranteed(bounds: Sequence[Sequence[plan_lib.Part]]) -> float:
   of all steps that might have followed: what was released until then is a
   function of what the whole run would have released.
 
+  Whoever looks, and then either goes on with a plan or changes it, has both
+  ways. Where one of them needs the filters they all do, since a bound of
+  another kind would have a delta of its own (docs/accounting.md).
+
   Args:
     bounds: see `dpdist.history.History.bounds`.
 
   Returns:
     The largest epsilon of them; 0 where nothing was charged.
   """
-  return max((epsilon(parts) for parts in bounds), default=0.0)
+  bound = epsilon
+  if any(map(_was_chosen_on_the_way, bounds)):
+    bound = _filtered
+  return max((bound(parts) for parts in bounds), default=0.0)
 
 
 def plan_after(

@@ -166,6 +166,11 @@ def _keep(
       kept[rows] = function(source.read(rows)["inputs"])
     kept.flush()
     del kept
+    if changed := sources.changed_files(source):
+      raise sources.ChangedError(
+        f"{', '.join(changed)} changed while its features were computed: none"
+        " are kept; start again"
+      )
     with open(ready / _FILE, "rb") as file:
       digest = hashlib.file_digest(file, "sha256").hexdigest()
     (ready / _DIGEST).write_text(digest)

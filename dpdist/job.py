@@ -167,6 +167,7 @@ def _prepared(
   mesh, splits, train_manifest, earlier, features_sha256, close = hosts.in_all(
     lambda: _load(config)
   )
+  provenance.check_code()
   environment = provenance.environment(mesh)
   hosts.agree(
     settings=config.to_dict(),

@@ -11,6 +11,7 @@ import re
 import secrets
 from typing import Any
 
+import flax
 import jax
 from jax.sharding import Mesh
 import numpy as np
@@ -69,11 +70,23 @@ _VARIABLES = (
 # TF_VAR_ and TF_TOKEN_ hold credentials.
 _COMPARED = (
   *("CUBLAS", "CUDA_", "CUDNN_", "JAX_", "LIBTPU_", "NCCL_", "NVIDIA_TF32"),
-  *("OMP_", "TF_CUBLAS", "TF_CUDNN", "TF_DETERMINISTIC", "TF_DISABLE"),
+  *(
+    "DNNL_",
+    "FLAX_",
+    "ONEDNN_",
+    "OMP_",
+    "TF_CUBLAS",
+    "TF_CUDNN",
+    "TF_DETERMINISTIC",
+    "TF_DISABLE",
+  ),
   *("TF_ENABLE", "TF_FORCE", "TF_GPU", "TF_USE", "TF_XLA", "XLA_"),
 )
 # Values of flags that say no more than they seem to.
 _PLAIN = re.compile(r"[\w.,+-]{0,32}")
+_FLAG = re.compile(r"--\w+")
+# Digests of what is nobody else's business.
+_COMPARED_ALONE = ("other_variables_sha256", "xla_files")
 # As many devices of one process can come and go without a change of bits.
 _THREADS = 32
 # Settings that no bit of a step depends on.
@@ -128,6 +141,11 @@ def environment(mesh: Mesh) -> dict[str, Any]:
     },
     "other_variables_sha256": _other_variables(),
     "jax_config": {name: jax.config.values.get(name) for name in _JAX_CONFIG},
+    "flax_config": {
+      name: getattr(flax.config, name)
+      for name in dir(flax.config)
+      if name.startswith(("flax_", "nnx_"))
+    },
     "unrepeatable": unrepeatable(device.platform, xla_flags),
     "num_processes": jax.process_count(),
     "local_devices": jax.local_device_count(),
@@ -141,14 +159,14 @@ def public(environment: Mapping[str, Any]) -> dict[str, Any]:
   Variables and flags may hold credentials and paths. Not even a digest of those
   may leave: what is short can be guessed from it.
   """
-  kept = {k: v for k, v in environment.items() if k != "other_variables_sha256"}
+  kept = {k: v for k, v in environment.items() if k not in _COMPARED_ALONE}
   flags = [
     (name, value if _PLAIN.fullmatch(value) else "not told")
     for name, value in _flags(environment["xla_flags"])
+    if _FLAG.fullmatch(name)  # A file of flags, or a value by itself, is not.
   ]
   return kept | {
     "xla_flags": " ".join("=".join(filter(None, flag)) for flag in flags),
-    "xla_files": sorted(environment["xla_files"].values()),
     "variables": {
       name: value if _PLAIN.fullmatch(value) else "not told"
       for name, value in environment["variables"].items()
@@ -296,6 +314,21 @@ def code_digest() -> str:
     digest.update(file.relative_to(root).as_posix().encode())
     digest.update(hashlib.sha256(file.read_bytes()).digest())
   return digest.hexdigest()
+
+
+_CODE_AT_IMPORT = code_digest()
+
+
+def check_code() -> None:
+  """Raises ValueError if what runs may not be what `code_digest` reads.
+
+  To be called before anything is charged under a fingerprint.
+  """
+  if code_digest() != _CODE_AT_IMPORT:
+    raise ValueError(
+      "the files of dpdist must stay as they are while a run starts, and have"
+      " changed since this process read them: start it again"
+    )
 
 
 def pin_threads() -> None:

@@ -24,6 +24,7 @@ def start_rows(
   job: job_lib.Job,
   planned: Sequence[plan_lib.Part],
   *,
+  epsilon: float,
   start_step: int,
 ) -> list[tuple[str, str]]:
   """The table shown before the first step and in the report.
@@ -31,6 +32,7 @@ def start_rows(
   Args:
     job: the run.
     planned: what it will have spent at its end.
+    epsilon: what holds for it; see `dpdist.composition.guaranteed`.
     start_step: updates that the restored state has.
 
   Returns:
@@ -51,8 +53,7 @@ def start_rows(
     ("noise multiplier sigma", f"{plan.noise_multiplier:g}"),
     (
       "epsilon",
-      f"{composition.epsilon(planned):.4f}"
-      f" ({composition.accountant_of(planned)} accountant)",
+      f"{epsilon:.4f} ({composition.accountant_of(planned)} accountant)",
     ),
     ("delta", f"{plan.delta:g}"),
     ("adjacency", f"{plan.neighboring_relation}, of one {plan.unit}"),

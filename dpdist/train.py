@@ -194,7 +194,7 @@ def _run(
         + "; ".join(rejected)
       )
     released_lib.write_settings(workdir, config)
-    epsilon_planned = composition.epsilon(ledger.planned)
+    epsilon_planned = composition.guaranteed([*ledger.bounds, ledger.planned])
     return _Line(
       branch.identity,
       branch.start_step,
@@ -227,7 +227,9 @@ def _run(
     notices.append("settings changed: " + "; ".join(job.changes))
   rows: list[tuple[str, str]] = []
   if ledger is not None:
-    rows = summary.start_rows(job, ledger.planned, start_step=start)
+    rows = summary.start_rows(
+      job, ledger.planned, epsilon=epsilon_planned, start_step=start
+    )
     screen.show_start(rows, notices)
     if saved is None and start < last:
       # Among no notices, which are in the report as well.

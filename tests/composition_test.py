@@ -68,6 +68,26 @@ def test_steps_of_one_mechanism_are_as_many_steps_of_it():
   assert composition.epsilon([_part(0)]) == 0.0
 
 
+def test_who_may_change_a_plan_or_not_has_the_filters_for_both():
+  # Looked at after one step: to go on with the first plan is a way as well.
+  first = dataclasses.replace(
+    _PLAN,
+    num_examples=1000,
+    expected_batch_size=50.0,
+    num_steps=16,
+    noise_multiplier=0.6,
+    delta=1e-4,
+  )
+  later = dataclasses.replace(first, num_steps=2, expected_batch_size=1000.0)
+  whole = [plan_lib.Part(first, 16)]
+  changed = [plan_lib.Part(first, 1), plan_lib.Part(later, 2)]
+  # By PLD, whose delta would be spent beside that of the filters, 4.95.
+  assert composition.epsilon(whole) < 5
+  assert composition.guaranteed([whole, changed]) == pytest.approx(
+    8.0, rel=0.01
+  )
+
+
 def test_a_run_is_bounded_by_the_dearest_of_its_plans():
   # 500 steps were planned, and 100 of them made before it was shortened.
   planned, way = [_part(500)], [_part(100), _part(50)]

@@ -305,6 +305,95 @@ def test_a_norm_is_an_upper_bound_on_eight_devices_too(monkeypatch):
     _assert_bounds(norm, true[kind][:size], kind)
 
 
+def _moves(loss, params, batch, method):
+  """How far one example moves a sum that is clipped to 1, and its norm."""
+  fn = clipping.clipped_grad(loss, l2_clip_norm=1.0, method=method)
+
+  @jax.jit
+  def call(params, batch):
+    got = fn(params, batch)
+    return got.sum, got.grad_norms[0]
+
+  total, norm = call(params, batch)
+  return np.linalg.norm(np.asarray(total, np.float64)), float(norm)
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "two_pass", "auto"])
+@pytest.mark.parametrize("size", [4, 5])
+def test_a_table_that_is_multiplied_first_and_then_looked_up(size, method):
+  def dot_then_lookup(table, e):
+    x, y, z, ids = e
+    return jnp.sum((x @ table.T) * y) + jnp.sum(table[ids] * z)
+
+  one = np.eye(5, dtype=np.float32)
+  table = jnp.zeros((size, 4))
+  batch = (
+    100 * one[None, :1, :4],
+    -one[None, 1:2, :size],
+    100 * one[None, 1:2, :4],
+    np.zeros((1, 1), np.int32),
+  )
+  moved, norm = _moves(dot_then_lookup, table, batch, method)
+  assert norm == pytest.approx(100 * np.sqrt(2), rel=1e-3)
+  assert moved <= 1 + _UNNOTICED
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "two_pass", "auto"])
+def test_a_table_that_is_looked_up_along_both_axes(method):
+  loss = lambda table, e: (
+    jnp.sum(table[e["id"]] * e["z"]) + jnp.sum(table.T[e["id"]] * e["w"])
+  )
+  z = 100 * np.eye(4, dtype=np.float32)[None, 1:2]
+  batch = {"id": np.zeros((1, 1), np.int32), "z": z, "w": -z}
+  moved, norm = _moves(loss, jnp.zeros((4, 4)), batch, method)
+  assert norm == pytest.approx(100 * np.sqrt(2), rel=1e-3)
+  assert moved <= 1 + _UNNOTICED
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "two_pass"])
+def test_ids_too_narrow_for_their_table_are_no_lookup(method):
+  numbers = jax.lax.GatherDimensionNumbers((1,), (0,), (0,))
+
+  def rows(table, ids):
+    return jax.lax.gather(table, ids, numbers, (1, 3), mode="fill")
+
+  loss = lambda table, e: (
+    jnp.sum(rows(table, e["narrow"]) * e["z"])
+    - jnp.sum(rows(table, e["wide"]) * e["z"])
+  )
+  batch = {
+    "narrow": np.full((1, 1, 1), 200, np.uint8),
+    "wide": np.full((1, 1, 1), 200, np.int32),
+    "z": np.full((1, 1, 3), 100, np.float32),
+  }
+  moved, _ = _moves(loss, jnp.zeros((300, 3)), batch, method)
+  assert moved <= 1 + _UNNOTICED
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "two_pass", "vmap"])
+@pytest.mark.parametrize("case", ["wide data", "wide result"])
+def test_products_of_several_ranges_are_bounded(case, method):
+  with jax.enable_x64(True):
+    if case == "wide data":
+      x = np.full((2, 1, 4), 1e60)
+      y = np.full((2, 1, 3), 1e-30, np.float32)
+      x[1], y[1] = 1, 1
+      params, result = jnp.zeros((4, 3), jnp.float32), jnp.float32
+    else:
+      x = np.array([[[0.12], [0.11]]], np.float32)
+      y = np.array([[[1.0], [-1.0]]]) * 9.5e38 / np.sqrt(2)
+      y = np.concatenate([y, y], -1)
+      params, result = jnp.zeros((1, 2), jnp.float32), jnp.float64
+    loss = lambda p, e: jnp.sum(
+      jax.lax.dot_general(
+        e[0], p, (((1,), (0,)), ((), ())), preferred_element_type=result
+      )
+      * e[1]
+    ).astype(jnp.float32)
+    moved, _ = _moves(loss, params, (x, y), method)
+  assert moved <= len(x) * (1 + _UNNOTICED)
+
+
 def _norms(loss, params, batch, **kwargs):
   """The norms alone: what else a sum needs is not compiled."""
   fn = clipping.clipped_grad(loss, l2_clip_norm=_CLIP, **kwargs)

@@ -193,7 +193,10 @@ def test_variables_that_may_change_bits_are_in_the_environment(
 
 
 def test_no_credential_or_path_of_the_environment_is_public(monkeypatch):
-  monkeypatch.setenv("XLA_FLAGS", "--xla_dump_to=/home/hunter2 --xla_a=true")
+  monkeypatch.setenv(
+    "XLA_FLAGS",
+    "--xla_dump_to=/home/hunter2 --xla_a=true /home/hunter2 --xla_b hunter2",
+  )
   for name in (
     *("TF_VAR_db_password", "TF_TOKEN_app_terraform_io", "JAX_SERVICE_TOKEN"),
     *("CUDA_LICENSE_KEY", "OMP_NUM_THREADS", "XLA_OTHER"),
@@ -205,7 +208,7 @@ def test_no_credential_or_path_of_the_environment_is_public(monkeypatch):
   assert "hunter2" not in json.dumps(public)
   assert everything["other_variables_sha256"] not in json.dumps(public)
   assert public["variables"]["JAX_ENABLE_X64"] == "0"
-  assert public["xla_flags"] == "--xla_dump_to=not told --xla_a=true"
+  assert public["xla_flags"] == "--xla_dump_to=not told --xla_a=true --xla_b"
 
 
 def test_variables_of_others_change_no_fingerprint(monkeypatch):
@@ -444,6 +447,12 @@ _MACHINES = {
   "devices": lambda p: p.setattr(jax, "local_device_count", lambda: 3),
   "code": lambda p: p.setattr(provenance, "code_digest", lambda: "another"),
   "flags": lambda p: p.setenv("XLA_FLAGS", "--xla_b=1"),
+  "flax": lambda p: p.setattr(
+    provenance.flax, "config", types.SimpleNamespace(flax_profile="another")
+  ),
+  "flax's variables": lambda p: p.setenv("FLAX_FIX_RNG_SEPARATOR", "true"),
+  "oneDNN": lambda p: p.setenv("ONEDNN_MAX_CPU_ISA", "SSE41"),
+  "oneDNN by its old name": lambda p: p.setenv("DNNL_MAX_CPU_ISA", "SSE41"),
 }
 
 
@@ -502,6 +511,13 @@ def test_each_option_that_changes_bits_is_in_the_environment(name, monkeypatch):
   )
   found = provenance.environment(mesh_lib.make(_SIZES))["jax_config"]
   assert found[name] == "another"
+
+
+def test_code_that_changed_after_it_was_read_is_refused(monkeypatch):
+  provenance.check_code()
+  monkeypatch.setattr(provenance, "code_digest", lambda: "another")
+  with pytest.raises(ValueError, match="start it again"):
+    provenance.check_code()
 
 
 def test_each_file_of_the_code_is_in_its_digest(tmp_path, monkeypatch):

@@ -134,14 +134,16 @@ def factor(
 ) -> factors.Dense | factors.Lookup:
   """The factors of one example's gradient, in the layout of the first site."""
   operand, cotangent = operands[site.key], cotangents[site.key]
-  # A lookup's rows are one-hot, so that it is the other factors that turn.
-  if site.name == "gather":
-    return factors.lookup(site, operand, cotangent)
-  factor = factors.dense(site, operand, cotangent)
   mine, theirs = factors.layout(site), factors.layout(first)
   assert mine is not None
   assert theirs is not None
-  return factors.transposed(factor) if factors.swapped(mine, theirs) else factor
+  is_swapped = factors.swapped(mine, theirs)
+  if site.name == "gather":
+    # Its rows are one-hot, so that it is the other factors that turn.
+    assert not is_swapped
+    return factors.lookup(site, operand, cotangent)
+  factor = factors.dense(site, operand, cotangent)
+  return factors.transposed(factor) if is_swapped else factor
 
 
 def widen(x: jax.Array) -> jax.Array:

@@ -141,6 +141,8 @@ def _clusters(
         return None
   views = []
   for cluster in clusters:
+    # A lookup's rows are one-hot and cannot turn: the others turn to the first.
+    cluster.sort(key=lambda site: site.name != "gather")
     view = _view(cluster)
     if view is None:
       return None
@@ -160,12 +162,19 @@ def _view(cluster: Sequence[Site]) -> str | None:
   layouts = [factors.layout(site) for site in cluster]
   first = layouts[0]
   if first is not None and all(
-    x is not None and factors.swapped(first, x) is not None for x in layouts
+    x is not None and factors.swapped(first, x) in _turns(site)
+    for site, x in zip(cluster, layouts, strict=True)
   ):
     return "factors"
   origins = [site.weight.origin for site in cluster]
   loops = {site.weight_shape for site in cluster}
   return "weight" if len(set(origins)) == len(loops) == 1 else None
+
+
+def _turns(site: Site) -> tuple[bool, ...]:
+  """Whether a site's factors may be used as they are, or with rows for columns
+  too."""
+  return (False,) if site.name == "gather" else (False, True)
 
 
 def _disjoint(one: tuple[object, ...], other: tuple[object, ...]) -> bool:

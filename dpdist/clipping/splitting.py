@@ -264,7 +264,10 @@ class _Splitter:
       return False
     if name == "conv_general_dilated" and eqn.params["batch_group_count"] != 1:
       return False
-    if name == "gather" and not _is_lookup(eqn):
+    if name == "gather":
+      if not _is_lookup(eqn):
+        return False
+    elif not _is_of_one_range(eqn):
       return False
     return kinds.index(Kind.WEIGHT) in _PRODUCTS[name]
 
@@ -398,12 +401,28 @@ def _must_be_data(eqn: Any) -> bool:
   )
 
 
+def _is_of_one_range(eqn: Any) -> bool:
+  """Whether norms and sums of a product are computed in one dtype.
+
+  What is finite or a full fraction in a wider one need not be in the other.
+  """
+  dtypes = [x.aval.dtype for x in (*eqn.invars, *eqn.outvars)]
+  if not all(jnp.issubdtype(x, jnp.floating) for x in dtypes):
+    return False
+  return len({jnp.promote_types(x, jnp.float32) for x in dtypes}) == 1
+
+
 def _is_lookup(eqn: Any) -> bool:
-  """Whether a gather takes whole rows of a table, one for each index."""
+  """Whether a gather takes whole rows of a table, one for each index.
+
+  JAX drops gradients by the indices' own dtype, in which a row of a larger
+  table may seem to be outside.
+  """
   numbers = eqn.params["dimension_numbers"]
   shape = eqn.invars[0].aval.shape
   return (
     len(shape) == 2
+    and shape[0] - 1 <= jnp.iinfo(eqn.invars[1].aval.dtype).max
     and tuple(numbers.collapsed_slice_dims) == (0,)
     and tuple(numbers.start_index_map) == (0,)
     and not numbers.operand_batching_dims
