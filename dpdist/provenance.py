@@ -69,18 +69,10 @@ _VARIABLES = (
 # are compared by a digest. Not all of TF_: Terraform's begin so as well, and
 # TF_VAR_ and TF_TOKEN_ hold credentials.
 _COMPARED = (
-  *("CUBLAS", "CUDA_", "CUDNN_", "JAX_", "LIBTPU_", "NCCL_", "NVIDIA_TF32"),
-  *(
-    "DNNL_",
-    "FLAX_",
-    "ONEDNN_",
-    "OMP_",
-    "TF_CUBLAS",
-    "TF_CUDNN",
-    "TF_DETERMINISTIC",
-    "TF_DISABLE",
-  ),
-  *("TF_ENABLE", "TF_FORCE", "TF_GPU", "TF_USE", "TF_XLA", "XLA_"),
+  *("CUBLAS", "CUDA_", "CUDNN_", "DNNL_", "FLAX_", "JAX_", "LIBTPU_", "NCCL_"),
+  *("NVIDIA_TF32", "OMP_", "ONEDNN_", "TF_CUBLAS", "TF_CUDNN"),
+  *("TF_DETERMINISTIC", "TF_DISABLE", "TF_ENABLE", "TF_FORCE", "TF_GPU"),
+  *("TF_USE", "TF_XLA", "XLA_"),
 )
 # Values of flags that say no more than they seem to.
 _PLAIN = re.compile(r"[\w.,+-]{0,32}")
