@@ -28,7 +28,7 @@ one, and who stops early that of the whole plan.
 Imports no jax.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import math
 from typing import Any
@@ -127,7 +127,7 @@ def guaranteed(bounds: Sequence[Sequence[plan_lib.Part]]) -> float:
   Returns:
     The largest epsilon of them; 0 where nothing was charged.
   """
-  bound = epsilon
+  bound: Callable[[Sequence[plan_lib.Part]], float] = epsilon
   if any(map(_was_chosen_on_the_way, bounds)):
     bound = _filtered
   return max((bound(parts) for parts in bounds), default=0.0)
