@@ -78,7 +78,9 @@ def test_who_may_change_a_plan_or_not_has_the_filters_for_both():
     noise_multiplier=0.6,
     delta=1e-4,
   )
-  later = dataclasses.replace(first, num_steps=2, expected_batch_size=1000.0)
+  later = dataclasses.replace(
+    first, num_steps=2, expected_batch_size=1000.0, noise_multiplier=1.587
+  )
   whole = [plan_lib.Part(first, 16)]
   changed = [plan_lib.Part(first, 1), plan_lib.Part(later, 2)]
   # By PLD, whose delta would be spent beside that of the filters, 4.95.
