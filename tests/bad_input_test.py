@@ -178,7 +178,7 @@ ROWS = [
     lambda: _call(rng=jax.random.PRNGKey(0)),
     "rng",
     "uint32",
-    "jax.random.key",
+    "jax.random.wrap_key_data",
   ),
   (
     lambda: _call(rng=jax.random.split(jax.random.key(0), 3)),

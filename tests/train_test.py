@@ -288,8 +288,9 @@ def test_changed_code_or_devices_open_a_branch_and_stay_in_budget(
   monkeypatch.setattr(keys, "derive", watch)
   result = dpdist.train(_config(), tmp_path)
   # Every key of the second branch is new, and none of the first is used.
+  sentinel = ("sentinel_direction", "sentinel_step")
   assert derived - {("init", "")} == {
-    (stream, "1") for stream in ("noise", "sampling", "model_rng")
+    (stream, "1") for stream in ("noise", "sampling", "model_rng", *sentinel)
   }
   ledger = ledger_lib.Ledger(tmp_path / "ledger")
   # Steps 4 to 8 were charged on the first branch and may have been seen; the

@@ -36,7 +36,10 @@ _SEPARATORS = (
 )
 
 
-STREAMS = ("init", "model_rng", "noise", "sampling", "unit_examples")
+STREAMS = (
+  *("init", "model_rng", "noise", "sampling"),
+  *("sentinel_direction", "sentinel_step", "unit_examples"),
+)
 
 
 class Found(NamedTuple):
