@@ -203,7 +203,9 @@ def test_no_value_of_the_training_part_decides():
   _fit(_config(), bad, _arrays(10))
 
 
-@pytest.mark.parametrize("method", ["vmap", "auto"])
+@pytest.mark.parametrize(
+  "method", ["vmap", pytest.param("auto", marks=pytest.mark.slow)]
+)
 def test_a_training_label_that_no_class_has_adds_nothing(method):
   model = models.make(_config().model)
   params = model.init(jax.random.key(0), np.zeros(4, np.float32))["params"]

@@ -108,7 +108,14 @@ def _cancelling(kind, scale, left):
 
 
 @pytest.mark.parametrize("left", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
-@pytest.mark.parametrize("scale", [1e2, 1e4, 1e6])
+@pytest.mark.parametrize(
+  "scale",
+  [
+    pytest.param(1e2, marks=pytest.mark.slow),
+    1e4,
+    pytest.param(1e6, marks=pytest.mark.slow),
+  ],
+)
 @pytest.mark.parametrize("kind", ["dense", "lookup", "convolution"])
 @pytest.mark.parametrize("method", METHODS)
 def test_terms_that_cancel_cannot_pass_the_clip(
@@ -248,7 +255,13 @@ def test_normalised_gradients():
   assert fn.sensitivity() == 2.0
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+  "method",
+  [
+    pytest.param(x, marks=[pytest.mark.slow] * (x == "bookkeeping"))
+    for x in METHODS
+  ],
+)
 def test_norms_by_group(method):
   whole = clipping.clipped_grad(_net, l2_clip_norm=1.0, method=method)
   parts = clipping.clipped_grad(
@@ -428,7 +441,10 @@ def test_products_that_do_not_round_need_no_room():
     assert costs.unit_roundoff("cpu", None) == 2.0**-8
 
 
-@pytest.mark.parametrize("method", ["bookkeeping", "two_pass"])
+@pytest.mark.parametrize(
+  "method",
+  [pytest.param("bookkeeping", marks=pytest.mark.slow), "two_pass"],
+)
 def test_a_product_that_asks_to_be_rounded_gets_room(method):
   def loss(params, x, precision):
     return jnp.sum(jnp.tanh(jnp.dot(x, params["a"], precision=precision)) ** 2)

@@ -150,7 +150,7 @@ def _digest(step, params, data, chunk_size):
 @pytest.mark.parametrize(
   ("model", "optimizer"),
   [
-    ("mlp", "adam"),
+    pytest.param("mlp", "adam", marks=pytest.mark.slow),
     pytest.param("mlp", "momentum", marks=pytest.mark.slow),
     pytest.param("cnn", "momentum", marks=pytest.mark.slow),
     pytest.param("decoder", "adam", marks=pytest.mark.slow),
@@ -279,7 +279,10 @@ def test_one_example_is_no_longer_than_the_clip_norm():
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("clip_norm", [1e-6, 0.75, 3e5])
+@pytest.mark.parametrize(
+  "clip_norm",
+  [1e-6, 0.75, pytest.param(3e5, marks=pytest.mark.slow)],
+)
 def test_all_examples_in_one_direction_do_not_overflow(sign, clip_norm):
   loss = lambda params, example, rng: (
     sign * 1e9 * params["w"][0] * example["x"],

@@ -30,7 +30,13 @@ _INPUTS = {
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("name", _INPUTS)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=[pytest.mark.slow] * (name == "wide_resnet"))
+    for name in _INPUTS
+  ],
+)
 def test_one_example_gives_logits_and_float32_parameters(name, dtype):
   model = _make(name=name, dtype=dtype)
   inputs = _INPUTS[name]

@@ -125,7 +125,14 @@ def _clipped(fn, mesh, params, batch, is_padding_example, specs=_SPECS):
 @pytest.mark.parametrize(
   "norms", ["one", pytest.param("per layer", marks=pytest.mark.slow)]
 )
-@pytest.mark.parametrize("method", ["two_pass", "bookkeeping", "vmap"])
+@pytest.mark.parametrize(
+  "method",
+  [
+    "bookkeeping",
+    pytest.param("two_pass", marks=pytest.mark.slow),
+    pytest.param("vmap", marks=pytest.mark.slow),
+  ],
+)
 @pytest.mark.parametrize(
   "remat", [True, pytest.param(False, marks=pytest.mark.slow)]
 )
@@ -401,6 +408,7 @@ def test_only_data_is_left_for_apply_where_fsdp_divides():
   assert [_count(apply, name) for name in _COLLECTIVES] == [2, 0, 0, 0]
 
 
+@pytest.mark.slow
 def test_noise_is_drawn_where_it_lies():
   _, apply = _compiled("fsdp")
   # No array of a program of one device is as large as the table, of which the

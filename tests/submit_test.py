@@ -99,7 +99,14 @@ def _submit(*args):
   return without_jax.run(_SUBMIT, *args)
 
 
-@pytest.mark.parametrize("engine", sorted(_NEEDED))
+# One in every run: each starts a command three times.
+_ENGINES = [
+  pytest.param(name, marks=[pytest.mark.slow] * bool(i))
+  for i, name in enumerate(sorted(_NEEDED))
+]
+
+
+@pytest.mark.parametrize("engine", _ENGINES)
 def test_a_dry_run_prints_all_and_says_what_it_will_spend(engine, tmp_path):
   args = [
     f"--to={engine}",
@@ -121,7 +128,7 @@ def test_a_dry_run_prints_all_and_says_what_it_will_spend(engine, tmp_path):
   assert str(path) in done.stdout
 
 
-@pytest.mark.parametrize("engine", sorted(_NEEDED))
+@pytest.mark.parametrize("engine", _ENGINES)
 def test_a_missing_tool_is_named(engine, tmp_path):
   done = subprocess.run(
     [
