@@ -531,6 +531,9 @@ def find(
 
   Returns:
     The budget; its terms are None if there is none yet.
+
+  Raises:
+    RefusedError: what was written down as the same is gone.
   """
   budget = DataBudget(root, data)
   if budget.terms is None and not budget.same_as:
@@ -539,7 +542,15 @@ def find(
       if found.terms is not None:
         budget.refer_to(manifest)
         break
-  return DataBudget(root, budget.same_as) if budget.same_as else budget
+  if not budget.same_as:
+    return budget
+  found = DataBudget(root, budget.same_as)
+  if found.terms is None:
+    raise ledger_lib.RefusedError(
+      f"the budget of data set {data[:12]} is kept in {found.root} as that of"
+      f" {budget.same_as[:12]}, and is not there: bring it back"
+    )
+  return found
 
 
 def open_or_make(

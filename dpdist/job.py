@@ -64,6 +64,7 @@ class Job(NamedTuple):
     mesh: all devices.
     train_source: the private examples or users; `close` when all is over.
     train_manifest: names their content, hex.
+    own_manifest: how this release names it, if the run began under another.
     earlier: returns its other names; see `admission.known_as`.
     features_sha256: of the features in their inputs' place; "" without any.
     test: all held-out examples, arrays "inputs" and "targets".
@@ -95,6 +96,7 @@ class Job(NamedTuple):
   mesh: Mesh
   train_source: sources.Source
   train_manifest: str
+  own_manifest: str
   earlier: Callable[[], list[str]]
   features_sha256: str
   test: dict[str, np.ndarray]
@@ -177,7 +179,8 @@ def _prepared(
     training_data=train_manifest,
     training_features=features_sha256,
   )
-  train_manifest = admission.known_as(ledger, train_manifest, earlier)
+  own_manifest = train_manifest
+  train_manifest = admission.known_as(ledger, own_manifest, earlier)
   plan, changes, found = admission.decide(
     config, workdir, ledger, train_manifest
   )
@@ -208,6 +211,7 @@ def _prepared(
     mesh,
     splits.train,
     train_manifest,
+    own_manifest,
     earlier,
     features_sha256,
     test,
@@ -237,7 +241,7 @@ def _begun(
     nonlocal budget
     assert ledger is not None
     budget = admission.shared_budget(
-      config, ledger, job.train_manifest, job.earlier
+      config, ledger, job.own_manifest, job.earlier
     )
     if budget is not None and ledger.is_new:
       # Here too, so that a run that does not fit leaves nothing behind.

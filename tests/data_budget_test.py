@@ -491,6 +491,15 @@ def test_a_run_of_an_earlier_release_goes_on_under_its_name(
   ledger.close()
 
 
+def test_a_budget_that_is_gone_is_not_made_anew(tmp_path):
+  root = tmp_path / "budgets"
+  _budget(root)
+  _make(root, "e" * 64, earlier=lambda: [_DATA])
+  shutil.rmtree(root / _DATA)
+  with pytest.raises(ledger_lib.RefusedError, match="bring it back"):
+    _make(root, "e" * 64, earlier=lambda: [_DATA])
+
+
 def test_renamed_files_spend_the_same_budget(tmp_path):
   rows = [{"inputs": np.float32([i])} for i in range(5)]
   for name in ("train.array_record", "renamed.array_record"):
