@@ -772,19 +772,21 @@ def _reference(name):
 
 
 # What takes longest to compile is apart; so are, below, ways that are the same
-# for every device, and those of other devices. Each layer is held on one device
-# in every run, and on eight those that stand for the kinds of rules.
-_ON_EIGHT = ("dense", "convolution", "tied_embedding", "dropout", "layer_norm")
+# for every device, and those of other devices. Each layer is held in one pass and
+# on one device in every run; in two passes, and on eight devices, those that
+# stand for the kinds of rules.
+_FOR_ALL = ("dense", "convolution", "tied_embedding", "dropout", "layer_norm")
 _QUICK_FIRST = [
   pytest.param(
     *(name, method, sharded),
     marks=[pytest.mark.slow]
-    * (name == "linen" or (sharded and name not in _ON_EIGHT)),
+    * (name == "linen" or (is_more and name not in _FOR_ALL)),
     id=f"{name}-{method}-{'8 devices' if sharded else 'one'}",
   )
   for name in CASES
   for method in ("bookkeeping", "two_pass")
   for sharded in (False, True)
+  for is_more in [sharded or method == "two_pass"]
 ]
 
 
