@@ -772,9 +772,9 @@ def _reference(name):
 
 
 # What takes longest to compile is apart; so are, below, ways that are the same
-# for every device, and those of other devices. Each layer is held in one pass and
-# on one device in every run; in two passes, and on eight devices, those that
-# stand for the kinds of rules.
+# for every device, and those of other devices. Each layer is held in one pass
+# and on one device in every run; in two passes, and on eight devices, those
+# that stand for the kinds of rules.
 _FOR_ALL = ("dense", "convolution", "tied_embedding", "dropout", "layer_norm")
 _QUICK_FIRST = [
   pytest.param(
