@@ -74,10 +74,9 @@ def write(
     "output": str(output),
   }
   output.mkdir(parents=True, exist_ok=True)
-  settings = released.config.to_dict()
-  (output / _CONFIG).write_text(
-    json.dumps({"model": settings["model"]}, indent=2) + "\n"
-  )
+  # Not where weights were read from: all are here, and a path is the owner's.
+  model = released.config.model.to_dict() | {"weights": ""}
+  (output / _CONFIG).write_text(json.dumps({"model": model}, indent=2) + "\n")
   (output / _CARD).write_text(model_card.text(released, facts, name))
   # Last, and renamed, so that no parameters are there without their card.
   temporary = output / (_PARAMS + ".tmp")

@@ -99,3 +99,10 @@ def test_an_older_checkpoint_costs_what_the_whole_run_did(run, tmp_path):
   size = int.from_bytes(data[:8], "little")
   kept = json.loads(data[8 : 8 + size])["__metadata__"]
   assert float(kept["epsilon"]) >= spent
+
+
+def test_where_weights_were_read_from_is_not_exported(run, tmp_path):
+  run.config.model.weights = "/home/hunter2/weights"
+  export.write(run, released_lib.evaluate(run), tmp_path / "model", name="mine")
+  for path in (tmp_path / "model").iterdir():
+    assert b"hunter2" not in path.read_bytes(), path
