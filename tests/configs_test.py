@@ -61,7 +61,12 @@ _SMALL_DECODER = _TEXT | {
   "clipping.microbatch_size": 2,
 }
 _SMALLER = {
-  "cifar10_wrn": {"clipping.microbatch_size": 2},
+  "cifar10_wrn": {
+    "augmentation.multiplicity": 2,
+    "clipping.microbatch_size": 2,
+    "model.depth": 10,
+    "model.width": 1,
+  },
   "decoder": _TEXT,
   "decoder_1b": _SMALL_DECODER,
   "decoder_8b": _SMALL_DECODER,

@@ -135,7 +135,10 @@ def _train(
   os.dup2(descriptor, 1)
   os.dup2(descriptor, 2)
   import jax
+  from jax.experimental.compilation_cache import compilation_cache
 
+  # The one of all tests may be open already.
+  compilation_cache.reset_cache()
   jax.config.update("jax_compilation_cache_dir", str(compiled))
   jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
   if change is not None:
