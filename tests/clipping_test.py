@@ -18,11 +18,13 @@ def _square_loss(params, example):
   [(2.5, False, -3.5), (2.5, True, -1.4), (10.0, False, -6.0)],
 )
 def test_published_sums(l2_clip_norm, rescale, expected, microbatch_size):
-  fn = clipping.clipped_grad(
-    _square_loss,
-    l2_clip_norm=l2_clip_norm,
-    rescale_to_unit_norm=rescale,
-    microbatch_size=microbatch_size,
+  fn = jax.jit(
+    clipping.clipped_grad(
+      _square_loss,
+      l2_clip_norm=l2_clip_norm,
+      rescale_to_unit_norm=rescale,
+      microbatch_size=microbatch_size,
+    )
   )
   got = fn(jnp.float32(2.0), jnp.array([1.0, 4.0, 7.0]))
   np.testing.assert_allclose(got.sum, expected, rtol=1e-6)
@@ -35,10 +37,10 @@ def test_published_quadratic_of_a_vector():
   # (a.x - 4)^2 at a = (3, -2), x = (1, 2): the raw gradient is (-10, -20).
   loss = lambda a, x: (a @ x - 4) ** 2
   a, batch = jnp.array([3.0, -2.0]), jnp.array([[1.0, 2.0]])
-  clipped = clipping.clipped_grad(loss, l2_clip_norm=1.0)(a, batch).sum
+  clipped = jax.jit(clipping.clipped_grad(loss, l2_clip_norm=1.0))(a, batch).sum
   np.testing.assert_allclose(clipped, [-0.44721362, -0.89442724], rtol=1e-6)
-  rescaled = clipping.clipped_grad(
-    loss, l2_clip_norm=100.0, rescale_to_unit_norm=True
+  rescaled = jax.jit(
+    clipping.clipped_grad(loss, l2_clip_norm=100.0, rescale_to_unit_norm=True)
   )(a, batch).sum
   np.testing.assert_allclose(rescaled, [-0.1, -0.2], rtol=1e-6)
 
@@ -71,8 +73,10 @@ def test_sensitivity_of_each_relation():
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 def test_nonfinite_example_contributes_exactly_zero(bad, microbatch_size):
-  fn = clipping.clipped_grad(
-    _square_loss, l2_clip_norm=1.0, microbatch_size=microbatch_size
+  fn = jax.jit(
+    clipping.clipped_grad(
+      _square_loss, l2_clip_norm=1.0, microbatch_size=microbatch_size
+    )
   )
   params = jnp.zeros(())
   got = fn(params, jnp.array([0.25, bad, -3.0, 0.5])).sum
@@ -82,14 +86,14 @@ def test_nonfinite_example_contributes_exactly_zero(bad, microbatch_size):
 
 def test_a_gradient_whose_norm_overflows_contributes_exactly_zero():
   loss = lambda p, x: jnp.sum(p * x)
-  fn = clipping.clipped_grad(loss, l2_clip_norm=1.0)
+  fn = jax.jit(clipping.clipped_grad(loss, l2_clip_norm=1.0))
   got = fn(jnp.zeros(2), jnp.array([[0.25, 0.5], [3e38, 3e38]])).sum
   np.testing.assert_array_equal(got, [0.25, 0.5])
 
 
 def test_a_group_that_is_not_finite_drops_the_example_from_all_groups():
   loss = lambda p, x: p["a"] * x[0] + p["b"] * x[1]
-  fn = clipping.clipped_grad(loss, l2_clip_norm={"a": 1.0, "b": 1.0})
+  fn = jax.jit(clipping.clipped_grad(loss, l2_clip_norm={"a": 1.0, "b": 1.0}))
   params = {"a": jnp.zeros(()), "b": jnp.zeros(())}
   got = fn(params, (jnp.array([0.5, 0.5]), jnp.array([0.5, jnp.nan])))
   assert float(got.sum["a"]) == 0.5
@@ -97,7 +101,7 @@ def test_a_group_that_is_not_finite_drops_the_example_from_all_groups():
 
 
 def test_padding_contributes_exactly_zero_whatever_it_holds():
-  fn = clipping.clipped_grad(_square_loss, l2_clip_norm=1.0)
+  fn = jax.jit(clipping.clipped_grad(_square_loss, l2_clip_norm=1.0))
   is_padding_example = jnp.array([False, True, False, True])
 
   def total(a, b):
@@ -113,12 +117,12 @@ def test_padding_contributes_exactly_zero_whatever_it_holds():
 
 
 def test_zero_gradients_stay_zero():
-  fn = clipping.clipped_grad(_square_loss, l2_clip_norm=1.0)
+  fn = jax.jit(clipping.clipped_grad(_square_loss, l2_clip_norm=1.0))
   assert float(fn(jnp.zeros(()), jnp.zeros(3)).sum) == 0.0
 
 
 def test_sum_and_norms_are_float32_for_a_bfloat16_model():
-  fn = clipping.clipped_grad(_square_loss, l2_clip_norm=1.0)
+  fn = jax.jit(clipping.clipped_grad(_square_loss, l2_clip_norm=1.0))
   # A bfloat16 sum of a thousand ones stops at 256.
   got = fn(jnp.zeros((), jnp.bfloat16), jnp.full(1000, -1.0, jnp.bfloat16))
   assert got.sum.dtype == jnp.float32
@@ -128,14 +132,14 @@ def test_sum_and_norms_are_float32_for_a_bfloat16_model():
 
 def test_each_example_gets_its_own_randomness():
   loss = lambda p, x, rng: p * x * jax.random.normal(rng)
-  fn = clipping.clipped_grad(loss, l2_clip_norm=1e6)
+  fn = jax.jit(clipping.clipped_grad(loss, l2_clip_norm=1e6))
   got = fn(jnp.ones(()), jnp.ones(64), rng=jax.random.key(0))
   assert np.unique(got.loss).size == 64
 
 
 def test_given_keys_are_used_as_they_are():
   loss = lambda p, x, rng: p * x * jax.random.normal(rng)
-  fn = clipping.clipped_grad(loss, l2_clip_norm=1e6, microbatch_size=2)
+  fn = jax.jit(clipping.clipped_grad(loss, l2_clip_norm=1e6, microbatch_size=2))
   keys = jax.random.split(jax.random.key(3), 4)
   got = fn(jnp.ones(()), jnp.ones(4), rng=keys)
   np.testing.assert_allclose(
@@ -145,8 +149,10 @@ def test_given_keys_are_used_as_they_are():
 
 def test_aux_is_stacked_in_order():
   loss = lambda p, x: (p * x, {"x": x})
-  fn = clipping.clipped_grad(
-    loss, l2_clip_norm=1.0, has_aux=True, microbatch_size=2
+  fn = jax.jit(
+    clipping.clipped_grad(
+      loss, l2_clip_norm=1.0, has_aux=True, microbatch_size=2
+    )
   )
   got = fn(jnp.ones(()), jnp.arange(6.0))
   np.testing.assert_array_equal(got.aux["x"], np.arange(6.0))
@@ -174,7 +180,9 @@ def test_bad_arguments_are_named(arguments, message):
 
 
 def test_bad_calls_are_named():
-  fn = clipping.clipped_grad(_square_loss, l2_clip_norm=1.0, microbatch_size=2)
+  fn = jax.jit(
+    clipping.clipped_grad(_square_loss, l2_clip_norm=1.0, microbatch_size=2)
+  )
   zero = jnp.zeros(())
   with pytest.raises(ValueError, match=r"microbatch_size .* 3.* 2"):
     fn(zero, jnp.ones(3))
@@ -186,6 +194,6 @@ def test_bad_calls_are_named():
     fn(zero, jnp.ones((4, 2)))
   with pytest.raises(ValueError, match="rng must be typed"):
     fn(zero, jnp.ones(4), rng=jax.random.PRNGKey(0))
-  groups = clipping.clipped_grad(_square_loss, l2_clip_norm={"a": 1.0})
+  groups = jax.jit(clipping.clipped_grad(_square_loss, l2_clip_norm={"a": 1.0}))
   with pytest.raises(ValueError, match=r"l2_clip_norm .* prefix"):
     groups({"b": zero}, jnp.ones(4))

@@ -63,7 +63,7 @@ def test_examples_that_are_not_finite_contribute_exactly_zero(
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_batch_without_any_example_sums_to_exactly_zero(method):
-  fn = clipping.clipped_grad(_net, l2_clip_norm=1.0, method=method)
+  fn = jax.jit(clipping.clipped_grad(_net, l2_clip_norm=1.0, method=method))
   batch = jnp.full((4, 5, 4), jnp.nan)
   got = fn(_params(), batch, is_padding_example=np.ones(4, bool))
   for total in jax.tree.leaves(got.sum):
@@ -130,7 +130,7 @@ def test_terms_that_cancel_cannot_pass_the_clip(
     ),
     example,
   )
-  fn = clipping.clipped_grad(loss, l2_clip_norm=1.0, method=method)
+  fn = jax.jit(clipping.clipped_grad(loss, l2_clip_norm=1.0, method=method))
   total = np.asarray(fn(params, batch).sum, np.float64)
   assert np.linalg.norm(total) <= 1 + 1e-3
 
@@ -201,7 +201,7 @@ def test_scales_above_one_do_not_overflow_on_the_way_back(method, kwargs):
     "a": jnp.array([1e-37]),
     "b": jnp.array([1e37]),
   }
-  fn = clipping.clipped_grad(loss, method=method, **kwargs)
+  fn = jax.jit(clipping.clipped_grad(loss, method=method, **kwargs))
   total = np.asarray(fn(jnp.ones(3), batch).sum)
   assert 0.5 < np.linalg.norm(total) <= 1 + 1e-5
 
@@ -263,9 +263,11 @@ def test_normalised_gradients():
   ],
 )
 def test_norms_by_group(method):
-  whole = clipping.clipped_grad(_net, l2_clip_norm=1.0, method=method)
-  parts = clipping.clipped_grad(
-    _net, l2_clip_norm={"a": 0.5, "b": 1.0, "c": 2.0}, method=method
+  whole = jax.jit(clipping.clipped_grad(_net, l2_clip_norm=1.0, method=method))
+  parts = jax.jit(
+    clipping.clipped_grad(
+      _net, l2_clip_norm={"a": 0.5, "b": 1.0, "c": 2.0}, method=method
+    )
   )
   batch = _normal(6, 5, 4)
   norms = parts(_params(), batch).grad_norms
@@ -275,8 +277,10 @@ def test_norms_by_group(method):
     rtol=1e-5,
   )
   got = parts(_params(), batch).sum
-  expected = clipping.clipped_grad(
-    _net, l2_clip_norm={"a": 0.5, "b": 1.0, "c": 2.0}, method="vmap"
+  expected = jax.jit(
+    clipping.clipped_grad(
+      _net, l2_clip_norm={"a": 0.5, "b": 1.0, "c": 2.0}, method="vmap"
+    )
   )(_params(), batch).sum
   for name in got:
     np.testing.assert_allclose(got[name], expected[name], rtol=1e-4, atol=1e-5)
@@ -291,7 +295,9 @@ def test_groups_that_share_a_weight(method):
   params = {"a": _normal(4, 2), "b": _normal(4, 3)}
   batch = _normal(6, 5, 4)
   got, expected = (
-    clipping.clipped_grad(loss, l2_clip_norm=norms, method=m)(params, batch)
+    jax.jit(clipping.clipped_grad(loss, l2_clip_norm=norms, method=m))(
+      params, batch
+    )
     for m in (method, "vmap")
   )
   for name in params:
@@ -371,7 +377,9 @@ def test_narrow_models_agree_with_the_reference(method):
   net, batch = Net(), _normal(8, 5, 5, 3)
   params = net.init(jax.random.key(0), batch[0])
   got, expected = (
-    clipping.clipped_grad(net.apply, l2_clip_norm=0.5, method=m)(params, batch)
+    jax.jit(clipping.clipped_grad(net.apply, l2_clip_norm=0.5, method=m))(
+      params, batch
+    )
     for m in (method, "vmap")
   )
   np.testing.assert_allclose(got.grad_norms, expected.grad_norms, rtol=2e-2)
@@ -390,16 +398,18 @@ def test_accelerators_leave_room_for_the_rounding_of_their_products(
 ):
   batch = _normal(8, 5, 4)
   got, expected = (
-    clipping.clipped_grad(_net, l2_clip_norm=0.5, method=method, platform=p)(
-      _params(), batch
-    )
+    jax.jit(
+      clipping.clipped_grad(_net, l2_clip_norm=0.5, method=method, platform=p)
+    )(_params(), batch)
     for p in (platform, "cpu")
   )
   assert np.all(np.asarray(got.grad_norms) >= np.asarray(expected.grad_norms))
   np.testing.assert_allclose(got.grad_norms, expected.grad_norms, rtol=0.05)
   with jax.default_matmul_precision("highest"):
-    exact = clipping.clipped_grad(
-      _net, l2_clip_norm=0.5, method=method, platform=platform
+    exact = jax.jit(
+      clipping.clipped_grad(
+        _net, l2_clip_norm=0.5, method=method, platform=platform
+      )
     )(_params(), batch)
   np.testing.assert_allclose(exact.grad_norms, expected.grad_norms, rtol=1e-5)
 
@@ -450,10 +460,12 @@ def test_a_product_that_asks_to_be_rounded_gets_room(method):
     return jnp.sum(jnp.tanh(jnp.dot(x, params["a"], precision=precision)) ** 2)
 
   def norms(precision):
-    fn = clipping.clipped_grad(
-      functools.partial(loss, precision=precision),
-      l2_clip_norm=0.5,
-      method=method,
+    fn = jax.jit(
+      clipping.clipped_grad(
+        functools.partial(loss, precision=precision),
+        l2_clip_norm=0.5,
+        method=method,
+      )
     )
     return np.asarray(fn(_params(), _normal(8, 5, 4)).grad_norms)
 
@@ -480,8 +492,10 @@ def test_the_lean_engine_rounds_no_product_without_room(monkeypatch):
 
   def run(loss, platform):
     passes.clear()
-    fn = clipping.clipped_grad(
-      loss, l2_clip_norm=0.5, method="two_pass", platform=platform
+    fn = jax.jit(
+      clipping.clipped_grad(
+        loss, l2_clip_norm=0.5, method="two_pass", platform=platform
+      )
     )
     return fn(_params(), _normal(8, 5, 4)).sum["a"]
 
@@ -538,12 +552,14 @@ def test_explain_says_what_is_done_and_why(capsys):
 def test_automatic_microbatches_divide_the_batch_and_change_nothing():
   batch = _normal(12, 900, 4)
   whole, parts = (
-    clipping.clipped_grad(_net, l2_clip_norm=0.5, microbatch_size=size)(
-      _params(), batch
-    )
+    jax.jit(
+      clipping.clipped_grad(_net, l2_clip_norm=0.5, microbatch_size=size)
+    )(_params(), batch)
     for size in (12, 3)
   )
-  automatic = clipping.clipped_grad(_net, l2_clip_norm=0.5)(_params(), batch)
+  automatic = jax.jit(clipping.clipped_grad(_net, l2_clip_norm=0.5))(
+    _params(), batch
+  )
   for got in (parts, automatic):
     np.testing.assert_allclose(got.grad_norms, whole.grad_norms, rtol=1e-5)
     for name in whole.sum:
@@ -556,7 +572,7 @@ def test_statistics_over_a_named_axis_are_refused():
   def loss(params, x):
     return jnp.sum(params["a"] * (x - lax.pmean(x, "batch")))
 
-  fn = clipping.clipped_grad(loss, l2_clip_norm=1.0)
+  fn = jax.jit(clipping.clipped_grad(loss, l2_clip_norm=1.0))
   with pytest.raises(
     ValueError, match=r"loss_fn .* one example .* named axis .*batch"
   ):
@@ -565,7 +581,7 @@ def test_statistics_over_a_named_axis_are_refused():
 
 def test_parameters_that_are_not_floating_are_named():
   loss = lambda p, x: jnp.sum(p["a"] * x)
-  fn = clipping.clipped_grad(loss, l2_clip_norm=1.0)
+  fn = jax.jit(clipping.clipped_grad(loss, l2_clip_norm=1.0))
   with pytest.raises(ValueError, match=r"params .* int32 at params\['n'\]"):
     fn({"a": jnp.ones(4), "n": jnp.int32(3)}, _normal(3, 4))
 
@@ -573,7 +589,9 @@ def test_parameters_that_are_not_floating_are_named():
 @pytest.mark.parametrize("gamma", [0.0, -1.0, np.nan, np.inf, True, "1"])
 def test_bad_gammas_are_named(gamma):
   with pytest.raises(ValueError, match=r"normalize_gamma .* got"):
-    clipping.clipped_grad(_net, l2_clip_norm=1.0, normalize_gamma=gamma)
+    jax.jit(
+      clipping.clipped_grad(_net, l2_clip_norm=1.0, normalize_gamma=gamma)
+    )
 
 
 def test_other_mesh_axes_take_the_reference():
@@ -587,7 +605,7 @@ def test_other_mesh_axes_take_the_reference():
     return lax.psum(jnp.sum((x * (i + 1)) @ p), "model")
 
   def total(method):
-    fn = clipping.clipped_grad(loss, l2_clip_norm=1.0, method=method)
+    fn = jax.jit(clipping.clipped_grad(loss, l2_clip_norm=1.0, method=method))
     run = jax.shard_map(
       lambda p, x: lax.psum(fn(p, x).sum, "data"),
       mesh=mesh,

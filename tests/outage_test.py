@@ -107,8 +107,8 @@ def test_a_run_waits_for_its_data_and_ends_as_if_it_had_been_there(
   assert run.wait() == 0, run.screen
   (line,) = [x for x in run.screen.splitlines() if "is waited for" in x]
   assert line == (
-    f"WARNING: data set 'array_record' in {str(data)!r} cannot be read (open()"
-    " failed: No such file or directory); it is waited for, up to 3600 s"
+    f"WARNING: data set 'array_record' in {str(data)!r} cannot be read (No"
+    " such file or directory); it is waited for, up to 3600 s"
   )
   training.check(tmp_path / "run")
   assert training.outcome(tmp_path / "run") == expected

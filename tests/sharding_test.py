@@ -144,7 +144,9 @@ def test_engines_take_norms_of_whole_parameters(remat, method, norms):
   make = functools.partial(
     clipping.clipped_grad, _deep(remat), l2_clip_norm=clip_norm
   )
-  expected = make(method="vmap")(params, batch, is_padding_example=padding)
+  expected = jax.jit(make(method="vmap"))(
+    params, batch, is_padding_example=padding
+  )
   for name in ("data, fsdp", "data, fsdp, model"):
     total, grad_norms = _clipped(
       make(method=method), _mesh(name), params, batch, padding
@@ -174,7 +176,7 @@ def test_a_stack_that_is_divided_along_its_loop(method):
     "blocks": jax.tree.map(lambda x: P("fsdp"), params["blocks"])
   }
   fn = clipping.clipped_grad(_deep(True), l2_clip_norm=_CLIP, method=method)
-  expected = fn(params, batch, is_padding_example=padding).sum
+  expected = jax.jit(fn)(params, batch, is_padding_example=padding).sum
   total, _ = _clipped(fn, _mesh("data, fsdp"), params, batch, padding, specs)
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),

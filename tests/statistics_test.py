@@ -46,7 +46,7 @@ _CASES = {
 
 @functools.cache
 def _run(case):
-  fn = clipping.clipped_grad(_loss, frozen=_FROZEN, **_CASES[case])
+  fn = jax.jit(clipping.clipped_grad(_loss, frozen=_FROZEN, **_CASES[case]))
   batch = _normal(6, 4, 5).at[2].set(jnp.nan)
   seen = []
   grads = clipping.unsafe_statistics(
@@ -112,7 +112,7 @@ def test_each_layer_has_its_own_factor_and_threshold():
 
 
 def test_a_device_does_not_speak_for_all():
-  fn = clipping.clipped_grad(lambda p, x: p * x, l2_clip_norm=1.0)
+  fn = jax.jit(clipping.clipped_grad(lambda p, x: p * x, l2_clip_norm=1.0))
   run = jax.shard_map(
     lambda p, x: clipping.unsafe_statistics(fn, p, x, print).sum,
     mesh=jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,)),

@@ -6,7 +6,7 @@ which no gradient of a parameter is formed. With the data operands that met the
 weights it is all that is needed for norms and sums.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -238,13 +238,19 @@ def to_parameters(
     keys = [s.key for s in inner.all_sites() if s.key in cotangents]
     if not keys:
       continue
+    eqn = jaxpr.eqns[number]
+    fixed = [
+      x
+      for x, kind in zip(eqn.invars, inner.kinds, strict=True)
+      if kind != Kind.DATA and not isinstance(x, core.Literal)
+    ]
     env = _weights(
       block,
       constants
       | {x: value.astype(x.aval.dtype) for x, value in inputs.items()},
+      fixed,
       wide=False,
     )
-    eqn = jaxpr.eqns[number]
     arguments = [
       None
       if kind == Kind.DATA
@@ -263,17 +269,19 @@ def to_parameters(
   derived = [x for x in sums if x not in inputs]
   if derived:
     names = list(inputs)
+    narrow = {x for x in derived if block.weights[x].narrow}
 
     def run(values: list[Any]) -> list[Any]:
       given = constants | dict(zip(names, values, strict=True))
-      wide = _weights(block, given, wide=True)
+      wide = _weights(block, given, set(derived) - narrow, wide=True)
       # What cannot be widened is computed from what the program rounds.
       plain = _weights(
         block,
         constants | {x: given[x].astype(x.aval.dtype) for x in names},
+        narrow,
         wide=False,
       )
-      return [(plain if block.weights[x].narrow else wide)[x] for x in derived]
+      return [(plain if x in narrow else wide)[x] for x in derived]
 
     outputs, pull = jax.vjp(run, list(inputs.values()))
     (found,) = pull(
@@ -337,11 +345,18 @@ def _back_through_loop(
 
 
 def _weights(
-  block: Block, inputs: Mapping[Any, Any], *, wide: bool
+  block: Block, inputs: Mapping[Any, Any], wanted: Iterable[Any], *, wide: bool
 ) -> dict[Any, Any]:
-  """Every constant and weight of a block; casts to narrow floats left out of
-  what can be computed without them, if wide."""
+  """The wanted constants and weights of a block, and what they are computed
+  from; casts to narrow floats left out of what can be computed without them, if
+  wide."""
   jaxpr = block.jaxpr.jaxpr
+  needed = set(wanted)
+  equations = []
+  for eqn in reversed(jaxpr.eqns):
+    if needed.intersection(eqn.outvars):
+      needed.update(x for x in eqn.invars if not isinstance(x, core.Literal))
+      equations.append(eqn)
   env: dict[Any, Any] = dict(
     zip(jaxpr.constvars, block.jaxpr.consts, strict=True)
   )
@@ -353,11 +368,7 @@ def _weights(
       return jnp.asarray(atom.val, aval.dtype)
     return env[atom]
 
-  for eqn in jaxpr.eqns:
-    if not all(isinstance(x, core.Literal) or x in env for x in eqn.invars):
-      continue
-    if not eqn.outvars:  # It prints, and has done so in the forward pass.
-      continue
+  for eqn in reversed(equations):
     values = [value(x) for x in eqn.invars]
     is_weight = [
       x in block.weights and not block.weights[x].narrow for x in eqn.outvars

@@ -7,6 +7,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from dpdist.clipping import sharing
+
 # The part of the greatest norm of a scaled gradient by which what underflows
 # may move it.
 _LOST = 2.0**-20
@@ -82,7 +84,9 @@ class Scaling:
         jnp.where((factor < 1) & ~(less <= _LOST * bound), 0, factor)
         for factor, less, bound in zip(factors, lost, bounds, strict=True)
       ]
-    return factors, list(norms)
+    # Else a compiler would compute them anew for each parameter's sum, and all
+    # norms with them.
+    return [sharing.computed_once(x) for x in factors], list(norms)
 
   def enlarged(
     self, sums: Sequence[jax.Array], groups: Sequence[int]
