@@ -7,6 +7,7 @@ checked. Imports no jax.
 from collections.abc import Sequence
 import functools
 import math
+import sys
 
 import dp_accounting
 from dp_accounting.rdp import rdp_privacy_accountant
@@ -23,6 +24,7 @@ _LARGEST_PLD_EPSILON = 1e6
 _MANY_STEPS = 10**7
 # Beyond these the losses of a step overflow, or are all but rounding.
 _NOISE, _LEAST_PROBABILITY = (0.02, 1e12), 1e-15
+_ROUNDING = 1e-12
 
 # Pairs, and how often each is composed.
 Steps = Sequence[tuple[pairs_lib.Pair, int]]
@@ -74,13 +76,14 @@ def delta(steps: Steps, epsilon: float, kind: str) -> float:
   has_renyi(merged, kind)
   if any(pair.sigma < search.NO_NOISE for pair, _ in merged):
     return 1.0
+  most = _total_variation(merged)
   if kind == "pld" and _has_grid(merged):
-    return min(1.0, loss_distributions.delta(merged, epsilon))
+    return min(most, loss_distributions.delta(merged, epsilon))
   orders, divergences = _divergences(merged)
   # e^-r of what is smaller is 1, of which dp_accounting takes no logarithm.
   divergences = np.maximum(divergences, 2.0**-52)
   rdp, _ = rdp_privacy_accountant.compute_delta(orders, divergences, epsilon)
-  return min(1.0, float(rdp))
+  return min(most, max(float(rdp), sys.float_info.min))  # None is 0.
 
 
 @functools.lru_cache(maxsize=4096)
@@ -90,6 +93,8 @@ def _epsilon(steps: _Merged, delta: float, kind: str) -> float:
   has_renyi(steps, kind)
   if any(pair.sigma < search.NO_NOISE for pair, _ in steps):
     return math.inf
+  if _total_variation(steps) <= delta:
+    return 0.0
   is_pld = kind != "rdp" and _has_grid(steps)
   if is_pld and delta >= loss_distributions.SMALLEST_DELTA:
     found = loss_distributions.rough_epsilon(steps, delta)
@@ -125,6 +130,21 @@ def has_renyi(steps: Steps, kind: str) -> bool:
     }[without[0]]
     raise ValueError(f"accountant must be 'pld' with {what}, got 'rdp'")
   return not without
+
+
+def _total_variation(steps: Steps) -> float:
+  """An upper bound on delta at every epsilon: distances of steps add up.
+
+  A step is told apart only where a row is drawn, and then no better than two
+  Gaussians: as far apart as a row can move the sum, or where a sample is cut or
+  a row is another one, twice that.
+  """
+  found = 0.0
+  for pair, count in steps:
+    reach = 2 if pair.kind in ("opposite", "truncated") else 1
+    apart = math.erf(reach / (2 * math.sqrt(2) * pair.sigma))
+    found += count * pair.rows * pair.q * apart
+  return min(1.0, found * (1 + _ROUNDING))
 
 
 def _has_grid(steps: Steps) -> bool:

@@ -14,13 +14,14 @@ Imports no jax.
 from collections.abc import Callable, Sequence
 import functools
 import math
+import sys
 from typing import NamedTuple, TypeAlias
 
 import numpy as np
 from scipy import fft
 from scipy import optimize
-from scipy import special
 
+from dpdist import gaussian
 from dpdist import mixtures
 from dpdist import pairs as pairs_lib
 
@@ -35,14 +36,21 @@ _LARGE, _MOST_CELLS = 2**18, 2**22
 # Of the weighted mass, what may lie off the grid: e^-40.
 _LOG_OFF = -40.0
 # Rounding of one step's masses, relative, and of one factor of a transform.
-_STEP_ROUNDING, _FACTOR_ROUNDING = 2.0**-42, 2.0**-50
-# Of delta, what may have an infinite loss.
-_INFINITE = 1e-7
+_STEP_ROUNDING, _FACTOR_ROUNDING = 2.0**-42, 2.0**-49
+# Of delta, what may have an infinite loss; too much where delta is found to be
+# so far below, as a logarithm.
+_INFINITE, _FAR_BELOW = 1e-7, 4.0
 # Below it the least double is near. Beyond so many steps rounding is all.
 SMALLEST_DELTA, MOST_STEPS = 1e-250, 10**11
 # So rough a look is enough to choose an order by.
 _ROUGH_ORDER = 2.0
+# Where rounding is more than such a part of delta, other orders may be better:
+# by what factor each, and how many.
+_HIDDEN, _NEXT_ORDER, _MOST_ORDERS = 1e-3, 0.6, 4
 _ORDERS = 2.0 ** np.arange(-12, 100, 2)
+# Shifts of the order to bound what lies off a grid by.
+_DEVIATIONS = np.array([0.5, 1, 2, 4, 6, 8, 10, 15, 20, 40, 80])
+_PARTS = np.array([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2])
 
 
 class Sum(NamedTuple):
@@ -55,7 +63,7 @@ class Sum(NamedTuple):
     masses: [n] weighted, of sum 1 or a little more.
     log_total: of the weighted mass before it was made 1.
     infinite: mass of an infinite loss.
-    slack: weighted mass that rounding may have hidden, at any loss.
+    slack: what rounding may have hidden of delta, weighted.
     growth: by which rounding may have made all of it too small.
   """
 
@@ -70,19 +78,27 @@ class Sum(NamedTuple):
 
   def log_delta(self, epsilon: float) -> float:
     """The logarithm of an upper bound on delta."""
-    first = max(0, math.floor(epsilon / self.cell) + 1 - self.start)
-    # What is further out weighs less than the slack.
-    stop = first + math.ceil(50 / (self.order * self.cell)) + 1
-    masses = self.masses[first:stop]
-    above = (self.start + first + np.arange(len(masses))) * self.cell - epsilon
-    found = float(
-      np.sum(masses * np.exp(-self.order * above) * -np.expm1(-above))
-    )
-    log = self.log_total - self.order * epsilon + math.log(found + self.slack)
-    log += self.growth
+    log = self.log_total - self.order * epsilon
+    log += gaussian.ROUNDING * (abs(self.log_total) + self.order * epsilon)
+    log += self.growth + math.log(self._above(epsilon) + self.slack)
     if self.infinite:
       log = float(np.logaddexp(log, math.log(self.infinite)))
     return min(log, 0.0)
+
+  def is_seen(self, epsilon: float) -> bool:
+    """Whether delta is not mostly what rounding may have hidden."""
+    return self.slack <= _HIDDEN * self._above(epsilon)
+
+  def _above(self, epsilon: float) -> float:
+    """The weighted mass that delta is made of."""
+    first = max(0, math.floor(epsilon / self.cell) + 1 - self.start)
+    # What is further out is less than the slack.
+    stop = first + math.ceil(50 / (self.order * self.cell)) + 1
+    masses = self.masses[first:stop]
+    above = (self.start + first + np.arange(len(masses))) * self.cell - epsilon
+    return float(
+      np.sum(masses * np.exp(-self.order * above) * -np.expm1(-above))
+    )
 
 
 def epsilon(steps: Steps, delta: float) -> float:
@@ -99,25 +115,62 @@ def epsilon(steps: Steps, delta: float) -> float:
 def _epsilon_one_way(way: "_Way", log: float) -> float:
   mu = _mu_of_gaussians(way)
   if mu is not None:
-    return _inverse(lambda e: gaussian_log_delta(mu, e), log, mu * mu)
+    return _inverse(lambda e: gaussian.log_delta(mu, e), log, mu * mu)
   order, near = _best_order(way, lambda k, x: (k - log) / x)
-  total = _sum(way, order, _rounded_log(log))
-  return _inverse(total.log_delta, log, near)
+  if near <= 0:
+    return 0.0
+
+  def at(order: float) -> tuple[float, bool]:
+    total = _sum(way, order, _rounded_log(log))
+    found = _inverse(total.log_delta, log, near)
+    return found, total.is_seen(found)
+
+  return min(near, _over_orders(at, order))
 
 
 def delta(steps: Steps, epsilon: float) -> float:
   """Returns an upper bound on the delta at which steps spend epsilon."""
-  return max(math.exp(_log_delta_one_way(w, epsilon)) for w in _ways(steps))
+  log = max(_log_delta_one_way(way, epsilon) for way in _ways(steps))
+  return max(math.exp(log), sys.float_info.min)  # None is 0.
 
 
 def _log_delta_one_way(way: "_Way", epsilon: float) -> float:
   mu = _mu_of_gaussians(way)
   if mu is not None:
-    return gaussian_log_delta(mu, epsilon)
+    return gaussian.log_delta(mu, epsilon)
   least = math.log(SMALLEST_DELTA)
-  order, near = _best_order(way, lambda k, x: max(k - x * epsilon, least))
-  log = min(near, 0.0)
-  return _sum(way, order, _rounded_log(log)).log_delta(epsilon)
+  order, found = _best_order(way, lambda k, x: max(k - x * epsilon, least))
+  log = min(found, 0.0) + 2 * _FAR_BELOW
+
+  def at(order: float) -> tuple[float, bool]:
+    total = _sum(way, order, _rounded_log(log))
+    return total.log_delta(epsilon), total.is_seen(epsilon)
+
+  while found < log - _FAR_BELOW and log > least:
+    log = max(min(found, 0.0), least)  # What may have an infinite loss follows.
+    found = min(log, _over_orders(at, order))
+  return found
+
+
+def _over_orders(
+  at: Callable[[float], tuple[float, bool]], order: float
+) -> float:
+  """The least bound over orders from one on, every one of which gives one.
+
+  Args:
+    at: from an order to a bound, and whether rounding has no part in it.
+    order: the first.
+  """
+  best, is_seen = at(order)
+  for ratio in (_NEXT_ORDER, 1 / _NEXT_ORDER):
+    for i in range(1, _MOST_ORDERS):
+      if is_seen or best == 0:
+        return best
+      found, is_seen = at(order * ratio**i)
+      if not found < best:
+        break
+      best = found
+  return best
 
 
 def rough_epsilon(steps: Steps, delta: float) -> float:
@@ -131,17 +184,6 @@ def rough_epsilon(steps: Steps, delta: float) -> float:
     else:
       found.append(_best_order(way, lambda k, x: (k - log) / x)[1])
   return max(0.0, *found)
-
-
-def gaussian_log_delta(mu: float, epsilon: float) -> float:
-  """Of N(mu, 1) against N(0, 1): Balle & Wang 2018 (arXiv:1805.06530)."""
-  above = float(special.log_ndtr(mu / 2 - epsilon / mu))
-  below = epsilon + float(special.log_ndtr(-mu / 2 - epsilon / mu))
-  if below - above > -1e-6:  # All but equal: by the density between the two.
-    z = epsilon / mu
-    log = -0.5 * (z * z + mu * mu / 4) + epsilon / 2
-    return log + math.log(mu) - math.log(math.sqrt(2 * math.pi))
-  return above + math.log(-math.expm1(below - above))
 
 
 def _inverse(
@@ -204,7 +246,7 @@ def _mu_of_gaussians(way: _Way) -> float | None:
   ((side, *more), _), *others = way
   if others or more or len(side.p) > 1 or len(side.q) > 1:
     return None
-  return 1 / side.sigma
+  return (1 + gaussian.ROUNDING) / side.sigma
 
 
 @functools.lru_cache(maxsize=256)
@@ -224,18 +266,27 @@ def _best_order(
 
   Args:
     way: the steps.
-    bound: from the logarithm of the moment, and the order.
+    bound: from the logarithm of the moment, less what delta is made of, and
+      the order: Canonne, Kamath & Steinke 2020 (arXiv:2004.00010).
   """
   logs = _added([(count, _rough_moments(side)) for side, count in way])
+  logs += _log_peak(_ORDERS)
   values = [bound(k, x) for k, x in zip(logs, _ORDERS, strict=True)]
   coarse = _least(values)
   orders = _ORDERS[coarse] * 2.0 ** np.arange(-1.75, 2, 0.25)
   logs = _added(
     [(n, mixtures.log_moments(_roughly(side), orders)) for side, n in way]
   )
+  logs += _log_peak(orders)
   values = [bound(k, x) for k, x in zip(logs, orders, strict=True)]
   best = _least(values)
   return float(orders[best]), float(values[best])
+
+
+def _log_peak(orders: np.ndarray) -> np.ndarray:
+  """The logarithm of the most that e^(-order x) (1 - e^(-x)) can be."""
+  found: np.ndarray = -orders * np.log1p(1 / orders) - np.log1p(orders)
+  return found
 
 
 def _added(terms: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
@@ -261,24 +312,32 @@ def _sum(way: _Way, order: float, log_delta: float) -> Sum:
   tiny = max(math.exp(log_delta) * _INFINITE / num_steps, 1e-305)
   steps = [(mixtures.atoms(side, tiny, order), count) for side, count in way]
   cell = _cell(steps, order, num_steps)
-  low, high = _window(steps, order)
+  low, high = _window(steps, order, cell)
   least = cell * _FINENESS / _LEAST_FINENESS
   cell = max(cell, min(least, (high - low) / _LARGE))
   cell = max(cell, (high - low) / _MOST_CELLS)
+  low, high = _window(steps, order, cell)
   size = fft.next_fast_len(math.ceil((high - low) / cell) + 8, real=True)
   start = math.floor(low / cell) - 4
-  factors, offset, log_total = [], 0, 0.0
+  factors, offset, log_total, growth = [], 0, 0.0, 0.0
   for atoms, count in steps:
-    first, masses, log = _on_grid(atoms, cell, order, size)
-    factors.append((fft.rfft(masses), count))
+    first, masses, log, rounding = _on_grid(atoms, cell, order, size)
+    factors.append((masses, count))
     offset += first * count
     log_total += log * count
-  transform = _product(factors)
-  masses = np.roll(fft.irfft(transform, size), (offset - start) % size)
-  # Each factor is off by a little, in its own place: so much in any cell.
-  flat = (2 * float(np.sum(np.abs(transform)))) / size
-  hidden = num_steps * _FACTOR_ROUNDING * flat
-  cells = min(size, 1 + 1 / -math.expm1(-order * cell))
+    growth += rounding * count
+  hidden = 0.0
+  if num_steps > 1:
+    transform = _product([(fft.rfft(x), count) for x, count in factors])
+    masses = fft.irfft(transform, size)
+    # Each factor is off by a little, in its own place: so much in any cell.
+    flat = (2 * float(np.sum(np.abs(transform)))) / size
+    hidden = num_steps * _FACTOR_ROUNDING * flat
+  masses = np.roll(masses, (offset - start) % size)
+  # The sum over all cells of what delta is made of.
+  cells = math.expm1(-cell) / math.expm1(-order * cell)
+  cells = min(size, cells / -math.expm1(-(order + 1) * cell))
+  peak = math.exp(float(_log_peak(np.array(order))))
   return Sum(
     order=order,
     cell=cell,
@@ -286,10 +345,12 @@ def _sum(way: _Way, order: float, log_delta: float) -> Sum:
     masses=np.maximum(masses, 0.0),
     log_total=log_total,
     infinite=-math.expm1(
-      math.fsum(n * math.log1p(-min(a.infinite, 0.5)) for a, n in steps)
+      math.fsum(
+        n * math.log1p(-min(a.infinite, 1 - 2.0**-53)) for a, n in steps
+      )
     ),
-    slack=hidden * cells + 2 * math.exp(_LOG_OFF),
-    growth=num_steps * _STEP_ROUNDING,
+    slack=hidden * cells + 2 * math.exp(_LOG_OFF) * peak,
+    growth=growth,
   )
 
 
@@ -321,8 +382,9 @@ def _cell(steps: _Losses, order: float, num_steps: int) -> float:
   return 2.0 ** (math.floor(4 * math.log2(cell)) / 4)
 
 
-def _window(steps: _Losses, order: float) -> tuple[float, float]:
-  """Between which all but a tiny part of the weighted sum lies (Chernoff)."""
+def _window(steps: _Losses, order: float, cell: float) -> tuple[float, float]:
+  """Between which all but e^-40 of the gridded sum lies (Chernoff)."""
+  num_steps = sum(count for _, count in steps)
   mean, variance, least, most, base = 0.0, 0.0, 0.0, 0.0, 0.0
   for atoms, count in steps:
     (log,) = mixtures.log_moments(atoms, np.array([order]))
@@ -335,22 +397,39 @@ def _window(steps: _Losses, order: float) -> tuple[float, float]:
     base += count * float(log)
   # None at all, where the weight leaves one atom, is no deviation to go by.
   deviation = max(math.sqrt(variance), 1e-9 * (most - least)) or 1.0
-  shifts = np.array([0.5, 1, 2, 4, 6, 8, 10, 15, 20, 40, 80]) / deviation
+  # Also parts of the order: rare large losses are no part of a deviation.
+  shifts = np.concatenate([_DEVIATIONS / deviation, _PARTS * order])
   room = 1 - _LOG_OFF
   above, below = (
     _added([(n, mixtures.log_moments(atoms, order + x)) for atoms, n in steps])
+    + num_steps * _spread(order + x, cell)
     - base
     for x in (shifts, -shifts)
   )
-  high = min(most, float(np.min((above + room) / shifts)))
-  low = max(least, float(np.max((below + room) / -shifts)))
+  ends = num_steps * cell
+  high = min(most + ends, float(np.min((above + room) / shifts)))
+  low = max(least - ends, float(np.max((below + room) / -shifts)))
   return min(low, mean), max(high, mean)
+
+
+def _spread(orders: np.ndarray, cell: float) -> np.ndarray:
+  """By how much moving a loss to the grid may raise logarithms of moments."""
+  x = orders[:, np.newaxis] * cell
+  part = np.linspace(0, 1, 33)[1:-1]
+  up = np.expm1(-part * cell) / math.expm1(-cell)
+  found = np.logaddexp(np.log1p(-up), np.log(up) + x) - part * x
+  return 1.1 * np.maximum(np.max(found, axis=1), 0.0)
 
 
 def _on_grid(
   atoms: mixtures.Atoms, cell: float, order: float, size: int
-) -> tuple[int, np.ndarray, float]:
-  """Atoms moved to both neighbours, weighted; their first, and the total."""
+) -> tuple[int, np.ndarray, float, float]:
+  """Atoms moved to both neighbours, weighted.
+
+  Returns:
+    The first of them, their masses, the logarithm of what these were divided
+    by, and by how much, relative, rounding may have made them too small.
+  """
   below = np.floor(atoms.losses / cell)
   up = np.expm1(below * cell - atoms.losses) / math.expm1(-cell)
   up = np.clip(up, 0.0, 1.0)
@@ -367,4 +446,5 @@ def _on_grid(
     minlength=size,
   )
   total = float(np.sum(masses))
-  return first, masses / total, top + math.log(total)
+  rounding = _STEP_ROUNDING + 2 * gaussian.ROUNDING * abs(top)
+  return first, masses / total, top + math.log(total), rounding

@@ -30,6 +30,8 @@ _MOST_BINS = 2**18
 _FAR = 0.1
 # What is left out of a sum of so many rows: less than anyone's delta.
 _TINY = 1e-300
+# Tails of a binomial distribution: how far off they may be, and how small.
+_UP, _RARE = 1 + 1e-11, 1e-280
 _NODES = np.array([-math.sqrt(0.6), 0.0, math.sqrt(0.6)])
 _WEIGHTS = np.array([5.0, 8.0, 5.0]) / 18
 
@@ -124,16 +126,19 @@ def _truncated(pair: pairs_lib.Pair, size: int) -> tuple[Direction, ...]:
   is_cut = stats.binom.sf(pair.limit - 1, size - 1, pair.q)
   if not is_cut > 0:
     return (whole,), (_turned(whole),)
-  kept = stats.binom.sf(pair.limit, size, pair.q) * pair.limit / size
-  q = min(1.0, kept / is_cut)
+  # What is rarer than anyone's delta is not divided by: it may underflow.
+  q = pair.q
+  if is_cut > _RARE:
+    kept = stats.binom.sf(pair.limit, size, pair.q) * pair.limit / size
+    q = min(q, _UP * kept / is_cut)
   found = []
   for turn in (lambda side: side, _turned):
     cut = _presence(pair.sigma, q, 2.0)
     cut = cut._replace(is_folded=True) if pair.is_in_place else turn(cut)
-    sides = [cut._replace(share=is_cut)]
+    sides = [cut._replace(share=min(1.0, _UP * is_cut))]
     if is_cut < 1:
-      sides.append(turn(whole)._replace(share=1 - is_cut))
-    found.append(tuple(side for side in sides if q > 0 or side.share < is_cut))
+      sides.append(turn(whole)._replace(share=min(1.0, _UP * (1 - is_cut))))
+    found.append(tuple(sides))
   return tuple(found)
 
 

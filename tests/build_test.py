@@ -38,7 +38,7 @@ LAYERS = (
   )
   + ("events", "chips", "compiled", "products", "archives")
   + ("scattering", "augment", "pictures", "chance"),
-  ("pairs", "fetch", "scaled_scattering"),
+  ("pairs", "gaussian", "fetch", "scaled_scattering"),
   ("mixtures",),
   ("records", "renyi", "loss_distributions", "verdict"),
   ("accountants",),

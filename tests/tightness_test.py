@@ -10,10 +10,14 @@ import math
 
 import hypothesis
 from hypothesis import strategies as st
+import mpmath
 import numpy as np
 import pytest
+from scipy import optimize
 from scipy import special
 
+from dpdist import accounting
+from dpdist import gaussian
 from dpdist import plan as plan_lib
 
 _SIZE = 2**16
@@ -262,3 +266,179 @@ def test_so_does_any_setting(**numbers):
 @hypothesis.given(**_RANDOM)
 def test_so_does_each_of_many_settings(**numbers):
   _check_random(**numbers)
+
+
+# --- Beyond what anyone trains with -------------------------------------------
+
+
+def _single_delta(sigma, q, epsilon, means=(1.0, 0.0)):
+  """Of one step: with a row at one of two places, or without it at 0."""
+  ends = np.linspace(-12 * sigma - 1, 12 * sigma + 1, 40_001)
+  one, two = (_masses([(1 - q, 0.0), (q, mean)], sigma, ends) for mean in means)
+  return float(np.sum(np.maximum(one - math.exp(epsilon) * two, 0.0)))
+
+
+def test_a_rare_large_loss_of_one_step_is_not_hidden_by_rounding():
+  # One step's delta needs no grid of losses. By one of them it was 0.44.
+  delta, sigma, q = 4.2e-13, 0.629, 1.31e-6
+  stated = accounting.epsilon(
+    noise_multiplier=sigma / 2,
+    sampling_probability=q,
+    num_steps=1,
+    delta=delta,
+    neighboring_relation="replace_one",
+  )
+  assert _single_delta(sigma, q, stated, (1.0, -1.0)) <= delta
+  assert _single_delta(sigma, q, stated / 1.02, (1.0, -1.0)) > delta
+
+
+@pytest.mark.parametrize("log_delta", [-10, -12, -14, -16])
+def test_losses_of_next_to_nothing_add_up_to_those_of_one_gaussian(log_delta):
+  # So little is lost in a step that all but the first order of q is gone.
+  sigma, q, steps, delta = 4218.0, 4.2e-9, 34_574, 10.0**log_delta
+  mu = q / sigma * math.sqrt(steps)
+
+  def true(epsilon):
+    t = epsilon / mu
+    ratio = math.sqrt(math.pi / 2) * special.erfcx(t / math.sqrt(2))
+    density = math.exp(-0.5 * t * t) / math.sqrt(2 * math.pi)
+    return mu * density * (1 - t * ratio)
+
+  run = {"noise_multiplier": sigma, "sampling_probability": q}
+  stated = accounting.epsilon(num_steps=steps, delta=delta, **run)
+  if true(0.0) <= delta:
+    assert stated == 0.0
+    return
+  exact = optimize.brentq(lambda e: true(e) - delta, 0.0, 30 * mu, xtol=1e-22)
+  assert exact * (1 - 1e-6) <= stated <= 1.02 * exact
+  # And at that epsilon delta is what was asked for.
+  again = accounting.delta(epsilon=exact, num_steps=steps, **run)
+  assert delta * (1 - 1e-5) <= again <= 1.05 * delta
+
+
+@pytest.mark.parametrize(
+  ("mu", "epsilon"),
+  [(1e-7, 0.0), (1e-7, 1e-14), (1e-7, 2e-7), (1e-6, 1e-5), (1e-4, 3e-3),
+   (1e-9, 3e-8), (0.5, 0.0), (0.5, 3.0), (30.0, 20.0), (1e-2, 0.3)],
+)  # fmt: skip
+def test_the_formula_of_gaussians_is_never_below_the_truth(mu, epsilon):
+  # Delta is the integral of the density of epsilon / m - m / 2 over m to mu.
+  with mpmath.workdps(40):
+    mu, epsilon = mpmath.mpf(mu), mpmath.mpf(epsilon)
+    above = mpmath.ncdf(mu / 2 - epsilon / mu)
+    true = above - mpmath.exp(epsilon) * mpmath.ncdf(-mu / 2 - epsilon / mu)
+    stated = gaussian.log_delta(float(mu), float(epsilon))
+    excess = mpmath.exp(mpmath.mpf(stated)) / true - 1
+  assert 0 <= excess < 1e-9
+
+
+_EXTREME = {
+  "kind": st.sampled_from(["poisson", "fixed_size", "user", "cut", "in place",
+                           "groups", "turns", "replaced"]),
+  "noise": st.floats(-2, 6),
+  "drawn": st.floats(-16, 0),
+  "steps": st.floats(0, 9),
+  "rows": st.floats(0, 10),
+  "log_delta": st.floats(-14, -2),
+}  # fmt: skip
+_KINDS = {
+  "poisson": {},
+  "replaced": {"neighboring_relation": "replace_one"},
+  "fixed_size": {
+    "sampling": "fixed_size",
+    "neighboring_relation": "replace_one",
+  },
+  "groups": {"neighboring_relation": "zero_out", "group_size": 4},
+  "turns": {**_CYCLIC, "cycle_length": 5},
+  "cut": {"sampling": "truncated_poisson"},
+  "in place": {
+    "sampling": "truncated_poisson",
+    "neighboring_relation": "zero_out",
+  },
+}
+
+
+def _check_extreme(kind, noise, drawn, steps, rows, log_delta):
+  run = {
+    "noise_multiplier": 10**noise,
+    "sampling_probability": 10**drawn,
+    "num_steps": int(10**steps),
+  }
+  rows, delta = int(2**rows), 10**log_delta
+  run |= {"examples_per_user": rows} if kind == "user" else _KINDS[kind]
+  if "cut" in kind or kind == "in place":
+    run |= {"num_examples": rows + 1, "truncated_batch_size": 1 + rows // 3}
+  stated = accounting.epsilon(delta=delta, **run)
+  assert stated >= 0.0
+  if stated == math.inf:
+    return
+  # What one step tells, and for all of them what the mean of their sums does.
+  sigma, q = run["noise_multiplier"], run["sampling_probability"]
+  count = -(-run["num_steps"] // run.get("cycle_length", 1))
+  if kind in ("poisson", "turns"):
+    thresholds = np.linspace(0, 1 + 8 * sigma, 400)
+    one = special.ndtr(-thresholds / sigma)
+    two = q * special.ndtr((1 - thresholds) / sigma) + (1 - q) * one
+    any_of = lambda p: -np.expm1(count * np.log1p(-np.minimum(p, 1 - 1e-16)))
+    least = np.max(any_of(two) - math.exp(min(stated, 700.0)) * any_of(one))
+    assert least <= delta * (1 + 1e-9) + 1e-15
+  told = accounting.delta(epsilon=stated, **run)
+  assert 0 < told <= 1
+  for change in (
+    {"noise_multiplier": 0.8 * sigma},
+    {"num_steps": 2 * run["num_steps"]},
+  ):
+    assert accounting.epsilon(delta=delta, **{**run, **change}) >= 0.98 * stated
+
+
+@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
+@hypothesis.given(**_EXTREME)
+def test_there_is_a_bound_at_any_extreme(**numbers):
+  _check_extreme(**numbers)
+
+
+@pytest.mark.slow
+@hypothesis.settings(max_examples=300, deadline=None, derandomize=True)
+@hypothesis.given(**_EXTREME)
+def test_there_is_a_bound_at_each_of_many_extremes(**numbers):
+  _check_extreme(**numbers)
+
+
+def test_what_is_rarer_than_delta_spends_nothing():
+  run = {"noise_multiplier": 1.0, "num_steps": 10, "delta": 1e-9}
+  for settings in ({}, *_KINDS.values()):
+    if settings.get("sampling") == "truncated_poisson":
+      settings = {**settings, "num_examples": 9, "truncated_batch_size": 3}
+    for accountant in ("pld", "rdp")[: 1 + ("num_examples" not in settings)]:
+      spent = accounting.epsilon(
+        sampling_probability=1e-16, accountant=accountant, **run, **settings
+      )
+      assert spent == 0.0
+
+
+def test_no_finite_epsilon_has_no_delta_at_all():
+  for accountant in ("pld", "rdp"):
+    for q in (1.0, 0.1):
+      assert (
+        accounting.delta(
+          epsilon=1e5,
+          noise_multiplier=5.0,
+          sampling_probability=q,
+          num_steps=2,
+          accountant=accountant,
+        )
+        > 0
+      )
+
+
+def test_losses_of_exchanged_rows_are_not_taken_for_none():
+  sigma, q, epsilon = 2.0, 0.01, 0.0
+  told = accounting.delta(
+    epsilon=epsilon,
+    noise_multiplier=sigma / 2,
+    sampling_probability=q,
+    num_steps=1,
+    neighboring_relation="replace_one",
+  )
+  true = _single_delta(sigma, q, epsilon, (1.0, -1.0))
+  assert true <= told <= 1.001 * true
