@@ -226,3 +226,40 @@ def test_a_run_that_goes_on_between_two_charges_is_charged_first(
   assert charged[0][0] == start
   for step, stop_step in charged:
     assert stop_step > step
+
+
+def test_no_two_chunks_of_a_run_share_their_randomness(
+  data, tmp_path, monkeypatch
+):
+  """What a model draws goes by row, which is sound of new keys alone."""
+  charge, make = (
+    ledger_lib.Ledger.reserve_through,
+    step_lib.Step.accumulate.func,
+  )
+  charged, used = [], []
+
+  def reserve_through(self, stop_step):
+    charged.append(stop_step)
+    return charge(self, stop_step)
+
+  def noting(self):
+    compiled = make(self)
+
+    def accumulate(params, accumulator, batch, padding, key, first_row, *more):
+      if charged:  # What comes before is of zeros and made-up examples.
+        used.append((*jax.random.key_data(key).tolist(), int(first_row)))
+      return compiled(
+        params, accumulator, batch, padding, key, first_row, *more
+      )
+
+    return accumulate
+
+  replaced = functools.cached_property(noting)
+  replaced.__set_name__(step_lib.Step, "accumulate")
+  monkeypatch.setattr(step_lib.Step, "accumulate", replaced)
+  monkeypatch.setattr(ledger_lib.Ledger, "reserve_through", reserve_through)
+  dpdist.train(_config(data, insecure_seed=7, chunk_size=8), tmp_path)
+  steps = sum(first_row == 0 for *_, first_row in used)
+  assert 4 < steps < len(used)  # Some have two chunks.
+  assert len({tuple(key) for *key, _ in used}) == steps
+  assert len(set(used)) == len(used)
