@@ -17,6 +17,7 @@ import dpdist
 from dpdist import config as config_lib
 from dpdist import hosts
 from dpdist import job as job_lib
+from dpdist import keys
 from dpdist import ledger as ledger_lib
 from dpdist import metrics
 from dpdist import preemption
@@ -228,15 +229,12 @@ def test_a_run_that_goes_on_between_two_charges_is_charged_first(
     assert stop_step > step
 
 
-def test_no_two_chunks_of_a_run_share_their_randomness(
-  data, tmp_path, monkeypatch
-):
-  """What a model draws goes by row, which is sound of new keys alone."""
-  charge, make = (
-    ledger_lib.Ledger.reserve_through,
-    step_lib.Step.accumulate.func,
-  )
-  charged, used = [], []
+@pytest.fixture(scope="module")
+def noted(data, tmp_path_factory):
+  """What each chunk of a run draws by, and what its processes agree on."""
+  charge, agree = ledger_lib.Ledger.reserve_through, hosts.agree
+  make = step_lib.Step.accumulate.func
+  charged, used, agreed = [], [], {}
 
   def reserve_through(self, stop_step):
     charged.append(stop_step)
@@ -254,12 +252,42 @@ def test_no_two_chunks_of_a_run_share_their_randomness(
 
     return accumulate
 
+  def agreeing(**facts):
+    assert not charged
+    agreed.update(facts)
+    agree(**facts)
+
   replaced = functools.cached_property(noting)
   replaced.__set_name__(step_lib.Step, "accumulate")
-  monkeypatch.setattr(step_lib.Step, "accumulate", replaced)
-  monkeypatch.setattr(ledger_lib.Ledger, "reserve_through", reserve_through)
-  dpdist.train(_config(data, insecure_seed=7, chunk_size=8), tmp_path)
+  workdir = tmp_path_factory.mktemp("noted")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(step_lib.Step, "accumulate", replaced)
+    patch.setattr(ledger_lib.Ledger, "reserve_through", reserve_through)
+    patch.setattr(hosts, "agree", agreeing)
+    dpdist.train(_config(data, chunk_size=8), workdir)
+  return used, agreed, workdir
+
+
+def test_no_two_chunks_of_a_run_share_their_randomness(noted):
+  """What a model draws goes by row, which is sound of new keys alone."""
+  used, _, _ = noted
   steps = sum(first_row == 0 for *_, first_row in used)
-  assert 4 < steps < len(used)  # Some have two chunks.
+  assert 3 < steps <= 6
   assert len({tuple(key) for *key, _ in used}) == steps
   assert len(set(used)) == len(used)
+
+
+def test_processes_agree_on_all_that_a_step_is_made_of_before_it_is_charged(
+  noted,
+):
+  _, agreed, workdir = noted
+  assert set(agreed) == {
+    *("settings", "code", "packages", "jax_config"),
+    *("training_data", "training_features", "model_weights"),
+    *("plan", "secret_file"),
+  }
+  secret = (workdir / "secret").read_bytes()
+  assert agreed["secret_file"] == keys.secret_hash(secret)
+  ledger = ledger_lib.Ledger(workdir / "ledger")
+  assert agreed["training_data"] == ledger.segment.data
+  assert agreed["plan"] == ledger.plan.fingerprint()
