@@ -430,6 +430,22 @@ def test_limbs_are_added_until_truncation_is_inside_the_sensitivity():
     assert bound.clipped_grad.l2_clip_norm + rounding <= _CLIP
 
 
+def test_no_noise_that_can_be_drawn_is_cut_off():
+  """The law of the noise has its tails, as far as a float32 normal does."""
+  made = mechanism.make(
+    _plan(), lambda p, e, rng: (0.0, None), exact_group_size=_GROUP
+  )
+  form = made.sum_format({"w": jnp.zeros(8)})
+  # `jax.random.normal` makes it of a uniform number in (-1, 1).
+  last = np.nextafter(np.float32(1), np.float32(0))
+  furthest = made.noise_stddev * math.sqrt(2) * jax.lax.erf_inv(last)
+  assert furthest > 5.4 * made.noise_stddev
+  for noise in (furthest, -furthest):
+    limbs = fixed_point.split(form, noise, made.largest_noise, is_floored=True)
+    found = fixed_point.to_float(form, fixed_point.carry(limbs), jnp.float32)
+    np.testing.assert_allclose(found, noise, rtol=1e-6)
+
+
 def test_noise_on_the_sum_of_2048_devices_does_not_overflow():
   """Each has a sum just below 0, whose limbs are as large as they get."""
   step = _step("mlp", "momentum")

@@ -628,17 +628,3 @@ def test_numpy_numbers_are_accepted():
   other = make(1000, float(np.float32(0.1)), 3)
   assert sampler(np.uint64(4)).tolist() == other(4).tolist()
   assert repr(sampler) == repr(other)
-
-
-@pytest.mark.parametrize("limit", [7, 33])
-def test_a_cut_is_drawn_anew_at_each_step(limit):
-  """Also of samples that are alike, here of everybody."""
-  sampler = sampling.TruncatedPoissonSampler(
-    num_examples=40,
-    sampling_probability=1.0,
-    truncated_batch_size=limit,
-    seed=b"a secret",
-  )
-  kept = [tuple(sampler(step).tolist()) for step in range(100)]
-  assert len(set(kept)) == 100
-  assert {len(rows) for rows in kept} == {limit}
