@@ -298,7 +298,6 @@ def test_each_step_and_parameter_has_a_direction_of_its_own():
   assert len(np.unique(every)) == every.size
 
 
-
 @functools.cache
 def _looked(method="auto", microbatch_size=None, loss=_loss, part=None):
   """Compiled; part keeps programs of wrong rules apart."""
