@@ -88,8 +88,8 @@ def rounded_up(epsilon: float, decimals: int | None = None) -> str:
   if decimals is not None and math.isfinite(epsilon):
     # As it is written, so that 0.001 stays what it is.
     exact = decimal.Decimal(repr(float(epsilon)))
-    unit = decimal.Decimal(1).scaleb(-decimals)
-    return str(exact.quantize(unit, decimal.ROUND_CEILING))
+    last = decimal.Decimal(1).scaleb(-decimals)
+    return str(exact.quantize(last, decimal.ROUND_CEILING))
   if epsilon == 0 or math.isinf(epsilon):
     return f"{epsilon:g}"
   unit = 10.0 ** (math.floor(math.log10(epsilon)) - 3)
