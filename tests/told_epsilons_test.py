@@ -2,9 +2,12 @@
 
 import math
 import re
+import types
 
 import pytest
 
+from dpdist import model_card
+from dpdist import plan as plan_lib
 from dpdist import report
 from dpdist import screen
 from dpdist import statements
@@ -41,7 +44,24 @@ def _statement(epsilon, tmp_path, capsys):
   return [statements.rounded_up(epsilon), statements.rounded_up(epsilon, 4)]
 
 
-@pytest.mark.parametrize("of", [_page, _end, _progress, _statement])
+def _card(epsilon, tmp_path, capsys):
+  part = plan_lib.Part(_PLAN, 10)
+  ledger = types.SimpleNamespace(spent=[part], planned=[part])
+  facts = {"epsilon": epsilon, "delta": 1e-5, "guarantee": "holds"}
+  text = model_card._privacy(types.SimpleNamespace(ledger=ledger), facts)
+  return re.findall(r"\*\*epsilon = (\S+),", text)
+
+
+_PLAN = plan_lib.make_plan(
+  plan_lib.PrivacyConfig(
+    **{"num_examples": 1000, "expected_batch_size": 10, "num_steps": 10},
+    **{"l2_clip_norm": 1.0, "target_delta": 1e-5, "noise_multiplier": 2.0},
+    accountant="rdp",
+  )
+)
+
+
+@pytest.mark.parametrize("of", [_page, _end, _progress, _statement, _card])
 @pytest.mark.parametrize(
   "epsilon", [2.00004, 1.99996, 2.0, 0.12345678, 37.00001, 0.0, math.inf]
 )
