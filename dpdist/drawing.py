@@ -16,6 +16,8 @@ from matplotlib import figure
 from matplotlib.backends import backend_svg
 import numpy as np
 
+from dpdist import statements
+
 _MAX_POINTS = 400
 
 # Matplotlib writes fixed colours; each stands for one that follows the
@@ -160,7 +162,7 @@ def _plot(
   if limit is not None and np.isfinite(limit):
     axes.axhline(limit, color=_COLORS["limit"], linewidth=1.3, linestyle="--")
     from_zero = True
-    key.append(("limit", f"budget {limit:.4g}"))
+    key.append(("limit", f"budget {statements.rounded_up(limit)}"))
   if from_zero:
     axes.set_ylim(bottom=0)
   legend = "".join(

@@ -15,6 +15,7 @@ from dpdist import drawing
 from dpdist import events
 from dpdist import fields
 from dpdist import metrics as metrics_lib
+from dpdist import statements
 
 _FILE = "report.html"
 _SPEED_FILE = "speed.html"
@@ -212,7 +213,7 @@ def _headline(result: Mapping[str, Any]) -> str:
   ]
   cards = [
     *scores[:1],
-    ("epsilon" + note, f"{result['epsilon']:.4g}", void),
+    ("epsilon" + note, statements.rounded_up(result["epsilon"]), void),
     ("delta" + note, f"{result['delta']:.3g}", void),
     ("steps", f"{result['num_steps']:,}", False),
     *scores[1:],

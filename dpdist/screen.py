@@ -19,6 +19,7 @@ import rich.table
 import rich.text
 
 from dpdist import metrics as metrics_lib
+from dpdist import statements
 
 _REFRESH_SECONDS = 0.2
 
@@ -181,9 +182,9 @@ class Progress:
     metrics = metrics or {}
     metrics_lib.check_released(metrics)
     if epsilon is not None:
-      self._spent = f"epsilon {epsilon:.3f}"
+      self._spent = f"epsilon {statements.rounded_up(epsilon, 3)}"
       if self._epsilon_budget is not None:
-        self._spent += f"/{self._epsilon_budget:.3f}"
+        self._spent += f"/{statements.rounded_up(self._epsilon_budget, 3)}"
     if examples_per_second is not None:
       self._speed = f"{human_count(examples_per_second)} examples/s"
     for name in ("test/accuracy", "test_ema/accuracy"):

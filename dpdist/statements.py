@@ -6,6 +6,7 @@ sample, what they add up to, and what all of that rests on.
 Imports no jax.
 """
 
+import decimal
 import math
 
 from dpdist import plan as plan_lib
@@ -77,8 +78,18 @@ def stopped_early(reading: str) -> str:
   )
 
 
-def rounded_up(epsilon: float) -> str:
-  """Returns four significant digits, not below the number itself."""
+def rounded_up(epsilon: float, decimals: int | None = None) -> str:
+  """Returns a number that is not below an epsilon, for people.
+
+  Args:
+    epsilon: at least 0; may be infinite.
+    decimals: so many of them; None: four significant digits.
+  """
+  if decimals is not None and math.isfinite(epsilon):
+    # As it is written, so that 0.001 stays what it is.
+    exact = decimal.Decimal(repr(float(epsilon)))
+    last = decimal.Decimal(1).scaleb(-decimals)
+    return str(exact.quantize(last, decimal.ROUND_CEILING))
   if epsilon == 0 or math.isinf(epsilon):
     return f"{epsilon:g}"
   unit = 10.0 ** (math.floor(math.log10(epsilon)) - 3)

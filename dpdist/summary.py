@@ -53,7 +53,8 @@ def start_rows(
     ("noise multiplier sigma", f"{plan.noise_multiplier:g}"),
     (
       "epsilon",
-      f"{epsilon:.4f} ({composition.accountant_of(planned)} accountant)",
+      f"{statements.rounded_up(epsilon, 4)}"
+      f" ({composition.accountant_of(planned)} accountant)",
     ),
     ("delta", f"{plan.delta:g}"),
     ("adjacency", f"{plan.neighboring_relation}, of one {plan.unit}"),
@@ -163,7 +164,8 @@ def end_rows(
   rows = [
     (
       "epsilon",
-      f"{values['epsilon']:.4f} at delta {values['delta']:g}",
+      f"{statements.rounded_up(values['epsilon'], 4)} at delta"
+      f" {values['delta']:g}",
     ),
     ("guarantee", values["guarantee"]),
     ("test accuracy", f"{values['test']['accuracy']:.4f}"),

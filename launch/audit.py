@@ -31,6 +31,7 @@ from dpdist import audit_plot
 from dpdist import canaries
 from dpdist import fields
 from dpdist import screen
+from dpdist import statements
 from launch import exit_codes
 from launch import flag_parsing
 
@@ -92,8 +93,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
   rows = [
     (
       "claimed",
-      f"epsilon {facts['epsilon_claimed']:.4f} at delta {facts['delta']:g}"
-      f" after {facts['num_steps']:,} steps",
+      f"epsilon {statements.rounded_up(facts['epsilon_claimed'], 4)} at delta"
+      f" {facts['delta']:g} after {facts['num_steps']:,} steps",
     ),
     (
       "shown",

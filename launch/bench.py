@@ -31,6 +31,7 @@ from dpdist import fields
 from dpdist import forecast
 from dpdist import screen
 from dpdist import speed
+from dpdist import statements
 from launch import exit_codes
 from launch import flag_parsing
 
@@ -170,7 +171,8 @@ def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ("chunks a step", f"{facts['chunks_per_step']} of {facts['chunk_size']:,}"),
     (
       "privacy",
-      f"epsilon {facts['epsilon']:.4f} at delta {facts['delta']:g} after"
+      f"epsilon {statements.rounded_up(facts['epsilon'], 4)} at delta"
+      f" {facts['delta']:g} after"
       f" {facts['num_steps']:,} steps (noise {facts['noise_multiplier']:.4f})",
     ),
   ]

@@ -19,6 +19,7 @@ from ml_collections import config_flags
 from dpdist import fields
 from dpdist import released
 from dpdist import screen
+from dpdist import statements
 from launch import exit_codes
 from launch import flag_parsing
 from launch import ledgers
@@ -72,9 +73,10 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     *rows,
     (
       "epsilon of the run",
-      f"{facts['epsilon']:.4f} at delta {facts['delta']:g}",
+      f"{statements.rounded_up(facts['epsilon'], 4)} at delta"
+      f" {facts['delta']:g}",
     ),
-    ("read by its odometer", f"{facts['epsilon_spent']:.4f}"),
+    ("read by its odometer", statements.rounded_up(facts["epsilon_spent"], 4)),
     ("guarantee", facts["guarantee"]),
   ]
 

@@ -27,6 +27,7 @@ from ml_collections import config_flags
 
 from dpdist import config as config_lib
 from dpdist import plan as plan_lib
+from dpdist import statements
 from launch import exit_codes
 from launch import flag_parsing
 from launch.engines import job as job_lib
@@ -118,8 +119,8 @@ def main(argv: Sequence[str]) -> int:
   except ValueError as error:
     return flag_parsing.usage_error(error)
   print(
-    f"will spend epsilon {plan.epsilon():.4f} at delta {plan.delta:g}"
-    f" ({plan.accountant} accountant)",
+    f"will spend epsilon {statements.rounded_up(plan.epsilon(), 4)} at delta"
+    f" {plan.delta:g} ({plan.accountant} accountant)",
     file=sys.stderr,
   )
   try:

@@ -239,3 +239,7 @@ def test_a_finished_run_tries_nothing(tmp_path, monkeypatch):
   assert not (tmp_path / admission.NOT_BEGUN).exists()
   _patched(monkeypatch, step_lib.Step, "accumulate", _fails_above(0))
   dpdist.train(_config(**{"privacy.num_steps": 1}), tmp_path)
+  # But one that goes on under other settings does, and has spent no more.
+  with pytest.raises(admission.SettingsError, match="smallest chunk_size, 8"):
+    dpdist.train(_config(**{"privacy.num_steps": 2}), tmp_path)
+  assert ledger_lib.Ledger(tmp_path / "ledger").spent_steps == 1

@@ -5,6 +5,7 @@ Steps are those that users run, compiled for meshes of one to eight devices.
 
 import dataclasses
 import functools
+import math
 
 from flax import linen as nn
 import jax
@@ -21,6 +22,7 @@ from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import provenance
 from dpdist import step as step_lib
+from dpdist.clipping import watched
 from dpdist.models import cnn
 from dpdist.models import decoder
 from tests import meshes
@@ -428,6 +430,22 @@ def test_limbs_are_added_until_truncation_is_inside_the_sensitivity():
     assert bound.clipped_grad.l2_clip_norm + rounding <= _CLIP
 
 
+def test_no_noise_that_can_be_drawn_is_cut_off():
+  """The law of the noise has its tails, as far as a float32 normal does."""
+  made = mechanism.make(
+    _plan(), lambda p, e, rng: (0.0, None), exact_group_size=_GROUP
+  )
+  form = made.sum_format({"w": jnp.zeros(8)})
+  # `jax.random.normal` makes it of a uniform number in (-1, 1).
+  last = np.nextafter(np.float32(1), np.float32(0))
+  furthest = made.noise_stddev * math.sqrt(2) * jax.lax.erf_inv(last)
+  assert furthest > 5.4 * made.noise_stddev
+  for noise in (furthest, -furthest):
+    limbs = fixed_point.split(form, noise, made.largest_noise, is_floored=True)
+    found = fixed_point.to_float(form, fixed_point.carry(limbs), jnp.float32)
+    np.testing.assert_allclose(found, noise, rtol=1e-6)
+
+
 def test_noise_on_the_sum_of_2048_devices_does_not_overflow():
   """Each has a sum just below 0, whose limbs are as large as they get."""
   step = _step("mlp", "momentum")
@@ -474,3 +492,42 @@ def test_a_sum_beyond_float32_is_refused(changes):
     mechanism.make(
       _plan(**changes), lambda p, e, r: (0.0, None), exact_group_size=8
     )
+
+
+def test_what_any_group_of_a_chunk_shows_is_kept():
+  groups = [
+    watched.Seen(jnp.array([[i, 0]]), jnp.full(2, float(i))) for i in (1, 0, 2)
+  ]
+  seen = exact_step._together(groups)
+  assert seen.found.tolist() == [[3, 0]]
+  assert seen.norms.tolist() == [1, 1, 0, 0, 2, 2]
+
+
+def test_a_group_of_microbatches_is_summed_without_rounding():
+  """Of gradients that nothing cuts off, at many scales."""
+  made = mechanism.make(
+    _plan(),
+    lambda params, x, rng: (jnp.sum(params * x), None),
+    exact_group_size=_GROUP,
+    microbatch_size=1,
+  )
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(_GROUP, 64)) * 10.0 ** rng.uniform(-6, -2, (_GROUP, 64))
+  x = x.astype(np.float32)
+  params = jnp.zeros(64)
+  form = made.sum_format(params)
+  empty = step_lib.Accumulator(
+    fixed_point.zeros(form, (1, 64)), step_lib.no_stats(1)
+  )
+  after = exact_step.add_group(
+    made, params, empty, x, np.zeros(_GROUP, bool), jax.random.key(0), 0
+  )
+  limbs = np.stack([np.asarray(x[0], np.int64) for x in after.clipped_sum])
+  found = sum(
+    limb * math.ldexp(1.0, -form.exponent - 20 * i)
+    for i, limb in enumerate(limbs)
+  )
+  exact = np.array([math.fsum(column) for column in x.T])
+  # Each of the two parts is truncated.
+  assert np.max(np.abs(found - exact)) < 2 * form.unit
+  assert np.max(np.abs(x.sum(0) - exact)) > 100 * form.unit

@@ -1,5 +1,6 @@
 """Features are computed once, kept, and told when they are damaged."""
 
+import os
 import shutil
 
 import numpy as np
@@ -144,3 +145,19 @@ def test_an_unknown_name_lists_the_known_ones(source):
     ValueError, match=r"data\.features .*'scattering'.* got 'x'"
   ):
     features.of(source, "x")
+
+
+def test_what_features_are_read_from_is_watched(source, tmp_path):
+  """Those that are kept, and the examples that they were made of."""
+  path = tmp_path / "inputs.npy"
+  np.save(path, source.read(np.arange(5))["inputs"])
+  mapped = np.load(path, mmap_mode="r")
+  targets = np.zeros(5, np.int32)
+  examples = sources.ArraySource({"inputs": mapped, "targets": targets})
+  got = features.of(examples, "scattering")
+  assert sources.changed_files(got) == []
+  (kept,) = tmp_path.glob("scattering-*/inputs.npy")
+  os.utime(kept, ns=(0, 0))
+  assert sources.changed_files(got) == [str(kept)]
+  os.utime(path, ns=(0, 0))
+  assert sources.changed_files(got) == [str(kept), str(path)]

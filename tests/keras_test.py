@@ -15,6 +15,7 @@ import pytest
 import dpdist
 from dpdist import checkpoint
 from dpdist import ledger as ledger_lib
+from dpdist.clipping import compensated
 from dpdist.frontends import keras as private_keras
 from dpdist.frontends import keras_loss
 
@@ -206,6 +207,7 @@ class _Spy:
 
   def __init__(self, private):
     self.rehearsed, self.updated, self._private = [], [], private
+    self.random = []
     self._accumulate, self._update = private._accumulate, private._update
     private._accumulate, private._update = self.accumulate, self.update
 
@@ -213,6 +215,9 @@ class _Spy:
     batch = args[3]
     if not self._private._run.spent_steps:
       self.rehearsed.append(batch)
+    else:
+      key = jax.random.key_data(args[5]).tolist()
+      self.random.append((*key, int(args[6])))
     return self._accumulate(*args)
 
   def update(self, *args):
@@ -296,6 +301,44 @@ def test_what_is_computed_before_a_charge_is_of_zeros(workdir):
   assert len(spy.rehearsed) == 2  # A second call may run another program.
   for leaf in jax.tree.leaves(spy.rehearsed):
     np.testing.assert_array_equal(leaf, 0)
+
+
+def test_no_two_chunks_of_a_fit_share_their_randomness(workdir):
+  _, spy, *_ = _core(workdir)
+  assert len({first_row for *_, first_row in spy.random}) > 1
+  assert len({tuple(key) for *key, _ in spy.random}) == 3  # One a step.
+  assert len(set(spy.random)) == len(spy.random)
+
+
+def test_randomness_goes_by_the_place_in_the_step_and_not_in_the_chunk(
+  tmp_path,
+):
+  private = _private(tmp_path, _model(layers.Dropout(0.5)), chunk_size=4)
+  state = private._state()
+  zeros = compensated.zeros_like(state["trainable"])
+  batch = np.ones((4, _NUM_EXAMPLES), np.float32), np.ones((4, 1))
+
+  def of(first_row, row):
+    total, _ = private._accumulate(
+      *(state["trainable"], state["non_trainable"], zeros, batch),
+      *(np.arange(4) != row, jax.random.key(0), jnp.int32(first_row)),
+    )
+    return np.asarray(total.high[0]).tobytes()
+
+  assert of(0, 1) == of(1, 0)
+  assert len({of(0, 0), of(0, 1), of(4, 0), of(4, 1)}) == 4
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 8])
+def test_chunks_hold_what_was_drawn_and_nothing_else(count):
+  data = private_keras._Arrays(np.arange(12.0), np.arange(12), 12)
+  drawn = np.arange(12)[-count:] if count else np.zeros(0, np.int64)
+  found = []
+  for (x, y), is_padding in data.chunks(drawn, 4):
+    assert x.shape == y.shape == is_padding.shape == (4,)
+    np.testing.assert_array_equal(x, y)
+    found += y[~is_padding].tolist()
+  assert found == drawn.tolist()
 
 
 def test_a_fit_beyond_the_plan_or_of_other_data_is_refused(workdir):

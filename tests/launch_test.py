@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from dpdist import composition
 from dpdist import ledger as ledger_lib
 from dpdist import metrics
 from dpdist import plan as plan_lib
@@ -192,6 +193,36 @@ def test_budget_of_a_stopped_run_quotes_its_whole_plan(tmp_path):
   assert facts["epsilon"] == pytest.approx(plan.epsilon())
   assert facts["epsilon_spent"] < facts["epsilon"]
   assert "reading of its odometer" in facts["note"]
+
+
+def test_budget_of_a_changed_run_quotes_the_dearest_of_its_plans(tmp_path):
+  settings = {
+    "num_examples": 1000,
+    "expected_batch_size": 10,
+    "num_steps": 100,
+    "l2_clip_norm": 1.0,
+    "target_delta": 1e-5,
+    "noise_multiplier": 2.0,
+    "accountant": "rdp",
+  }
+  with ledger_lib.Ledger(tmp_path / "ledger") as ledger:
+    ledger.acquire()
+    for number, noise in enumerate((2.0, 20.0)):
+      config = settings | {"noise_multiplier": noise}
+      plan = plan_lib.make_plan(plan_lib.PrivacyConfig(**config))
+      opened = {"config": config, "plan": plan, "data": "d" * 64}
+      if number:
+        ledger.open_segment(**opened, start_step=1)
+      else:
+        ledger.open(**opened, secret_hash="5" * 64, run="a run")
+      ledger.resume(step=number, digest="", ledger_head="", fingerprint="f")
+      ledger.reserve_through(number + 1)
+  code, out, err = _budget_without_jax(f"--workdir={tmp_path}", "--json")
+  assert code == 0, err
+  facts = json.loads(out)
+  bounds = [composition.epsilon(parts) for parts in ledger.bounds]
+  assert facts["epsilon"] >= bounds[0] > bounds[1]
+  assert facts["epsilon_planned"] == pytest.approx(bounds[-1])
 
 
 def test_a_reader_that_ends_is_no_fault():

@@ -142,6 +142,12 @@ _SAME = {"config": _SETTINGS, "data": "d" * 64, "secret_hash": "5" * 64}
       "num_steps: 100 -> 101",
     ),
     ({"config": _SETTINGS | {"new": 1}}, "new", "new: None -> 1"),
+    # As of a schedule or a cycle that is left out again.
+    (
+      {"config": {k: _SETTINGS[k] for k in list(_SETTINGS)[:-1]}},
+      "noise_multiplier",
+      "noise_multiplier: 2.0 -> None",
+    ),
     (
       {"data": "e" * 64},
       "data",

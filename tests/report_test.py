@@ -107,7 +107,7 @@ def test_page_says_what_the_result_says(tmp_path):
   assert path == tmp_path / "report.html"
   page = _Page(path.read_text(encoding="utf-8"))
   for text in (
-    "1.982",
+    "1.983",
     "1e-05",
     "0.9241",
     "held-out accuracy",
@@ -191,7 +191,7 @@ def test_a_metric_that_was_not_written_has_no_plot(tmp_path, title):
 def test_a_run_without_metrics_has_no_plots(tmp_path):
   page = _Page(_write(tmp_path).read_text(encoding="utf-8"))
   assert page.plots == {}
-  assert "1.982" in page.text
+  assert "1.983" in page.text
 
 
 def test_epsilon_is_drawn_below_its_budget(tmp_path):
@@ -204,7 +204,7 @@ def test_epsilon_is_drawn_below_its_budget(tmp_path):
   assert left[1] == right[1]
   # The axis of a drawing points down; the run ends at half its budget.
   assert all(float(y) > float(left[1]) for _, y in spent)
-  assert "budget 1.982" in _write(tmp_path).read_text(encoding="utf-8")
+  assert "budget 1.983" in _write(tmp_path).read_text(encoding="utf-8")
 
 
 def test_values_that_are_not_finite_leave_the_page_whole(tmp_path):

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import itertools
 import math
+import types
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +19,7 @@ from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import rounding
 from dpdist import step as step_lib
+from dpdist import summary
 from dpdist.clipping import compensated
 from dpdist.clipping import microbatches
 from tests import meshes
@@ -302,6 +304,32 @@ def test_the_bound_follows_plan_and_shapes():
     exchanged, microbatch_size=32, rows_per_device=32, num_entries=1
   )
   assert moved.inside == pytest.approx(32 * 33 * 2.0**-24, rel=1e-3)
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+@pytest.mark.parametrize(("name", "sharing"), [("8", 1), ("8, fsdp", 4)])
+def test_what_is_told_counts_all_that_add_up_at_once(
+  name, sharing, microbatch_size
+):
+  plan = _plan(num_examples=60_000, expected_batch_size=256.0)
+  made = mechanism.make(plan, _linear, microbatch_size=microbatch_size)
+  job = types.SimpleNamespace(
+    plan=plan,
+    mesh=meshes.of(name),
+    chunk_size=64,
+    params=jnp.zeros(4),
+    step=types.SimpleNamespace(mechanism=made),
+  )
+  told = summary.rounding(job)
+  assert told.part_size == (microbatch_size or 8) * sharing
+  assert told == rounding.bound(
+    plan,
+    microbatch_size=microbatch_size or 8,
+    rows_per_device=8,
+    num_entries=4,
+    num_devices=8,
+    num_sharing=sharing,
+  )
 
 
 @pytest.mark.parametrize("num_devices", [2, 8, 2048])

@@ -84,8 +84,8 @@ def test_plain_progress_is_one_line_per_metrics(capsys):
     # What is not given again is what was last known.
     progress.update(122, metrics={"test_ema/loss": 1234.5})
   assert capsys.readouterr().out.splitlines() == [
-    "step 120/600  epsilon 1.234/2.000  test accuracy 0.912",
-    "step 122/600  epsilon 1.234/2.000  test ema loss 1,234.500",
+    "step 120/600  epsilon 1.235/2.000  test accuracy 0.912",
+    "step 122/600  epsilon 1.235/2.000  test ema loss 1,234.500",
   ]
 
 

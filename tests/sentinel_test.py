@@ -17,11 +17,14 @@ import pytest
 
 import dpdist
 from dpdist import clipping
+from dpdist import comparison
 from dpdist import config as config_lib
 from dpdist import exact_step
+from dpdist import job
 from dpdist import keys
 from dpdist import ledger as ledger_lib
 from dpdist import losses
+from dpdist import made_up
 from dpdist import mechanism
 from dpdist import models
 from dpdist import parameters
@@ -123,9 +126,25 @@ def _check(step, *, frozen=None, params=None):
 
 
 def test_right_rules_pass_on_eight_devices():
-  report = _check(_step(meshes.of("8")))
+  step, tried = _step(meshes.of("8")), []
+  accumulate = step.accumulate
+
+  def note(params, accumulator, batch, is_padding, *rest):
+    tried.append(jax.tree.map(np.asarray, (batch, is_padding)))
+    return accumulate(params, accumulator, batch, is_padding, *rest)
+
+  step.__dict__["accumulate"] = note
+  report = _check(step)
   assert report.num_examples >= 8
   assert set(report.ways) == {"table", "w", "b"}
+  # Each device has its turn.
+  rows = {int(*np.flatnonzero(~is_padding)) for _, is_padding in tried}
+  assert {row // (_ROWS // 8) for row in rows} == set(range(8))
+  # What lies beside an example would be seen in whatever looks at it.
+  for batch, is_padding in tried:
+    assert np.all(np.isnan(batch["y"][is_padding]))
+    assert np.all(batch["ids"][is_padding] == 255)
+    assert np.all(np.isfinite(batch["y"][~is_padding]))
 
 
 @pytest.mark.slow
@@ -176,7 +195,107 @@ def test_a_norm_without_its_guard_is_found(monkeypatch):
     )
 
 
+def _one(**changes):
+  """A right measurement of one example, of two parameters, that is clipped."""
+  right = {
+    **{"length": [_CLIP], "norm": [2.0], "truth": [2.0], "again": [2.0]},
+    **{"is_finite": [True, True], "share": [0.8, 0.6]},
+    **{"differs": [0.0, 0.0], "varies": [0.0, 0.0]},
+  }
+  return comparison.Measured(**right | changes)
+
+
+@pytest.mark.parametrize(
+  ("changes", "what"),
+  [
+    ({}, None),
+    ({"norm": [2.5], "length": [0.8 * _CLIP]}, None),  # Longer than it is.
+    ({"norm": [np.nan]}, None),  # Not known.
+    ({"is_finite": [True, False]}, "not finite"),
+    ({"length": [1.1 * _CLIP]}, "where its bound is"),
+    # Within the bound, and yet the norm or the sum is that of something else.
+    ({"norm": [1.9]}, "clipped by a norm of 1.9"),
+    (
+      {"truth": [0.05], "again": [0.05], "norm": [0.05]},
+      "where the clipped gradient is 0.05",
+    ),
+    (
+      {"truth": [0.05], "again": [0.05], "length": [0.05], "norm": [0.01]},
+      "clipped by a norm of 0.01",
+    ),
+    ({"differs": [0.0, 0.1]}, "does not point"),
+    # Nothing but the bound can be said of what other rounding would change.
+    ({"norm": [1.0], "again": [2.5]}, None),
+    ({"norm": [1.0], "varies": [0.0, 0.5]}, None),
+  ],
+  ids=str,
+)
+def test_each_way_in_which_a_sum_can_be_wrong_is_seen(changes, what):
+  fn = dpdist.clipped_grad(_loss, l2_clip_norm=_CLIP)
+  found = comparison.judge(
+    fn, {"a": jnp.ones(2), "b": jnp.ones(2)}, _one(**changes), is_ordinary=True
+  )
+  assert (found is None) == (what is None)
+  assert found is None or what in found.what
+
+
+@pytest.mark.parametrize(
+  ("name", "changes", "most"),
+  [
+    ("decoder", {"num_outputs": 300}, 299),
+    # A table of its own, with more rows than there are classes.
+    ("bert", {"num_outputs": 2, "vocabulary": 1000}, 999),
+  ],
+)
+def test_made_up_tokens_are_as_large_as_any_that_a_model_looks_up(
+  name, changes, most
+):
+  config = config_lib.default()
+  config.model.update({"name": name, **changes})
+  tokens = jax.ShapeDtypeStruct((6,), jnp.int32)
+  row = {"inputs": tokens, "targets": tokens}
+  largest = job.largest_integers(config, row)
+  tried = [case.example for case in made_up.cases(row, largest)]
+  reached = {k: max(x[k].max() for x in tried) for k in row}
+  assert reached == {"inputs": most, "targets": changes["num_outputs"] - 1}
+
+
 # While it runs.
+
+
+def _looking(*found):
+  """A sentinel of a step whose chunks show such examples, and what it gives."""
+  step, given, shown = _step(meshes.of("1")), [], iter(found)
+
+  def accumulate(params, accumulator, *rest):
+    given.append(rest[-1])
+    return accumulator, watched.Seen(jnp.array([next(shown)]), None)
+
+  step.__dict__["accumulate"] = accumulate
+  watches = sentinel.Sentinel(step, None, _streams(), every=1, first_step=0)
+  return watches, given
+
+
+def test_what_any_chunk_of_a_step_shows_is_found_and_of_no_other_step():
+  watches, _ = _looking([0, 1, 0], [0, 0, 0], [0, 0, 2], [0, 0, 0])
+  params = {"a": jnp.zeros(3), "b": jnp.zeros(3)}
+  for chunks, wanted in ((3, [1, 2]), (1, []), (0, [])):
+    watches.begin(chunks, params)
+    for _ in range(chunks):
+      watches.accumulate(None, None, "chunk")
+    assert watches.end() == wanted
+
+
+def test_each_step_and_parameter_has_a_direction_of_its_own():
+  watches, given = _looking(*[[0, 0]] * 4)
+  params = {"a": jnp.zeros(3), "b": jnp.zeros(3)}
+  for t in (0, 0, 1, 2):
+    watches.begin(t, params)
+    watches.accumulate(None, None, "chunk")
+  once, again, *others = (np.stack([x["a"], x["b"]]) for x in given)
+  np.testing.assert_array_equal(once, again)  # A replay is the same release.
+  every = np.concatenate([once, *others])
+  assert len(np.unique(every)) == every.size
 
 
 @functools.cache

@@ -17,6 +17,7 @@ import dpdist
 from dpdist import config as config_lib
 from dpdist import hosts
 from dpdist import job as job_lib
+from dpdist import keys
 from dpdist import ledger as ledger_lib
 from dpdist import metrics
 from dpdist import preemption
@@ -226,3 +227,67 @@ def test_a_run_that_goes_on_between_two_charges_is_charged_first(
   assert charged[0][0] == start
   for step, stop_step in charged:
     assert stop_step > step
+
+
+@pytest.fixture(scope="module")
+def noted(data, tmp_path_factory):
+  """What each chunk of a run draws by, and what its processes agree on."""
+  charge, agree = ledger_lib.Ledger.reserve_through, hosts.agree
+  make = step_lib.Step.accumulate.func
+  charged, used, agreed = [], [], {}
+
+  def reserve_through(self, stop_step):
+    charged.append(stop_step)
+    return charge(self, stop_step)
+
+  def noting(self):
+    compiled = make(self)
+
+    def accumulate(params, accumulator, batch, padding, key, first_row, *more):
+      if charged:  # What comes before is of zeros and made-up examples.
+        used.append((*jax.random.key_data(key).tolist(), int(first_row)))
+      return compiled(
+        params, accumulator, batch, padding, key, first_row, *more
+      )
+
+    return accumulate
+
+  def agreeing(**facts):
+    assert not charged
+    agreed.update(facts)
+    agree(**facts)
+
+  replaced = functools.cached_property(noting)
+  replaced.__set_name__(step_lib.Step, "accumulate")
+  workdir = tmp_path_factory.mktemp("noted")
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(step_lib.Step, "accumulate", replaced)
+    patch.setattr(ledger_lib.Ledger, "reserve_through", reserve_through)
+    patch.setattr(hosts, "agree", agreeing)
+    dpdist.train(_config(data, chunk_size=8), workdir)
+  return used, agreed, workdir
+
+
+def test_no_two_chunks_of_a_run_share_their_randomness(noted):
+  """What a model draws goes by row, which is sound of new keys alone."""
+  used, _, _ = noted
+  steps = sum(first_row == 0 for *_, first_row in used)
+  assert 3 < steps <= 6
+  assert len({tuple(key) for *key, _ in used}) == steps
+  assert len(set(used)) == len(used)
+
+
+def test_processes_agree_on_all_that_a_step_is_made_of_before_it_is_charged(
+  noted,
+):
+  _, agreed, workdir = noted
+  assert set(agreed) == {
+    *("settings", "code", "packages", "jax_config"),
+    *("training_data", "training_features", "model_weights"),
+    *("plan", "secret_file"),
+  }
+  secret = (workdir / "secret").read_bytes()
+  assert agreed["secret_file"] == keys.secret_hash(secret)
+  ledger = ledger_lib.Ledger(workdir / "ledger")
+  assert agreed["training_data"] == ledger.segment.data
+  assert agreed["plan"] == ledger.plan.fingerprint()

@@ -64,6 +64,17 @@ def test_different_norms_combine_by_maximum():
   np.testing.assert_allclose(got.value["w"], expected, rtol=1e-5)
 
 
+def test_a_norm_counts_whether_or_not_anybody_was_drawn_with_it():
+  """Or the sensitivity, and with it the noise, would tell of the draw."""
+  for somebody in range(1, 8):
+    for i, norm in enumerate((0.5, 3.0, 2.0)):
+      if somebody >> i & 1:
+        _STEP.add(_PARAMS, _batch(1), l2_clip_norm=norm)
+      else:
+        _STEP.add_nothing(_PARAMS, l2_clip_norm=norm)
+    assert _STEP.finish("replace_one").sensitivity == 6.0
+
+
 def test_an_empty_draw_is_zero_with_the_sensitivity_of_any_other():
   step = _STEP
   step.add_nothing(jax.eval_shape(lambda: _PARAMS))

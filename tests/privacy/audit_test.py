@@ -15,8 +15,11 @@ import pytest
 
 from configs import digits
 from dpdist import audit
+from dpdist import audit_bounds
 from dpdist import canaries
+from dpdist import config as config_lib
 from dpdist import mechanism
+from dpdist import plan as plan_lib
 from dpdist import sampling
 
 _UNITS = 400
@@ -134,6 +137,66 @@ def test_a_sampler_that_draws_more_than_it_says_is_refuted(monkeypatch):
   )
   monkeypatch.setattr(mechanism, "_sampler", lambda *args: everyone)
   assert audit.audit(_program("sampled"), num_trials=2000, seed=1).is_refuted
+
+
+def _guesses(n=200):
+  """Scores that tell something, all different, of canaries that are in."""
+  rng = np.random.default_rng(5)
+  is_in = rng.integers(0, 2, n).astype(bool)
+  return is_in + rng.normal(size=n), is_in
+
+
+def _listen(monkeypatch, owner, name):
+  """Notes what a function is called with, and what it gives."""
+  calls, inner = [], getattr(owner, name)
+
+  def note(*args, **kwargs):
+    found = inner(*args, **kwargs)
+    calls.append((args, kwargs, found))
+    return found
+
+  monkeypatch.setattr(owner, name, note)
+  return calls
+
+
+def test_what_all_bounds_may_miss_is_no_more_than_what_is_said(monkeypatch):
+  plan = plan_lib.make_plan(config_lib.privacy_config(_config()))
+  by_rates = _listen(monkeypatch, audit_bounds, "clopper_pearson")
+  by_plan = _listen(monkeypatch, audit, "trade_off")
+  found = audit._worst_case(plan, 1, *_guesses(), 0.9)
+  # The last is the one that is told; those before it choose the threshold.
+  told = {
+    "clopper_pearson": (by_rates[-1][1]["confidence"], by_rates[-1][2]),
+    "trade_off": (by_plan[-1][0][-1], by_plan[-1][2]),
+  }
+  assert {name: bound for name, (_, bound) in told.items()} == found
+  missed = sum(1 - confidence for confidence, _ in told.values())
+  assert missed <= (1 - 0.9) * (1 + 1e-9)
+
+
+def test_no_score_that_chooses_a_threshold_is_counted_at_it(monkeypatch):
+  plan = plan_lib.make_plan(config_lib.privacy_config(_config()))
+  chosen = _listen(monkeypatch, audit_bounds, "best_threshold")
+  counted = _listen(monkeypatch, audit_bounds, "count")
+  audit._worst_case(plan, 1, *_guesses(), 0.9)
+  ((chose_by, _, threshold),) = chosen
+  told = [args for args, *_ in counted if args[2] == threshold][-1]
+  assert len(set(told[0])) == 100
+  assert not set(told[0]) & set(chose_by[0])
+
+
+def test_one_run_pays_for_each_of_its_canaries(monkeypatch):
+  plan = plan_lib.make_plan(config_lib.privacy_config(_config()))
+  calls = _listen(monkeypatch, audit_bounds, "one_run")
+  scores, is_in = _guesses()
+  audit._bound_of_guesses(plan, scores, is_in, 20, 0.9)
+  ((_, given, _),) = calls
+  assert given["num_canaries"] == len(scores)
+  # The surest, by their scores alone.
+  surest = np.sort(np.abs(scores))[-20]
+  is_right = (scores > 0) == is_in
+  assert given["num_guesses"] == 20
+  assert given["num_correct"] == np.sum(is_right[np.abs(scores) >= surest])
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,7 @@ KINDS = (
   "epsilon told too low",
   "secret that others can read",
   "sensitivity that nobody watches",
+  "audit that shows too much",
 )
 
 _FIELDS = ("Bug", "Listed as", "Had by", "Tests")
