@@ -107,7 +107,6 @@ def _cancelling(kind, scale, left):
   return _convolution_products, _normal(1, 1, 5, 8), {"r": scale * r, "c": c}
 
 
-@pytest.mark.parametrize("left", [1e-2, 1e-3, 1e-4, 1e-5, 1e-6])
 @pytest.mark.parametrize(
   "scale",
   [
@@ -119,20 +118,21 @@ def _cancelling(kind, scale, left):
 @pytest.mark.parametrize("kind", ["dense", "lookup", "convolution"])
 @pytest.mark.parametrize("method", METHODS)
 def test_terms_that_cancel_cannot_pass_the_clip(
-  method, kind, scale, left, monkeypatch
+  method, kind, scale, monkeypatch
 ):
   # Inner products of positions lose such a gradient in rounding.
   monkeypatch.setitem(costs.MODELS, "cpu", _FREE_ARITHMETIC)
-  loss, params, example = _cancelling(kind, scale, left)
-  batch = jax.tree.map(
-    lambda x: jnp.asarray(
-      x[None], jnp.int32 if x.dtype == int else jnp.float32
-    ),
-    example,
-  )
-  fn = jax.jit(clipping.clipped_grad(loss, l2_clip_norm=1.0, method=method))
-  total = np.asarray(fn(params, batch).sum, np.float64)
-  assert np.linalg.norm(total) <= 1 + 1e-3
+  for left in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
+    loss, params, example = _cancelling(kind, scale, left)
+    batch = jax.tree.map(
+      lambda x: jnp.asarray(
+        x[None], jnp.int32 if x.dtype == int else jnp.float32
+      ),
+      example,
+    )
+    fn = jax.jit(clipping.clipped_grad(loss, l2_clip_norm=1.0, method=method))
+    total = np.asarray(fn(params, batch).sum, np.float64)
+    assert np.linalg.norm(total) <= 1 + 1e-3, left
 
 
 def _cancelling_on_the_way_back(params, example):
@@ -141,26 +141,25 @@ def _cancelling_on_the_way_back(params, example):
   return h + jnp.dot(params["v"], example["y"])
 
 
-@pytest.mark.parametrize("power", [0, 10, 20, 30])
 @pytest.mark.parametrize("norms", [1.0, {"v": 1.0, "w": 1.0}])
 @pytest.mark.parametrize("remat", [False, True])
 @pytest.mark.parametrize("method", METHODS)
-def test_what_cancels_for_the_norm_cancels_in_the_sum(
-  method, remat, norms, power
-):
-  a, b = np.float32([4097, 3001]) * np.float32(2**power)
-  batch = {
-    "x": jnp.eye(3)[:1],
-    "y": jnp.array([[0.0, 3.0, 0.0]]),
-    **{k: jnp.array([v]) for k, v in {"a": a, "b": b, "c": a * b}.items()},
-  }
+def test_what_cancels_for_the_norm_cancels_in_the_sum(method, remat, norms):
   loss = _cancelling_on_the_way_back
   fn = clipping.clipped_grad(
     jax.checkpoint(loss) if remat else loss, l2_clip_norm=norms, method=method
   )
-  got = jax.jit(fn.__call__)({"v": jnp.ones(3), "w": jnp.ones(3)}, batch)
-  moved = np.linalg.norm(np.concatenate(list(got.sum.values())))
-  assert moved <= fn.sensitivity() * (1 + 1e-5)
+  call = jax.jit(fn.__call__)
+  for power in (0, 10, 20, 30):
+    a, b = np.float32([4097, 3001]) * np.float32(2**power)
+    batch = {
+      "x": jnp.eye(3)[:1],
+      "y": jnp.array([[0.0, 3.0, 0.0]]),
+      **{k: jnp.array([v]) for k, v in {"a": a, "b": b, "c": a * b}.items()},
+    }
+    got = call({"v": jnp.ones(3), "w": jnp.ones(3)}, batch)
+    moved = np.linalg.norm(np.concatenate(list(got.sum.values())))
+    assert moved <= fn.sensitivity() * (1 + 1e-5), power
 
 
 @pytest.mark.parametrize("power", [0, 10])
@@ -233,11 +232,15 @@ def test_one_example_moves_the_sum_by_at_most_the_sensitivity(method, kwargs):
     [np.ravel(x).astype(np.float64) for x in jax.tree.leaves(tree)]
   )
   params, batch = _params(), _normal(6, 5, 4)
-  base = flat(call(params, batch).sum)
+  nobody = np.zeros(6, bool)
+  summed = lambda batch, padding: flat(
+    call(params, batch, is_padding_example=padding).sum
+  )
+  base = summed(batch, nobody)
   furthest = 0.0
-  removed = flat(call(params, batch, is_padding_example=np.arange(6) == 1).sum)
+  removed = summed(batch, np.arange(6) == 1)
   for scale in (1e-6, -1.0, -3.0, 1e3, 1e30):
-    other = flat(call(params, batch.at[1].multiply(scale)).sum)
+    other = summed(batch.at[1].multiply(scale), nobody)
     moved = np.linalg.norm(other - base)
     assert moved <= fn.sensitivity("replace_one") * (1 + 1e-5)
     added = np.linalg.norm(other - removed)
