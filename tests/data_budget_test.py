@@ -455,6 +455,39 @@ def test_a_budget_of_an_earlier_release_is_found_and_stays_found(tmp_path):
     )
 
 
+@pytest.mark.parametrize("first", ["today's", "an earlier", "none"])
+def test_a_data_set_with_two_budgets_spends_from_neither(tmp_path, first):
+  """As of an .npz and an ArrayRecord, or of one under two names of files."""
+  today, old, older = _DATA, "e" * 64, "f" * 64
+  made = {"today's": [today, old], "an earlier": [old, older], "none": []}[
+    first
+  ]
+  if first == "an earlier":
+    _make(tmp_path, old)
+    assert _make(tmp_path, today, earlier=lambda: [old]).data == old
+    _make(tmp_path, older)
+  for data in made:
+    data_budget.DataBudget(tmp_path, data).make(
+      epsilon=3.0, delta=1e-6, neighboring_relation="add_or_remove_one"
+    )
+  # One of other data is no second one.
+  _make(tmp_path, "a" * 64)
+  before = {b.data: b.reserved for b in data_budget.all_below(tmp_path)}
+  if not made:
+    assert _make(tmp_path, today, earlier=lambda: [old]).data == today
+    return
+  with pytest.raises(ledger_lib.RefusedError) as refused:
+    _make(tmp_path, today, earlier=lambda: [old, older][: len(made)])
+  for part in ("has 2 budgets", made[0][:12], made[1][:12], "keep one"):
+    assert part in str(refused.value)
+  assert "\n" not in str(refused.value)
+  after = {b.data: b.reserved for b in data_budget.all_below(tmp_path)}
+  assert after == before
+  # Once one of them was taken away, the other is the data set's.
+  shutil.rmtree(tmp_path / made[1])
+  assert _make(tmp_path, today, earlier=lambda: made[1:]).data == made[0]
+
+
 def test_a_budget_that_is_made_beside_others_is_told_of(tmp_path):
   told = []
   first = _make(tmp_path, _DATA, earlier=lambda: ["f" * 64], tell=told.append)
