@@ -1,5 +1,6 @@
 """Features are computed once, kept, and told when they are damaged."""
 
+import os
 import shutil
 
 import numpy as np
@@ -78,6 +79,27 @@ def test_damage_is_told(source):
   path.write_bytes(content)
   with pytest.raises(ValueError, match=r"inputs\.npy is damaged: delete"):
     features.of(source, "scattering")
+
+
+def test_kept_features_that_are_touched_are_hashed_again(source):
+  """As after another mode, or where somebody set their time back."""
+  got = features.of(source, "scattering")
+  (path,) = fetch.cache().glob("*/inputs.npy")
+  before = path.stat()
+  while path.stat().st_ctime_ns == before.st_ctime_ns:
+    path.chmod(0o640)
+  assert sources.is_touched(got)
+  assert sources.changed_files(got) == []
+  assert not sources.is_touched(got)
+  looked_at = path.stat().st_ctime_ns
+  content = bytearray(path.read_bytes())
+  content[-1] ^= 1
+  with path.open("r+b") as file:
+    file.write(content)
+  while path.stat().st_ctime_ns == looked_at:
+    path.chmod(0o640)
+  os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+  assert sources.changed_files(got) == [str(path)]
 
 
 @pytest.mark.parametrize("name", ["inputs.npy", "sha256"])
