@@ -645,20 +645,21 @@ def test_runs_share_a_budget_and_give_back_what_they_leave(
   assert not two.exists()
   with pytest.raises(ValueError, match=r"data_budget\.location must be"):
     dpdist.train(_config(root, **{"data_budget.location": ""}), one)
-  # It stops in its third step, after three of thirty were charged.
+  # It stops before its third step, with three of thirty charged, and gives the
+  # one back that it never began.
   with monkeypatch.context() as patch:
     patch.setattr(sampling.PoissonSampler, "__call__", _stop)
     with pytest.raises(_StopError):
       dpdist.train(_config(root, **{"privacy.num_steps": 30}), two)
   before = data_budget.all_below(root)[0].reserved
   facts = json.loads(_door(f"--workdir={two}", "--end", "--json").stdout)
-  assert facts["steps_spent"] == 3
+  assert facts["steps_spent"] == 2
   (given_back,) = (v for k, v in facts.items() if k.startswith("share"))
   assert given_back > 0
   with pytest.raises(ValueError, match="run that was ended"):
     dpdist.train(_config(root), two)
   (budget,) = data_budget.all_below(root)
-  given = 27 / 34 * before
+  given = 28 / 34 * before
   assert before - budget.reserved == pytest.approx(given)
   done = _door(f"--dataset={root}")
   assert re.search(rf"ended +{two}", done.stdout)
