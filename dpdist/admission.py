@@ -103,6 +103,12 @@ def decide(
         "workdir must not hold a run that was ended, and what it had left given"
         f" back, got {str(workdir)!r}: start a new run in a new directory"
       )
+    if history.TOO_LONG in ledger.notices:
+      raise ValueError(
+        "workdir must not hold a run that the sentinel stopped, whose guarantee"
+        f" is void for good, got {str(workdir)!r}: see what launch.check says"
+        " of the settings, and start a new run in a new directory"
+      )
     found = manifest.newest(workdir / "checkpoints", ledger.checkpoints)
     plan, changes = _plan(config, workdir, ledger, found, train_manifest)
     if ledger.is_new:

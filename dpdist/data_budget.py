@@ -521,7 +521,9 @@ def find(
 
   That one may have called the data by another manifest, in which the names of
   files had a part. So that they may change from now on, it is written down that
-  the two are the same.
+  the two are the same. Where earlier releases made several for one content, as
+  for an .npz and an ArrayRecord of it, nothing holds the sum of what they
+  allow: then nothing is spent from any.
 
   Args:
     root: as in `DataBudget`.
@@ -533,24 +535,40 @@ def find(
     The budget; its terms are None if there is none yet.
 
   Raises:
-    RefusedError: what was written down as the same is gone.
+    RefusedError: what was written down as the same is gone; or the data set has
+      several budgets.
   """
   budget = DataBudget(root, data)
-  if budget.terms is None and not budget.same_as:
-    for manifest in earlier():
-      found = DataBudget(root, manifest)
-      if found.terms is not None:
-        budget.refer_to(manifest)
-        break
-  if not budget.same_as:
-    return budget
-  found = DataBudget(root, budget.same_as)
-  if found.terms is None:
+  if budget.same_as:
+    kept = DataBudget(root, budget.same_as)
+    if kept.terms is None:
+      raise ledger_lib.RefusedError(
+        f"the budget of data set {data[:12]} is kept in {kept.root} as that of"
+        f" {budget.same_as[:12]}, and is not there: bring it back"
+      )
+  else:
+    kept = budget
+  found = {} if kept.terms is None else {kept.data: kept}
+  # Reading all of the data can be spared where no other budget is there.
+  if {*records.folders(root)} - {data, kept.data}:
+    for other in {*earlier()} - {data, *found}:
+      if (made := DataBudget(root, other)).terms is not None:
+        found[other] = made
+  if len(found) > 1:
+    names = sorted(name[:12] for name in found)
     raise ledger_lib.RefusedError(
-      f"the budget of data set {data[:12]} is kept in {found.root} as that of"
-      f" {budget.same_as[:12]}, and is not there: bring it back"
+      f"data set {data[:12]} has {len(found)} budgets in {budget.root},"
+      f" {' and '.join(names)}, made by releases that called it otherwise,"
+      " which together allow more than each: keep one, take the other's folder"
+      " away, and reserve in the one that stays (launch.reserve) what it had"
+      " reserved"
     )
-  return found
+  if not found:
+    return budget
+  (only,) = found.values()
+  if only is not kept:
+    budget.refer_to(only.data)
+  return only
 
 
 def open_or_make(

@@ -78,7 +78,10 @@ def _is_to_train(job: job_lib.Job) -> bool:
   assert ledger is not None
   if job.changes or saved is None or not ledger.branches:
     return True
-  return saved.step < ledger.last_step
+  # On the branch that there is, or on a new one: which of them it will be is
+  # decided later, and a new one begins at the checkpoint's step.
+  is_charged = saved.step < ledger.branches[-1].stop_step
+  return is_charged or ledger.segment.charged < ledger.plan.num_steps
 
 
 def _accumulated(

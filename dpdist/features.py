@@ -95,7 +95,15 @@ class FeatureSource(sources.ArraySource):
 
   def changed_files(self) -> list[str]:
     """Also of the examples; see `dpdist.sources.changed_files`."""
-    return self._stamps.changed() + sources.changed_files(self._source)
+    own = self._stamps.changed(self._is_same)
+    return own + sources.changed_files(self._source)
+
+  def is_touched(self) -> bool:
+    """Also of the examples; see `dpdist.sources.is_touched`."""
+    return self._stamps.is_touched() or sources.is_touched(self._source)
+
+  def _is_same(self) -> bool:
+    return [_digest(path) for path in self._stamps.paths] == [self.sha256]
 
 
 def of(source: sources.Source, name: str) -> FeatureSource:
@@ -132,8 +140,7 @@ def of(source: sources.Source, name: str) -> FeatureSource:
     _keep(source, function, folder)
   try:
     stamps = file_stamps.FileStamps([folder / _FILE])
-    with open(folder / _FILE, "rb") as file:
-      found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = _digest(folder / _FILE)
     is_sound = found == (folder / _DIGEST).read_text()
   except FileNotFoundError:
     is_sound = False
@@ -171,15 +178,18 @@ def _keep(
         f"{', '.join(changed)} changed while its features were computed: none"
         " are kept; start again"
       )
-    with open(ready / _FILE, "rb") as file:
-      digest = hashlib.file_digest(file, "sha256").hexdigest()
-    (ready / _DIGEST).write_text(digest)
+    (ready / _DIGEST).write_text(_digest(ready / _FILE))
     try:
       os.rename(ready, folder)
     except OSError:
       # Where another process was first, its copy holds.
       if not folder.is_dir():
         raise
+
+
+def _digest(path: str | os.PathLike[str]) -> str:
+  with open(path, "rb") as file:
+    return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _blocks(

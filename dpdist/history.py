@@ -15,6 +15,11 @@ from dpdist import fields
 from dpdist import plan as plan_lib
 
 FORMAT = 3
+# What ends a run for good, of its notices: what has happened, nothing of data.
+TOO_LONG = (
+  "the sentinel found an example that was longer than its norm said, so that"
+  " clipping did not bound what one example can do"
+)
 # How the identity of a new branch is made; see `_identity`. A branch whose
 # record names no version is of version 1.
 IDENTITY_VERSION = 2
@@ -27,12 +32,16 @@ _FIELDS: dict[str, dict[str, type]] = {
   "segment": _SEGMENT,
   "branch": {"branch": int, "start_step": int, "fingerprint": str, "base": str},
   "reserve": {"branch": int, "stop_step": int},
+  # Charged by the same writer, and begun by none: the steps from stop_step on.
+  "unstarted": {"branch": int, "stop_step": int},
   "checkpoint": {"branch": int, "step": int, "digest": str, "writer": int},
   "notice": {"text": str},  # And perhaps "unsound": true.
   "stake": {"root": str, "data": str, "stake": str},
   "epsilons": {"spent": dict, "planned": dict},
   "end": {},
 }
+# After these, what was computed of the charges before does not hold.
+_CHARGING = ("open", "segment", "reserve", "unstarted", "lost")
 # A record charges at most this part of a plan, and at least one step.
 _PARTS = 100
 
@@ -117,6 +126,7 @@ class History:
     branches: the branches of the run, in order.
     checkpoints: every recorded checkpoint, in order.
     num_writers: processes that have written so far.
+    given_back: steps that were charged ahead, never begun, and charged no more.
     secret_hash: see `dpdist.keys.secret_hash`; "" before a run is opened.
     is_ended: whether nothing can be charged any more.
     places: where the run has, or was about to take, a stake in a data set's
@@ -130,12 +140,16 @@ class History:
     self.branches: list[Branch] = []
     self.checkpoints: list[Saved] = []
     self.num_writers = 0
+    self.given_back = 0
     self.secret_hash = ""
     self.is_ended = False
     self.places: list[dict[str, str]] = []
     self._run = ""
     # What opened the current segment, as it was written.
     self._opened: dict[str, Any] = {}
+    # Steps of the current branch before this one stay charged: another writer
+    # may have begun them, or a checkpoint has them.
+    self._kept = 0
 
   @property
   def is_new(self) -> bool:
@@ -216,7 +230,7 @@ class History:
     for record in reversed(self.records):
       if record["kind"] == "epsilons":
         return {k: record[k] for k in ("spent", "planned")}
-      if record["kind"] in ("open", "segment", "reserve", "lost"):
+      if record["kind"] in _CHARGING:
         return None
     return None
 
@@ -242,6 +256,8 @@ class History:
     self.check(record)
     self.records.append(record)
     kind = record["kind"]
+    if kind in ("writer", "lost") and self.branches:
+      self._kept = self.branches[-1].stop_step
     if kind == "writer":
       self.num_writers += 1
     elif kind == "lost":
@@ -277,15 +293,20 @@ class History:
           record.get("identity", 1),
         )
       )
-    elif kind == "reserve":
+      self._kept = start
+    elif kind in ("reserve", "unstarted"):
       branch, stop = self.branches[-1], record["stop_step"]
       self._charge(stop - branch.stop_step)
       self.branches[-1] = dataclasses.replace(branch, stop_step=stop)
+      if kind == "unstarted":
+        self._kept = stop
+        self.given_back += branch.stop_step - stop
     elif kind == "checkpoint":
       branch, digest = self.branches[-1], record["digest"]
       self.branches[-1] = dataclasses.replace(
         branch, bases=(*branch.bases, digest)
       )
+      self._kept = max(self._kept, record["step"])
       self.checkpoints.append(Saved(record["step"], digest, record["writer"]))
 
   def check(self, record: Mapping[str, Any]) -> None:
@@ -320,6 +341,14 @@ class History:
       remaining = self.plan.num_steps - self.segment.charged
       if not 0 < more <= min(most_steps(self.plan), remaining):
         raise ValueError(f"a reservation of {more} steps")
+    elif kind == "unstarted":
+      branch = self._current_branch(record)
+      if not self._kept <= record["stop_step"] < branch.stop_step:
+        raise ValueError(
+          f"steps from {record['stop_step']} on given back, where those before"
+          f" {self._kept} may have begun and those before {branch.stop_step}"
+          " are charged"
+        )
     elif kind == "checkpoint":
       branch = self._current_branch(record)
       if not branch.start_step <= record["step"] <= branch.stop_step:

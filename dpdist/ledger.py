@@ -15,6 +15,9 @@ Guarantees:
     delta or neighboring relation is refused.
   * Forks add up. What a run charges after it went back to an older checkpoint,
     or to a copy of one, comes on top of what it had charged.
+  * Given back is only what was never begun. A writer that ends in an orderly
+    way takes back the charge of steps that it charged itself, and neither it
+    nor anyone else began; see `give_back`. Who dies takes back nothing.
   * Never past the plan. The steps charged in a segment, on all its branches,
     are at most its plan's num_steps.
   * A record that was altered, removed or reordered is found, and so is a ledger
@@ -269,6 +272,32 @@ class Ledger(history.History):
       )
       branch = self.branches[-1]
     return True
+
+  def give_back(self, begun: int) -> int:
+    """Takes back the charge of the current branch's steps that nobody began.
+
+    To be called at this process's end, or where it must charge them again. What
+    was charged before it became the writer is never given back: an earlier
+    process may have begun that, and may go on with it when it wakes.
+
+    Args:
+      begun: exclusive; no computation on data of a step from here on was begun
+        by this process, or by one that it shares its charges with.
+
+    Returns:
+      How many steps were given back.
+
+    Raises:
+      LedgerError: another process wrote to the ledger.
+    """
+    if not self.branches or self.branches[-1].segment != len(self.segments) - 1:
+      return 0
+    branch = self.branches[-1]
+    stop_step = max(begun, self._kept)
+    if stop_step >= branch.stop_step:
+      return 0
+    self._append("unstarted", branch=branch.number, stop_step=stop_step)
+    return branch.stop_step - stop_step
 
   def record_checkpoint(self, step: int, digest: str) -> None:
     """Makes a checkpoint one that the current branch may go on from."""

@@ -113,7 +113,8 @@ def problem(path: pathlib.Path, digest: str) -> str | None:
   except ValueError as error:
     return str(error)
   except OSError as error:
-    return f"it cannot be read: {error}"
+    # Not the whole text, which has the path, and goes into reports.
+    return f"it cannot be read: {error.strerror or type(error).__name__}"
   for name in sorted({*expected, *found}):
     if expected.get(name) != found.get(name):
       return f"{name} is damaged, missing or new"

@@ -104,8 +104,11 @@ class RetryingSource:
     Raises:
       dpdist.sources.ReadError: patience is at its end.
     """
-    ask = lambda: sources.changed_files(self._source)
-    return list(self._get(ask, self._stall_seconds))
+    limit = self._stall_seconds
+    # As long as `manifest`, where content has to be looked at again.
+    if self._get(lambda: sources.is_touched(self._source), limit):
+      limit = 0
+    return list(self._get(lambda: sources.changed_files(self._source), limit))
 
   def close(self) -> None:
     """Ends the waiting in all threads, soon, with an error."""

@@ -44,13 +44,6 @@ from dpdist.clipping import freezing
 
 PyTree = Any
 
-# For the ledger: what has happened, and nothing of the data.
-NOTICE = (
-  "the sentinel found an example that was longer than its norm said, so that"
-  " clipping did not bound what one example can do"
-)
-
-
 _INSTEAD = (
   "clipping.method=vmap (method='vmap') forms every gradient and needs no such"
   " rule"

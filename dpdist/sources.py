@@ -32,6 +32,10 @@ _HASH_BLOCK_BYTES = 1 << 24
 _HELD_BYTES = 1 << 28
 
 
+# For the record of a run: it names no file.
+CHANGED = "files of the training data were changed while the run read them"
+
+
 class ReadError(OSError):
   """A data set could not be read. Names no example and no file of it."""
 
@@ -45,7 +49,7 @@ class Source(Protocol):
 
   `read` is called from several threads at once and must be thread-safe.
 
-  A source may have two methods more; see `changed_files` and
+  A source may have three methods more; see `changed_files`, `is_touched` and
   `earlier_manifests`, which ask them.
   """
 
@@ -84,12 +88,35 @@ def changed_files(source: Source) -> list[str]:
   """The files that a source still reads from and that were changed since.
 
   Once this is empty, all that was read so far is what the manifest is of. A
-  source that reads from files after it was made has a method of this name.
+  source that reads from files after it was made has a method of this name. It
+  may take as long as the manifest did; see `is_touched`.
 
   Raises:
     OSError: they cannot be looked at now, but perhaps later.
   """
   return list(getattr(source, "changed_files", list)())
+
+
+def is_touched(source: Source) -> bool:
+  """Whether `changed_files` has to hash content again; looks at none itself.
+
+  A source whose files can be renamed, or have another mode, and be what they
+  were has a method of this name.
+
+  Raises:
+    OSError: as in `changed_files`.
+  """
+  return bool(getattr(source, "is_touched", bool)())
+
+
+def changed_error(changed: Sequence[str]) -> ChangedError:
+  """What to raise where files were changed, of which some may be known here."""
+  where = f", here {', '.join(changed)}" if changed else ""
+  return ChangedError(
+    f"{CHANGED}{where}: the run stops, since it cannot vouch for its data; what"
+    " it read since its last checkpoint is neither shown nor saved. Start a new"
+    " run on data that stays as it is"
+  )
 
 
 def earlier_manifests(source: Source) -> list[str]:
@@ -165,7 +192,15 @@ class ArraySource:
 
   def changed_files(self) -> list[str]:
     """Those of mapped arrays; see `changed_files` of the module."""
-    return self._stamps.changed()
+    return self._stamps.changed(self._is_same)
+
+  def is_touched(self) -> bool:
+    """See `is_touched` of the module."""
+    return self._stamps.is_touched()
+
+  def _is_same(self) -> bool:
+    # Before there is a manifest nothing was said of the content.
+    return self._manifest is None or self._hashed() == self._manifest
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """See `Source.read`."""
@@ -176,17 +211,21 @@ class ArraySource:
   def manifest(self) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, in order of name."""
     if self._manifest is None:
-      arrays = sorted(self._arrays.items())
-      header = [[name, a.dtype.str, a.shape] for name, a in arrays]
-      digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
-      for _, array in arrays:
-        # In blocks of rows, so that an array on disk never enters memory whole.
-        row_bytes = max(1, array.dtype.itemsize * math.prod(array.shape[1:]))
-        block = max(1, _HASH_BLOCK_BYTES // row_bytes)
-        for start in range(0, len(array), block):
-          digest.update(array[start : start + block].tobytes())
-      self._manifest = digest.hexdigest()
+      self._manifest = self._hashed()
     return self._manifest
+
+  def _hashed(self) -> str:
+    """The manifest of what the arrays hold now."""
+    arrays = sorted(self._arrays.items())
+    header = [[name, a.dtype.str, a.shape] for name, a in arrays]
+    digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
+    for _, array in arrays:
+      # In blocks of rows, so that an array on disk never enters memory whole.
+      row_bytes = max(1, array.dtype.itemsize * math.prod(array.shape[1:]))
+      block = max(1, _HASH_BLOCK_BYTES // row_bytes)
+      for start in range(0, len(array), block):
+        digest.update(array[start : start + block].tobytes())
+    return digest.hexdigest()
 
 
 class ParquetSource(ArraySource):
@@ -362,7 +401,20 @@ class ArrayRecordSource:
 
   def changed_files(self) -> list[str]:
     """See `changed_files` of the module."""
-    return self._stamps.changed()
+    return self._stamps.changed(self._is_same)
+
+  def _is_same(self) -> bool:
+    if self._manifest is None:
+      return True  # Nothing was said of the content yet.
+    try:
+      # Opened anew, so that nothing comes out of a reader's memory.
+      return ArrayRecordSource(self._paths).manifest() == self._manifest
+    except ValueError:  # Records of other shapes, or none at all.
+      return False
+
+  def is_touched(self) -> bool:
+    """See `is_touched` of the module."""
+    return self._stamps.is_touched()
 
   def earlier_manifests(self) -> list[str]:
     """SHA-256 over base names, sizes and bytes of the files, in order."""

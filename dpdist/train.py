@@ -4,7 +4,8 @@ Promises of that order:
   * Every check that can fail on bad settings comes before a step is charged, so
     that a mistake costs no budget.
   * The ledger has charged a step before the step is computed, and the budget
-    that the data set's runs share, if there is one, has been told.
+    that the data set's runs share, if there is one, has been told. What was
+    charged and never begun is given back; see `dpdist.charging`.
   * A checkpoint is saved when all steps in it are charged, and recorded in the
     ledger when it is durable.
   * Only released values reach a writer or the screen; see `dpdist.metrics`.
@@ -23,6 +24,7 @@ import ml_collections
 import numpy as np
 
 from dpdist import admission
+from dpdist import charging as charging_lib
 from dpdist import checkpoint
 from dpdist import composition
 from dpdist import config as config_lib
@@ -255,7 +257,8 @@ def _run(
     if ledger is None
     else odometer_lib.Odometer(ledger)
   )
-  with shown as display, told as odometer:
+  charging = charging_lib.Charges(ledger, job.budget, start)
+  with shown as display, told as odometer, charging as charges:
     clock = display_lib.Clock(plan.expected_batch_size)
     measured = start
     progress.enter(start, "reading")
@@ -265,12 +268,13 @@ def _run(
       if t == start or t % charge_every == 0:
         progress.enter(t, "charging")
         stop_step = min(last, t - t % charge_every + charge_every)
-        hosts.from_leader(functools.partial(_charge, job, stop_step))
+        charges.through(stop_step)
 
       progress.enter(t, "computing")
       accumulator = step.zeros(state.params)
       sentinel.begin(t, state.params)
       step_key = streams.key("model_rng", t)
+      charges.begin(t)
       for first_row, batch, is_padding_example in chunks:
         accumulator = sentinel.accumulate(
           state.params,
@@ -391,17 +395,7 @@ def _sentinel(
 def _record_void(job: job_lib.Job) -> None:
   """Records that clipping did not bound what an example can do."""
   assert job.ledger is not None
-  job.ledger.notice(sentinel_lib.NOTICE)
-
-
-def _charge(job: job_lib.Job, stop_step: int) -> None:
-  """Charges steps, in the leader, unless they are charged already."""
-  ledger = job.ledger
-  assert ledger is not None
-  if not ledger.reserve_through(stop_step):
-    return
-  if job.budget is not None:
-    job.budget.follow(ledger)
+  job.ledger.notice(history.TOO_LONG)
 
 
 def _check_data(job: job_lib.Job) -> None:
@@ -413,19 +407,13 @@ def _check_data(job: job_lib.Job) -> None:
   changed = hosts.in_all(lambda: sources.changed_files(job.train_source))
   if not hosts.any_process(bool(changed)):
     return
-  text = "files of the training data were changed while the run read them"
 
   def record() -> None:
     assert job.ledger is not None
-    job.ledger.notice(text, unsound=True)
+    job.ledger.notice(sources.CHANGED, unsound=True)
 
   hosts.from_leader(record)
-  where = f", here {', '.join(changed)}" if changed else ""
-  raise sources.ChangedError(
-    f"{text}{where}: the run stops, since it cannot vouch for its data; what"
-    " it read since its last checkpoint is neither shown nor saved. Start a new"
-    " run on data that stays as it is"
-  )
+  raise sources.changed_error(changed)
 
 
 def _save(

@@ -119,6 +119,10 @@ class UnitSource:
     """See `dpdist.sources.changed_files`."""
     return sources.changed_files(self.examples)
 
+  def is_touched(self) -> bool:
+    """See `dpdist.sources.is_touched`."""
+    return sources.is_touched(self.examples)
+
   def _manifest_of(self, examples: str) -> str:
     header = ["dpdist.units/v1", self.num_units, examples]
     digest = hashlib.sha256(json.dumps(header).encode() + b"\n")

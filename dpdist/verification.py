@@ -100,14 +100,16 @@ def _plan(ledger: ledger_lib.Ledger) -> Finding:
 def _steps(ledger: ledger_lib.Ledger) -> Finding:
   planned = sum(part.num_steps for part in ledger.planned)
   branches = len(ledger.branches)
-  # That each plan holds, and each checkpoint is of steps that were charged, was
-  # checked when the records were read.
-  return Finding(
-    "steps",
+  found = (
     f"{ledger.spent_steps} of {planned} charged, on"
-    f" {branches} branch{'es' * (branches != 1)}",
-    "",
+    f" {branches} branch{'es' * (branches != 1)}"
   )
+  if ledger.given_back:
+    found += f"; {ledger.given_back} charged ahead were given back"
+  # That each plan holds, and each checkpoint is of steps that were charged, was
+  # checked when the records were read; so was that nothing was given back that
+  # another writer charged, or that a checkpoint has.
+  return Finding("steps", found, "")
 
 
 def _epsilon(ledger: ledger_lib.Ledger) -> Finding:

@@ -55,7 +55,7 @@ LAYERS = (
   ("features",),
   ("data", "data_budget", "datasets", "retrying", "screen", "drawing")
   + ("checkpoint", "exact_step", "odometer", "watch"),
-  ("report", "data_checks"),
+  ("report", "data_checks", "charging"),
   ("admission", "verification", "display"),
   ("job", "frontends"),
   ("summary", "shapes", "dry_run"),

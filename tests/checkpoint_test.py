@@ -1,5 +1,6 @@
 """Checkpoints come back whole or not at all."""
 
+import errno
 import os
 import pathlib
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from dpdist import checkpoint
+from dpdist import history
 from dpdist import ledger
 from dpdist import manifest
 from dpdist import mesh as mesh_lib
@@ -234,3 +236,27 @@ def test_a_deletion_that_was_cut_off_leaves_no_damaged_checkpoint(
     assert not (folder / "1").exists()
     checkpoints.delete_old(known)
     assert sorted(path.name for path in folder.iterdir()) == ["2", "3"]
+
+
+def test_what_cannot_be_read_is_told_of_without_its_path(tmp_path, monkeypatch):
+  """It goes into report.html, and a path may hold what nobody should see."""
+  directory = tmp_path / "a-token-in-a-path"
+  saved = history.Saved(3, "", 1)
+  path = manifest.location(directory, saved)
+  path.mkdir(parents=True)
+  (path / "data").write_bytes(b"x")
+  saved = saved._replace(digest=manifest.write(path))
+
+  opened = pathlib.Path.open
+
+  def denied(self, *args, **kwargs):
+    if self.name == "data":
+      raise PermissionError(errno.EACCES, "Permission denied", str(self))
+    return opened(self, *args, **kwargs)
+
+  monkeypatch.setattr(pathlib.Path, "open", denied)
+  found = manifest.newest(directory, [saved])
+  assert found.saved is None
+  assert found.rejected == [
+    "checkpoint of step 3 passed over: it cannot be read: Permission denied"
+  ]

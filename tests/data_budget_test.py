@@ -455,6 +455,39 @@ def test_a_budget_of_an_earlier_release_is_found_and_stays_found(tmp_path):
     )
 
 
+@pytest.mark.parametrize("first", ["today's", "an earlier", "none"])
+def test_a_data_set_with_two_budgets_spends_from_neither(tmp_path, first):
+  """As of an .npz and an ArrayRecord, or of one under two names of files."""
+  today, old, older = _DATA, "e" * 64, "f" * 64
+  made = {"today's": [today, old], "an earlier": [old, older], "none": []}[
+    first
+  ]
+  if first == "an earlier":
+    _make(tmp_path, old)
+    assert _make(tmp_path, today, earlier=lambda: [old]).data == old
+    _make(tmp_path, older)
+  for data in made:
+    data_budget.DataBudget(tmp_path, data).make(
+      epsilon=3.0, delta=1e-6, neighboring_relation="add_or_remove_one"
+    )
+  # One of other data is no second one.
+  _make(tmp_path, "a" * 64)
+  before = {b.data: b.reserved for b in data_budget.all_below(tmp_path)}
+  if not made:
+    assert _make(tmp_path, today, earlier=lambda: [old]).data == today
+    return
+  with pytest.raises(ledger_lib.RefusedError) as refused:
+    _make(tmp_path, today, earlier=lambda: [old, older][: len(made)])
+  for part in ("has 2 budgets", made[0][:12], made[1][:12], "keep one"):
+    assert part in str(refused.value)
+  assert "\n" not in str(refused.value)
+  after = {b.data: b.reserved for b in data_budget.all_below(tmp_path)}
+  assert after == before
+  # Once one of them was taken away, the other is the data set's.
+  shutil.rmtree(tmp_path / made[1])
+  assert _make(tmp_path, today, earlier=lambda: made[1:]).data == made[0]
+
+
 def test_a_budget_that_is_made_beside_others_is_told_of(tmp_path):
   told = []
   first = _make(tmp_path, _DATA, earlier=lambda: ["f" * 64], tell=told.append)
@@ -609,23 +642,25 @@ def test_runs_share_a_budget_and_give_back_what_they_leave(
   assert stake.head == log.heads[last + 1]
   with pytest.raises(ValueError, match="would be exceeded"):
     dpdist.train(_config(root, **{"privacy.num_steps": 3000}), two)
-  assert not two.exists()
+  # All that is left of it says that none has begun there.
+  assert [path.name for path in two.iterdir()] == [admission.NOT_BEGUN]
   with pytest.raises(ValueError, match=r"data_budget\.location must be"):
     dpdist.train(_config(root, **{"data_budget.location": ""}), one)
-  # It stops in its third step, after three of thirty were charged.
+  # It stops before its third step, with three of thirty charged, and gives the
+  # one back that it never began.
   with monkeypatch.context() as patch:
     patch.setattr(sampling.PoissonSampler, "__call__", _stop)
     with pytest.raises(_StopError):
       dpdist.train(_config(root, **{"privacy.num_steps": 30}), two)
   before = data_budget.all_below(root)[0].reserved
   facts = json.loads(_door(f"--workdir={two}", "--end", "--json").stdout)
-  assert facts["steps_spent"] == 3
+  assert facts["steps_spent"] == 2
   (given_back,) = (v for k, v in facts.items() if k.startswith("share"))
   assert given_back > 0
   with pytest.raises(ValueError, match="run that was ended"):
     dpdist.train(_config(root), two)
   (budget,) = data_budget.all_below(root)
-  given = 27 / 34 * before
+  given = 28 / 34 * before
   assert before - budget.reserved == pytest.approx(given)
   done = _door(f"--dataset={root}")
   assert re.search(rf"ended +{two}", done.stdout)

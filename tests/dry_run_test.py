@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import types
 
 import jax
 import pytest
@@ -11,9 +12,12 @@ import dpdist
 from dpdist import admission
 from dpdist import checkpoint
 from dpdist import dry_run
+from dpdist import history
 from dpdist import job as job_lib
 from dpdist import keys
 from dpdist import ledger as ledger_lib
+from dpdist import manifest
+from dpdist import plan as plan_lib
 from dpdist import step as step_lib
 
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory allocating 9999 bytes."
@@ -243,3 +247,49 @@ def test_a_finished_run_tries_nothing(tmp_path, monkeypatch):
   with pytest.raises(admission.SettingsError, match="smallest chunk_size, 8"):
     dpdist.train(_config(**{"privacy.num_steps": 2}), tmp_path)
   assert ledger_lib.Ledger(tmp_path / "ledger").spent_steps == 1
+
+
+_PLAN = plan_lib.make_plan(
+  plan_lib.PrivacyConfig(
+    num_examples=100,
+    expected_batch_size=10,
+    num_steps=25,
+    l2_clip_norm=1.0,
+    target_delta=1e-5,
+    noise_multiplier=1.0,
+    accountant="rdp",
+  )
+)
+
+
+def _forked(ledger, charged):
+  """At step 20, whose checkpoint was away when a branch began at step 10."""
+  ledger.reserve_through(20)
+  ledger.record_checkpoint(10, "ten")
+  ledger.record_checkpoint(20, "twenty")
+  ledger.resume(step=10, digest="ten", ledger_head="", fingerprint="g")
+  ledger.reserve_through(charged)
+
+
+@pytest.mark.parametrize("fingerprint", ["f", "g"])
+@pytest.mark.parametrize("charged", [11, 13, 15])
+def test_whoever_will_charge_a_step_tries_it_out(
+  tmp_path, charged, fingerprint
+):
+  with ledger_lib.Ledger(tmp_path) as ledger:
+    ledger.acquire()
+    ledger.open(
+      config={}, plan=_PLAN, data="d" * 64, secret_hash="5" * 64, run="a run"
+    )
+    ledger.resume(step=0, digest="", ledger_head="", fingerprint="f")
+    _forked(ledger, charged)
+    saved = history.Saved(20, "twenty", 1)
+    job = types.SimpleNamespace(
+      ledger=ledger, changes=[], found=manifest.Found(saved, [])
+    )
+    is_tried = dry_run._is_to_train(job)
+    ledger.resume(
+      step=20, digest="twenty", ledger_head="", fingerprint=fingerprint
+    )
+    assert is_tried == (ledger.last_step > 20)
+    assert is_tried == (charged < 15)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import dpdist
+from dpdist import charging
 from dpdist import config as config_lib
 from dpdist import features
 from dpdist import fetch
@@ -80,6 +81,27 @@ def test_damage_is_told(source):
     features.of(source, "scattering")
 
 
+def test_kept_features_that_are_touched_are_hashed_again(source):
+  """As after another mode, or where somebody set their time back."""
+  got = features.of(source, "scattering")
+  (path,) = fetch.cache().glob("*/inputs.npy")
+  before = path.stat()
+  while path.stat().st_ctime_ns == before.st_ctime_ns:
+    path.chmod(0o640)
+  assert sources.is_touched(got)
+  assert sources.changed_files(got) == []
+  assert not sources.is_touched(got)
+  looked_at = path.stat().st_ctime_ns
+  content = bytearray(path.read_bytes())
+  content[-1] ^= 1
+  with path.open("r+b") as file:
+    file.write(content)
+  while path.stat().st_ctime_ns == looked_at:
+    path.chmod(0o640)
+  os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+  assert sources.changed_files(got) == [str(path)]
+
+
 @pytest.mark.parametrize("name", ["inputs.npy", "sha256"])
 def test_a_folder_that_is_not_whole_is_told(source, name):
   features.of(source, "scattering")
@@ -123,6 +145,8 @@ def test_a_step_run_again_on_other_features_has_new_keys(tmp_path, monkeypatch):
   def run_until_it_crashes():
     with monkeypatch.context() as patch:
       patch.setattr(sampling.PoissonSampler, "__call__", crash)
+      # As if it were killed, which gives nothing back.
+      patch.setattr(charging.Charges, "__exit__", lambda *args: None)
       with pytest.raises(_Crash):
         dpdist.train(config, tmp_path / "run")
     return ledger_lib.Ledger(tmp_path / "run/ledger").spent_steps

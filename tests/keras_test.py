@@ -15,6 +15,7 @@ import pytest
 import dpdist
 from dpdist import checkpoint
 from dpdist import ledger as ledger_lib
+from dpdist import sources
 from dpdist.clipping import compensated
 from dpdist.frontends import keras as private_keras
 from dpdist.frontends import keras_loss
@@ -353,6 +354,76 @@ def test_a_fit_beyond_the_plan_or_of_other_data_is_refused(workdir):
   with pytest.raises(RuntimeError, match="without privacy"):
     private.model.fit(x, y)
   assert private.epsilon_spent() == _first(private.plan, 3)
+
+
+@functools.cache
+def _long(folder):
+  """A run that charges four steps at a time, of arrays that are on disk."""
+  arrays = []
+  for name, array in zip("xy", _data(), strict=True):
+    np.save(folder / f"{name}.npy", array)
+    arrays.append(np.load(folder / f"{name}.npy", mmap_mode="r"))
+  private = _private(
+    folder / "run", config=_config(num_steps=400, noise_multiplier=9.0)
+  )
+  return private, arrays
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+  return tmp_path_factory.mktemp("long")
+
+
+def _before_step(monkeypatch, private, number, do):
+  """Does something before an update, not that of the rehearsal."""
+  update, calls = private._update, []
+
+  def replaced(*args):
+    calls.append(True)
+    if len(calls) == number + 2:
+      do()
+    return update(*args)
+
+  monkeypatch.setattr(private, "_update", replaced)
+
+
+def _interrupt():
+  raise KeyboardInterrupt
+
+
+def test_an_interrupted_fit_gives_back_what_it_never_began(folder, monkeypatch):
+  private, (x, y) = _long(folder)
+  with monkeypatch.context() as patch:
+    _before_step(patch, private, 1, _interrupt)
+    with pytest.raises(KeyboardInterrupt):
+      private.fit(x, y, epochs=1, steps_per_epoch=4)
+  # The second was begun, and is not in the weights.
+  assert private.step == 1
+  assert private._run.spent_steps == 2
+  ledger = ledger_lib.Ledger(folder / "run" / "ledger")
+  assert [r["stop_step"] for r in ledger.records if "stop_step" in r] == [4, 2]
+  # The same object goes on.
+  private.fit(x, y, epochs=1, steps_per_epoch=2)
+  assert private.step == 3
+  assert private._run.spent_steps == 4
+
+
+def test_files_that_are_changed_end_a_fit_and_void_its_record(
+  folder, monkeypatch
+):
+  private, (x, y) = _long(folder)
+  private.fit(x, y, epochs=1, steps_per_epoch=1)
+  before, step = _weights(private), private.step
+  path = folder / "x.npy"
+  _before_step(monkeypatch, private, 1, lambda: os.utime(path, ns=(0, 0)))
+  with pytest.raises(sources.ChangedError, match="cannot vouch") as stopped:
+    private.fit(x, y, epochs=2, steps_per_epoch=2)
+  assert str(path) in str(stopped.value)
+  np.testing.assert_array_equal(_weights(private), before)
+  ledger = ledger_lib.Ledger(folder / "run" / "ledger")
+  assert private.step == step == ledger.checkpoints[-1].step
+  assert ledger.unsound == [sources.CHANGED]
+  assert "/" not in ledger.guarantee
 
 
 def test_a_step_that_fails_on_zeros_is_not_charged(tmp_path):

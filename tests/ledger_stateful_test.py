@@ -6,6 +6,7 @@ what was released under it.
 """
 
 import collections
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
@@ -112,23 +113,26 @@ class Machine(stateful.RuleBasedStateMachine):
     code=st.sampled_from(["v1", "v2"]),
     config=st.sampled_from(_CONFIGS),
     steps=st.integers(0, 7),
+    ahead=st.integers(0, 5),
   )
-  def launch(self, number, code, config, steps):
+  def launch(self, number, code, config, steps, ahead):
     """Also where one is running, or paused: it is taken for dead."""
     run = self.runs[number % len(self.runs)]
     self.processes.append(_Process(run, code, config))
-    self._train(self.processes[-1], steps)
+    self._train(self.processes[-1], steps, ahead)
 
   @stateful.precondition(lambda self: self.processes)
-  @stateful.rule(data=st.data(), steps=st.integers(1, 7))
-  def train(self, data, steps):
-    self._train(data.draw(st.sampled_from(self.processes)), steps)
+  @stateful.rule(
+    data=st.data(), steps=st.integers(1, 7), ahead=st.integers(0, 5)
+  )
+  def train(self, data, steps, ahead):
+    self._train(data.draw(st.sampled_from(self.processes)), steps, ahead)
 
-  def _train(self, process, steps):
+  def _train(self, process, steps, ahead):
     ledger, run = process.ledger, process.run
     stop = min(process.step + steps, ledger.last_step)
     try:
-      ledger.reserve_through(stop)
+      ledger.reserve_through(min(stop + ahead, ledger.last_step))
     except ledger_lib.LedgerError:
       self._stop(process)  # It was shut out.
       return
@@ -159,6 +163,15 @@ class Machine(stateful.RuleBasedStateMachine):
   @stateful.rule(data=st.data())
   def end(self, data):
     self._stop(data.draw(st.sampled_from(self.processes)))
+
+  @stateful.precondition(lambda self: self.processes)
+  @stateful.rule(data=st.data())
+  def end_in_an_orderly_way(self, data):
+    """It gives back what it charged ahead and never began."""
+    process = data.draw(st.sampled_from(self.processes))
+    with contextlib.suppress(ledger_lib.LedgerError):  # It was shut out.
+      process.ledger.give_back(process.step)
+    self._stop(process)
 
   def _stop(self, process):
     process.ledger.close()

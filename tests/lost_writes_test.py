@@ -139,6 +139,31 @@ stores._spec = lambda location: {**spec(location), "file_io_sync": False}
 stores._check_durable = lambda spec: None
 """
 
+_GIVE_BACK = """
+import sys
+from dpdist import ledger, plan
+{change}
+run = ledger.Ledger(sys.argv[1] + "/new/ledger")
+run.acquire()
+run.open(config={{}}, data="", secret_hash="", run="", plan=plan.PrivacyPlan(
+  num_examples=9, expected_batch_size=3.0, num_steps=9, l2_clip_norm=1.0,
+  noise_multiplier=1.0, delta=1e-5, accountant="rdp",
+  neighboring_relation="add_or_remove_one", target_epsilon=None))
+run.resume(step=0, digest="", ledger_head="", fingerprint="")
+for step in (1, 2):
+  run.reserve_through(step + 1)
+  print("released", flush=True)
+  run.give_back(step)
+run.close()
+open(sys.argv[1] + "/end", "w").close()
+"""
+
+
+def _check_given_back(path, printed):
+  ledger = ledger_lib.Ledger(path / "new" / "ledger")
+  assert ledger.spent_steps >= printed.count("released"), "not charged"
+
+
 wants_strace = pytest.mark.skipif(
   not tracing.is_allowed(), reason="wants strace, and may not trace"
 )
@@ -154,6 +179,22 @@ def test_a_record_survives_whatever_was_not_synced(tmp_path):
 def test_a_record_that_is_not_synced_is_found_missing(tmp_path):
   program = _LOG.format(change=_NO_SYNC)
   assert "not charged" in _violations(program, _check_log, tmp_path)
+
+
+@pytest.mark.slow
+@wants_strace
+@pytest.mark.parametrize(
+  ("change", "problems"),
+  [("", set()), (_NO_SYNC, {"not charged"})],
+  ids=["synced", "not synced"],
+)
+def test_what_was_begun_is_charged_whatever_is_given_back(
+  tmp_path, change, problems
+):
+  program = _GIVE_BACK.format(change=change)
+  found = {*_violations(program, _check_given_back, tmp_path)}
+  assert problems <= found
+  assert problems or not found
 
 
 _RUN = """

@@ -16,10 +16,12 @@ import optax
 import pytest
 
 import dpdist
+from dpdist import admission
 from dpdist import clipping
 from dpdist import comparison
 from dpdist import config as config_lib
 from dpdist import exact_step
+from dpdist import history
 from dpdist import job
 from dpdist import keys
 from dpdist import ledger as ledger_lib
@@ -502,10 +504,16 @@ def test_a_run_stops_after_the_step_and_says_void(monkeypatch, tmp_path):
   assert "kernel" in str(caught.value)
   assert "dot_general" in str(caught.value)
   ledger = ledger_lib.Ledger(tmp_path / "ledger")
-  assert ledger.guarantee == f"void: {sentinel.NOTICE}"
+  assert ledger.guarantee == f"void: {history.TOO_LONG}"
   # The step that it was found in is charged, and saved, and the last.
   assert [saved.step for saved in ledger.checkpoints] == [1]
   assert not (tmp_path / "result.json").exists()
+  # Not even the one of a rule that was mended goes on with it.
+  monkeypatch.undo()
+  with pytest.raises(admission.SettingsError, match="sentinel stopped") as told:
+    dpdist.train(_config(), tmp_path)
+  assert "\n" not in str(told.value)
+  assert ledger_lib.Ledger(tmp_path / "ledger").head == ledger.head
 
 
 def test_a_run_that_would_be_wrong_charges_nothing(monkeypatch, tmp_path):

@@ -1,6 +1,7 @@
 """Tests of dpdist.sources."""
 
 from concurrent import futures
+import functools
 import hashlib
 import io
 import itertools
@@ -358,6 +359,88 @@ def test_a_source_says_which_of_its_files_were_changed(
     assert sources.changed_files(source) == []
     change(tmp_path / name)
     assert sources.changed_files(source) == [str(tmp_path / name)]
+
+
+_LAZY = pytest.mark.parametrize(
+  ("lazy", "names"),
+  [
+    (array_record_source, ["a.array_record", "b.array_record"]),
+    (mapped_source, ["inputs.npy", "targets.npy"]),
+  ],
+  ids=["array_record", "mapped"],
+)
+
+
+def _later(path, do):
+  """Does something, and then sees that the clock of the disk has moved."""
+  before = path.stat().st_ctime_ns
+  do(path)
+  while path.stat().st_ctime_ns == before:
+    path.chmod(path.stat().st_mode)
+
+
+def _exchanged(path, other):
+  """The same size, in the same inode, at the time of before."""
+  before = path.stat()
+  content = other.read_bytes()
+  assert len(content) == before.st_size
+  with path.open("r+b") as file:
+    file.write(content)
+  os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+  after = path.stat()
+  for name in ("st_size", "st_mtime_ns", "st_ino", "st_dev"):
+    assert getattr(after, name) == getattr(before, name)
+
+
+@_LAZY
+def test_a_file_whose_time_was_set_back_is_found(lazy, names, tmp_path):
+  """By its ctime, which nobody can set back, and then by its content."""
+  other = tmp_path / "other"
+  other.mkdir()
+  source = lazy(other)
+  if lazy is mapped_source:
+    np.save(other / names[1], 1 + np.load(other / names[1]))
+  else:
+    rows = [source.read(np.array([i])) for i in range(len(source))]
+    rows = [{name: 1 + array[0] for name, array in row.items()} for row in rows]
+    count = len(sources.ArrayRecordSource(other / names[0]))
+    sources.write_array_record(other / names[1], rows[count:])
+  source = lazy(tmp_path)
+  source.manifest()
+  assert not sources.is_touched(source)
+  exchange = functools.partial(_exchanged, other=other / names[1])
+  _later(tmp_path / names[1], exchange)
+  assert sources.is_touched(source)
+  for _ in range(2):
+    assert sources.changed_files(source) == [str(tmp_path / names[1])]
+
+
+def _renamed(path):
+  aside = path.with_name("aside")
+  path.rename(aside)
+  aside.rename(path)
+
+
+@_LAZY
+@pytest.mark.parametrize(
+  "innocent",
+  [
+    _renamed,
+    lambda path: path.chmod(0o640),
+    lambda path: os.link(path, path.with_name("linked")),
+  ],
+  ids=["renamed", "mode", "link"],
+)
+def test_who_changes_no_content_is_not_accused(lazy, names, innocent, tmp_path):
+  source = lazy(tmp_path)
+  source.manifest()
+  _later(tmp_path / names[0], innocent)
+  assert sources.is_touched(source)
+  assert sources.changed_files(source) == []
+  # Looked at once, and then known.
+  assert not sources.is_touched(source)
+  _touched(tmp_path / names[0])
+  assert sources.changed_files(source) == [str(tmp_path / names[0])]
 
 
 @pytest.mark.parametrize("lazy", [array_record_source, mapped_source])

@@ -16,6 +16,7 @@ import pytest
 from configs import digits
 import dpdist
 from dpdist import admission
+from dpdist import charging
 from dpdist import checkpoint
 from dpdist import composition
 from dpdist import config as config_lib
@@ -63,7 +64,7 @@ class _Crash(Exception):  # noqa: N818
 
 
 def _crash_at(monkeypatch, crash_step):
-  """Ends the process's work, as far as Python can, inside a step."""
+  """Ends the process's work, as if it were killed, inside a step."""
   sample = sampling.PoissonSampler.__call__
 
   def crash(self, step):
@@ -72,6 +73,8 @@ def _crash_at(monkeypatch, crash_step):
     return sample(self, step)
 
   monkeypatch.setattr(sampling.PoissonSampler, "__call__", crash)
+  # Who is killed gives nothing back.
+  monkeypatch.setattr(charging.Charges, "__exit__", lambda *args: None)
 
 
 def _change_environment(monkeypatch):

@@ -7,6 +7,7 @@ import functools
 import importlib
 import json
 import os
+import shutil
 import types
 
 import jax
@@ -14,15 +15,19 @@ import numpy as np
 import pytest
 
 import dpdist
+from dpdist import charging
 from dpdist import config as config_lib
+from dpdist import data_budget
 from dpdist import hosts
 from dpdist import job as job_lib
 from dpdist import keys
 from dpdist import ledger as ledger_lib
 from dpdist import metrics
+from dpdist import plan as plan_lib
 from dpdist import preemption
 from dpdist import provenance
 from dpdist import sampling
+from dpdist import sentinel
 from dpdist import sources
 from dpdist import step as step_lib
 from dpdist import verification
@@ -291,3 +296,104 @@ def test_processes_agree_on_all_that_a_step_is_made_of_before_it_is_charged(
   ledger = ledger_lib.Ledger(workdir / "ledger")
   assert agreed["training_data"] == ledger.segment.data
   assert agreed["plan"] == ledger.plan.fingerprint()
+
+
+def _fail():
+  raise sources.ReadError("the disk is away")
+
+
+def test_what_was_charged_and_never_begun_is_given_back(
+  data, tmp_path, monkeypatch
+):
+  """In the data set's budget too; and then it is charged as if never before."""
+  config = _config(data, checkpoint_every=6, eval_every=6)
+  config.data_budget.location = str(tmp_path / "budgets")
+  config.data_budget.epsilon, config.data_budget.delta = 50.0, 1e-4
+  workdir = tmp_path / "run"
+  with monkeypatch.context() as patch:
+    _at_step(patch, 3, _fail)
+    with pytest.raises(sources.ReadError, match="the disk is away"):
+      dpdist.train(config, workdir)
+  # All six were charged before the first; three were computed.
+  ledger = ledger_lib.Ledger(workdir / "ledger")
+  assert ledger.spent_steps == 3
+  assert not [f for f in verification.verify(workdir, ledger) if f.problem]
+  (stake,) = ledger.stakes
+  budget = data_budget.DataBudget(stake["root"], stake["data"])
+  # It knows of the newest record, so that a copy from before pays by itself.
+  assert budget.stakes[stake["stake"]].head == ledger.head
+  # Other code could not go on for free: now it may make the three that are
+  # left, and no more.
+  copy = tmp_path / "ended"
+  shutil.copytree(workdir, copy)
+  environment = provenance.environment
+  with monkeypatch.context() as patch:
+    patch.setattr(
+      provenance, "environment", lambda mesh: environment(mesh) | {"new": True}
+    )
+    dpdist.train(config, workdir)
+  gone_on = ledger_lib.Ledger(workdir / "ledger")
+  charged = [(b.start_step, b.stop_step, b.charged) for b in gone_on.branches]
+  assert charged == [(0, 3, 0), (0, 3, 3)]
+  assert gone_on.spent_steps == 6
+  # What is ended instead has spent the three, and the rest is given back.
+  budget = data_budget.DataBudget(stake["root"], stake["data"])
+  with ledger_lib.Ledger(copy / "ledger") as ended:
+    ended.acquire()
+    budget.admit(
+      ended, [plan_lib.Part(ended.plan, 6)], label="a copy, which pays"
+    )
+    before = budget.reserved
+    ended.end()
+    budget.give_back(ended)
+  expected = budget.cost([plan_lib.Part(ended.plan, 3)])
+  assert before - budget.reserved == pytest.approx(expected)
+
+
+def test_a_step_whose_computation_failed_is_not_given_back(
+  data, tmp_path, monkeypatch
+):
+  calls = []
+  accumulate = sentinel.Sentinel.accumulate
+
+  def interrupted(self, *args):
+    calls.append(True)
+    got = accumulate(self, *args)
+    if len(calls) == 3:
+      raise KeyboardInterrupt  # It was computed by then.
+    return got
+
+  monkeypatch.setattr(sentinel.Sentinel, "accumulate", interrupted)
+  # One chunk a step, whatever is drawn.
+  config = _config(data, checkpoint_every=6, eval_every=6, chunk_size=32)
+  with pytest.raises(KeyboardInterrupt):
+    dpdist.train(config, tmp_path)
+  ledger = ledger_lib.Ledger(tmp_path / "ledger")
+  (record,) = (r for r in ledger.records if r["kind"] == "unstarted")
+  # An empty draw has no chunk.
+  assert record["stop_step"] >= 3
+  assert ledger.spent_steps == record["stop_step"] < 6
+
+
+def test_several_processes_give_nothing_back(tmp_path, monkeypatch):
+  """One of them may be further on than another."""
+  with ledger_lib.Ledger(tmp_path) as ledger:
+    ledger.acquire()
+    config = config_lib.privacy_config(_config(tmp_path))
+    ledger.open(
+      config={},
+      plan=dpdist.make_plan(config),
+      data="d" * 64,
+      secret_hash="5" * 64,
+      run="a run",
+    )
+    ledger.resume(step=0, digest="", ledger_head="", fingerprint="f")
+    with charging.Charges(ledger, None, 0) as charges:
+      charges.through(4)
+      charges.begin(1)
+      monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert ledger.spent_steps == 4
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    with charging.Charges(ledger, None, 0) as charges:
+      charges.begin(1)
+    assert ledger.spent_steps == 2

@@ -228,9 +228,13 @@ class PrivateModel:
     """Trains on, under the budget.
 
     The state is saved after every epoch, and when an error or Ctrl-C ends it.
-    A killed process loses, and has spent, the steps since. Steps are charged
-    up to a hundredth of the plan ahead, so that an error or Ctrl-C may cost as
-    many that were not made.
+    A killed process loses, and has spent, the steps since, and those that were
+    charged ahead, up to a hundredth of the plan; an error or Ctrl-C gives those
+    back, but for the one that it came in.
+
+    Arrays that stay on disk (`numpy.load(..., mmap_mode="r")`) must not be
+    changed meanwhile. If they are, the steps since the last epoch are neither
+    saved nor taken into the model, and the record is void.
 
     Args:
       x: all private examples: an array, or a pytree of arrays, of leading axis
@@ -252,6 +256,7 @@ class PrivateModel:
       ValueError: epochs * steps_per_epoch is more than the budget has left; x
         or y is not what was planned for; nothing is spent then.
       dpdist.ledger.LedgerError: another process trains, or has trained on.
+      dpdist.sources.ChangedError: files of x or y were changed meanwhile.
     """
     data = _Arrays(x, y, self.plan.num_examples)
     ends = self._ends(epochs, steps_per_epoch)
@@ -274,7 +279,7 @@ class PrivateModel:
     )
     self.model.stop_training = False
     told.on_train_begin()
-    with self._run.going_on(data.digest()) as going:
+    with self._run.going_on(data.source.manifest()) as going:
       for epoch, stop in enumerate(ends):
         told.on_epoch_begin(epoch)
         loss = self._steps(going, data, zeros, stop)
@@ -341,7 +346,7 @@ class PrivateModel:
     block = max(1, self.plan.num_steps // 100)
     state = self._state()
     trainable, optimizer = state["trainable"], state["optimizer"]
-    step = charged = self.step
+    step = charged = begun = self.step
     losses, num_drawn = 0.0, 0
     try:
       while step < stop:
@@ -351,6 +356,7 @@ class PrivateModel:
         total, rows = zeros, itertools.count(0, self._chunk_size)
         indices = sampler(step)
         key = going.streams.key("model_rng", step)
+        begun = step + 1
         for (batch, padding), row in zip(
           data.chunks(indices, self._chunk_size), rows, strict=False
         ):
@@ -368,9 +374,13 @@ class PrivateModel:
         step += 1
     finally:
       # Also after an error or Ctrl-C: what was computed is paid for.
-      self._assign(trainable, optimizer)
-      if step > self.step:
-        going.save(self._saved_state(), step)
+      try:
+        going.check_data(data.source.changed_files)
+        self._assign(trainable, optimizer)
+        if step > self.step:
+          going.save(self._saved_state(), step)
+      finally:
+        going.give_back(begun)
     return losses / max(1, num_drawn)
 
   def _state(self) -> dict[str, list[jax.Array]]:
@@ -407,7 +417,7 @@ class PrivateModel:
 
 
 class _Arrays:
-  """The private examples in memory."""
+  """The private examples, in memory or mapped."""
 
   def __init__(self, x: PyTree, y: PyTree, num_examples: int):
     self._tree = jax.tree.map(np.asarray, (x, y))
@@ -418,16 +428,15 @@ class _Arrays:
             f"{name} must hold the plan's num_examples={num_examples} examples"
             f" along its first axis, got shape {leaf.shape}"
           )
+    leaves = jax.tree_util.tree_leaves_with_path(self._tree)
+    # Made before anything is read, so that it misses no change of a file.
+    self.source = sources.ArraySource(
+      {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
+    )
 
   def example(self) -> tuple[PyTree, PyTree]:
     """One example's shapes."""
     return jax.eval_shape(lambda t: jax.tree.map(lambda a: a[0], t), self._tree)
-
-  def digest(self) -> str:
-    """Of all of the data, hex."""
-    leaves = jax.tree_util.tree_leaves_with_path(self._tree)
-    names = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-    return sources.ArraySource(names).manifest()
 
   def chunks(
     self, indices: np.ndarray, size: int

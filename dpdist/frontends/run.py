@@ -7,6 +7,7 @@
         going.charge(step + 1)
         ... sample and add noise by going.streams ...
         step += 1
+      going.check_data(source.changed_files)
       going.save(state, step)
 
 It keeps the secret, the ledger and the checkpoints where `dpdist.train` keeps
@@ -14,10 +15,11 @@ them, so that `launch.budget` and `launch.verify` read them too.
 
 A loop of someone else's cannot be proved to compute the same bits again. So
 every `going_on` opens a branch of its own, with new keys: what was charged but
-not saved when a process died is spent, and the steps are charged again.
+not saved when a process died is spent, and the steps are charged again. Who
+ends in an orderly way calls `give_back`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 import contextlib
 import dataclasses
 import os
@@ -37,6 +39,7 @@ from dpdist import ledger as ledger_lib
 from dpdist import manifest
 from dpdist import mechanism
 from dpdist import plan as plan_lib
+from dpdist import sources
 
 PyTree = Any
 
@@ -64,6 +67,40 @@ class GoingOn:
       dpdist.ledger.LedgerError: another process wrote to the ledger.
     """
     self._ledger.reserve_through(stop_step)
+
+  def give_back(self, begun: int) -> None:
+    """Gives back steps that were charged and never begun; call at the end.
+
+    Args:
+      begun: exclusive; nothing of a step from here on was computed on data.
+    """
+    is_known = self._run.is_at(self._ledger)
+    try:
+      self._ledger.give_back(begun)
+    except ledger_lib.LedgerError as error:
+      # Too much stays charged, never too little.
+      warnings.warn(
+        f"what was charged ahead stays charged: {error}", stacklevel=2
+      )
+    if is_known:
+      self._run.notice_head(self._ledger)
+
+  def check_data(self, changed: Callable[[], list[str]]) -> None:
+    """Stops the run if files of its data were changed while it read them.
+
+    Call before anything is saved or shown of steps that may have read them. The
+    record says so, and is void and not sound.
+
+    Args:
+      changed: returns them; see `dpdist.sources.changed_files`.
+
+    Raises:
+      dpdist.sources.ChangedError: names them.
+    """
+    found = changed()
+    if found:
+      self._ledger.notice(sources.CHANGED, unsound=True)
+      raise sources.changed_error(found)
 
   def save(self, state: PyTree, step: int) -> None:
     """Saves a checkpoint of charged steps, and records it."""
@@ -256,6 +293,14 @@ class Run:
           ledger,
           checkpoints,
         )
+
+  def is_at(self, ledger: ledger_lib.Ledger) -> bool:
+    """Whether this object knows of all that a ledger says."""
+    return self._head == ledger.head
+
+  def notice_head(self, ledger: ledger_lib.Ledger) -> None:
+    """Notes that this object knows of what was written last."""
+    self._head = ledger.head
 
   def take(self, ledger: ledger_lib.Ledger, head: str) -> None:
     """Notes that what is in memory is the newest checkpoint, saved at head.

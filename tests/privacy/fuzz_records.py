@@ -71,7 +71,8 @@ def write_run(workdir: pathlib.Path, root: pathlib.Path) -> None:
         ledger_head="",
         fingerprint=str(segment.noise_multiplier),
       )
-      ledger.reserve_through(4)
+      ledger.reserve_through(5)
+      ledger.give_back(4)
       budget.follow(ledger)
       _save(workdir, ledger, 4 if segment is second else 2)
     ledger.record_epsilons(

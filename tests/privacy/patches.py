@@ -69,6 +69,7 @@ KINDS = (
   "ledger written after the step",
   "fsync left out",
   "charged for nothing",
+  "a begun step's charge given back",
   "replay with a fresh key uncharged",
   "replay with the same key on other data",
   "two writers",
