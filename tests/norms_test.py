@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from dpdist import clipping
+from dpdist.clipping import inner_products
 from dpdist.clipping import norms
 from dpdist.clipping import rules
 
@@ -488,6 +489,28 @@ def test_long_vectors_of_equal_entries_leave_a_norm(length, monkeypatch):
   true = np.abs((v.astype(np.float64) * w).sum((1, 2))) * length
   assert np.all(found >= true * (1 - 2.0**-11))
   assert np.all(found <= true * 1.3)
+
+
+@pytest.mark.parametrize("size", [24, 31, 100, 700])
+def test_a_sum_over_all_pairs_is_within_its_bound(size):
+  """Equal numbers, of which each addition rounds the same way; few examples,
+  for which the compiler takes another order than for many."""
+
+  @jax.jit
+  def run(pairs, ones, numbers, lists):
+    return inner_products.sum_of_products(
+      inner_products.InnerProducts(pairs, numbers, lists, 0.0),
+      inner_products.InnerProducts(ones, lists, lists, 0.0),
+    )
+
+  lists = np.ones((1, size), np.float32)
+  for number in np.random.default_rng(0).uniform(1, 2, 16):
+    pairs = np.full((1, size, size), number, np.float32)
+    found, error = run(pairs, np.ones_like(pairs), pairs[:, 0], lists)
+    missed = np.sum(pairs, dtype=np.float64) - float(found[0])
+    assert abs(missed) <= error[0]
+    # Where nothing cancels no room is made.
+    assert error[0] <= 2.0**-11 * found[0]
 
 
 def test_what_two_products_cancel_differently_has_a_floor_at_any_scale():
