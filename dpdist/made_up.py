@@ -152,7 +152,7 @@ def _floats(
   if kind == "pair":
     # Nothing beside two entries that cancel, or nearly: no norm hides them.
     x = np.zeros(leaf.shape)
-    x[(slice(2), *[0] * (leaf.ndim - 1))[: leaf.ndim]] = 1
+    x.reshape(*leaf.shape[:1], -1)[:2, :1] = 1
     if is_odd and leaf.shape:
       x[1:] *= -1
   if kind == "mirrored" and leaf.shape:
