@@ -128,8 +128,8 @@ def check_sensitivity(
     return measure(trained, constants, example, key, total, norms)
 
   numbers = np.random.default_rng(0)
-  normal = jax.tree.map(lambda x: numbers.normal(size=x.shape), trained)
-  both = trained, jax.jit(trials.moved)(trained, normal)
+  drawn = jax.tree.map(lambda x: numbers.normal(size=x.shape), trained)
+  both = trained, jax.jit(trials.moved)(trained, drawn)
   program = trials.Program(
     clipped_grad,
     (params, clipping.merge(both[1], constants)),
@@ -178,11 +178,11 @@ def check_step(
   replicated = mesh_lib.replicated(mesh)
   measure = _on_one_device(comparison.measurer(clipped_grad), replicated)
   key = noise.as_key(keys.prng_words(keys.insecure_secret(0)))
-  normal = drawer(step)(params, key)
-  along = normal if is_watched else None
+  drawn = drawer(step)(params, key)
+  along = drawn if is_watched else None
   specs = step.specs(params)
   move = lambda *args: mesh_lib.constrain(trials.moved(*args), specs, mesh)
-  both = params, jax.jit(move)(params, normal)
+  both = params, jax.jit(move)(params, drawn)
   at = jax.jit(lambda x, row: x[row], out_shardings=replicated)
   fold = functools.partial(jax.random.fold_in, key)
   # A step that nobody watches does not say its norms.
@@ -255,19 +255,43 @@ def drawer(step: step_lib.Step) -> Callable[[PyTree, jax.Array], PyTree]:
   """Compiled (params, key) -> normal numbers like params, on the mesh."""
 
   def draw(params: PyTree, key: jax.Array) -> PyTree:
-    leaves, structure = jax.tree.flatten(params)
-    drawn = [
-      jax.random.normal(
-        jax.random.fold_in(key, i),
-        x.shape,
-        jnp.promote_types(x.dtype, jnp.float32),
-      ).astype(x.dtype)
-      for i, x in enumerate(leaves)
-    ]
-    found = jax.tree.unflatten(structure, drawn)
+    found = normal(params, key)
     return mesh_lib.constrain(found, step.specs(params), step.mesh)
 
   return jax.jit(draw)
+
+
+def normal(params: PyTree, key: jax.Array) -> PyTree:
+  """Normal numbers like params, in their dtypes; traced."""
+  leaves, structure = jax.tree.flatten(params)
+  drawn = [
+    jax.random.normal(
+      jax.random.fold_in(key, i),
+      x.shape,
+      jnp.promote_types(x.dtype, jnp.float32),
+    ).astype(x.dtype)
+    for i, x in enumerate(leaves)
+  ]
+  return jax.tree.unflatten(structure, drawn)
+
+
+def is_watched(
+  streams: mechanism.Streams, t: int, *, every: int, first_step: int
+) -> bool:
+  """Whether a step of a branch is; secret, and the same whenever it runs.
+
+  Args:
+    streams: of the branch.
+    t: the step.
+    every: on average one step of so many is watched; 0: none is.
+    first_step: of the branch, which is watched too.
+  """
+  if not every:
+    return False
+  if t == first_step:
+    return True
+  high, low = streams.words("sentinel_step", t).tolist()
+  return (high << 32 | low) % every == 0
 
 
 class Sentinel:
@@ -306,13 +330,10 @@ class Sentinel:
     self._found: jax.Array | None = None
 
   def is_watched(self, t: int) -> bool:
-    """Whether a step is one of those; secret, and the same whenever it runs."""
-    if not self._every:
-      return False
-    if t == self._first_step:
-      return True
-    high, low = self._streams.words("sentinel_step", t).tolist()
-    return (high << 32 | low) % self._every == 0
+    """Whether a step is one of those."""
+    return is_watched(
+      self._streams, t, every=self._every, first_step=self._first_step
+    )
 
   def begin(self, t: int, params: PyTree) -> None:
     """Says that a step begins."""
@@ -352,6 +373,7 @@ def fault(
   params: PyTree,
   row: PyTree,
   leaves: list[int],
+  names: list[str] | None = None,
 ) -> str:
   """What to say on the owner's screen of what `Sentinel.end` found.
 
@@ -360,10 +382,11 @@ def fault(
     params: whole; shapes are enough.
     row: shapes of a row of a chunk.
     leaves: what was found.
+    names: what the trained parameters are called; None: by their paths.
   """
-  names, ways = trials.ways_of(clipped_grad, params, row, has_rng=True)
+  paths, ways = trials.ways_of(clipped_grad, params, row, has_rng=True)
   where = ", ".join(
-    f"{trials.path(names[i])} ({ways[names[i]]})" for i in leaves
+    f"{trials.path((names or paths)[i])} ({ways[paths[i]]})" for i in leaves
   )
   return (
     "the sentinel found an example whose clipped gradient is far longer than"

@@ -85,9 +85,11 @@ def search(program: Program) -> Report:
     program.row,
     has_rng=program.key is not None,
   )
-  filler = made_up.padding(program.row)
+  # In the dtypes that JAX gives them: as float64, most sizes would be lost.
+  row_shapes = jax.eval_shape(lambda x: x, program.row)
+  filler = made_up.padding(row_shapes)
   count = 0
-  for case in made_up.cases(program.row, program.largest):
+  for case in made_up.cases(row_shapes, program.largest):
     row = program.place(count)
     kinds = [(1, False)]
     if case.is_ordinary:

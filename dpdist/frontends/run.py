@@ -47,10 +47,12 @@ class GoingOn:
 
   Attributes:
     streams: all randomness of this stretch of steps.
+    first_step: of this stretch.
     last_step: where the steps must end for the plan to hold.
   """
 
   streams: mechanism.Streams
+  first_step: int
   last_step: int
   _run: "Run"
   _ledger: ledger_lib.Ledger
@@ -64,6 +66,10 @@ class GoingOn:
       dpdist.ledger.LedgerError: another process wrote to the ledger.
     """
     self._ledger.reserve_through(stop_step)
+
+  def notice(self, text: str) -> None:
+    """Records what voids the guarantee."""
+    self._ledger.notice(text)
 
   def save(self, state: PyTree, step: int) -> None:
     """Saves a checkpoint of charged steps, and records it."""
@@ -251,6 +257,7 @@ class Run:
       ) as checkpoints:
         yield GoingOn(
           mechanism.Streams(secret, branch.identity),
+          branch.start_step,
           ledger.last_step,
           self,
           ledger,
