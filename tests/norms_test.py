@@ -455,7 +455,8 @@ def _one_by_one(fn, params):
 
 
 def _moves(loss, params, batch, method):
-  """How far one example moves a sum that is clipped to 1, and its norm."""
+  """How far a batch moves a sum that is clipped to 1, and its first norm; with
+  book-keeping on each of eight devices, too."""
   fn = clipping.clipped_grad(loss, l2_clip_norm=1.0, method=method)
 
   @jax.jit
@@ -464,7 +465,14 @@ def _moves(loss, params, batch, method):
     return got.sum, got.grad_norms[0]
 
   total, norm = call(params, batch)
-  return np.linalg.norm(np.asarray(total, np.float64)), float(norm)
+  moved = [np.linalg.norm(np.asarray(total, np.float64))]
+  if method == "bookkeeping":
+    many = jax.tree.map(lambda x: np.concatenate([x] * 8), batch)
+    is_padding = np.zeros(len(jax.tree.leaves(many)[0]), bool)
+    totals, norms_of_all = _on_eight_devices(fn, params)(many, is_padding)
+    moved.extend(_lengths(totals))
+    np.testing.assert_allclose(norms_of_all[:: len(is_padding) // 8], norm)
+  return max(moved), float(norm)
 
 
 @pytest.mark.parametrize("method", ["bookkeeping", "two_pass", "auto"])
