@@ -44,7 +44,11 @@ _KINDS = {
   "adapters": ("8", _DECODER | {"model.lora_rank": 2}),
   "frozen": ("8", _DECODER | {"model.trainable": "blocks"}),
   "users": ("8", _LINEAR | {"data.examples_per_unit": 3}),
-  "groups": ("8", _LINEAR | {"privacy.group_size": 2}),
+  "groups": (
+    "8",
+    _LINEAR
+    | {"privacy.group_size": 2, "privacy.neighboring_relation": "zero_out"},
+  ),
   "copies": (
     "8",
     _PICTURES
