@@ -197,8 +197,8 @@ def blamed(
   leaves: Sequence[int],
   *,
   most: int = 16,
-) -> list[str]:
-  """Paths of the parameters that have a wrong norm on their own.
+) -> list[int]:
+  """Numbers of the parameters that have a wrong norm on their own.
 
   One parameter is trained at a time. Compiles a program for each.
 
@@ -211,7 +211,7 @@ def blamed(
     most: so many are tried.
 
   Returns:
-    The path of the first that is wrong by itself; none if each is right.
+    That of the first that is wrong by itself; none if each is right.
   """
   parts = freezing.split(params, clipped_grad.frozen)
   trained = [
@@ -249,7 +249,7 @@ def blamed(
 
     found = jax.device_get(jax.jit(one)(mine, rest))
     if judge(alone, params, found, is_ordinary=False) is not None:
-      return [name]
+      return [leaf]
   return []
 
 

@@ -13,12 +13,15 @@ import numpy as np
 PyTree = Any
 
 # Powers of ten. The squares of what is tiny are 0, those of what is huge
-# nearly infinite; what is least and most has itself no more room.
+# nearly infinite; what is least and most has itself no more room; and the first
+# and last numbers of a dtype have none for any factor.
 _POWERS = {
-  16: {"tiny": -4.0, "huge": 3.0, "least": -4.5, "most": 4.0, "large": 2.0},
-  32: {"tiny": -19.5, "huge": 18.0, "least": -37.3, "most": 36.5, "large": 8.0},
+  16: {"tiny": -4.0, "huge": 3.0, "least": -4.5, "most": 4.0, "large": 2.0}
+  | {"first": -4.2, "last": 4.5},
+  32: {"tiny": -19.5, "huge": 18.0, "least": -37.3, "most": 36.5, "large": 8.0}
+  | {"first": -37.9, "last": 37.9},
   64: {"tiny": -155.0, "huge": 153.0, "least": -307.0, "most": 306.0}
-  | {"large": 8.0},
+  | {"large": 8.0, "first": -307.6, "last": 307.6},
 }
 # Kinds of floats, and the sizes of the first, third, ... and of the other
 # floating arrays of an example.
@@ -45,6 +48,8 @@ _PAIRS = (
   ("mirrored", ("least", "most")),
   ("mirrored", ("most", "least")),
   ("constant", ("one", "huge")),
+  ("pair", ("first", "last")),
+  ("pair", ("last", "first")),
 )
 _ALONE = (
   ("normal", ("one", "one")),
@@ -57,6 +62,8 @@ _ALONE = (
   ("normal", ("huge", "huge")),
   ("normal", ("least", "least")),
   ("normal", ("most", "most")),
+  ("pair", ("first", "first")),
+  ("pair", ("last", "last")),
 )
 _WHOLE_NUMBERS = (
   ("normal", ("one", "one")),
@@ -142,6 +149,12 @@ def _floats(
   x = rng.normal(size=leaf.shape)
   if kind == "constant" and not is_odd:
     x = np.ones(leaf.shape)
+  if kind == "pair":
+    # Nothing beside two entries that cancel, or nearly: no norm hides them.
+    x = np.zeros(leaf.shape)
+    x.reshape(*leaf.shape[:1], -1)[:2, :1] = 1
+    if is_odd and leaf.shape:
+      x[1:] *= -1
   if kind == "mirrored" and leaf.shape:
     half = leaf.shape[0] // 2
     x[half : 2 * half] = -x[:half] if is_odd else x[:half]

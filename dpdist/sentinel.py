@@ -6,8 +6,9 @@ taken for it:
 
   * Before anything is charged, the step that will run is run on made-up
     examples, one at a time among padding that holds NaN, and what it adds is
-    held against `jax.grad`; see `dpdist.made_up` and `dpdist.comparison`. A
-    loop of one's own has `dpdist.check_sensitivity`, a config `launch.check`.
+    held against `jax.grad`; see `dpdist.trials`, `dpdist.made_up` and
+    `dpdist.comparison`. A loop of one's own has `dpdist.check_sensitivity`, a
+    config `launch.check`.
   * While it runs, at the first step of a branch and then at a secret one in
     `config.sentinel.every`, examples of the data that are longer than their
     norms say are found and add 0; see `dpdist.clipping.watched`, which proves
@@ -26,7 +27,7 @@ the parameter and its rule are named on the owner's screen alone.
 
 from collections.abc import Callable, Iterator
 import functools
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -34,36 +35,19 @@ import numpy as np
 
 from dpdist import clipping
 from dpdist import comparison
+from dpdist import hosts
 from dpdist import keys
-from dpdist import made_up
 from dpdist import mechanism
 from dpdist import mesh as mesh_lib
 from dpdist import noise
 from dpdist import step as step_lib
+from dpdist import trials
 from dpdist.clipping import freezing
 
 PyTree = Any
 
-_INSTEAD = (
-  "clipping.method=vmap (method='vmap') forms every gradient and needs no such"
-  " rule"
-)
-
-
-class SensitivityError(RuntimeError):
-  """A clipped sum moves further than it may; says by which parameter."""
-
-
-class Report(NamedTuple):
-  """What a check came to.
-
-  Attributes:
-    num_examples: made-up examples that were tried.
-    ways: by each trained parameter's path, how it is clipped.
-  """
-
-  num_examples: int
-  ways: dict[str, str]
+SensitivityError = trials.SensitivityError
+Report = trials.Report
 
 
 def check_sensitivity(
@@ -134,19 +118,24 @@ def check_sensitivity(
     out = jax.lax.optimization_barrier(out._replace(aux=None))
     example, key = jax.tree.map(lambda x: x[row], (batch, rngs))
     norms = [x[row] for x in jax.tree.leaves(out.grad_norms)]
-    return measure(trained, constants, example, key, out.sum, norms)
+    total = mean(out.sum, jnp.sum(~is_padding))
+    return measure(trained, constants, example, key, total, norms)
 
-  program = _Program(
+  numbers = np.random.default_rng(0)
+  drawn = jax.tree.map(lambda x: numbers.normal(size=x.shape), trained)
+  both = trained, jax.jit(trials.moved)(trained, drawn)
+  program = trials.Program(
     clipped_grad,
-    params,
+    (params, clipping.merge(both[1], constants)),
     jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch),
-    jax.tree.map(_largest, batch),
+    jax.tree.map(largest_integer, batch),
+    rows,
     rows,
     lambda number: number % rows,
-    lambda *given: [one(trained, constants, *given)],
+    lambda number, *given: iter([one(both[number], constants, *given)]),
     None if rngs is None else lambda row: rngs[row],
   )
-  return _search(program)
+  return trials.search(program)
 
 
 def check_step(
@@ -183,7 +172,11 @@ def check_step(
   replicated = mesh_lib.replicated(mesh)
   measure = _on_one_device(comparison.measurer(clipped_grad), replicated)
   key = noise.as_key(keys.prng_words(keys.insecure_secret(0)))
-  along = drawer(step)(params, key) if is_watched else None
+  drawn = drawer(step)(params, key)
+  along = drawn if is_watched else None
+  specs = step.specs(params)
+  move = lambda *args: mesh_lib.constrain(trials.moved(*args), specs, mesh)
+  both = params, jax.jit(move)(params, drawn)
   at = jax.jit(lambda x, row: x[row], out_shardings=replicated)
   fold = functools.partial(jax.random.fold_in, key)
   # A step that nobody watches does not say its norms.
@@ -192,15 +185,20 @@ def check_step(
   def put(x: np.ndarray) -> jax.Array:
     return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
 
+  @jax.jit
+  def averaged(params: PyTree, total: PyTree, count: int) -> PyTree:
+    return mesh_lib.constrain(mean(total, count), step.specs(params), mesh)
+
   def run(
-    batch: PyTree, is_padding: np.ndarray, row: int
+    number: int, batch: PyTree, is_padding: np.ndarray, row: int
   ) -> Iterator[comparison.Measured]:
-    example = jax.tree.map(lambda x: x[row], batch)
+    params, example = both[number], jax.tree.map(lambda x: x[row], batch)
     chunk, empty = jax.tree.map(put, (batch, is_padding))
+    count = int(np.sum(~is_padding))
     given = (chunk, empty, key, 0)
     more = [] if frozen is None else [frozen]
     plain = step.accumulate(params, step.zeros(params), *given, *more)
-    total = step.total(params, plain)
+    total = averaged(params, step.total(params, plain), count)
     yield measure(params, frozen, example, fold(row), total, unknown)
     if along is None:
       return
@@ -208,23 +206,26 @@ def check_step(
       params, step.zeros(params), *given, frozen, along
     )
     norms = [at(x, row) for x in jax.tree.leaves(seen.norms)]
-    total = step.total(params, after)
+    total = averaged(params, step.total(params, after), count)
     yield measure(params, frozen, example, fold(row), total, norms)
 
   # One device after the other, and each row of them.
   shards = mesh_lib.num_example_shards(mesh)
   size = chunk_size // shards
-  program = _Program(
+  wholes = [step_lib.whole(x, frozen) for x in both]
+  program = trials.Program(
     clipped_grad,
-    step_lib.whole(params, frozen),
+    (wholes[0], wholes[1]),
     row,
     largest,
     chunk_size,
+    step.mechanism.plan.num_units,
     lambda number: number % shards * size + number // shards % size,
     run,
     fold,
+    hosts.any_process,
   )
-  return _search(program)
+  return trials.search(program)
 
 
 def _on_one_device(
@@ -248,19 +249,43 @@ def drawer(step: step_lib.Step) -> Callable[[PyTree, jax.Array], PyTree]:
   """Compiled (params, key) -> normal numbers like params, on the mesh."""
 
   def draw(params: PyTree, key: jax.Array) -> PyTree:
-    leaves, structure = jax.tree.flatten(params)
-    drawn = [
-      jax.random.normal(
-        jax.random.fold_in(key, i),
-        x.shape,
-        jnp.promote_types(x.dtype, jnp.float32),
-      ).astype(x.dtype)
-      for i, x in enumerate(leaves)
-    ]
-    found = jax.tree.unflatten(structure, drawn)
+    found = normal(params, key)
     return mesh_lib.constrain(found, step.specs(params), step.mesh)
 
   return jax.jit(draw)
+
+
+def normal(params: PyTree, key: jax.Array) -> PyTree:
+  """Normal numbers like params, in their dtypes; traced."""
+  leaves, structure = jax.tree.flatten(params)
+  drawn = [
+    jax.random.normal(
+      jax.random.fold_in(key, i),
+      x.shape,
+      jnp.promote_types(x.dtype, jnp.float32),
+    ).astype(x.dtype)
+    for i, x in enumerate(leaves)
+  ]
+  return jax.tree.unflatten(structure, drawn)
+
+
+def is_watched(
+  streams: mechanism.Streams, t: int, *, every: int, first_step: int
+) -> bool:
+  """Whether a step of a branch is; secret, and the same whenever it runs.
+
+  Args:
+    streams: of the branch.
+    t: the step.
+    every: on average one step of so many is watched; 0: none is.
+    first_step: of the branch, which is watched too.
+  """
+  if not every:
+    return False
+  if t == first_step:
+    return True
+  high, low = streams.words("sentinel_step", t).tolist()
+  return (high << 32 | low) % every == 0
 
 
 class Sentinel:
@@ -299,13 +324,10 @@ class Sentinel:
     self._found: jax.Array | None = None
 
   def is_watched(self, t: int) -> bool:
-    """Whether a step is one of those; secret, and the same whenever it runs."""
-    if not self._every:
-      return False
-    if t == self._first_step:
-      return True
-    high, low = self._streams.words("sentinel_step", t).tolist()
-    return (high << 32 | low) % self._every == 0
+    """Whether a step is one of those."""
+    return is_watched(
+      self._streams, t, every=self._every, first_step=self._first_step
+    )
 
   def begin(self, t: int, params: PyTree) -> None:
     """Says that a step begins."""
@@ -345,6 +367,7 @@ def fault(
   params: PyTree,
   row: PyTree,
   leaves: list[int],
+  names: list[str] | None = None,
 ) -> str:
   """What to say on the owner's screen of what `Sentinel.end` found.
 
@@ -353,131 +376,25 @@ def fault(
     params: whole; shapes are enough.
     row: shapes of a row of a chunk.
     leaves: what was found.
+    names: what the trained parameters are called; None: by their paths.
   """
-  names, ways = _ways(clipped_grad, params, row, has_rng=True)
-  where = ", ".join(f"{_path(names[i])} ({ways[names[i]]})" for i in leaves)
+  paths, ways = trials.ways_of(clipped_grad, params, row, has_rng=True)
+  where = ", ".join(
+    f"{trials.path((names or paths)[i])} ({ways[paths[i]]})" for i in leaves
+  )
   return (
     "the sentinel found an example whose clipped gradient is far longer than"
     f" the clip norm, along {where}: the guarantee of this run is void, and the"
-    f" ledger says so; {_INSTEAD}"
+    f" ledger says so; {trials.INSTEAD}"
   )
 
 
-class _Program(NamedTuple):
-  """What is searched for a fault.
-
-  Attributes:
-    clipped_grad: what it clips by.
-    params: whole.
-    row: shapes of an example.
-    largest: of its integers.
-    rows: of a batch.
-    place: from a case's number to its row.
-    run: (batch, is_padding, row) -> what was measured, of each program that
-      there is.
-    key: from a row to its key; None: the loss takes none.
-  """
-
-  clipped_grad: clipping.ClippedGrad
-  params: PyTree
-  row: PyTree
-  largest: PyTree
-  rows: int
-  place: Callable[[int], int]
-  run: Callable[..., Any]
-  key: Callable[[int], jax.Array] | None
+def mean(total: PyTree, count: jax.Array | int) -> PyTree:
+  """A sum of so many equal examples, as of one; traced."""
+  return jax.tree.map(lambda x: x / count, total)
 
 
-def _search(program: _Program) -> Report:
-  names, ways = _ways(
-    program.clipped_grad,
-    program.params,
-    program.row,
-    has_rng=program.key is not None,
-  )
-  filler = made_up.padding(program.row)
-  count = 0
-  for case in made_up.cases(program.row, program.largest):
-    row = program.place(count)
-    batch = jax.tree.map(
-      lambda rest, one, row=row: _chunk(rest, one, row, program.rows),
-      filler,
-      case.example,
-    )
-    is_padding = np.arange(program.rows) != row
-    for found in program.run(batch, is_padding, row):
-      problem = comparison.judge(
-        program.clipped_grad,
-        program.params,
-        jax.device_get(found),
-        is_ordinary=case.is_ordinary,
-      )
-      if problem is not None:
-        key = None if program.key is None else program.key(row)
-        leaf = _worst(program, case.example, key, problem, names)
-        raise SensitivityError(
-          f"the clipped sum of one made-up example ({case.name})"
-          f" {problem.what}: {_path(leaf)} ({ways[leaf]}) is not clipped as it"
-          f" should be, and no noise would be enough; {_INSTEAD}"
-        )
-    count += 1
-  return Report(count, ways)
-
-
-def _worst(
-  program: _Program,
-  example: PyTree,
-  key: jax.Array | None,
-  problem: comparison.Problem,
-  names: list[str],
-) -> str:
-  """The parameter to name."""
-  leaves = jax.tree.leaves(program.params)
-  if problem.what != "is not finite" and all(
-    x.is_fully_replicated for x in leaves
-  ):
-    alone = jax.tree.map(lambda x: x.addressable_data(0), program.params)
-    found = comparison.blamed(
-      program.clipped_grad, alone, example, key, problem.leaves
-    )
-    if found:
-      return found[0]
-  return names[problem.leaves[0]]
-
-
-def _ways(
-  clipped_grad: clipping.ClippedGrad,
-  params: PyTree,
-  row: PyTree,
-  *,
-  has_rng: bool,
-) -> tuple[list[str], dict[str, str]]:
-  """Paths of the trained parameters, and how each is clipped."""
-  batch = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), row
-  )
-  rng = jax.eval_shape(lambda: jax.random.key(0)) if has_rng else None
-  shapes = jax.tree.map(
-    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params
-  )
-  ways = clipped_grad.ways(shapes, batch, rng=rng)
-  return list(ways), ways
-
-
-def _path(name: str) -> str:
-  return f"params/{name}" if name else "params"
-
-
-def _chunk(
-  rest: np.ndarray, one: np.ndarray, row: int, rows: int
-) -> np.ndarray:
-  """A batch of `rest`, but for one row."""
-  batch = np.repeat(rest[None], rows, axis=0)
-  batch[row] = one
-  return batch
-
-
-def _largest(x: jax.Array) -> int:
-  """Of the integers of an array; 0 of any other."""
+def largest_integer(x: jax.Array) -> int:
+  """The largest integer of an array; 0 of any other."""
   is_integer = jnp.issubdtype(x.dtype, jnp.integer)
   return int(np.max(np.asarray(x), initial=0)) if is_integer else 0

@@ -26,6 +26,7 @@ def start_rows(
   *,
   epsilon: float,
   start_step: int,
+  sentinel_every: int,
 ) -> list[tuple[str, str]]:
   """The table shown before the first step and in the report.
 
@@ -34,6 +35,7 @@ def start_rows(
     planned: what it will have spent at its end.
     epsilon: what holds for it; see `dpdist.composition.guaranteed`.
     start_step: updates that the restored state has.
+    sentinel_every: of so many steps one is watched; 0: none.
 
   Returns:
     (name, value) pairs.
@@ -60,6 +62,10 @@ def start_rows(
     ("adjacency", f"{plan.neighboring_relation}, of one {plan.unit}"),
     ("mesh", f"{axes} ({device.device_kind})"),
     ("clipping method", job.step.mechanism.clipped_grad.method),
+    (
+      "watched by the sentinel",
+      f"one step in {sentinel_every:,}" if sentinel_every else "no step",
+    ),
     ("chunk size", screen.human_count(job.chunk_size)),
     ("parameters", screen.human_count(_num_params(job))),
     *_frozen_rows(job),
@@ -99,6 +105,7 @@ def result(
   ledger: ledger_lib.Ledger,
   *,
   num_steps: int,
+  sentinel_every: int,
   scores: dict[str, float],
   params_sha256: str,
   environment: dict[str, Any],
@@ -109,6 +116,7 @@ def result(
     job: the run.
     ledger: its ledger.
     num_steps: updates in the final parameters.
+    sentinel_every: as in `start_rows`.
     scores: held-out metrics, "test/NAME" and perhaps "test_ema/NAME".
     params_sha256: of the final parameters, those that were trained.
     environment: versions, code and devices.
@@ -130,6 +138,7 @@ def result(
     "num_steps": num_steps,
     "steps_charged": ledger.spent_steps,
     "segments": len(ledger.segments),
+    "sentinel_every": sentinel_every,
     "accountant": composition.accountant_of(ledger.spent),
     "params_sha256": params_sha256,
     "ledger_head": ledger.head,

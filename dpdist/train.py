@@ -230,7 +230,11 @@ def _run(
   rows: list[tuple[str, str]] = []
   if ledger is not None:
     rows = summary.start_rows(
-      job, ledger.planned, epsilon=epsilon_planned, start_step=start
+      job,
+      ledger.planned,
+      epsilon=epsilon_planned,
+      start_step=start,
+      sentinel_every=config.sentinel.every,
     )
     screen.show_start(rows, notices)
     if saved is None and start < last:
@@ -355,6 +359,7 @@ def _run(
       job,
       ledger,
       num_steps=int(state.step),
+      sentinel_every=config.sentinel.every,
       scores=scores,
       params_sha256=params_sha256,
       environment=provenance.public(environment),

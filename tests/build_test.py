@@ -50,6 +50,7 @@ LAYERS = (
   ("gradients", "stateful", "ledger", "manifest", "step", "metrics", "sources")
   + ("models", "losses", "optimizers", "preemption", "provenance")
   + ("operations", "model_check", "comparison"),
+  ("trials",),
   ("units", "parameters", "tokens", "sentinel"),
   ("chitchat", "cifar", "adult", "reviews", "sentences", "speeches"),
   ("features",),

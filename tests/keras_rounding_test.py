@@ -41,7 +41,7 @@ def test_a_keras_step_of_many_chunks_is_rounded_once(tmp_path):
   state = private._state()
   total = compensated.zeros_like(state["trainable"])
   for part in rows:
-    total, _ = private._accumulate(
+    total, *_ = private._accumulate(
       state["trainable"],
       state["non_trainable"],
       total,

@@ -14,10 +14,16 @@ import pytest
 
 import dpdist
 from dpdist import checkpoint
+from dpdist import history
 from dpdist import ledger as ledger_lib
+from dpdist import made_up
+from dpdist import sentinel
 from dpdist import sources
+from dpdist import trials
+from dpdist.clipping import bookkeeping
 from dpdist.clipping import compensated
 from dpdist.frontends import keras as private_keras
+from dpdist.frontends import keras_data
 from dpdist.frontends import keras_loss
 
 # After the frontend, which chooses the backend.
@@ -298,10 +304,26 @@ def test_every_update_is_charged_before_it_is_computed(workdir):
 
 
 def test_what_is_computed_before_a_charge_is_of_zeros(workdir):
+  """Or made up, of public random numbers, for the sentinel's check."""
   _, spy, *_ = _core(workdir)
-  assert len(spy.rehearsed) == 2  # A second call may run another program.
-  for leaf in jax.tree.leaves(spy.rehearsed):
+  zeros, made = spy.rehearsed[:2], spy.rehearsed[2:]
+  for leaf in jax.tree.leaves(zeros):  # A second call may run another program.
     np.testing.assert_array_equal(leaf, 0)
+  # In the dtypes that JAX gives them: as float64, most sizes would be lost.
+  shapes = jax.eval_shape(
+    lambda t: jax.tree.map(lambda a: a[0], t), _without_gradient()
+  )
+  largest = (0, {"one": 0, "many": 2})
+  cases = [c.example for c in made_up.cases(shapes, largest)]
+  public = [
+    jax.tree.map(np.ndarray.tobytes, c)
+    for c in [made_up.padding(shapes), *cases]
+  ]
+  assert len(made) > len(cases)
+  for batch in made:
+    for row in range(4):
+      one = jax.tree.map(lambda a, row=row: a[row].tobytes(), batch)
+      assert one in public
 
 
 def test_no_two_chunks_of_a_fit_share_their_randomness(workdir):
@@ -332,7 +354,7 @@ def test_randomness_goes_by_the_place_in_the_step_and_not_in_the_chunk(
 
 @pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 8])
 def test_chunks_hold_what_was_drawn_and_nothing_else(count):
-  data = private_keras._Arrays(np.arange(12.0), np.arange(12), 12)
+  data = keras_data.Arrays(np.arange(12.0), np.arange(12), 12)
   drawn = np.arange(12)[-count:] if count else np.zeros(0, np.int64)
   found = []
   for (x, y), is_padding in data.chunks(drawn, 4):
@@ -441,6 +463,43 @@ def test_a_step_that_fails_on_zeros_is_not_charged(tmp_path):
 
 def _fail():
   raise RuntimeError("out of memory")
+
+
+def _norms_of_a_hundredth(monkeypatch):
+  norm = bookkeeping.norm
+
+  def wrong(*args):
+    size, formed = norm(*args)
+    return size / 100, formed
+
+  monkeypatch.setattr(bookkeeping, "norm", wrong)
+
+
+def test_a_wrong_rule_stops_a_fit_before_anything_is_charged(
+  tmp_path, monkeypatch
+):
+  _norms_of_a_hundredth(monkeypatch)
+  private = _private(tmp_path)
+  with pytest.raises(
+    sentinel.SensitivityError, match=r"dense.*kernel .*dot_gen"
+  ):
+    private.fit(*_data())
+  assert private.epsilon() == 0
+  assert not (tmp_path / "ledger").exists()
+
+
+def test_a_wrong_rule_stops_a_fit_while_it_runs(tmp_path, monkeypatch):
+  _norms_of_a_hundredth(monkeypatch)
+  monkeypatch.setattr(trials, "search", lambda program: None)
+  config = _config(l2_clip_norm=1e-3, expected_batch_size=11.0)
+  private = _private(tmp_path, seed=None, config=config, sentinel_every=1)
+  with pytest.raises(
+    sentinel.SensitivityError, match=r"dense.*kernel .*dot_gen"
+  ):
+    private.fit(*_data())
+  with ledger_lib.Ledger(tmp_path / "ledger") as ledger:
+    assert ledger.guarantee == f"void: {history.TOO_LONG}"
+    assert ledger.checkpoints[-1].step == ledger.spent_steps == private.step
 
 
 def test_metrics_in_the_place_of_keras_2_are_taken_for_metrics(tmp_path):

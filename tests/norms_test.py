@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from dpdist import clipping
+from dpdist.clipping import inner_products
 from dpdist.clipping import norms
 from dpdist.clipping import rules
 
@@ -173,6 +174,7 @@ def _take(way, monkeypatch):
 _RULES = [
   ("gram", "bookkeeping"),
   ("diagonal", "bookkeeping"),
+  ("keep", "bookkeeping"),
   ("drop", "bookkeeping"),
   ("drop", "two_pass"),
   ("", "vmap"),
@@ -285,28 +287,176 @@ def test_no_search_finds_a_norm_that_is_too_small(way, method, monkeypatch):
     true = _true_norms(batch)
 
 
-def test_a_norm_is_an_upper_bound_on_eight_devices_too(monkeypatch):
-  _take("diagonal", monkeypatch)
-  batch, true = _batch()
-  size = 8 * (len(_SCALES) // 8)
-  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
-  fn = clipping.clipped_grad(
-    _loss, l2_clip_norm=dict.fromkeys(_KINDS, _CLIP), method="bookkeeping"
-  )
+def _on_eight_devices(fn, params):
+  """Compiled (batch, is_padding) -> each device's own sum, and all norms."""
   rows = PartitionSpec("data")
+
+  def one(batch, is_padding_example):
+    got = fn(params, batch, is_padding_example=is_padding_example)
+    return jax.tree.map(lambda x: x[None], got.sum), got.grad_norms
+
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
   run = jax.shard_map(
-    lambda batch: fn(_params(), batch).grad_norms,
-    mesh=mesh,
-    in_specs=rows,
-    out_specs=rows,
+    one, mesh=mesh, in_specs=(rows, rows), out_specs=(rows, rows)
   )
-  found = jax.jit(run)(jax.tree.map(lambda x: x[:size], batch))
-  for kind, norm in found.items():
-    _assert_bounds(norm, true[kind][:size], kind)
+  return jax.jit(run)
+
+
+def _lengths(x):
+  x = np.asarray(x, np.float64)
+  return np.sqrt(np.sum(np.square(x.reshape(len(x), -1)), axis=1))
+
+
+def _moved(total, method):
+  """How far examples moved sums, by what has a clip norm of its own."""
+  found = {kind: _lengths(x) for kind, x in total.items()}
+  if method == "two_pass":
+    return {"all": functools.reduce(np.hypot, found.values())}
+  return found
+
+
+@pytest.mark.parametrize(
+  ("way", "method"),
+  [
+    pytest.param(*rule, marks=[] if rule[0] == "diagonal" else pytest.mark.slow)
+    for rule in _RULES
+  ],
+)
+def test_no_example_moves_a_sum_of_eight_devices_too_far(
+  way, method, monkeypatch
+):
+  """One example of three on each device at a time."""
+  _take(way, monkeypatch)
+  batch, true = _batch()
+  clip_norm = _CLIP if method == "two_pass" else dict.fromkeys(_KINDS, _CLIP)
+  fn = clipping.clipped_grad(_loss, l2_clip_norm=clip_norm, method=method)
+  run = _on_eight_devices(fn, _params())
+  size = 24
+  rows = np.arange(size) % len(_SCALES)
+  batch = jax.tree.map(lambda x: x[rows], batch)
+  longest = 0
+  for place in range(3):
+    total, found = run(batch, np.arange(size) % 3 != place)
+    if method != "two_pass":
+      for kind, norm in found.items():
+        _assert_bounds(norm, true[kind][rows], kind)
+    for kind, moved in _moved(total, method).items():
+      assert np.all(moved <= _CLIP * (1 + _UNNOTICED)), (kind, place)
+      longest = max(longest, *moved)
+  assert longest >= _CLIP * (1 - _UNNOTICED)
+
+
+# Convolutions of numbers of 16 bits.
+
+_NARROW = tuple(
+  (kind, dtype)
+  for kind in ("convolution", "groups, strides", "one axis")
+  for dtype in ("bfloat16", "float16")
+)
+
+
+def _narrow_loss(params, example):
+  total = 0
+  for kind, dtype in _NARROW:
+    name = f"{kind}, {dtype}"
+    out = _KINDS[kind][-1](params[name], example[name]["x"])
+    total += jnp.sum(out.astype(example[name]["g"].dtype) * example[name]["g"])
+  return total
+
+
+@functools.cache
+def _narrow_batch():
+  """As `_batch`, of numbers that both dtypes hold; norms in float64."""
+  rng = np.random.default_rng(0)
+  examples = []
+  for a, b, along in _SCALES:
+    example = {}
+    for kind, dtype in _NARROW:
+      # From 1e-37 to 1e37, or from 1e-4 to 1e4.
+      less = 1 if dtype == "bfloat16" else 4 / 37
+      most, least = (jnp.finfo(dtype).max, jnp.finfo(dtype).smallest_normal)
+      arrays = {}
+      for name, shape, power in (
+        ("x", _KINDS[kind][1], a),
+        ("g", _KINDS[kind][2], b),
+      ):
+        x = rng.normal(size=shape)
+        x = x * 10.0 ** (less * _powers(shape, power, along, rng))
+        x = np.clip(x, -float(most), float(most)).astype(dtype)
+        arrays[name] = np.where(abs(x) < least, 0, x).astype(dtype)
+      # A product that it meets has the dtype of the model.
+      arrays["g"] = arrays["g"].astype(np.float32)
+      example[f"{kind}, {dtype}"] = arrays
+    examples.append(example)
+  batch = jax.tree.map(lambda *x: np.stack(x), *examples)
+  with jax.enable_x64(True):
+    grads = jax.jit(jax.vmap(jax.grad(_narrow_loss), in_axes=(None, 0)))(
+      {
+        f"{kind}, {dtype}": np.zeros(_KINDS[kind][0]) for kind, dtype in _NARROW
+      },
+      jax.tree.map(lambda x: x.astype(np.float64), batch),
+    )
+    return batch, {name: _lengths(x) for name, x in grads.items()}
+
+
+@pytest.mark.parametrize(
+  ("way", "method", "devices"),
+  [
+    pytest.param(
+      *rule,
+      n,
+      marks=[] if (rule[0], n) == ("diagonal", 8) else pytest.mark.slow,
+    )
+    for rule in _RULES
+    for n in (1, 8)
+  ],
+)
+def test_no_example_of_a_narrow_model_moves_a_sum_too_far(
+  way, method, devices, monkeypatch
+):
+  _take(way, monkeypatch)
+  batch, true = _narrow_batch()
+  params = {
+    f"{kind}, {dtype}": jnp.zeros(_KINDS[kind][0], dtype)
+    for kind, dtype in _NARROW
+  }
+  clip_norm = _CLIP if method == "two_pass" else dict.fromkeys(params, _CLIP)
+  fn = clipping.clipped_grad(
+    _narrow_loss, l2_clip_norm=clip_norm, method=method
+  )
+  size = 24
+  rows = np.arange(size) % len(_SCALES)
+  batch = jax.tree.map(lambda x: x[rows], batch)
+  if devices == 8:
+    run, count = _on_eight_devices(fn, params), 3
+  else:
+    run, count = _one_by_one(fn, params), 1
+  longest = 0
+  for place in range(count):
+    total, found = run(batch, np.arange(size) % count != place)
+    for name, moved in _moved(total, method).items():
+      assert np.all(moved <= _CLIP * (1 + _UNNOTICED)), (name, place)
+      longest = max(longest, *moved)
+    # Gradients that JAX forms are in the dtype of the model, sum and norm.
+    if method == "bookkeeping":
+      for name, norm in found.items():
+        _assert_bounds(norm, true[name][rows], name)
+  assert longest >= _CLIP * (1 - _UNNOTICED)
+
+
+def _one_by_one(fn, params):
+  """Compiled (batch, is_padding) -> each example's own sum, and norms."""
+
+  def one(example):
+    got = fn(params, jax.tree.map(lambda x: x[None], example))
+    return got.sum, jax.tree.map(lambda x: x[0], got.grad_norms)
+
+  return jax.jit(lambda batch, is_padding: jax.lax.map(one, batch))
 
 
 def _moves(loss, params, batch, method):
-  """How far one example moves a sum that is clipped to 1, and its norm."""
+  """How far a batch moves a sum that is clipped to 1, and its first norm; with
+  book-keeping on each of eight devices, too."""
   fn = clipping.clipped_grad(loss, l2_clip_norm=1.0, method=method)
 
   @jax.jit
@@ -315,7 +465,14 @@ def _moves(loss, params, batch, method):
     return got.sum, got.grad_norms[0]
 
   total, norm = call(params, batch)
-  return np.linalg.norm(np.asarray(total, np.float64)), float(norm)
+  moved = [np.linalg.norm(np.asarray(total, np.float64))]
+  if method == "bookkeeping":
+    many = jax.tree.map(lambda x: np.concatenate([x] * 8), batch)
+    is_padding = np.zeros(len(jax.tree.leaves(many)[0]), bool)
+    totals, norms_of_all = _on_eight_devices(fn, params)(many, is_padding)
+    moved.extend(_lengths(totals))
+    np.testing.assert_allclose(norms_of_all[:: len(is_padding) // 8], norm)
+  return max(moved), float(norm)
 
 
 @pytest.mark.parametrize("method", ["bookkeeping", "two_pass", "auto"])
@@ -488,6 +645,28 @@ def test_long_vectors_of_equal_entries_leave_a_norm(length, monkeypatch):
   true = np.abs((v.astype(np.float64) * w).sum((1, 2))) * length
   assert np.all(found >= true * (1 - 2.0**-11))
   assert np.all(found <= true * 1.3)
+
+
+@pytest.mark.parametrize("size", [24, 31, 100, 700])
+def test_a_sum_over_all_pairs_is_within_its_bound(size):
+  """Equal numbers, of which each addition rounds the same way; few examples,
+  for which the compiler takes another order than for many."""
+
+  @jax.jit
+  def run(pairs, ones, numbers, lists):
+    return inner_products.sum_of_products(
+      inner_products.InnerProducts(pairs, numbers, lists, 0.0),
+      inner_products.InnerProducts(ones, lists, lists, 0.0),
+    )
+
+  lists = np.ones((1, size), np.float32)
+  for number in np.random.default_rng(0).uniform(1, 2, 16):
+    pairs = np.full((1, size, size), number, np.float32)
+    found, error = run(pairs, np.ones_like(pairs), pairs[:, 0], lists)
+    missed = np.sum(pairs, dtype=np.float64) - float(found[0])
+    assert abs(missed) <= error[0]
+    # Where nothing cancels no room is made.
+    assert error[0] <= 2.0**-11 * found[0]
 
 
 def test_what_two_products_cancel_differently_has_a_floor_at_any_scale():

@@ -262,6 +262,32 @@ def test_made_up_tokens_are_as_large_as_any_that_a_model_looks_up(
   assert reached == {"inputs": most, "targets": changes["num_outputs"] - 1}
 
 
+def _check_alone(params):
+  return dpdist.check_sensitivity(_loss, params, _batch(4), l2_clip_norm=_CLIP)
+
+
+def test_a_rule_behind_a_parameter_that_begins_as_0_is_tried(monkeypatch):
+  """Such as the second factor of an adapter: it hides the first one's."""
+  params = _params() | {"w": jnp.zeros((8, 4))}
+  assert _check_alone(params).num_examples >= 8
+  _weaken(monkeypatch, "gather", 0.01)
+  with pytest.raises(sentinel.SensitivityError, match=r"params/table .*gather"):
+    _check_alone(params)
+
+
+def test_what_is_wrong_without_padding_alone_is_found(monkeypatch):
+  clipped_sum = bookkeeping.clipped_sum
+
+  def wrong(problem, examples, keep):
+    sums, *others = clipped_sum(problem, examples, keep)
+    factor = jnp.where(jnp.all(keep), 2.0, 1.0)
+    return ([x * factor for x in sums], *others)
+
+  monkeypatch.setattr(bookkeeping, "clipped_sum", wrong)
+  with pytest.raises(sentinel.SensitivityError, match=r"is 0.2 long where its"):
+    _check_alone(_params())
+
+
 # While it runs.
 
 

@@ -79,18 +79,25 @@ def sum_of_products(
   Returns:
     [...]; and a bound on its errors.
   """
-  # Sums of this kind are made in trees of 32.
-  of_rows = rows.error + 64 * _rounding(rows.one.dtype)
+  # No term goes through more additions than that, in whatever order they are.
+  added = sum(rows.products.shape[-2:])
+  of_rows = rows.error + added * _rounding(rows.one.dtype)
   of_columns = columns.error
   error = rows.of_norms() * (
     of_rows * jnp.abs(columns.products)
     + of_rows * of_columns * columns.of_norms()
   ) + of_columns * columns.of_norms() * jnp.abs(rows.products)
-  over = (-1, -2)
   return (
-    jnp.sum(rows.products * columns.products, axis=over),
-    jnp.sum(error, axis=over),
+    _sum_by_rows(rows.products * columns.products),
+    jnp.sum(error, axis=(-1, -2)),
   )
+
+
+def _sum_by_rows(x: jax.Array) -> jax.Array:
+  """Sums over the last two axes, one after the other: in one go a compiler may
+  add up T U numbers in a row, which is up to T U roundings, and not T + U."""
+  # It would make one sum of the two.
+  return jnp.sum(jax.lax.optimization_barrier(jnp.sum(x, axis=-1)), axis=-1)
 
 
 def _rounding(dtype: Any) -> float:

@@ -368,7 +368,7 @@ def clipped_grad(
   Guarantees:
     * The sum moves by at most `sensitivity(relation)` when one example changes,
       for any data and parameters, on one device or inside shard_map on many,
-      up to the rounding of float32.
+      up to the rounding of float32, which docs/rounding.md bounds.
     * An example whose gradient norm is not finite (in float32: above 3e38)
       contributes exactly 0. But under "vmap", so does one with activations of
       about 3e38, however small its gradient, and one that is shortened, with

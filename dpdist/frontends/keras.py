@@ -20,7 +20,7 @@ and never shuffled, what counts is the noisy update and not the piece of a
 batch, and no update is made that the plan does not cover.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 import functools
 import itertools
 import math
@@ -33,13 +33,17 @@ import numpy as np
 
 from dpdist import clipping
 from dpdist import dp_config
+from dpdist import history
 from dpdist import mechanism as mechanism_lib
 from dpdist import noise
 from dpdist import plan as plan_lib
-from dpdist import sources
+from dpdist import sentinel as sentinel_lib
 from dpdist.clipping import compensated
+from dpdist.clipping import watched
+from dpdist.frontends import keras_data
 from dpdist.frontends import keras_loss
 from dpdist.frontends import keras_model
+from dpdist.frontends import keras_sentinel
 from dpdist.frontends import run as run_lib
 
 PyTree = Any
@@ -56,6 +60,7 @@ def make_private(
   rescale_to_unit_norm: bool = False,
   method: str = "auto",
   unsafe_metrics: bool = False,
+  sentinel_every: int = 100,
   insecure_seed: int | None = None,
 ) -> "PrivateModel":
   """Binds a Keras model to a privacy budget.
@@ -78,6 +83,9 @@ def make_private(
     method: see `dpdist.clipped_grad`.
     unsafe_metrics: also show the training loss, which is private. It voids the
       guarantee, and the ledger says so.
+    sentinel_every: of so many updates one, by a secret choice, and the first of
+      each fit look for examples that are longer than their norms say; 0: none
+      does. See `dpdist.sentinel`.
     insecure_seed: fixes every random stream, for tests; likewise.
 
   Returns:
@@ -95,11 +103,8 @@ def make_private(
     rescale_to_unit_norm |= config.rescale_to_unit_norm
     insecure_seed = config.seed if insecure_seed is None else insecure_seed
     config = config.to_privacy_config()
-  notices = (
-    ("unsafe_metrics shows the training loss, which no noise covers",)
-    if unsafe_metrics
-    else ()
-  )
+  void = ("unsafe_metrics shows the training loss, which no noise covers",)
+  notices = void if unsafe_metrics else ()
   run = run_lib.Run(
     workdir, config, insecure_seed=insecure_seed, notices=notices
   )
@@ -117,13 +122,17 @@ def make_private(
       f"microbatch_size must divide the chunk_size of {chunk_size}, got"
       f" {microbatch_size}"
     )
+  if sentinel_every < 0:
+    raise ValueError(f"sentinel_every must be at least 0, got {sentinel_every}")
   options = {
     "l2_clip_norm": plan.l2_clip_norm,
     "microbatch_size": microbatch_size,
     "rescale_to_unit_norm": rescale_to_unit_norm,
     "method": method,
   }
-  private = PrivateModel(model, run, chunk_size, options, unsafe_metrics)
+  private = PrivateModel(
+    model, run, chunk_size, options, unsafe_metrics, sentinel_every
+  )
   private._restore()
   for name in ("fit", "train_on_batch"):
     setattr(model, name, functools.partial(keras_model.refuse, name))
@@ -145,12 +154,15 @@ class PrivateModel:
     chunk_size: int,
     options: dict[str, Any],
     unsafe_metrics: bool,
+    sentinel_every: int,
   ):
     self.model = model
     self.plan = run.plan
     self._run = run
     self._chunk_size = chunk_size
     self._unsafe_metrics = unsafe_metrics
+    self._sentinel_every = sentinel_every
+    self._is_checked = False
     sensitivity = clipping.clipped_grad(lambda: None, **options).sensitivity(
       self.plan.neighboring_relation
     )
@@ -171,16 +183,19 @@ class PrivateModel:
       is_padding_example: jax.Array,
       key: jax.Array,
       first_row: jax.Array,
-    ) -> tuple[compensated.Sum, jax.Array]:
+      direction: list[jax.Array] | None = None,
+    ) -> tuple[compensated.Sum, jax.Array, watched.Seen | None]:
       rows = first_row + jnp.arange(is_padding_example.shape[0])
       got = clipped_grad(non_trainable)(
         trainable,
         batch,
         is_padding_example=is_padding_example,
         rng=jax.vmap(jax.random.fold_in, (None, 0))(key, rows),
+        direction=direction,
       )
+      got, seen = watched.seen(got)
       loss = jnp.sum(jnp.where(is_padding_example, 0, got.loss))
-      return compensated.add(total, got.sum, got.low), loss
+      return compensated.add(total, got.sum, got.low), loss, seen
 
     def update(
       trainable: list[jax.Array],
@@ -195,6 +210,7 @@ class PrivateModel:
         optimizer, bound.mean(noisy), trainable
       )
 
+    self._clipped_grad = clipped_grad
     self._accumulate = jax.jit(accumulate)
     self._update = jax.jit(update)
 
@@ -257,8 +273,10 @@ class PrivateModel:
         or y is not what was planned for; nothing is spent then.
       dpdist.ledger.LedgerError: another process trains, or has trained on.
       dpdist.sources.ChangedError: files of x or y were changed meanwhile.
+      dpdist.sentinel.SensitivityError: clipping does not bound what an example
+        can do; before an update is charged, or after one that is saved.
     """
-    data = _Arrays(x, y, self.plan.num_examples)
+    data = keras_data.Arrays(x, y, self.plan.num_examples)
     ends = self._ends(epochs, steps_per_epoch)
     keras_model.refuse_changing_state(self.model, data.example())
     zeros = compensated.zeros_like(
@@ -268,6 +286,15 @@ class PrivateModel:
       ]
     )
     self._rehearse(data, zeros)
+    if not self._is_checked:
+      keras_sentinel.check(
+        *(self.model, self._clipped_grad, self._accumulate),
+        *(self._state(), zeros, data),
+        chunk_size=self._chunk_size,
+        most=self.plan.num_examples,
+        is_watched=self._sentinel_every > 0,
+      )
+      self._is_checked = True
     told = keras.callbacks.CallbackList(
       list(callbacks or ()),
       add_history=True,
@@ -295,14 +322,14 @@ class PrivateModel:
     told.on_train_end()
     return self.model.history
 
-  def _rehearse(self, data: "_Arrays", zeros: compensated.Sum) -> None:
+  def _rehearse(self, data: keras_data.Arrays, zeros: compensated.Sum) -> None:
     """Makes a step of made-up zeros: what fails, fails before it is charged."""
     chunk, padding = next(data.chunks(np.zeros(0, np.int64), self._chunk_size))
     chunk = jax.tree.map(np.zeros_like, chunk)
     state, key = self._state(), jax.random.key(0)
     total: compensated.Sum = zeros
     for row in range(2):  # Other programs run at a second call than at a first.
-      total, _ = self._accumulate(
+      total, *_ = self._accumulate(
         *(state["trainable"], state["non_trainable"], total),
         *(chunk, padding, key, jnp.int32(row)),
       )
@@ -335,7 +362,7 @@ class PrivateModel:
   def _steps(
     self,
     going: run_lib.GoingOn,
-    data: "_Arrays",
+    data: keras_data.Arrays,
     zeros: compensated.Sum,
     stop: int,
   ) -> float:
@@ -357,13 +384,22 @@ class PrivateModel:
         indices = sampler(step)
         key = going.streams.key("model_rng", step)
         begun = step + 1
+        direction, found = [], np.zeros(len(trainable), np.int32)
+        every, first = self._sentinel_every, going.first_step
+        if sentinel_lib.is_watched(
+          going.streams, step, every=every, first_step=first
+        ):
+          secret = going.streams.key("sentinel_direction", step)
+          direction.append(keras_sentinel.normal(trainable, secret))
         for (batch, padding), row in zip(
           data.chunks(indices, self._chunk_size), rows, strict=False
         ):
-          total, loss = self._accumulate(
+          total, loss, seen = self._accumulate(
             *(trainable, state["non_trainable"], total),
-            *(batch, padding, key, jnp.int32(row)),
+            *(batch, padding, key, jnp.int32(row), *direction),
           )
+          if seen is not None:
+            found = found + np.asarray(seen.found[0])
           if self._unsafe_metrics:
             losses += float(loss)
         num_drawn += len(indices)
@@ -372,6 +408,13 @@ class PrivateModel:
         )
         jax.block_until_ready(trainable)
         step += 1
+        if np.any(found):
+          going.notice(history.TOO_LONG)
+          raise sentinel_lib.SensitivityError(
+            keras_sentinel.fault(
+              self.model, self._clipped_grad, self._state(), data, found
+            )
+          )
     finally:
       # Also after an error or Ctrl-C: what was computed is paid for.
       try:
@@ -414,37 +457,3 @@ class PrivateModel:
       strict=True,
     ):
       variable.assign(value)
-
-
-class _Arrays:
-  """The private examples, in memory or mapped."""
-
-  def __init__(self, x: PyTree, y: PyTree, num_examples: int):
-    self._tree = jax.tree.map(np.asarray, (x, y))
-    for name, part in zip("xy", self._tree, strict=True):
-      for leaf in jax.tree.leaves(part):
-        if not leaf.ndim or len(leaf) != num_examples:
-          raise ValueError(
-            f"{name} must hold the plan's num_examples={num_examples} examples"
-            f" along its first axis, got shape {leaf.shape}"
-          )
-    leaves = jax.tree_util.tree_leaves_with_path(self._tree)
-    # Made before anything is read, so that it misses no change of a file.
-    self.source = sources.ArraySource(
-      {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-    )
-
-  def example(self) -> tuple[PyTree, PyTree]:
-    """One example's shapes."""
-    return jax.eval_shape(lambda t: jax.tree.map(lambda a: a[0], t), self._tree)
-
-  def chunks(
-    self, indices: np.ndarray, size: int
-  ) -> Iterator[tuple[tuple[PyTree, PyTree], np.ndarray]]:
-    """Yields padded chunks, at least one, and what is padding in them."""
-    for first in range(0, max(1, len(indices)), size):
-      rows = indices[first : first + size]
-      # Padding holds the first example; it contributes nothing.
-      padded = np.pad(rows, (0, size - len(rows)))
-      batch = jax.tree.map(lambda a, rows=padded: a[rows], self._tree)
-      yield batch, np.arange(size) >= len(rows)

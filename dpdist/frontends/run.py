@@ -50,10 +50,12 @@ class GoingOn:
 
   Attributes:
     streams: all randomness of this stretch of steps.
+    first_step: of this stretch.
     last_step: where the steps must end for the plan to hold.
   """
 
   streams: mechanism.Streams
+  first_step: int
   last_step: int
   _run: "Run"
   _ledger: ledger_lib.Ledger
@@ -101,6 +103,10 @@ class GoingOn:
     if found:
       self._ledger.notice(sources.CHANGED, unsound=True)
       raise sources.changed_error(found)
+
+  def notice(self, text: str) -> None:
+    """Records what voids the guarantee."""
+    self._ledger.notice(text)
 
   def save(self, state: PyTree, step: int) -> None:
     """Saves a checkpoint of charged steps, and records it."""
@@ -288,6 +294,7 @@ class Run:
       ) as checkpoints:
         yield GoingOn(
           mechanism.Streams(secret, branch.identity),
+          branch.start_step,
           ledger.last_step,
           self,
           ledger,
