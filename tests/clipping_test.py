@@ -197,3 +197,12 @@ def test_bad_calls_are_named():
   groups = jax.jit(clipping.clipped_grad(_square_loss, l2_clip_norm={"a": 1.0}))
   with pytest.raises(ValueError, match=r"l2_clip_norm .* prefix"):
     groups({"b": zero}, jnp.ones(4))
+
+
+@pytest.mark.parametrize("method", ["bookkeeping", "two_pass", "vmap"])
+def test_a_batch_may_be_a_constant_of_the_program(method):
+  loss = lambda p, x: jnp.sum(jnp.tanh(x @ p))
+  fn = clipping.clipped_grad(loss, l2_clip_norm=1.0, method=method)
+  params, batch = np.ones((4, 2), np.float32), np.ones((3, 4), np.float32)
+  got = jax.jit(lambda params: fn(params, batch).sum)(params)
+  np.testing.assert_array_equal(got, jax.jit(fn)(params, batch).sum)

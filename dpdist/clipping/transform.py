@@ -161,8 +161,9 @@ class ClippedGrad:
     }
     checks.sharding(**of_examples)
     checks.params(freezing.partition(params, self.frozen)[0])
-    # Python's and NumPy's numbers are parameters like any other.
-    params = jax.tree.map(jnp.asarray, params)
+    # Python's and NumPy's numbers are like any others, also as constants of a
+    # program.
+    params, batch = jax.tree.map(jnp.asarray, (params, batch))
     params = manual_axes.cast_to_varying(params, axes)
     keep = manual_axes.cast_to_varying(keep, axes)
     parts = freezing.split(
