@@ -342,7 +342,7 @@ def test_randomness_goes_by_the_place_in_the_step_and_not_in_the_chunk(
   batch = np.ones((4, _NUM_EXAMPLES), np.float32), np.ones((4, 1))
 
   def of(first_row, row):
-    total, _ = private._accumulate(
+    total, *_ = private._accumulate(
       *(state["trainable"], state["non_trainable"], zeros, batch),
       *(np.arange(4) != row, jax.random.key(0), jnp.int32(first_row)),
     )
