@@ -32,6 +32,7 @@ import secrets
 from typing import Any
 
 from dpdist import fields
+from dpdist import history
 from dpdist import ledger as ledger_lib
 from dpdist import plan as plan_lib
 from dpdist import records
@@ -367,6 +368,9 @@ class DataBudget:
   def give_back(self, ledger: ledger_lib.Ledger) -> float:
     """Gives back what a run that was ended had reserved and did not spend.
 
+    Of a run whose clipping did not bound what an example can do, or whose
+    record is not sound, nobody knows what it spent: it gives nothing back.
+
     Args:
       ledger: of the run, ended; so no step can be charged any more.
 
@@ -391,6 +395,8 @@ class DataBudget:
         given = 0.0
         return None
       cost = self.cost(ledger.spent)
+      if ledger.unsound or history.TOO_LONG in ledger.notices:
+        cost = self.stakes[name].cost
       given = self.stakes[name].cost - cost
       return "end", {"stake": name, "cost": cost, "head": ledger.head}
 

@@ -217,8 +217,14 @@ class Ledger(history.History):
       again, are the same release; a new one otherwise.
 
     Raises:
-      LedgerError: the checkpoint knows records that this ledger lacks.
+      LedgerError: the checkpoint knows records that this ledger lacks; or the
+        sentinel stopped the run for good.
     """
+    if history.TOO_LONG in self.notices:
+      raise LedgerError(
+        "workdir must not hold a run that the sentinel stopped, whose guarantee"
+        " is void for good: start a new run in a new directory"
+      )
     if ledger_head and not self.has_been_at(ledger_head):
       raise LedgerError(
         f"the checkpoint of step {step} was saved under ledger head"
@@ -232,6 +238,8 @@ class Ledger(history.History):
         and branch.version == history.IDENTITY_VERSION
         and branch.fingerprint == fingerprint
         and digest in branch.bases
+        # Else nobody knows that its data is what its steps had.
+        and not self.unsound
       ):
         return branch
     self._append(

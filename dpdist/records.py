@@ -247,6 +247,10 @@ class Log:
 
   def _write_record(self, kind: str, body: Mapping[str, Any]) -> None:
     seq = len(self.records)
+    if len(self.heads) != seq + 1:
+      raise RecordError(
+        "this process was interrupted while it wrote to the ledger: start again"
+      )
     record = {"seq": seq, "prev": self.head, "kind": kind, **body}
     lost = 0
     while lost < seq and self.records[seq - lost - 1]["kind"] == "lost":

@@ -15,6 +15,7 @@ import dpdist
 from dpdist import admission
 from dpdist import config as config_lib
 from dpdist import data_budget
+from dpdist import history
 from dpdist import ledger as ledger_lib
 from dpdist import pairs
 from dpdist import plan as plan_lib
@@ -230,6 +231,26 @@ def test_only_what_can_never_be_released_is_given_back(tmp_path):
   stranger.end()
   with pytest.raises(ValueError, match="holds a stake"):
     budget.give_back(stranger)
+
+
+@pytest.mark.parametrize("is_too_long", [True, False])
+def test_a_run_of_which_no_bound_is_known_gives_nothing_back(
+  tmp_path, is_too_long
+):
+  budget = _budget(tmp_path)
+  ledger = _run(tmp_path / "run")
+  _admit(budget, ledger)
+  ledger.reserve_through(30)
+  budget.follow(ledger)
+  if is_too_long:
+    ledger.notice(history.TOO_LONG)
+  else:
+    ledger.notice("files were changed", unsound=True)
+  ledger.end()
+  before = budget.reserved
+  assert budget.give_back(ledger) == 0
+  assert budget.reserved == before
+  assert all(stake.is_ended for stake in budget.stakes.values())
 
 
 def test_a_run_that_was_ended_stays_so(tmp_path):

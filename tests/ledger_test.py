@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from dpdist import history
 from dpdist import ledger as ledger_lib
 from dpdist import plan as plan_lib
 from dpdist import records
@@ -378,6 +379,46 @@ def test_notices_are_recorded_once_and_void_the_guarantee(tmp_path):
   ledger = ledger_lib.Ledger(tmp_path)
   assert ledger.notices == ["a seed", "metrics"]
   assert ledger.guarantee == "void: a seed; metrics"
+
+
+def test_a_run_that_the_sentinel_stopped_is_not_gone_on_with(tmp_path):
+  """By whatever way in."""
+  ledger = _ledger_with_history(tmp_path)
+  ledger.notice(history.TOO_LONG)
+  with pytest.raises(ledger_lib.LedgerError, match="void for good"):
+    _resume(ledger, 10, "ten")
+  assert ledger.spent_steps == 20
+
+
+def test_steps_whose_data_may_have_changed_are_not_run_again_for_free(tmp_path):
+  ledger = _ledger_with_history(tmp_path)
+  first = ledger.branches[-1]
+  ledger.notice("files were changed", unsound=True)
+  identities = {first.identity}
+  for _ in range(2):
+    identities.add(_resume(ledger, 10, "ten").identity)
+  assert len(identities) == 3
+
+
+class _Interrupted(list):
+  """A list whose append is done, and then interrupted."""
+
+  def append(self, value):
+    super().append(value)
+    raise KeyboardInterrupt
+
+
+def test_an_interrupted_writer_writes_no_more(tmp_path):
+  """What it would write might not follow what is there."""
+  ledger = _ledger_with_history(tmp_path)
+  log = ledger._log
+  log.records = _Interrupted(log.records)
+  with pytest.raises(KeyboardInterrupt):
+    ledger.reserve_through(21)
+  log.records = list(log.records)
+  with pytest.raises(records.RecordError, match="was interrupted"):
+    ledger.give_back(20)
+  assert ledger_lib.Ledger(tmp_path).spent_steps == 21
 
 
 def _ledger_with_history(path):
