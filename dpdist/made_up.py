@@ -5,6 +5,7 @@ is in them.
 """
 
 from collections.abc import Iterator, Sequence
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -152,7 +153,8 @@ def _floats(
   if kind == "pair":
     # Nothing beside two entries that cancel, or nearly: no norm hides them.
     x = np.zeros(leaf.shape)
-    x.reshape(*leaf.shape[:1], -1)[:2, :1] = 1
+    first, *others = (*leaf.shape, 1)
+    x.reshape(first, math.prod(others))[:2, :1] = 1
     if is_odd and leaf.shape:
       x[1:] *= -1
   if kind == "mirrored" and leaf.shape:

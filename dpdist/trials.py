@@ -108,7 +108,11 @@ def search(program: Program) -> Report:
         text = ""
         if problem is not None:
           key = None if program.key is None else program.key(row)
-          leaf = _worst(program, number, case.example, key, problem)
+          try:
+            leaf = _worst(program, number, case.example, key, problem)
+          except Exception:
+            # Such as no memory for it: the others wait for this process.
+            leaf = problem.leaves[0]
           name = (program.names or paths)[leaf]
           text = (
             f"the clipped sum of one made-up example ({case.name})"

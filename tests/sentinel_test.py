@@ -7,6 +7,7 @@ example is found with probability above 0.9 at a look.
 
 import functools
 import json
+import math
 import pathlib
 
 import jax
@@ -260,6 +261,42 @@ def test_made_up_tokens_are_as_large_as_any_that_a_model_looks_up(
   tried = [case.example for case in made_up.cases(row, largest)]
   reached = {k: max(x[k].max() for x in tried) for k in row}
   assert reached == {"inputs": most, "targets": changes["num_outputs"] - 1}
+
+
+def test_examples_of_any_shape_are_made_up():
+  for shape in ((), (0,), (3, 0), (1,), (2, 3)):
+    for dtype in (np.float32, np.int32, bool):
+      row = jax.ShapeDtypeStruct(shape, dtype)
+      cases = [*made_up.cases(row, 3 if dtype == np.int32 else 1)]
+      assert cases
+      assert all(case.example.shape == shape for case in cases)
+
+
+def test_a_regression_passes():
+  loss = lambda p, x, y: jnp.square(x @ p - y)
+  batch = np.ones((4, 3), np.float32), np.ones(4, np.float32)
+  dpdist.check_sensitivity(
+    lambda p, example: loss(p, *example), jnp.ones(3), batch, l2_clip_norm=1.0
+  )
+
+
+def test_many_groups_raise_no_more_false_alarms_than_one():
+  for count in (1, 2, 10, 1000):
+    limit = watched.limit_of(count)
+    assert count * math.erfc(limit / math.sqrt(2)) <= 8.04e-11
+  assert watched.limit_of(1) == pytest.approx(6.5, abs=1e-6)
+
+
+def test_a_fault_is_told_where_no_parameter_can_be_found(monkeypatch):
+  """Others, which found nothing, wait for this process."""
+
+  def fail(*args):
+    raise MemoryError("no memory for gradients one by one")
+
+  monkeypatch.setattr(comparison, "blamed", fail)
+  _weaken(monkeypatch, "gather", 0.01)
+  with pytest.raises(sentinel.SensitivityError, match="made-up example"):
+    _check_alone(_params())
 
 
 def _check_alone(params):

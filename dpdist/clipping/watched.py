@@ -7,7 +7,8 @@ deviation |g|, so that a scaled gradient of at most C has
   P(scale |<g, v>| > 6.5 C) <= P(|N(0, 1)| > 6.5) = 8.03e-11.
 
 An example beyond that is taken for one whose norm was too small: it adds 0 to
-the sum. Of a scaled gradient of k C it is found with probability 0.32 for k =
+the sum; with several groups the limit is longer, see `limit_of`. Of a scaled
+gradient of k C it is found with probability 0.32 for k =
 6.5, 0.52 for 10, 0.74 for 20 and 0.82 from 50 on, by what follows; none for k =
 1.02. An example whose derivative is not finite adds 0, too, without an alarm.
 
@@ -27,6 +28,7 @@ That the numbers are floats adds little:
 from collections.abc import Callable, Sequence
 import dataclasses
 import math
+import statistics
 from typing import Any, NamedTuple
 
 import jax
@@ -41,7 +43,8 @@ from dpdist.clipping.scaling import Scaling
 
 PyTree = Any
 
-LIMIT = 6.5
+# Of an example of one group, in clip norms.
+_LIMIT = 6.5
 _CONFIRMATIONS = 8
 _CHANGE = 2.0**-6
 _AGREES = 2.0**-3
@@ -63,6 +66,16 @@ class Seen(NamedTuple):
 
   found: jax.Array
   norms: PyTree
+
+
+def limit_of(num_groups: int) -> float:
+  """The length, in clip norms, from which on an example is a suspect.
+
+  It is longer where an example has several groups, which are looked at apart:
+  all together pass it with the probability that one has of passing 6.5.
+  """
+  normal = statistics.NormalDist()
+  return -normal.inv_cdf(normal.cdf(-_LIMIT) / num_groups)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -96,8 +109,9 @@ class Watched(Scaling):
       for bound, more in zip(self.bounds, self.enlargements, strict=True)
     ]
     seen = [self.derive(self._of_group(i)) for i in range(len(bounds))]
+    limit = limit_of(len(bounds))
     suspects = [
-      jnp.abs(scale * d) > LIMIT * bound
+      jnp.abs(scale * d) > limit * bound
       for scale, d, bound in zip(scales, seen, bounds, strict=True)
     ]
     some = jnp.any(jnp.stack(suspects))
