@@ -14,6 +14,10 @@ since what of it was computed cannot be known. Nothing is given back
   * by a job of several processes, of which one may be further on than another;
   * by a process that dies: it has no time to.
 
+A copy of a whole process, memory and all, such as a snapshot of a virtual
+machine, takes the charges for its own, and may compute what the other copy gave
+back; it is stopped as soon as it saves or charges. Nothing here sees it before.
+
 The ledger comes first and the data set's budget after it. A process that dies
 between the two leaves a budget that holds too much.
 """

@@ -87,7 +87,9 @@ class Source(Protocol):
 def changed_files(source: Source) -> list[str]:
   """The files that a source still reads from and that were changed since.
 
-  Once this is empty, all that was read so far is what the manifest is of. A
+  Once this is empty, all that was read so far is what the manifest is of, but
+  for what was changed and changed back in between, and for what a program
+  writes through a memory map of its own, which moves no time of the file. A
   source that reads from files after it was made has a method of this name. It
   may take as long as the manifest did; see `is_touched`.
 
