@@ -90,13 +90,9 @@ def cache(tmp_path_factory):
     yield folder
 
 
-@pytest.mark.parametrize(
-  "name",
-  [
-    pytest.param(name, marks=() if name == "digits" else pytest.mark.slow)
-    for name in _NAMES
-  ],
-)
+# The digits train in every run: in tests/train_test.py.
+@pytest.mark.slow
+@pytest.mark.parametrize("name", _NAMES)
 def test_it_trains_two_steps(name, cache, tmp_path):
   changes = _SMALLER.get(name, {}) | {
     "chunk_size": 16,

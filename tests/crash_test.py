@@ -63,7 +63,12 @@ def _released(path):
   not tracing.is_allowed(), reason="wants strace, and may not trace"
 )
 @pytest.mark.parametrize(
-  "calls", ["write,pwrite64", "fsync,fdatasync", "rename"]
+  "calls",
+  [
+    "write,pwrite64",
+    pytest.param("fsync,fdatasync", marks=pytest.mark.slow),
+    pytest.param("rename", marks=pytest.mark.slow),
+  ],
 )
 def test_killed_at_any_call_the_log_covers_what_was_released(tmp_path, calls):
   number, kills = 0, 0

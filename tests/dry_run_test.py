@@ -187,6 +187,7 @@ def test_nor_does_one_whose_second_half_fails(tmp_path, monkeypatch, half):
   assert _nothing_is_left(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_chunk_that_was_chosen_is_halved_until_it_fits(
   tmp_path, monkeypatch, capsys
 ):

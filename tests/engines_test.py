@@ -478,6 +478,7 @@ def test_a_product_that_asks_to_be_rounded_gets_room(method):
   np.testing.assert_allclose(rounded, exact, rtol=0.1)
 
 
+@pytest.mark.slow
 def test_the_lean_engine_rounds_no_product_without_room(monkeypatch):
   passes = []
   monkeypatch.setattr(

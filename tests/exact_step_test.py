@@ -231,6 +231,7 @@ def test_randomness_belongs_to_the_place_in_the_steps_list():
   np.testing.assert_allclose(draws, np.sum(floats, 0), atol=1e-4)
 
 
+@pytest.mark.slow
 def test_removing_any_example_moves_the_sum_within_the_sensitivity():
   """Though those after it move to other places, and to other groups."""
   _, params, data = _problem("mlp")
@@ -283,7 +284,11 @@ def test_one_example_is_no_longer_than_the_clip_norm():
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize(
   "clip_norm",
-  [1e-6, 0.75, pytest.param(3e5, marks=pytest.mark.slow)],
+  [
+    pytest.param(1e-6, marks=pytest.mark.slow),
+    0.75,
+    pytest.param(3e5, marks=pytest.mark.slow),
+  ],
 )
 def test_all_examples_in_one_direction_do_not_overflow(sign, clip_norm):
   loss = lambda params, example, rng: (

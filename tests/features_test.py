@@ -115,6 +115,7 @@ class _Crash(Exception):  # noqa: N818
   pass
 
 
+@pytest.mark.slow
 def test_a_step_run_again_on_other_features_has_new_keys(tmp_path, monkeypatch):
   # Features made anew may differ by a rounding. The same noise on both sums
   # would come out in their difference.

@@ -163,6 +163,7 @@ def test_a_job_that_comes_back_before_the_maintenance_may_go_on(told, stack):
   assert found.wait() == ["the machine's preemption"]
 
 
+@pytest.mark.slow
 def test_a_stranger_in_the_servers_place_is_not_believed(told, stack):
   server = stack.enter_context(
     _Metadata(maintenance_event="NONE", preempted="TRUE")

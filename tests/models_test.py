@@ -101,6 +101,7 @@ def test_wide_resnet_has_the_layers_of_wrn_16_4():
   assert sum(sizes.values()) == expected
 
 
+@pytest.mark.slow
 def test_standardised_kernels_see_neither_scale_nor_shift():
   model = _make(name="wide_resnet")
   inputs = _INPUTS["wide_resnet"]

@@ -293,6 +293,7 @@ def test_noise_has_the_standard_deviation_that_the_event_claims(mesh_name):
   assert not close(1.0, plan.noise_multiplier * 3 / 2)
 
 
+@pytest.mark.slow
 def test_noise_bits_are_equal_on_every_mesh():
   draws = {
     name: _noise_of_steps(meshes.of(name), 2)[1] for name in meshes.SHAPES

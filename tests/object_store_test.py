@@ -178,6 +178,7 @@ def test_the_store_refuses_a_write_on_a_condition_that_no_longer_holds(
   assert _kinds(location) == ["writer", "a"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lost", ["answer", "request"])
 def test_a_write_is_repeated_until_it_is_known_to_be_there(
   location, proxy, lost
@@ -233,6 +234,7 @@ def test_a_proposal_is_written_once_whatever_is_lost(location, proxy, lost):
   assert _kinds(location) == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_many_threads_propose_at_once(location):
   """Each has a log of its own; what it decides on rests on all before it."""
 

@@ -119,6 +119,7 @@ def _optimistic(adjacency, count):
   )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 40])
 def test_composed_exchanges_are_bounded_and_not_loosely(count):
   ours = {

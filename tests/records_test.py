@@ -350,6 +350,7 @@ def test_confirm_tells_a_writer_that_it_was_shut_out(tmp_path, monkeypatch):
   other.close()
 
 
+@pytest.mark.slow
 def test_of_twenty_at_once_exactly_one_writes(tmp_path):
   children = [_child(tmp_path) for _ in range(20)]
   said = [child.stdout.readline() for child in children]

@@ -110,6 +110,7 @@ def test_other_shapes_are_refused(shape):
     scattering.transform(np.zeros(shape))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3])
 def test_scaled_ones_are_of_one_scale_for_public_pictures(channels):
   public = pictures.like(8, 12, channels)

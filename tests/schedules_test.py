@@ -151,6 +151,7 @@ def test_without_a_schedule_a_step_need_not_say_which_it_is():
   np.testing.assert_array_equal(after.params["w"], same.params["w"])
 
 
+@pytest.mark.slow
 def test_a_group_is_one_gradient_in_training(tmp_path):
   config = digits.get_config()
   config.insecure_seed = 7

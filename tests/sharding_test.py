@@ -307,6 +307,7 @@ def _assert_lies(x, spec, mesh):
   assert x.sharding.is_equivalent_to(expected, x.ndim), (x.sharding, spec)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "mesh_name",
   ["data, fsdp", pytest.param("data, fsdp, model", marks=pytest.mark.slow)],

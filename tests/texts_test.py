@@ -232,6 +232,7 @@ def _params(model, inputs):
   )
 
 
+@pytest.mark.slow
 def test_padding_is_seen_by_no_token_and_an_adapter_begins_at_nothing():
   model = _bert()
   tokens_ = np.array([3, 5, 7, 0, 0, 0], np.int32)
@@ -258,6 +259,7 @@ def test_padding_is_seen_by_no_token_and_an_adapter_begins_at_nothing():
   assert all(np.isfinite(x).all() for x in leaves)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "make", [lambda **x: _bert(**x), lambda **x: _decoder(**x)]
 )
@@ -317,6 +319,7 @@ def test_blocks_that_are_run_ahead_change_nothing():
   assert all(path.startswith("block_2/") for path in found)
 
 
+@pytest.mark.slow
 def test_states_of_minilm_are_those_of_its_own_blocks(tmp_path, monkeypatch):
   monkeypatch.setenv("DPDIST_CACHE", str(tmp_path))
   packages.write("minilm")

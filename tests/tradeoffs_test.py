@@ -116,6 +116,7 @@ def test_the_plot_is_of_the_format_that_its_name_says(tmp_path):
     tradeoff_plot.draw(tmp_path / "a.txt", plan, curves)
 
 
+@pytest.mark.slow
 def test_the_door_answers_without_jax(tmp_path):
   door = """
 import runpy

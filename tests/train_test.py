@@ -272,6 +272,7 @@ def test_every_step_is_charged_before_it_is_computed(tmp_path, monkeypatch):
   assert tried == [0]
 
 
+@pytest.mark.slow
 def test_changed_code_or_devices_open_a_branch_and_stay_in_budget(
   tmp_path, monkeypatch
 ):
@@ -319,6 +320,7 @@ def test_empty_draws_train_on_noise_alone_and_count(tmp_path):
   assert result["params_sha256"] != initial
 
 
+@pytest.mark.slow
 def test_chunks_of_any_size_make_the_same_update(finished, tmp_path):
   workdir, _ = finished
   dpdist.train(_config(chunk_size=8), tmp_path)
@@ -344,6 +346,7 @@ def test_branches_share_no_key(tmp_path):
   assert not np.array_equal(*draws)
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_falls_back_and_ends_the_same(finished, tmp_path):
   workdir, expected = finished
   copy = tmp_path / "copy"

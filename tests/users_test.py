@@ -289,6 +289,7 @@ def test_a_user_with_many_examples_lends_others_at_each_step(finished):
   assert len(set(mine)) > 6
 
 
+@pytest.mark.slow
 def test_a_resumed_run_chooses_as_if_it_had_not_stopped(
   directory, finished, tmp_path, monkeypatch
 ):
