@@ -152,13 +152,16 @@ def read_files(root: pathlib.Path) -> dict[str, pathlib.Path]:
 
 
 @functools.cache
-def _parse(text: str, *, at_run_time: bool) -> ast.Module:
+def _import_statements(
+  text: str, *, at_run_time: bool
+) -> list[ast.Import | ast.ImportFrom]:
   tree = ast.parse(text)
   if at_run_time:
     for node in ast.walk(tree):
       if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
         node.body = []
-  return tree
+  kinds = (ast.Import, ast.ImportFrom)
+  return [node for node in ast.walk(tree) if isinstance(node, kinds)]
 
 
 def _imported(
@@ -166,10 +169,11 @@ def _imported(
 ) -> Iterator[str]:
   """Slashed paths that a file imports: `a/b/c` for `from a.b import c`."""
   package = name if path.stem == "__init__" else name.rpartition("/")[0]
-  for node in ast.walk(_parse(path.read_text(), at_run_time=at_run_time)):
+  text = path.read_text()
+  for node in _import_statements(text, at_run_time=at_run_time):
     if isinstance(node, ast.Import):
       yield from (alias.name.replace(".", "/") for alias in node.names)
-    elif isinstance(node, ast.ImportFrom):
+    else:
       parts = node.module.split(".") if node.module else []
       if node.level:
         above = package.split("/")
