@@ -153,8 +153,8 @@ def _floats(
   if kind == "pair":
     # Nothing beside two entries that cancel, or nearly: no norm hides them.
     x = np.zeros(leaf.shape)
-    first, *others = (*leaf.shape, 1)
-    x.reshape(first, math.prod(others))[:2, :1] = 1
+    rows = leaf.shape[0] if leaf.shape else 1
+    x.reshape(rows, math.prod(leaf.shape[1:]))[:2, :1] = 1
     if is_odd and leaf.shape:
       x[1:] *= -1
   if kind == "mirrored" and leaf.shape:
