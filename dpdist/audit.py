@@ -211,11 +211,11 @@ def log_likelihood_ratios(
   Returns:
     [n] float64; infinite where what was seen is not a number.
   """
-  ((pair, _), *_) = plan.steps(1)
   total = np.zeros(len(sums))
   for t, seen in enumerate(sums.T):
     setting = plan.setting(t)
-    sigma = pair.sigma * setting.noise_multiplier / plan.noise_multiplier
+    # The two worlds are one sensitivity apart.
+    sigma = setting.noise_multiplier
     q = plan.probability(setting)
     # With parts in turn, a canary's own steps are not told from the others.
     q /= plan.cycle_length
@@ -364,12 +364,12 @@ def _num_guesses(
   """
   rng = np.random.default_rng(0)
   is_in = rng.integers(0, 2, num_canaries).astype(bool)
-  ((pair, _), *_) = plan.steps(1)
   sums = np.zeros((num_canaries, num_steps))
   place = np.where(is_in, *canaries.worlds(plan)[::-1])
   for t in range(num_steps):
     setting = plan.setting(t)
-    sigma = pair.sigma * setting.noise_multiplier / plan.noise_multiplier
+    # The two worlds are one sensitivity apart.
+    sigma = setting.noise_multiplier
     q = plan.probability(setting) / plan.cycle_length
     drawn = rng.random(num_canaries) < q
     sums[:, t] = place * drawn + sigma * rng.normal(size=num_canaries)

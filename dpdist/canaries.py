@@ -310,8 +310,8 @@ def worlds(plan: plan_lib.PrivacyPlan) -> tuple[float, float]:
 
   In the distance between the two.
   """
-  ((pair, _), *_) = plan.steps(1)
-  return (-0.5, 0.5) if pair.kind == "exchange" else (0.0, 1.0)
+  is_replaced = plan.neighboring_relation == "replace_one"
+  return (-0.5, 0.5) if is_replaced else (0.0, 1.0)
 
 
 def _distance(plan: plan_lib.PrivacyPlan) -> float:

@@ -122,6 +122,8 @@ def _epsilon_one_way(way: "_Way", log: float) -> float:
 
   def at(order: float) -> tuple[float, bool]:
     total = _sum(way, order, _rounded_log(log))
+    if total is None:
+      return math.inf, True
     found = _inverse(total.log_delta, log, near)
     return found, total.is_seen(found)
 
@@ -144,6 +146,8 @@ def _log_delta_one_way(way: "_Way", epsilon: float) -> float:
 
   def at(order: float) -> tuple[float, bool]:
     total = _sum(way, order, _rounded_log(log))
+    if total is None:
+      return 0.0, True
     return total.log_delta(epsilon), total.is_seen(epsilon)
 
   while found < log - _FAR_BELOW and log > least:
@@ -306,8 +310,12 @@ def _rounded_log(log: float) -> float:
 
 
 @functools.lru_cache(maxsize=4)
-def _sum(way: _Way, order: float, log_delta: float) -> Sum:
-  """What steps add up to, to be asked at a delta of about e^log_delta."""
+def _sum(way: _Way, order: float, log_delta: float) -> Sum | None:
+  """What steps add up to, to be asked at a delta of about e^log_delta.
+
+  None where that would take too many cells: moving the losses of very many
+  steps to a grid then spreads them further than a grid can be.
+  """
   num_steps = sum(count for _, count in way)
   tiny = max(math.exp(log_delta) * _INFINITE / num_steps, 1e-305)
   steps = [(mixtures.atoms(side, tiny, order), count) for side, count in way]
@@ -317,7 +325,10 @@ def _sum(way: _Way, order: float, log_delta: float) -> Sum:
   cell = max(cell, min(least, (high - low) / _LARGE))
   cell = max(cell, (high - low) / _MOST_CELLS)
   low, high = _window(steps, order, cell)
-  size = fft.next_fast_len(math.ceil((high - low) / cell) + 8, real=True)
+  size = math.ceil((high - low) / cell) + 8
+  if size > 2 * _MOST_CELLS:
+    return None
+  size = fft.next_fast_len(size, real=True)
   start = math.floor(low / cell) - 4
   factors, offset, log_total, growth = [], 0, 0.0, 0.0
   for atoms, count in steps:

@@ -54,8 +54,8 @@ def _reads(directory, count):
   assert [run.wait() for run in runs] == [0] * count, runs[0].screen
   found = []
   for number, path in enumerate(paths):
-    first, *chunks = map(json.loads, path.read_text().splitlines())
-    assert first == [0]  # For the shapes alone.
+    first, second, *chunks = map(json.loads, path.read_text().splitlines())
+    assert first == second == [0]  # For its columns, and for their shapes.
     if number == 0:
       # It holds every row against the held-out ones, before the first step.
       rows: list[int] = []
