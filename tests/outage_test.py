@@ -8,6 +8,7 @@ import functools
 import os
 import re
 import shutil
+import threading
 import time
 
 import ml_collections
@@ -75,9 +76,11 @@ def _take_away(file):
 
 
 def _clog(file):
-  """What reads it from now on never hears of it again."""
-  _take_away(file)
-  os.mkfifo(file)
+  """What reads it from now on never hears of it again; it looks as it did."""
+  shutil.copy(file, f"{file}.away")
+  sources.ArrayRecordSource.read = lambda self, indices: (
+    threading.Event().wait()
+  )
 
 
 def _bring_back(file):
@@ -117,7 +120,7 @@ def test_a_run_waits_for_its_data_and_ends_as_if_it_had_been_there(
 @pytest.mark.parametrize(
   ("do", "reason"),
   [
-    (_take_away, r"cannot be read \(open\(\) failed: No such file or .*\)"),
+    (_take_away, r"cannot be read \(.*No such file or .*\)"),
     (_clog, "has not answered for 3 s"),
   ],
   ids=["gone", "silent"],
@@ -132,7 +135,7 @@ def test_a_run_stops_when_its_data_stays_away_and_goes_on_later(
   (line,) = [x for x in run.screen.splitlines() if x.startswith("error:")]
   where = re.escape(repr(str(data)))
   assert re.fullmatch(
-    rf"error: step \d+: data set 'array_record' in {where} {reason}, and was"
+    rf"error: (step \d+: )?data set 'array_record' in {where} {reason}, and was"
     " waited for 1 s: see that all of it can be read, and run the same command"
     " again, which goes on from the last checkpoint",
     line,

@@ -14,6 +14,7 @@ import dpdist
 from dpdist import clipping
 from dpdist import comparison
 from dpdist import config as config_lib
+from dpdist import history
 from dpdist import job
 from dpdist import keys
 from dpdist import ledger as ledger_lib
@@ -253,7 +254,7 @@ def test_two_processes_stop_together_while_they_run(tmp_path, aside):
   for run in runs:
     assert "the sentinel found an example" in run.screen
   ledger = ledger_lib.Ledger(tmp_path / "run" / "ledger")
-  assert sentinel.NOTICE in ledger.guarantee
+  assert history.TOO_LONG in ledger.guarantee
   assert len(ledger.checkpoints) == 1
 
 
