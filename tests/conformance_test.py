@@ -854,7 +854,7 @@ def test_norms_of_convolutions_that_are_never_formed(name, way, monkeypatch):
   monkeypatch.setattr(rules, "_ways", ways)
   got = _compute(*_problem(name), method="bookkeeping", sharded=True)
   expected = _reference(name)
-  # There is room in these norms for what rounding may hide: they are never less.
+  # These norms have room for what rounding may hide: they are never less.
   for mine, theirs in zip(got, expected, strict=True):
     _assert_close(mine, theirs, 1e-3)
   real = np.arange(_BATCH) % 5 != 3
