@@ -772,15 +772,26 @@ def _reference(name):
 
 
 # What takes longest to compile is apart; so are, below, ways that are the same
-# for every device, and those of other devices. Each layer is held in one pass
-# and on one device in every run; in two passes, and on eight devices, those
-# that stand for the kinds of rules.
+# for every device, and those of other devices. Each kind of layer is held in
+# one pass and on one device in every run; its variants, two passes and eight
+# devices come in turn, but for those that stand for the kinds of rules.
 _FOR_ALL = ("dense", "convolution", "tied_embedding", "dropout", "layer_norm")
+_VARIANTS = (
+  *("convolution_negative_padding", "convolution_3d", "convolution_dilation"),
+  *("convolution_channels_first", "convolution_many_channels_stride"),
+  *("convolution_1d", "convolution_one_by_one", "convolution_transposed"),
+  *("embedding_indexed_out_of_range", "dense_at_many_positions"),
+  *("weight_on_the_left", "scan_of_convolutions", "remat_in_scan"),
+  *("remat_of_tied_weights", "scan_in_scan", "vmapped_and_jitted"),
+  *("derivative_that_is_not_linear_on_parameters", "equinox_model"),
+  *("loop_that_data_ends", "sorted_and_accumulated", "divided", "stacked"),
+  "scan_with_weights_that_differ_by_a_constant",
+)
 _QUICK_FIRST = [
   pytest.param(
     *(name, method, sharded),
     marks=[pytest.mark.slow]
-    * (name == "linen" or (is_more and name not in _FOR_ALL)),
+    * (name in ("linen", *_VARIANTS) or (is_more and name not in _FOR_ALL)),
     id=f"{name}-{method}-{'8 devices' if sharded else 'one'}",
   )
   for name in CASES
