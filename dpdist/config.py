@@ -5,12 +5,19 @@ of the form --config.a.b=value change it once more. Imports no jax, so that
 `launch.budget` can read any config anywhere.
 """
 
+from collections.abc import Mapping
+import json
+import os
+import pathlib
 from typing import Any
 
 import ml_collections
 from ml_collections import config_dict
 
 from dpdist import plan as plan_lib
+
+_FILE = "config.json"
+"""In a run's directory: the settings of its last start."""
 
 
 def default() -> ml_collections.ConfigDict:
@@ -211,3 +218,38 @@ def privacy_config(config: ml_collections.ConfigDict) -> plan_lib.PrivacyConfig:
 def privacy_dict(config: ml_collections.ConfigDict) -> dict[str, Any]:
   """The same, JSON-able, as the ledger records it."""
   return privacy_config(config).to_dict()
+
+
+def save(
+  workdir: str | os.PathLike[str], config: ml_collections.ConfigDict
+) -> None:
+  """Keeps a run's settings beside it, so that it can be looked at later."""
+  path = pathlib.Path(workdir) / _FILE
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
+  os.replace(temporary, path)
+
+
+def load(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
+  """Reads what `save` kept; a setting that is newer has its default.
+
+  Raises:
+    ValueError: there is no such file.
+  """
+  path = pathlib.Path(workdir) / _FILE
+  if not path.exists():
+    raise ValueError(
+      f"config must be given for a run without {_FILE}, as --config=FILE with"
+      f" what was changed by flags; there is none in {str(workdir)!r}"
+    )
+  merged: dict[str, Any] = default().to_dict()
+  _merge(merged, json.loads(path.read_text()))
+  return ml_collections.ConfigDict(merged)
+
+
+def _merge(into: dict[str, Any], kept: Mapping[str, Any]) -> None:
+  for name, value in kept.items():
+    if isinstance(value, dict) and isinstance(into.get(name), dict):
+      _merge(into[name], value)
+    else:
+      into[name] = value

@@ -5,7 +5,6 @@ computed from an example that is protected, and a run whose record is not sound
 is refused, since nothing could be said of what its parameters cost.
 """
 
-from collections.abc import Mapping
 import functools
 import json
 import os
@@ -35,9 +34,6 @@ from dpdist import parameters
 from dpdist import shapes
 from dpdist import step as step_lib
 from dpdist import verification
-
-_SETTINGS = "config.json"
-"""In the run's directory: the settings of its last start."""
 
 
 class UnsoundError(Exception):
@@ -70,34 +66,6 @@ class Released(NamedTuple):
   environment: dict[str, Any]
 
 
-def write_settings(
-  workdir: pathlib.Path, config: ml_collections.ConfigDict
-) -> None:
-  """Keeps a run's settings beside it, so that it can be looked at later."""
-  path = workdir / _SETTINGS
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-  os.replace(temporary, path)
-
-
-def read_settings(workdir: pathlib.Path) -> ml_collections.ConfigDict:
-  """What `write_settings` kept; a setting that is newer has its default.
-
-  Raises:
-    ValueError: there is none.
-  """
-  path = workdir / _SETTINGS
-  if not path.exists():
-    raise ValueError(
-      f"config must be given for a run without {_SETTINGS}, as --config=FILE"
-      f" with what was changed by flags; there is none in {str(workdir)!r}"
-    )
-  kept = json.loads(path.read_text())
-  merged: dict[str, Any] = config_lib.default().to_dict()
-  _merge(merged, kept)
-  return ml_collections.ConfigDict(merged)
-
-
 def load(
   workdir: str | os.PathLike[str],
   ledger: ledger_lib.Ledger,
@@ -121,7 +89,7 @@ def load(
   workdir = pathlib.Path(workdir)
   check_sound(workdir, ledger)
   saved = _find(workdir, ledger, step)
-  config = read_settings(workdir) if config is None else config
+  config = config_lib.load(workdir) if config is None else config
   _check_settings(config, ledger)
   test = datasets.load(config.data).test
   held_out = test.read(np.arange(len(test)))
@@ -247,11 +215,3 @@ def _mesh(config: ml_collections.ConfigDict) -> Mesh:
     return mesh_lib.make(config.mesh)
   except ValueError:
     return mesh_lib.make({"data": -1, "fsdp": 1, "model": 1})
-
-
-def _merge(into: dict[str, Any], kept: Mapping[str, Any]) -> None:
-  for name, value in kept.items():
-    if isinstance(value, dict) and isinstance(into.get(name), dict):
-      _merge(into[name], value)
-    else:
-      into[name] = value

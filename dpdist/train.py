@@ -44,12 +44,12 @@ from dpdist import operations
 from dpdist import preemption
 from dpdist import progress as progress_lib
 from dpdist import provenance
-from dpdist import released as released_lib
 from dpdist import report
 from dpdist import screen
 from dpdist import sentinel as sentinel_lib
 from dpdist import sources
 from dpdist import step as step_lib
+from dpdist import step_sentinel
 from dpdist import summary
 from dpdist import units
 from dpdist import watch
@@ -195,7 +195,7 @@ def _run(
         "no checkpoint can be restored, and the plan is spent; "
         + "; ".join(rejected)
       )
-    released_lib.write_settings(workdir, config)
+    config_lib.save(workdir, config)
     epsilon_planned = composition.guaranteed([*ledger.bounds, ledger.planned])
     return _Line(
       branch.identity,
@@ -215,7 +215,7 @@ def _run(
   sentinel = _sentinel(config, job, streams, line.first_step)
   if start < last:
     progress.enter(start, "compiling")
-    sentinel_lib.check_step(
+    step_sentinel.check_step(
       step,
       state.params,
       job.frozen,
@@ -387,8 +387,8 @@ def _sentinel(
   job: job_lib.Job,
   streams: mechanism.Streams,
   first_step: int,
-) -> sentinel_lib.Sentinel:
-  return sentinel_lib.Sentinel(
+) -> step_sentinel.Sentinel:
+  return step_sentinel.Sentinel(
     job.step,
     job.frozen,
     streams,

@@ -30,6 +30,7 @@ from dpdist import plan as plan_lib
 from dpdist import screen
 from dpdist import sentinel
 from dpdist import shapes
+from dpdist import step_sentinel
 from launch import errors
 from launch import exit_codes
 from launch import flag_parsing
@@ -79,7 +80,7 @@ def _prepared(config: Any) -> Callable[[], sentinel.Report]:
     np.zeros(inputs.shape, inputs.dtype),
   )
   row = shapes.unit(config, example)
-  return lambda: sentinel.check_step(
+  return lambda: step_sentinel.check_step(
     step,
     start.init(step).params,
     start.frozen(step),

@@ -52,7 +52,8 @@ LAYERS = (
   + ("operations", "model_check", "comparison"),
   ("trials",),
   ("units", "parameters", "tokens", "sentinel"),
-  ("chitchat", "cifar", "adult", "reviews", "sentences", "speeches"),
+  ("chitchat", "cifar", "adult", "reviews", "sentences", "speeches")
+  + ("step_sentinel",),
   ("features",),
   ("data", "data_budget", "datasets", "retrying", "screen", "drawing")
   + ("checkpoint", "exact_step", "odometer", "watch"),

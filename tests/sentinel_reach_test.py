@@ -24,6 +24,7 @@ from dpdist import models
 from dpdist import parameters
 from dpdist import sentinel
 from dpdist import shapes
+from dpdist import step_sentinel
 from dpdist.clipping import bookkeeping
 from tests import jobs
 from tests import meshes
@@ -122,7 +123,7 @@ class _Made:
     self.is_padding = put(np.zeros(_ROWS, bool))
 
   def check(self):
-    return sentinel.check_step(
+    return step_sentinel.check_step(
       self.step,
       self.params,
       self.frozen,
@@ -134,7 +135,7 @@ class _Made:
   def found(self, steps):
     """In how many watched steps an example was found."""
     streams = mechanism.Streams(keys.insecure_secret(3), "a")
-    watcher = sentinel.Sentinel(
+    watcher = step_sentinel.Sentinel(
       self.step, self.frozen, streams, every=1, first_step=0
     )
     count = 0

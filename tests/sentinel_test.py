@@ -33,6 +33,7 @@ from dpdist import models
 from dpdist import parameters
 from dpdist import sentinel
 from dpdist import step as step_lib
+from dpdist import step_sentinel
 from dpdist.clipping import bookkeeping
 from dpdist.clipping import inner_products
 from dpdist.clipping import watched
@@ -118,7 +119,7 @@ def _step(mesh, *, loss=_with_aux, exact=False, **changes):
 def _check(step, *, frozen=None, params=None):
   batch = _batch()
   params = _params() if params is None else params
-  return sentinel.check_step(
+  return step_sentinel.check_step(
     step,
     step.placed(params),
     frozen,
@@ -339,7 +340,9 @@ def _looking(*found):
     return accumulator, watched.Seen(jnp.array([next(shown)]), None)
 
   step.__dict__["accumulate"] = accumulate
-  watches = sentinel.Sentinel(step, None, _streams(), every=1, first_step=0)
+  watches = step_sentinel.Sentinel(
+    step, None, _streams(), every=1, first_step=0
+  )
   return watches, given
 
 
@@ -473,7 +476,7 @@ def _streams(branch="a"):
 
 
 def _watcher(every, **changes):
-  return sentinel.Sentinel(
+  return step_sentinel.Sentinel(
     *(_step(meshes.of("8")), None, _streams(**changes)),
     every=every,
     first_step=5,
@@ -563,7 +566,7 @@ def _config(**changes):
 
 def test_a_run_stops_after_the_step_and_says_void(monkeypatch, tmp_path):
   _weaken(monkeypatch, "dot_general", 1e-3)
-  monkeypatch.setattr(sentinel, "check_step", lambda *args, **kwargs: None)
+  monkeypatch.setattr(step_sentinel, "check_step", lambda *args, **kwargs: None)
   with pytest.raises(sentinel.SensitivityError) as caught:
     dpdist.train(_config(), tmp_path)
   assert "kernel" in str(caught.value)

@@ -27,9 +27,9 @@ from dpdist import plan as plan_lib
 from dpdist import preemption
 from dpdist import provenance
 from dpdist import sampling
-from dpdist import sentinel
 from dpdist import sources
 from dpdist import step as step_lib
+from dpdist import step_sentinel
 from dpdist import verification
 
 
@@ -354,7 +354,7 @@ def test_a_step_whose_computation_failed_is_not_given_back(
   data, tmp_path, monkeypatch
 ):
   calls = []
-  accumulate = sentinel.Sentinel.accumulate
+  accumulate = step_sentinel.Sentinel.accumulate
 
   def interrupted(self, *args):
     calls.append(True)
@@ -363,7 +363,7 @@ def test_a_step_whose_computation_failed_is_not_given_back(
       raise KeyboardInterrupt  # It was computed by then.
     return got
 
-  monkeypatch.setattr(sentinel.Sentinel, "accumulate", interrupted)
+  monkeypatch.setattr(step_sentinel.Sentinel, "accumulate", interrupted)
   # One chunk a step, whatever is drawn.
   config = _config(data, checkpoint_every=6, eval_every=6, chunk_size=32)
   with pytest.raises(KeyboardInterrupt):
