@@ -6,47 +6,47 @@ imported.
 """
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
   import dpdist.accounting as accounting  # noqa: F401
   from dpdist.clipping import ClippedGrads as ClippedGrads
   from dpdist.clipping import clipped_grad as clipped_grad
-  from dpdist.dp_config import DPConfig as DPConfig
-  from dpdist.gradients import private_gradients as private_gradients
-  from dpdist.model_check import check_model as check_model
-  from dpdist.noise import gaussian_noise as gaussian_noise
-  from dpdist.plan import PrivacyConfig as PrivacyConfig
-  from dpdist.plan import PrivacyPlan as PrivacyPlan
-  from dpdist.plan import make_plan as make_plan
+  from dpdist.clipping.stateful import with_state as with_state
+  from dpdist.frontends.dp_config import DPConfig as DPConfig
+  from dpdist.frontends.model_check import check_model as check_model
+  from dpdist.mechanism.private_gradients import (
+    private_gradients as private_gradients,
+  )
+  from dpdist.noise.noise import gaussian_noise as gaussian_noise
+  from dpdist.privacy.plan import PrivacyConfig as PrivacyConfig
+  from dpdist.privacy.plan import PrivacyPlan as PrivacyPlan
+  from dpdist.privacy.plan import make_plan as make_plan
   from dpdist.sampling import CyclicPoissonSampler as CyclicPoissonSampler
   from dpdist.sampling import FixedSizeSampler as FixedSizeSampler
   from dpdist.sampling import PoissonSampler as PoissonSampler
   from dpdist.sampling import TruncatedPoissonSampler as TruncatedPoissonSampler
-  from dpdist.sentinel import check_sensitivity as check_sensitivity
-  from dpdist.stateful import with_state as with_state
-  from dpdist.train import train as train
+  from dpdist.sensitivity.sentinel import check_sensitivity as check_sensitivity
+  from dpdist.training.train import train as train
 
 _HOME = {
   "ClippedGrads": "clipping",
-  "DPConfig": "dp_config",
   "CyclicPoissonSampler": "sampling",
+  "DPConfig": "frontends.dp_config",
   "FixedSizeSampler": "sampling",
-  "TruncatedPoissonSampler": "sampling",
   "PoissonSampler": "sampling",
-  "PrivacyConfig": "plan",
-  "PrivacyPlan": "plan",
+  "PrivacyConfig": "privacy.plan",
+  "PrivacyPlan": "privacy.plan",
+  "TruncatedPoissonSampler": "sampling",
   "accounting": "",
-  "check_model": "model_check",
-  "check_sensitivity": "sentinel",
+  "check_model": "frontends.model_check",
+  "check_sensitivity": "sensitivity.sentinel",
   "clipped_grad": "clipping",
-  "gaussian_noise": "noise",
-  "make_plan": "plan",
-  "private_gradients": "gradients",
-  "train": "train",
-  "with_state": "stateful",
+  "gaussian_noise": "noise.noise",
+  "make_plan": "privacy.plan",
+  "private_gradients": "mechanism.private_gradients",
+  "train": "training.train",
+  "with_state": "clipping.stateful",
 }
 
 __all__ = sorted(_HOME)
@@ -64,15 +64,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
   return sorted({*globals(), *_HOME})
-
-
-class _Face(types.ModuleType):
-  """Keeps `dpdist.train` the function, after an `import dpdist.train` too."""
-
-  def __setattr__(self, name: str, value: Any) -> None:
-    # Python gives a package its submodules as attributes.
-    if not (_HOME.get(name) == name and isinstance(value, types.ModuleType)):
-      super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Face

@@ -14,7 +14,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
-from dpdist import plan as plan_lib
+from dpdist.privacy import plan as plan_lib
 
 _FILE = "config.json"
 """In a run's directory: the settings of its last start."""

@@ -1,1 +1,1 @@
-"""Doors: flags in, exit codes out."""
+"""The commands: flags in, exit codes out."""

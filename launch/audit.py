@@ -26,14 +26,14 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from dpdist import audit
-from dpdist import audit_plot
-from dpdist import canaries
-from dpdist import fields
-from dpdist import screen
-from dpdist import statements
-from launch import exit_codes
-from launch import flag_parsing
+from dpdist.audit import audit
+from dpdist.audit import canaries
+from dpdist.audit import plot
+from dpdist.files import json_fields
+from dpdist.privacy import statement
+from dpdist.reporting import console
+from launch.cli import exit_codes
+from launch.cli import flag_parsing
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/; --config.a.b=value changes a setting."
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> int:
   del argv
   try:
     if _PLOT.value is not None:
-      audit_plot.check(_PLOT.value)
+      plot.check(_PLOT.value)
     program = canaries.prepare(_CONFIG.value, canary=str(_CANARY.value))
     result = audit.audit(
       program,
@@ -81,11 +81,11 @@ def main(argv: Sequence[str]) -> int:
   facts = result.facts()
   if _PLOT.value is not None:
     facts["plot"] = str(pathlib.Path(_PLOT.value).resolve())
-    audit_plot.draw(result, _PLOT.value)
+    plot.draw(result, _PLOT.value)
   if _JSON.value:
-    print(fields.text(facts))
+    print(json_fields.text(facts))
   else:
-    screen.show_table("Audit", _rows(facts))
+    console.show_table("Audit", _rows(facts))
   return exit_codes.UNSOUND if result.is_refuted else exit_codes.DONE
 
 
@@ -93,7 +93,7 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
   rows = [
     (
       "claimed",
-      f"epsilon {statements.rounded_up(facts['epsilon_claimed'], 4)} at delta"
+      f"epsilon {statement.rounded_up(facts['epsilon_claimed'], 4)} at delta"
       f" {facts['delta']:g} after {facts['num_steps']:,} steps",
     ),
     (

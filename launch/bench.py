@@ -26,14 +26,14 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from dpdist import autotune
-from dpdist import fields
-from dpdist import forecast
-from dpdist import screen
-from dpdist import speed
-from dpdist import statements
-from launch import exit_codes
-from launch import flag_parsing
+from dpdist.files import json_fields
+from dpdist.privacy import statement
+from dpdist.profiling import autotune
+from dpdist.profiling import forecast
+from dpdist.profiling import measure
+from dpdist.reporting import console
+from launch.cli import exit_codes
+from launch.cli import flag_parsing
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/; --config.a.b=value changes a setting."
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> int:
   except ValueError as error:
     return flag_parsing.usage_error(error)
   if _JSON.value:
-    print(fields.text(facts))
+    print(json_fields.text(facts))
   elif "tries" in facts:
     _show_tries(facts)
   elif _TOPOLOGY.value is None:
@@ -76,16 +76,16 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _here() -> dict[str, Any]:
-  bench = speed.prepare(_CONFIG.value)
+  bench = measure.prepare(_CONFIG.value)
   if not _AUTOTUNE.value:
-    return speed.compare(bench, rounds=_ROUNDS.value)
+    return measure.compare(bench, rounds=_ROUNDS.value)
   facts = autotune.search(bench)
   return facts | {"fits": facts["largest"] is not None}
 
 
 def _show_here(facts: dict[str, Any]) -> None:
   mesh = " x ".join(f"{axis} {size}" for axis, size in facts["mesh"].items())
-  screen.show_table(
+  console.show_table(
     "Measured here",
     [
       ("device", f"{facts['num_devices']} x {facts['device']}, {mesh}"),
@@ -104,14 +104,14 @@ def _show_here(facts: dict[str, Any]) -> None:
   )
   for name in ("private", "ordinary"):
     found = facts[name]
-    screen.show_table(
+    console.show_table(
       f"The {name} step",
       [
         ("step", f"{1e3 * found['step_seconds']:.2f} ms"),
         ("of it, a chunk", f"{1e3 * found['chunk_seconds']:.2f} ms"),
         ("of it, the update", f"{1e3 * found['update_seconds']:.2f} ms"),
         ("examples a second", f"{found['examples_per_second']:,.0f}"),
-        ("memory of a device", screen.human_bytes(found["bytes"])),
+        ("memory of a device", console.human_bytes(found["bytes"])),
       ],
     )
   print("How each layer is clipped")
@@ -126,15 +126,15 @@ def _show_tries(facts: dict[str, Any]) -> None:
   rows = [
     (
       f"{row['chunk_size']:,}",
-      f"{screen.human_bytes(row['bytes'] or 0)},"
+      f"{console.human_bytes(row['bytes'] or 0)},"
       f" {row['examples_per_second']:,.0f} examples/s"
       if row["fits"]
-      else f"{screen.human_bytes(row['bytes'] or 0)}, does not fit",
+      else f"{console.human_bytes(row['bytes'] or 0)}, does not fit",
     )
     for row in facts["tries"]
   ]
-  screen.show_table("Chunks that were tried", rows)
-  free = screen.human_bytes(facts["free_bytes"])
+  console.show_table("Chunks that were tried", rows)
+  free = console.human_bytes(facts["free_bytes"])
   if facts["largest"] is None:
     print(f"None fits the {free} that are free on a device.")
     return
@@ -146,12 +146,12 @@ def _show_tries(facts: dict[str, Any]) -> None:
 
 
 def _show_pod(facts: dict[str, Any]) -> None:
-  screen.show_table("Compiled, not run", _plan_rows(facts))
-  screen.show_table("Memory of a chip", _memory_rows(facts))
+  console.show_table("Compiled, not run", _plan_rows(facts))
+  console.show_table("Memory of a chip", _memory_rows(facts))
   if "apply" in facts:
     for name in ("accumulate", "apply"):
-      screen.show_table(_TITLES[name], _program_rows(facts[name]))
-    screen.show_table("At best", _time_rows(facts))
+      console.show_table(_TITLES[name], _program_rows(facts[name]))
+    console.show_table("At best", _time_rows(facts))
 
 
 _TITLES = {
@@ -171,7 +171,7 @@ def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ("chunks a step", f"{facts['chunks_per_step']} of {facts['chunk_size']:,}"),
     (
       "privacy",
-      f"epsilon {statements.rounded_up(facts['epsilon'], 4)} at delta"
+      f"epsilon {statement.rounded_up(facts['epsilon'], 4)} at delta"
       f" {facts['delta']:g} after"
       f" {facts['num_steps']:,} steps (noise {facts['noise_multiplier']:.4f})",
     ),

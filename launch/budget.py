@@ -30,12 +30,12 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpdist import config as config_lib
-from dpdist import fields
-from dpdist import ledger as ledger_lib
-from dpdist import plan as plan_lib
-from launch import exit_codes
-from launch import flag_parsing
-from launch import ledgers
+from dpdist.files import json_fields
+from dpdist.ledger import ledger as ledger_lib
+from dpdist.privacy import plan as plan_lib
+from launch.cli import exit_codes
+from launch.cli import flag_parsing
+from launch.cli import runs
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/: what it plans to spend."
@@ -82,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
   except ValueError as error:
     return flag_parsing.usage_error(error)
   if _JSON.value:
-    print(fields.text(facts))
+    print(json_fields.text(facts))
   else:
     _show(facts)
   return exit_codes.DONE
@@ -113,20 +113,20 @@ def _facts() -> dict[str, Any]:
     curve = zip(_DELTAS, plan.curve(_DELTAS), strict=True)
     facts["curve"] = [{"delta": x, "epsilon": epsilon} for x, epsilon in curve]
   # Here, since its numbers take an accountant.
-  from dpdist import statements
-  from dpdist import tradeoffs
+  from dpdist.privacy import planning
+  from dpdist.privacy import statement as statement_lib
 
   if _TARGET.value is not None:
-    facts["answers"] = tradeoffs.answers(config, _TARGET.value)
+    facts["answers"] = planning.answers(config, _TARGET.value)
   if _TABLE.value:
-    facts["batches"] = tradeoffs.batches(config, _TARGET.value)
+    facts["batches"] = planning.batches(config, _TARGET.value)
   if _PLOT.value is not None:
     # Here, since loading matplotlib takes longer than all else.
-    from dpdist import tradeoff_plot
+    from dpdist.reporting import planning_plot
 
-    tradeoff_plot.draw(_PLOT.value, plan, tradeoffs.curves(plan), _TARGET.value)
+    planning_plot.draw(_PLOT.value, plan, planning.curves(plan), _TARGET.value)
     facts["plot"] = _PLOT.value
-  return facts | {"statement": statements.of_plan(plan)}
+  return facts | {"statement": statement_lib.of_plan(plan)}
 
 
 def _numbers(plan: plan_lib.PrivacyPlan) -> dict[str, Any]:
@@ -146,9 +146,9 @@ def _numbers(plan: plan_lib.PrivacyPlan) -> dict[str, Any]:
 
 
 def _spent(workdir: str) -> dict[str, Any]:
-  if ledgers.none_began(workdir, _LEDGER.value):
+  if runs.none_began(workdir, _LEDGER.value):
     return {"steps_spent": 0, "note": "no run has begun in this directory"}
-  ledger = ledgers.open_begun(workdir, _LEDGER.value)
+  ledger = runs.open_begun(workdir, _LEDGER.value)
   told = ledger.epsilons
   if told is None or any(x.keys() != {"pld", "rdp"} for x in told.values()):
     told = _computed(ledger)
@@ -172,7 +172,7 @@ def _spent(workdir: str) -> dict[str, Any]:
   }
 
 
-# As `dpdist.statements.stopped_early` says at length.
+# As `dpdist.privacy.statement.stopped_early` says at length.
 _NOTE = (
   "epsilon is the guarantee, that of the whole plan, wherever the run stops;"
   " epsilon_spent is a reading of its odometer, which bounds nothing once"
@@ -189,14 +189,14 @@ def _guaranteed(
   if len(ledger.segments) == 1:
     return planned
   # Here, since loading the accountants takes longer than all else.
-  from dpdist import composition
+  from dpdist.privacy import composition
 
   return composition.guaranteed(ledger.bounds)
 
 
 def _computed(ledger: ledger_lib.Ledger) -> dict[str, dict[str, float | None]]:
   # Here, since loading the accountants takes longer than all else.
-  from dpdist import composition
+  from dpdist.privacy import composition
 
   return {
     "spent": composition.epsilons(ledger.spent),
@@ -206,9 +206,9 @@ def _computed(ledger: ledger_lib.Ledger) -> dict[str, dict[str, float | None]]:
 
 def _ended(workdir: str) -> dict[str, Any]:
   """Ends a run, and gives back what it left of its data set's budget."""
-  from dpdist import data_budget
+  from dpdist.ledger import data_budget
 
-  with ledgers.open_begun(workdir, _LEDGER.value) as ledger:
+  with runs.open_begun(workdir, _LEDGER.value) as ledger:
     if not ledger.is_ended:
       ledger.acquire()
       ledger.end()
@@ -224,7 +224,7 @@ def _ended(workdir: str) -> dict[str, Any]:
 
 def _shared(root: str, cancel: str | None) -> dict[str, Any]:
   """What the runs on each data set under a root have reserved."""
-  from dpdist import data_budget
+  from dpdist.ledger import data_budget
 
   budgets = data_budget.all_below(root)
   if cancel is not None:
@@ -313,7 +313,7 @@ _HEADS = {
 
 
 def _show_rows(title: str, rows: list[dict[str, Any]]) -> None:
-  """Prints rows of `dpdist.tradeoffs` as a table of 80 columns."""
+  """Prints rows of `dpdist.privacy.planning` as a table of 80 columns."""
   print(f"\n{title}")
   print(_columns({"change": "", **_HEADS}))
   for row in rows:

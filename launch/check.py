@@ -20,20 +20,20 @@ from ml_collections import config_flags
 import numpy as np
 
 from dpdist import config as config_lib
-from dpdist import job
-from dpdist import keys
-from dpdist import mesh as mesh_lib
 from dpdist import models
-from dpdist import optimizers
-from dpdist import parameters
-from dpdist import plan as plan_lib
-from dpdist import screen
-from dpdist import sentinel
-from dpdist import shapes
-from dpdist import step_sentinel
-from launch import errors
-from launch import exit_codes
-from launch import flag_parsing
+from dpdist.distributed import mesh as mesh_lib
+from dpdist.keys import keys
+from dpdist.privacy import plan as plan_lib
+from dpdist.reporting import console
+from dpdist.sensitivity import sentinel
+from dpdist.tasks import optimizers
+from dpdist.training import abstract_step
+from dpdist.training import parameters
+from dpdist.training import setup
+from dpdist.training import step_sentinel
+from launch.cli import errors
+from launch.cli import exit_codes
+from launch.cli import flag_parsing
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/; --config.a.b=value changes a setting."
@@ -58,19 +58,19 @@ def main(argv: Sequence[str]) -> int:
   else:
     rows = [("made-up examples", f"{report.num_examples}, none too long")]
     rows += [(name or "parameters", way) for name, way in report.ways.items()]
-    screen.show_table("Clipping", rows)
+    console.show_table("Clipping", rows)
   return exit_codes.DONE
 
 
 def _prepared(config: Any) -> Callable[[], sentinel.Report]:
   """What is left to do when all settings are known to be right."""
-  job.check(config)
+  setup.check(config)
   plan = plan_lib.make_plan(config_lib.privacy_config(config))
   mesh = mesh_lib.make(config.mesh)
   model = models.make(config.model)
   optimizer, _ = optimizers.make(config.optimizer, config.privacy.num_steps)
-  step = job.make_step(config, plan, model, optimizer, mesh)
-  example = shapes.example(config)
+  step = setup.make_step(config, plan, model, optimizer, mesh)
+  example = abstract_step.example(config)
   inputs = example["inputs"]
   start = parameters.of(
     config.model,
@@ -79,14 +79,14 @@ def _prepared(config: Any) -> Callable[[], sentinel.Report]:
     keys.prng_words(keys.insecure_secret(0)),
     np.zeros(inputs.shape, inputs.dtype),
   )
-  row = shapes.unit(config, example)
+  row = abstract_step.unit(config, example)
   return lambda: step_sentinel.check_step(
     step,
     start.init(step).params,
     start.frozen(step),
     row=row,
-    largest=job.largest_integers(config, row),
-    chunk_size=job.chunk_size(config, plan, mesh),
+    largest=setup.largest_integers(config, row),
+    chunk_size=setup.chunk_size(config, plan, mesh),
     is_watched=config.sentinel.every > 0,
   )
 

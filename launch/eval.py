@@ -16,13 +16,13 @@ from typing import Any
 from absl import flags
 from ml_collections import config_flags
 
-from dpdist import fields
-from dpdist import released
-from dpdist import screen
-from dpdist import statements
-from launch import exit_codes
-from launch import flag_parsing
-from launch import ledgers
+from dpdist.export import load_run
+from dpdist.files import json_fields
+from dpdist.privacy import statement
+from dpdist.reporting import console
+from launch.cli import exit_codes
+from launch.cli import flag_parsing
+from launch.cli import runs
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/, if not as the run left it."
@@ -43,19 +43,19 @@ def main(argv: Sequence[str]) -> int:
   del argv
   workdir = str(_WORKDIR.value)
   try:
-    found = released.load(
+    found = load_run.load(
       workdir,
-      ledgers.open_begun(workdir, _LEDGER.value),
+      runs.open_begun(workdir, _LEDGER.value),
       config=_CONFIG.value,
       step=_STEP.value,
     )
   except ValueError as error:
     return flag_parsing.usage_error(error)
-  facts = released.evaluate(found)
+  facts = load_run.evaluate(found)
   if _JSON.value:
-    print(fields.text(facts))
+    print(json_fields.text(facts))
   else:
-    screen.show_table("Held out", _rows(facts))
+    console.show_table("Held out", _rows(facts))
   return exit_codes.DONE
 
 
@@ -73,10 +73,10 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     *rows,
     (
       "epsilon of the run",
-      f"{statements.rounded_up(facts['epsilon'], 4)} at delta"
+      f"{statement.rounded_up(facts['epsilon'], 4)} at delta"
       f" {facts['delta']:g}",
     ),
-    ("read by its odometer", statements.rounded_up(facts["epsilon_spent"], 4)),
+    ("read by its odometer", statement.rounded_up(facts["epsilon_spent"], 4)),
     ("guarantee", facts["guarantee"]),
   ]
 

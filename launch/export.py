@@ -16,13 +16,13 @@ import os
 from absl import flags
 from ml_collections import config_flags
 
-from dpdist import export
-from dpdist import fields
-from dpdist import released
-from dpdist import screen
-from launch import exit_codes
-from launch import flag_parsing
-from launch import ledgers
+from dpdist.export import export
+from dpdist.export import load_run
+from dpdist.files import json_fields
+from dpdist.reporting import console
+from launch.cli import exit_codes
+from launch.cli import flag_parsing
+from launch.cli import runs
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/, if not as the run left it."
@@ -49,15 +49,15 @@ def main(argv: Sequence[str]) -> int:
   workdir, output = str(_WORKDIR.value), str(_OUTPUT.value)
   name = _NAME.value or os.path.basename(os.path.abspath(output))
   try:
-    found = released.load(
+    found = load_run.load(
       workdir,
-      ledgers.open_begun(workdir, _LEDGER.value),
+      runs.open_begun(workdir, _LEDGER.value),
       config=_CONFIG.value,
       step=_STEP.value,
     )
     facts = export.write(
       found,
-      released.evaluate(found),
+      load_run.evaluate(found),
       output,
       name=name,
       use_ema=_EMA.value,
@@ -65,9 +65,9 @@ def main(argv: Sequence[str]) -> int:
   except ValueError as error:
     return flag_parsing.usage_error(error)
   if _JSON.value:
-    print(fields.text(facts))
+    print(json_fields.text(facts))
   else:
-    screen.show_table(
+    console.show_table(
       "Exported",
       [
         ("parameters", f"{facts['num_parameters']:,}, step {facts['step']:,}"),

@@ -15,9 +15,9 @@ import sys
 
 from absl import flags
 
-from dpdist import fetch
-from launch import exit_codes
-from launch import flag_parsing
+from dpdist.assets import fetch
+from launch.cli import exit_codes
+from launch.cli import flag_parsing
 
 _NAME = flags.DEFINE_enum(
   "name", None, sorted(fetch.PACKAGES), "Of the data set."

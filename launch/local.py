@@ -21,9 +21,9 @@ import sys
 
 from absl import flags
 
-from launch import exit_codes
-from launch import flag_parsing
-from launch import pod
+from launch.cli import exit_codes
+from launch.cli import flag_parsing
+from launch.engines import local_processes
 
 _NUM_PROCESSES = flags.DEFINE_integer(
   "num_processes", 2, "How many processes.", lower_bound=1
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     _check(arguments, os.environ)
   except ValueError as error:
     return flag_parsing.usage_error(error)
-  processes = pod.Pod(
+  processes = local_processes.Pod(
     [sys.executable, "-m", "launch.train", *arguments],
     _environments(os.environ, _NUM_PROCESSES.value, _DEVICES.value),
     _GRACE.value,
@@ -109,7 +109,7 @@ def _free_port() -> int:
 
 
 def _summary(
-  exits: Sequence[pod.Exit], signals: Sequence[int]
+  exits: Sequence[local_processes.Exit], signals: Sequence[int]
 ) -> tuple[int, str]:
   """The exit code of all, and a line on it; "" where all is well."""
   if len(signals) > 1:
@@ -129,7 +129,7 @@ def _summary(
   return exit_codes.DONE, ""
 
 
-def _meaning(end: pod.Exit, asked: bool) -> str:
+def _meaning(end: local_processes.Exit, asked: bool) -> str:
   """What an exit code says, for people."""
   if end.forced:
     return "did not stop by itself, and was killed"

@@ -19,14 +19,14 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpdist import config as config_lib
-from dpdist import data_budget
-from dpdist import datasets
-from dpdist import ledger as ledger_lib
-from dpdist import plan as plan_lib
-from dpdist import screen
-from dpdist import sources
-from launch import exit_codes
-from launch import flag_parsing
+from dpdist.data import sources
+from dpdist.data.datasets import datasets
+from dpdist.ledger import data_budget
+from dpdist.ledger import ledger as ledger_lib
+from dpdist.privacy import plan as plan_lib
+from dpdist.reporting import console
+from launch.cli import exit_codes
+from launch.cli import flag_parsing
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/: the dearest of the runs."
@@ -69,7 +69,7 @@ def _reserve() -> tuple[data_budget.DataBudget, float]:
     delta=settings.delta,
     neighboring_relation=plan.neighboring_relation,
     earlier=functools.partial(sources.earlier_manifests, train),
-    tell=screen.warn,
+    tell=console.warn,
   )
   cost = budget.cost([plan_lib.Part(plan, plan.num_steps)])
   assert _LABEL.value is not None  # Both flags are required.

@@ -26,10 +26,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpdist import config as config_lib
-from dpdist import plan as plan_lib
-from dpdist import statements
-from launch import exit_codes
-from launch import flag_parsing
+from dpdist.privacy import plan as plan_lib
+from dpdist.privacy import statement
+from launch.cli import exit_codes
+from launch.cli import flag_parsing
 from launch.engines import job as job_lib
 from launch.engines import jobset
 from launch.engines import ray
@@ -119,7 +119,7 @@ def main(argv: Sequence[str]) -> int:
   except ValueError as error:
     return flag_parsing.usage_error(error)
   print(
-    f"will spend epsilon {statements.rounded_up(plan.epsilon(), 4)} at delta"
+    f"will spend epsilon {statement.rounded_up(plan.epsilon(), 4)} at delta"
     f" {plan.delta:g} ({plan.accountant} accountant)",
     file=sys.stderr,
   )

@@ -20,18 +20,18 @@ import jax
 from ml_collections import config_flags
 
 import dpdist
-from dpdist import admission
-from dpdist import checkpoint
-from dpdist import hosts
-from dpdist import preemption
-from dpdist import provenance
-from dpdist import rendezvous
-from dpdist import signals
-from dpdist import sources
-from dpdist import watch
-from launch import errors
-from launch import exit_codes
-from launch import flag_parsing
+from dpdist.data import sources
+from dpdist.distributed import collectives
+from dpdist.distributed import preemption
+from dpdist.distributed import signals
+from dpdist.distributed import startup
+from dpdist.distributed import watchdog
+from dpdist.workdir import checkpoints
+from dpdist.workdir import fingerprint
+from dpdist.workdir import resume
+from launch.cli import errors
+from launch.cli import exit_codes
+from launch.cli import flag_parsing
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/; --config.a.b=value changes a setting."
@@ -70,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
   if code in (exit_codes.DONE, exit_codes.PREEMPTED):
     return code
   if jax.distributed.is_initialized():
-    watch.leave(code)
+    watchdog.leave(code)
   return code
 
 
@@ -79,9 +79,9 @@ def _main() -> int:
   os.umask(os.umask(0o077) | 0o002)
   try:
     if _CONFIG.value.clipping.exact_sum:
-      provenance.pin_threads()
+      fingerprint.pin_threads()
     names = ("coordinator_address", "num_processes", "process_id")
-    rendezvous.start(
+    startup.start(
       {name: flags.FLAGS[name].value for name in names},
       timeout=_START_TIMEOUT.value,
     )
@@ -91,20 +91,24 @@ def _main() -> int:
     signals.Signals(lambda name: None).__enter__()
     dpdist.train(_CONFIG.value, str(_WORKDIR.value))
   except (
-    admission.SettingsError,
-    checkpoint.MismatchError,
-    rendezvous.StartError,
+    resume.SettingsError,
+    checkpoints.MismatchError,
+    startup.StartError,
   ) as error:
     return flag_parsing.usage_error(error)
   except preemption.Preempted as stopped:
     print(f"{stopped}\ntry: {errors.again()}", file=sys.stderr)
     return exit_codes.PREEMPTED
-  except (hosts.PeerError, hosts.LostError, rendezvous.MeetError) as error:
+  except (
+    collectives.PeerError,
+    collectives.LostError,
+    startup.MeetError,
+  ) as error:
     return errors.tell(errors.Told(str(error)))
   except sources.ReadError as error:
     errors.tell(errors.Told(str(error)))
     # Python's ordinary end would wait for a thread that still reads.
-    watch.leave(1)
+    watchdog.leave(1)
   return exit_codes.DONE
 
 

@@ -10,12 +10,12 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from dpdist import fields
-from dpdist import ledger as ledger_lib
-from dpdist import verification
-from launch import exit_codes
-from launch import flag_parsing
-from launch import ledgers
+from dpdist.files import json_fields
+from dpdist.ledger import ledger as ledger_lib
+from dpdist.workdir import verify
+from launch.cli import exit_codes
+from launch.cli import flag_parsing
+from launch.cli import runs
 
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
 _LEDGER = flags.DEFINE_string(
@@ -30,16 +30,16 @@ def main(argv: Sequence[str]) -> int:
   del argv
   workdir = str(_WORKDIR.value)
   try:
-    ledger = ledgers.open_begun(workdir, _LEDGER.value)
-    findings = verification.verify(workdir, ledger)
+    ledger = runs.open_begun(workdir, _LEDGER.value)
+    findings = verify.verify(workdir, ledger)
   except ValueError as error:
     return flag_parsing.usage_error(error)
   except ledger_lib.LedgerError as error:
-    findings = [verification.Finding("ledger", "damaged", str(error))]
+    findings = [verify.Finding("ledger", "damaged", str(error))]
   sound = not any(finding.problem for finding in findings)
   if _JSON.value:
     rows = [finding._asdict() for finding in findings]
-    print(fields.text({"sound": sound, "findings": rows}))
+    print(json_fields.text({"sound": sound, "findings": rows}))
   else:
     for finding in findings:
       mark = "WRONG" if finding.problem else "ok"

@@ -1,16 +1,16 @@
 """Per-example gradient clipping for any JAX loss of one example."""
 
+from dpdist.clipping.accumulation import LogicalBatch
+from dpdist.clipping.accumulation import VirtualStep
+from dpdist.clipping.example_groups import into_groups
+from dpdist.clipping.example_groups import mean_of_group
 from dpdist.clipping.freezing import merge
 from dpdist.clipping.freezing import partition
-from dpdist.clipping.groups import into_groups
-from dpdist.clipping.groups import mean_of_group
 from dpdist.clipping.statistics import UnsafeStatistics
 from dpdist.clipping.statistics import unsafe_statistics
 from dpdist.clipping.transform import ClippedGrad
 from dpdist.clipping.transform import ClippedGrads
 from dpdist.clipping.transform import clipped_grad
-from dpdist.clipping.virtual_step import LogicalBatch
-from dpdist.clipping.virtual_step import VirtualStep
 
 __all__ = [
   "ClippedGrad",

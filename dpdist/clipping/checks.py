@@ -11,9 +11,9 @@ from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
 
-from dpdist.clipping import manual_axes
-from dpdist.clipping import program
-from dpdist.clipping.program import Block
+from dpdist.clipping.trace import program
+from dpdist.clipping.trace import varying_axes
+from dpdist.clipping.trace.program import Block
 
 PyTree = Any
 
@@ -83,7 +83,7 @@ def _is_number(x: Any) -> bool:
 
 def whole(tree: PyTree, axes: frozenset[str]) -> None:
   """Parameters that a device holds a part of, and nobody says so."""
-  found = manual_axes.varying_axes(tree) - axes
+  found = varying_axes.varying_axes(tree) - axes
   if found:
     raise ValueError(
       "params must be whole on every device, or come with param_specs, but they"
@@ -115,15 +115,15 @@ def loss(block: Block, shape: Any, axes: frozenset[str]) -> None:
       "loss_fn must return one floating number for one example, got shape"
       f" {shape.shape} and dtype {shape.dtype}"
     )
-  divided = axes | manual_axes.untold_axes(axes)
-  collective = manual_axes.collective_over(block.jaxpr.jaxpr, divided)
+  divided = axes | varying_axes.untold_axes(axes)
+  collective = varying_axes.collective_over(block.jaxpr.jaxpr, divided)
   if collective is not None:
     raise ValueError(
       "loss_fn must use one example alone, but it mixes the examples of several"
       f" devices by {collective} over the mesh axes {sorted(divided)}, along"
       " which the batch is divided"
     )
-  found = manual_axes.abstract_varying_axes(shape)
+  found = varying_axes.abstract_varying_axes(shape)
   if found != axes:
     raise ValueError(
       "loss_fn must use one example alone, but its value varies over the"
@@ -152,7 +152,7 @@ def derivatives(
     return core.jaxpr_as_fun(closed)(*params, *values[num_params:])[0]
 
   gradient = jax.make_jaxpr(jax.grad(loss))(values[:num_params])
-  collective = manual_axes.collective_over(gradient.jaxpr, axes)
+  collective = varying_axes.collective_over(gradient.jaxpr, axes)
   if collective is not None:
     raise ValueError(
       "loss_fn must use one example alone, but a derivative written by hand"
@@ -229,7 +229,7 @@ def sharding(**arguments: PyTree) -> None:
     **arguments: trees of arrays, by the name to show.
   """
   for name, leaf in _outside_shard_map(arguments):
-    if manual_axes.is_divided_explicitly(leaf):
+    if varying_axes.is_divided_explicitly(leaf):
       raise ValueError(_SHARDED.format(name, jax.typeof(leaf).sharding))
     if not isinstance(leaf, jax.core.Tracer):
       _refuse_sharding(name, getattr(leaf, "sharding", None))
@@ -249,7 +249,7 @@ def sharding_inside_jit(block: Block, **arguments: PyTree) -> None:
 def _outside_shard_map(arguments: PyTree) -> Iterator[tuple[str, Any]]:
   for name, tree in arguments.items():
     for leaf in jax.tree.leaves(tree):
-      if not manual_axes.varying_axes(leaf):
+      if not varying_axes.varying_axes(leaf):
         yield name, leaf
 
 
@@ -276,8 +276,8 @@ def per_example_keys(
       f"rng must be one key or one an example, shape ({batch_size},), got"
       f" shape {rng.shape}"
     )
-  divided = axes | manual_axes.untold_axes(axes)
-  if divided and not manual_axes.varying_axes(rng):
+  divided = axes | varying_axes.untold_axes(axes)
+  if divided and not varying_axes.varying_axes(rng):
     raise ValueError(
       "rng is one key that is equal on every device, so that examples on"
       " different devices would share randomness: inside jax.shard_map pass"

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 import math
 
-from dpdist.clipping.program import Site
-from dpdist.clipping.rules import Rule
+from dpdist.clipping.layers.rules import Rule
+from dpdist.clipping.trace.program import Site
 
 _WAYS = {
   "gram": "norm from inner products of positions",

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 
 from dpdist.clipping import checks
 from dpdist.clipping import freezing
-from dpdist.clipping import grouping
-from dpdist.clipping import manual_axes
-from dpdist.clipping import norms
-from dpdist.clipping import reference
 from dpdist.clipping import transform
-from dpdist.clipping.scaling import Scaling
+from dpdist.clipping.engines import norm_groups
+from dpdist.clipping.engines import vmap
+from dpdist.clipping.engines.clip_norms import Scaling
+from dpdist.clipping.layers import norms
+from dpdist.clipping.trace import varying_axes
 
 PyTree = Any
 
@@ -76,7 +76,7 @@ def unsafe_statistics(
     ValueError: as fn does, or inside `jax.shard_map`, where a hook would see
       one device's examples.
   """
-  axes = manual_axes.divided_axes((batch, is_padding_example, rng))
+  axes = varying_axes.divided_axes((batch, is_padding_example, rng))
   if axes:
     raise ValueError(
       "batch must be on one device for statistics, got one that is divided"
@@ -89,7 +89,7 @@ def unsafe_statistics(
   )
 
   parts = freezing.split(params, fn.frozen)
-  groups = grouping.groups(params, fn.l2_clip_norm, parts.is_frozen)
+  groups = norm_groups.groups(params, fn.l2_clip_norm, parts.is_frozen)
   thresholds, structure = jax.tree.flatten(fn.l2_clip_norm)
   scaling = Scaling(
     tuple(map(float, thresholds)), fn.rescale_to_unit_norm, fn.normalize_gamma
@@ -102,14 +102,14 @@ def unsafe_statistics(
     return out if fn.has_aux else (out, None)
 
   examples = (batch,) if rng is None else (batch, rng)
-  before, _, _ = jax.jit(reference.per_example_gradients, static_argnums=0)(
+  before, _, _ = jax.jit(vmap.per_example_gradients, static_argnums=0)(
     loss_fn, parts.trainable, examples
   )
   after = [
-    reference.scaled(g, factors[group])
+    vmap.scaled(g, factors[group])
     for g, group in zip(before, groups, strict=True)
   ]
-  found = [reference.norms_of(g) for g in before]
+  found = [vmap.norms_of(g) for g in before]
   paths = freezing.names(parts.of_trainable(parts.trainable))
   for i, (path, group) in enumerate(zip(paths, groups, strict=True)):
     hook(

@@ -8,10 +8,10 @@ import jax
 
 from dpdist.clipping import checks
 from dpdist.clipping import freezing
-from dpdist.clipping import manual_axes
-from dpdist.clipping import program
-from dpdist.clipping import shards
-from dpdist.clipping import splitting
+from dpdist.clipping.trace import program
+from dpdist.clipping.trace import shards
+from dpdist.clipping.trace import splitting
+from dpdist.clipping.trace import varying_axes
 
 PyTree = Any
 
@@ -48,7 +48,7 @@ class Traced(NamedTuple):
     Raises:
       ValueError: wanted cannot be had.
     """
-    other = manual_axes.axes_in(self.block.jaxpr.jaxpr) - axes
+    other = varying_axes.axes_in(self.block.jaxpr.jaxpr) - axes
     if other and wanted in ("auto", "vmap"):
       return "vmap", f"the loss also varies over the mesh axes {sorted(other)}"
     if other:

@@ -8,21 +8,21 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpdist.clipping import bookkeeping
 from dpdist.clipping import checks
-from dpdist.clipping import costs
 from dpdist.clipping import explain
 from dpdist.clipping import freezing
-from dpdist.clipping import grouping
-from dpdist.clipping import manual_axes
-from dpdist.clipping import microbatches
-from dpdist.clipping import reference
-from dpdist.clipping import rules
-from dpdist.clipping import shards
 from dpdist.clipping import tracing
-from dpdist.clipping import two_pass
 from dpdist.clipping import watched
-from dpdist.clipping.scaling import Scaling
+from dpdist.clipping.engines import bookkeeping
+from dpdist.clipping.engines import microbatches
+from dpdist.clipping.engines import norm_groups
+from dpdist.clipping.engines import two_pass
+from dpdist.clipping.engines import vmap
+from dpdist.clipping.engines.clip_norms import Scaling
+from dpdist.clipping.layers import costs
+from dpdist.clipping.layers import rules
+from dpdist.clipping.trace import shards
+from dpdist.clipping.trace import varying_axes
 
 PyTree = Any
 
@@ -151,7 +151,7 @@ class ClippedGrad:
         shape does not fit; the loss mixes the examples of several devices.
     """
     batch_size = checks.batch_size(batch)
-    axes = manual_axes.varying_axes((batch, is_padding_example, rng))
+    axes = varying_axes.varying_axes((batch, is_padding_example, rng))
     keep = ~checks.padding(is_padding_example, batch_size)
     rng = checks.per_example_keys(rng, batch_size, axes)
     of_examples = {
@@ -164,12 +164,12 @@ class ClippedGrad:
     # Python's and NumPy's numbers are like any others, also as constants of a
     # program.
     params, batch = jax.tree.map(jnp.asarray, (params, batch))
-    params = manual_axes.cast_to_varying(params, axes)
-    keep = manual_axes.cast_to_varying(keep, axes)
+    params = varying_axes.cast_to_varying(params, axes)
+    keep = varying_axes.cast_to_varying(keep, axes)
     parts = freezing.split(
       params,
       self.frozen,
-      shards.wrap(params, param_specs, manual_axes.varying_axes(batch)),
+      shards.wrap(params, param_specs, varying_axes.varying_axes(batch)),
     )
     # After the specs' own check, which says more.
     checks.whole(params, axes)
@@ -182,7 +182,7 @@ class ClippedGrad:
     traced = tracing.trace(self.loss_fn, self.has_aux, parts, examples)
     checks.sharding_inside_jit(traced.block, **of_examples)
     checks.loss(traced.block, traced.shapes[0], axes)
-    divided = axes | manual_axes.untold_axes(axes)
+    divided = axes | varying_axes.untold_axes(axes)
     if divided:
       one = jax.tree.map(lambda x: x[0], jax.tree.leaves(examples))
       values = [shards.whole(x) for x in [*leaves, *parts.frozen]]
@@ -195,7 +195,7 @@ class ClippedGrad:
       how = watched.watch(scaling, traced, parts, examples, along, groups)
       if method == "vmap":
         with checks.effects(traced.effects):
-          total, loss, norms, aux = reference.clipped_sum(
+          total, loss, norms, aux = vmap.clipped_sum(
             traced.of_trainable(parts),
             [shards.whole(x) for x in leaves],
             examples,
@@ -295,7 +295,7 @@ class ClippedGrad:
     parts = freezing.split(params, self.frozen)
     traced = tracing.trace(self.loss_fn, self.has_aux, parts, examples)
     scaling, groups, _ = self._scaling(params, parts.is_frozen)
-    axes = manual_axes.varying_axes(examples)
+    axes = varying_axes.varying_axes(examples)
     method, reason = traced.method(self.method, axes)
     named: dict[bool, list[str]] = {False: [], True: []}
     paths = jax.tree_util.tree_flatten_with_path(params)[0]
@@ -339,7 +339,7 @@ class ClippedGrad:
   def _scaling(
     self, params: PyTree, is_frozen: Sequence[bool]
   ) -> tuple[Scaling, list[int], Any]:
-    groups = grouping.groups(params, self.l2_clip_norm, is_frozen)
+    groups = norm_groups.groups(params, self.l2_clip_norm, is_frozen)
     norms, structure = jax.tree.flatten(self.l2_clip_norm)
     scaling = Scaling(
       tuple(float(norm) for norm in norms),

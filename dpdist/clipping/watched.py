@@ -34,12 +34,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dpdist.clipping import evaluate
 from dpdist.clipping import freezing
-from dpdist.clipping import manual_axes
-from dpdist.clipping import shards
 from dpdist.clipping import tracing
-from dpdist.clipping.scaling import Scaling
+from dpdist.clipping.engines.clip_norms import Scaling
+from dpdist.clipping.trace import evaluate
+from dpdist.clipping.trace import shards
+from dpdist.clipping.trace import varying_axes
 
 PyTree = Any
 
@@ -226,7 +226,7 @@ def laid_out(
   """
   if direction is None:
     return None
-  found = manual_axes.cast_to_varying(jax.tree.leaves(direction), axes)
+  found = varying_axes.cast_to_varying(jax.tree.leaves(direction), axes)
   wanted = [x.part if isinstance(x, shards.Shard) else x for x in leaves]
   kinds = [[(x.shape, x.dtype) for x in xs] for xs in (found, wanted)]
   if kinds[0] != kinds[1]:
@@ -302,11 +302,11 @@ def _deriver(
 ) -> Derive:
   leaves, frozen = list(leaves), list(frozen)
   wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
-  axes = manual_axes.varying_axes((leaves, examples))
+  axes = varying_axes.varying_axes((leaves, examples))
 
   if traced.effects:
     some = jax.tree.leaves(examples)[0]
-    nothing = manual_axes.cast_to_varying(jnp.zeros(some.shape[0]), axes)
+    nothing = varying_axes.cast_to_varying(jnp.zeros(some.shape[0]), axes)
     return lambda direction: nothing
 
   if traced.block.has_custom_vjp():
@@ -340,7 +340,7 @@ def _deriver(
     return wide(jax.jvp(loss, (leaves,), (direction,))[1])
 
   def forward(direction: Sequence[Any]) -> jax.Array:
-    along = manual_axes.cast_to_varying(list(direction), axes)
+    along = varying_axes.cast_to_varying(list(direction), axes)
     return jax.vmap(one, in_axes=(0, None))(examples, along)
 
   return forward

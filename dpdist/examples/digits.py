@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from sklearn import datasets
 
-from dpdist import plan as plan_lib
+from dpdist.privacy import plan as plan_lib
 
 _NUM_TRAIN = 1438
 _CHUNK = 128

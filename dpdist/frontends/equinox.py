@@ -17,7 +17,7 @@ from typing import Any
 import equinox as eqx
 import jax
 
-from dpdist import model_check
+from dpdist.frontends import model_check
 
 PyTree = Any
 

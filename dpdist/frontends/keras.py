@@ -32,19 +32,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpdist import clipping
-from dpdist import dp_config
-from dpdist import history
-from dpdist import mechanism as mechanism_lib
-from dpdist import noise
-from dpdist import plan as plan_lib
-from dpdist import sentinel as sentinel_lib
-from dpdist.clipping import compensated
 from dpdist.clipping import watched
+from dpdist.frontends import dp_config
 from dpdist.frontends import keras_data
 from dpdist.frontends import keras_loss
 from dpdist.frontends import keras_model
 from dpdist.frontends import keras_sentinel
-from dpdist.frontends import run as run_lib
+from dpdist.ledger import history
+from dpdist.mechanism import mechanism as mechanism_lib
+from dpdist.noise import noise
+from dpdist.privacy import plan as plan_lib
+from dpdist.sensitivity import sentinel as sentinel_lib
+from dpdist.sums import compensated
+from dpdist.workdir import session
 
 PyTree = Any
 keras = keras_loss.keras
@@ -85,7 +85,7 @@ def make_private(
       guarantee, and the ledger says so.
     sentinel_every: of so many updates one, by a secret choice, and the first of
       each fit look for examples that are longer than their norms say; 0: none
-      does. See `dpdist.sentinel`.
+      does. See `dpdist.sensitivity.sentinel`.
     insecure_seed: fixes every random stream, for tests; likewise.
 
   Returns:
@@ -94,8 +94,9 @@ def make_private(
   Raises:
     ValueError: the model, the config or another argument cannot be used; it
       says why, and what to use instead.
-    dpdist.ledger.LedgerError: the ledger in workdir is damaged.
-    dpdist.checkpoint.MismatchError: the run in workdir is of another model.
+    dpdist.ledger.ledger.LedgerError: the ledger in workdir is damaged.
+    dpdist.workdir.checkpoints.MismatchError: the run in workdir is of another
+      model.
   """
   keras_model.check(model)
   if isinstance(config, dp_config.DPConfig):
@@ -105,7 +106,7 @@ def make_private(
     config = config.to_privacy_config()
   void = ("unsafe_metrics shows the training loss, which no noise covers",)
   notices = void if unsafe_metrics else ()
-  run = run_lib.Run(
+  run = session.Run(
     workdir, config, insecure_seed=insecure_seed, notices=notices
   )
   plan = run.plan
@@ -150,7 +151,7 @@ class PrivateModel:
   def __init__(
     self,
     model: Any,
-    run: run_lib.Run,
+    run: session.Run,
     chunk_size: int,
     options: dict[str, Any],
     unsafe_metrics: bool,
@@ -271,9 +272,11 @@ class PrivateModel:
     Raises:
       ValueError: epochs * steps_per_epoch is more than the budget has left; x
         or y is not what was planned for; nothing is spent then.
-      dpdist.ledger.LedgerError: another process trains, or has trained on.
-      dpdist.sources.ChangedError: files of x or y were changed meanwhile.
-      dpdist.sentinel.SensitivityError: clipping does not bound what an example
+      dpdist.ledger.ledger.LedgerError: another process trains, or has trained
+        on.
+      dpdist.data.sources.ChangedError: files of x or y were changed meanwhile.
+      dpdist.sensitivity.sentinel.SensitivityError: clipping does not bound what
+        an example
         can do; before an update is charged, or after one that is saved.
     """
     data = keras_data.Arrays(x, y, self.plan.num_examples)
@@ -361,7 +364,7 @@ class PrivateModel:
 
   def _steps(
     self,
-    going: run_lib.GoingOn,
+    going: session.GoingOn,
     data: keras_data.Arrays,
     zeros: compensated.Sum,
     stop: int,

@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpdist import sentinel
-from dpdist import sources
+from dpdist.data import sources
+from dpdist.sensitivity import sentinel
 
 PyTree = Any
 

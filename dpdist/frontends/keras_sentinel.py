@@ -1,4 +1,5 @@
-"""A Keras fit that watches its own sensitivity; see `dpdist.sentinel`."""
+"""A Keras fit that watches its own sensitivity; see
+`dpdist.sensitivity.sentinel`."""
 
 from collections.abc import Callable, Iterator
 import functools
@@ -9,11 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpdist import clipping
-from dpdist import comparison
-from dpdist import sentinel
-from dpdist import trials
-from dpdist.clipping import compensated
 from dpdist.frontends import keras_data
+from dpdist.sensitivity import comparison
+from dpdist.sensitivity import sentinel
+from dpdist.sensitivity import trials
+from dpdist.sums import compensated
 
 PyTree = Any
 State = dict[str, list[jax.Array]]
@@ -47,7 +48,8 @@ def check(
     is_watched: whether watched updates will be made too.
 
   Raises:
-    dpdist.sentinel.SensitivityError: names what is wrong, the parameter and its
+    dpdist.sensitivity.sentinel.SensitivityError: names what is wrong, the
+      parameter and its
       rule.
   """
   trainable, constants = state["trainable"], state["non_trainable"]

@@ -8,14 +8,14 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
-from dpdist import mesh
+from dpdist.assets import weights
+from dpdist.distributed import mesh
 from dpdist.models import bert
 from dpdist.models import cnn
 from dpdist.models import decoder
 from dpdist.models import linear
 from dpdist.models import random_features
 from dpdist.models import stacked_decoder
-from dpdist.models import weights
 from dpdist.models import wide_resnet
 
 _DTYPES = ("float32", "bfloat16")
@@ -133,7 +133,7 @@ def from_disk(
   """Reads the pretrained parameters of `config.model`.
 
   Args:
-    config: `weights` is a file, or what `dpdist.fetch` calls it.
+    config: `weights` is a file, or what `dpdist.assets.fetch` calls it.
     model: of the config.
 
   Returns:

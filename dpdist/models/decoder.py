@@ -4,7 +4,7 @@ from flax import linen as nn
 import jax
 import jax.numpy as jnp
 
-from dpdist import mesh
+from dpdist.distributed import mesh
 
 
 class Decoder(nn.Module):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpdist import mesh
+from dpdist.distributed import mesh
 
 
 class StackedDecoder(nn.Module):

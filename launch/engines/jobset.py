@@ -6,7 +6,7 @@ from typing import Any
 
 import yaml
 
-from launch import exit_codes
+from launch.cli import exit_codes
 from launch.engines import job as job_lib
 
 TOOL = ("kubectl", "kubectl, and JobSet in the cluster")

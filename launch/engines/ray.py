@@ -1,4 +1,5 @@
-"""Ray: a job whose driver, `launch.ray_driver`, places one process a node."""
+"""Ray: a job whose driver, `launch.engines.ray_driver`, places one process a
+node."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -61,7 +62,7 @@ def command(job: Job, folder: str) -> list[str]:
   """What submits the files in a folder."""
   address = [f"--address={job.address}"] if job.address else []
   driver = [
-    *(job.python, "-m", "launch.ray_driver"),
+    *(job.python, "-m", "launch.engines.ray_driver"),
     f"--nodes={job.nodes}",
     f"--cpus={job.cpus}",
     f"--gpus={job.gpus}",

@@ -21,10 +21,10 @@ import numpy as np
 import optax
 
 import dpdist
-from dpdist import exact_step
-from dpdist import mechanism
-from dpdist import mesh as mesh_lib
-from dpdist import step as step_lib
+from dpdist.distributed import mesh as mesh_lib
+from dpdist.mechanism import mechanism
+from dpdist.training import exact_step
+from dpdist.training import step as step_lib
 from tests.benchmarks import clipping
 from tests.benchmarks import clipping_models
 

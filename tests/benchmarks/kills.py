@@ -14,7 +14,7 @@ import pathlib
 import tempfile
 import time
 
-from tests import training
+from tests.support import training
 
 
 def main() -> None:

@@ -21,15 +21,15 @@ import time
 import jax
 import jax.numpy as jnp
 
-from dpdist import ledger as ledger_lib
-from dpdist import odometer as odometer_lib
-from dpdist import plan as plan_lib
-from tests import training
+from dpdist.ledger import epsilon_recorder
+from dpdist.ledger import ledger as ledger_lib
+from dpdist.privacy import plan as plan_lib
+from tests.support import training
 
 _ROUNDS = 5
 _NUM_STEPS = 10_000
-_RESERVE = "dpdist.ledger:Ledger:reserve_through"
-_POLL = "dpdist.odometer:Odometer:poll"  # Once a step.
+_RESERVE = "dpdist.ledger.ledger:Ledger:reserve_through"
+_POLL = "dpdist.ledger.epsilon_recorder:Odometer:poll"  # Once a step.
 
 
 def _open(path: pathlib.Path, num_steps: int) -> ledger_lib.Ledger:
@@ -57,7 +57,7 @@ def _charge(
   step: int,
   save_every: int,
   last: int,
-  odometer: odometer_lib.Odometer | None = None,
+  odometer: epsilon_recorder.Odometer | None = None,
 ) -> None:
   """What training does about a step, but for the step itself."""
   ledger.reserve_through(min(last, step - step % save_every + save_every))
@@ -87,7 +87,7 @@ def step_cost(path: pathlib.Path) -> dict[str, float]:
     told = (
       contextlib.nullcontext()
       if ledger is None
-      else odometer_lib.Odometer(ledger)
+      else epsilon_recorder.Odometer(ledger)
     )
     with told as odometer:
       for step in range(_NUM_STEPS):

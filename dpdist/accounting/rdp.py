@@ -1,0 +1,225 @@
+"""Renyi divergences of a step of DP-SGD, and what they come to.
+
+They are integrals over both distributions of a pair; those of "presence" are
+the sampled Gaussian mechanism's (Mironov, Talwar & Zhang 2019,
+arXiv:1908.10530). "binomial" and "truncated" have none here. Arguments are
+taken as checked; see `dpdist.accounting.calibration` and
+`dpdist.accounting.step_events`.
+
+Imports no jax.
+"""
+
+from collections.abc import Sequence
+import functools
+import math
+
+import dp_accounting
+from dp_accounting.rdp import rdp_privacy_accountant
+import numpy as np
+from scipy import special
+
+from dpdist.accounting import mixtures
+from dpdist.accounting import search
+from dpdist.accounting import step_events
+
+# Orders that were fixed beforehand are among these. Much noise has its best
+# ones beyond a thousand.
+WHOLE_ORDERS = (
+  *range(2, 64),
+  *(x for k in range(6, 30) for x in (3 * 2 ** (k - 1), 2 ** (k + 1))),
+)
+_ORDERS = np.array([*(1 + x / 10 for x in range(1, 100)), *WHOLE_ORDERS[9:]])
+_LOW = 64.0  # Orders up to it are integrated at the same places.
+# Orders over the best one, and the share of delta of each.
+_LADDER = {
+  **{0.25: 0.1, 0.375: 0.1, 0.5: 0.1, 0.75: 0.1},
+  **{1.0: 0.4, 1.5: 0.1, 2.5: 0.06, 5.0: 0.04},
+}
+_NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
+# Beyond so many panels a Gaussian that is always drawn is a bound as good.
+_MOST_PANELS = 2**15
+# So much, relative, may quadrature miss of a ratio to a large negative power.
+_STEEP = 1e-5
+
+
+def step_event(pair: step_events.Pair) -> dp_accounting.DpEvent:
+  """One step as dp_accounting's accountants understand it.
+
+  An "opposite" is meant for one of losses under REPLACE_ONE, which takes the
+  noise to be in clip norms. An "exchange" is meant for one under REPLACE_ONE
+  that takes the noise to be in units of the exchange, as its RDP accountant
+  does; its PLD accountant takes it in units of half of that. Of a cut sample
+  it is the pair with more rows.
+  """
+  event: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(pair.sigma)
+  if pair.kind == "truncated":
+    return dp_accounting.TruncatedSubsampledGaussianDpEvent(
+      pair.num_examples, pair.q, pair.limit, pair.sigma
+    )
+  if pair.kind == "binomial":
+    rows = range(pair.rows + 1)
+    weights = [
+      math.comb(pair.rows, k) * pair.q**k * (1 - pair.q) ** (pair.rows - k)
+      for k in rows
+    ]
+    return dp_accounting.MixtureOfGaussiansDpEvent(
+      pair.sigma, [float(k) for k in rows], weights
+    )
+  if pair.q == 1.0:
+    return event
+  if pair.kind == "exchange":
+    return dp_accounting.SampledWithoutReplacementDpEvent(1, pair.q, event)
+  return dp_accounting.PoissonSampledDpEvent(pair.q, event)
+
+
+@functools.lru_cache(maxsize=1024)
+def step_divergences(pair: step_events.Pair) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the Renyi orders and one step's divergence at each, float64.
+
+  The pair has a Renyi bound.
+  """
+  is_low = _ORDERS <= _LOW
+  divergences = np.concatenate(
+    [
+      _integrals(pair, _ORDERS[is_low]),
+      *(_integrals(pair, np.array([x])) for x in _ORDERS[~is_low]),
+    ]
+  )
+  # Rounding may leave too little of the smallest. What a mean shift of q alone
+  # costs is the true limit there, and below the others.
+  shift = pair.q * (2 if pair.kind == "opposite" else 1)
+  divergences = np.maximum(divergences, _ORDERS * (shift / pair.sigma) ** 2 / 2)
+  divergences.setflags(write=False)  # Shared by every later query.
+  return _ORDERS, divergences
+
+
+def _integrals(pair: step_events.Pair, orders: np.ndarray) -> np.ndarray:
+  """Divergences of P from Q by Gauss-Legendre quadrature.
+
+  For all pairs with a bound that is the larger one of both directions.
+  """
+  ((side,), *_) = mixtures.directions(pair)
+  sigma, reach = side.sigma, side.reach
+  unsampled = orders * (reach / sigma) ** 2 / 2
+  if pair.q == 1:
+    return unsampled
+  low = min(m for _, m in side.q) - 10 * sigma
+  low = reach / 2 if side.is_folded else low
+  # Where the moment's last peak is, and ten deviations more.
+  high = max(m for _, m in side.p) + (max(orders) - 1) * reach + 10 * sigma
+  panels = (high - low) / min(sigma, 2 * sigma * (sigma / reach))
+  if not panels < _MOST_PANELS:
+    return unsampled
+  ends = np.linspace(low, high, math.ceil(panels) + 1)[:, np.newaxis]
+  half = (ends[1:] - ends[:-1]) / 2
+  x = (ends[1:] + ends[:-1]) / 2 + half * _NODES
+  losses, logs = mixtures.loss(side, x), mixtures.log_density(side.q, sigma, x)
+  logs += np.log(half * _WEIGHTS)
+  found = [
+    _log_moment(order, losses, logs, side.is_folded) / (order - 1)
+    for order in orders
+  ]
+  return np.minimum(unsampled, found)
+
+
+def _log_moment(
+  order: float, losses: np.ndarray, logs: np.ndarray, is_folded: bool
+) -> float:
+  """The logarithm of the ratio's mean under Q, to the power of the order."""
+  terms = logs + order * losses
+  log = float(special.logsumexp(terms))
+  if log > 300:  # The rest, of 2 at most, is nothing beside it.
+    return log
+  excess = float(np.sum(_excess(order, losses, logs)))
+  if is_folded:  # Here Q is P, with losses the other way.
+    excess += float(np.sum(_excess(order, -losses, logs + losses)))
+    excess *= 1 + _STEEP
+  return math.log1p(excess)
+
+
+def _excess(order: float, losses: np.ndarray, logs: np.ndarray) -> np.ndarray:
+  """Terms of the moment over 1: e^logs (e^(order l) - 1 - order (e^l - 1)).
+
+  What is taken off adds up to nothing, and to the first order the rest is gone.
+  """
+  weights = np.exp(logs)
+  is_near = order * np.abs(losses) < 0.5
+  small = np.where(is_near, losses, 0.0)
+  near = weights * (_beyond(order * small) - order * _beyond(small))
+  far = np.exp(logs + order * losses) - weights
+  far -= order * (np.exp(logs + losses) - weights)
+  return np.where(is_near, near, far)
+
+
+def _beyond(x: np.ndarray) -> np.ndarray:
+  """e^x - 1 - x."""
+  small = x * x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6))))
+  return np.where(np.abs(x) < 0.01, small, np.expm1(x) - x)
+
+
+def divergence(pair: step_events.Pair, num_steps: int, order: int) -> float:
+  """Returns the divergence of steps at one of `WHOLE_ORDERS`.
+
+  At an order that was fixed beforehand those of parts that were chosen one
+  after the other add up; see `dpdist.privacy.composition`.
+  """
+  if num_steps == 0:
+    return 0.0
+  if pair.sigma < search.NO_NOISE:
+    return math.inf
+  orders, divergences = step_divergences(pair)
+  return num_steps * float(divergences[orders == order][0])
+
+
+def epsilon_at(order: int, divergence: float, delta: float) -> float:
+  """Returns the epsilon that a divergence at one order comes to.
+
+  By Proposition 12 of Canonne, Kamath & Steinke 2020 (arXiv:2004.00010).
+  """
+  spent, _ = rdp_privacy_accountant.compute_epsilon(
+    [order], [divergence], delta
+  )
+  return float(spent)
+
+
+def largest_divergence(order: int, epsilon: float, delta: float) -> float:
+  """Returns the divergence for which `epsilon_at` gives epsilon.
+
+  Not above 0 if the order alone costs more.
+  """
+  return (
+    epsilon
+    - math.log1p(-1 / order)
+    + (math.log(delta) + math.log(order)) / (order - 1)
+  )
+
+
+def best_order(
+  steps: Sequence[tuple[step_events.Pair, int]], delta: float
+) -> int:
+  """Returns the one of `WHOLE_ORDERS` at which steps spend the least."""
+  return min(
+    WHOLE_ORDERS,
+    key=lambda order: epsilon_at(
+      order,
+      math.fsum(divergence(pair, count, order) for pair, count in steps),
+      delta,
+    ),
+  )
+
+
+def ladder(
+  steps: Sequence[tuple[step_events.Pair, int]], delta: float
+) -> dict[int, float]:
+  """Returns orders around the best one for steps, and a share of delta each.
+
+  Those are for what comes instead of these steps. Less noise has lower orders,
+  at which a share costs most.
+  """
+  best = best_order(steps, delta)
+  found: dict[int, float] = {}
+  for factor, share in _LADDER.items():
+    wanted = math.log(best * factor)
+    order = min(WHOLE_ORDERS, key=lambda x: abs(math.log(x) - wanted))
+    found[order] = found.get(order, 0.0) + share * delta
+  return found

@@ -1,0 +1,1 @@
+"""Files that others publish: fetched, pinned and read."""

@@ -1,0 +1,108 @@
+"""Arrays from the files that pretrained models come in.
+
+Each format is read by its own package. That of .gguf (pip install
+'dpdist[weights]') is imported only when there is something to read. Neither
+format can hold code.
+"""
+
+from collections.abc import Mapping
+import hashlib
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy as safetensors_numpy
+
+from dpdist.assets import fetch
+
+Path = str | os.PathLike[str]
+
+_SUFFIXES = (".safetensors", ".gguf")
+
+
+def locate(name: str) -> pathlib.Path:
+  """Where a model's file is.
+
+  Args:
+    name: of a model that `dpdist.assets.fetch` has fetched, or a path.
+
+  Raises:
+    ValueError: it was not fetched, or there is no such file.
+  """
+  if name in fetch.PACKAGES:
+    files = [p for p in fetch.find(name).iterdir() if p.suffix in _SUFFIXES]
+    if len(files) != 1:
+      raise ValueError(f"model.weights must name a model, got {name!r}")
+    return files[0]
+  path = pathlib.Path(name)
+  if not path.is_file():
+    raise ValueError(
+      "model.weights must be a .safetensors or .gguf file, or one of"
+      f" {sorted(fetch.PACKAGES)} that was fetched, got {name!r}"
+    )
+  return path
+
+
+def read(path: Path) -> dict[str, np.ndarray]:
+  """Reads all arrays of a file.
+
+  Args:
+    path: .safetensors, or .gguf, whose quantised arrays are expanded.
+
+  Returns:
+    Arrays by the names that the file has; of .gguf all are float32.
+
+  Raises:
+    ValueError: another kind of file, or not a sound one.
+    ModuleNotFoundError: the format's package is missing.
+  """
+  path = pathlib.Path(path)
+  if path.suffix == ".safetensors":
+    return _safetensors(path)
+  if path.suffix == ".gguf":
+    reader = gguf_reader(path)
+    from gguf import quants
+
+    return {
+      tensor.name: quants.dequantize(tensor.data, tensor.tensor_type)
+      for tensor in reader.tensors
+    }
+  raise ValueError(
+    f"model.weights must be a .safetensors or .gguf file, got {str(path)!r}"
+  )
+
+
+def gguf_reader(path: Path) -> Any:
+  """Opens a .gguf file: a `gguf.GGUFReader`."""
+  try:
+    import gguf
+  except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+      "model.weights needs gguf: pip install 'dpdist[weights]'"
+    ) from error
+  try:
+    return gguf.GGUFReader(path)
+  except (IndexError, OSError, ValueError) as error:
+    raise ValueError(f"{path} must be a sound .gguf file: {error}") from error
+
+
+def sha256(arrays: Mapping[str, np.ndarray]) -> str:
+  """SHA-256, hex, over names, dtypes, shapes and bytes; "" of none."""
+  if not arrays:
+    return ""
+  digest = hashlib.sha256()
+  for name, array in sorted(arrays.items()):
+    digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+    digest.update(np.ascontiguousarray(array).tobytes())
+  return digest.hexdigest()
+
+
+def _safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
+  try:
+    return safetensors_numpy.load_file(path)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise ValueError(
+      f"{path} must be a sound .safetensors file: {error}"
+    ) from error

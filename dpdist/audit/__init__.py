@@ -1,0 +1,1 @@
+"""Attacks on the step that runs, and lower bounds on epsilon from them."""

@@ -1,0 +1,381 @@
+"""Plays the game of privacy against the step that runs, and bounds epsilon.
+
+What is played with is in `dpdist.audit.canaries`, what is concluded in
+`dpdist.audit.bounds`. A canary is scored by the likelihood ratio of what was
+seen of it, which is the best that an attacker can do.
+
+Whatever comes out is about keys that are thrown away, and about no data: it
+spends no budget.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dpdist.accounting import accountants
+from dpdist.audit import bounds as bounds_lib
+from dpdist.audit import canaries
+from dpdist.privacy import plan as plan_lib
+
+MODES = ("worst_case", "one_run")
+
+_TRIALS = 4000
+# Of the plan's noise: the least and the most that is tried, and into how many
+# parts a doubling is divided, as a power of 2.
+_SCALES = (1 / 4, 16.0)
+_HALVINGS = 5
+
+
+class Result(NamedTuple):
+  """What an audit came to.
+
+  Attributes:
+    mode: "worst_case" or "one_run".
+    epsilon_claimed: what the plan says of so many steps.
+    delta: at which both epsilons are.
+    bounds: by name, lower bounds on epsilon; all of them hold together with
+      the confidence, if what is in `assumed` does.
+    confidence: of the bounds.
+    num_steps: of each run.
+    num_runs: how many.
+    num_canaries: in each run.
+    sampling_probability: of a canary, at step 0.
+    assumed: lines to read with the bounds.
+    scores: [n] float64, larger where a canary is likelier to be in.
+    is_in: [n] bool.
+  """
+
+  mode: str
+  epsilon_claimed: float
+  delta: float
+  bounds: dict[str, float]
+  confidence: float
+  num_steps: int
+  num_runs: int
+  num_canaries: int
+  sampling_probability: float
+  assumed: list[str]
+  scores: np.ndarray
+  is_in: np.ndarray
+
+  @property
+  def epsilon_lower_bound(self) -> float:
+    """The largest of the bounds."""
+    return max(self.bounds.values())
+
+  @property
+  def is_refuted(self) -> bool:
+    """Whether the claim cannot hold, with the confidence."""
+    return self.epsilon_lower_bound > self.epsilon_claimed
+
+  def facts(self) -> dict[str, Any]:
+    """All but the scores, JSON-able, with a verdict."""
+    facts = self._asdict()
+    del facts["scores"], facts["is_in"]
+    facts["epsilon_lower_bound"] = self.epsilon_lower_bound
+    facts["verdict"] = (
+      "the claim is wrong: more was shown than it allows"
+      if self.is_refuted
+      else "nothing was shown against the claim"
+    )
+    return facts
+
+
+def audit(
+  program: canaries.Program,
+  *,
+  mode: str = "worst_case",
+  num_trials: int = 0,
+  canaries_per_run: int = 0,
+  num_steps: int = 0,
+  confidence: float = 0.95,
+  seed: int | None = None,
+) -> Result:
+  """Audits a step.
+
+  Args:
+    program: of `dpdist.audit.canaries.prepare`.
+    mode: "worst_case": trials that are independent; or "one_run": one run for
+      all canaries, and a bound that holds however they hang together (Steinke,
+      Nasr & Jagielski 2023, arXiv:2305.08846).
+    num_trials: canaries in all, or some more in "worst_case", where each run
+      has as many; 0: 4,000, or as many as a run takes in "one_run".
+    canaries_per_run: side by side, in "worst_case"; 0: as many as may be. With
+      1, each canary has a run to itself.
+    num_steps: of each run; 0: the plan's.
+    confidence: in (0, 1).
+    seed: fixes all that is random, for tests; None: nothing does.
+
+  Raises:
+    ValueError: names the setting, its value and what would be right.
+  """
+  plan = program.plan
+  num_steps = num_steps or plan.num_steps
+  most = min(plan.num_units, program.num_entries)
+  if program.direction is not None:
+    most = 1
+  if mode == "one_run":
+    num_trials = num_trials or min(most, _TRIALS)
+    canaries_per_run = num_trials
+  else:
+    num_trials = num_trials or _TRIALS
+    canaries_per_run = canaries_per_run or min(most, num_trials)
+  _check(plan, mode, num_trials, canaries_per_run, num_steps, most, confidence)
+  num_runs = -(-num_trials // canaries_per_run)
+  observed = canaries.observe(
+    program,
+    num_runs=num_runs,
+    num_canaries=canaries_per_run,
+    num_steps=num_steps,
+    seed=seed,
+  )
+  scores = log_likelihood_ratios(plan, observed.sums)
+  bound = {"worst_case": _worst_case, "one_run": _one_run}[mode]
+  bounds = bound(plan, num_steps, scores, observed.is_in, confidence)
+  return Result(
+    mode=mode,
+    epsilon_claimed=plan.curve([plan.delta], num_steps)[0],
+    delta=plan.delta,
+    bounds=bounds,
+    confidence=confidence,
+    num_steps=num_steps,
+    num_runs=num_runs,
+    num_canaries=canaries_per_run,
+    sampling_probability=plan.sampling_probability,
+    assumed=_assumed(mode, canaries_per_run),
+    scores=scores,
+    is_in=observed.is_in,
+  )
+
+
+def _check(
+  plan: plan_lib.PrivacyPlan,
+  mode: str,
+  num_trials: int,
+  canaries_per_run: int,
+  num_steps: int,
+  most: int,
+  confidence: float,
+) -> None:
+  if mode not in MODES:
+    raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
+  if num_trials < 2:
+    raise ValueError(f"num_trials must be at least 2, got {num_trials}")
+  if not 1 <= canaries_per_run <= most:
+    name = "num_trials" if mode == "one_run" else "canaries_per_run"
+    raise ValueError(
+      f"{name} must be at most {most}, the least of units, entries of the"
+      " parameters, and 1 with canary='example', and at least 1, got"
+      f" {canaries_per_run}"
+    )
+  if not 1 <= num_steps <= plan.num_steps:
+    raise ValueError(
+      f"num_steps must be in [1, {plan.num_steps}], got {num_steps}"
+    )
+  if not 0 < confidence < 1:
+    raise ValueError(f"confidence must be in (0, 1), got {confidence}")
+
+
+def _assumed(mode: str, canaries_per_run: int) -> list[str]:
+  lines = [
+    "the attacker chooses the other units' gradients and the parameters, and"
+    " sees every release",
+    "of the secret, which is thrown away, nothing but its releases is seen",
+  ]
+  if mode == "worst_case":
+    lines.append(
+      "trade_off: the mechanism is the plan's, but for the scale of its noise"
+    )
+    if canaries_per_run > 1:
+      lines.append("the noise of different parameters is independent")
+  return lines
+
+
+# The scores.
+
+
+def log_likelihood_ratios(
+  plan: plan_lib.PrivacyPlan, sums: np.ndarray
+) -> np.ndarray:
+  """How much likelier what was seen of a canary is if it is in.
+
+  The most powerful test there is of a mechanism that is as the plan says.
+
+  Args:
+    plan: the numbers.
+    sums: [n, steps] float64, as `dpdist.audit.canaries.Observed` has them.
+
+  Returns:
+    [n] float64; infinite where what was seen is not a number.
+  """
+  total = np.zeros(len(sums))
+  for t, seen in enumerate(sums.T):
+    setting = plan.setting(t)
+    # The two worlds are one sensitivity apart.
+    sigma = setting.noise_multiplier
+    q = plan.probability(setting)
+    # With parts in turn, a canary's own steps are not told from the others.
+    q /= plan.cycle_length
+    out, into = (
+      np.logaddexp(
+        np.log1p(-q) if q < 1 else -np.inf,
+        np.log(q) + (seen**2 - (seen - place) ** 2) / (2 * sigma**2),
+      )
+      for place in canaries.worlds(plan)
+    )
+    total += into - out
+  return np.where(np.isnan(total), np.inf, total)
+
+
+# The bounds.
+
+
+def _worst_case(
+  plan: plan_lib.PrivacyPlan,
+  num_steps: int,
+  scores: np.ndarray,
+  is_in: np.ndarray,
+  confidence: float,
+) -> dict[str, float]:
+  # Two bounds that hold together.
+  confidence = 1 - (1 - confidence) / 2
+
+  def by_rates(errors: bounds_lib.Errors) -> float:
+    return bounds_lib.clopper_pearson(
+      errors, delta=plan.delta, confidence=confidence
+    )
+
+  half = len(scores) // 2
+  threshold = bounds_lib.best_threshold(scores[:half], is_in[:half], by_rates)
+  held_back = bounds_lib.count(scores[half:], is_in[half:], threshold)
+  # Where both worlds are equally likely: chosen before anything was seen.
+  errors = bounds_lib.count(scores, is_in, 0.0)
+  return {
+    "clopper_pearson": by_rates(held_back),
+    "trade_off": trade_off(plan, num_steps, errors, confidence),
+  }
+
+
+def trade_off(
+  plan: plan_lib.PrivacyPlan,
+  num_steps: int,
+  errors: bounds_lib.Errors,
+  confidence: float,
+) -> float:
+  """Epsilon of the plan with the least noise that errors contradict.
+
+  Where every unit takes part in every step that is mu-GDP; else what the plan's
+  own pairs compose to (Nasr et al. 2023, arXiv:2302.07956, section 5). It is
+  above the plan's own only if the plan's noise is contradicted, and then it
+  tells what that much less noise would spend, whatever it was that was wrong.
+
+  Returns:
+    At the plan's delta; at most that of a quarter of its noise, and 0 where not
+    even 16 times its noise is contradicted.
+  """
+
+  def is_contradicted(scale: float) -> bool:
+    profile = _profile(_scaled(plan, scale), num_steps)
+    return bounds_lib.contradicts(errors, profile, confidence=confidence)
+
+  scale = 1.0  # In the end, the least that is known to be contradicted.
+  if is_contradicted(scale):
+    while scale > _SCALES[0] and is_contradicted(scale / 2):
+      scale /= 2
+  else:
+    scale *= 2
+    while not is_contradicted(scale):
+      if scale >= _SCALES[1]:
+        return 0.0
+      scale *= 2
+  if scale > _SCALES[0]:
+    for halving in range(1, _HALVINGS + 1):
+      less = scale / 2 ** (0.5**halving)
+      if is_contradicted(less):
+        scale = less
+  return _scaled(plan, scale).curve([plan.delta], num_steps)[0]
+
+
+def _profile(
+  plan: plan_lib.PrivacyPlan, num_steps: int
+) -> Callable[[float], float]:
+  """From an epsilon to the plan's delta after so many steps."""
+  steps = plan.steps(num_steps)
+  if all(pair.q == 1 and pair.has_renyi for pair, _ in steps):
+    # Gaussians that are not mixed make one (Dong, Roth & Su 2022, corollary 2).
+    mu = math.sqrt(sum(count / pair.sigma**2 for pair, count in steps))
+    return lambda epsilon: bounds_lib.gaussian_delta(mu, epsilon)
+  return lambda epsilon: accountants.delta(steps, epsilon, plan.accountant)
+
+
+def _scaled(plan: plan_lib.PrivacyPlan, scale: float) -> plan_lib.PrivacyPlan:
+  """The plan with so many times its noise."""
+  return dataclasses.replace(
+    plan,
+    noise_multiplier=scale * plan.noise_multiplier,
+    noise_schedule=tuple((t, scale * x) for t, x in plan.noise_schedule),
+  )
+
+
+def _one_run(
+  plan: plan_lib.PrivacyPlan,
+  num_steps: int,
+  scores: np.ndarray,
+  is_in: np.ndarray,
+  confidence: float,
+) -> dict[str, float]:
+  num_guesses = _num_guesses(plan, num_steps, len(scores), confidence)
+  return {
+    "one_run": _bound_of_guesses(plan, scores, is_in, num_guesses, confidence)
+  }
+
+
+def _bound_of_guesses(
+  plan: plan_lib.PrivacyPlan,
+  scores: np.ndarray,
+  is_in: np.ndarray,
+  num_guesses: int,
+  confidence: float,
+) -> float:
+  surest = np.argsort(np.abs(scores), kind="stable")[
+    len(scores) - num_guesses :
+  ]
+  return bounds_lib.one_run(
+    num_canaries=len(scores),
+    num_guesses=num_guesses,
+    num_correct=int(np.sum((scores > 0)[surest] == is_in[surest])),
+    delta=plan.delta,
+    confidence=confidence,
+  )
+
+
+def _num_guesses(
+  plan: plan_lib.PrivacyPlan,
+  num_steps: int,
+  num_canaries: int,
+  confidence: float,
+) -> int:
+  """How many guesses do best against a mechanism that is as the plan says.
+
+  On simulated scores, so that it does not depend on those that were seen.
+  """
+  rng = np.random.default_rng(0)
+  is_in = rng.integers(0, 2, num_canaries).astype(bool)
+  sums = np.zeros((num_canaries, num_steps))
+  place = np.where(is_in, *canaries.worlds(plan)[::-1])
+  for t in range(num_steps):
+    setting = plan.setting(t)
+    # The two worlds are one sensitivity apart.
+    sigma = setting.noise_multiplier
+    q = plan.probability(setting) / plan.cycle_length
+    drawn = rng.random(num_canaries) < q
+    sums[:, t] = place * drawn + sigma * rng.normal(size=num_canaries)
+  scores = log_likelihood_ratios(plan, sums)
+  tried = np.unique(np.geomspace(1, num_canaries, 24).astype(int))
+  bounds = [
+    _bound_of_guesses(plan, scores, is_in, int(k), confidence) for k in tried
+  ]
+  return int(tried[int(np.argmax(bounds))])

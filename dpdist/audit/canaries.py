@@ -1,0 +1,395 @@
+"""Canaries in the step that runs: what an attacker sees of them.
+
+The step is the config's own: its mechanism, clipping, mesh, chunks and sampler,
+compiled as they are for training. Its data are canaries: units whose gradient
+is far longer than the clip norm, and has a direction that the attacker knows.
+All other units have gradients of zero, and the parameters stay as they are:
+both are the attacker's to choose, and make it easiest (Nasr et al. 2021,
+arXiv:2101.04535, "gradient canaries"). Each canary is in the data or not, as a
+coin of its own says. The attacker sees every noised mean that is released.
+"""
+
+from collections.abc import Callable, Iterator
+import dataclasses
+import functools
+import os
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import optax
+
+from dpdist import config as config_lib
+from dpdist import models
+from dpdist.data import pipeline
+from dpdist.distributed import mesh as mesh_lib
+from dpdist.keys import keys
+from dpdist.mechanism import mechanism
+from dpdist.privacy import plan as plan_lib
+from dpdist.tasks import optimizers
+from dpdist.training import abstract_step
+from dpdist.training import parameters
+from dpdist.training import setup
+from dpdist.training import step as step_lib
+
+PyTree = Any
+
+KINDS = ("entry", "example")
+
+# What a unit of the audit has besides its arrays: a factor for the model's
+# loss, one for the entry of the parameters that is the canary's, and which.
+_FACTOR, _PULL, _ENTRY = "audit_factor", "audit_pull", "audit_entry"
+# The length of a canary's gradient, in clip norms. Large, so that a clip that
+# leaves a part of it shows.
+_LENGTH = 100.0
+
+
+class Program(NamedTuple):
+  """What is audited.
+
+  Attributes:
+    plan: the numbers that are claimed.
+    step: the config's, but that its loss can be a canary's, and that its state
+      keeps the mean that it released in place of an optimizer's state.
+    state: before the first step.
+    chunk_size: units over the mesh at once.
+    unit: one unit, NumPy arrays.
+    num_entries: of the parameters.
+    direction: of the unit's own gradient, of length 1, where that is the
+      canary; None where a canary is an entry of the parameters.
+    length: of that gradient.
+    num_threads: reading ahead.
+    prefetch: steps read ahead.
+  """
+
+  plan: plan_lib.PrivacyPlan
+  step: step_lib.Step
+  state: step_lib.TrainState
+  chunk_size: int
+  unit: dict[str, np.ndarray]
+  num_entries: int
+  num_threads: int
+  prefetch: int
+  direction: PyTree | None = None
+  length: float = 1.0
+
+
+class Observed(NamedTuple):
+  """What an attacker saw of canaries, apart for each run and canary.
+
+  Attributes:
+    sums: [n, steps] float64, the noised sums in the canary's direction, in the
+      distance between the two worlds.
+    is_in: [n] bool, the coins.
+  """
+
+  sums: np.ndarray
+  is_in: np.ndarray
+
+
+def prepare(
+  config: ml_collections.ConfigDict, *, canary: str = "entry"
+) -> Program:
+  """Makes the step of a config, for canaries, on all devices.
+
+  Raises:
+    ValueError: names the setting, its value and what would be right.
+  """
+  if canary not in KINDS:
+    raise ValueError(f"canary must be one of {KINDS}, got {canary!r}")
+  plan = plan_lib.make_plan(config_lib.privacy_config(config))
+  if plan.examples_per_user > 1:
+    raise ValueError(
+      "privacy.examples_per_user must be 1 for an audit, got"
+      f" {plan.examples_per_user}"
+    )
+  if config.model.trainable:
+    raise ValueError(
+      "model.trainable must be empty for an audit, got"
+      f" {config.model.trainable!r}"
+    )
+  mesh = mesh_lib.make(config.mesh)
+  model = models.make(config.model)
+  optimizer, _ = optimizers.make(config.optimizer, config.privacy.num_steps)
+  step = setup.make_step(config, plan, model, optimizer, mesh)
+  clipped_grad = step.mechanism.clipped_grad
+  step = dataclasses.replace(
+    step,
+    mechanism=dataclasses.replace(
+      step.mechanism,
+      clipped_grad=dataclasses.replace(
+        clipped_grad,
+        loss_fn=_canary_loss(clipped_grad.loss_fn, has_entry=canary == "entry"),
+      ),
+    ),
+    optimizer=recording(),
+    ema_decay=0.0,
+  )
+  example = abstract_step.example(config)
+  unit = abstract_step.unit(config, example)
+  rng = np.random.default_rng(0)
+  draw = functools.partial(_random, rng, config.model.num_outputs)
+  words = keys.prng_words(keys.insecure_secret(0))
+  state = step.init_from(
+    functools.partial(parameters.make_params, model),
+    words,
+    _filled(example, draw)["inputs"],
+  )
+  program = Program(
+    plan=plan,
+    step=step,
+    state=state,
+    chunk_size=setup.chunk_size(config, plan, mesh),
+    unit=_filled(unit, draw),
+    num_entries=sum(x.size for x in jax.tree.leaves(state.params)),
+    num_threads=config.data.num_threads,
+    prefetch=config.data.prefetch,
+  )
+  return _with_direction(program) if canary == "example" else program
+
+
+def _filled(
+  shapes: dict[str, Any], draw: Callable[[Any], np.ndarray]
+) -> dict[str, np.ndarray]:
+  return {name: draw(shape) for name, shape in shapes.items()}
+
+
+def _random(rng: np.random.Generator, most: int, x: Any) -> np.ndarray:
+  if np.issubdtype(x.dtype, np.floating):
+    return rng.normal(size=x.shape).astype(x.dtype)
+  if x.dtype == np.bool_:
+    return np.zeros(x.shape, np.bool_)  # No slot of a user is empty.
+  return rng.integers(0, most, x.shape).astype(x.dtype)
+
+
+def _canary_loss(
+  loss_fn: Callable[..., Any], *, has_entry: bool
+) -> Callable[..., Any]:
+  """The loss times a unit's factor, and its pull on one entry."""
+
+  def loss(
+    params: PyTree, unit: dict[str, jax.Array], rng: jax.Array
+  ) -> tuple[jax.Array, Any]:
+    unit = dict(unit)
+    factor, pull = unit.pop(_FACTOR), unit.pop(_PULL)
+    index = unit.pop(_ENTRY)
+    value, aux = loss_fn(params, unit, rng)
+    value = factor * value
+    if has_entry:
+      value += pull * _entry(params, index)
+    return value, aux
+
+  return loss
+
+
+def _entry(params: PyTree, index: jax.Array) -> jax.Array:
+  """One entry of all parameters, in their order."""
+  value = jnp.zeros(())
+  for leaf in jax.tree.leaves(params):
+    is_here = (index >= 0) & (index < leaf.size)
+    # Not by indexing, which on parameters that are divided would send them.
+    chosen = jnp.arange(leaf.size) == jnp.where(is_here, index, -1)
+    value += jnp.sum(
+      jnp.where(chosen.reshape(leaf.shape), leaf, 0), dtype=jnp.float32
+    )
+    index = index - leaf.size
+  return value
+
+
+def recording() -> optax.GradientTransformation:
+  """Keeps what it is given, and leaves the parameters as they are.
+
+  What an optimizer makes of a released mean is post-processing. So is this.
+  """
+
+  def init(params: PyTree) -> PyTree:
+    return jax.tree.map(jnp.zeros_like, params)
+
+  def update(
+    updates: PyTree, state: PyTree, params: PyTree = None
+  ) -> tuple[PyTree, PyTree]:
+    del params
+    zeros = jax.tree.map(jnp.zeros_like, updates)
+    return zeros, jax.tree.map(lambda x, y: x.astype(y.dtype), updates, state)
+
+  return optax.GradientTransformation(init, update)
+
+
+# The game.
+
+
+@dataclasses.dataclass(frozen=True)
+class _Units:
+  """The data of one run: every unit there is, canaries among them.
+
+  Attributes:
+    unit: what every unit holds.
+    factors: [units] float32.
+    pulls: [units] float32.
+    entries: [units] int32, -1 of those that are no canary.
+  """
+
+  unit: dict[str, np.ndarray]
+  factors: np.ndarray
+  pulls: np.ndarray
+  entries: np.ndarray
+
+  def __len__(self) -> int:
+    return len(self.entries)
+
+  def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """As `dpdist.data.sources.Source`."""
+    rows = {
+      name: np.broadcast_to(x, (len(indices), *x.shape))
+      for name, x in self.unit.items()
+    }
+    return rows | {
+      _FACTOR: self.factors[indices],
+      _PULL: self.pulls[indices],
+      _ENTRY: self.entries[indices],
+    }
+
+  def manifest(self) -> str:
+    """Names no content: there is none to name."""
+    return ""
+
+
+def observe(
+  program: Program,
+  *,
+  num_runs: int,
+  num_canaries: int,
+  num_steps: int,
+  seed: int | None,
+) -> Observed:
+  """Runs the step on canaries, with a new secret for each run.
+
+  Args:
+    program: of `prepare`.
+    num_runs: how many runs.
+    num_canaries: in each, on entries of their own.
+    num_steps: of each.
+    seed: of everything that is random; None: nothing is fixed.
+  """
+  plan = program.plan
+  rng = np.random.default_rng(seed)
+  look, size = _looker(program), _distance(plan)
+  places = worlds(plan)
+  sums = np.zeros((num_runs, num_canaries, num_steps))
+  is_in = np.zeros((num_runs, num_canaries), bool)
+  for run in range(num_runs):
+    units = rng.choice(plan.num_units, num_canaries, replace=False)
+    entries = rng.choice(program.num_entries, num_canaries, replace=False)
+    is_in[run] = rng.integers(0, 2, num_canaries).astype(bool)
+    pulls = np.zeros(plan.num_units, np.float32)
+    # Times the sign of each world's place: the gradient is clipped anyway.
+    signs = np.sign(np.where(is_in[run], places[1], places[0]))
+    pulls[units] = _LENGTH * plan.l2_clip_norm * signs
+    where = np.full(plan.num_units, -1, np.int32)
+    where[units] = entries
+    # One of the two pulls, and the other is 0.
+    is_entry = program.direction is None
+    factors = np.zeros_like(pulls) if is_entry else pulls / program.length
+    data_of_run = _Units(program.unit, factors, pulls, where)
+    secret = (
+      os.urandom(keys.SECRET_BYTES)
+      if seed is None
+      else keys.insecure_secret(seed * 2**32 + run)
+    )
+    released = _releases(program, data_of_run, secret, num_steps)
+    sums[run] = np.stack(
+      [look(mean, entries) * batch / size for mean, batch in released], axis=-1
+    )
+  return Observed(sums.reshape(-1, num_steps), is_in.reshape(-1))
+
+
+def worlds(plan: plan_lib.PrivacyPlan) -> tuple[float, float]:
+  """Where a drawn canary puts the sum if it is out, and if it is in.
+
+  In the distance between the two.
+  """
+  is_replaced = plan.neighboring_relation == "replace_one"
+  return (-0.5, 0.5) if is_replaced else (0.0, 1.0)
+
+
+def _distance(plan: plan_lib.PrivacyPlan) -> float:
+  """The distance between the two worlds' sums."""
+  out, into = worlds(plan)
+  # One of the two is a clip norm away from 0, or both are.
+  return plan.l2_clip_norm / max(abs(out), abs(into))
+
+
+def _looker(program: Program) -> Callable[[PyTree, np.ndarray], np.ndarray]:
+  """Finds the canaries' directions in a released mean, float64 [canaries]."""
+
+  def look(mean: PyTree, entries: jax.Array) -> jax.Array:
+    if program.direction is not None:
+      return optax.tree.vdot(mean, program.direction)[None]
+    leaves = [x.reshape(-1) for x in jax.tree.leaves(mean)]
+    return jnp.concatenate(leaves)[entries]
+
+  compiled = jax.jit(look, out_shardings=mesh_lib.replicated(program.step.mesh))
+  return lambda mean, entries: np.asarray(compiled(mean, entries), np.float64)
+
+
+def _with_direction(program: Program) -> Program:
+  """With the gradient of its unit, by JAX alone, without what clips."""
+  unit: dict[str, Any] = {k: jnp.asarray(x) for k, x in program.unit.items()}
+  unit |= {_FACTOR: jnp.ones(()), _PULL: jnp.zeros(()), _ENTRY: jnp.array(-1)}
+  loss_fn = program.step.mechanism.clipped_grad.loss_fn
+  gradient = jax.jit(
+    jax.grad(lambda params: loss_fn(params, unit, jax.random.key(0))[0])
+  )(program.state.params)
+  length = float(optax.tree.norm(gradient))
+  if not 0 < length < np.inf:
+    raise ValueError(
+      "canary must be 'entry' where a random example's gradient has no length,"
+      f" got 'example' with a gradient of length {length}"
+    )
+  direction = jax.tree.map(lambda x: x / length, gradient)
+  return program._replace(direction=direction, length=length)
+
+
+def _releases(
+  program: Program, units: _Units, secret: bytes, num_steps: int
+) -> Iterator[tuple[PyTree, float]]:
+  """Yields what each step of a run released, and what it was divided by."""
+  plan, step = program.plan, program.step
+  streams = mechanism.Streams(secret, "audit")
+  noise_key = streams.key("noise")
+  sharding = mesh_lib.examples(step.mesh)
+
+  def put(x: np.ndarray) -> jax.Array:
+    shape = (program.chunk_size, *x.shape[1:])
+    return jax.make_array_from_process_local_data(sharding, x, shape)
+
+  # A copy, since steps reuse the memory of the state that they are given.
+  state = jax.tree.map(jnp.copy, program.state)
+  for t, chunks in pipeline.steps(
+    units,
+    streams.sampler(plan),
+    start_step=0,
+    num_steps=num_steps,
+    chunk_size=program.chunk_size,
+    rows=mesh_lib.local_rows(step.mesh, program.chunk_size),
+    num_threads=program.num_threads,
+    prefetch=program.prefetch,
+  ):
+    accumulator = step.zeros(state.params)
+    key = streams.key("model_rng", t)
+    for i, chunk in enumerate(chunks):
+      batch, is_padding_example = jax.tree.map(put, tuple(chunk))
+      accumulator = step.accumulate(
+        state.params,
+        accumulator,
+        batch,
+        is_padding_example,
+        key,
+        i * program.chunk_size,
+      )
+    release = [np.int32(t)] if len(plan.settings) > 1 else []
+    state, _ = step.apply(state, accumulator, noise_key, *release)
+    batch_size = plan.setting(t).expected_batch_size / plan.group_size
+    yield state.opt_state, batch_size

@@ -1,0 +1,236 @@
+"""Several mini-batches that make one logical batch, for one draw of noise.
+
+    step = clipping.VirtualStep(fn, "mean", expected_batch_size=256)
+    for indices in parts_of(sampler(t)):  # One draw, cut into parts.
+      step.add(params, load(indices))
+    if not step.num_added:
+      step.add_nothing(params)  # Nobody was drawn; noise is added all the same.
+    mean, sensitivity = step.finish()
+
+What makes it one step of DP-SGD, and cannot be seen from here:
+
+* The mini-batches are parts of one draw. An example that comes in two of them
+  moves the sum twice; a draw of its own for each mini-batch is another
+  mechanism than one draw of all.
+* An empty draw is a step like any other, with its noise: to leave it out would
+  tell that nobody was drawn. Since nothing was computed then, it is said
+  explicitly, by `add_nothing`.
+* Clip norms, and so the sensitivity, are chosen without looking at the data. If
+  mini-batches have different ones, name those of which no mini-batch was drawn
+  by `add_nothing`.
+
+It holds arrays between calls, and may itself be used in a function that JAX
+traces, `jax.shard_map` included. A training loop that is compiled as a whole
+needs no such object: it adds up `fn(params, batch).sum`.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpdist.clipping import checks
+from dpdist.clipping import freezing
+from dpdist.clipping import transform
+from dpdist.sums import compensated
+
+PyTree = Any
+
+_REDUCTIONS = ("sum", "mean")
+
+
+class LogicalBatch(NamedTuple):
+  """What `VirtualStep.finish` returns; private until noise is added.
+
+  Attributes:
+    value: the clipped sum, or that over the expected batch size: a pytree like
+      params, float32 or wider, None where a parameter is frozen.
+    sensitivity: its l2 sensitivity.
+  """
+
+  value: PyTree
+  sensitivity: float
+
+
+class VirtualStep:
+  """Accumulates clipped sums; see the module.
+
+  Guarantees:
+    `LogicalBatch.value` moves by at most `LogicalBatch.sensitivity` when one
+    example changes, of a logical batch in which no example comes twice.
+  """
+
+  def __init__(
+    self,
+    fn: transform.ClippedGrad,
+    reduction: str = "sum",
+    expected_batch_size: float | None = None,
+  ):
+    """Begins an empty logical batch.
+
+    Args:
+      fn: from `dpdist.clipped_grad`.
+      reduction: "sum", or "mean" for the sum over expected_batch_size.
+      expected_batch_size: examples in a logical batch on average, a public
+        number; never the number that was drawn. For "mean", and only there.
+
+    Raises:
+      ValueError: names the argument, its value and what would be right.
+    """
+    if not isinstance(fn, transform.ClippedGrad):
+      raise ValueError(f"fn must come from dpdist.clipped_grad, got {fn!r}")
+    if reduction not in _REDUCTIONS:
+      raise ValueError(
+        f"reduction must be one of {_REDUCTIONS}, got {reduction!r}"
+      )
+    is_size = (
+      isinstance(expected_batch_size, int | float)
+      and not isinstance(expected_batch_size, bool)
+      and 0 < expected_batch_size < math.inf
+    )
+    if reduction == "mean" and not is_size:
+      raise ValueError(
+        "expected_batch_size must be finite and above 0 for the reduction"
+        f" 'mean', got {expected_batch_size!r}"
+      )
+    if reduction == "sum" and expected_batch_size is not None:
+      raise ValueError(
+        "expected_batch_size must be None for the reduction 'sum', which"
+        f" divides by nothing, got {expected_batch_size!r}"
+      )
+    self._fn = fn
+    self._divisor = float(expected_batch_size or 1)
+    self._compiled: dict[Any, Any] = {}
+    self._total: Any = None
+    self._fns: list[transform.ClippedGrad] = []
+
+  @property
+  def num_added(self) -> int:
+    """Calls of `add` and `add_nothing` since the last `finish` or `clear`."""
+    return len(self._fns)
+
+  def add(
+    self,
+    params: PyTree,
+    batch: PyTree,
+    *,
+    is_padding_example: jax.Array | None = None,
+    rng: jax.Array | None = None,
+    l2_clip_norm: PyTree | None = None,
+  ) -> transform.ClippedGrads:
+    """Adds a mini-batch.
+
+    Args:
+      params: as for fn.
+      batch: as for fn.
+      is_padding_example: as for fn.
+      rng: as for fn.
+      l2_clip_norm: in place of fn's. None: fn's.
+
+    Returns:
+      What fn returned for the mini-batch alone. NOT private.
+
+    Raises:
+      ValueError: as fn does, or the sum is not like the one so far. Nothing
+        has been added then.
+    """
+    fn, run = self._with_norm(l2_clip_norm)
+    total = self._total_like(fn, params)
+    self._total, grads = run(total, params, batch, is_padding_example, rng)
+    self._fns.append(fn)
+    return grads
+
+  def add_nothing(
+    self, params: PyTree, *, l2_clip_norm: PyTree | None = None
+  ) -> None:
+    """Adds a mini-batch without any example: zeros, and their sensitivity.
+
+    Args:
+      params: as for fn; shapes and dtypes are enough.
+      l2_clip_norm: as in `add`.
+
+    Raises:
+      ValueError: the sum is not like the one so far.
+    """
+    fn, _ = self._with_norm(l2_clip_norm)
+    self._total = self._total_like(fn, params)
+    self._fns.append(fn)
+
+  def finish(
+    self, neighboring_relation: str = "add_or_remove_one"
+  ) -> LogicalBatch:
+    """Ends the logical batch; the next `add` begins another one.
+
+    Args:
+      neighboring_relation: which the sensitivity is for; see
+        `ClippedGrad.sensitivity`.
+
+    Returns:
+      The sum or mean; and its sensitivity, which is the greatest of those of
+      the mini-batches, since an example is in one of them.
+
+    Raises:
+      RuntimeError: nothing was added.
+      ValueError: unknown relation. The logical batch goes on then.
+    """
+    if not self._fns:
+      raise RuntimeError(
+        "finish must come after add, got nothing accumulated: for a draw of"
+        " nobody, which takes noise as well, call add_nothing(params) first"
+      )
+    sensitivity = max(fn.sensitivity(neighboring_relation) for fn in self._fns)
+    value = jax.tree.map(lambda x: x / self._divisor, self._total.high)
+    self.clear()
+    return LogicalBatch(value, sensitivity / self._divisor)
+
+  def clear(self) -> None:
+    """Forgets what was added, as after an interruption."""
+    self._total = None
+    self._fns = []
+
+  def _with_norm(
+    self, l2_clip_norm: PyTree | None
+  ) -> tuple[transform.ClippedGrad, Any]:
+    """fn with another norm, alone and compiled with a sum around it."""
+    fn = self._fn
+    if l2_clip_norm is not None:
+      checks.norms(l2_clip_norm)
+    norms, structure = jax.tree.flatten(l2_clip_norm)
+    if (*norms, structure) not in self._compiled:
+      if l2_clip_norm is not None:
+        fn = dataclasses.replace(fn, l2_clip_norm=l2_clip_norm)
+
+      def run(total: PyTree, params: PyTree, batch: Any, *more: Any) -> Any:
+        is_padding_example, rng = more
+        grads = fn(
+          params, batch, is_padding_example=is_padding_example, rng=rng
+        )
+        return compensated.add(total, grads.sum, grads.low), grads
+
+      self._compiled[(*norms, structure)] = fn, jax.jit(run)
+    return self._compiled[(*norms, structure)]
+
+  def _total_like(
+    self, fn: transform.ClippedGrad, params: PyTree
+  ) -> compensated.Sum:
+    """The sum so far, which must be like params; zeros if there is none."""
+    trainable, _ = freezing.partition(params, fn.frozen)
+    like = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(
+        jnp.shape(x), jnp.promote_types(jnp.result_type(x), jnp.float32)
+      ),
+      trainable,
+    )
+    if not self._fns:
+      return compensated.zeros_like(like)
+    before = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._total.high
+    )
+    if before != like:
+      raise ValueError(
+        "params must be like those of the mini-batches before,"
+        f" {before}, got {like}: call finish or clear in between"
+      )
+    return self._total

@@ -1,0 +1,1 @@
+"""The ways to a clipped sum, and from norms to scales."""

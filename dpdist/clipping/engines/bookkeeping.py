@@ -1,0 +1,426 @@
+"""The book-keeping engine: clipped sums at the price of an ordinary gradient.
+
+One forward pass, one backward pass through the activations alone, and then for
+each weight its norms by the cheapest exact rule and the clipped sum as one
+product. The ordinary gradient has the same passes and the same products; what
+is added is the norms (Bu et al. 2023, "Differentially Private Optimization on
+Large Model at Small Cost", here for any JAX program).
+"""
+
+from collections.abc import Sequence
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpdist.clipping.engines import sharing
+from dpdist.clipping.engines import vmap
+from dpdist.clipping.engines.clip_norms import Scaling
+from dpdist.clipping.layers import convolution
+from dpdist.clipping.layers import costs
+from dpdist.clipping.layers import dense
+from dpdist.clipping.layers import inner_products
+from dpdist.clipping.layers import norms
+from dpdist.clipping.layers import pixels
+from dpdist.clipping.layers import weight_gradients
+from dpdist.clipping.layers.rules import Rule
+from dpdist.clipping.trace import evaluate
+from dpdist.clipping.trace import shards
+from dpdist.clipping.trace import varying_axes
+from dpdist.clipping.trace.program import Block
+from dpdist.clipping.trace.program import Site
+
+PyTree = Any
+Key = tuple[int, ...]
+
+
+class Problem(NamedTuple):
+  """What the engines work on.
+
+  Attributes:
+    block: the loss of one example, taken apart.
+    rules: cover all its sites.
+    leaves: the parameters; some may be `shards.Shard`s.
+    frozen: those that are not trained, likewise.
+    groups: for each parameter the number of the group it is clipped with.
+    scaling: how gradients are shortened.
+    platform: "cpu", "gpu" or "tpu".
+  """
+
+  block: Block
+  rules: Sequence[Rule]
+  leaves: Sequence[Any]
+  frozen: Sequence[Any]
+  groups: Sequence[int]
+  scaling: Scaling
+  platform: str
+
+  def inputs(self, example: Sequence[Any]) -> list[Any]:
+    """The block's, for one example."""
+    return [*self.leaves, *self.frozen, *example]
+
+  def unit_roundoff(self, rule: Rule) -> float:
+    """Relative error with which the products of a sum round their operands."""
+    return max(
+      (
+        costs.unit_roundoff(self.platform, site.eqn.params.get("precision"))
+        for site in rule.sites
+        if site.eqn is not None
+      ),
+      default=0.0,
+    )
+
+
+def clipped_sum(
+  problem: Problem, examples: Sequence[jax.Array], keep: jax.Array
+) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+  """Sums clipped per-example gradients.
+
+  Args:
+    problem: what of, and how.
+    examples: leaves of the batch; leading axis B.
+    keep: [B] bool; an example that is not kept contributes exactly 0.
+
+  Returns:
+    The sum of each parameter's gradients, float32 or wider, of a shard's its
+    part of the sum over its mesh axis; the outputs of the loss, [B, ...]; the
+    norms before clipping, [B] a group.
+  """
+  operands, cotangents, outs = backward(problem, examples)
+  total = [
+    jnp.zeros(keep.shape, jnp.float32) for _ in problem.scaling.l2_clip_norms
+  ]
+  less = [jnp.zeros(keep.shape, jnp.float32) for _ in total]
+  kept = []
+  for rule in problem.rules:
+    found, formed = norms_of(problem, rule, operands, cotangents)
+    for group, mine in found.items():
+      total[group] = norms.hypot(total[group], mine)
+    kept.append(formed if rule.way == "keep" else None)
+    if rule.way == "keep":
+      continue
+    group = problem.groups[min(rule.leaves)]
+    for site in rule.sites:
+      x, g = operands[site.key], cotangents[site.key]
+      other = x if _scales_cotangent(site, x, g) else g
+      less[group] += jax.vmap(functools.partial(lost, site))(other)
+  scales, total = problem.scaling.scales(total, keep, less)
+  sums = weighted_sum(problem, operands, cotangents, kept, scales)
+  return problem.scaling.enlarged(sums, problem.groups), outs, total
+
+
+def lost(site: Site, other: jax.Array) -> jax.Array:
+  """At least the norm of what underflow takes from an example's product.
+
+  Args:
+    site: a product, of which one side is multiplied with at most 1.
+    other: the other side, for one example.
+
+  Returns:
+    The root of the number of entries, each of which is a sum of some products
+    of what was lost, at most the smallest number, and entries of the other.
+  """
+  if site.name == "gather":
+    return jnp.zeros((), jnp.float32)  # Nothing is multiplied.
+  each = math.sqrt(math.prod(site.weight_shape)) * float(
+    jnp.finfo(other.dtype if other.dtype.itemsize > 4 else jnp.float32).tiny
+  )
+  other = weight_gradients.widen(other)
+  return jnp.sum(jnp.abs(other * each)).astype(jnp.float32)
+
+
+def backward(
+  problem: Problem, examples: Sequence[jax.Array]
+) -> tuple[dict[Key, jax.Array], dict[Key, jax.Array], list[jax.Array]]:
+  """One forward pass, and one backward pass through the activations.
+
+  Returns:
+    By site: the data operands of products and the gradients of the tapped
+    values, both with a leading axis B; and the outputs of the loss.
+  """
+  size = examples[0].shape[0]
+  taps = varying_axes.cast_to_varying(
+    {
+      site.key: jnp.zeros((size, *site.tap_shape), site.out.dtype)
+      for site in problem.block.all_sites()
+    },
+    varying_axes.varying_axes((list(problem.leaves), list(examples))),
+  )
+
+  def losses(taps: dict[Key, jax.Array]) -> tuple[jax.Array, Any]:
+    def one(example: Any, taps: Any) -> Any:
+      return evaluate.forward(problem.block, problem.inputs(example), taps)
+
+    outs, operands = jax.vmap(one)(list(examples), taps)
+    return outs[0], (outs, operands)
+
+  loss, pull, (outs, operands) = jax.vjp(losses, taps, has_aux=True)
+  (cotangents,) = pull(jnp.ones_like(loss))
+  once = lambda by_key: {
+    key: sharing.computed_once(x) for key, x in by_key.items()
+  }
+  return once(operands), once(cotangents), outs
+
+
+def norms_of(
+  problem: Problem,
+  rule: Rule,
+  operands: dict[Key, jax.Array],
+  cotangents: dict[Key, jax.Array],
+) -> tuple[dict[int, jax.Array], Any]:
+  """Norms of a rule's gradients, by group; and the gradients.
+
+  Args:
+    problem: what of.
+    rule: which part of it, and how.
+    operands: the products' data operands, by site; leading axis B. Those of
+      other rules are ignored.
+    cotangents: the gradients of the sites' outputs, likewise.
+
+  Returns:
+    [B] a group; and the gradients as `rule.view` has them, leading axis B, None
+    where they are not formed.
+  """
+  operands = {s.key: operands[s.key] for s in rule.sites if s.eqn is not None}
+  cotangents = {s.key: cotangents[s.key] for s in rule.sites}
+  if rule.view != "parameters":
+    group = problem.groups[min(rule.leaves)]
+    found, formed = jax.vmap(functools.partial(norm, problem, rule))(
+      operands, cotangents
+    )
+    return {group: found}, formed
+
+  # Here, and not once for each example.
+  problem = problem._replace(
+    leaves=[shards.whole(x) for x in problem.leaves],
+    frozen=[shards.whole(x) for x in problem.frozen],
+  )
+
+  def one(args: tuple[dict[Key, jax.Array], dict[Key, jax.Array]]) -> Any:
+    of_weights = _of_weights(problem, rule, *args)
+    by_leaf = {
+      i: sharing.computed_once(x)
+      for i, x in to_leaves(problem, of_weights, rule.leaves).items()
+    }
+    total: dict[int, jax.Array] = {}
+    for i, x in by_leaf.items():
+      group = problem.groups[i]
+      total[group] = norms.hypot(total.get(group, jnp.zeros(())), norms.of(x))
+    return total, by_leaf
+
+  # What takes gradients to the parameters passes over them many times: where
+  # they do not fit in the cache together, they do so one at a time.
+  (size,) = {len(x) for x in cotangents.values()}
+  size *= 4 * sum(math.prod(site.weight_shape) for site in rule.sites)
+  if problem.platform == "cpu" and size > costs.CACHE_BYTES["cpu"]:
+    return jax.lax.map(one, (operands, cotangents))
+  return jax.vmap(one)((operands, cotangents))
+
+
+def norm(
+  problem: Problem,
+  rule: Rule,
+  operands: dict[Key, jax.Array],
+  cotangents: dict[Key, jax.Array],
+) -> tuple[jax.Array, jax.Array | None]:
+  """The norm of one example's gradient; and the gradient itself.
+
+  Args:
+    problem: what of.
+    rule: which part of it, and how; its view is not "parameters".
+    operands: the products' data operands, by site.
+    cotangents: the gradients of the sites' outputs.
+
+  Returns:
+    A scalar; and the gradient as `rule.view` has it, None if it is not formed.
+  """
+  if rule.way in ("gram", "diagonal"):
+    return _norm_unformed(problem, rule, operands, cotangents), None
+  of_weights = _of_weights(problem, rule, operands, cotangents)
+  formed: Any = sum(
+    weight_gradients.placed(site, of_weights[site.key], rule.sites[0])
+    for site in rule.sites
+  )
+  if rule.way == "keep":
+    formed = sharing.computed_once(formed)
+  found = norms.of(formed)
+  if rule.way == "drop":
+    # The sum is a product of its own, in which terms that cancel here leave
+    # what they are rounded by.
+    size: Any = sum(
+      weight_gradients.magnitude(s, operands.get(s.key), cotangents[s.key])
+      for s in rule.sites
+    )
+    found = jnp.maximum(found, inner_products.SUMMED**0.5 * size)
+    # Rounded in both products.
+    twice = 2 * sum(
+      weight_gradients.positions(s, operands.get(s.key)) for s in rule.sites
+    )
+    found = inner_products.with_room(found, size, twice, 0.0)
+    unit_roundoff = problem.unit_roundoff(rule)
+    if unit_roundoff:
+      terms: Any = sum(
+        weight_gradients.terms(site, operands[site.key], cotangents[site.key])
+        for site in rule.sites
+      )
+      found = inner_products.with_room(found, terms, 0, unit_roundoff)
+  return found, formed
+
+
+def _of_weights(
+  problem: Problem,
+  rule: Rule,
+  operands: dict[Key, jax.Array],
+  cotangents: dict[Key, jax.Array],
+) -> dict[Key, jax.Array]:
+  """The gradients of the sites' weights for one example."""
+  return {
+    site.key: weight_gradients.weight_gradient(
+      site, operands.get(site.key), cotangents[site.key], problem.platform
+    )
+    for site in rule.sites
+  }
+
+
+def _norm_unformed(
+  problem: Problem,
+  rule: Rule,
+  operands: dict[Key, jax.Array],
+  cotangents: dict[Key, jax.Array],
+) -> jax.Array:
+  first = rule.sites[0]
+  precision = first.eqn.params.get("precision")
+  unit_roundoff = problem.unit_roundoff(rule)
+  if rule.view == "factors":
+    return dense.norm(
+      [
+        weight_gradients.factor(s, first, operands, cotangents)
+        for s in rule.sites
+      ],
+      unit_roundoff,
+      precision,
+    )
+  x, g = operands[first.key], cotangents[first.key]
+  if rule.way == "gram":
+    return dense.norm(
+      [convolution.patches(first, x, g)], unit_roundoff, precision
+    )
+  return pixels.norm(first, x, g, unit_roundoff)
+
+
+def to_leaves(
+  problem: Problem,
+  cotangents: dict[Key, jax.Array],
+  wanted: frozenset[int],
+) -> dict[int, jax.Array]:
+  """Gradients of parameters from those of weights; see `to_parameters`."""
+  known = problem.inputs(())
+  values = [*known, *[None] * (len(problem.block.kinds) - len(known))]
+  found = evaluate.to_parameters(problem.block, values, cotangents)
+  return {
+    i: weight_gradients.widen(x)
+    for i, x in enumerate(found)
+    if x is not None and i in wanted
+  }
+
+
+def weighted_sum(
+  problem: Problem,
+  operands: dict[Key, jax.Array],
+  cotangents: dict[Key, jax.Array],
+  kept: Sequence[Any],
+  scales: Sequence[jax.Array],
+) -> list[jax.Array]:
+  """Sums scaled gradients over the examples, and takes them to the parameters.
+
+  Args:
+    problem: what of.
+    operands: the products' data operands, by site; leading axis B.
+    cotangents: the gradients of the sites' outputs, likewise.
+    kept: for each rule its gradients as `norm` returns them, or None.
+    scales: for each group, [B].
+
+  Returns:
+    For each parameter its sum, float32 or wider; for a shard its part of the
+    sum over its mesh axis.
+  """
+  groups = problem.groups
+  of_weights: dict[Key, jax.Array] = {}
+  of_leaves: dict[int, jax.Array] = {}
+  products: list[tuple[Site, jax.Array]] = []
+  for rule, formed in zip(problem.rules, kept, strict=True):
+    if rule.view == "parameters" and formed is not None:
+      for i, x in formed.items():
+        of_leaves[i] = vmap.weighted_sum(x, scales[groups[i]])
+      continue
+    # Where a rule has several groups its gradients are kept: its parameters'
+    # shares in a product cannot be scaled apart.
+    scale = scales[groups[min(rule.leaves)]]
+    if formed is None:
+      products.extend((site, scale) for site in rule.sites)
+    else:
+      of_weights[rule.sites[0].key] = vmap.weighted_sum(formed, scale)
+  of_weights |= _products(
+    problem, products, operands, cotangents, scales[0] != 0
+  )
+  sums = to_leaves(problem, of_weights, frozenset(range(len(groups))))
+  return shards.sums(
+    problem.leaves,
+    [sums[i] + of_leaves.get(i, 0.0) for i in range(len(groups))],
+  )
+
+
+def _products(
+  problem: Problem,
+  sites: Sequence[tuple[Site, jax.Array]],
+  operands: dict[Key, jax.Array],
+  cotangents: dict[Key, jax.Array],
+  keep: jax.Array,
+) -> dict[Key, jax.Array]:
+  """The sums that are products. An example that is left out may hold NaN on
+  both sides, so that a 0 on one would not do."""
+  scaled, others = {}, {}
+  for site, scale in sites:
+    x, g = operands[site.key], weight_gradients.widen(cotangents[site.key])
+    if _scales_cotangent(site, x, g):
+      scaled[site.key], others[site.key] = _scaled(scale, g), x
+    else:
+      scaled[site.key], others[site.key] = (
+        _scaled(scale, weight_gradients.widen(x)),
+        g,
+      )
+  only_kept = lambda others: {
+    key: jnp.where(_rows(keep, x), x, jnp.zeros((), x.dtype))
+    for key, x in others.items()
+  }
+  if problem.platform == "tpu":  # Where it becomes a part of the product.
+    others = only_kept(others)
+  else:
+    others = jax.lax.cond(jnp.all(keep), lambda x: x, only_kept, others)
+  sums = {}
+  for site, _ in sites:
+    one, other = scaled[site.key], others[site.key]
+    x, g = operands[site.key], cotangents[site.key]
+    if _scales_cotangent(site, x, g):
+      one, other = other, one
+    sums[site.key] = weight_gradients.product_gradient(
+      site, one, other, (False, *site.weight.loops)
+    )
+  return sums
+
+
+def _scales_cotangent(site: Site, x: jax.Array, g: jax.Array) -> bool:
+  """Whether the cotangent, not the operand, is multiplied with the factors: the
+  smaller one is, which is the cheaper."""
+  return site.name == "gather" or g.size <= x.size
+
+
+def _rows(scale: jax.Array, x: jax.Array) -> jax.Array:
+  return scale.reshape(scale.shape + (1,) * (x.ndim - 1))
+
+
+def _scaled(scale: jax.Array, x: jax.Array) -> jax.Array:
+  rows = _rows(scale, x).astype(x.dtype)
+  return jnp.where(rows != 0, x * rows, 0)

@@ -1,0 +1,339 @@
+"""The lean engine: norms layer by layer, then a second, weighted backward pass.
+
+For models that only just fit, and loops or rematerialised parts whose
+activations must not be kept: wherever a weight has a rule of its own, its norm
+is computed inside the backward pass, at the place where operand and gradient
+exist anyway, and nothing else is stored. A second forward and backward pass
+then sums the gradients, each multiplied with its example's scale (Lee & Kifer
+2021, "Scaling up Differentially Private Deep Learning with Fast Per-Example
+Gradient Clipping"). That is about two thirds dearer than book-keeping, in the
+memory of an ordinary gradient.
+
+There the losses are multiplied. Here the scale enters where a gradient meets a
+weight, and the pass through the activations is the one that the norms came
+from: of a scaled loss it would round otherwise, and where large terms cancel,
+what the norms never saw would be left in the sum.
+"""
+
+from collections.abc import Sequence
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpdist.clipping.engines import bookkeeping
+from dpdist.clipping.engines import sharing
+from dpdist.clipping.engines import vmap
+from dpdist.clipping.layers import norms
+from dpdist.clipping.layers.rules import Rule
+from dpdist.clipping.trace import evaluate
+from dpdist.clipping.trace import shards
+from dpdist.clipping.trace import varying_axes
+from dpdist.clipping.trace.program import Site
+
+Key = tuple[int, ...]
+
+
+def clipped_sum(
+  problem: bookkeeping.Problem,
+  examples: Sequence[jax.Array],
+  keep: jax.Array,
+) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
+  """Sums clipped per-example gradients; see `bookkeeping.clipped_sum`."""
+  if not _takes_two_passes(problem):
+    return bookkeeping.clipped_sum(problem, examples, keep)
+  found, lost, kept, outs = _norms(problem, examples, keep.shape)
+  scales, found = problem.scaling.scales(found, keep, lost)
+  (scale,) = scales
+  sums = {i: vmap.weighted_sum(x, scale) for i, x in kept.items()}
+  some = scale != 0
+  # An example that is left out may hold NaN, and NaN * 0 is NaN. In the second
+  # pass another one stands in for it, with scale 0.
+  index = jnp.where(some, jnp.arange(some.size), jnp.argmax(some))
+  examples = [x[index] for x in examples]
+  # Without a barrier the compiler would merge the two passes into one.
+  examples, scale = jax.lax.optimization_barrier((examples, scale))
+  others = _weighted_gradient(
+    problem, examples, scale, jnp.any(some), frozenset(kept)
+  )
+  for i, leaf in enumerate(problem.leaves):
+    if i in kept:
+      (others[i],) = shards.sums([leaf], [sums[i]])
+  return problem.scaling.enlarged(others, problem.groups), outs, found
+
+
+def _takes_two_passes(problem: bookkeeping.Problem) -> bool:
+  """Whether one scale an example is enough, and the second pass sums in float32
+  what the first one took the norms of: a derivative of the user's need not.
+
+  Norms of gradients that are kept have no room for the rounding of a product.
+  """
+  return (
+    len(problem.scaling.bounds) == 1
+    and problem.block.is_wide()
+    and not problem.block.has_custom_vjp()
+    and not any(
+      rule.way == "keep" and problem.unit_roundoff(rule) > 0
+      for rule in problem.rules
+    )
+  )
+
+
+def _norms(
+  problem: bookkeeping.Problem,
+  examples: Sequence[jax.Array],
+  shape: tuple[int, ...],
+) -> tuple[
+  list[jax.Array], list[jax.Array], dict[int, jax.Array], list[jax.Array]
+]:
+  """The first pass.
+
+  Returns:
+    Norms, and what underflow may take from a sum, [B] a group. Gradients
+    [B, ...] by the number of their parameter, where weights are computed from
+    it: on the way there terms may cancel, and a sum over the examples that goes
+    it would be rounded otherwise. The outputs of the loss.
+  """
+  inside = {
+    rule.sites[0].key: _summed_by_a_product(rule)
+    for rule in problem.rules
+    if _is_local(rule)
+  }
+  taps = {
+    site.key: jnp.zeros((*shape, *site.lengths, 2), jnp.float32)
+    if site.key in inside
+    else jnp.zeros((*shape, *site.tap_shape), site.out.dtype)
+    for site in problem.block.all_sites()
+  }
+  taps = varying_axes.cast_to_varying(
+    taps, varying_axes.varying_axes((list(problem.leaves), list(examples)))
+  )
+
+  def product(
+    site: Site, weight: jax.Array, operand: jax.Array, tap: Any
+  ) -> jax.Array:
+    operand = _as_in_the_other_pass(operand)
+    if site.key not in inside:
+      out = evaluate.tapped(site, weight, operand, tap)
+    else:
+      out = _with_norm(problem, inside[site.key], weight, operand, tap)
+    return _as_in_the_other_pass(out)
+
+  def losses(taps: dict[Key, jax.Array]) -> tuple[jax.Array, Any]:
+    def one(example: Any, taps: Any) -> Any:
+      outs, operands = evaluate.forward(
+        problem.block,
+        problem.inputs(example),
+        taps,
+        product=product,
+      )
+      return outs, {k: x for k, x in operands.items() if k not in inside}
+
+    outs, operands = jax.vmap(one)(list(examples), taps)
+    return outs[0], (outs, operands)
+
+  loss, pull, (outs, operands) = jax.vjp(losses, taps, has_aux=True)
+  (cotangents,) = pull(jnp.ones_like(loss))
+  operands = jax.tree.map(sharing.computed_once, operands)
+  total = [jnp.zeros(shape, jnp.float32) for _ in problem.scaling.bounds]
+  lost = [jnp.zeros(shape, jnp.float32) for _ in total]
+  kept: dict[int, jax.Array] = {}
+  for rule in map(_summed_by_a_product, problem.rules):
+    group = problem.groups[min(rule.leaves)]
+    first = rule.sites[0]
+    if first.key in inside:
+      # Each iteration of a loop has a weight of its own.
+      both = cotangents[first.key].reshape(*shape, -1, 2)
+      total[group] = norms.hypot(total[group], norms.of(both[..., 0], -1))
+      lost[group] += jnp.sum(both[..., 1], -1)
+      continue
+    mine = {s.key: sharing.computed_once(cotangents[s.key]) for s in rule.sites}
+    found, formed = bookkeeping.norms_of(problem, rule, operands, mine)
+    for i, norm in found.items():
+      total[i] = norms.hypot(total[i], norm)
+    if rule.view == "parameters":
+      kept |= formed
+      continue
+    for site in rule.sites:
+      if site.eqn is not None:
+        of_one = functools.partial(bookkeeping.lost, site)
+        lost[group] += jax.vmap(of_one)(operands[site.key])
+  return total, lost, kept, outs
+
+
+def _as_in_the_other_pass(x: jax.Array) -> jax.Array:
+  """x; between two products the passes are the same computation, and rounded
+  alike, if each product is fused with nothing before or after it."""
+  if jnp.issubdtype(x.dtype, jnp.floating):
+    return sharing.computed_once(x)
+  return x
+
+
+def _summed_by_a_product(rule: Rule) -> Rule:
+  """A rule whose gradients are formed for the norm alone."""
+  if rule.way != "keep" or rule.view == "parameters":
+    return rule
+  return dataclasses.replace(rule, way="drop")
+
+
+def _is_local(rule: Rule) -> bool:
+  """Whether a rule needs one operand and one gradient at a time."""
+  (first, *more) = rule.sites
+  return (
+    not more
+    and first.eqn is not None
+    and rule.view != "parameters"
+    and all(first.weight.loops)
+  )
+
+
+def _with_norm(
+  problem: bookkeeping.Problem,
+  rule: Rule,
+  weight: jax.Array,
+  operand: jax.Array,
+  tap: jax.Array,
+) -> jax.Array:
+  """A product whose backward pass leaves the norm, and what underflow may take
+  from the sum, as the tap's gradient."""
+  (site,) = rule.sites
+  lone = dataclasses.replace(
+    site, lengths=(), weight=site.weight._replace(loops=())
+  )
+  run = lambda weight, operand: evaluate.tapped(lone, weight, operand, None)
+
+  @jax.custom_vjp
+  def product(
+    weight: jax.Array, operand: jax.Array, tap: jax.Array
+  ) -> jax.Array:
+    del tap
+    return run(weight, operand)
+
+  def forward(
+    weight: jax.Array, operand: jax.Array, tap: jax.Array
+  ) -> tuple[jax.Array, Any]:
+    del tap
+    return run(weight, operand), (weight, operand)
+
+  def backward(residuals: Any, cotangent: jax.Array) -> Any:
+    weight, operand = residuals
+    if jnp.issubdtype(operand.dtype, jnp.floating):
+      _, pull = jax.vjp(lambda x: run(weight, x), operand)
+      (of_operand,) = pull(cotangent)
+    else:
+      of_operand = None
+    norm, _ = bookkeeping.norm(
+      problem,
+      dataclasses.replace(rule, sites=(lone,)),
+      {site.key: operand},
+      {site.key: cotangent},
+    )
+    lost = bookkeeping.lost(lone, operand)
+    return None, of_operand, jnp.stack([norm.astype(jnp.float32), lost])
+
+  product.defvjp(forward, backward)
+  return product(weight, operand, tap)
+
+
+def _weighted_gradient(
+  problem: bookkeeping.Problem,
+  examples: Sequence[jax.Array],
+  scale: jax.Array,
+  some: jax.Array,
+  others: frozenset[int],
+) -> list[Any]:
+  """The second pass: the sums of the scaled gradients, but for some parameters.
+
+  Args:
+    problem: what of.
+    examples: none of which may hold NaN.
+    scale: [B].
+    some: whether any is not 0; if not the sums are, in what a device adds to
+      the sum of a shard too.
+    others: the numbers of parameters that are left out.
+
+  Returns:
+    For each parameter its sum, None where it is left out.
+  """
+  wanted = [i for i in range(len(problem.leaves)) if i not in others]
+
+  def gather(shard: shards.Shard) -> jax.Array:
+    return _kept_if(shard.whole(), some)
+
+  def loss(leaves: list[Any], example: Any, scale: jax.Array) -> jax.Array:
+    def product(
+      site: Site, weight: jax.Array, operand: jax.Array, tap: Any
+    ) -> jax.Array:
+      still = jax.lax.stop_gradient
+      operand = _as_in_the_other_pass(operand)
+      # Never computed forward: nobody uses its value.
+      of_weight = evaluate.tapped(site, weight, still(operand), tap)
+      out = evaluate.tapped(site, still(weight), operand, tap)
+      return _as_in_the_other_pass(_with_scaled(out, of_weight, scale))
+
+    def promote(weight: jax.Array) -> jax.Array:
+      return _with_scaled(jax.lax.stop_gradient(weight), weight, scale)
+
+    values = [*leaves, *problem.frozen, *example]
+    return evaluate.forward(
+      problem.block,
+      values,
+      {},
+      product=product,
+      gather=gather,
+      promote=promote,
+    )[0][0]
+
+  def losses(trained: list[Any]) -> jax.Array:
+    leaves = list(problem.leaves)
+    for i, x in zip(wanted, trained, strict=True):
+      leaves[i] = x
+    run = jax.vmap(lambda example, scale: loss(leaves, example, scale))
+    return run(list(examples), scale)
+
+  out, pull = jax.vjp(losses, [problem.leaves[i] for i in wanted])
+  sums: list[Any] = [None] * len(problem.leaves)
+  for i, x in zip(wanted, pull(jnp.ones_like(out))[0], strict=True):
+    is_part = isinstance(x, shards.Shard)
+    sums[i] = x.part if is_part else jnp.where(some, x, 0)
+  return sums
+
+
+@jax.custom_vjp
+def _with_scaled(x: jax.Array, same: jax.Array, scale: jax.Array) -> jax.Array:
+  """x; its gradient is x's as it is, and that of `same` times scale, or 0."""
+  del same
+  # What is the same for all examples would have one gradient for all of them,
+  # in which nothing can be scaled any more.
+  return jnp.where(scale < 0, 0, x)
+
+
+def _scaled_forward(
+  x: jax.Array, same: jax.Array, scale: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  return _with_scaled(x, same, scale), scale
+
+
+def _scaled_backward(
+  scale: jax.Array, g: jax.Array
+) -> tuple[jax.Array, jax.Array, None]:
+  g = sharing.computed_once(g)
+  # An example that is left out has a stand-in, of which nothing may remain.
+  return g, jnp.where(scale != 0, scale.astype(g.dtype) * g, 0), None
+
+
+_with_scaled.defvjp(_scaled_forward, _scaled_backward)
+
+
+@jax.custom_vjp
+def _kept_if(x: jax.Array, some: jax.Array) -> jax.Array:
+  """x, whose gradient is 0 unless some is True: NaN included."""
+  del some
+  return x
+
+
+_kept_if.defvjp(
+  lambda x, some: (x, some), lambda some, g: (jnp.where(some, g, 0), None)
+)

@@ -1,0 +1,191 @@
+"""What the ways to a norm cost on each backend.
+
+A way costs time, as arithmetic and as memory traffic, and room. The constants
+are rough: they only have to rank the ways. What they rank was measured on a CPU
+and read off programs compiled for a TPU; see `tests/benchmarks/clipping.py` and
+`clipping_tpu.py` beside it.
+"""
+
+import contextlib
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpdist.clipping.layers import convolution
+from dpdist.clipping.layers import dense
+from dpdist.clipping.trace.program import Site
+
+
+class Cost(NamedTuple):
+  """Of one example, beyond what the clipped sum costs anyway.
+
+  Attributes:
+    flops: floating-point operations.
+    bytes: read and written.
+    kept: bytes that are needed until the sum.
+  """
+
+  flops: float
+  bytes: float
+  kept: float
+
+
+class Model(NamedTuple):
+  """A backend's prices.
+
+  Attributes:
+    flops_per_second: of matrix products.
+    bytes_per_second: of memory.
+    kept_factor: how much dearer a byte that is kept is than one that is read.
+    tile: a matrix product computes multiples of this many entries, along the
+      axis that is summed and one of the others.
+    reads_patches: whether forming the gradient of a kernel reads the input once
+      for each offset, instead of once.
+    patch_passes: how often patches are read or written to make a matrix of
+      them and use it.
+  """
+
+  flops_per_second: float
+  bytes_per_second: float
+  kept_factor: float
+  tile: int = 1
+  reads_patches: bool = True
+  patch_passes: float = 3.0
+
+  def product(self, rows: int, summed: int, columns: int) -> float:
+    """Floating-point operations of a matrix product."""
+    tiled = lambda n: -(-n // self.tile) * self.tile
+    free = min(rows * tiled(columns), tiled(rows) * columns)
+    return 2.0 * free * tiled(summed)
+
+  def without_keeping(self) -> "Model":
+    """A model by which nothing is kept that need not be."""
+    return self._replace(kept_factor=1e6)
+
+  def seconds(self, cost: Cost) -> float:
+    """The price of a way."""
+    traffic = cost.bytes + self.kept_factor * cost.kept
+    return cost.flops / self.flops_per_second + traffic / self.bytes_per_second
+
+
+# Relative error with which a float32 product rounds its operands, at most, by
+# the format that it rounds them to: half a unit in the last of 11 significant
+# bits, of 8, or of 3.
+_UNIT_ROUNDOFF = {
+  "F64": 0.0,
+  "F32": 0.0,
+  "TF32": 2.0**-11,
+  "F16": 2.0**-11,
+  "BF16": 2.0**-8,
+  "ANY": 2.0**-3,
+}
+_FORMAT = {"cpu": "F32", "gpu": "TF32", "tpu": "BF16"}
+
+
+def unit_roundoff(platform: str, precision: Any) -> float:
+  """Relative error with which a float32 product rounds its operands, at most.
+
+  Args:
+    platform: "cpu", "gpu" or "tpu".
+    precision: what the product asks for, as `jax.lax.dot_general` takes it;
+      where it is None, JAX's present setting of matmul precision holds.
+
+  Returns:
+    0 for products that do not round.
+  """
+  if isinstance(precision, jax.lax.DotAlgorithm):
+    widths = (precision.lhs_precision_type, precision.rhs_precision_type)
+    return max(float(jnp.finfo(dtype).eps) / 2 for dtype in widths)
+  if isinstance(precision, tuple):
+    return max(unit_roundoff(platform, each) for each in precision)
+  if precision is None:
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+  with contextlib.suppress(ValueError):
+    if jax.lax.Precision(precision) == jax.lax.Precision.HIGHEST:
+      return 0.0
+    precision = None
+  # What is left are presets, such as BF16_BF16_F32, or their names.
+  name = (
+    "DEFAULT" if precision is None else getattr(precision, "name", precision)
+  )
+  if name == "DEFAULT":
+    return _UNIT_ROUNDOFF[_FORMAT[platform]]
+  return _UNIT_ROUNDOFF[name.split("_")[0]]
+
+
+# What is worked on at once should fit here: on a TPU half of the 128 MiB of a
+# v5e, so that what is kept has room too. A GPU hides its memory's latency.
+CACHE_BYTES = {"cpu": 2**22, "tpu": 2**26}
+
+MODELS = {
+  "cpu": Model(5e10, 1e10, 2.0),
+  "gpu": Model(1e14, 2e12, 1.0),
+  # Products as small as an example's leave most of the matrix unit idle.
+  "tpu": Model(8e12, 8e11, 1.0, 128, reads_patches=False, patch_passes=12.0),
+}
+
+
+def forming(site: Site, model: Model) -> Cost:
+  """Forming the gradient of a product's weight."""
+  if site.name == "gather":
+    # Adds a row to the table for each position.
+    return Cost(0, 4.0 * math.prod(site.tap_shape), 0)
+  if site.name == "dot_general":
+    count, positions, rows, columns = dense.sizes(site)
+    read = positions * (rows + columns)
+  else:
+    s = convolution.sizes(site)
+    count = s.groups * math.prod(site.lengths)
+    positions, rows, columns = s.positions, s.offsets * s.inputs, s.outputs
+    read = positions * columns
+    read += positions * rows if model.reads_patches else s.padded * s.inputs
+  flops = count * model.product(rows, positions, columns)
+  return Cost(flops, 4.0 * count * read, 0)
+
+
+def gram(sites: tuple[Site, ...], model: Model) -> Cost:
+  """Inner products of all pairs of positions, of rows and of columns."""
+  count, positions = 1, 0
+  widths: tuple[int, ...] = (0, 0)
+  for site in sites:
+    if site.name == "gather":
+      n = site.eqn.invars[0].aval.shape[1]
+      positions += math.prod(site.tap_shape) // max(1, n)
+      widths = (widths[0], max(widths[1], n))
+    else:
+      count, more, *mine = dense.sizes(site)
+      positions += more
+      widths = max(widths, tuple(mine), key=sum)
+  if positions == 1:
+    return Cost(0, 4.0 * count * sum(widths), 0)
+  return Cost(
+    count * sum(model.product(positions, n, positions) for n in widths),
+    4.0 * count * (4 * positions**2 + positions * sum(widths)),
+    0,
+  )
+
+
+def patch_gram(s: convolution.Sizes, model: Model) -> Cost:
+  """The same for a convolution, of patches."""
+  rows = s.offsets * s.inputs
+  pairs = lambda width: model.product(s.positions, width, s.positions)
+  passed = model.patch_passes * s.positions * (rows + s.outputs)
+  return Cost(
+    s.groups * (pairs(rows) + pairs(s.outputs)),
+    4.0 * s.groups * (4 * s.positions**2 + passed),
+    0,
+  )
+
+
+def diagonal_gram(s: convolution.Sizes, model: Model) -> Cost:
+  """The same, of pixels, summed along diagonals."""
+  pairs = lambda width: model.product(s.cells, width, s.cells)
+  pixels = s.phases * s.cells * s.inputs + s.cells * s.outputs
+  return Cost(
+    s.groups * (s.phases * pairs(s.inputs) + pairs(s.outputs)),
+    # Padding, sorting and shifting are passes of their own.
+    4.0 * s.groups * (4 * (s.phases + 1) * s.cells**2 + 6 * pixels),
+    0,
+  )

@@ -1,0 +1,148 @@
+"""Norms from inner products that may cancel, with room for rounding.
+
+The squared norm of a sum of outer products is a sum over all pairs of positions
+of the rows' inner product times the columns'. Where those cancel, what is left
+may be rounding error alone, with which an example would pass the clip. The
+bounds here hold for any order in which a product is summed.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpdist.clipping.layers import norms
+
+# A squared norm below this part of the square of sum_t |r_t| |c_t| is not taken
+# for more than rounding error.
+TRUSTED = 2.0**-13
+# The same where gradients are formed for their norm, and summed by a product of
+# its own: that rounds their terms by about 2^-24 of their size.
+SUMMED = 2.0**-26
+# Room is made for rounding errors where they are above this part of a norm; so
+# that a norm stays what it is where little cancels.
+_UNNOTICED = 2.0**-12
+# Inner products of longer vectors are summed in parts of this length at most:
+# where all entries are alike, each addition rounds the same way.
+_LONGEST = 512
+
+
+class InnerProducts(NamedTuple):
+  """Of all pairs of two lists of vectors.
+
+  Attributes:
+    products: [..., T, U].
+    one: norms of the first list, [..., T].
+    other: of the second, [..., U].
+    error: of the products, relative to those of the norms.
+  """
+
+  products: jax.Array
+  one: jax.Array
+  other: jax.Array
+  error: float
+
+  def of_norms(self) -> jax.Array:
+    """[..., T, U]."""
+    return self.one[..., :, None] * self.other[..., None, :]
+
+
+def gram(x: jax.Array, y: jax.Array, precision: Any) -> tuple[jax.Array, float]:
+  """Inner products of the rows of x [..., T, m] and y [..., U, m].
+
+  Returns:
+    [..., T, U], float32 or wider; and a bound on its errors, relative to the
+    product of the two norms.
+  """
+  length = x.shape[-1]
+  parts = max(1, -(-length // _LONGEST))
+  wide = norms.wide(jnp.promote_types(x.dtype, y.dtype))
+  product = lambda form, x, y: jnp.einsum(
+    form, x, y, precision=precision, preferred_element_type=wide
+  )
+  if parts == 1:
+    return product("...ti,...ui->...tu", x, y), length * _rounding(wide)
+  short = -(-length // parts)
+  room = [(0, 0)] * (x.ndim - 1) + [(0, parts * short - length)]
+  x, y = (jnp.pad(z, room).reshape(*z.shape[:-1], parts, short) for z in (x, y))
+  of_parts = product("...tpi,...upi->...ptu", x, y)
+  # The compiler would make one product of this sum.
+  total = jnp.sum(jax.lax.optimization_barrier(of_parts), axis=-3)
+  return total, (short + parts) * _rounding(wide)
+
+
+def sum_of_products(
+  rows: InnerProducts, columns: InnerProducts
+) -> tuple[jax.Array, jax.Array]:
+  """Sums inner products of rows times those of columns, over all pairs.
+
+  Returns:
+    [...]; and a bound on its errors.
+  """
+  # No term goes through more additions than that, in whatever order they are.
+  added = sum(rows.products.shape[-2:])
+  of_rows = rows.error + added * _rounding(rows.one.dtype)
+  of_columns = columns.error
+  error = rows.of_norms() * (
+    of_rows * jnp.abs(columns.products)
+    + of_rows * of_columns * columns.of_norms()
+  ) + of_columns * columns.of_norms() * jnp.abs(rows.products)
+  return (
+    _sum_by_rows(rows.products * columns.products),
+    jnp.sum(error, axis=(-1, -2)),
+  )
+
+
+def _sum_by_rows(x: jax.Array) -> jax.Array:
+  """Sums over the last two axes, one after the other: in one go a compiler may
+  add up T U numbers in a row, which is up to T U roundings, and not T + U."""
+  # It would make one sum of the two.
+  return jnp.sum(jax.lax.optimization_barrier(jnp.sum(x, axis=-1)), axis=-1)
+
+
+def _rounding(dtype: Any) -> float:
+  """The relative error of one addition."""
+  return float(jnp.finfo(dtype).eps) / 2
+
+
+def from_inner_products(
+  square: jax.Array, error: jax.Array, terms: jax.Array
+) -> jax.Array:
+  """A norm from a sum of inner products, of which some may be negative.
+
+  Args:
+    square: that sum.
+    error: by how much it may be too small.
+    terms: the sum of the norms of the terms.
+
+  Returns:
+    At least the norm, but for `_UNNOTICED`.
+  """
+  square = jnp.maximum(square, 0)
+  square = square + jnp.maximum(error - 2 * _UNNOTICED * square, 0)
+  return jnp.maximum(jnp.sqrt(square), TRUSTED**0.5 * terms)
+
+
+def with_room(
+  norm: jax.Array, terms: jax.Array, positions: int, unit_roundoff: float
+) -> jax.Array:
+  """A norm with room for what the summing product's rounding can add.
+
+  It adds the terms up once more, in an order of its own. And accelerators
+  multiply float32 with 8 or 11 bits unless told otherwise: what an example
+  contributes to a sum can then be longer than its gradient, by the rounding of
+  both operands in every term.
+
+  Args:
+    norm: of the gradient.
+    terms: at least the sum of the norms of the product's terms.
+    positions: how many terms it adds up.
+    unit_roundoff: relative rounding error of an operand.
+
+  Returns:
+    The norm plus that.
+  """
+  # Where terms cancel, a partial sum is at most half of them.
+  added = positions / 2 * _rounding(norm.dtype) * terms
+  norm = norm + jnp.maximum(added - _UNNOTICED * norm, 0)
+  return norm + 2 * unit_roundoff * terms if unit_roundoff else norm

@@ -1,0 +1,147 @@
+"""Norms of convolution kernels' gradients from inner products of pixels.
+
+The gradient is never formed: the inner products of all pairs of pixels are
+summed along the diagonals that the kernel's offsets mark. For few positions and
+many channels this is far cheaper.
+"""
+
+from collections.abc import Callable, Sequence
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from dpdist.clipping.layers import convolution
+from dpdist.clipping.layers import inner_products
+from dpdist.clipping.layers import norms
+from dpdist.clipping.trace.program import Site
+
+# The norm of a patch, where the largest pixel is about 1, from which on inner
+# products with it can be trusted: their squares are far above what vanishes.
+_SMALLEST_PATCH = 2.0**-40
+
+
+def norm(
+  site: Site, x: jax.Array, cotangent: jax.Array, unit_roundoff: float
+) -> jax.Array:
+  """The norm of that gradient, never too small; see `factors.norm`.
+
+  An offset of the kernel moves both pixels of a pair. With the pixels of the
+  padded input in one row that is a shift along a diagonal; a stride sorts them
+  into phases first, of which each offset meets one.
+
+  Args:
+    site: a conv_general_dilated.
+    x: the input, without loops.
+    cotangent: of the output.
+    unit_roundoff: relative error with which the summing product rounds its
+      operands; 0 where it does not.
+
+  Returns:
+    Scalar, float32 or wider.
+  """
+  g = convolution.geometry(site)
+  x, cotangent = convolution.arrange(g, x, cotangent)
+  x, cells = _phases(g, x)
+  room = [(0, n - size) for n, size in zip(cells, g.output, strict=True)]
+  cotangent = jnp.pad(cotangent, [(0, 0), *room, (0, 0), (0, 0)])
+  outs = jnp.moveaxis(cotangent.reshape(-1, *cotangent.shape[-2:]), 1, 0)
+  patches = _sum_of_shifts(g, norms.of(x, -1), cells, 1, norms.hypot)
+  outs = outs[:, : patches.shape[-1]]  # What is cut off is padding.
+  terms, power = norms.products(patches, norms.of(outs, -1))
+
+  # A pixel is in many patches, so that the input has one scale, for each group.
+  # Patches that vanish at this scale are not squared; their terms are added.
+  groups = x.ndim - 3
+  x, of_x = norms.scaled(x, [a for a in range(x.ndim) if a != groups])
+  of_x = of_x.reshape(-1, 1)
+  patches = norms.times_power_of_two(patches, -of_x)
+  squared = patches > _SMALLEST_PATCH
+  rest = jnp.sum(jnp.where(squared, 0, terms), axis=-1)
+  outs, of_outs = norms.scaled(outs, -1)
+  of_outs = of_outs + of_x[..., None] - power
+  outs = norms.times_power_of_two(outs, of_outs)
+  outs = jnp.where(squared[..., None], outs, jnp.zeros((), outs.dtype))
+  # Of a sum of products the compiler would take powers of two out again.
+  x, outs = jax.lax.optimization_barrier((x, outs))
+
+  precision = site.eqn.params["precision"]
+  pairs, of_pairs = inner_products.gram(x, x, precision)
+  of_pairs += sum(g.kernel) * float(jnp.finfo(pairs.dtype).eps) / 2
+  pairs = _sum_of_shifts(g, pairs, cells, 2, jnp.add)
+  inner, of_inner = inner_products.gram(outs, outs, precision)
+  columns = norms.of(outs, -1)
+  square, error = inner_products.sum_of_products(
+    inner_products.InnerProducts(pairs, patches, patches, of_pairs),
+    inner_products.InnerProducts(inner, columns, columns, of_inner),
+  )
+  terms = jnp.sum(terms, axis=-1)
+  root = inner_products.from_inner_products(square, error, terms) + rest
+  length = lambda x: jnp.sqrt(jnp.sum(jnp.square(x)))
+  root = inner_products.with_room(
+    length(root),
+    length(terms),
+    convolution.sizes(site).positions,
+    unit_roundoff,
+  )
+  return norms.times_power_of_two(root, power)
+
+
+def _phases(
+  g: convolution.Geometry, x: jax.Array
+) -> tuple[jax.Array, list[int]]:
+  """Rows, space, groups, channels to phases of each axis, groups, rows and
+  cells of space in one, channels; and the number of cells of each axis."""
+  ndim = len(g.kernel)
+  cells = [
+    -(-size // step) for size, step in zip(x.shape[1:], g.strides, strict=False)
+  ]
+  room = [
+    (0, n * step - size)
+    for n, step, size in zip(cells, g.strides, x.shape[1:], strict=False)
+  ]
+  x = jnp.pad(x, [(0, 0), *room, (0, 0), (0, 0)])
+  split = [n for pair in zip(cells, g.strides, strict=True) for n in pair]
+  x = x.reshape(x.shape[0], *split, *x.shape[-2:])
+  phases = range(2, 2 * ndim + 1, 2)
+  space = range(1, 2 * ndim + 1, 2)
+  x = jnp.transpose(x, (*phases, 2 * ndim + 1, 0, *space, 2 * ndim + 2))
+  return x.reshape(*g.strides, g.groups, -1, x.shape[-1]), cells
+
+
+def _sum_of_shifts(
+  g: convolution.Geometry,
+  x: jax.Array,
+  cells: Sequence[int],
+  moved: int,
+  add: Callable[[jax.Array, jax.Array], jax.Array],
+) -> jax.Array:
+  """Sums over the offsets of the kernel.
+
+  Args:
+    g: the convolution.
+    x: phases, groups, and pixels once or twice.
+    cells: of each axis of space.
+    moved: how many of the last axes hold pixels, which all move together.
+    add: what a sum of two is.
+
+  Returns:
+    Groups and pixels; only as many as all offsets have.
+  """
+  for axis in reversed(range(len(g.kernel))):
+    pitch = math.prod(cells[axis + 1 :])
+    at = [
+      divmod(k * g.dilation[axis], g.strides[axis])
+      for k in range(g.kernel[axis])
+    ]
+    size = x.shape[-1] - max(shift for shift, _ in at) * pitch
+    parts = []
+    for shift, phase in at:
+      part = jax.lax.index_in_dim(x, phase, axis, keepdims=False)
+      for a in range(part.ndim - moved, part.ndim):
+        start = shift * pitch
+        part = jax.lax.slice_in_dim(part, start, start + size, axis=a)
+      parts.append(part)
+    x = functools.reduce(add, parts)
+  return x

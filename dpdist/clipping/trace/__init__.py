@@ -1,0 +1,1 @@
+"""A loss of one example, traced and taken apart."""

@@ -1,0 +1,405 @@
+"""Runs a loss that has been taken apart: forward with taps, and back to params.
+
+A tap is a zero that is added to the output of a site. The gradient of the loss
+with respect to all taps is one backward pass through the activations alone, in
+which no gradient of a parameter is formed. With the data operands that met the
+weights it is all that is needed for norms and sums.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+from jax.extend import core
+import jax.numpy as jnp
+
+from dpdist.clipping.trace import program
+from dpdist.clipping.trace import shards
+from dpdist.clipping.trace.program import Block
+from dpdist.clipping.trace.program import Kind
+from dpdist.clipping.trace.program import Site
+
+PyTree = Any
+Key = tuple[int, ...]
+# What runs a product: (site, weight, operand, tap) -> output.
+Product = Callable[[Site, jax.Array, jax.Array, Any], jax.Array]
+# What a weight is read through where it becomes data: (weight) -> weight.
+Promote = Callable[[jax.Array], jax.Array]
+# What puts a parameter together: (shard) -> array.
+Gather = Callable[[shards.Shard], jax.Array]
+
+
+def tapped(
+  site: Site, weight: jax.Array, operand: jax.Array, tap: Any
+) -> jax.Array:
+  """A product as it stands in the model, with a zero added to it."""
+  values = [operand, weight] if site.operand else [weight, operand]
+  (out,) = program.bind(site.eqn, values)
+  return out if tap is None else out + tap
+
+
+def forward(
+  block: Block,
+  values: Sequence[Any],
+  taps: Mapping[Key, Any],
+  *,
+  product: Product = tapped,
+  gather: Gather = shards.Shard.whole,
+  promote: Promote = lambda weight: weight,
+) -> tuple[list[Any], dict[Key, jax.Array]]:
+  """Runs a block on one example.
+
+  Args:
+    block: from `splitting.split`.
+    values: of its inputs; those of weights and constants may be
+      `shards.Shard`s.
+    taps: for each site's key what is added to its output; a site without one
+      runs as it is. In a loop with a leading axis over the iterations.
+    product: runs the products.
+    gather: puts a shard together with the others, where it is used.
+    promote: what a weight is read through where it becomes data.
+
+  Returns:
+    The outputs; and the data operand of every product, by key, with a leading
+    axis for each loop.
+  """
+  jaxpr = block.jaxpr.jaxpr
+  env = dict(zip(jaxpr.constvars, block.jaxpr.consts, strict=True))
+  env.update(zip(jaxpr.invars, values, strict=True))
+  promoted: dict[Any, Any] = {}
+  operands: dict[Key, jax.Array] = {}
+
+  def read_part(atom: Any) -> Any:
+    return atom.val if isinstance(atom, core.Literal) else env[atom]
+
+  def read(atom: Any) -> Any:
+    if isinstance(read_part(atom), shards.Shard):
+      env[atom] = gather(env[atom])
+    return read_part(atom)
+
+  def read_data(atom: Any) -> Any:
+    if block.kind_of(atom) != Kind.WEIGHT:
+      return read(atom)
+    if atom not in promoted:
+      if atom in block.promotions:
+        tap = taps.get(block.sites[block.promotions[atom]].key)
+        weight = promote(read(atom))
+        promoted[atom] = weight if tap is None else weight + tap
+      else:
+        eqn = block.definition[atom]
+        (promoted[atom],) = program.bind(
+          eqn, [read_data(x) for x in eqn.invars]
+        )
+    return promoted[atom]
+
+  for number, eqn in enumerate(jaxpr.eqns):
+    kinds = [block.kind_of(x) for x in (*eqn.invars, *eqn.outvars)]
+    if Kind.DATA not in kinds:
+      outs = program.bind(eqn, [read(x) for x in eqn.invars])
+    elif number in block.sites:
+      site = block.sites[number]
+      weight = read(eqn.invars[site.operand])
+      operand = read(eqn.invars[1 - site.operand])
+      operands[site.key] = operand
+      outs = [product(site, weight, operand, taps.get(site.key))]
+    elif number in block.blocks:
+      inner = block.blocks[number]
+      arguments = [
+        read_data(x) if kind == Kind.DATA else read_part(x)
+        for x, kind in zip(eqn.invars, inner.kinds, strict=True)
+      ]
+      keys = [site.key for site in inner.all_sites() if site.key in taps]
+      inner_taps = {key: taps[key] for key in keys}
+      run = _loop if inner.loop is not None else _rematerialised
+      outs, more = run(
+        *(eqn, inner, arguments, inner_taps),
+        *(product, gather, promote),
+      )
+      operands.update(more)
+    else:
+      outs = program.bind(eqn, [read_data(x) for x in eqn.invars])
+    env.update(zip(eqn.outvars, outs, strict=True))
+  n = block.num_data_outs
+  outs = [read_data(x) for x in jaxpr.outvars[:n]]
+  return outs + [read(x) for x in jaxpr.outvars[n:]], operands
+
+
+def _loop(
+  eqn: Any,
+  body: Block,
+  values: Sequence[Any],
+  taps: dict[Key, Any],
+  product: Product,
+  gather: Gather,
+  promote: Promote,
+) -> tuple[list[Any], dict[Key, jax.Array]]:
+  num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+  # Once for all iterations: what does not change, and what is divided by them.
+  once = lambda x: gather(x) if isinstance(x, shards.Shard) else x
+  consts = [once(x) for x in values[:num_consts]]
+  carry = values[num_consts : num_consts + num_carry]
+  stacked = [
+    gather(x) if isinstance(x, shards.Shard) and x.divides_rows() else x
+    for x in values[num_consts + num_carry :]
+  ]
+
+  def step(carry: Any, xs: Any) -> tuple[Any, Any]:
+    now, taps_now = xs
+    outs, operands = forward(
+      body,
+      [*consts, *carry, *now],
+      taps_now,
+      product=product,
+      gather=gather,
+      promote=promote,
+    )
+    return outs[:num_carry], (outs[num_carry:], operands)
+
+  carry, (ys, operands) = jax.lax.scan(
+    step,
+    list(carry),
+    (stacked, taps),
+    length=body.loop,
+    reverse=eqn.params["reverse"],
+    unroll=eqn.params["unroll"],
+  )
+  return [*carry, *ys], operands
+
+
+def _rematerialised(
+  eqn: Any,
+  block: Block,
+  values: Sequence[Any],
+  taps: dict[Key, Any],
+  product: Product,
+  gather: Gather,
+  promote: Promote,
+) -> tuple[list[Any], dict[Key, jax.Array]]:
+  def run(values: Any, taps: Any) -> Any:
+    return forward(
+      block,
+      values,
+      taps,
+      product=product,
+      gather=gather,
+      promote=promote,
+    )
+
+  return jax.checkpoint(
+    run,
+    prevent_cse=eqn.params["prevent_cse"],
+    policy=eqn.params["policy"],
+  )(list(values), taps)
+
+
+def to_parameters(
+  block: Block,
+  values: Sequence[Any],
+  cotangents: Mapping[Key, jax.Array],
+) -> list[jax.Array | None]:
+  """Takes gradients with respect to weights back to the block's inputs.
+
+  Linear in the gradients, so that it is as good for a sum over examples, which
+  it need be called for only once, as for the gradient of one of them.
+
+  Args:
+    block: from `splitting.split`.
+    values: of the inputs; those of data are not used, the others may be
+      `shards.Shard`s.
+    cotangents: for some sites' keys the gradient with respect to the site's
+      weight, of shape `Site.weight_shape`.
+
+  Returns:
+    For each input that is a weight its gradient, None for the others. Float32
+    or wider wherever the way is made of moves and casts alone. Whole, also
+    where the weight is not.
+  """
+  jaxpr = block.jaxpr.jaxpr
+  values = [shards.whole(x) for x in values]
+  inputs = {
+    x: value.astype(_wide(value.dtype))
+    for x, kind, value in zip(jaxpr.invars, block.kinds, values, strict=True)
+    if kind == Kind.WEIGHT
+  }
+  constants = {
+    x: value
+    for x, kind, value in zip(jaxpr.invars, block.kinds, values, strict=True)
+    if kind == Kind.CONSTANT
+  }
+  sums: dict[Any, jax.Array] = {}
+
+  def add(var: Any, cotangent: jax.Array) -> None:
+    sums[var] = sums[var] + cotangent if var in sums else cotangent
+
+  for site in block.sites.values():
+    if site.key in cotangents:
+      add(site.var, cotangents[site.key])
+  for number, inner in block.blocks.items():
+    keys = [s.key for s in inner.all_sites() if s.key in cotangents]
+    if not keys:
+      continue
+    eqn = jaxpr.eqns[number]
+    fixed = [
+      x
+      for x, kind in zip(eqn.invars, inner.kinds, strict=True)
+      if kind != Kind.DATA and not isinstance(x, core.Literal)
+    ]
+    env = _weights(
+      block,
+      constants
+      | {x: value.astype(x.aval.dtype) for x, value in inputs.items()},
+      fixed,
+      wide=False,
+    )
+    arguments = [
+      None
+      if kind == Kind.DATA
+      else x.val
+      if isinstance(x, core.Literal)
+      else env[x]
+      for x, kind in zip(eqn.invars, inner.kinds, strict=True)
+    ]
+    back = to_parameters if inner.loop is None else _back_through_loop
+    found = back(inner, arguments, {k: cotangents[k] for k in keys})
+    for x, cotangent in zip(eqn.invars, found, strict=True):
+      if cotangent is not None:
+        add(x, cotangent)
+
+  result = {x: sums[x] for x in inputs if x in sums}
+  derived = [x for x in sums if x not in inputs]
+  if derived:
+    names = list(inputs)
+    narrow = {x for x in derived if block.weights[x].narrow}
+
+    def run(values: list[Any]) -> list[Any]:
+      given = constants | dict(zip(names, values, strict=True))
+      wide = _weights(block, given, set(derived) - narrow, wide=True)
+      # What cannot be widened is computed from what the program rounds.
+      plain = _weights(
+        block,
+        constants | {x: given[x].astype(x.aval.dtype) for x in names},
+        narrow,
+        wide=False,
+      )
+      return [(plain if x in narrow else wide)[x] for x in derived]
+
+    outputs, pull = jax.vjp(run, list(inputs.values()))
+    (found,) = pull(
+      [
+        sums[x].astype(out.dtype)
+        for x, out in zip(derived, outputs, strict=True)
+      ]
+    )
+    for x, cotangent in zip(names, found, strict=True):
+      result[x] = result[x] + cotangent if x in result else cotangent
+  return [
+    result.get(x, jnp.zeros_like(inputs[x])) if x in inputs else None
+    for x in jaxpr.invars
+  ]
+
+
+def _back_through_loop(
+  body: Block, values: Sequence[Any], cotangents: Mapping[Key, jax.Array]
+) -> list[jax.Array | None]:
+  """The same for a loop; inputs that differ by iteration are stacked."""
+  sites = {site.key: site for site in body.all_sites()}
+  mapped = {
+    key: x
+    for key, x in cotangents.items()
+    if sites[key].weight.loops[body.depth]
+  }
+  shared = {key: x for key, x in cotangents.items() if key not in mapped}
+  stacked = [
+    kind != Kind.DATA and i >= body.first_stacked
+    for i, kind in enumerate(body.kinds)
+  ]
+
+  def once(
+    slices: Sequence[Any], cotangents: Mapping[Key, jax.Array]
+  ) -> list[jax.Array | None]:
+    now = [
+      x if each else whole
+      for x, each, whole in zip(slices, stacked, values, strict=True)
+    ]
+    return to_parameters(body, now, cotangents)
+
+  slices = [
+    x if each else None for x, each in zip(values, stacked, strict=True)
+  ]
+  total: list[jax.Array | None] = [None] * len(values)
+  if mapped:
+    found = jax.lax.map(lambda args: once(*args), (slices, mapped))
+    total = [
+      x if x is None or each else jnp.sum(x, axis=0)
+      for x, each in zip(found, stacked, strict=True)
+    ]
+  if shared:
+    # The iterations' gradients are summed already: any slice will do, and
+    # nothing flows back to what differs by iteration.
+    first = [None if x is None else x[0] for x in slices]
+    for i, x in enumerate(once(first, shared)):
+      if x is not None and not stacked[i]:
+        before = total[i]
+        total[i] = x if before is None else before + x
+  return total
+
+
+def _weights(
+  block: Block, inputs: Mapping[Any, Any], wanted: Iterable[Any], *, wide: bool
+) -> dict[Any, Any]:
+  """The wanted constants and weights of a block, and what they are computed
+  from; casts to narrow floats left out of what can be computed without them, if
+  wide."""
+  jaxpr = block.jaxpr.jaxpr
+  needed = set(wanted)
+  equations = []
+  for eqn in reversed(jaxpr.eqns):
+    if needed.intersection(eqn.outvars):
+      needed.update(x for x in eqn.invars if not isinstance(x, core.Literal))
+      equations.append(eqn)
+  env: dict[Any, Any] = dict(
+    zip(jaxpr.constvars, block.jaxpr.consts, strict=True)
+  )
+  env.update(inputs)
+
+  def value(atom: Any) -> Any:
+    if isinstance(atom, core.Literal):
+      aval: Any = atom.aval
+      return jnp.asarray(atom.val, aval.dtype)
+    return env[atom]
+
+  for eqn in reversed(equations):
+    values = [value(x) for x in eqn.invars]
+    is_weight = [
+      x in block.weights and not block.weights[x].narrow for x in eqn.outvars
+    ]
+    changed = {}
+    if wide and all(is_weight):
+      dtypes = [
+        x.dtype for x in values if jnp.issubdtype(x.dtype, jnp.floating)
+      ]
+      if eqn.primitive.name == "convert_element_type":
+        widest = jnp.promote_types(dtypes[0], eqn.params["new_dtype"])
+        changed = {"new_dtype": widest}
+      elif eqn.primitive.name == "reduce_precision":
+        env[eqn.outvars[0]] = values[0]
+        continue
+      elif len({x.dtype for x in values}) > 1 and dtypes:
+        widest = jnp.result_type(*dtypes)
+        values = [
+          x.astype(widest) if jnp.issubdtype(x.dtype, jnp.floating) else x
+          for x in values
+        ]
+    elif wide:
+      # Back to what the program says.
+      values = [
+        v.astype(x.aval.dtype) for v, x in zip(values, eqn.invars, strict=True)
+      ]
+    env.update(
+      zip(eqn.outvars, program.bind(eqn, values, **changed), strict=True)
+    )
+  return env
+
+
+def _wide(dtype: Any) -> Any:
+  return jnp.promote_types(dtype, jnp.float32)

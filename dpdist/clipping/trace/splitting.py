@@ -1,0 +1,432 @@
+"""Finds where the parameters of a loss meet its data; see `program.py`."""
+
+from collections.abc import Sequence
+import math
+from typing import Any
+
+import jax
+from jax.extend import core
+import jax.numpy as jnp
+
+from dpdist.clipping.trace import program
+from dpdist.clipping.trace.program import Block
+from dpdist.clipping.trace.program import Kind
+from dpdist.clipping.trace.program import Origin
+from dpdist.clipping.trace.program import Site
+from dpdist.clipping.trace.program import Weight
+
+_REMAT = ("remat", "remat2", "checkpoint")
+# Products with a weight in operand i; anything else is promoted.
+_PRODUCTS = {
+  "dot_general": (0, 1),
+  "conv_general_dilated": (1,),
+  "gather": (0,),
+}
+# Equations that move entries about or change their sign, each entry once: a
+# gradient has the same norm before as after.
+_ISOMETRIES = (
+  "reshape",
+  "transpose",
+  "squeeze",
+  "expand_dims",
+  "rev",
+  "neg",
+)
+# The same, and the entries do not even move.
+_IDENTITIES = (
+  "convert_element_type",
+  "copy",
+  "copy_p",
+  "sharding_constraint",
+  "reduce_precision",
+)
+# What may be computed in float32 although the model says bfloat16.
+_WIDENED = (
+  *_ISOMETRIES,
+  *_IDENTITIES,
+  *("concatenate", "stack", "slice", "split", "broadcast_in_dim"),
+)
+
+
+def split(
+  closed: core.ClosedJaxpr, num_leaves: int, num_constants: int = 0
+) -> Block:
+  """Finds what every value depends on, and where weights meet data.
+
+  Args:
+    closed: as `program.trace` returns it: the first num_leaves inputs are
+      parameters, the next num_constants are the same for all examples and not
+      differentiated by, the others data; the first output is the loss, the
+      others are its aux.
+    num_leaves: parameters.
+    num_constants: frozen parameters.
+
+  Returns:
+    The block of the whole program. Its first output is data.
+  """
+  invars = closed.jaxpr.invars
+  num_data = len(invars) - num_leaves - num_constants
+  kinds = (
+    (Kind.WEIGHT,) * num_leaves
+    + (Kind.CONSTANT,) * num_constants
+    + (Kind.DATA,) * num_data
+  )
+  weights = [
+    Weight(
+      frozenset([i]), Origin(frozenset([i]), (("leaf", i),)), (), False, False
+    )
+    for i in range(num_leaves)
+  ]
+  return _Splitter((), ()).split(Block(closed, kinds, 1), weights, {})
+
+
+class _Splitter:
+  """Walks one block; see `split`."""
+
+  def __init__(self, prefix: tuple[int, ...], lengths: tuple[int, ...]):
+    self._prefix = prefix
+    self._lengths = lengths
+
+  def split(
+    self,
+    block: Block,
+    weights: Sequence[Weight],
+    loops: dict[Any, tuple[bool, ...]],
+  ) -> Block:
+    """Fills in the block.
+
+    Args:
+      block: empty.
+      weights: of its weight inputs, in order.
+      loops: for constant inputs in which of the loops they differ, if in any.
+
+    Returns:
+      The block.
+    """
+    self._block = block
+    self._loops = loops
+    jaxpr = block.jaxpr.jaxpr
+    block.kind.update((x, Kind.CONSTANT) for x in jaxpr.constvars)
+    block.kind.update(zip(jaxpr.invars, block.kinds, strict=True))
+    inputs = [
+      x
+      for x, k in zip(jaxpr.invars, block.kinds, strict=True)
+      if k == Kind.WEIGHT
+    ]
+    block.weights.update(zip(inputs, weights, strict=True))
+    for number, eqn in enumerate(jaxpr.eqns):
+      self._equation(number, eqn)
+    for out in jaxpr.outvars[: block.num_data_outs]:
+      self._promote(out)
+    return block
+
+  def _equation(self, number: int, eqn: Any) -> None:
+    block = self._block
+    kinds = [block.kind_of(x) for x in eqn.invars]
+    if max(kinds, default=Kind.CONSTANT) == Kind.CONSTANT:
+      self._label(eqn, Kind.CONSTANT)
+      self._loops.update((x, self._varies(eqn)) for x in eqn.outvars)
+    elif max(kinds) == Kind.WEIGHT and _must_be_data(eqn):
+      self._label(eqn, Kind.DATA)
+      for x in eqn.invars:
+        self._promote(x)
+    elif max(kinds) == Kind.WEIGHT:
+      self._weight_equation(eqn)
+    elif Kind.WEIGHT not in kinds:
+      self._label(eqn, Kind.DATA)
+    else:
+      self._label(eqn, Kind.DATA)
+      name = eqn.primitive.name
+      if self._is_product(eqn, kinds):
+        self._product(number, eqn, kinds.index(Kind.WEIGHT))
+      elif name == "scan":
+        self._scan(number, eqn, kinds)
+      elif name in _REMAT:
+        self._remat(number, eqn, kinds)
+      else:
+        for x in eqn.invars:
+          self._promote(x)
+
+  def _label(self, eqn: Any, kind: Kind) -> None:
+    self._block.kind.update((x, kind) for x in eqn.outvars)
+
+  def _varies(self, eqn: Any) -> tuple[bool, ...]:
+    """In which of the enclosing loops a weight or constant differs."""
+    never = (False,) * len(self._lengths)
+    inputs = [never] + [self._loops_of(x) for x in eqn.invars]
+    return tuple(map(any, zip(*inputs, strict=True)))
+
+  def _loops_of(self, atom: Any) -> tuple[bool, ...]:
+    if self._block.kind_of(atom) == Kind.WEIGHT:
+      return self._block.weights[atom].loops
+    never = (False,) * len(self._lengths)
+    if isinstance(atom, core.Literal):
+      return never
+    return self._loops.get(atom, never)
+
+  # Weights.
+
+  def _weight_equation(self, eqn: Any) -> None:
+    block = self._block
+    name = eqn.primitive.name
+    loops = self._varies(eqn)
+    if name == "stop_gradient":
+      self._label(eqn, Kind.CONSTANT)
+      self._loops[eqn.outvars[0]] = loops
+      return
+    inputs = [
+      block.weights[x] for x in eqn.invars if block.kind_of(x) == Kind.WEIGHT
+    ]
+    for i, out in enumerate(eqn.outvars):
+      if not jnp.issubdtype(out.aval.dtype, jnp.inexact):
+        # Nothing can be differentiated through an integer.
+        block.kind[out] = Kind.CONSTANT
+        self._loops[out] = loops
+        continue
+      block.kind[out] = Kind.WEIGHT
+      block.definition[out] = eqn
+      rounded = any(w.rounded for w in inputs) or program.computes_narrow(eqn)
+      narrow = name not in _WIDENED and rounded
+      block.weights[out] = Weight(
+        frozenset().union(*(w.leaves for w in inputs)),
+        self._origin(eqn, i, inputs),
+        loops,
+        narrow or any(w.narrow for w in inputs),
+        rounded,
+      )
+
+  def _origin(
+    self, eqn: Any, i: int, inputs: Sequence[Weight]
+  ) -> Origin | None:
+    origins = [w.origin for w in inputs if w.origin is not None]
+    name = eqn.primitive.name
+    if len(origins) != len(eqn.invars):
+      return None
+    if name in ("concatenate", "stack"):
+      leaves = [leaf for o in origins for leaf in o.leaves]
+      if len(set(leaves)) < len(leaves):
+        return None
+      axis = eqn.params.get("dimension", eqn.params.get("axis"))
+      steps = ("join", name, axis, tuple(o.steps for o in origins))
+      return Origin(frozenset(leaves), (steps,))
+    if len(origins) != 1:
+      return None
+    (origin,) = origins
+    if name in _IDENTITIES:
+      return origin
+    shape = eqn.invars[0].aval.shape
+    if name == "slice" and set(eqn.params["strides"] or (1,)) == {1}:
+      starts, limits = eqn.params["start_indices"], eqn.params["limit_indices"]
+    elif name == "split":
+      axis, sizes = eqn.params["axis"], eqn.params["sizes"]
+      start = sum(sizes[:i])
+      starts = tuple(start * (a == axis) for a in range(len(shape)))
+      limits = (*shape[:axis], start + sizes[i], *shape[axis + 1 :])
+    elif name == "transpose":
+      return origin.then(name, tuple(eqn.params["permutation"]))
+    elif name in _ISOMETRIES:
+      return origin.then(name, eqn.outvars[i].aval.shape, str(eqn.params))
+    else:
+      return None
+    if tuple(limits) == shape and not any(starts):
+      return origin
+    return origin.then("slice", tuple(starts), tuple(limits))
+
+  def _promote(self, atom: Any) -> None:
+    block = self._block
+    if block.kind_of(atom) != Kind.WEIGHT:
+      return
+    # Where it is smallest: a bias before it is broadcast to all positions.
+    best = atom
+    while atom in block.definition:
+      eqn = block.definition[atom]
+      inputs = {x for x in eqn.invars if block.kind_of(x) == Kind.WEIGHT}
+      if len(inputs) != 1 or len(eqn.outvars) != 1:
+        break
+      (atom,) = inputs
+      if math.prod(atom.aval.shape) <= math.prod(best.aval.shape):
+        best = atom
+    if best not in block.promotions:
+      number = -1 - len(block.promotions)
+      block.promotions[best] = number
+      self._site(number, None, 0, best, best.aval)
+
+  # Where weights meet data.
+
+  def _is_product(self, eqn: Any, kinds: Sequence[Kind]) -> bool:
+    name = eqn.primitive.name
+    if name not in _PRODUCTS or kinds.count(Kind.WEIGHT) != 1:
+      return False
+    if not all(
+      jnp.issubdtype(x.aval.dtype, jnp.floating)
+      for x in (eqn.outvars[0], eqn.invars[kinds.index(Kind.WEIGHT)])
+    ):
+      return False
+    if name == "conv_general_dilated" and eqn.params["batch_group_count"] != 1:
+      return False
+    if name == "gather":
+      if not _is_lookup(eqn):
+        return False
+    elif not _is_of_one_range(eqn):
+      return False
+    return kinds.index(Kind.WEIGHT) in _PRODUCTS[name]
+
+  def _product(self, number: int, eqn: Any, operand: int) -> None:
+    self._site(number, eqn, operand, eqn.invars[operand], eqn.outvars[0].aval)
+
+  def _site(
+    self, number: int, eqn: Any, operand: int, var: Any, out: Any
+  ) -> None:
+    block = self._block
+    block.sites[number] = Site(
+      (*self._prefix, number),
+      eqn,
+      operand,
+      var,
+      block.weights[var],
+      self._lengths,
+      jax.ShapeDtypeStruct(out.shape, out.dtype),
+    )
+
+  def _scan(self, number: int, eqn: Any, kinds: list[Kind]) -> None:
+    params = eqn.params
+    num_consts, num_carry = params["num_consts"], params["num_carry"]
+    carry = range(num_consts, num_consts + num_carry)
+    length = params["length"]
+    if length == 0:
+      # Its body never runs: whatever is in it has no gradient.
+      for x in eqn.invars:
+        self._promote(x)
+      return
+    kinds = [Kind.DATA if i in carry else k for i, k in enumerate(kinds)]
+
+    first_stacked = num_consts + num_carry
+
+    def inner(i: int) -> Weight:
+      weight = self._block.weights[eqn.invars[i]]
+      mapped = i >= first_stacked
+      origin = weight.origin
+      if origin is not None and mapped:
+        origin = origin.then("iteration")
+      return weight._replace(loops=(*weight.loops, mapped), origin=origin)
+
+    body = program.without_calls(params["jaxpr"])
+    while True:
+      block = _Splitter(
+        (*self._prefix, number), (*self._lengths, length)
+      ).split(
+        Block(
+          body,
+          tuple(kinds),
+          num_data_outs=len(eqn.outvars),
+          depth=len(self._lengths),
+          loop=length,
+          first_stacked=first_stacked,
+        ),
+        [inner(i) for i, k in enumerate(kinds) if k == Kind.WEIGHT],
+        {
+          x: (*self._loops_of(eqn.invars[i]), i >= first_stacked)
+          for i, x in enumerate(body.jaxpr.invars)
+          if kinds[i] == Kind.CONSTANT
+        },
+      )
+      # A gradient for each iteration of a weight that all share would be long:
+      # such a weight is better promoted outside.
+      shared = frozenset().union(
+        *(
+          _inputs_of(block, var)
+          for var in block.promotions
+          if not block.weights[var].loops[-1]
+        )
+      )
+      again = [
+        i
+        for i, x in enumerate(body.jaxpr.invars)
+        if x in shared and kinds[i] == Kind.WEIGHT
+      ]
+      if not again:
+        break
+      for i in again:
+        kinds[i] = Kind.DATA
+    self._enter(number, eqn, kinds, block)
+
+  def _remat(self, number: int, eqn: Any, kinds: list[Kind]) -> None:
+    body = program.without_calls(core.ClosedJaxpr(eqn.params["jaxpr"], ()))
+    block = _Splitter((*self._prefix, number), self._lengths).split(
+      Block(body, tuple(kinds), len(eqn.outvars), len(self._lengths)),
+      [
+        self._block.weights[x]
+        for x, k in zip(eqn.invars, kinds, strict=True)
+        if k == Kind.WEIGHT
+      ],
+      {
+        x: self._loops_of(outer)
+        for x, outer, k in zip(
+          body.jaxpr.invars, eqn.invars, kinds, strict=True
+        )
+        if k == Kind.CONSTANT
+      },
+    )
+    self._enter(number, eqn, kinds, block)
+
+  def _enter(
+    self, number: int, eqn: Any, kinds: Sequence[Kind], block: Block
+  ) -> None:
+    self._block.blocks[number] = block
+    for x, kind in zip(eqn.invars, kinds, strict=True):
+      if kind == Kind.DATA:
+        self._promote(x)
+
+
+def _inputs_of(block: Block, var: Any) -> frozenset[Any]:
+  if var not in block.definition:
+    return frozenset([var])
+  return frozenset().union(
+    *(
+      _inputs_of(block, x)
+      for x in block.definition[var].invars
+      if block.kind_of(x) == Kind.WEIGHT
+    )
+  )
+
+
+def _must_be_data(eqn: Any) -> bool:
+  """Whether a gradient may not be summed before it is taken back through.
+
+  A derivative that the user wrote need not be linear in what comes back. And
+  the norms here are of real numbers.
+  """
+  return program.has_custom_vjp(eqn) or any(
+    jnp.issubdtype(x.aval.dtype, jnp.complexfloating) for x in eqn.outvars
+  )
+
+
+def _is_of_one_range(eqn: Any) -> bool:
+  """Whether norms and sums of a product are computed in one dtype.
+
+  What is finite or a full fraction in a wider one need not be in the other.
+  """
+  dtypes = [x.aval.dtype for x in (*eqn.invars, *eqn.outvars)]
+  if not all(jnp.issubdtype(x, jnp.floating) for x in dtypes):
+    return False
+  return len({jnp.promote_types(x, jnp.float32) for x in dtypes}) == 1
+
+
+def _is_lookup(eqn: Any) -> bool:
+  """Whether a gather takes whole rows of a table, one for each index.
+
+  JAX drops gradients by the indices' own dtype, in which a row of a larger
+  table may seem to be outside.
+  """
+  numbers = eqn.params["dimension_numbers"]
+  shape = eqn.invars[0].aval.shape
+  return (
+    len(shape) == 2
+    and shape[0] - 1 <= jnp.iinfo(eqn.invars[1].aval.dtype).max
+    and tuple(numbers.collapsed_slice_dims) == (0,)
+    and tuple(numbers.start_index_map) == (0,)
+    and not numbers.operand_batching_dims
+    and tuple(eqn.params["slice_sizes"]) == (1, shape[1])
+    and eqn.invars[1].aval.shape[-1:] == (1,)
+    and tuple(numbers.offset_dims) == (len(eqn.outvars[0].aval.shape) - 1,)
+  )

@@ -1,0 +1,1 @@
+"""Examples by index, and the padded chunks that a step is fed with."""

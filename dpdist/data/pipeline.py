@@ -1,0 +1,202 @@
+"""From index sets to padded chunks, through Grain.
+
+The sampler decides which examples a step sees; here they are read and laid out
+in chunks of one fixed shape, so that nothing recompiles when the size of the
+draw changes. A draw larger than a chunk makes more chunks. It is never cut: a
+cut would break the accounting.
+
+Grain runs the reads ahead of the training loop. Its own state is not saved:
+step t is a function of t alone, so a run resumes at any step, on any number of
+hosts, from the step number.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import grain
+import numpy as np
+
+from dpdist.data import sources
+
+# Where rows are read; or, where what they hold depends on the step, a function
+# from a step to that.
+Rows = sources.Source | Callable[[int], sources.Source]
+
+
+class Chunk(NamedTuple):
+  """This host's rows of one chunk of a draw.
+
+  PRIVATE: which rows are padding tells how many examples were drawn, and the
+  batch is the data itself. Neither may leave the process unprotected.
+
+  Attributes:
+    batch: by name, arrays of shape (num_rows, ...); zeros in padding rows.
+    is_padding_example: bool (num_rows,), True where a row holds no example.
+  """
+
+  batch: dict[str, np.ndarray]
+  is_padding_example: np.ndarray
+
+
+def steps(
+  source: Rows,
+  sampler: Callable[[int], np.ndarray],
+  *,
+  start_step: int,
+  num_steps: int,
+  chunk_size: int,
+  rows: np.ndarray,
+  num_threads: int = 2,
+  prefetch: int = 4,
+) -> Iterator[tuple[int, list[Chunk]]]:
+  """Yields the chunks of every step from `start_step` on, in order.
+
+  The sorted indices that the sampler draws for a step are cut into consecutive
+  chunks of `chunk_size`; position p of a chunk is the same example on every
+  host. A host reads only the positions it owns, its `rows`. All hosts yield the
+  same number of chunks for a step, ceil(number drawn / chunk_size), even where
+  all the rows of a host are padding; an empty draw yields the step with no
+  chunk.
+
+  Which examples are drawn, and how many, is private (see `Chunk`): so is the
+  number of chunks. Errors raised here name the step, never an index or a count.
+
+  Close the iterator (or drop the last reference to it) to cancel the reads that
+  have not begun. Reads under way end in the background.
+
+  Guarantees:
+    Every drawn example is in exactly one row of one chunk of one host, provided
+    that the hosts' `rows` partition range(chunk_size), and nothing else is in
+    any row. A draw is never cut: a step that cannot be had raises.
+
+  Args:
+    source: where examples, or whole units of several (see `dpdist.data.users`),
+      are read; called from `num_threads` threads.
+    sampler: from a step to strictly increasing integer indices (k,) below
+      len(source), the same on every host. Called from the same threads.
+    start_step: first step to yield.
+    num_steps: the step after the last: the run's length, not a count from
+      `start_step`.
+    chunk_size: examples in one chunk over all hosts.
+    rows: distinct integers (num_rows,) in [0, chunk_size), the positions in a
+      chunk that this host owns; np.arange(chunk_size) on a single host.
+    num_threads: steps read at a time. 0 reads in the caller's thread.
+    prefetch: steps held, ready or being read, ahead of the one in use; 0 reads
+      in the caller's thread. Host memory holds at most prefetch + 1 steps of
+      padded rows, about (prefetch + 1) * num_rows * bytes of an example for
+      each chunk that a step takes, and what `num_threads` reads need meanwhile.
+
+  Raises:
+    ValueError: on the call, an argument is out of range; on iteration, a draw
+      or the source breaks its contract.
+    dpdist.data.sources.ReadError: the source raised it; the step is named then.
+      Other errors of the source and the sampler surface unchanged, at the step
+      that they belong to.
+  """
+  if not 0 <= start_step <= num_steps:
+    raise ValueError(
+      f"start_step must be in [0, num_steps={num_steps}], got {start_step}"
+    )
+  if chunk_size < 1:
+    raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+  for name, value in (("num_threads", num_threads), ("prefetch", prefetch)):
+    if value < 0:
+      raise ValueError(f"{name} must be at least 0, got {value}")
+  rows = np.asarray(rows)
+  if (
+    rows.ndim != 1
+    or rows.dtype.kind not in "iu"
+    # A row owned twice would count an example twice, past the sensitivity.
+    or len(np.unique(rows)) != len(rows)
+    or not np.isin(rows, np.arange(chunk_size)).all()
+  ):
+    raise ValueError(
+      f"rows must be distinct integers in [0, chunk_size={chunk_size}), got"
+      f" {rows}"
+    )
+
+  def load(step_and_indices: tuple[int, np.ndarray]) -> tuple[int, list[Chunk]]:
+    step, indices = step_and_indices
+    rows_of = source(step) if callable(source) else source
+    _check_draw(step, indices, len(rows_of))
+    try:
+      return step, [
+        _read_chunk(rows_of, indices[start : start + chunk_size], rows)
+        for start in range(0, len(indices), chunk_size)
+      ]
+    except sources.ReadError as error:
+      raise sources.ReadError(f"step {step}: {error}") from error
+
+  dataset = (
+    grain.MapDataset.source(_Draws(sampler, num_steps))
+    .map(load)[start_step:]
+    .to_iter_dataset(
+      grain.ReadOptions(
+        # More threads than steps to read ahead would have nothing to do.
+        num_threads=min(num_threads, prefetch),
+        prefetch_buffer_size=prefetch,
+      )
+    )
+  )
+  return _iterate(dataset, num_steps - start_step)
+
+
+class _Draws:
+  """The plan of a run as a Grain source: record t is the draw of step t."""
+
+  def __init__(self, sampler: Callable[[int], np.ndarray], num_steps: int):
+    self._sampler = sampler
+    self._num_steps = num_steps
+
+  def __len__(self) -> int:
+    return self._num_steps
+
+  def __getitem__(self, step: int) -> tuple[int, np.ndarray]:
+    step = int(step)
+    return step, self._sampler(step)
+
+
+def _iterate(
+  dataset: grain.IterDataset, count: int
+) -> Iterator[tuple[int, list[Chunk]]]:
+  iterator = iter(dataset)
+  try:
+    # By count, not until it ends: a StopIteration that escapes from a source
+    # looks like the end of the run to Grain, but here it is a RuntimeError.
+    for _ in range(count):
+      yield next(iterator)
+  finally:
+    iterator.close()
+
+
+def _check_draw(step: int, indices: np.ndarray, num_examples: int) -> None:
+  if not (
+    isinstance(indices, np.ndarray)
+    and indices.ndim == 1
+    and indices.dtype.kind in "iu"
+    # A repeated index would count an example twice, past the sensitivity.
+    and np.all(indices[1:] > indices[:-1])
+    and np.all((indices >= 0) & (indices < num_examples))
+  ):
+    raise ValueError(
+      "sampler must return strictly increasing integers in"
+      f" [0, len(source)={num_examples}); its draw for step {step} is not"
+    )
+
+
+def _read_chunk(
+  source: sources.Source, indices: np.ndarray, rows: np.ndarray
+) -> Chunk:
+  """Reads this host's rows of the chunk that `indices` fill from the front."""
+  is_padding_example = rows >= len(indices)
+  mine = indices[rows[~is_padding_example]]
+  batch = {}
+  for name, array in source.read(mine).items():
+    if len(array) != len(mine):
+      raise ValueError(
+        f"source must return one row of {name!r} for each index; it did not"
+      )
+    padded = np.zeros((len(rows), *array.shape[1:]), array.dtype)
+    padded[~is_padding_example] = array
+    batch[name] = padded
+  return Chunk(batch, is_padding_example)

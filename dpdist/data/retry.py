@@ -1,0 +1,214 @@
+"""A source that is waited for where it fails or does not answer.
+
+Disks over a network and object stores are away for seconds and come back. A
+read that fails is tried again, and one that does not come back is waited for,
+until patience is at its end; then there is one error that says what to do. What
+is read late is what would have been read at once.
+
+What is said on the way names the data set, never a file or a place in one:
+which examples a step reads is private.
+"""
+
+from collections.abc import Callable, Iterator
+import math
+import threading
+from typing import Any
+
+import numpy as np
+
+from dpdist.data import sources
+
+# Waits between attempts double from the first to the longest.
+_FIRST_DELAY_SECONDS = 0.1
+_LONGEST_DELAY_SECONDS = 10.0
+# How often a read that is under way is looked at.
+_TICK_SECONDS = 0.1
+
+
+class RetryingSource:
+  """A source whose reads are tried again, and not waited for without end.
+
+  Seconds are counted in waits, not by the clock: a process that was stopped and
+  wakes up has lost none of its patience. Each attempt has a thread, which does
+  not keep the interpreter from ending; those that a source starts itself may.
+  Where nothing can stall, or no limit is set, there is none, which is cheaper.
+
+  Guarantees:
+    A read returns what one attempt returned as a whole.
+
+  Args:
+    source: to read from. An OSError of it means that it may work later; no
+      other error is tried again.
+    name: of the data set, for messages.
+    retry_seconds: how long a source in trouble is waited for; 0: not at all.
+    stall_seconds: an attempt that takes as long is trouble too; 0: none is.
+    tell: is called with a line of text when trouble begins, from any thread; a
+      second read in trouble at the same time is not told.
+
+  Raises:
+    ValueError: a number of seconds is negative or not finite.
+  """
+
+  def __init__(
+    self,
+    source: sources.Source,
+    *,
+    name: str,
+    retry_seconds: float,
+    stall_seconds: float,
+    tell: Callable[[str], None],
+  ):
+    for setting, value in (
+      ("retry_seconds", retry_seconds),
+      ("stall_seconds", stall_seconds),
+    ):
+      if not 0 <= value < math.inf:
+        raise ValueError(
+          f"data.{setting} must be finite and at least 0, got {value}"
+        )
+    self._source = source
+    self._name = name
+    self._retry_seconds = retry_seconds
+    is_in_memory = isinstance(source, sources.ArraySource) and (
+      source.is_in_memory
+    )
+    self._stall_seconds = 0 if is_in_memory else stall_seconds
+    self._tell = tell
+    self._closed = threading.Event()
+    self._lock = threading.Lock()
+    self._num_in_trouble = 0
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """See `dpdist.data.sources.Source.read`.
+
+    Raises:
+      dpdist.data.sources.ReadError: patience is at its end, or the source
+        raised a
+        ValueError: what it holds is not what it should be.
+    """
+    return self._get(lambda: self._source.read(indices), self._stall_seconds)
+
+  def manifest(self) -> str:
+    """See `dpdist.data.sources.Source.manifest`; may take long, but not
+    fail."""
+    return self._get(self._source.manifest, 0)
+
+  def earlier_manifests(self) -> list[str]:
+    """See `dpdist.data.sources.earlier_manifests`; as long as `manifest`."""
+    return list(self._get(lambda: sources.earlier_manifests(self._source), 0))
+
+  def changed_files(self) -> list[str]:
+    """See `dpdist.data.sources.changed_files`.
+
+    Raises:
+      dpdist.data.sources.ReadError: patience is at its end.
+    """
+    limit = self._stall_seconds
+    # As long as `manifest`, where content has to be looked at again.
+    if self._get(lambda: sources.is_touched(self._source), limit):
+      limit = 0
+    return list(self._get(lambda: sources.changed_files(self._source), limit))
+
+  def close(self) -> None:
+    """Ends the waiting in all threads, soon, with an error."""
+    self._closed.set()
+
+  def _get(self, make: Callable[[], Any], stall_seconds: float) -> Any:
+    delays = _delays()
+    patience, is_in_trouble = self._retry_seconds, False
+
+    def trouble(what: str) -> None:
+      nonlocal is_in_trouble
+      if patience <= 0:
+        raise sources.ReadError(
+          f"{self._name} {what}, and was waited for {self._retry_seconds:g} s:"
+          " see that all of it can be read, and run the same command again,"
+          " which goes on from the last checkpoint"
+        )
+      if not is_in_trouble:
+        is_in_trouble = True
+        self._begin_trouble(what)
+
+    try:
+      while True:
+        attempt, silence = _Attempt(make), 0.0
+        if stall_seconds:
+          attempt.start()
+          while not attempt.ends_within(_TICK_SECONDS):
+            silence += _TICK_SECONDS
+            if is_in_trouble:
+              patience -= _TICK_SECONDS
+            if silence >= stall_seconds:
+              trouble(f"has not answered for {stall_seconds:g} s")
+            self._check_open()
+        else:
+          attempt.run()
+        error = attempt.error
+        if error is None:
+          return attempt.value
+        if isinstance(error, ValueError):
+          raise sources.ReadError(f"{self._name} cannot be read: {error}")
+        if not isinstance(error, OSError):
+          raise error
+        # Not the whole text, which may have the name of a file.
+        trouble(f"cannot be read ({error.strerror or type(error).__name__})")
+        delay = min(next(delays), patience)
+        self._closed.wait(delay)
+        self._check_open()
+        patience -= delay
+    finally:
+      if is_in_trouble:
+        with self._lock:
+          self._num_in_trouble -= 1
+
+  def _begin_trouble(self, what: str) -> None:
+    with self._lock:
+      self._num_in_trouble += 1
+      is_first = self._num_in_trouble == 1
+    if is_first:
+      self._tell(
+        f"{self._name} {what}; it is waited for, up to"
+        f" {self._retry_seconds:g} s"
+      )
+
+  def _check_open(self) -> None:
+    if self._closed.is_set():
+      raise sources.ReadError(f"{self._name} was closed")
+
+
+class _Attempt(threading.Thread):
+  """One attempt, to be started or run.
+
+  Attributes:
+    value: what was returned.
+    error: what was raised; None if nothing was.
+  """
+
+  def __init__(self, make: Callable[[], Any]):
+    super().__init__(name="dpdist-read", daemon=True)
+    self._make = make
+    self.value: Any = None
+    self.error: BaseException | None = None
+
+  def run(self) -> None:
+    """Calls the function."""
+    try:
+      self.value = self._make()
+    except BaseException as error:
+      self.error = error
+
+  def ends_within(self, seconds: float) -> bool:
+    """Waits for the end."""
+    self.join(seconds)
+    return not self.is_alive()
+
+
+def _delays() -> Iterator[float]:
+  """Seconds between attempts, the same in every run."""
+  delay = _FIRST_DELAY_SECONDS
+  while True:
+    yield delay
+    delay = min(2 * delay, _LONGEST_DELAY_SECONDS)

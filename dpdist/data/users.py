@@ -1,0 +1,276 @@
+"""Units of privacy that hold several examples: a user and all that is theirs.
+
+The mechanism draws units, and a unit is one row of a chunk. Its examples are
+read into a fixed number of slots. A unit that has more lends a few of them,
+chosen anew at each step, so that all are used over time; what a unit has less
+than slots is left empty. The loss of a unit is the mean over its slots that are
+not (see `dpdist.tasks.classification.mean_over_unit`), and is clipped as one.
+
+How many examples a unit has, and which of them are chosen, costs no privacy: no
+matter what it holds, its one clipped gradient moves the sum by no more than the
+clip norm. All that is asked is that the choice within a unit looks at no other
+unit, and that no example belongs to two.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import hashlib
+import json
+
+import numpy as np
+
+from dpdist.data import sources
+
+# Beside a unit's examples: bool (num_units, slots), True where none lies.
+EMPTY_SLOT = "is_empty_slot"
+
+_CHOICE = b"dpdist.units/choice/v1\0"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class UnitSource:
+  """A source whose rows are units, made of a source of examples.
+
+  Attributes:
+    examples: what the units are made of.
+    unit_of_example: integers (len(examples),) in [0, num_units), whose it is.
+    num_units: how many there are; a unit may have no example.
+    examples_per_unit: slots of a unit, K: at most as many of its examples are
+      used at a step.
+
+  Guarantees:
+    Each example is in at most one slot of a step, in the row of its own unit.
+
+  Raises:
+    ValueError: an attribute is out of its range, or an array of the examples
+      is already named as `EMPTY_SLOT`.
+  """
+
+  examples: sources.Source
+  unit_of_example: np.ndarray
+  num_units: int
+  examples_per_unit: int
+
+  def __post_init__(self) -> None:
+    if self.examples_per_unit < 1:
+      raise ValueError(
+        f"examples_per_unit must be at least 1, got {self.examples_per_unit}"
+      )
+    if self.num_units < 1:
+      raise ValueError(f"num_units must be at least 1, got {self.num_units}")
+    owners = np.asarray(self.unit_of_example)
+    if owners.shape != (len(self.examples),) or owners.dtype.kind not in "iu":
+      raise ValueError(
+        "unit_of_example must be one integer for each of the"
+        f" {len(self.examples)} examples, got {owners.dtype} {owners.shape}"
+      )
+    if owners.size and not 0 <= owners.min() <= owners.max() < self.num_units:
+      raise ValueError(
+        f"unit_of_example must be in [0, num_units={self.num_units}), got"
+        f" {owners.min()} to {owners.max()}"
+      )
+
+  def __len__(self) -> int:
+    """The number of units."""
+    return self.num_units
+
+  def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Reads units, with the first examples of each that its slots can hold.
+
+    Args:
+      indices: as in `dpdist.data.sources.Source.read`, of units.
+
+    Returns:
+      By name, arrays (k, examples_per_unit, ...), zeros in empty slots, which
+      come last; and `EMPTY_SLOT`, bool (k, examples_per_unit).
+
+    Raises:
+      ValueError, OSError: see `dpdist.data.sources.Source.read`.
+    """
+    return self._read(indices, lambda unit, count: np.arange(self._used(count)))
+
+  def drawing(self, key: bytes) -> Callable[[int], sources.Source]:
+    """The same, with examples that are chosen anew at each step.
+
+    Args:
+      key: of the choice. Every set of a unit's examples that fill its slots is
+        as likely as any other, apart from all other units and steps.
+
+    Returns:
+      A function from a step to a source that reads as `read` does.
+    """
+    # No functools.partial, which would show the key where it is printed.
+    return lambda step: _Drawn(self, key, step)
+
+  def manifest(self) -> str:
+    """SHA-256 of the examples and of whose they are, 64 hex digits.
+
+    How many slots there are does not count: the data is the same.
+    """
+    return self._manifest_of(self.examples.manifest())
+
+  def earlier_manifests(self) -> list[str]:
+    """See `dpdist.data.sources.earlier_manifests`."""
+    earlier = sources.earlier_manifests(self.examples)
+    return [self._manifest_of(manifest) for manifest in earlier]
+
+  def changed_files(self) -> list[str]:
+    """See `dpdist.data.sources.changed_files`."""
+    return sources.changed_files(self.examples)
+
+  def is_touched(self) -> bool:
+    """See `dpdist.data.sources.is_touched`."""
+    return sources.is_touched(self.examples)
+
+  def _manifest_of(self, examples: str) -> str:
+    header = ["dpdist.units/v1", self.num_units, examples]
+    digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
+    digest.update(self.unit_of_example.astype("<i8").tobytes())
+    return digest.hexdigest()
+
+  @functools.cached_property
+  def _groups(self) -> tuple[np.ndarray, np.ndarray]:
+    """Examples in order of their units, and where each unit's begin."""
+    order = np.argsort(self.unit_of_example, kind="stable")
+    counts = np.bincount(self.unit_of_example, minlength=self.num_units)
+    return order, np.concatenate([[0], np.cumsum(counts)])
+
+  def _used(self, count: int) -> int:
+    return min(count, self.examples_per_unit)
+
+  def _read(
+    self, indices: np.ndarray, choose: Callable[[int, int], np.ndarray]
+  ) -> dict[str, np.ndarray]:
+    """`choose` is from (unit, examples it has) to places among them."""
+    indices = sources.check_indices(indices, len(self))
+    order, starts = self._groups
+    is_empty = np.ones((len(indices), self.examples_per_unit), np.bool_)
+    mine = [np.zeros(0, np.int64)]
+    for row, unit in enumerate(indices.tolist()):
+      start, stop = starts[unit : unit + 2].tolist()
+      chosen = choose(unit, stop - start)
+      is_empty[row, : len(chosen)] = False
+      mine.append(order[start:stop][chosen])
+    units = {}
+    for name, array in self.examples.read(np.concatenate(mine)).items():
+      if name == EMPTY_SLOT:
+        raise ValueError(f"examples must have no array named {EMPTY_SLOT!r}")
+      filled = np.zeros((*is_empty.shape, *array.shape[1:]), array.dtype)
+      filled[~is_empty] = array
+      units[name] = filled
+    return units | {EMPTY_SLOT: is_empty}
+
+
+class _Drawn:
+  """A source of units at one step of a run."""
+
+  def __init__(self, source: UnitSource, key: bytes, step: int):
+    self._source = source
+    self._key = key
+    self._step = step
+
+  def __len__(self) -> int:
+    return len(self._source)
+
+  def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """See `UnitSource.read`."""
+    return self._source._read(indices, self._choose)
+
+  def manifest(self) -> str:
+    """See `UnitSource.manifest`."""
+    return self._source.manifest()
+
+  def _choose(self, unit: int, count: int) -> np.ndarray:
+    used = self._source._used(count)
+    if used == count:
+      return np.arange(count)
+    # A hash of (key, step, unit): the same on every host and after a resume.
+    message = self._step.to_bytes(8, "big") + unit.to_bytes(8, "big")
+    stream = hashlib.shake_256(_CHOICE + self._key + message)
+    words = np.frombuffer(stream.digest(8 * used), ">u8").tolist()
+    # The first `used` swaps of a Fisher-Yates shuffle; of the places that no
+    # swap has touched, none is written down.
+    moved: dict[int, int] = {}
+    for i, word in enumerate(words):
+      j = i + word % (count - i)
+      moved[i], moved[j] = moved.get(j, j), moved.get(i, i)
+    return np.sort([moved[i] for i in range(used)])
+
+
+def in_groups(examples: sources.Source, size: int) -> UnitSource:
+  """A source whose rows are groups of examples that follow one another.
+
+  Groups are the same at every step, whoever is drawn. If they were cut from
+  what was drawn, one example more would move all that follow it into other
+  groups, and so change many gradients and not one.
+
+  Args:
+    examples: what the groups are made of.
+    size: of a group, at least 1; the last one may be smaller.
+
+  Raises:
+    ValueError: size is out of its range.
+  """
+  if size < 1:
+    raise ValueError(f"size must be at least 1, got {size}")
+  group_of_example = np.arange(len(examples), dtype=np.int64) // size
+  return UnitSource(examples, group_of_example, -(-len(examples) // size), size)
+
+
+def number(ids: np.ndarray, *, name: str) -> tuple[np.ndarray, int]:
+  """Numbers the units that a column of identities names.
+
+  Args:
+    ids: integers or strings (num_examples,).
+    name: of the column, for messages.
+
+  Returns:
+    For each example its unit, int64 (num_examples,), in [0, count); and the
+    count. Units are in order of their identities.
+
+  Raises:
+    ValueError: there are no rows, or they are no such identities.
+  """
+  ids = np.asarray(ids)
+  if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iuUS":
+    raise ValueError(
+      f"{name} must hold an integer or a string for each example, got"
+      f" {ids.dtype} {ids.shape}"
+    )
+  unique, unit_of_example = np.unique(ids, return_inverse=True)
+  return unit_of_example.astype(np.int64), len(unique)
+
+
+def parquet_ids(paths: Sequence[sources.Path], column: str) -> np.ndarray:
+  """Reads a column of identities, integers or strings, of Parquet files.
+
+  Raises:
+    ValueError: there is no such column, or it holds nulls or something else.
+  """
+  from pyarrow import parquet
+  from pyarrow import types
+
+  pieces = []
+  for path in paths:
+    with sources.reading(path), parquet.ParquetFile(path) as file:
+      available = file.schema_arrow.names
+    if column not in available:
+      raise ValueError(
+        f"data.unit_column must be one of {available} of {path}, got {column!r}"
+      )
+    with sources.reading(path), parquet.ParquetFile(path) as file:
+      table = file.read(columns=[column])
+      table.validate(full=True)
+      ids = table[column].combine_chunks()
+    if types.is_dictionary(ids.type):
+      ids = ids.dictionary_decode()
+    is_text = types.is_string(ids.type) or types.is_large_string(ids.type)
+    if ids.null_count or not (is_text or types.is_integer(ids.type)):
+      raise ValueError(
+        f"data.unit_column={column!r} of {path} must hold integers or strings"
+        f" and no nulls, got {ids.type} with {ids.null_count} nulls"
+      )
+    found = ids.to_numpy(zero_copy_only=False)
+    pieces.append(found.astype(np.str_) if is_text else found)
+  return np.concatenate(pieces)

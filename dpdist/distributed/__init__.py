@@ -1,0 +1,1 @@
+"""The mesh, and the processes of a job."""

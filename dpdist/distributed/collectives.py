@@ -1,0 +1,156 @@
+"""The processes of a job: how they meet, and how they agree.
+
+A job is one process, or several that run the same program on a mesh of all
+their devices. One of them, the leader, writes the ledger and what a run leaves;
+the others are told what it found, and stop if it does.
+"""
+
+from collections.abc import Callable, Iterator
+import contextlib
+import hashlib
+import json
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+import numpy as np
+
+
+class PeerError(RuntimeError):
+  """Another process of the job stopped; says which, and why."""
+
+
+class LostError(RuntimeError):
+  """The other processes could not be reached; `dpdist.distributed.watchdog`
+  finds out why."""
+
+
+class DisagreementError(ValueError):
+  """The processes of a job were started differently."""
+
+
+def is_leader() -> bool:
+  """Whether this process is the one that writes."""
+  return jax.process_index() == 0
+
+
+def from_leader(make: Callable[[], Any]) -> Any:
+  """What a function returns in the leader, in every process.
+
+  Args:
+    make: called in the leader alone; returns something JSON-able.
+
+  Raises:
+    PeerError: in the other processes, if it raised; in the leader what it
+      raised comes through.
+    LostError: the others could not be reached.
+  """
+  if jax.process_count() == 1:
+    return make()
+  if not is_leader():
+    told = _broadcast(None)
+    if "problem" in told:
+      raise PeerError(f"process 0 stopped: {told['problem']}")
+    return told["value"]
+  try:
+    value = make()
+  except Exception as error:
+    _broadcast({"problem": str(error) or repr(error)})
+    raise
+  # As the others will see it: tuples become lists.
+  return _broadcast({"value": value})["value"]
+
+
+def in_all(make: Callable[[], Any]) -> Any:
+  """What a function returns, in each process its own.
+
+  Args:
+    make: called in every process.
+
+  Raises:
+    PeerError: it raised in another process; where it did, what it raised comes
+      through.
+  """
+  problem: Exception | None = None
+  value = None
+  try:
+    value = make()
+  except Exception as error:
+    problem = error
+  told = gather("" if problem is None else str(problem) or repr(problem))
+  if problem is not None:
+    raise problem
+  for number, text in enumerate(told):
+    if text:
+      raise PeerError(f"process {number} stopped: {text}")
+  return value
+
+
+def gather(text: str) -> list[str]:
+  """The texts of all processes, in their order."""
+  if jax.process_count() == 1:
+    return [text]
+  value = text.encode()
+  sizes = _all_gather(np.int32(len(value)))
+  padded = np.zeros(int(np.max(sizes)), np.uint8)
+  padded[: len(value)] = np.frombuffer(value, np.uint8)
+  rows = _all_gather(padded)
+  return [
+    row[:size].astype(np.uint8).tobytes().decode()
+    for row, size in zip(rows, sizes, strict=True)
+  ]
+
+
+def agree(**facts: Any) -> None:
+  """Makes sure that all processes were started alike.
+
+  Args:
+    **facts: JSON-able, by what they are called.
+
+  Raises:
+    DisagreementError: names the first fact that differs, and where.
+  """
+  for name, fact in facts.items():
+    text = json.dumps(fact, sort_keys=True)
+    digests = gather(hashlib.sha256(text.encode()).hexdigest())
+    others = [i for i, digest in enumerate(digests) if digest != digests[0]]
+    if others:
+      raise DisagreementError(
+        f"{name} must be the same in all processes, but that of process 0"
+        f" (SHA-256 {digests[0][:12]}) is not that of {others}"
+      )
+
+
+def any_process(flag: bool) -> bool:
+  """Whether a flag is set in any process."""
+  if jax.process_count() == 1:
+    return flag
+  return bool(np.any(_all_gather(np.bool_(flag))))
+
+
+def _all_gather(value: Any) -> np.ndarray:
+  with _reaching():
+    return np.asarray(multihost_utils.process_allgather(value))
+
+
+def _broadcast(value: Any) -> Any:
+  """Sends the leader's value to all; the others' is not looked at."""
+  data = json.dumps(value).encode()
+  with _reaching():
+    size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
+    padded = np.zeros(size, np.uint8)
+    if is_leader():
+      padded[:] = np.frombuffer(data, np.uint8)
+    sent = np.asarray(multihost_utils.broadcast_one_to_all(padded))
+  return json.loads(sent.astype(np.uint8).tobytes())
+
+
+@contextlib.contextmanager
+def _reaching() -> Iterator[None]:
+  """Tells a lost process from a mistake: JAX has a ValueError for both."""
+  try:
+    yield
+  except (ValueError, RuntimeError) as error:
+    raise LostError(
+      f"the other processes could not be reached: {error}"
+    ) from error

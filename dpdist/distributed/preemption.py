@@ -1,0 +1,58 @@
+"""Being asked to stop, by whoever may."""
+
+import contextlib
+from typing import Self
+
+from dpdist.distributed import gce_maintenance
+from dpdist.distributed import signals
+
+
+class Preempted(Exception):  # noqa: N818 - it is not an error
+  """The run stopped early, has saved, and can be resumed.
+
+  Attributes:
+    step: updates in the checkpoint that was saved.
+  """
+
+  def __init__(self, step: int, reason: str = ""):
+    """Says what to do.
+
+    Args:
+      step: see above.
+      reason: what asked to stop, if this process knows.
+    """
+    told = f" ({reason})" if reason else ""
+    super().__init__(
+      f"stopped after step {step}{told}; run the same command again"
+    )
+    self.step = step
+
+
+class Notice:
+  """Turns the first request to stop into a flag; a context manager.
+
+  Requests are signals (see `dpdist.distributed.signals`) and, on Google's
+  machines, what comes before one is taken away (see
+  `dpdist.distributed.gce_maintenance`).
+
+  Attributes:
+    received: whether one came.
+    reason: which; "" until then.
+  """
+
+  def __init__(self) -> None:
+    self.received = False
+    self.reason = ""
+    self._stack = contextlib.ExitStack()
+
+  def __enter__(self) -> Self:
+    self._stack.enter_context(signals.Signals(self._receive))
+    self._stack.enter_context(gce_maintenance.Maintenance(self._receive))
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self._stack.close()
+
+  def _receive(self, reason: str) -> None:
+    self.reason = self.reason or reason
+    self.received = True

@@ -1,0 +1,254 @@
+"""How the processes of a job meet, before any of them touches a device.
+
+What says where and how many they are, in this order: the flags, JAX's own
+variables, the engine that started them. Without any of these, the job is this
+process alone.
+"""
+
+from collections.abc import Mapping
+import ipaddress
+import os
+import socket
+import sys
+import threading
+import time
+from typing import NamedTuple
+
+import jax
+
+# How long a process that stops waits for the others to do so.
+_SHUTDOWN_SECONDS = 10
+# How much longer JAX may wait for the others than we do.
+_MARGIN_SECONDS = 60
+_VARIABLES = {
+  "coordinator_address": "JAX_COORDINATOR_ADDRESS",
+  "num_processes": "JAX_NUM_PROCESSES",
+  "process_id": "JAX_PROCESS_ID",
+}
+# An engine, as JAX knows it, and the variable that counts its processes.
+_ENGINES = {
+  "slurm": "SLURM_STEP_NUM_TASKS",
+  "ompi": "OMPI_COMM_WORLD_SIZE",
+}
+
+
+class StartError(ValueError):
+  """What says how the processes of the job meet makes no sense."""
+
+
+class MeetError(RuntimeError):
+  """The other processes could not be met in time."""
+
+
+class Meeting(NamedTuple):
+  """Where and how a process meets the others.
+
+  Attributes:
+    address: host and port of process 0; None where the engine knows it.
+    num_processes: of the job; None likewise.
+    process_id: of this one; None likewise.
+    engine: by JAX's name for it; None where the three are given.
+  """
+
+  address: str | None
+  num_processes: int | None
+  process_id: int | None
+  engine: str | None = None
+
+
+def find(
+  flags: Mapping[str, object], environment: Mapping[str, str]
+) -> Meeting | None:
+  """Finds what says how the processes meet.
+
+  Args:
+    flags: "coordinator_address", "num_processes" and "process_id", None where
+      they are not given.
+    environment: variables.
+
+  Returns:
+    None for a job of one process.
+
+  Raises:
+    StartError: names what makes no sense, its value and what would be right.
+  """
+  given = {name: value for name, value in flags.items() if value is not None}
+  if given:
+    return _explicit({f"--{name}": flags.get(name) for name in _VARIABLES})
+  if environment.get(_VARIABLES["coordinator_address"]):
+    return _explicit({v: environment.get(v) for v in _VARIABLES.values()})
+  for engine, variable in _ENGINES.items():
+    if (_number(environment.get(variable)) or 0) > 1:
+      return Meeting(None, None, None, engine)
+  # A pod of TPUs names its workers, by itself or through Kubernetes.
+  workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
+  if len(workers) > 1:
+    return Meeting(None, None, None, "gketpu")
+  return None
+
+
+def _explicit(given: Mapping[str, object]) -> Meeting:
+  (where, address), (many, count), (which, number) = given.items()
+  missing = [name for name, value in given.items() if value in (None, "")]
+  if missing:
+    raise StartError(
+      f"{where}, {many} and {which} must be given together, but"
+      f" {' and '.join(missing)} is missing"
+    )
+  host, colon, port = str(address).rpartition(":")
+  if not host or not colon or not 0 < (_number(port) or 0) < 2**16:
+    raise StartError(f"{where} must be HOST:PORT, got {address!r}")
+  for name, value in ((many, count), (which, number)):
+    if _number(value) is None:
+      raise StartError(f"{name} must be a number, got {value!r}")
+  if int(str(count)) < 1:
+    raise StartError(f"{many} must be at least 1, got {count}")
+  if int(str(number)) >= int(str(count)):
+    raise StartError(f"{which} must be below {many}={count}, got {number}")
+  return Meeting(str(address), int(str(count)), int(str(number)))
+
+
+def _number(value: object) -> int | None:
+  text = str(value)
+  return int(text) if text.isascii() and text.isdecimal() else None
+
+
+def start(flags: Mapping[str, object], *, timeout: int = 300) -> None:
+  """Meets the other processes, if there are any.
+
+  Args:
+    flags: see `find`.
+    timeout: seconds to wait, for the coordinator's name and for the others.
+
+  Raises:
+    StartError: what is given makes no sense, or this host would tell the others
+      an address at which they cannot reach it.
+    MeetError: they could not be met. Where time runs out inside JAX, the
+      process says so and ends with 1.
+  """
+  if timeout < 1:
+    raise StartError(f"--start_timeout must be at least 1, got {timeout}")
+  meeting = find(flags, os.environ)
+  if meeting is None or meeting.num_processes == 1:
+    return
+  began = time.monotonic()
+  if meeting.address is not None:
+    host = meeting.address.rpartition(":")[0].strip("[]")
+    check_own_name(socket.gethostname(), resolve(host, timeout))
+  jax.config.update("jax_cpu_collectives_implementation", "gloo")
+  # It would swallow signals; see `dpdist.distributed.preemption`.
+  jax.config.update("jax_enable_preemption_service", False)
+  left = max(1, timeout - int(time.monotonic() - began))
+  where = meeting.address or f"the address that {meeting.engine} names"
+  problem = (
+    f"the processes of the job did not meet at {where} within {left} s: check"
+    " that all were started, that process 0 runs there and that no firewall is"
+    " between"
+  )
+  # Out of time, JAX would abort the process, with a page of its own.
+  timer = threading.Timer(left, _give_up, [problem])
+  timer.daemon = True
+  timer.start()
+  try:
+    jax.distributed.initialize(
+      meeting.address,
+      meeting.num_processes,
+      meeting.process_id,
+      cluster_detection_method=meeting.engine,
+      # Process 0's. JAX's own choice is all networks.
+      coordinator_bind_address=(
+        meeting.address if loopback(meeting.address) else None
+      ),
+      initialization_timeout=left + _MARGIN_SECONDS,
+      shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
+    )
+  except Exception as error:
+    reason = str(error).splitlines()[0] if str(error) else repr(error)
+    raise MeetError(f"{problem} ({reason})") from error
+  finally:
+    timer.cancel()
+
+
+def _give_up(problem: str) -> None:
+  print(f"error: {problem}", file=sys.stderr, flush=True)
+  os._exit(1)
+
+
+def resolve(host: str, timeout: float) -> list[str]:
+  """The addresses of a host, waiting for its name to come up.
+
+  JAX would wait for it for minutes without a word. In Kubernetes a pod's name
+  comes up seconds after the pod.
+
+  Raises:
+    MeetError: it has none within timeout seconds.
+    StartError: it never will.
+  """
+  end = time.monotonic() + timeout
+  while True:
+    try:
+      found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
+      return [str(address[4][0]) for address in found]
+    except UnicodeError as error:
+      raise StartError(
+        f"the coordinator's host {host!r} is no name of a host: {error}"
+      ) from error
+    except socket.gaierror as error:
+      if time.monotonic() >= end:
+        raise MeetError(
+          f"the coordinator's host {host!r} has no address after {timeout} s"
+          f" ({error.strerror}): check its name, and that this host can resolve"
+          " it"
+        ) from error
+      time.sleep(min(1, max(0.0, end - time.monotonic())))
+
+
+def loopback(address: str | None) -> str:
+  """The host of HOST:PORT if it is a loopback address; "" if it is not.
+
+  All processes are on one machine then. A name proves nothing: other machines
+  may know it by another address.
+  """
+  host = (address or "").rpartition(":")[0].strip("[]")
+  try:
+    return host if ipaddress.ip_address(host).is_loopback else ""
+  except ValueError:
+    return ""
+
+
+def check_own_name(name: str, coordinator: list[str]) -> None:
+  """Refuses a host that would tell others on other hosts that it is 127.0.0.1.
+
+  Gloo tells them the address that the host's own name has.
+
+  Args:
+    name: of this host.
+    coordinator: addresses of process 0.
+
+  Raises:
+    StartError: this host's name has loopback addresses alone, and process 0 is
+      on another host.
+  """
+  if any(_is_own(address) for address in coordinator):
+    return
+  try:
+    found = socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)
+  except socket.gaierror:
+    return  # Gloo looks for an interface then.
+  own = {str(address[4][0]) for address in found}
+  if all(ipaddress.ip_address(x.split("%")[0]).is_loopback for x in own):
+    raise StartError(
+      f"the name of this host, {name!r}, must have an address that other hosts"
+      f" can reach, got {sorted(own)}: correct it in /etc/hosts"
+    )
+
+
+def _is_own(address: str) -> bool:
+  """Whether an address is one of this machine."""
+  family = socket.AF_INET6 if ":" in address else socket.AF_INET
+  with socket.socket(family, socket.SOCK_STREAM) as probe:
+    try:
+      probe.bind((address, 0))
+    except OSError:
+      return False
+  return True

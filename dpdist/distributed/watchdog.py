@@ -1,0 +1,354 @@
+"""The processes of a job look out for one another.
+
+Each process other than the leader holds a connection to it. The kernel closes
+that of a process which is killed; one that fails says so; and all tell every
+few seconds where they are (`dpdist.distributed.progress`). From that the leader
+finds out what became of a job that does not go on, and tells all. A process
+that is told ends, with one line that names the cause, even where it hangs in a
+collective.
+
+JAX's own service aborts processes too, of which it names none, and at once only
+where the leader died. That waits for the line; see `_abort_slowly`.
+"""
+
+from collections.abc import Callable
+import contextlib
+import ctypes
+import os
+import platform
+import secrets
+import selectors
+import signal
+import socket
+import sys
+import threading
+import time
+from typing import Any, NamedTuple, NoReturn, Self
+
+import jax
+from jax._src import distributed  # Who the leader is, is told nowhere else.
+
+from dpdist.distributed import collectives
+from dpdist.distributed import peers
+from dpdist.distributed import preemption
+from dpdist.distributed import progress as progress_lib
+from dpdist.distributed import stalls
+from dpdist.distributed import startup
+
+_FAILED = 1
+_BEAT_SECONDS = 2.0
+_TICK_SECONDS = 0.5
+_CALL_SECONDS = 30.0
+_LONGEST_TEXT = 1000
+# A process that dies takes the collectives of others with it, and they may say
+# so before its own end is seen.
+_SETTLE_SECONDS = 0.5
+# For a process to end by itself, with its files closed, once it knows; then its
+# watch ends it. Together less than an abort waits.
+_GRACE_SECONDS = 2.0
+# That an error of this process waits for the cause.
+_PATIENCE_SECONDS = 5.0
+
+
+class _Cause(NamedTuple):
+  """Why a job ends.
+
+  Attributes:
+    text: names the process.
+    number: the process that failed, and said so; -1 if one was lost.
+  """
+
+  text: str
+  number: int = -1
+
+
+class Watch:
+  """Ends a process in good time when others are lost; a context manager.
+
+  Does nothing in a job of one process. Of several, all have to enter together.
+
+  Where another process failed, died, is silent or stuck, the block raises
+  `dpdist.distributed.collectives.PeerError`, whatever error that caused here;
+  where it hangs, the process prints the same line and ends with exit code 1.
+  """
+
+  def __init__(
+    self,
+    progress: progress_lib.Progress,
+    stuck_after: float,
+    *,
+    own: tuple[type[Exception], ...] = (),
+  ):
+    """Nothing is watched yet.
+
+    Args:
+      progress: of this process.
+      stuck_after: seconds that a phase of a step may take, or a process be
+        silent; 0 for any time.
+      own: errors that all processes come to by themselves. They come through,
+        unless a process was lost.
+    """
+    self._progress = progress
+    self._stuck_after = stuck_after
+    self._own = own
+    self._stack = contextlib.ExitStack()
+    self._selector = selectors.DefaultSelector()
+    self._peers: list[peers.Peer] = []
+    self._server: socket.socket | None = None
+    self._death = ""
+    self._failure: _Cause | None = None
+    self._due: float | None = None
+    self._cause: _Cause | None = None
+    self._known = threading.Event()
+    self._left = threading.Event()
+    self._is_over = False
+    self._thread: threading.Thread | None = None
+
+  def __enter__(self) -> Self:
+    if jax.process_count() == 1:
+      return self
+    with self._stack:
+      self._stack.callback(self._selector.close)
+      self._meet()
+      self._wake, waked = socket.socketpair()
+      for end in (self._wake, waked):
+        self._stack.enter_context(end)
+      self._selector.register(waked, selectors.EVENT_READ, lambda: None)
+      self._stack.callback(_abort_slowly())
+      # Before the thread begins, which adds what it accepts.
+      self._stack = self._stack.pop_all()
+    self._thread = threading.Thread(target=self._look_out, daemon=True)
+    self._thread.start()
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: object,
+  ) -> None:
+    if self._thread is None:
+      return
+    self._left.set()
+    if error is None or isinstance(
+      error, (preemption.Preempted, collectives.PeerError)
+    ):
+      # All come to it at once, and need no watch from here.
+      self._is_over = True
+      self._wake_up()
+      self._thread.join()
+      self._tell({"bye": True})
+      self._stack.close()
+      return
+    self._fail(error)
+    self._known.wait(_PATIENCE_SECONDS)
+    # An abort is to wait until this process has ended: nothing is undone.
+    cause = self._cause
+    if (
+      cause is not None
+      and cause.number != jax.process_index()
+      and (cause.number < 0 or not isinstance(error, self._own))
+    ):
+      raise collectives.PeerError(cause.text) from error
+
+  def _fail(self, error: BaseException) -> None:
+    """Tells what this process fails of."""
+    lines = str(error).splitlines() or [""]
+    text = lines[0][:_LONGEST_TEXT] or repr(error)[:_LONGEST_TEXT]
+    if collectives.is_leader():
+      self._note_failure(0, peers.name(0, platform.node()), text)
+      self._wake_up()
+    else:
+      self._tell({"failed": text})
+
+  def _meet(self) -> None:
+    """Connects the other processes with the leader."""
+    token = secrets.token_hex(16)
+
+    def call() -> dict[str, Any]:
+      where = distributed.global_state.coordinator_address
+      server = self._stack.enter_context(peers.listen(startup.loopback(where)))
+      self._server = server
+      self._selector.register(
+        server, selectors.EVENT_READ, lambda: self._accept(server, token)
+      )
+      return {
+        "port": server.getsockname()[1],
+        "token": token,
+        "host": platform.node(),
+      }
+
+    told = collectives.from_leader(call)
+
+    def connect() -> None:
+      if collectives.is_leader():
+        return
+      # Where this process met JAX's service, it meets the leader.
+      host = peers.host_of(distributed.global_state.coordinator_address or "")
+      leader = self._add(
+        socket.create_connection((host, told["port"]), _CALL_SECONDS)
+      )
+      leader.number, leader.name = 0, peers.name(0, told["host"])
+      leader.send(
+        peers.greeting(told["token"], jax.process_index(), platform.node())
+      )
+
+    collectives.in_all(connect)
+
+  def _add(self, connection: socket.socket, token: str = "") -> peers.Peer:
+    peer = peers.Peer(self._stack.enter_context(connection), token)
+    self._peers.append(peer)
+    self._selector.register(
+      connection, selectors.EVENT_READ, lambda: self._hear(peer)
+    )
+    return peer
+
+  # What follows runs in the watch's own thread.
+
+  def _look_out(self) -> None:
+    next_beat = 0.0
+    while True:
+      for key, _ in self._selector.select(_TICK_SECONDS):
+        key.data()
+      if self._is_over:
+        return
+      now = time.monotonic()
+      if now >= next_beat:
+        next_beat = now + _BEAT_SECONDS
+        at = self._progress.now
+        self._tell({"beat": [at.step, at.phase, now - at.since]})
+      cause = self._judge(now)
+      if cause is not None:
+        self._conclude(cause)
+        return
+
+  def _judge(self, now: float) -> _Cause | None:
+    """Why the job ends, if it does."""
+    if self._cause is not None:  # The leader said so.
+      return self._cause
+    if self._due is not None:
+      if now < self._due:
+        return None
+      return _Cause(self._death) if self._death else self._failure
+    signs = {
+      peer.name: peer.sign(now)
+      for peer in self._peers
+      if peer.name and not peer.is_excused
+    }
+    text = stalls.silent(signs, self._stuck_after)
+    if not text and collectives.is_leader():
+      at = self._progress.now
+      mine = stalls.Sign(at.step, at.phase, now - at.since, 0.0)
+      signs[peers.name(0, platform.node())] = mine
+      text = stalls.stuck(signs, self._stuck_after)
+    return _Cause(text) if text else None
+
+  def _conclude(self, cause: _Cause) -> None:
+    """Makes all processes end."""
+    self._cause = cause
+    if collectives.is_leader():
+      self._tell({"cause": cause})
+    else:
+      # A leader that was only slow learns why this process ended.
+      self._tell({"failed": cause.text})
+    self._known.set()
+    if not self._left.wait(_GRACE_SECONDS):
+      os.write(2, f"error: {cause.text}\n".encode())
+      os._exit(_FAILED)
+
+  def _tell(self, message: dict[str, Any]) -> None:
+    for peer in self._peers:
+      if peer.name and not peer.is_closed:
+        peer.send(message)
+
+  def _accept(self, server: socket.socket, token: str) -> None:
+    with contextlib.suppress(OSError):  # It went away before it was met.
+      self._add(server.accept()[0], token)
+
+  def _shut(self, peer: peers.Peer) -> None:
+    self._selector.unregister(peer.connection)
+    peer.connection.close()
+    peer.is_closed = True
+
+  def _shut_door(self) -> None:
+    """Once all are there, who else calls or called is a stranger."""
+    named = {peer.number for peer in self._peers if peer.name}
+    if self._server is None or len(named) < jax.process_count() - 1:
+      return
+    self._selector.unregister(self._server)
+    self._server.close()
+    self._server = None
+    strangers = [peer for peer in self._peers if not peer.name]
+    for peer in strangers:
+      if not peer.is_closed:
+        self._shut(peer)
+      self._peers.remove(peer)
+
+  def _hear(self, peer: peers.Peer) -> None:
+    if peer.is_closed:
+      return
+    messages = peer.receive()
+    if messages is None:
+      self._shut(peer)
+      if peer.name and not peer.is_excused:
+        self._death = self._death or f"{peer.name} ended without a word"
+        self._settle()
+      peer.is_excused = True
+      return
+    self._shut_door()
+    for message in messages:
+      if "cause" in message:
+        self._cause = _Cause(*message["cause"])
+      elif "failed" in message:
+        peer.is_excused = True
+        self._note_failure(peer.number, peer.name, message["failed"])
+      elif "bye" in message:
+        peer.is_excused = True
+        if peer.number == 0:
+          # No cause will be told by a leader that has left.
+          self._known.set()
+
+  def _note_failure(self, number: int, name: str, text: str) -> None:
+    if self._failure is None:
+      self._failure = _Cause(f"{name} failed: {text}", number)
+    self._settle()
+
+  def _settle(self) -> None:
+    if self._due is None:
+      self._due = time.monotonic() + _SETTLE_SECONDS
+
+  def _wake_up(self) -> None:
+    with contextlib.suppress(OSError):
+      self._wake.send(b"x")
+
+
+def leave(code: int) -> NoReturn:
+  """Ends this process at once.
+
+  For where others may be lost: JAX, at Python's ordinary end, waits for them
+  and then aborts.
+  """
+  for stream in (sys.stdout, sys.stderr):
+    with contextlib.suppress(OSError, ValueError):
+      stream.flush()
+  os._exit(code)
+
+
+def _abort_slowly() -> Callable[[], None]:
+  """Has an abort of this process wait for six seconds, then go on.
+
+  JAX's client aborts a process, in a thread, as soon as the leader is gone, and
+  can be told nothing else (jax 0.10.2). Meanwhile the watch says what happened
+  and ends the process properly. The handler is the C library's `sleep`, which a
+  signal may call; its argument is the signal's number, 6.
+
+  Returns:
+    What undoes it.
+  """
+  library = ctypes.CDLL(None)
+  set_handler = library.signal
+  set_handler.argtypes = [ctypes.c_int, ctypes.c_void_p]
+  set_handler.restype = ctypes.c_void_p
+  sleep = ctypes.cast(library.sleep, ctypes.c_void_p)
+  previous = set_handler(signal.SIGABRT, sleep)
+  return lambda: set_handler(signal.SIGABRT, previous) and None

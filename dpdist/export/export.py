@@ -1,0 +1,118 @@
+"""Parameters as safetensors, with a card that says what they cost.
+
+A folder of three files, as the field hands models on: `model.safetensors`,
+`README.md` (see `dpdist.export.model_card`) and `config.json`, from which
+`load` makes the model again. Nothing is computed from a protected example, and
+no budget is spent.
+"""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+from flax import linen as nn
+from flax import traverse_util
+import ml_collections
+import numpy as np
+from safetensors import numpy as safetensors
+
+from dpdist import models
+from dpdist.distributed import mesh as mesh_lib
+from dpdist.export import load_run
+from dpdist.export import model_card
+from dpdist.workdir import fingerprint
+
+PyTree = Any
+
+_PARAMS, _CARD, _CONFIG = "model.safetensors", "README.md", "config.json"
+
+
+def write(
+  released: load_run.Released,
+  scores: dict[str, Any],
+  output: str | os.PathLike[str],
+  *,
+  name: str,
+  use_ema: bool = False,
+) -> dict[str, Any]:
+  """Writes the folder.
+
+  Args:
+    released: a checkpoint; see `dpdist.export.load_run.load`.
+    scores: of `dpdist.export.load_run.evaluate` on it.
+    output: a directory that is new or empty.
+    name: of the model, for its card.
+    use_ema: writes the average of the parameters.
+
+  Returns:
+    JSON-able: scores, with "params_sha256", "num_parameters", "uses_ema" and
+    "output".
+
+  Raises:
+    ValueError: output is not empty, or the run keeps no average.
+  """
+  state, output = released.state, pathlib.Path(output)
+  if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    raise ValueError(
+      f"output must be a new or empty directory, got {str(output)!r}"
+    )
+  if use_ema and state.ema_params is None:
+    raise ValueError(
+      "ema must be False for a run that keeps no average (ema_decay=0), got"
+      " True"
+    )
+  params = state.ema_params if use_ema else state.params
+  flat = {
+    key: np.ascontiguousarray(mesh_lib.whole(leaf))
+    for key, leaf in traverse_util.flatten_dict(params, sep=".").items()
+  }
+  facts = scores | {
+    "params_sha256": fingerprint.params_sha256(params),
+    "num_parameters": sum(array.size for array in flat.values()),
+    "uses_ema": use_ema,
+    "output": str(output),
+  }
+  output.mkdir(parents=True, exist_ok=True)
+  # Not where weights were read from: all are here, and a path is the owner's.
+  model = released.config.model.to_dict() | {"weights": ""}
+  (output / _CONFIG).write_text(json.dumps({"model": model}, indent=2) + "\n")
+  (output / _CARD).write_text(model_card.text(released, facts, name))
+  # Last, and renamed, so that no parameters are there without their card.
+  temporary = output / (_PARAMS + ".tmp")
+  safetensors.save_file(flat, temporary, metadata=_metadata(facts))
+  # safetensors makes files for their owner alone; this one is as open as its
+  # siblings.
+  temporary.chmod((output / _CARD).stat().st_mode & 0o777)
+  os.replace(temporary, output / _PARAMS)
+  return facts
+
+
+def load(directory: str | os.PathLike[str]) -> tuple[nn.Module, PyTree]:
+  """Reads what `write` wrote.
+
+  Returns:
+    The model, which maps the inputs of one example to logits, and its
+    parameters, as for `model.apply({"params": params}, inputs)`.
+  """
+  directory = pathlib.Path(directory)
+  settings = json.loads((directory / _CONFIG).read_text())
+  flat = safetensors.load_file(directory / _PARAMS)
+  model = models.make(ml_collections.ConfigDict(settings["model"]))
+  return model, traverse_util.unflatten_dict(flat, sep=".")
+
+
+def _metadata(facts: dict[str, Any]) -> dict[str, str]:
+  """Kept in the file itself, since cards get lost; safetensors takes strings.
+
+  Where there is no guarantee there is no number to quote.
+  """
+  kept = {
+    "format": "flax",
+    "guarantee": facts["guarantee"],
+    "step": str(facts["step"]),
+    "params_sha256": facts["params_sha256"],
+  }
+  if facts["guarantee"] == "holds":
+    kept |= {"epsilon": repr(facts["epsilon"]), "delta": repr(facts["delta"])}
+  return kept

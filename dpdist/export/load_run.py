@@ -1,0 +1,217 @@
+"""What a run has released, looked at from outside: settings and parameters.
+
+Looking spends nothing. The ledger is read and never written, nothing is
+computed from an example that is protected, and a run whose record is not sound
+is refused, since nothing could be said of what its parameters cost.
+"""
+
+import functools
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple
+
+from flax import linen as nn
+import jax
+from jax.sharding import Mesh
+import ml_collections
+import numpy as np
+
+from dpdist import config as config_lib
+from dpdist import models
+from dpdist.data.datasets import datasets
+from dpdist.distributed import mesh as mesh_lib
+from dpdist.ledger import history
+from dpdist.ledger import ledger as ledger_lib
+from dpdist.privacy import composition
+from dpdist.tasks import chance
+from dpdist.tasks import classification
+from dpdist.tasks import optimizers
+from dpdist.training import abstract_step
+from dpdist.training import parameters
+from dpdist.training import setup
+from dpdist.training import step as step_lib
+from dpdist.workdir import checkpoints
+from dpdist.workdir import manifest
+from dpdist.workdir import verify
+
+
+class UnsoundError(Exception):
+  """The record of a run is damaged or contradicts what the run left."""
+
+
+class Released(NamedTuple):
+  """A checkpoint of a run.
+
+  Attributes:
+    config: the run's settings.
+    ledger: its ledger, which is sound.
+    saved: which checkpoint.
+    model: maps inputs to logits.
+    mesh: of this machine's devices.
+    state: the checkpoint, with all parameters of the model, the frozen ones
+      too; `ema_params` is None where the run keeps no average.
+    test: all held-out examples, arrays "inputs" and "targets".
+    environment: versions, code and devices that the run ended with; empty for
+      one that has not ended.
+  """
+
+  config: ml_collections.ConfigDict
+  ledger: ledger_lib.Ledger
+  saved: history.Saved
+  model: nn.Module
+  mesh: Mesh
+  state: step_lib.TrainState
+  test: dict[str, np.ndarray]
+  environment: dict[str, Any]
+
+
+def load(
+  workdir: str | os.PathLike[str],
+  ledger: ledger_lib.Ledger,
+  *,
+  config: ml_collections.ConfigDict | None = None,
+  step: int | None = None,
+) -> Released:
+  """Restores a checkpoint of a run whose record is sound.
+
+  Args:
+    workdir: the run's directory.
+    ledger: its ledger, to be read.
+    config: the run's settings; None: as the run left them.
+    step: of the checkpoint; None: the newest that is whole.
+
+  Raises:
+    UnsoundError: the record is not sound.
+    ValueError: there is no such checkpoint; the settings are not the run's, or
+      do not fit this machine.
+  """
+  workdir = pathlib.Path(workdir)
+  check_sound(workdir, ledger)
+  saved = _find(workdir, ledger, step)
+  config = config_lib.load(workdir) if config is None else config
+  _check_settings(config, ledger)
+  test = datasets.load(config.data).test
+  held_out = test.read(np.arange(len(test)))
+  model = models.make(config.model)
+  optimizer, _ = optimizers.make(config.optimizer, config.privacy.num_steps)
+  mesh = _mesh(config)
+  whole = setup.make_step(config, ledger.plan, model, optimizer, mesh)
+  like = abstract_step.state(whole, model, held_out["inputs"][0])
+  start = parameters.of(
+    config.model,
+    model,
+    functools.partial(parameters.make_params, model),
+    jax.ShapeDtypeStruct((2,), np.uint32),
+    held_out["inputs"][0],
+  )
+  frozen = start.frozen(whole)
+  restored = checkpoints.read(
+    workdir / "checkpoints",
+    like,
+    saved,
+    frozen_sha256=parameters.frozen_sha256(frozen),
+  )
+  ema = restored.ema_params
+  restored = restored._replace(
+    params=step_lib.whole(restored.params, frozen),
+    ema_params=None if ema is None else step_lib.whole(ema, frozen),
+  )
+  result, environment = workdir / "result.json", {}
+  if result.exists():
+    environment = json.loads(result.read_text())["environment"]
+  return Released(
+    config, ledger, saved, model, mesh, restored, held_out, environment
+  )
+
+
+def check_sound(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> None:
+  """Raises UnsoundError unless the record and what the run left agree."""
+  problems = [
+    f"{found.what}: {found.problem}"
+    for found in verify.verify(workdir, ledger)
+    if found.problem
+  ]
+  if problems:
+    raise UnsoundError(
+      f"the record of {str(workdir)!r} is not sound: {'; '.join(problems)}"
+    )
+
+
+def evaluate(released: Released) -> dict[str, Any]:
+  """Held-out metrics of a checkpoint, and what the run has spent by now.
+
+  Returns:
+    JSON-able: "step", "test" and, of the average where there is one,
+    "test_ema"; "held_out_problems", by these names, where they are no better
+    than a constant guess's (see `dpdist.tasks.chance`); "num_test"; "epsilon",
+    "delta" and "guarantee" of the run, wherever it stops, which is not less
+    than of this checkpoint; and "epsilon_spent", the odometer's reading of what
+    it may have released so far.
+  """
+  _, ledger, saved, model, mesh, state, test, _ = released
+  run = classification.evaluator(model, test, mesh)
+  facts: dict[str, Any] = {"step": saved.step, "test": run(state.params)}
+  if state.ema_params is not None:
+    facts["test_ema"] = run(state.ema_params)
+  for group in ("test", "test_ema"):
+    if found := group in facts and chance.problem(
+      facts[group], test["targets"]
+    ):
+      facts.setdefault("held_out_problems", {})[group] = found
+  return facts | {
+    "num_test": len(test["targets"]),
+    "epsilon": composition.guaranteed(ledger.bounds),
+    "epsilon_spent": composition.epsilon(ledger.spent),
+    "delta": ledger.plan.delta,
+    "guarantee": ledger.guarantee,
+  }
+
+
+def _find(
+  workdir: pathlib.Path, ledger: ledger_lib.Ledger, step: int | None
+) -> history.Saved:
+  """The newest checkpoint of a step that is there and whole."""
+  folder = workdir / "checkpoints"
+  there = [
+    saved
+    for saved in ledger.checkpoints
+    if manifest.location(folder, saved).exists()
+  ]
+  if not there:
+    raise ValueError(
+      f"workdir must hold a checkpoint, got {str(workdir)!r}, whose run has"
+      " saved none yet: go on with it"
+    )
+  wanted = [saved for saved in there if step in (None, saved.step)]
+  if not wanted:
+    steps = sorted({saved.step for saved in there})
+    raise ValueError(
+      f"step must be that of a checkpoint, one of {steps}, got {step}"
+    )
+  found, rejected = manifest.newest(folder, wanted)
+  if found is None:
+    raise UnsoundError("; ".join(rejected))
+  return found
+
+
+def _check_settings(
+  config: ml_collections.ConfigDict, ledger: ledger_lib.Ledger
+) -> None:
+  plain = lambda values: json.loads(json.dumps(dict(values)))
+  given = plain(config_lib.privacy_dict(config))
+  kept = plain(ledger.segment.config)
+  for name in sorted({*given, *kept}):
+    if given.get(name) != kept.get(name):
+      raise ValueError(
+        f"privacy.{name} must be that of the run, {kept.get(name)!r} by its"
+        f" ledger, got {given.get(name)!r}"
+      )
+
+
+def _mesh(config: ml_collections.ConfigDict) -> Mesh:
+  """That of the run where it fits; looking may happen on another machine."""
+  try:
+    return mesh_lib.make(config.mesh)
+  except ValueError:
+    return mesh_lib.make({"data": -1, "fsdp": 1, "model": 1})

@@ -1,0 +1,191 @@
+"""The card of a model: what it is, what its privacy is, where it came from.
+
+Markdown with YAML in front, the form that hubs of models read.
+"""
+
+import json
+from typing import Any
+
+import yaml
+
+from dpdist.export import load_run
+from dpdist.privacy import composition
+from dpdist.privacy import statement
+
+_TASKS = {1: "text-generation", 3: "image-classification"}
+
+
+def text(released: load_run.Released, facts: dict[str, Any], name: str) -> str:
+  """Returns the card.
+
+  Args:
+    released: the checkpoint.
+    facts: as of `dpdist.export.load_run.evaluate`, with "params_sha256",
+      "num_parameters" and "uses_ema".
+    name: of the model.
+  """
+  front = yaml.safe_dump(_front(released, facts, name), sort_keys=False)
+  which = "exponential moving average of the parameters" * facts["uses_ema"]
+  which = which or "parameters"
+  parts = [
+    f"---\n{front}---\n",
+    f"# {name}\n",
+    f"The {which} after step {facts['step']:,} of a run of dpdist:"
+    f" {facts['num_parameters']:,} numbers of the model"
+    f" `{released.config.model.name}`, trained on"
+    f" `{released.config.data.name}`.\n",
+    "## Privacy\n",
+    _privacy(released, facts),
+    "## Plan\n",
+    _table(_plan_rows(released)),
+    "## Held-out results\n",
+    f"On {facts['num_test']:,} examples that were not trained on, and that the"
+    " guarantee does not cover.\n",
+    _warning(facts),
+    _table(_result_rows(facts)),
+    "## Provenance\n",
+    _table(
+      [
+        ("SHA-256 of the parameters", f"`{facts['params_sha256']}`"),
+        # Not of the data: who knows all examples but one could try for it.
+        ("head of the ledger", f"`{released.ledger.head}`"),
+        *_environment(released),
+      ]
+    ),
+    "## Use\n",
+    _USE,
+  ]
+  return "\n".join(parts)
+
+
+_USE = """\
+```python
+from dpdist.export.export import export
+
+model, params = export.load("DIRECTORY OF THIS FILE")
+logits = model.apply({"params": params}, inputs)  # Of one example.
+```
+"""
+
+
+def _front(
+  released: load_run.Released, facts: dict[str, Any], name: str
+) -> dict[str, Any]:
+  data = released.config.data.name
+  tags = ["jax", "flax", "safetensors", "dp-sgd"]
+  if facts["guarantee"] == "holds":
+    tags.append("differential-privacy")
+  scores = facts["test_ema" if facts["uses_ema"] else "test"]
+  inputs = released.test["inputs"]
+  task = _TASKS.get(inputs.ndim - 1, "tabular-classification")
+  if inputs.dtype.kind == "f" and task == "text-generation":
+    task = "tabular-classification"
+  return {
+    "library_name": "dpdist",
+    "tags": tags,
+    "datasets": [data],
+    "metrics": list(scores),
+    "model-index": [
+      {
+        "name": name,
+        "results": [
+          {
+            "task": {"type": task},
+            "dataset": {"name": data, "type": data, "split": "test"},
+            "metrics": [
+              {"type": metric, "value": value}
+              for metric, value in scores.items()
+            ],
+          }
+        ],
+      }
+    ],
+  }
+
+
+def _privacy(released: load_run.Released, facts: dict[str, Any]) -> str:
+  ledger = released.ledger
+  if facts["guarantee"] != "holds":
+    why = facts["guarantee"].removeprefix("void:").strip()
+    return (
+      "> [!CAUTION]\n"
+      f"> **No privacy guarantee.** {why[:1].upper()}{why[1:]}. Whoever has"
+      " these parameters may learn what is in the training data.\n"
+    )
+  charged = sum(part.num_steps for part in ledger.spent)
+  planned = sum(part.num_steps for part in ledger.planned)
+  bound = statement.rounded_up(facts["epsilon"])
+  lines = [
+    f"**epsilon = {bound}, delta = {facts['delta']:g}**, for all that the run"
+    f" has released: {charged:,} of {planned:,} planned steps are charged in"
+    " its ledger, which was verified when this was written.\n",
+  ]
+  if charged < planned:
+    reading = statement.rounded_up(facts["epsilon_spent"])
+    lines.append(f"{statement.stopped_early(reading)}\n")
+  lines.append(composition.statement(ledger.planned, facts["epsilon"]) + "\n")
+  return "\n".join(lines)
+
+
+def _plan_rows(released: load_run.Released) -> list[tuple[str, str]]:
+  plan = released.ledger.plan
+  return [
+    (f"{plan.unit}s", f"{plan.num_examples:,}"),
+    ("expected batch size", f"{plan.expected_batch_size:,g}"),
+    (
+      "sampling",
+      f"{statement.sampling(plan)}, q = {plan.sampling_probability:.6g}",
+    ),
+    ("steps", f"{plan.num_steps:,}"),
+    ("l2 clip norm", f"{plan.l2_clip_norm:g}"),
+    ("noise multiplier", f"{plan.noise_multiplier:g}"),
+    ("neighboring relation", plan.neighboring_relation),
+    ("accountant", composition.accountant_of(released.ledger.spent)),
+    ("optimizer", released.config.optimizer.name),
+    ("learning rate", f"{released.config.optimizer.learning_rate:g}"),
+  ]
+
+
+def _result_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+  this, other = "test", "test_ema"
+  if facts["uses_ema"]:
+    this, other = other, this
+  names = {this: "", other: " of the average" * (other == "test_ema")}
+  names[other] = names[other] or " of the parameters as they are"
+  return [
+    (f"{metric}{names[group]}", f"{value:.4f}")
+    for group in (this, other)
+    for metric, value in facts.get(group, {}).items()
+  ]
+
+
+def _warning(facts: dict[str, Any]) -> str:
+  """What is wrong with the held-out metrics; "" if nothing is."""
+  which = "test_ema" if facts["uses_ema"] else "test"
+  found = facts.get("held_out_problems", {}).get(which, "")
+  if not found:
+    return ""
+  text = f"{found[:1].upper()}{found[1:]}"
+  return (
+    f"> [!WARNING]\n> **{text}.** That its privacy holds is another matter.\n"
+  )
+
+
+def _environment(released: load_run.Released) -> list[tuple[str, str]]:
+  """What the model was trained with, as far as is fit to be told."""
+  told = released.environment
+  if not told:
+    return []
+  packages = ", ".join(
+    f"{name} {version}" for name, version in told["packages"].items()
+  )
+  return [
+    ("SHA-256 of dpdist's code", f"`{told['code_sha256']}`"),
+    ("Python and packages", f"{told['python']}; {packages}"),
+    ("devices", f"{told['device_kind']}, mesh {json.dumps(told['mesh'])}"),
+  ]
+
+
+def _table(rows: list[tuple[str, str]]) -> str:
+  lines = [f"| {name} | {value} |" for name, value in rows]
+  return "\n".join(["| | |", "| --- | --- |", *lines]) + "\n"

@@ -1,0 +1,1 @@
+"""JSON that is checked when it is read, and stamps of files."""

@@ -1,0 +1,163 @@
+"""The short way to a plan, in the words of Keras users.
+
+    config = dpdist.DPConfig(
+      epsilon=2.0, delta=1e-6, clipping_norm=1.0, batch_size=32,
+      gradient_accumulation_steps=8, train_steps=1_000, train_size=60_000)
+    plan = config.make_plan()
+
+A step is a noisy update, however many mini-batches its gradients were added up
+from, and its examples are one draw of `effective_batch_size` on average: that
+is what is accounted. Imports no jax.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import math
+import numbers
+from typing import Any
+
+from dpdist.privacy import plan as plan_lib
+from dpdist.privacy import statement
+
+_COUNT = (numbers.Integral, lambda x: x >= 1, "an int >= 1")
+_POSITIVE = (numbers.Real, lambda x: 0 < x < math.inf, "finite and > 0")
+_FLAG = (bool, lambda x: True, "True or False")
+
+# What an attribute is, what holds of it, and how to say so.
+_RULES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
+  "epsilon": _POSITIVE,
+  "delta": (
+    numbers.Real,
+    lambda x: 0 < x < 1,
+    "in (0, 1): with 1 anything at all is private",
+  ),
+  "clipping_norm": _POSITIVE,
+  "batch_size": _COUNT,
+  "gradient_accumulation_steps": _COUNT,
+  "train_steps": _COUNT,
+  "train_size": _COUNT,
+  "poisson_sampling_in_fit": _FLAG,
+  "noise_multiplier": _POSITIVE,
+  "rescale_to_unit_norm": _FLAG,
+  "microbatch_size": _COUNT,
+  "seed": (numbers.Integral, lambda x: x >= 0, "an int >= 0"),
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DPConfig:
+  """What `fit` should do, and never overspend.
+
+  Attributes:
+    epsilon: the budget of all of train_steps, above 0.
+    delta: in (0, 1); customarily well below 1 / train_size.
+    clipping_norm: bound on the l2 norm of one example's gradient, above 0.
+    batch_size: examples of a mini-batch on average.
+    gradient_accumulation_steps: mini-batches of an update.
+    train_steps: updates: not mini-batches.
+    train_size: examples in the training set, a public number.
+    poisson_sampling_in_fit: whether each example is drawn for each update apart
+      from all others; else as many as effective_batch_size are, without
+      replacement, and the guarantee is for replacing one example by another.
+    noise_multiplier: noise standard deviation over l2 sensitivity. None: the
+      least that epsilon allows. A given one that spends more is an error.
+    rescale_to_unit_norm: divide gradients and noise by clipping_norm.
+    microbatch_size: how many gradients are worked on at once. None: chosen.
+    seed: fixes all randomness, for tests: a guarantee needs a secret. None: a
+      secret from the operating system. Not shown in the repr.
+
+  Raises:
+    ValueError: names the attribute, its value and what would be right.
+  """
+
+  epsilon: float
+  delta: float
+  clipping_norm: float
+  batch_size: int
+  gradient_accumulation_steps: int = 1
+  train_steps: int
+  train_size: int
+  poisson_sampling_in_fit: bool = True
+  noise_multiplier: float | None = None
+  rescale_to_unit_norm: bool = False
+  microbatch_size: int | None = None
+  seed: int | None = dataclasses.field(default=None, repr=False)
+
+  def __post_init__(self) -> None:
+    for field in dataclasses.fields(self):
+      value = getattr(self, field.name)
+      if value is None and field.default is None:
+        continue
+      kind, holds, right = _RULES[field.name]
+      is_flag_for_number = isinstance(value, bool) and kind is not bool
+      if not isinstance(value, kind) or is_flag_for_number or not holds(value):
+        raise ValueError(f"{field.name} must be {right}, got {value!r}")
+    _check_at_most("batch_size", self.batch_size, "train_size", self.train_size)
+    _check_at_most(
+      "effective_batch_size = batch_size * gradient_accumulation_steps",
+      self.effective_batch_size,
+      "train_size",
+      self.train_size,
+    )
+    if self.microbatch_size is not None:
+      _check_at_most(
+        "microbatch_size", self.microbatch_size, "batch_size", self.batch_size
+      )
+    if self.noise_multiplier is not None:
+      spent = self.make_plan().epsilon()
+      if not spent <= self.epsilon:
+        raise ValueError(
+          f"noise_multiplier must be large enough for epsilon={self.epsilon},"
+          f" got {self.noise_multiplier}, with which {self.train_steps} steps"
+          f" spend {statement.rounded_up(spent)}"
+        )
+
+  @property
+  def effective_batch_size(self) -> int:
+    """Examples of an update on average."""
+    return self.batch_size * self.gradient_accumulation_steps
+
+  def to_privacy_config(self) -> plan_lib.PrivacyConfig:
+    """The same in dpdist's terms."""
+    given = self.noise_multiplier
+    return plan_lib.PrivacyConfig(
+      num_examples=self.train_size,
+      expected_batch_size=self.effective_batch_size,
+      num_steps=self.train_steps,
+      l2_clip_norm=self.clipping_norm,
+      target_delta=self.delta,
+      target_epsilon=self.epsilon if given is None else None,
+      noise_multiplier=given,
+      **_sampling(self.poisson_sampling_in_fit),
+    )
+
+  def make_plan(self) -> plan_lib.PrivacyPlan:
+    """The numbers of a run, which spend at most epsilon.
+
+    Raises:
+      ValueError: no noise is enough.
+    """
+    return plan_lib.make_plan(self.to_privacy_config())
+
+  def clipping_options(self) -> dict[str, Any]:
+    """The rest of the settings, for `dpdist.clipped_grad` and for
+    `dpdist.private_gradients`."""
+    return {
+      "l2_clip_norm": self.clipping_norm,
+      "rescale_to_unit_norm": self.rescale_to_unit_norm,
+      "microbatch_size": self.microbatch_size,
+    }
+
+
+def _sampling(is_poisson: bool) -> dict[str, Any]:
+  """What of a PrivacyConfig says how examples are drawn."""
+  if is_poisson:
+    return {}
+  return {"sampling": "fixed_size", "neighboring_relation": "replace_one"}
+
+
+def _check_at_most(name: str, value: int, limit_name: str, limit: int) -> None:
+  if value > limit:
+    raise ValueError(
+      f"{name} must be at most {limit_name}={limit}, got {value}"
+    )

@@ -1,0 +1,1 @@
+"""The privacy ledger of a run, and the budget that runs on a data set share."""

@@ -1,0 +1,661 @@
+"""One privacy budget for a data set, shared by all runs on it.
+
+What people whose data it is care about is what all runs on it release together,
+not what one of them does. A data set's budget is a log that these runs share,
+under a common root and the SHA-256 of the training set's content.
+
+Guarantees:
+  * All or nothing. Before its first step a run reserves all that its plan can
+    spend, or is refused. So does a search: `reserve` keeps room for its runs,
+    all of them or none.
+  * What is reserved adds up. Which run comes next is chosen after a look at
+    those before, so costs are Renyi divergences at one order, fixed when the
+    budget is made (see `dpdist.privacy.composition`), and their sum is held
+    against it.
+  * Copies are charged. A run follows its ledger's head into the budget at every
+    start and every charge. A copy of its directory that goes on by itself lacks
+    the head that was told last, and reserves for itself; so does the original
+    once a copy went on in its place, before its next step.
+  * Given back is only what can never be released: what a run left that was
+    ended for good, and room for runs that never came.
+
+Other data has another budget. Where two data sets share examples, it is for
+their owner to count them together.
+
+Imports no jax.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import math
+import os
+import secrets
+from typing import Any
+
+from dpdist.accounting import rdp
+from dpdist.files import json_fields
+from dpdist.ledger import history
+from dpdist.ledger import ledger as ledger_lib
+from dpdist.ledger import records
+from dpdist.privacy import plan as plan_lib
+
+_FORMAT = 1
+_MAKE = {"epsilon": float, "delta": float, "neighboring_relation": str}
+_GROW = {"stake": str, "cost": float, "head": str}
+# What a record of each kind must say.
+_FIELDS: dict[str, dict[str, type]] = {
+  "make": {
+    **{"format": int, "data": str, **_MAKE, "order": int, "divergence": float}
+  },
+  # The budget of this data set is the one that was made under another manifest
+  # of the same content.
+  "same": {"data": str},
+  "reserve": {"label": str, "cost": float, "count": int},
+  "cancel": {"label": str},
+  "admit": {**_GROW, "label": str, "reservation": str},
+  "grow": _GROW,
+  "follow": {"stake": str, "head": str},
+  "end": _GROW,
+}
+# What rounding may make a sum of costs that fits look like.
+_ROUNDING = 1e-9
+# How much dearer a run may be than the one its room is kept for: some units in
+# the last digit of a noise multiplier that another machine calibrated.
+_CALIBRATION = 1e-4
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+  """What a data set may spend.
+
+  Attributes:
+    epsilon: of all runs together, above 0.
+    delta: in (0, 1).
+    neighboring_relation: of every run.
+    order: the Renyi order at which costs are added up.
+    divergence: their largest sum.
+  """
+
+  epsilon: float
+  delta: float
+  neighboring_relation: str
+  order: int
+  divergence: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Stake:
+  """What one run has reserved.
+
+  Attributes:
+    label: for people.
+    cost: the divergence that its plan can come to, or did if it was ended.
+    head: of its ledger, as told last.
+    is_ended: whether the rest was given back.
+  """
+
+  label: str
+  cost: float
+  head: str
+  is_ended: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Reservation:
+  """Room for runs to come.
+
+  Attributes:
+    label: for people, and for runs to refer to it; unique.
+    cost: the divergence of each.
+    free: how many may still come.
+  """
+
+  label: str
+  cost: float
+  free: int
+
+
+class DataBudget:
+  """The budget of one data set. Any process may read and write it.
+
+  Attributes:
+    terms: None before it is made.
+    same_as: the manifest that the budget was made under, if that is another.
+    stakes: by a random name.
+    reservations: by label.
+  """
+
+  def __init__(self, root: str | os.PathLike[str], data: str):
+    """Reads and checks every record.
+
+    Args:
+      root: a local path or a URL; see `dpdist.ledger.records.Log`. It need not
+        exist.
+      data: the manifest of the training set, hex.
+
+    Raises:
+      ValueError: root is neither.
+      dpdist.ledger.records.RecordError: a record is missing, altered or out of
+        order.
+    """
+    self.root = os.fspath(root)
+    if "://" not in self.root:
+      # So that a run finds it from wherever it is started.
+      self.root = os.path.abspath(self.root)
+    self.data = data
+    self.terms: Terms | None = None
+    self.same_as = ""
+    self.stakes: dict[str, Stake] = {}
+    self.reservations: dict[str, Reservation] = {}
+    # The stake of this process's run, and the head that it told last.
+    self._mine, self._told = "", ""
+    self._log = records.Log(self.root.rstrip("/") + "/" + data, self._take)
+
+  @property
+  def reserved(self) -> float:
+    """The sum of all costs, a divergence."""
+    return math.fsum(
+      [
+        *(stake.cost for stake in self.stakes.values()),
+        *(r.cost * r.free for r in self.reservations.values()),
+      ]
+    )
+
+  @property
+  def epsilon(self) -> float:
+    """What all that is reserved comes to."""
+    terms, cost = self._terms, self.reserved
+    return rdp.epsilon_at(terms.order, cost, terms.delta) if cost else 0.0
+
+  def share(self, cost: float) -> float:
+    """A cost as a part of the whole budget.
+
+    Shares add up. Epsilons do not: most of that of a single small run is what
+    turning a divergence into an epsilon takes, which is paid once for all.
+    """
+    return cost / self._terms.divergence
+
+  def cost(self, parts: Sequence[plan_lib.Part]) -> float:
+    """The divergence of parts of a run, at the budget's order."""
+    for plan, _ in parts:
+      if plan.neighboring_relation != self._terms.neighboring_relation:
+        raise ledger_lib.RefusedError(
+          "neighboring_relation must be the data set's,"
+          f" {self._terms.neighboring_relation!r}, got"
+          f" {plan.neighboring_relation!r}"
+        )
+    pairs = [x for plan, num_steps in parts for x in plan.steps(num_steps)]
+    if not all(pair.has_renyi for pair, _ in pairs):
+      raise ledger_lib.RefusedError(
+        "a data set's budget adds up Renyi divergences, which there are not for"
+        " sampling='truncated_poisson' and examples_per_user above 1"
+      )
+    return math.fsum(
+      rdp.divergence(pair, count, self._terms.order) for pair, count in pairs
+    )
+
+  def make(
+    self, *, epsilon: float, delta: float, neighboring_relation: str
+  ) -> None:
+    """Makes the budget, or holds these terms against the one that there is.
+
+    Args:
+      epsilon: of all runs together, above 0.
+      delta: in (0, 1).
+      neighboring_relation: of every run.
+
+    Raises:
+      ValueError: an argument is out of its range.
+      RefusedError: the budget has other terms.
+    """
+    if not 0 < delta < 1:
+      raise ValueError(f"data_budget.delta must be in (0, 1), got {delta}")
+    if not 0 < epsilon < math.inf:
+      raise ValueError(
+        f"data_budget.epsilon must be finite and > 0, got {epsilon}"
+      )
+    order, divergence = _best_order(epsilon, delta)
+    terms = Terms(epsilon, delta, neighboring_relation, order, divergence)
+
+    def decide() -> tuple[str, Mapping[str, Any]] | None:
+      if self.terms is None:
+        body = dataclasses.asdict(terms)
+        return "make", {"format": _FORMAT, "data": self.data, **body}
+      # Not what was computed: another machine may round otherwise.
+      if (epsilon, delta, neighboring_relation) != (
+        self.terms.epsilon,
+        self.terms.delta,
+        self.terms.neighboring_relation,
+      ):
+        raise ledger_lib.RefusedError(
+          f"the budget of data set {self.data[:12]} in {self.root} was made for"
+          f" epsilon {self.terms.epsilon:g} at delta {self.terms.delta:g},"
+          f" {self.terms.neighboring_relation}; got epsilon {epsilon:g}, delta"
+          f" {delta:g}, {neighboring_relation}"
+        )
+      return None
+
+    self._log.propose(decide)
+
+  def refer_to(self, data: str) -> None:
+    """Writes down that the budget is the one of another manifest.
+
+    Raises:
+      RefusedError: there is one of this.
+    """
+
+    def decide() -> tuple[str, Mapping[str, Any]] | None:
+      if self.terms is not None or self.same_as not in ("", data):
+        raise ledger_lib.RefusedError(
+          f"data set {self.data[:12]} has a budget in {self.root} already"
+        )
+      return None if self.same_as else ("same", {"data": data})
+
+    self._log.propose(decide)
+
+  def check(self, cost: float, reservation: str = "") -> None:
+    """Raises RefusedError if a new run of this cost would not fit now."""
+    self._slot(cost, reservation)
+
+  def reserve(self, label: str, cost: float, count: int) -> None:
+    """Keeps room for runs to come, for all of them or for none.
+
+    With a little to spare for each, as calibrations differ.
+
+    Args:
+      label: a name that no reservation has yet.
+      cost: the divergence of each run.
+      count: how many there are, at least 1.
+
+    Raises:
+      ValueError: an argument is not as described.
+      RefusedError: the budget would be exceeded; nothing is reserved.
+    """
+    if count < 1:
+      raise ValueError(f"count must be at least 1, got {count}")
+    if not 0 <= cost < math.inf:
+      raise ValueError(f"cost must be finite and >= 0, got {cost}")
+
+    def decide() -> tuple[str, Mapping[str, Any]]:
+      if not label or label in self.reservations:
+        raise ValueError(
+          f"label must be a name that no reservation has yet, got {label!r}"
+        )
+      each = cost * (1 + _CALIBRATION)
+      self._check_fits(each * count, f"{count} runs")
+      return "reserve", {"label": label, "cost": each, "count": count}
+
+    self._log.propose(decide)
+
+  def cancel(self, label: str) -> None:
+    """Gives back the room of a reservation whose runs never came.
+
+    Raises:
+      ValueError: there is no such reservation.
+    """
+
+    def decide() -> tuple[str, Mapping[str, Any]]:
+      self._reservation(label)
+      return "cancel", {"label": label}
+
+    self._log.propose(decide)
+
+  def admit(
+    self,
+    ledger: ledger_lib.Ledger,
+    parts: Sequence[plan_lib.Part],
+    *,
+    label: str,
+    reservation: str = "",
+  ) -> str:
+    """Reserves all that a run may spend; called at its every start.
+
+    The run is this process's from then on.
+
+    Args:
+      ledger: of the run, acquired by this process.
+      parts: what it will have spent when its plan is.
+      label: of the run, for people.
+      reservation: the label of one to take the room from; "": none. A run that
+        has its room already asks for none.
+
+    Returns:
+      The name of the run's stake.
+
+    Raises:
+      RefusedError: the budget would be exceeded; nothing is reserved.
+    """
+    fresh = secrets.token_hex(16)
+
+    def decide() -> tuple[str, Mapping[str, Any]]:
+      cost = self.cost(parts)
+      name = self._find(ledger)
+      if name is None:
+        slot = self._slot(cost, reservation)
+        body = {"stake": fresh, "label": label, "reservation": slot}
+        return "admit", {**body, "cost": cost, "head": ledger.head}
+      more = cost - self.stakes[name].cost
+      if more > 0:
+        self._check_fits(more, f"what changed in {label!r}")
+      # Less where the plan is smaller now: it holds all that was charged, and
+      # who would charge more has to be admitted again.
+      return "grow", {"stake": name, "cost": cost, "head": ledger.head}
+
+    self._log.propose(decide)
+    name = self._find(ledger)
+    assert name is not None  # Its head was just told.
+    self._mine, self._told = name, ledger.head
+    return name
+
+  def follow(self, ledger: ledger_lib.Ledger) -> None:
+    """Tells of a ledger's new head, before anything it charged is released.
+
+    Args:
+      ledger: of the run that was admitted.
+
+    Raises:
+      dpdist.ledger.records.RecordError: a copy of the run went on in its place.
+    """
+
+    def decide() -> tuple[str, Mapping[str, Any]]:
+      if self.stakes[self._mine].head != self._told:
+        raise records.RecordError(
+          "a copy of this run went on in its place, by the budget of its data"
+          " set; this process must stop"
+        )
+      return "follow", {"stake": self._mine, "head": ledger.head}
+
+    self._log.propose(decide)
+    self._told = ledger.head
+
+  def give_back(self, ledger: ledger_lib.Ledger) -> float:
+    """Gives back what a run that was ended had reserved and did not spend.
+
+    Of a run whose clipping did not bound what an example can do, or whose
+    record is not sound, nobody knows what it spent: it gives nothing back.
+
+    Args:
+      ledger: of the run, ended; so no step can be charged any more.
+
+    Returns:
+      The divergence that was given back.
+
+    Raises:
+      ValueError: the run was not ended, or has no stake here.
+    """
+    if not ledger.is_ended:
+      raise ValueError("ledger must be of a run that was ended")
+    given = 0.0
+
+    def decide() -> tuple[str, Mapping[str, Any]] | None:
+      nonlocal given
+      name = self._find(ledger)
+      if name is None:
+        raise ValueError(
+          "ledger must be of a run that holds a stake in this budget"
+        )
+      if self.stakes[name].is_ended:
+        given = 0.0
+        return None
+      cost = self.cost(ledger.spent)
+      if ledger.unsound or history.TOO_LONG in ledger.notices:
+        cost = self.stakes[name].cost
+      given = self.stakes[name].cost - cost
+      return "end", {"stake": name, "cost": cost, "head": ledger.head}
+
+    self._log.propose(decide)
+    return given
+
+  def holds(self, ledger: ledger_lib.Ledger) -> bool:
+    """Whether a run has a stake here, and is not a copy of one that has."""
+    return self._find(ledger) is not None
+
+  @property
+  def _terms(self) -> Terms:
+    if self.terms is None:
+      raise ValueError(
+        f"there is no budget for data set {self.data[:12]} in {self.root}"
+      )
+    return self.terms
+
+  def _find(self, ledger: ledger_lib.Ledger) -> str | None:
+    """The stake of the run that this ledger is of, and not a copy of."""
+    for name, stake in self.stakes.items():
+      if ledger.has_been_at(stake.head):
+        return name
+    return None
+
+  def _slot(self, cost: float, reservation: str) -> str:
+    """The reservation that a new run takes its room from, if it fits there."""
+    if not reservation:
+      self._check_fits(cost, "this run")
+      return ""
+    found = self._reservation(reservation)
+    if found.free < 1:
+      raise ledger_lib.RefusedError(
+        f"reservation {reservation!r} has no run left"
+      )
+    if cost > found.cost * (1 + _ROUNDING):
+      raise ledger_lib.RefusedError(
+        f"reservation {reservation!r} is for runs that take"
+        f" {self.share(found.cost):.3%} of the budget at most, this one takes"
+        f" {self.share(cost):.3%}"
+      )
+    return reservation
+
+  def _reservation(self, label: str) -> Reservation:
+    if label not in self.reservations:
+      raise ValueError(
+        f"reservation must be one of {sorted(self.reservations)}, got {label!r}"
+      )
+    return self.reservations[label]
+
+  def _check_fits(self, cost: float, what: str) -> None:
+    terms = self._terms
+    if self.reserved + cost > terms.divergence * (1 + _ROUNDING):
+      share, more = self.share(self.reserved), self.share(cost)
+      raise ledger_lib.RefusedError(
+        f"the data set's budget of epsilon {terms.epsilon:g} at delta"
+        f" {terms.delta:g} would be exceeded: {share:.3%} of it is reserved,"
+        f" and {what} would take {more:.3%} (by Renyi divergences of order"
+        f" {terms.order}, since runs are chosen one after the other)"
+      )
+
+  def _take(self, record: dict[str, Any]) -> None:
+    """Takes one record into account; the only way state changes."""
+    kind = record["kind"]
+    if kind == "lost":
+      # It reserved nothing that a run could have relied on: the process that
+      # wrote it saw it fail.
+      return
+    if kind not in _FIELDS:
+      raise ValueError(f"kind {kind!r}")
+    json_fields.check(record, _FIELDS[kind])
+    if record.get("cost", 0) < 0:
+      raise ValueError("a cost below 0")
+    first = self.terms is None and not self.same_as
+    if (kind in ("make", "same")) != first:
+      raise ValueError(f"a record of kind {kind!r} in this place")
+    if kind == "same":
+      self.same_as = record["data"]
+      return
+    if kind == "make":
+      if record["format"] != _FORMAT or record["data"] != self.data:
+        raise ValueError("another format, or another data set")
+      if not (
+        0 < record["delta"] < 1
+        and record["epsilon"] > 0
+        and record["divergence"] > 0
+        and record["order"] in rdp.WHOLE_ORDERS
+      ):
+        raise ValueError("terms that are none")
+      names = [field.name for field in dataclasses.fields(Terms)]
+      self.terms = Terms(**{name: record[name] for name in names})
+    elif kind == "reserve":
+      self.reservations[record["label"]] = Reservation(
+        record["label"], record["cost"], record["count"]
+      )
+    elif kind == "cancel":
+      self._free(record["label"], 0)
+    elif kind == "admit":
+      if record["reservation"]:
+        free = self.reservations[record["reservation"]].free
+        self._free(record["reservation"], free - 1)
+      self.stakes[record["stake"]] = Stake(
+        record["label"], record["cost"], record["head"]
+      )
+    else:
+      stake = self.stakes[record["stake"]]
+      self.stakes[record["stake"]] = dataclasses.replace(
+        stake,
+        head=record["head"],
+        cost=record.get("cost", stake.cost),
+        is_ended=stake.is_ended or kind == "end",
+      )
+
+  def _free(self, label: str, free: int) -> None:
+    if free < 0:
+      raise ValueError(f"reservation {label!r} has no run left")
+    self.reservations[label] = dataclasses.replace(
+      self.reservations[label], free=free
+    )
+
+
+def find(
+  root: str | os.PathLike[str],
+  data: str,
+  earlier: Callable[[], Sequence[str]] = tuple,
+) -> DataBudget:
+  """The budget of a data set, also if it was made by an earlier release.
+
+  That one may have called the data by another manifest, in which the names of
+  files had a part. So that they may change from now on, it is written down that
+  the two are the same. Where earlier releases made several for one content, as
+  for an .npz and an ArrayRecord of it, nothing holds the sum of what they
+  allow: then nothing is spent from any.
+
+  Args:
+    root: as in `DataBudget`.
+    data: as in `DataBudget`.
+    earlier: returns other manifests of the same content, as
+      `dpdist.data.sources.earlier_manifests` does; called only if it matters.
+
+  Returns:
+    The budget; its terms are None if there is none yet.
+
+  Raises:
+    RefusedError: what was written down as the same is gone; or the data set has
+      several budgets.
+  """
+  budget = DataBudget(root, data)
+  if budget.same_as:
+    kept = DataBudget(root, budget.same_as)
+    if kept.terms is None:
+      raise ledger_lib.RefusedError(
+        f"the budget of data set {data[:12]} is kept in {kept.root} as that of"
+        f" {budget.same_as[:12]}, and is not there: bring it back"
+      )
+  else:
+    kept = budget
+  found = {} if kept.terms is None else {kept.data: kept}
+  # Reading all of the data can be spared where no other budget is there.
+  if {*records.folders(root)} - {data, kept.data}:
+    for other in {*earlier()} - {data, *found}:
+      if (made := DataBudget(root, other)).terms is not None:
+        found[other] = made
+  if len(found) > 1:
+    names = sorted(name[:12] for name in found)
+    raise ledger_lib.RefusedError(
+      f"data set {data[:12]} has {len(found)} budgets in {budget.root},"
+      f" {' and '.join(names)}, made by releases that called it otherwise,"
+      " which together allow more than each: keep one, take the other's folder"
+      " away, and reserve in the one that stays (launch.reserve) what it had"
+      " reserved"
+    )
+  if not found:
+    return budget
+  (only,) = found.values()
+  if only is not kept:
+    budget.refer_to(only.data)
+  return only
+
+
+def open_or_make(
+  root: str | os.PathLike[str],
+  data: str,
+  *,
+  epsilon: float | None,
+  delta: float | None,
+  neighboring_relation: str,
+  earlier: Callable[[], Sequence[str]] = tuple,
+  tell: Callable[[str], None] = lambda line: None,
+) -> DataBudget:
+  """Opens a data set's budget; makes it if both numbers are given.
+
+  Args:
+    root: as in `DataBudget`.
+    data: as in `DataBudget`.
+    epsilon: as in `DataBudget.make`; None: the budget must be there.
+    delta: likewise.
+    neighboring_relation: as in `DataBudget.make`.
+    earlier: as in `find`.
+    tell: is called with a line of text where a budget is made beside others: it
+      may be that the data set has one, and was changed since.
+
+  Raises:
+    ValueError: the budget is not there, and a number is missing.
+    RefusedError: it has other terms.
+    dpdist.ledger.records.RecordError: it is damaged.
+  """
+  budget = find(root, data, earlier)
+  is_new = budget.terms is None
+  if budget.terms is not None:
+    epsilon = budget.terms.epsilon if epsilon is None else epsilon
+    delta = budget.terms.delta if delta is None else delta
+  if epsilon is not None and delta is not None:
+    budget.make(
+      epsilon=epsilon, delta=delta, neighboring_relation=neighboring_relation
+    )
+  else:
+    raise ValueError(
+      "data_budget.epsilon and data_budget.delta must be given where the data"
+      f" set has no budget yet, as in {os.fspath(root)!r}, got {epsilon} and"
+      f" {delta}"
+    )
+  others = [name for name in records.folders(root) if name != budget.data]
+  if is_new and others:
+    tell(
+      f"data set {budget.data[:12]} had no budget in {budget.root} and has a"
+      f" new one now, beside those of {len(others)} other data sets: if it is"
+      " one of these and was changed, count the two together"
+    )
+  return budget
+
+
+def all_below(root: str | os.PathLike[str]) -> list[DataBudget]:
+  """The budgets of all data sets under a root.
+
+  Raises:
+    ValueError: root is no place for them.
+    dpdist.ledger.records.RecordError: one of them is damaged.
+  """
+  return [DataBudget(root, data) for data in records.folders(root)]
+
+
+def _best_order(epsilon: float, delta: float) -> tuple[int, float]:
+  """The order that leaves most room, and the divergence that fits in it.
+
+  A step's divergence grows about in proportion to the order, so the most steps
+  fit where the budget's divergence over the order is largest.
+  """
+  room = {
+    order: rdp.largest_divergence(order, epsilon, delta)
+    for order in rdp.WHOLE_ORDERS
+  }
+  order = max(room, key=lambda order: room[order] / order)
+  if room[order] <= 0:
+    raise ValueError(
+      f"data_budget.epsilon must be large enough for data_budget.delta={delta},"
+      f" got {epsilon}"
+    )
+  return order, room[order]

@@ -1,0 +1,63 @@
+"""Tells a running job's epsilon through its ledger, without holding it up.
+
+Accountants take tenths of a second, so they work in a thread beside the steps.
+What they found is recorded by whoever writes the ledger, in between two steps,
+if nothing was charged meanwhile.
+"""
+
+from concurrent import futures
+from typing import Any, Self
+
+from dpdist.ledger import ledger as ledger_lib
+from dpdist.privacy import composition
+from dpdist.privacy import plan as plan_lib
+
+
+class Odometer:
+  """Keeps a ledger's `epsilons` up to date; a context manager.
+
+  Not to be used by two threads.
+  """
+
+  def __init__(self, ledger: ledger_lib.Ledger):
+    self._ledger = ledger
+    self._pool = futures.ThreadPoolExecutor(1)
+    self._work: futures.Future[dict[str, Any]] | None = None
+    self._charged = 0
+    self._seen = ""  # The ledger's head when all was recorded.
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self._pool.shutdown(wait=False, cancel_futures=True)
+
+  def poll(self, *, wait: bool = False) -> None:
+    """Records what is known by now.
+
+    Args:
+      wait: until all that is charged is recorded.
+    """
+    if self._seen == self._ledger.head:
+      return  # As after most steps: nothing was written.
+    while self._ledger.epsilons is None:
+      if self._work is None:
+        self._charged = self._ledger.spent_steps
+        self._work = self._pool.submit(
+          _epsilons, self._ledger.spent, self._ledger.planned
+        )
+      if not wait and not self._work.done():
+        return
+      found, self._work = self._work.result(), None
+      if self._charged == self._ledger.spent_steps:
+        self._ledger.record_epsilons(**found)
+    self._seen = self._ledger.head
+
+
+def _epsilons(
+  spent: list[plan_lib.Part], planned: list[plan_lib.Part]
+) -> dict[str, Any]:
+  return {
+    "spent": composition.epsilons(spent),
+    "planned": composition.epsilons(planned),
+  }

@@ -1,0 +1,398 @@
+"""What the records of a ledger say, taken in one after the other.
+
+A run is a list of segments, each under one plan. In a segment there are
+branches, each a line of steps under one set of keys. Steps are charged to a
+branch, and so to its segment. Every fact here follows from the records alone.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+import hashlib
+import json
+from typing import Any, NamedTuple
+
+from dpdist.files import json_fields
+from dpdist.privacy import plan as plan_lib
+
+FORMAT = 3
+# What ends a run for good, of its notices: what has happened, nothing of data.
+TOO_LONG = (
+  "the sentinel found an example that was longer than its norm said, so that"
+  " clipping did not bound what one example can do"
+)
+# How the identity of a new branch is made; see `_identity`. A branch whose
+# record names no version is of version 1.
+IDENTITY_VERSION = 2
+_SEGMENT = {"config": dict, "plan": dict, "data": str, "start_step": int}
+# What a record of each kind must say.
+_FIELDS: dict[str, dict[str, type]] = {
+  "writer": {},
+  "lost": {},
+  "open": {**_SEGMENT, "format": int, "secret_hash": str, "run": str},
+  "segment": _SEGMENT,
+  "branch": {"branch": int, "start_step": int, "fingerprint": str, "base": str},
+  "reserve": {"branch": int, "stop_step": int},
+  # Charged by the same writer, and begun by none: the steps from stop_step on.
+  "unstarted": {"branch": int, "stop_step": int},
+  "checkpoint": {"branch": int, "step": int, "digest": str, "writer": int},
+  "notice": {"text": str},  # And perhaps "unsound": true.
+  "stake": {"root": str, "data": str, "stake": str},
+  "epsilons": {"spent": dict, "planned": dict},
+  "end": {},
+}
+# After these, what was computed of the charges before does not hold.
+_CHARGING = ("open", "segment", "reserve", "unstarted", "lost")
+# A record charges at most this part of a plan, and at least one step.
+_PARTS = 100
+
+
+class Saved(NamedTuple):
+  """A checkpoint that is on disk.
+
+  Attributes:
+    step: updates made in it.
+    digest: SHA-256 of its manifest, hex.
+    writer: the number of the process that wrote it, in whose folder it is.
+  """
+
+  step: int
+  digest: str
+  writer: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Branch:
+  """A line of steps under one set of keys.
+
+  Attributes:
+    number: counts from 0.
+    segment: the number of the one it is in.
+    identity: what its keys depend on. Of all branches of all runs and copies of
+      runs, those with the same secret and identity make the same releases.
+    start_step: updates made before its first step.
+    stop_step: its steps [start_step, stop_step) are charged.
+    fingerprint: of everything that decides the bits of a step.
+    bases: digests of the checkpoints it may go on from: the one it started
+      from ("" for the initial parameters) and its own.
+    charged: steps that were charged in its segment before it.
+    version: of the rule by which its identity was made.
+  """
+
+  number: int
+  segment: int
+  identity: str
+  start_step: int
+  stop_step: int
+  fingerprint: str
+  bases: tuple[str, ...]
+  charged: int = 0
+  version: int = IDENTITY_VERSION
+
+  def release(self, step: int) -> int:
+    """The place of a step among all that are charged in its segment, from 0.
+
+    No two steps of a segment have the same, and none has one that is not
+    charged: so schedules and turns, which go by it, are what is accounted for.
+    """
+    return self.charged + step - self.start_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Segment:
+  """The steps of a run under one plan.
+
+  Attributes:
+    plan: the numbers that its steps are bound to; their number counts from the
+      segment's start.
+    config: the privacy settings that it came from, as the user gave them.
+    data: the manifest of the training set, hex.
+    start_step: updates made before it.
+    charged: steps that may have been released in it.
+  """
+
+  plan: plan_lib.PrivacyPlan
+  config: Mapping[str, Any]
+  data: str
+  start_step: int
+  charged: int = 0
+
+
+class History:
+  """What a run did, as far as its records tell.
+
+  Attributes:
+    records: the bodies of all records, in order.
+    segments: the plans of the run, in order, and what was charged under each.
+    branches: the branches of the run, in order.
+    checkpoints: every recorded checkpoint, in order.
+    num_writers: processes that have written so far.
+    given_back: steps that were charged ahead, never begun, and charged no more.
+    secret_hash: see `dpdist.keys.secret_hash`; "" before a run is opened.
+    is_ended: whether nothing can be charged any more.
+    places: where the run has, or was about to take, a stake in a data set's
+      budget, in order: dicts of "root", "data" and "stake", "" before it is
+      taken.
+  """
+
+  def __init__(self) -> None:
+    self.records: list[dict[str, Any]] = []
+    self.segments: list[Segment] = []
+    self.branches: list[Branch] = []
+    self.checkpoints: list[Saved] = []
+    self.num_writers = 0
+    self.given_back = 0
+    self.secret_hash = ""
+    self.is_ended = False
+    self.places: list[dict[str, str]] = []
+    self._run = ""
+    # What opened the current segment, as it was written.
+    self._opened: dict[str, Any] = {}
+    # Steps of the current branch before this one stay charged: another writer
+    # may have begun them, or a checkpoint has them.
+    self._kept = 0
+
+  @property
+  def is_new(self) -> bool:
+    """Whether no run was ever opened."""
+    return not self.segments
+
+  @property
+  def segment(self) -> Segment:
+    """The current one."""
+    if self.is_new:
+      raise ValueError("no run was opened in this ledger")
+    return self.segments[-1]
+
+  @property
+  def plan(self) -> plan_lib.PrivacyPlan:
+    """The plan that the run is bound to at present."""
+    return self.segment.plan
+
+  @property
+  def spent(self) -> list[plan_lib.Part]:
+    """Steps that may have been released, by plan, the current one's last.
+
+    Segments that ended before a step was charged are left out.
+    """
+    ended = [segment for segment in self.segments[:-1] if segment.charged]
+    return [
+      plan_lib.Part(segment.plan, segment.charged)
+      for segment in [*ended, self.segment]
+    ]
+
+  @property
+  def planned(self) -> list[plan_lib.Part]:
+    """What `spent` will be at most."""
+    return [*self.spent[:-1], plan_lib.Part(self.plan, self.plan.num_steps)]
+
+  @property
+  def bounds(self) -> list[list[plan_lib.Part]]:
+    """What `planned` was under each plan, with what was spent before it.
+
+    Whoever may stop, shorten or change a run after a look has what the dearest
+    of these spends, and not what the way that was taken does.
+    """
+    found = []
+    before: list[plan_lib.Part] = []
+    for segment in self.segments:
+      whole = plan_lib.Part(segment.plan, segment.plan.num_steps)
+      if segment.charged:
+        found.append([*before, whole])
+        before.append(plan_lib.Part(segment.plan, segment.charged))
+    return found
+
+  def spent_through(self, step: int) -> list[plan_lib.Part]:
+    """What `spent` was when the current branch had just made update `step`."""
+    branch = self.branches[-1]
+    ahead = branch.stop_step - max(step, branch.start_step)
+    charged = self.segment.charged - ahead
+    return [*self.spent[:-1], plan_lib.Part(self.plan, charged)]
+
+  @property
+  def spent_steps(self) -> int:
+    """Steps that may have been released, over all segments and branches."""
+    return sum(segment.charged for segment in self.segments)
+
+  @property
+  def last_step(self) -> int:
+    """Where the current branch must end for the plan to hold."""
+    remaining = self.plan.num_steps - self.segment.charged
+    return self.branches[-1].stop_step + remaining
+
+  @property
+  def stakes(self) -> list[dict[str, str]]:
+    """Those of `places` that were taken."""
+    return [place for place in self.places if place["stake"]]
+
+  @property
+  def epsilons(self) -> dict[str, Any] | None:
+    """What was recorded last by `record_epsilons`, if it still holds."""
+    for record in reversed(self.records):
+      if record["kind"] == "epsilons":
+        return {k: record[k] for k in ("spent", "planned")}
+      if record["kind"] in _CHARGING:
+        return None
+    return None
+
+  @property
+  def notices(self) -> list[str]:
+    """What a reader of any figure from this run has to be told."""
+    found = [r["text"] for r in self.records if r["kind"] == "notice"]
+    return list(dict.fromkeys(found))
+
+  @property
+  def unsound(self) -> list[str]:
+    """Those of `notices` by which the record is not sound, whole as it is."""
+    found = [r["text"] for r in self.records if r.get("unsound") is True]
+    return list(dict.fromkeys(found))
+
+  @property
+  def guarantee(self) -> str:
+    """Either "holds", or "void: " and why."""
+    return "void: " + "; ".join(self.notices) if self.notices else "holds"
+
+  def take(self, record: dict[str, Any]) -> None:
+    """Takes one record into account; the only way state changes."""
+    self.check(record)
+    self.records.append(record)
+    kind = record["kind"]
+    if kind in ("writer", "lost") and self.branches:
+      self._kept = self.branches[-1].stop_step
+    if kind == "writer":
+      self.num_writers += 1
+    elif kind == "lost":
+      # Before a run is opened and after its end nothing can be charged; in
+      # between, the most.
+      if not self.is_new and not self.is_ended:
+        remaining = self.plan.num_steps - self.segment.charged
+        self._charge(min(most_steps(self.plan), remaining))
+    elif kind == "stake":
+      self.places.append({k: record[k] for k in ("root", "data", "stake")})
+    elif kind == "end":
+      self.is_ended = True
+    elif kind in ("open", "segment"):
+      if kind == "open":
+        self._run, self.secret_hash = record["run"], record["secret_hash"]
+      self._opened = {name: record[name] for name in _SEGMENT}
+      plan = plan_lib.PrivacyPlan.from_dict(record["plan"])
+      self.segments.append(
+        Segment(plan, record["config"], record["data"], record["start_step"])
+      )
+    elif kind == "branch":
+      start = record["start_step"]
+      self.branches.append(
+        Branch(
+          len(self.branches),
+          len(self.segments) - 1,
+          self._identity(record),
+          start,
+          start,
+          record["fingerprint"],
+          (record["base"],),
+          self.segment.charged,
+          record.get("identity", 1),
+        )
+      )
+      self._kept = start
+    elif kind in ("reserve", "unstarted"):
+      branch, stop = self.branches[-1], record["stop_step"]
+      self._charge(stop - branch.stop_step)
+      self.branches[-1] = dataclasses.replace(branch, stop_step=stop)
+      if kind == "unstarted":
+        self._kept = stop
+        self.given_back += branch.stop_step - stop
+    elif kind == "checkpoint":
+      branch, digest = self.branches[-1], record["digest"]
+      self.branches[-1] = dataclasses.replace(
+        branch, bases=(*branch.bases, digest)
+      )
+      self._kept = max(self._kept, record["step"])
+      self.checkpoints.append(Saved(record["step"], digest, record["writer"]))
+
+  def check(self, record: Mapping[str, Any]) -> None:
+    """Raises ValueError for a record that makes no sense here."""
+    kind = record["kind"]
+    if kind not in _FIELDS:
+      raise ValueError(f"kind {kind!r}")
+    if kind in ("writer", "lost"):
+      return
+    if (kind == "open") != self.is_new:
+      raise ValueError(f"a record of kind {kind!r} in this place")
+    if self.is_ended:
+      raise ValueError(f"a record of kind {kind!r} after the run's end")
+    json_fields.check(record, _FIELDS[kind])
+    if kind in ("open", "segment"):
+      if kind == "open" and record["format"] != FORMAT:
+        raise ValueError(f"format {record['format']}, expected {FORMAT}")
+      plan = plan_lib.PrivacyPlan.from_dict(record["plan"])
+      if kind == "segment" and any(
+        getattr(plan, name) != getattr(self.plan, name)
+        for name in plan_lib.KEPT
+      ):
+        raise ValueError("a segment with another delta or relation")
+    elif kind == "branch":
+      if record["branch"] != len(self.branches):
+        raise ValueError("a branch that does not follow")
+      if record.get("identity", 1) not in range(1, IDENTITY_VERSION + 1):
+        raise ValueError(f"a branch of identity version {record['identity']!r}")
+    elif kind == "reserve":
+      branch = self._current_branch(record)
+      more = record["stop_step"] - branch.stop_step
+      remaining = self.plan.num_steps - self.segment.charged
+      if not 0 < more <= min(most_steps(self.plan), remaining):
+        raise ValueError(f"a reservation of {more} steps")
+    elif kind == "unstarted":
+      branch = self._current_branch(record)
+      if not self._kept <= record["stop_step"] < branch.stop_step:
+        raise ValueError(
+          f"steps from {record['stop_step']} on given back, where those before"
+          f" {self._kept} may have begun and those before {branch.stop_step}"
+          " are charged"
+        )
+    elif kind == "checkpoint":
+      branch = self._current_branch(record)
+      if not branch.start_step <= record["step"] <= branch.stop_step:
+        raise ValueError(f"a checkpoint of step {record['step']}, not charged")
+    elif kind == "epsilons":
+      told = [*record["spent"].values(), *record["planned"].values()]
+      if not all(x is None or json_fields.is_of(float, x) for x in told):
+        raise ValueError("an epsilon that is no number")
+
+  def _identity(self, record: Mapping[str, Any]) -> str:
+    """What the keys of a new branch depend on: all that decides its releases.
+
+    A copy of a run directory could open another branch under the same number,
+    from the same checkpoint: under another plan, by other code, or after other
+    charges, on which the place of its steps in schedules and turns depends.
+    """
+    if not self._run:
+      return str(record["branch"])
+    facts: Any = {
+      "run": self._run,
+      "segment": [len(self.segments) - 1, self._opened],
+      "charged": self.segment.charged,
+      "branch": {name: record[name] for name in _FIELDS["branch"]},
+    }
+    if record.get("identity", 1) == 1:
+      # How it was before; some runs have such branches.
+      names = ("branch", "start_step", "fingerprint", "base")
+      facts = [self._run, *(record[name] for name in names)]
+    text = json.dumps(facts, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+  def _charge(self, num_steps: int) -> None:
+    charged = self.segment.charged + num_steps
+    self.segments[-1] = dataclasses.replace(self.segment, charged=charged)
+
+  def _current_branch(self, record: Mapping[str, Any]) -> Branch:
+    number = record["branch"]
+    if not self.branches or number != self.branches[-1].number:
+      raise ValueError(f"branch {number!r} is not the current one")
+    if self.branches[-1].segment != len(self.segments) - 1:
+      raise ValueError("a segment in which no branch has begun")
+    return self.branches[-1]
+
+
+def most_steps(plan: plan_lib.PrivacyPlan) -> int:
+  """How many steps one record may charge."""
+  return -(-plan.num_steps // _PARTS)

@@ -1,0 +1,377 @@
+"""The privacy ledger: a write-ahead record of what may have been released.
+
+Guarantees:
+  * Charge before release. `reserve_through(step)` returns only when the record
+    of those steps is durable; the training loop calls it before it computes a
+    step, so that at every instant the ledger covers at least what has left the
+    process.
+  * A replay is free only if it is the same release. Steps after the last
+    checkpoint run again under the same keys only on the same branch: same
+    checkpoint, same numbers, same code, same devices. Otherwise `resume` opens
+    a new branch, whose keys are new, and its steps are charged again.
+  * Changes open a segment. A run whose privacy settings or data set changed
+    goes on under another plan; what was charged under the plans before stays
+    charged, and is composed with it by `dpdist.privacy.composition`. A changed
+    secret, delta or neighboring relation is refused.
+  * Forks add up. What a run charges after it went back to an older checkpoint,
+    or to a copy of one, comes on top of what it had charged.
+  * Given back is only what was never begun. A writer that ends in an orderly
+    way takes back the charge of steps that it charged itself, and neither it
+    nor anyone else began; see `give_back`. Who dies takes back nothing.
+  * Never past the plan. The steps charged in a segment, on all its branches,
+    are at most its plan's num_steps.
+  * A record that was altered, removed or reordered is found, and so is a ledger
+    that was rolled back, unless its head was too and no checkpoint, which
+    carries the head it was saved under, is newer.
+  * The newest record, if it was torn, counts as spent: as the most that one
+    record can charge.
+  * One writer; see `dpdist.ledger.records`, which holds the records.
+
+This module imports no jax, so that a budget can be read anywhere.
+"""
+
+from collections.abc import Mapping
+import os
+from typing import Any, Self
+
+from dpdist.ledger import history
+from dpdist.ledger import records
+from dpdist.privacy import plan as plan_lib
+
+# What every guarantee of a run is about.
+_FIXED = ("neighboring_relation", "target_delta")
+
+LedgerError = records.RecordError
+Saved = history.Saved
+
+
+class RefusedError(ValueError):
+  """The record forbids going on with these settings."""
+
+
+class Ledger(history.History):
+  """An open ledger. One process writes, any may read.
+
+  A context manager; the writer calls `acquire` before it writes. What its
+  records say is in the attributes of `dpdist.ledger.history.History`.
+  """
+
+  def __init__(self, location: str | os.PathLike[str]):
+    """Reads and checks every record.
+
+    Args:
+      location: a local path, a URL or a tensorstore spec; see
+        `dpdist.ledger.records.Log`. It need not exist.
+
+    Raises:
+      ValueError: location is none of these.
+      LedgerError: a record is missing, altered or out of order.
+    """
+    super().__init__()
+    self._log = records.Log(location, self.take)
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self.close()
+
+  def close(self) -> None:
+    """Lets another process write."""
+    self._log.close()
+
+  def acquire(self) -> None:
+    """Makes this process the one that writes.
+
+    Raises:
+      LedgerError: another process does.
+    """
+    self._log.acquire()
+
+  def confirm(self) -> None:
+    """Raises LedgerError if another process has begun to write."""
+    self._log.confirm()
+
+  @property
+  def head(self) -> str:
+    """SHA-256 of the last record, hex."""
+    return self._log.head
+
+  def has_been_at(self, head: str) -> bool:
+    """Whether a head is that of the ledger, now or before."""
+    return head in self._log.heads
+
+  @property
+  def writer(self) -> int:
+    """The number of the latest process to write, from 1."""
+    return self.num_writers
+
+  def open(
+    self,
+    *,
+    config: Mapping[str, Any],
+    plan: plan_lib.PrivacyPlan,
+    data: str,
+    secret_hash: str,
+    run: str,
+  ) -> None:
+    """Opens the run, and its first segment.
+
+    Args:
+      config: the privacy settings as the user gave them, JSON-able.
+      plan: what they came to.
+      data: the manifest of the training set, hex.
+      secret_hash: see `dpdist.keys.secret_hash`.
+      run: a random name of the run, so that runs with one secret do not share
+        keys; "" for a run that is to be repeatable, and has no guarantee.
+    """
+    self._append(
+      "open",
+      format=history.FORMAT,
+      config=dict(config),
+      plan=plan.to_dict(),
+      data=data,
+      start_step=0,
+      secret_hash=secret_hash,
+      run=run,
+    )
+
+  def changes(
+    self, *, config: Mapping[str, Any], data: str, secret_hash: str
+  ) -> dict[str, str]:
+    """Holds a restart against the current segment.
+
+    Args:
+      config: as in `open`.
+      data: as in `open`.
+      secret_hash: as in `open`.
+
+    Returns:
+      What changed, a line for each name, "data" among them; a segment has to
+      be opened if there is any.
+
+    Raises:
+      RefusedError: something changed that no segment can take up.
+    """
+    before = self.segment
+    changes = {
+      name: f"{name}: {before.config.get(name)!r} -> {config.get(name)!r}"
+      for name in sorted({*before.config, *config})
+      if before.config.get(name) != config.get(name)
+    }
+    if data != before.data:
+      changes["data"] = (
+        f"training data: manifest {before.data[:12]} -> {data[:12]}"
+      )
+    forbidden = [changes[name] for name in _FIXED if name in changes]
+    if secret_hash != self.secret_hash:
+      forbidden.append(
+        f"secret: hash {self.secret_hash[:12]} -> {secret_hash[:12]}"
+      )
+    if forbidden:
+      raise RefusedError(
+        "this working directory holds a run that began with other settings,"
+        " which cannot change on the way; go on with those, or start a new run"
+        " in a new directory. Changed: " + "; ".join(forbidden)
+      )
+    return changes
+
+  def open_segment(
+    self,
+    *,
+    config: Mapping[str, Any],
+    plan: plan_lib.PrivacyPlan,
+    data: str,
+    start_step: int,
+  ) -> None:
+    """Goes on under another plan, on a branch that `resume` must open.
+
+    Args:
+      config: as in `open`.
+      plan: what remains of the run; see
+        `dpdist.privacy.composition.plan_after`.
+      data: as in `open`.
+      start_step: updates made so far.
+    """
+    self._append(
+      "segment",
+      config=dict(config),
+      plan=plan.to_dict(),
+      data=data,
+      start_step=start_step,
+    )
+
+  def resume(
+    self, *, step: int, digest: str, ledger_head: str, fingerprint: str
+  ) -> history.Branch:
+    """Chooses the branch on which a run goes on from a checkpoint.
+
+    Args:
+      step: updates made in the restored state; 0 for initial parameters.
+      digest: the checkpoint's; "" for initial parameters.
+      ledger_head: the head that the checkpoint was saved under; "" for initial
+        parameters.
+      fingerprint: of everything that decides the bits of a step.
+
+    Returns:
+      The current branch if the steps after the checkpoint, should they run
+      again, are the same release; a new one otherwise.
+
+    Raises:
+      LedgerError: the checkpoint knows records that this ledger lacks; or the
+        sentinel stopped the run for good.
+    """
+    if history.TOO_LONG in self.notices:
+      raise LedgerError(
+        "workdir must not hold a run that the sentinel stopped, whose guarantee"
+        " is void for good: start a new run in a new directory"
+      )
+    if ledger_head and not self.has_been_at(ledger_head):
+      raise LedgerError(
+        f"the checkpoint of step {step} was saved under ledger head"
+        f" {ledger_head[:12]}, which this ledger does not hold: records were"
+        " removed, or the ledger belongs to another run"
+      )
+    if self.branches:
+      branch = self.branches[-1]
+      if (
+        branch.segment == len(self.segments) - 1
+        and branch.version == history.IDENTITY_VERSION
+        and branch.fingerprint == fingerprint
+        and digest in branch.bases
+        # Else nobody knows that its data is what its steps had.
+        and not self.unsound
+      ):
+        return branch
+    self._append(
+      "branch",
+      branch=len(self.branches),
+      start_step=step,
+      fingerprint=fingerprint,
+      base=digest,
+      identity=history.IDENTITY_VERSION,
+    )
+    return self.branches[-1]
+
+  def reserve_through(self, stop_step: int) -> bool:
+    """Charges the current branch's steps before stop_step, durably.
+
+    Args:
+      stop_step: exclusive; steps already charged cost nothing.
+
+    Returns:
+      Whether a step was charged.
+
+    Raises:
+      RefusedError: the plan would be exceeded; nothing is charged.
+      LedgerError: another process wrote to the ledger.
+    """
+    branch = self.branches[-1]
+    if stop_step <= branch.stop_step:
+      return False
+    if stop_step > self.last_step:
+      raise RefusedError(
+        f"stop_step must be at most {self.last_step}, where the plan of"
+        f" {self.plan.num_steps} steps is spent, got {stop_step}"
+      )
+    while branch.stop_step < stop_step:
+      most = branch.stop_step + history.most_steps(self.plan)
+      self._append(
+        "reserve", branch=branch.number, stop_step=min(stop_step, most)
+      )
+      branch = self.branches[-1]
+    return True
+
+  def give_back(self, begun: int) -> int:
+    """Takes back the charge of the current branch's steps that nobody began.
+
+    To be called at this process's end, or where it must charge them again. What
+    was charged before it became the writer is never given back: an earlier
+    process may have begun that, and may go on with it when it wakes.
+
+    Args:
+      begun: exclusive; no computation on data of a step from here on was begun
+        by this process, or by one that it shares its charges with.
+
+    Returns:
+      How many steps were given back.
+
+    Raises:
+      LedgerError: another process wrote to the ledger.
+    """
+    if not self.branches or self.branches[-1].segment != len(self.segments) - 1:
+      return 0
+    branch = self.branches[-1]
+    stop_step = max(begun, self._kept)
+    if stop_step >= branch.stop_step:
+      return 0
+    self._append("unstarted", branch=branch.number, stop_step=stop_step)
+    return branch.stop_step - stop_step
+
+  def record_checkpoint(self, step: int, digest: str) -> None:
+    """Makes a checkpoint one that the current branch may go on from."""
+    self._append(
+      "checkpoint",
+      branch=self.branches[-1].number,
+      step=step,
+      digest=digest,
+      writer=self.writer,
+    )
+
+  def notice(self, text: str, *, unsound: bool = False) -> None:
+    """Records, once, what weakens or voids the run's guarantee.
+
+    Args:
+      text: a sentence.
+      unsound: whether the record cannot be relied on either.
+    """
+    if text not in (self.unsound if unsound else self.notices):
+      self._append(
+        "notice", text=text, **({"unsound": True} if unsound else {})
+      )
+
+  def end(self) -> None:
+    """Ends the run for good: nothing can be charged any more.
+
+    What its plan leaves may then be given back; see
+    `dpdist.ledger.data_budget`.
+    """
+    if not self.is_ended:
+      self._append("end")
+
+  def record_stake(self, *, root: str, data: str, stake: str) -> None:
+    """Records where the run's budget is shared; see
+    `dpdist.ledger.data_budget`.
+
+    Args:
+      root: of the budgets.
+      data: the manifest of the data set, hex.
+      stake: the run's name there; "": it is about to get one.
+    """
+    body = {"root": root, "data": data, "stake": stake}
+    about_to = not stake and any(
+      (place["root"], place["data"]) == (root, data) for place in self.places
+    )
+    if body not in self.places and not about_to:
+      self._append("stake", **body)
+
+  def record_epsilons(
+    self,
+    *,
+    spent: Mapping[str, float | None],
+    planned: Mapping[str, float | None],
+  ) -> None:
+    """Records what the charged steps come to, for those who read it.
+
+    The record is a convenience: what counts are the charges.
+
+    Args:
+      spent: epsilon of `spent`, by accountant; None: not valid.
+      planned: likewise of `planned`.
+    """
+    self._append("epsilons", spent=dict(spent), planned=dict(planned))
+
+  def _append(self, kind: str, **body: Any) -> None:
+    # Nothing may be written that could not be read again.
+    self.check({"kind": kind, **body})
+    self._log.append(kind, **body)

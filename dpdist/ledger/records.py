@@ -1,0 +1,432 @@
+"""A log of immutable records, chained by hash, on any key-value store.
+
+Record n is the value of key n in a tensorstore key-value store: a local
+directory, or a bucket. It is written once, on the condition that the key does
+not exist, so nothing is appended to, renamed or overwritten, and two processes
+cannot both write record n. Each record holds a SHA-256 of itself and of the one
+before it.
+
+One value changes, the head. It says how far the log had come at least, and who
+writes it; it is written after each record and, as a sign of life, every few
+seconds.
+
+A log has one writer for long (`acquire`, then `append`), or many for a moment
+each (`propose`).
+
+Guarantees:
+  * Durable when `append` returns. On a local disk tensorstore writes and syncs
+    the file, renames it and syncs the directory; on an object store the write
+    has been committed.
+  * One writer. A writer begins with a record of its own. Whoever wrote before
+    can then write nothing more, since the key it would create exists: a process
+    that was paused and wakes finds itself shut out. This rests on conditional
+    writes and on no clock; the sign of life only keeps a second process from
+    taking over while the first one lives.
+  * A record that is altered, missing, exchanged or repeated is found when the
+    log is read, and named; so is the loss of the newest records, by the head.
+  * A newest record that is damaged, and that the head does not speak of yet,
+    was being written when the machine stopped. It is kept as a lost one, for
+    its reader to assume the worst. The next record says that it was lost.
+  * Without its head, or with a damaged one, a log is not read: nothing could
+    tell whether it was rolled back.
+"""
+
+import atexit
+from collections.abc import Callable, Mapping
+import contextlib
+import json
+import os
+import re
+import secrets
+import threading
+import time
+from typing import Any
+
+from dpdist.files import json_fields
+from dpdist.files import sealed_json
+from dpdist.ledger import liveness
+from dpdist.ledger import stores
+
+FIRST = "0" * 64
+# How often a writer shows that it lives, and how long the next one looks out
+# for that; by the process's own clock. Nothing unsafe comes of either.
+BEAT_SECONDS = 5.0
+PATIENCE_SECONDS = 20.0
+
+_HEAD = "head.json"
+_HEAD_FIELDS = {
+  **{"seq": int, "head": str, "open": bool, "writer": str, "beat": int},
+  **{"pid": int, "started": str, "host": str, "host_name": str},
+}
+_RECORD = re.compile(r"\d{12}\.json")
+_ATTEMPTS = 5
+
+
+class RecordError(Exception):
+  """The log is damaged, or this process may not write it."""
+
+
+class ShutOutError(RecordError):
+  """Another process has written the record that this one was to write."""
+
+
+class Log:
+  """An open log. One process writes, any may read.
+
+  Attributes:
+    records: the bodies of all records, in order. Beside those of its user there
+      are the kinds "writer", a process that began to write, and "lost".
+    heads: heads[n] is the SHA-256, hex, of the record before record n.
+  """
+
+  def __init__(
+    self,
+    location: str | os.PathLike[str],
+    take: Callable[[dict[str, Any]], None],
+  ):
+    """Reads and checks every record.
+
+    Args:
+      location: a local path, a URL such as s3://bucket/path, or the JSON of a
+        tensorstore key-value store's spec. It need not exist.
+      take: called with each record that is read or written; raises ValueError,
+        KeyError, TypeError or IndexError for one that makes no sense.
+
+    Raises:
+      ValueError: location is none of these.
+      RecordError: a record is missing, altered or out of order.
+    """
+    self._store = _result(stores.opening(location))
+    self._take = take
+    self._lock = threading.Lock()
+    self._token = ""
+    self._beats = 0
+    self._stopped = threading.Event()
+    self._heart = threading.Thread(target=self._live, daemon=True)
+    self.records: list[dict[str, Any]] = []
+    self.heads = [FIRST]
+    self._read()
+
+  @property
+  def head(self) -> str:
+    """SHA-256 of the last record, hex."""
+    return self.heads[-1]
+
+  def acquire(self) -> None:
+    """Makes this process the writer.
+
+    Raises:
+      RecordError: another process is writing, or has begun to since the log was
+        read; or the store failed.
+    """
+    before = self._read_head()
+    if before is None:
+      self._write_head(if_missing=True)
+    elif before["open"] and not liveness.is_gone(before):
+      self._watch(before)
+    self._token = secrets.token_hex(16)
+    try:
+      self.append("writer", token=self._token)
+    except RecordError:
+      self._token = ""
+      raise
+    stores.sync_above(self._store)
+    self._heart.start()
+    # A beat under way while the interpreter goes would abort the process.
+    atexit.register(self._stop_heart)
+
+  def append(self, kind: str, **body: Any) -> None:
+    """Writes a record durably.
+
+    Args:
+      kind: what it is about.
+      **body: the rest of it, JSON-able.
+
+    Raises:
+      RecordError: this process is not, or no longer, the writer; or the store
+        failed, and the record may have been written or not.
+    """
+    if not self._token:
+      raise RecordError(
+        "this process must acquire the ledger before it writes there"
+      )
+    with self._lock:
+      self._write_record(kind, body)
+      self._write_head()
+
+  def propose(
+    self, decide: Callable[[], tuple[str, Mapping[str, Any]] | None]
+  ) -> None:
+    """Writes a record durably, in a log that any process may write.
+
+    Args:
+      decide: returns the record's kind and the rest of it, or None if there is
+        nothing to write; called again, after `take` has been shown their
+        records, whenever others were faster. What it raises comes through.
+
+    Raises:
+      RecordError: the store failed, and the record may have been written or
+        not; or the log is damaged.
+    """
+    with self._lock:
+      if self._read_head() is None:
+        with contextlib.suppress(ShutOutError):
+          self._write_head(is_open=False, if_missing=True)
+        stores.sync_above(self._store)
+      while (decided := decide()) is not None:
+        kind, body = decided
+        # Two processes that decide alike must not take one record for both's.
+        nonce = secrets.token_hex(16)
+        try:
+          self._write_record(kind, {**body, "nonce": nonce})
+        except ShutOutError:
+          self._read()
+        else:
+          self._advance_head()
+          return
+
+  def confirm(self) -> None:
+    """Raises RecordError if another process has begun to write."""
+    with self._lock:
+      if self._is_shut_out():
+        raise ShutOutError(_shut_out(len(self.records)))
+
+  def close(self) -> None:
+    """Lets the next process write at once."""
+    self._stop_heart()
+    atexit.unregister(self._stop_heart)
+    with self._lock, contextlib.suppress(RecordError):
+      if self._token:
+        self._write_head(is_open=False)
+    self._token = ""
+
+  def _read(self) -> None:
+    """Reads what is there beyond the records that were read before."""
+    # The head first: what is written meanwhile then comes on top.
+    head = self._read_head()
+    names = sorted(
+      name
+      for key in _result(self._store.list())
+      if (name := key.decode()) != _HEAD
+    )
+    for seq, name in enumerate(names):
+      if not _RECORD.fullmatch(name):
+        raise RecordError(f"{name!r} is no record of the ledger: take it away")
+      if name != _key(seq):
+        raise RecordError(
+          f"ledger record {seq} is missing: the next key is {name!r}"
+        )
+    first = len(self.records)
+    reads = [self._store.read(name) for name in names[first:]]
+    values = [sealed_json.written(_result(read).value) for read in reads]
+    for i, value in enumerate(values):
+      seq = first + i
+      if sealed_json.is_whole(value):
+        self._add(value)
+        continue
+      # Several in a row may be lost; what follows them knows of each.
+      after = next((v for v in values[i:] if sealed_json.is_whole(v)), None)
+      covered = head is not None and head["seq"] > seq
+      if _acknowledges(after, value) or (after is None and not covered):
+        self._lose(value)
+      else:
+        raise RecordError(f"ledger record {seq} was altered")
+    if head is None:
+      # The first writer may have begun just after we looked.
+      if values and self._read_head() is None:
+        raise RecordError(f"the ledger's {_HEAD} is missing")
+    elif head["seq"] > len(self.records):
+      raise RecordError(
+        f"ledger records {len(self.records)} to {head['seq'] - 1} are missing:"
+        " the ledger was rolled back"
+      )
+    elif self.heads[head["seq"]] != head["head"]:
+      raise RecordError(
+        f"ledger record {head['seq'] - 1} is not the one that {_HEAD} speaks of"
+      )
+
+  def _write_record(self, kind: str, body: Mapping[str, Any]) -> None:
+    seq = len(self.records)
+    if len(self.heads) != seq + 1:
+      raise RecordError(
+        "this process was interrupted while it wrote to the ledger: start again"
+      )
+    record = {"seq": seq, "prev": self.head, "kind": kind, **body}
+    lost = 0
+    while lost < seq and self.records[seq - lost - 1]["kind"] == "lost":
+      lost += 1
+    if lost:
+      record["torn"] = self.heads[-lost:]
+    value = sealed_json.sealed(record)
+    self._create(seq, value)
+    self._add(value)
+
+  def _add(self, value: bytes) -> None:
+    seq = len(self.records)
+    try:
+      record = json.loads(value)
+      json_fields.check(record, {"seq": int, "prev": str, "kind": str})
+      if record["seq"] != seq or record["prev"] != self.head:
+        raise RecordError(
+          f"ledger record {seq} does not follow record {seq - 1}: one of them"
+          " is another's"
+        )
+      self._take(record)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+      raise RecordError(
+        f"ledger record {seq} cannot be understood: {error!r}"
+      ) from error
+    self.records.append(record)
+    self.heads.append(sealed_json.digest(value))
+
+  def _lose(self, value: bytes) -> None:
+    record = {"seq": len(self.records), "kind": "lost"}
+    self._take(record)
+    self.records.append(record)
+    self.heads.append(sealed_json.digest(value))
+
+  def _create(self, seq: int, value: bytes) -> None:
+    """Writes a value under a key that does not exist; safe to repeat."""
+    key = _key(seq)
+    problem: Exception | None = None
+    for attempt in range(_ATTEMPTS):
+      try:
+        found = self._store.read(key).result()
+        if found.state == "missing":
+          stamp = self._store.write(
+            key, value, if_equal=found.stamp.generation
+          ).result()
+          # A condition that does not hold gives an empty generation.
+          if stamp.generation:
+            return
+        elif sealed_json.written(found.value) == value:
+          return  # An attempt had succeeded, though its answer was lost.
+        else:
+          raise ShutOutError(_shut_out(seq))
+      except (ValueError, OSError) as error:
+        problem = error
+        time.sleep(0.05 * 2**attempt)
+    raise RecordError(
+      f"ledger record {seq} could not be written: {problem}"
+    ) from problem
+
+  def _is_shut_out(self) -> bool:
+    found = _result(self._store.read(_key(len(self.records))))
+    return found.state != "missing"
+
+  def _read_head(self) -> dict[str, Any] | None:
+    found = _result(self._store.read(_HEAD))
+    return None if found.state == "missing" else _head_of(found)
+
+  def _write_head(
+    self, *, is_open: bool = True, if_missing: bool = False
+  ) -> None:
+    # In this order: a process that is paused before it writes, while another
+    # takes over, then finds the head changed, and cannot turn it back.
+    found = _result(self._store.read(_HEAD))
+    if (found.state != "missing") if if_missing else self._is_shut_out():
+      raise ShutOutError(_shut_out(len(self.records)))
+    self._put_head(found, is_open=is_open)
+
+  def _advance_head(self) -> None:
+    """Makes the head speak of all records that were read, or of more."""
+    while True:
+      found = _result(self._store.read(_HEAD))
+      if _head_of(found)["seq"] >= len(self.records):
+        return
+      self._put_head(found, is_open=False)
+
+  def _put_head(self, found: Any, *, is_open: bool) -> None:
+    """Writes the head where it is still the one that was found."""
+    self._beats += 1
+    value = {
+      "seq": len(self.records),
+      "head": self.head,
+      "open": is_open,
+      "writer": self._token,
+      "beat": self._beats,
+      **liveness.card(),
+    }
+    _result(
+      self._store.write(
+        _HEAD, sealed_json.sealed(value), if_equal=found.stamp.generation
+      )
+    )
+
+  def _watch(self, before: dict[str, Any]) -> None:
+    """Waits for a sign of life of the writer that `before` names."""
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline:
+      now = self._read_head()
+      if now is not None and not now["open"]:
+        return
+      if now != before:
+        raise RecordError(
+          f"process {before['pid']} on {before['host_name']} writes this"
+          " ledger: one run directory takes one writer"
+        )
+      time.sleep(PATIENCE_SECONDS / 100)
+
+  def _stop_heart(self) -> None:
+    self._stopped.set()
+    if self._heart.is_alive():
+      self._heart.join()
+
+  def _live(self) -> None:
+    while not self._stopped.wait(BEAT_SECONDS):
+      # Nobody depends on a single beat.
+      with self._lock, contextlib.suppress(RecordError):
+        if self._is_shut_out():
+          return
+        self._write_head()
+
+
+def folders(root: str | os.PathLike[str]) -> list[str]:
+  """Names of the logs below a place.
+
+  Raises:
+    ValueError: root is no place for logs.
+    RecordError: the store failed.
+  """
+  keys = _result(_result(stores.opening(root)).list())
+  return sorted({key.decode().partition("/")[0] for key in keys if b"/" in key})
+
+
+def _result(future: Any) -> Any:
+  try:
+    return future.result()
+  except (ValueError, OSError, NotImplementedError) as error:
+    raise RecordError(f"the ledger's store failed: {error}") from error
+
+
+def _head_of(found: Any) -> dict[str, Any]:
+  value = sealed_json.written(found.value)
+  if not sealed_json.is_whole(value):
+    raise RecordError(f"the ledger's {_HEAD} was altered")
+  head = json_fields.parse(value, _HEAD)
+  try:
+    json_fields.check(head, _HEAD_FIELDS)
+  except ValueError as error:
+    raise RecordError(
+      f"the ledger's {_HEAD} cannot be understood: {error}"
+    ) from error
+  return head
+
+
+def _key(seq: int) -> str:
+  return f"{seq:012d}.json"
+
+
+def _acknowledges(after: bytes | None, value: bytes) -> bool:
+  """Whether a writer began after a lost record, and knew that it was lost."""
+  if after is None or not sealed_json.is_whole(after):
+    return False
+  torn = json.loads(after).get("torn", [])
+  return isinstance(torn, list) and sealed_json.digest(value) in torn
+
+
+def _shut_out(seq: int) -> str:
+  return (
+    f"another process wrote ledger record {seq}: one run directory takes one"
+    " writer; this process must stop"
+  )

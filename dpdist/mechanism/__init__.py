@@ -1,0 +1,1 @@
+"""Where a plan meets sampler, clipped sum and noise."""

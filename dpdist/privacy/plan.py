@@ -1,0 +1,536 @@
+"""The numbers that a run is bound to, fixed before its first step.
+
+A `PrivacyConfig` is what a user writes; `make_plan` turns it into the
+`PrivacyPlan` that the sampler, the clipping and the noise are built from, that
+the ledger records, and that a restarted run is held against. Neither imports
+jax, nor, until an epsilon is asked for, the accountants: they bring scipy,
+which takes longer to load than a ledger.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import hashlib
+import itertools
+import json
+import math
+import numbers
+import operator
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from dpdist.accounting import search
+from dpdist.accounting import step_events
+
+if TYPE_CHECKING:
+  import dp_accounting
+
+
+# What a guarantee is about, so that no run may change it.
+KEPT = ("delta", "neighboring_relation", "unit", "examples_per_user")
+
+
+class Setting(NamedTuple):
+  """What holds from a step of the plan on.
+
+  Attributes:
+    start: the first such step, from 0.
+    noise_multiplier: noise standard deviation over l2 sensitivity.
+    expected_batch_size: of a step.
+  """
+
+  start: int
+  noise_multiplier: float
+  expected_batch_size: float
+
+
+Schedule = tuple[tuple[int, float], ...]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sampling:
+  """How rows come into a step: what a config and its plan have in common.
+
+  Attributes:
+    sampling: "poisson"; "truncated_poisson", whose draws are cut to
+      `truncated_batch_size`; "cyclic_poisson", which draws from one of
+      `cycle_length` parts of the rows after the other; "fixed_size", without
+      replacement, anew at each step, which needs "replace_one".
+    truncated_batch_size: most rows in a step; for "truncated_poisson" alone.
+    cycle_length: for "cyclic_poisson" alone.
+    examples_per_user: how many rows, drawn apart from one another, whoever is
+      protected may have; at least 1.
+    group_size: how many rows that follow one another are averaged and clipped
+      as one; at least 1. Each is protected, although one can turn its group's
+      gradient over. Not with "add_or_remove_one", and neither is a cycle: see
+      `dpdist.accounting.step_events`.
+    noise_schedule: (step, noise_multiplier) from later steps on, rising; not
+      with a target epsilon.
+    batch_size_schedule: (step, expected_batch_size), likewise.
+    unit: "example" or "user": what a row is.
+  """
+
+  sampling: str = "poisson"
+  truncated_batch_size: int | None = None
+  cycle_length: int = 1
+  examples_per_user: int = 1
+  group_size: int = 1
+  noise_schedule: Schedule = ()
+  batch_size_schedule: Schedule = ()
+  unit: str = "example"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrivacyConfig(Sampling):
+  """What a run should be, in the user's terms.
+
+  Exactly one of `target_epsilon` and `noise_multiplier` is given; the other
+  follows from it.
+
+  Attributes, beside those of `Sampling`:
+    num_examples: rows of the training set, a public number.
+    expected_batch_size: mean of the number of rows in a step, above 0 and at
+      most `num_examples`; it need not be whole, but with sampling="fixed_size".
+    num_steps: number of noisy updates, at least 1.
+    l2_clip_norm: bound on the l2 norm of one example's gradient, above 0.
+    target_delta: in (0, 1); customarily well below 1 / `num_examples`.
+    target_epsilon: the budget that the noise is calibrated to, above 0.
+    noise_multiplier: noise standard deviation over l2 sensitivity, above 0.
+    accountant: "pld" or "rdp", see `dpdist.accounting.calibration`.
+    neighboring_relation: "add_or_remove_one", "replace_one" (doubles the l2
+      sensitivity) or "zero_out" (a row is replaced by one that contributes
+      nothing).
+
+  Raises:
+    ValueError: if an attribute is out of its range, or they are for no
+      mechanism with a proof; see `dpdist.accounting.step_events`.
+  """
+
+  num_examples: int
+  expected_batch_size: float
+  num_steps: int
+  l2_clip_norm: float
+  target_delta: float
+  target_epsilon: float | None = None
+  noise_multiplier: float | None = None
+  accountant: str = "pld"
+  neighboring_relation: str = "add_or_remove_one"
+
+  def __post_init__(self) -> None:
+    _check(self)
+    if (self.target_epsilon is None) == (self.noise_multiplier is None):
+      raise ValueError(
+        "exactly one of target_epsilon and noise_multiplier must be given, got "
+        f"target_epsilon={self.target_epsilon!r} and "
+        f"noise_multiplier={self.noise_multiplier!r}"
+      )
+    if self.noise_schedule and self.noise_multiplier is None:
+      raise ValueError(
+        "noise_schedule must be empty with target_epsilon, which calibrates one"
+        f" noise multiplier for all steps, got {self.noise_schedule}"
+      )
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns a dict that JSON carries; without what is as it is by default."""
+    return _to_dict(self)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PrivacyPlan(Sampling):
+  """What a run is bound to; made by `make_plan`.
+
+  Attributes, beside those of `Sampling`:
+    num_examples: rows of the training set.
+    expected_batch_size: rows of a step, in the mean; float.
+    num_steps: number of noisy updates that the plan covers.
+    l2_clip_norm: bound on the l2 norm of one example's gradient.
+    noise_multiplier: noise standard deviation over l2 sensitivity.
+    delta: at which epsilon is meant.
+    accountant: "pld" or "rdp".
+    neighboring_relation: see `PrivacyConfig`.
+    target_epsilon: what the noise was calibrated to; None if it was given.
+  """
+
+  num_examples: int
+  expected_batch_size: float
+  num_steps: int
+  l2_clip_norm: float
+  noise_multiplier: float
+  delta: float
+  accountant: str
+  neighboring_relation: str
+  target_epsilon: float | None
+
+  def __post_init__(self) -> None:
+    _check(self)
+
+  @property
+  def sampling_probability(self) -> float:
+    """With which each row is drawn at step 0, in (0, 1].
+
+    With "cyclic_poisson", at a step where its part has its turn.
+    """
+    return self.probability(self.settings[0])
+
+  def probability(self, setting: Setting) -> float:
+    """As `sampling_probability`, under a setting."""
+    q = setting.expected_batch_size * self.cycle_length / self.num_examples
+    return min(1.0, q)  # Which rounding may miss by a bit.
+
+  @property
+  def num_units(self) -> int:
+    """How many rows, or groups of rows, are drawn from."""
+    return -(-self.num_examples // self.group_size)
+
+  @property
+  def settings(self) -> tuple[Setting, ...]:
+    """What holds from step to step, in order; one where nothing changes."""
+    noise, sizes = dict(self.noise_schedule), dict(self.batch_size_schedule)
+    found = [Setting(0, self.noise_multiplier, self.expected_batch_size)]
+    for start in sorted({*noise, *sizes}):
+      _, sigma, size = found[-1]
+      found.append(
+        Setting(start, noise.get(start, sigma), sizes.get(start, size))
+      )
+    return tuple(found)
+
+  def setting(self, step: int) -> Setting:
+    """What holds at a step of the plan, from 0."""
+    return [found for found in self.settings if found.start <= step][-1]
+
+  def steps(
+    self, num_steps: int | None = None
+  ) -> list[tuple[step_events.Pair, int]]:
+    """Returns what the accountants compose for the first steps of the plan.
+
+    Args:
+      num_steps: at least 0; None means all of the plan's. The last setting
+        holds beyond them.
+    """
+    stop = self.num_steps if num_steps is None else num_steps
+    ends = [setting.start for setting in self.settings[1:]] + [stop]
+    # Which turns each setting is for, in part or as a whole.
+    turns = [
+      (
+        setting.start // self.cycle_length,
+        step_events.num_turns(min(end, stop), self.cycle_length),
+        setting,
+      )
+      for setting, end in zip(self.settings, ends, strict=True)
+      if min(end, stop) > setting.start
+    ]
+    bounds = sorted({x for first, last, _ in turns for x in (first, last)})
+    # Whose turn it is under which setting differs by the part of the rows, and
+    # nobody has more than one step of a turn: the worst of it is taken.
+    return [
+      (
+        _pair_of(
+          self,
+          min(x.noise_multiplier for x in found),
+          max(self.probability(x) for x in found),
+        ),
+        last - first,
+      )
+      for first, last in itertools.pairwise(bounds)
+      if (found := [x for start, end, x in turns if start <= first < end])
+    ]
+
+  def epsilon(self, num_steps: int | None = None) -> float:
+    """Returns the epsilon, at `delta`, of a run that stops after some steps.
+
+    That of all the plan's steps, since where it stopped may have been chosen by
+    looking at what it released (Rogers et al. 2016, arXiv:1605.08294). `curve`
+    has that of a number of steps that was fixed beforehand.
+
+    Args:
+      num_steps: in [0, `self.num_steps`]; None means all of them.
+
+    Raises:
+      ValueError: if the plan does not cover that many steps.
+    """
+    begun = min(self._covered(num_steps), 1) * self.num_steps
+    return self.curve([self.delta], begun)[0]
+
+  def curve(
+    self, deltas: Sequence[float], num_steps: int | None = None
+  ) -> list[float]:
+    """Returns the epsilons of the first steps at several deltas.
+
+    They hold if the number of steps was fixed before the first one.
+
+    Args:
+      deltas: each in (0, 1).
+      num_steps: in [0, `self.num_steps`]; None means all of them.
+
+    Raises:
+      ValueError: if an argument is out of its range.
+    """
+    from dpdist.accounting import accountants
+
+    steps = self.steps(self._covered(num_steps))
+    for delta in deltas:
+      if not (_is(numbers.Real, delta) and 0 < delta < 1):
+        raise ValueError(f"deltas must be in (0, 1), got {delta!r}")
+    return [accountants.epsilon(steps, x, self.accountant) for x in deltas]
+
+  def event(self, num_steps: int | None = None) -> "dp_accounting.DpEvent":
+    """Returns the same steps as an event for dp_accounting's accountants.
+
+    Args:
+      num_steps: in [0, `self.num_steps`]; None means all of them.
+
+    Raises:
+      ValueError: if the plan does not cover that many steps.
+    """
+    from dpdist.accounting import accountants
+
+    return accountants.event(self.steps(self._covered(num_steps)))
+
+  def to_dict(self) -> dict[str, Any]:
+    """Returns a dict that JSON carries without loss.
+
+    What is as it is by default is left out, so that a plan made before there
+    was a choice is the same plan.
+    """
+    return _to_dict(self)
+
+  @classmethod
+  def from_dict(cls, values: Mapping[str, Any]) -> "PrivacyPlan":
+    """Returns the plan that `to_dict` was called on.
+
+    Raises:
+      ValueError: if a key is missing, or unknown, or a value out of its range.
+    """
+    known = {field.name for field in dataclasses.fields(cls)}
+    needed = known - _defaults(cls).keys()
+    missing, unknown = needed - values.keys(), values.keys() - known
+    if missing or unknown:
+      raise ValueError(
+        f"a plan must have the keys {sorted(needed)} and of others only"
+        f" {sorted(known - needed)}, got {sorted(missing)} missing and"
+        f" {sorted(unknown)} unknown"
+      )
+    return cls(**values)
+
+  def fingerprint(self) -> str:
+    """Returns SHA-256 of the plan as canonical JSON, hex."""
+    text = json.dumps(
+      self.to_dict(), sort_keys=True, separators=(",", ":"), allow_nan=False
+    )
+    return hashlib.sha256(text.encode()).hexdigest()
+
+  def _covered(self, num_steps: int | None) -> int:
+    if num_steps is None:
+      return self.num_steps
+    if _is(numbers.Integral, num_steps) and 0 <= num_steps <= self.num_steps:
+      return int(num_steps)
+    raise ValueError(
+      f"num_steps must be an integer in [0, {self.num_steps}], which the plan "
+      f"covers, got {num_steps!r}"
+    )
+
+
+class Part(NamedTuple):
+  """Steps under one plan.
+
+  Attributes:
+    plan: their numbers.
+    num_steps: how many there are, at least 0.
+  """
+
+  plan: PrivacyPlan
+  num_steps: int
+
+
+def make_plan(config: PrivacyConfig) -> PrivacyPlan:
+  """Returns the plan that a config comes to.
+
+  With a `target_epsilon`, the noise multiplier is the least one of six
+  significant digits under which all of the steps spend at most that; see
+  `accounting.calibrate_noise_multiplier`.
+
+  Raises:
+    ValueError: if no noise multiplier reaches the target.
+  """
+  values = _to_dict(config)
+  values["delta"] = values.pop("target_delta")
+  draft = PrivacyPlan(**values | {"noise_multiplier": 1.0})
+  noise_multiplier = config.noise_multiplier
+  if config.target_epsilon is not None:
+    from dpdist.accounting import calibration
+
+    noise_multiplier = calibration.least_noise_multiplier(
+      lambda sigma: dataclasses.replace(draft, noise_multiplier=sigma).steps(),
+      target_epsilon=config.target_epsilon,
+      delta=config.target_delta,
+      accountant=config.accountant,
+    )
+  assert noise_multiplier is not None  # One of the two was given.
+  plan = dataclasses.replace(draft, noise_multiplier=noise_multiplier)
+  for _, sigma, _ in plan.settings:
+    if sigma < search.NO_NOISE:
+      raise ValueError(
+        f"noise_multiplier must be at least {search.NO_NOISE:g}, below which"
+        f" epsilon is infinite, got {sigma}"
+      )
+  if plan.accountant == "rdp" and not all(p.has_renyi for p, _ in plan.steps()):
+    raise ValueError(
+      "accountant must be 'pld' for truncated samples and several examples a"
+      " user, got 'rdp'"
+    )
+  return plan
+
+
+_LARGEST_WHOLE = 2**63
+_REAL, _WHOLE = (float, numbers.Real), (int, numbers.Integral)
+_POSITIVE = (_REAL, lambda x: 0 < x < math.inf, "finite and > 0")
+_COUNT = (_WHOLE, lambda x: x >= 1, "an integer >= 1")
+_DELTA = (_REAL, lambda x: 0 < x < 1, "in (0, 1)")
+
+
+def _one_of(choices: tuple[str, ...]) -> tuple[Any, Callable[[Any], bool], str]:
+  return (str, str), lambda x: x in choices, f"one of {choices}"
+
+
+# What an attribute is turned into and from, what holds of it, and how to say
+# so. Nothing holds of NaN.
+_RULES: dict[str, tuple[tuple[Any, Any], Callable[[Any], bool], str]] = {
+  "num_examples": _COUNT,
+  "expected_batch_size": _POSITIVE,
+  "num_steps": _COUNT,
+  "l2_clip_norm": _POSITIVE,
+  "target_delta": _DELTA,
+  "delta": _DELTA,
+  "target_epsilon": _POSITIVE,
+  "noise_multiplier": (
+    _REAL,
+    lambda x: 0 < x <= search.MOST_NOISE,
+    f"finite and > 0, and at most {search.MOST_NOISE:g}",
+  ),
+  "accountant": ((str, str), lambda x: x in ("pld", "rdp"), "'pld' or 'rdp'"),
+  "truncated_batch_size": _COUNT,
+  "cycle_length": _COUNT,
+  "examples_per_user": _COUNT,
+  "group_size": _COUNT,
+  "neighboring_relation": _one_of(step_events.NEIGHBORING_RELATIONS),
+  "sampling": _one_of(step_events.SAMPLINGS),
+  "unit": _one_of(("example", "user")),
+}
+
+
+def _check(record: PrivacyConfig | PrivacyPlan) -> None:
+  """Holds each attribute against its rule, and makes it a plain number."""
+  # Schedules last: they are held against numbers, which must be some.
+  is_last = lambda field: field.name.endswith("_schedule")
+  for field in sorted(dataclasses.fields(record), key=is_last):
+    value = getattr(record, field.name)
+    if value is None and "None" in str(field.type):
+      continue
+    if field.name.endswith("_schedule"):
+      value = _checked_schedule(field.name, value, record.num_steps)
+    else:
+      (plain, kind), holds, right = _RULES[field.name]
+      # No float is as large as some integers.
+      is_small = not isinstance(value, int) or abs(value) < _LARGEST_WHOLE
+      if not (_is(kind, value) and is_small and holds(plain(value))):
+        raise ValueError(f"{field.name} must be {right}, got {value!r}")
+      value = plain(value)
+    # The same plan must have the same fingerprint, written 1 or 1.0.
+    object.__setattr__(record, field.name, value)
+  num_units = -(-record.num_examples // record.group_size)
+  if record.cycle_length > num_units:
+    raise ValueError(
+      f"cycle_length must be at most {num_units}, the rows or groups of rows"
+      f" that take turns, got {record.cycle_length}"
+    )
+  largest = record.num_examples / record.cycle_length
+  sizes = [x for _, x in record.batch_size_schedule]
+  for size in (record.expected_batch_size, *sizes):
+    if size > largest:
+      over = "num_examples" + (
+        f" / cycle_length={largest:g}"
+        if record.cycle_length > 1
+        else f"={record.num_examples}"
+      )
+      raise ValueError(
+        f"expected_batch_size must be at most {over}, got {size!r}"
+      )
+    if record.sampling == "fixed_size" and size != int(size):
+      raise ValueError(
+        "expected_batch_size must be whole with sampling='fixed_size', got"
+        f" {size!r}"
+      )
+  _pair_of(record, 1.0, 1.0)  # Refuses what is no mechanism.
+
+
+def _pair_of(
+  record: PrivacyConfig | PrivacyPlan, noise_multiplier: float, q: float
+) -> step_events.Pair:
+  is_truncated = record.sampling == "truncated_poisson"
+  # A neighbour has a row more, or one less.
+  may_grow = is_truncated and record.neighboring_relation == "add_or_remove_one"
+  return step_events.of(
+    noise_multiplier=noise_multiplier,
+    sampling_probability=q,
+    sampling=record.sampling,
+    neighboring_relation=record.neighboring_relation,
+    num_examples=record.num_examples + may_grow if is_truncated else None,
+    truncated_batch_size=record.truncated_batch_size,
+    cycle_length=record.cycle_length,
+    examples_per_user=record.examples_per_user,
+    group_size=record.group_size,
+    may_grow=may_grow,
+  )
+
+
+def _checked_schedule(name: str, value: Any, num_steps: int) -> Schedule:
+  """A schedule as plain tuples."""
+  number = {
+    "noise_schedule": "noise_multiplier",
+    "batch_size_schedule": "expected_batch_size",
+  }[name]
+  try:
+    if not all(
+      _is(numbers.Integral, step) and _is(numbers.Real, x) for step, x in value
+    ):
+      raise TypeError
+    schedule = tuple((operator.index(step), float(x)) for step, x in value)
+  except (TypeError, ValueError, OverflowError):
+    schedule = ((-1, 0.0),)
+  starts = [start for start, _ in schedule]
+  if (
+    starts != sorted(set(starts))
+    or not all(0 < start < num_steps for start in starts)
+    or not all(0 < x <= search.MOST_NOISE for _, x in schedule)
+  ):
+    raise ValueError(
+      f"{name} must be (step, {number}) pairs, of rising steps in"
+      f" [1, num_steps={num_steps}) and numbers > 0 and at most"
+      f" {search.MOST_NOISE:g}, got"
+      f" {value!r}"
+    )
+  return schedule
+
+
+def _defaults(cls: type) -> dict[str, Any]:
+  return {
+    field.name: field.default
+    for field in dataclasses.fields(cls)
+    if field.default is not dataclasses.MISSING
+  }
+
+
+def _to_dict(record: PrivacyConfig | PrivacyPlan) -> dict[str, Any]:
+  # Of a config, what was there before the choice is told as it always was.
+  kept = {field.name for field in dataclasses.fields(PrivacyPlan)}
+  kept -= _defaults(PrivacyPlan).keys()
+  kept |= {"target_delta"}
+  defaults = _defaults(type(record))
+  return {
+    # As JSON gives it back.
+    name: [*map(list, value)] if name.endswith("_schedule") else value
+    for name, value in dataclasses.asdict(record).items()
+    if name in kept or value != defaults[name]
+  }
+
+
+def _is(kind: Any, value: Any) -> bool:
+  return isinstance(value, kind) and not isinstance(value, bool)

@@ -1,0 +1,174 @@
+"""What a plan guarantees, and when, in plain words.
+
+A statement names the unit of privacy, the neighboring relation, how steps
+sample, what they add up to, and what all of that rests on.
+
+Imports no jax.
+"""
+
+import decimal
+import math
+
+from dpdist.privacy import plan as plan_lib
+
+_MANY = 6  # Settings of a schedule that are worth listing.
+
+
+def of_plan(plan: plan_lib.PrivacyPlan) -> str:
+  """Returns the statement of all steps of a plan."""
+  return (
+    f"{unit(plan)} {_sampling(plan)} Gradients are clipped to l2 norm"
+    f" {plan.l2_clip_norm}, and {_noise(plan)}"
+    f" All {plan.num_steps:,} steps together are (epsilon, delta)-"
+    f"differentially private with epsilon = {rounded_up(plan.epsilon())} and"
+    f" delta = {plan.delta:g}, by the {plan.accountant.upper()} accountant."
+    f" {assumptions(plan)} "
+    "It does not cover choices made by looking at the data, such as trying "
+    "several settings and keeping the best."
+  )
+
+
+def unit(plan: plan_lib.PrivacyPlan) -> str:
+  """Who or what is protected, and from what."""
+  relation = {
+    "add_or_remove_one": "whether any one of them was there",
+    "replace_one": "any one of them from any other in its place",
+    "zero_out": "any one of them from one that contributes nothing",
+  }[plan.neighboring_relation]
+  what, count = plan.unit, f"{plan.num_examples:,}"
+  if plan.examples_per_user > 1:
+    what = f"whoever has at most {plan.examples_per_user}"
+    one = f"{what} of the {count} rows in the training set"
+  else:
+    one = f"one {what} of the {count} in the training set"
+  return (
+    f"The unit of privacy is {one}: whoever sees everything that training"
+    f" releases can hardly tell {relation} (neighboring relation"
+    f" {plan.neighboring_relation})."
+  )
+
+
+def assumptions(plan: plan_lib.PrivacyPlan) -> str:
+  """What the guarantee rests on."""
+  whose = {
+    "example": "nobody's data is in more than"
+    + (
+      f" {plan.examples_per_user} examples"
+      if plan.examples_per_user > 1
+      else " one example"
+    ),
+    "user": "all that is anyone's is one user's, and nobody else's",
+  }[plan.unit]
+  return (
+    f"This holds if {whose}, if the draws and the noise stay secret, and if"
+    " nothing else that was computed from the data is released."
+  )
+
+
+def stopped_early(reading: str) -> str:
+  """Why a run before its plan's end has the epsilon of the whole plan.
+
+  Args:
+    reading: epsilon of the steps that were charged.
+  """
+  return (
+    "The run has not come to its plan's end. Its odometer reads epsilon ="
+    f" {reading}, which is no guarantee: whoever stops a run may have looked at"
+    " what it released, and then only the epsilon of the whole plan holds."
+  )
+
+
+def rounded_up(epsilon: float, decimals: int | None = None) -> str:
+  """Returns a number that is not below an epsilon, for people.
+
+  Args:
+    epsilon: at least 0; may be infinite.
+    decimals: so many of them; None: four significant digits.
+  """
+  if decimals is not None and math.isfinite(epsilon):
+    # As it is written, so that 0.001 stays what it is.
+    exact = decimal.Decimal(repr(float(epsilon)))
+    last = decimal.Decimal(1).scaleb(-decimals)
+    return str(exact.quantize(last, decimal.ROUND_CEILING))
+  if epsilon == 0 or math.isinf(epsilon):
+    return f"{epsilon:g}"
+  unit = 10.0 ** (math.floor(math.log10(epsilon)) - 3)
+  return f"{math.ceil(epsilon / unit) * unit:.4g}"
+
+
+def sampling(plan: plan_lib.PrivacyPlan) -> str:
+  """How steps sample, in a word or two."""
+  return {
+    "poisson": "Poisson",
+    "truncated_poisson": f"Poisson, cut to {plan.truncated_batch_size}",
+    "cyclic_poisson": f"Poisson, from {plan.cycle_length} parts in turn",
+    "fixed_size": "fixed size, without replacement",
+  }[plan.sampling]
+
+
+def _sampling(plan: plan_lib.PrivacyPlan) -> str:
+  what = plan.unit
+  grouped = ""
+  if plan.group_size > 1:
+    grouped = f", in groups of {plan.group_size},"
+    what = f"group of {plan.group_size} {plan.unit}s"
+  probability = (
+    f"with probability q = {plan.expected_batch_size:g} /"
+    f" {plan.num_examples / plan.cycle_length:,.12g} ="
+    f" {plan.sampling_probability:.6g}"
+  )
+  changing = " at first; it changes on a schedule" * bool(
+    plan.batch_size_schedule
+  )
+  if plan.sampling == "fixed_size":
+    return (
+      f"At each step {plan.expected_batch_size:g} of them are drawn without"
+      f" replacement, all subsets alike, so each {probability}{changing}."
+    )
+  group = ""
+  if plan.group_size > 1:
+    group = (
+      " The gradients of a group are averaged and clipped as one, which one"
+      f" {plan.unit} can turn over"
+    )
+    # Of the sensitivity under replacing, that is no more than once.
+    group += (
+      "."
+      if plan.neighboring_relation == "replace_one"
+      else ": their sum moves by up to twice the clip norm."
+    )
+  if plan.sampling == "cyclic_poisson":
+    return (
+      f"The {plan.unit}s{grouped} are in {plan.cycle_length} parts that take"
+      " turns. At"
+      f" each step every {what} of one part is drawn, apart from all others"
+      f" (cyclic Poisson sampling), {probability}{changing}. Each takes part in"
+      f" at most one step of a turn.{group}"
+    )
+  cut = ""
+  if plan.sampling == "truncated_poisson":
+    cut = (
+      f" Of a sample of more than {plan.truncated_batch_size}, as many are"
+      " kept, all subsets alike (truncated Poisson sampling)."
+    )
+  return (
+    f"At each step every {what} is drawn, apart from all others (Poisson"
+    f" sampling), {probability}{changing}.{cut}{group}"
+  )
+
+
+def _noise(plan: plan_lib.PrivacyPlan) -> str:
+  if not plan.noise_schedule:
+    return (
+      f"Gaussian noise of {plan.noise_multiplier} times the l2 sensitivity is"
+      " added to their sum."
+    )
+  changes = plan.noise_schedule
+  listed = ", ".join(f"{x:g} from step {start:,}" for start, x in changes)
+  if len(changes) > _MANY:
+    listed = f"and then {len(changes)} other numbers of times"
+  return (
+    f"Gaussian noise of {plan.noise_multiplier} times the l2 sensitivity,"
+    f" {listed}, is added to their sum. The schedule was fixed before the first"
+    " step."
+  )

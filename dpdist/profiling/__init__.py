@@ -1,0 +1,1 @@
+"""What the private step costs, measured here or compiled for TPUs."""

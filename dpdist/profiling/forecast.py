@@ -1,0 +1,182 @@
+"""What a config would need on a pod of TPUs, told without one.
+
+The step that runs is the step that is compiled here, by the pod's own
+compiler, for shapes alone: no device, no data, no budget. What the compiler
+tells (memory, collectives) is exact for its version. Times are bounds from
+below: the busiest of arithmetic, memory and network at its published peak, with
+all else hidden behind it.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import ml_collections
+
+from dpdist import config as config_lib
+from dpdist import models
+from dpdist.distributed import mesh as mesh_lib
+from dpdist.privacy import plan as plan_lib
+from dpdist.profiling import chips
+from dpdist.profiling import compiled
+from dpdist.profiling import products
+from dpdist.tasks import optimizers
+from dpdist.training import abstract_step
+from dpdist.training import setup
+
+PyTree = Any
+
+
+def forecast(
+  config: ml_collections.ConfigDict, topology: str, num_slices: int = 1
+) -> dict[str, Any]:
+  """Compiles a config's step for a pod.
+
+  Args:
+    config: settings; its data need not be there for models of tokens.
+    topology: see `dpdist.profiling.chips.devices`.
+    num_slices: the same.
+
+  Returns:
+    JSON-able: "epsilon" of the plan, "num_chips", "parameters", "chunk_size",
+    "chunks_per_step"; "memory", bytes a chip by kind, with "peak" and
+    "capacity"; "fits"; "accumulate" and "apply", each with "flops", "bytes",
+    "seconds" and "collectives"; "step_seconds"; "scaling", a row for each
+    number of chips. What a program does that does not fit is left out.
+
+  Raises:
+    ValueError: names the setting, its value and what would be right.
+  """
+  setup.check(config)
+  devices = chips.devices(topology, num_slices)
+  chip = chips.CHIPS[topology.partition(":")[0]]
+  plan = plan_lib.make_plan(config_lib.privacy_config(config))
+  mesh = mesh_lib.make(config.mesh, devices)
+  model = models.make(config.model)
+  optimizer, _ = optimizers.make(config.optimizer, config.privacy.num_steps)
+  step = setup.make_step(config, plan, model, optimizer, mesh, platform="tpu")
+  if config.clipping.exact_sum:
+    raise ValueError(
+      "clipping.exact_sum must be False to compile for a topology: its programs"
+      " are for one device each, got True"
+    )
+  chunk_size = setup.chunk_size(config, plan, mesh)
+  example = abstract_step.example(config)
+  state = abstract_step.state(step, model, example["inputs"])
+  arguments = abstract_step.arguments(
+    step,
+    state,
+    abstract_step.unit(config, example),
+    chunk_size,
+    abstract_step.frozen(step, model, example["inputs"]),
+  )
+  key = arguments[4]
+  memory = abstract_step.memory(step, state, arguments)
+  facts: dict[str, Any] = {
+    "topology": topology,
+    "num_slices": num_slices,
+    "num_chips": len(devices),
+    "mesh": dict(mesh.shape),
+    "epsilon": plan.epsilon(),
+    "delta": config.privacy.target_delta,
+    "noise_multiplier": plan.noise_multiplier,
+    "num_steps": plan.num_steps,
+    "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
+    "expected_batch_size": plan.expected_batch_size,
+    "chunk_size": chunk_size,
+    "chunks_per_step": math.ceil(plan.expected_batch_size / chunk_size),
+    "memory": memory | {"capacity": chip.memory_bytes},
+  }
+  held = sum(memory.values())
+  peaks = []
+  programs: list[tuple[str, Any, tuple[PyTree, ...]]] = [
+    ("accumulate", step.accumulate, arguments),
+    ("apply", step.apply, (state, arguments[1], key)),
+  ]
+  for name, function, args in programs:
+    traced = function.trace(*args)
+    try:
+      program = traced.lower().compile()
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      return facts | {"fits": False, "reason": _reason(error)}
+    work = products.count(traced.jaxpr.jaxpr).times(1 / mesh.shape["model"])
+    analysis = program.memory_analysis()
+    grown = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+    memory[f"{name}_temp"] = analysis.temp_size_in_bytes + max(0, grown)
+    peaks.append(held + memory[f"{name}_temp"])
+    # Nothing loops in `apply`, which touches all of the state.
+    num_bytes = work.num_bytes
+    if name == "apply":
+      num_bytes = float(program.cost_analysis()["bytes accessed"])
+    found = compiled.collectives(program.as_text())
+    facts[name] = {
+      "flops": work.flops,
+      "bytes": num_bytes,
+      "collectives": [
+        dataclasses.asdict(x) | {"bytes_sent": x.bytes_sent} for x in found
+      ],
+      "seconds": _seconds(chip, work.flops, num_bytes, found),
+    }
+  facts["memory"] |= memory | {"peak": max(peaks)}
+  facts["fits"] = max(peaks) <= chip.memory_bytes
+  facts["scaling"] = scaling(facts)
+  facts["step_seconds"] = facts["scaling"][-1]["step_seconds"]
+  return facts
+
+
+def _seconds(
+  chip: chips.Chip,
+  flops: float,
+  num_bytes: float,
+  found: list[compiled.Collective],
+) -> dict[str, float]:
+  sent = lambda between: sum(
+    x.bytes_sent for x in found if x.is_between_slices == between
+  )
+  return {
+    "arithmetic": flops / chip.flops_per_second,
+    "memory": num_bytes / chip.memory_bandwidth,
+    "links": sent(False) / chip.link_bandwidth,
+    "network": sent(True) / chip.network_bandwidth,
+  }
+
+
+def scaling(facts: dict[str, Any]) -> list[dict[str, float]]:
+  """Of fewer chips, that divide the examples among fewer, up to all.
+
+  A chunk takes as long on fewer chips and holds fewer examples.
+  """
+  accumulate = max(facts["accumulate"]["seconds"].values())
+  apply = max(facts["apply"]["seconds"].values())
+  data = facts["mesh"]["data"]
+  rows: list[dict[str, float]] = []
+  for share in (8, 4, 2, 1):
+    if data % share:
+      continue
+    num_chips = facts["num_chips"] // share
+    chunk_size = facts["chunk_size"] / share
+    chunks = math.ceil(facts["expected_batch_size"] / chunk_size)
+    seconds = chunks * accumulate + apply
+    first = rows[0] if rows else None
+    work = num_chips * seconds
+    rows.append(
+      {
+        "num_chips": num_chips,
+        "chunks_per_step": chunks,
+        "step_seconds": seconds,
+        "efficiency": first["num_chips"] * first["step_seconds"] / work
+        if first
+        else 1.0,
+      }
+    )
+  return rows
+
+
+def _reason(error: Exception) -> str:
+  """What the compiler says of its memory, on one line."""
+  lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+  told = [line for line in lines if "Used" in line or "exceed" in line.lower()]
+  return (told or lines)[0]

@@ -1,0 +1,382 @@
+"""A config's private step against the same step without privacy, measured here.
+
+On this machine, its devices and the config's mesh. Numbers of the right shapes
+are made up, so that nothing private is read, nothing is released and no budget
+is spent. Both steps work on the same chunks, take turns, and are compared
+within a turn, so that a ratio holds on a machine whose speed drifts.
+"""
+
+from collections.abc import Callable
+import functools
+import math
+import pathlib
+import statistics
+import time
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+import ml_collections
+import numpy as np
+import optax
+
+from dpdist import config as config_lib
+from dpdist import models
+from dpdist.distributed import mesh as mesh_lib
+from dpdist.privacy import plan as plan_lib
+from dpdist.tasks import optimizers
+from dpdist.training import abstract_step
+from dpdist.training import setup
+from dpdist.training import step as step_lib
+
+PyTree = Any
+
+_MEMINFO = pathlib.Path("/proc/meminfo")
+
+
+class Bench(NamedTuple):
+  """What is measured, made once for all chunk sizes.
+
+  Attributes:
+    config: settings.
+    plan: its numbers.
+    step: the private step, on the mesh.
+    loss_fn: of a row of a chunk.
+    state: shapes, on the mesh.
+    row: shapes of a row of a chunk.
+  """
+
+  config: ml_collections.ConfigDict
+  plan: plan_lib.PrivacyPlan
+  step: step_lib.Step
+  loss_fn: Callable[..., Any]
+  state: PyTree
+  frozen: PyTree | None
+  row: PyTree
+
+
+class Program(NamedTuple):
+  """A half of a step, compiled.
+
+  Attributes:
+    run: the compiled program.
+    temp_bytes: a device needs beside what it holds throughout a step.
+  """
+
+  run: Callable[..., Any]
+  temp_bytes: int
+
+
+def prepare(config: ml_collections.ConfigDict) -> Bench:
+  """Makes a bench.
+
+  Raises:
+    ValueError: names the setting, its value and what would be right.
+  """
+  if config.clipping.exact_sum:
+    raise ValueError(
+      "clipping.exact_sum must be False to be measured: its programs are for"
+      " one device each, got True"
+    )
+  setup.check(config)
+  plan = plan_lib.make_plan(config_lib.privacy_config(config))
+  mesh = mesh_lib.make(config.mesh)
+  model = models.make(config.model)
+  optimizer, _ = optimizers.make(config.optimizer, config.privacy.num_steps)
+  step = setup.make_step(config, plan, model, optimizer, mesh)
+  example = abstract_step.example(config)
+  return Bench(
+    config,
+    plan,
+    step,
+    setup.loss_fn(config, model),
+    abstract_step.state(step, model, example["inputs"]),
+    abstract_step.frozen(step, model, example["inputs"]),
+    abstract_step.unit(config, example),
+  )
+
+
+def compare(bench: Bench, *, rounds: int = 5) -> dict[str, Any]:
+  """Measures both steps.
+
+  Args:
+    bench: what is measured.
+    rounds: turns of each; medians are told.
+
+  Returns:
+    JSON-able: "chunk_size" and "chunks_per_step"; "private" and "ordinary",
+    each with "chunk_seconds", "update_seconds", "step_seconds",
+    "examples_per_second" (of the expected batch) and "bytes", of a device;
+    "time_ratio" and "memory_ratio", private over ordinary; "free_bytes", for a
+    device, and "fits"; "clipping", how each layer is clipped; "advice", in
+    sentences; and what names the machine and the run.
+
+  Raises:
+    ValueError: rounds is not at least 1, or chunk_size does not fit the mesh.
+  """
+  if rounds < 1:
+    raise ValueError(f"rounds must be at least 1, got {rounds}")
+  size = setup.chunk_size(bench.config, bench.plan, bench.step.mesh)
+  chunks = math.ceil(bench.plan.expected_batch_size / size)
+  programs, given, held = _both(bench, size)
+  seconds = _interleaved(programs, given, bench, rounds)
+  facts: dict[str, Any] = _machine(bench) | {
+    "parameters": sum(x.size for x in jax.tree.leaves(bench.state.params)),
+    "expected_batch_size": bench.plan.expected_batch_size,
+    "chunk_size": size,
+    "chunks_per_step": chunks,
+    "rounds": rounds,
+  }
+  steps = {}
+  for name in ("private", "ordinary"):
+    work, update = seconds[name, "chunk"], seconds[name, "update"]
+    steps[name] = [chunks * a + b for a, b in zip(work, update, strict=True)]
+    whole = statistics.median(steps[name])
+    temp = max(programs[name, part].temp_bytes for part in ("chunk", "update"))
+    facts[name] = {
+      "chunk_seconds": statistics.median(work),
+      "update_seconds": statistics.median(update),
+      "step_seconds": whole,
+      "examples_per_second": bench.plan.expected_batch_size / whole,
+      "bytes": held + temp,
+    }
+  free = free_bytes(bench)
+  facts["time_ratio"] = statistics.median(
+    a / b for a, b in zip(steps["private"], steps["ordinary"], strict=True)
+  )
+  private, ordinary = facts["private"]["bytes"], facts["ordinary"]["bytes"]
+  facts["memory_ratio"] = private / ordinary
+  facts["free_bytes"], facts["fits"] = free, private <= free
+  facts["clipping"] = _clipping(bench, given)
+  facts["advice"] = advice(bench, facts)
+  return facts
+
+
+def advice(bench: Bench, facts: dict[str, Any]) -> list[str]:
+  """What the measurements say about the chunk size, in sentences."""
+  size, chunks = facts["chunk_size"], facts["chunks_per_step"]
+  used, free = facts["private"]["bytes"], facts["free_bytes"]
+  whole = most_useful(bench)
+  if used > free:
+    return [
+      f"A chunk of {size:,} needs {used / 1e9:.2f} GB and {free / 1e9:.2f} GB"
+      " are free: take a smaller --config.chunk_size, or let --autotune find"
+      " it."
+    ]
+  share = "less than 0.1%" if used < 1e-3 * free else f"{used / free:.1%}"
+  said = [f"A chunk of {size:,} takes {share} of the free memory."]
+  if size >= whole:
+    said.append(
+      "It holds nearly every draw (three standard deviations above the mean):"
+      " a larger one gains nothing."
+    )
+  elif 2 * used <= free:
+    said.append(
+      f"A step takes {chunks} of them, and there is room for more: --autotune"
+      " tries larger ones."
+    )
+  else:
+    said.append(f"A step takes {chunks} of them; twice the size would not fit.")
+  return said
+
+
+def most_useful(bench: Bench) -> int:
+  """The chunk size that holds nearly every draw."""
+  config = ml_collections.ConfigDict(bench.config.to_dict())
+  config.chunk_size = 0
+  return setup.chunk_size(config, bench.plan, bench.step.mesh)
+
+
+def trial(bench: Bench, size: int) -> tuple[int, Callable[[], float]]:
+  """Compiles the private step for a chunk size.
+
+  Returns:
+    Bytes that a device needs, and what runs a step of one chunk: seconds that
+    the chunk took, after one that is not told.
+  """
+  given = _arguments(bench, size)
+  accumulate = _compiled(bench.step.accumulate, given)
+  update = _compiled(bench.step.apply, (bench.state, given[1], given[4]))
+  held = sum(abstract_step.memory(bench.step, bench.state, given).values())
+  needed = held + max(accumulate.temp_bytes, update.temp_bytes)
+
+  def run() -> float:
+    args = list(jax.tree.map(_made_up, given))
+    state = jax.tree.map(_made_up, bench.state)
+    args[0] = state.params
+    for _ in range(2):
+      start = time.perf_counter()
+      args[1] = jax.block_until_ready(accumulate.run(*args))
+      seconds = time.perf_counter() - start
+    # What a run needs too, at its end.
+    jax.block_until_ready(update.run(state, args[1], args[4]))
+    return seconds
+
+  return needed, run
+
+
+def free_bytes(bench: Bench) -> int:
+  """Memory that is free for one device of the mesh; a lower bound on a CPU.
+
+  CPU devices share the machine's.
+  """
+  device = bench.step.mesh.devices.flat[0]
+  told = device.memory_stats() or {}
+  if "bytes_limit" in told:
+    return int(told["bytes_limit"] - told.get("bytes_in_use", 0))
+  return _machine_free() // jax.local_device_count()
+
+
+def _machine_free() -> int:
+  for line in _MEMINFO.read_text().splitlines():
+    name, _, value = line.partition(":")
+    if name == "MemAvailable":
+      return int(value.split()[0]) * 1024
+  raise RuntimeError(f"{_MEMINFO} does not tell MemAvailable")
+
+
+def _machine(bench: Bench) -> dict[str, Any]:
+  mesh = bench.step.mesh
+  device = mesh.devices.flat[0]
+  return {
+    "device": device.device_kind,
+    "platform": device.platform,
+    "num_devices": mesh.devices.size,
+    "mesh": dict(mesh.shape),
+  }
+
+
+def _both(
+  bench: Bench, size: int
+) -> tuple[dict[tuple[str, str], Program], tuple[PyTree, ...], int]:
+  """All four programs, shapes of the first one's arguments, bytes held."""
+  step, state = bench.step, bench.state
+  given = _arguments(bench, size)
+  held = sum(abstract_step.memory(step, state, given).values())
+  chunk, update = _ordinary(bench)
+  params, accumulator, batch, _, key, _, frozen = given
+  total = abstract_step.placed(params, step.specs(params), step.mesh)
+  programs = {
+    ("private", "chunk"): _compiled(step.accumulate, given),
+    ("private", "update"): _compiled(step.apply, (state, accumulator, key)),
+    ("ordinary", "chunk"): _compiled(
+      chunk, (params, total, batch, key, frozen)
+    ),
+    ("ordinary", "update"): _compiled(update, (state, total)),
+  }
+  return programs, given, held
+
+
+def _ordinary(bench: Bench) -> tuple[Any, Any]:
+  """A step without clipping and noise: sums of mean gradients, an update."""
+  step = bench.step
+  specs = step.specs(bench.state.params)
+  shardings = jax.tree.map(functools.partial(NamedSharding, step.mesh), specs)
+
+  @functools.partial(jax.jit, donate_argnums=(1,), out_shardings=shardings)
+  def chunk(
+    params: PyTree, total: PyTree, batch: PyTree, key: Any, frozen: PyTree
+  ) -> PyTree:
+    rows = len(jax.tree.leaves(batch)[0])
+    keys = jax.vmap(functools.partial(jax.random.fold_in, key))(
+      jnp.arange(rows)
+    )
+
+    def mean(params: PyTree) -> jax.Array:
+      whole = step_lib.whole(params, frozen)
+      loss = lambda example, key: bench.loss_fn(whole, example, key)[0]
+      return jnp.mean(jax.vmap(loss)(batch, keys))
+
+    return jax.tree.map(jnp.add, total, jax.grad(mean)(params))
+
+  @functools.partial(jax.jit, donate_argnums=(0,))
+  def update(state: PyTree, total: PyTree) -> PyTree:
+    updates, opt_state = step.optimizer.update(
+      total, state.opt_state, state.params
+    )
+    params = optax.apply_updates(state.params, updates)
+    ema = state.ema_params
+    if ema is not None:
+      ema = optax.incremental_update(params, ema, 1 - step.ema_decay)
+    return state._replace(params=params, opt_state=opt_state, ema_params=ema)
+
+  return chunk, update
+
+
+def _arguments(bench: Bench, size: int) -> tuple[PyTree, ...]:
+  return abstract_step.arguments(
+    bench.step, bench.state, bench.row, size, bench.frozen
+  )
+
+
+def _compiled(function: Any, given: tuple[PyTree, ...]) -> Program:
+  program = function.lower(*given).compile()
+  analysis = program.memory_analysis()
+  grown = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
+  return Program(program, analysis.temp_size_in_bytes + max(0, grown))
+
+
+def _interleaved(
+  programs: dict[tuple[str, str], Program],
+  given: tuple[PyTree, ...],
+  bench: Bench,
+  rounds: int,
+) -> dict[tuple[str, str], list[float]]:
+  """Seconds of each program in each round, after one that is not told."""
+  params, accumulator, *rest = jax.tree.map(_made_up, given)
+  batch, key, frozen = rest[0], rest[2], rest[4]
+  del params
+  states = {
+    name: jax.tree.map(_made_up, bench.state)
+    for name in ("private", "ordinary")
+  }
+  total = jax.tree.map(_made_up, bench.state.params)
+  seconds: dict[tuple[str, str], list[float]] = {key: [] for key in programs}
+
+  def timed(name: str, part: str, *args: Any) -> Any:
+    start = time.perf_counter()
+    found = jax.block_until_ready(programs[name, part].run(*args))
+    seconds[name, part].append(time.perf_counter() - start)
+    return found
+
+  for _ in range(rounds + 1):
+    accumulator = timed(
+      "private", "chunk", states["private"].params, accumulator, *rest
+    )
+    total = timed(
+      "ordinary", "chunk", states["ordinary"].params, total, batch, key, frozen
+    )
+    states["private"], _ = timed(
+      "private", "update", states["private"], accumulator, key
+    )
+    states["ordinary"] = timed("ordinary", "update", states["ordinary"], total)
+  return {name: values[1:] for name, values in seconds.items()}
+
+
+def _made_up(shape: Any) -> jax.Array:
+  """An array of a shape: small numbers of a floating type, else zeros."""
+  if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
+    key = jax.random.key(0)
+    return jax.device_put(key, shape.sharding)
+  if not jnp.issubdtype(shape.dtype, jnp.floating):
+    return jax.device_put(np.zeros(shape.shape, shape.dtype), shape.sharding)
+
+  def part(index: Any) -> np.ndarray:
+    size = np.empty(shape.shape, np.bool_)[index].shape
+    values = np.random.default_rng(0).normal(size=size, scale=0.05)
+    return values.astype(shape.dtype)
+
+  return jax.make_array_from_callback(shape.shape, shape.sharding, part)
+
+
+def _clipping(bench: Bench, given: tuple[PyTree, ...]) -> list[str]:
+  """How each layer is clipped, as lines to read."""
+  batch, key = given[2], given[4]
+  plain = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
+  text = bench.step.mechanism.clipped_grad.explanation(
+    jax.tree.map(plain, step_lib.whole(bench.state.params, bench.frozen)),
+    jax.tree.map(plain, batch),
+    rng=plain(key),
+  )
+  return text.splitlines()

@@ -1,0 +1,252 @@
+"""What a person sees while a run goes: a plan, its progress, where it ended.
+
+On a terminal these are tables and a bar; anywhere else (a file, a cluster's
+log) plain lines that no width can wrap. What is printed is released like any
+other output, so metrics pass the same wall here as in
+`dpdist.reporting.metrics`.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+import sys
+import textwrap
+import time
+from typing import Self
+
+import rich.box
+import rich.console
+import rich.panel
+import rich.progress
+import rich.table
+import rich.text
+
+from dpdist.privacy import statement
+from dpdist.reporting import metrics as metrics_lib
+
+_REFRESH_SECONDS = 0.2
+
+
+def human_count(number: float) -> str:
+  """Writes a count with thousands separators: `3,456`."""
+  return f"{number:,.0f}"
+
+
+def human_bytes(number: float) -> str:
+  """Writes a number of bytes with a binary unit: `13.4 MiB`."""
+  if abs(number) < 1024:
+    return f"{number:.0f} B"
+  for unit in ("KiB", "MiB", "GiB", "TiB"):
+    number /= 1024
+    # 1023.96 would round to a four-digit 1024.0.
+    if abs(number) < 1023.95:
+      return f"{number:.1f} {unit}"
+  return f"{number / 1024:,.1f} PiB"
+
+
+def show_start(
+  rows: Sequence[tuple[str, str]],
+  notices: Sequence[str] = (),
+  *,
+  console: rich.console.Console | None = None,
+) -> None:
+  """Prints what the run is bound to, then what its reader must not miss.
+
+  Args:
+    rows: (name, value) pairs, shown in this order.
+    notices: warnings, such as that the guarantee is void.
+    console: where to print; None for standard output.
+  """
+  console = console or _console()
+  _show_table("Private training", rows, console)
+  for notice in notices:
+    if console.is_interactive:
+      console.print(
+        rich.panel.Panel(
+          rich.text.Text(notice),
+          title="WARNING",
+          title_align="left",
+          style="bold red",
+        )
+      )
+    else:
+      _print_plain(console, f"WARNING: {notice}")
+
+
+def show_end(
+  rows: Sequence[tuple[str, str]],
+  *,
+  console: rich.console.Console | None = None,
+) -> None:
+  """Prints how the run ended and where its result and report are.
+
+  Args:
+    rows: (name, value) pairs, shown in this order.
+    console: where to print; None for standard output.
+  """
+  _show_table("Finished", rows, console or _console())
+
+
+def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
+  """Prints (name, value) pairs under a title to standard output."""
+  _show_table(title, rows, _console())
+
+
+def show_text(text: str) -> None:
+  """Prints a paragraph, in lines that can be read."""
+  print("\n" + textwrap.fill(text, 80), flush=True)
+
+
+def warn(line: str) -> None:
+  """Prints a warning, from any thread and whatever else is shown."""
+  # Not by rich: a bar that is shown lets lines pass above it.
+  print(f"WARNING: {line}", file=sys.stderr, flush=True)
+
+
+class _Bar(rich.progress.Progress):
+  """A bar with a line of facts below it, so that both fit 80 columns."""
+
+  facts = ""
+
+  def get_renderables(self) -> Iterable[rich.console.RenderableType]:
+    yield self.make_tasks_table(self.tasks)
+    yield rich.text.Text(self.facts, no_wrap=True, overflow="ellipsis")
+
+
+class Progress:
+  """Shows how far a run is; a context manager.
+
+  On a terminal, a bar that is drawn at most five times a second. Elsewhere one
+  line for each `update` that brings metrics.
+
+  Args:
+    total_steps: steps of the whole run.
+    start_step: steps already taken when this process started.
+    epsilon_budget: what the whole run may spend; None if it is not bounded.
+    console: where to print; None for standard output.
+  """
+
+  def __init__(
+    self,
+    total_steps: int,
+    start_step: int = 0,
+    epsilon_budget: float | None = None,
+    *,
+    console: rich.console.Console | None = None,
+  ) -> None:
+    self._total_steps = total_steps
+    self._epsilon_budget = epsilon_budget
+    self._console = console or _console()
+    self._spent = self._speed = self._accuracy = ""
+    self._next_refresh = 0.0
+    self._bar: _Bar | None = None
+    if self._console.is_interactive:
+      self._bar = _Bar(
+        rich.progress.BarColumn(bar_width=None),
+        rich.progress.MofNCompleteColumn(),
+        rich.progress.TimeRemainingColumn(compact=True),
+        console=self._console,
+        # Drawn from `update`: no thread to take the interpreter from a step.
+        auto_refresh=False,
+        expand=True,
+      )
+      self._task = self._bar.add_task(
+        "", total=total_steps, completed=start_step
+      )
+
+  def __enter__(self) -> Self:
+    if self._bar is not None:
+      self._bar.start()
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    if self._bar is not None:
+      self._bar.stop()
+
+  def update(
+    self,
+    step: int,
+    *,
+    epsilon: float | None = None,
+    examples_per_second: float | None = None,
+    metrics: Mapping[str, float] | None = None,
+  ) -> None:
+    """Says that `step` steps are taken; cheap enough for every step.
+
+    Args:
+      step: steps taken so far.
+      epsilon: spent so far; None keeps what was last given.
+      examples_per_second: of the expected batch size; None likewise.
+      metrics: name to scalar, the names from `metrics.RELEASED`.
+
+    Raises:
+      ValueError: if a metric is not released.
+    """
+    metrics = metrics or {}
+    metrics_lib.check_released(metrics)
+    if epsilon is not None:
+      self._spent = f"epsilon {statement.rounded_up(epsilon, 3)}"
+      if self._epsilon_budget is not None:
+        self._spent += f"/{statement.rounded_up(self._epsilon_budget, 3)}"
+    if examples_per_second is not None:
+      self._speed = f"{human_count(examples_per_second)} examples/s"
+    for name in ("test/accuracy", "test_ema/accuracy"):
+      if name in metrics:
+        self._accuracy = _show_metric(name, metrics[name])
+        break
+    if self._bar is None:
+      if metrics:
+        self._print_line(step, metrics)
+      return
+    now = time.monotonic()
+    if metrics or step >= self._total_steps or now >= self._next_refresh:
+      self._next_refresh = now + _REFRESH_SECONDS
+      facts = filter(None, (self._spent, self._speed, self._accuracy))
+      self._bar.facts = "  ".join(facts)
+      self._bar.update(self._task, completed=step)
+      self._bar.refresh()
+
+  def _print_line(self, step: int, metrics: Mapping[str, float]) -> None:
+    shown = (_show_metric(name, value) for name, value in metrics.items())
+    # No speed: these lines are kept, and it tells of the draws.
+    parts = (f"step {step}/{self._total_steps}", self._spent)
+    _print_plain(self._console, "  ".join(filter(None, (*parts, *shown))))
+
+
+def _show_metric(name: str, value: float) -> str:
+  return f"{name.replace('/', ' ').replace('_', ' ')} {value:,.3f}"
+
+
+def _console() -> rich.console.Console:
+  # Asking the stream itself: FORCE_COLOR, common in CI, would otherwise turn
+  # a log file into a terminal and fill it with redrawn bars.
+  return rich.console.Console(force_terminal=sys.stdout.isatty())
+
+
+def _show_table(
+  title: str,
+  rows: Sequence[tuple[str, str]],
+  console: rich.console.Console,
+) -> None:
+  if not console.is_interactive:
+    width = max((len(name) for name, _ in rows), default=0)
+    _print_plain(console, title)
+    for name, value in rows:
+      _print_plain(console, f"  {name:<{width}}  {value}")
+    return
+  table = rich.table.Table(
+    title=title,
+    title_justify="left",
+    title_style="bold",
+    box=rich.box.SIMPLE_HEAD,
+    show_header=False,
+  )
+  table.add_column(style="dim", no_wrap=True)
+  table.add_column(overflow="fold")
+  for name, value in rows:
+    # Text, not str: "[8, 1]" in a value is no markup.
+    table.add_row(rich.text.Text(name), rich.text.Text(value))
+  console.print(table)
+
+
+def _print_plain(console: rich.console.Console, line: str) -> None:
+  """Prints a line as it is: no markup, no colours, no wrapping."""
+  console.print(rich.text.Text(line), soft_wrap=True)

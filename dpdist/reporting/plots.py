@@ -1,0 +1,216 @@
+"""What a run wrote over its steps, as drawings inside a page.
+
+Letters are the reader's own and colours follow the page's, light or dark, so
+that nothing is fetched. `plots` draws released metrics alone; `speed` draws
+what is as private as the data.
+"""
+
+from collections.abc import Mapping, Sequence
+import html
+import io
+import re
+from typing import Any
+
+import matplotlib
+from matplotlib import figure
+from matplotlib.backends import backend_svg
+import numpy as np
+
+from dpdist.privacy import statement
+
+_MAX_POINTS = 400
+
+# Matplotlib writes fixed colours; each stands for one that follows the
+# reader's light or dark scheme, and is exchanged in the finished drawing.
+_COLORS = {
+  "text": "#010203",
+  "grid": "#010204",
+  "first": "#010205",
+  "second": "#010206",
+  "limit": "#010207",
+}
+
+_Rows = Sequence[Mapping[str, Any]]
+
+
+def plots(rows: _Rows, epsilon_budget: float) -> str:
+  """The drawings, each a <figure>; "" where nothing was written.
+
+  Args:
+    rows: of `dpdist.reporting.metrics.read`.
+    epsilon_budget: what the whole run may spend.
+  """
+  spent = [{"step": 0, "epsilon": 0.0}, *rows]
+  found = (
+    _plot(
+      "Held-out accuracy",
+      rows,
+      {"test/accuracy": "raw", "test_ema/accuracy": "EMA"},
+    ),
+    _plot(
+      "Epsilon spent",
+      spent if any("epsilon" in row for row in rows) else [],
+      {"epsilon": "spent"},
+      limit=epsilon_budget,
+    ),
+    _plot(
+      "Noise against signal",
+      rows,
+      {"noisy_gradient_norm": "both", "noise_norm": "noise"},
+      from_zero=True,
+      note=_signal(rows),
+    ),
+    _plot("Learning rate", rows, {"learning_rate": ""}),
+  )
+  return _grid(found)
+
+
+def speed(rows: _Rows) -> str:
+  """The drawings of times and memory, likewise. PRIVATE: not to be released.
+
+  Args:
+    rows: {"step", "examples_per_second", "step_seconds", "input_wait_seconds",
+      "host_gib", "device_peak_gib"}; any but the first may be missing.
+  """
+  return _grid(
+    (
+      _plot(
+        "Examples a second",
+        rows,
+        {"examples_per_second": ""},
+        from_zero=True,
+        note="Of the expected batch, without evaluation and saving.",
+      ),
+      _plot(
+        "Seconds a step",
+        rows,
+        {"step_seconds": "all", "input_wait_seconds": "waiting for examples"},
+        from_zero=True,
+        note="Of the slowest process.",
+      ),
+      _plot(
+        "Memory, GiB",
+        rows,
+        {"host_gib": "process", "device_peak_gib": "device, peak"},
+        from_zero=True,
+        note="Of the fullest process and device.",
+      ),
+    )
+  )
+
+
+def _grid(drawings: Sequence[str]) -> str:
+  inner = "\n".join(filter(None, drawings))
+  return f"<div class='grid plots'>\n{inner}\n</div>" if inner else ""
+
+
+def _signal(rows: _Rows) -> str:
+  """How much of the noised gradient is no noise, from what was released.
+
+  Noise and clipped mean are nearly at right angles, so that the squares of
+  their lengths add up. Taken over the last quarter of the rows.
+  """
+  pairs = np.array(
+    [
+      (row["noisy_gradient_norm"], row["noise_norm"])
+      for row in rows
+      if {"noisy_gradient_norm", "noise_norm"} <= row.keys()
+    ],
+    dtype=float,
+  )
+  if not len(pairs) or not np.isfinite(pairs).all() or not pairs.all():
+    return ""
+  whole, noise = (pairs[len(pairs) * 3 // 4 :] ** 2).mean(axis=0)
+  share = min(1.0, max(0.0, 1 - noise / whole))
+  told = "less than 1%" if share < 0.01 else f"about {share:.0%}"
+  return (
+    "Length of the mean gradient with its noise, and of the noise, by the plan."
+    f" In the last quarter {told} of the squared length is signal."
+  )
+
+
+def _plot(
+  title: str,
+  rows: _Rows,
+  names: Mapping[str, str],
+  *,
+  limit: float | None = None,
+  from_zero: bool = False,
+  note: str = "",
+) -> str:
+  """Draws the named metrics over the steps; "" if none was written."""
+  fig = figure.Figure(figsize=(4.6, 2.5), layout="constrained")
+  axes = fig.add_subplot()
+  key = []
+  for color, (name, label) in zip(
+    ("first", "second"), names.items(), strict=False
+  ):
+    points = np.array(
+      [(row["step"], row[name]) for row in rows if name in row], dtype=float
+    )
+    points = points[np.isfinite(points).all(axis=-1)] if len(points) else points
+    if not len(points):
+      continue
+    # A page for reading, not an archive: thin long runs, keep the last point.
+    stride = -(-len(points) // _MAX_POINTS)
+    steps, values = points[::-1][::stride][::-1].T
+    marker = "o" if len(steps) == 1 else None
+    axes.plot(steps, values, color=_COLORS[color], linewidth=1.8, marker=marker)
+    key.append((color, label))
+  if not key:
+    return ""
+  if limit is not None and np.isfinite(limit):
+    axes.axhline(limit, color=_COLORS["limit"], linewidth=1.3, linestyle="--")
+    from_zero = True
+    key.append(("limit", f"budget {statement.rounded_up(limit)}"))
+  if from_zero:
+    axes.set_ylim(bottom=0)
+  legend = "".join(
+    f"<span><i class='{color}' style='color: var(--{color})'></i>"
+    f"{_text(label)}</span>"
+    for color, label in key
+    if len(key) > 1
+  )
+  axes.set_xlim(0, max(rows[-1]["step"], 1))
+  below = f"<p class='label'>{_text(note)}</p>" if note else ""
+  return (
+    f"<figure class='card'><figcaption>{_text(title)}{legend}</figcaption>\n"
+    f"{_svg(fig, axes, title)}{below}</figure>"
+  )
+
+
+def _text(value: object) -> str:
+  return html.escape(str(value))
+
+
+def _svg(fig: figure.Figure, axes: Any, title: str) -> str:
+  """Gives the drawing as an <svg> element that fits into a page."""
+  fig.patch.set_visible(False)
+  axes.patch.set_visible(False)
+  axes.margins(y=0.1)
+  axes.grid(axis="y", color=_COLORS["grid"], linewidth=0.8)
+  axes.set_axisbelow(True)
+  axes.locator_params(axis="both", nbins=5)
+  axes.xaxis.get_major_locator().set_params(integer=True)
+  axes.xaxis.set_major_formatter("{x:,.0f}")
+  axes.ticklabel_format(axis="y", useOffset=False)
+  axes.tick_params(length=0, labelsize=9, labelcolor=_COLORS["text"], pad=6)
+  for side, spine in axes.spines.items():
+    spine.set_visible(side == "bottom")
+    spine.set_color(_COLORS["grid"])
+  stream = io.StringIO()
+  # Letters stay letters, in the page's font; the salt makes names of clip
+  # paths a function of the drawing, and no date is written.
+  with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
+    backend_svg.FigureCanvasSVG(fig).print_svg(
+      stream,
+      metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")),
+    )
+  svg = stream.getvalue()
+  svg = svg[svg.index("<svg") :]
+  # Group names repeat from one drawing to the next; in one page they clash.
+  svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+  svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
+  for name, color in _COLORS.items():
+    svg = svg.replace(color, f"var(--{name})")
+  return svg.replace("<svg", f"<svg role='img' aria-label='{_text(title)}'", 1)

@@ -1,0 +1,105 @@
+"""What the leader shows of a run while it trains."""
+
+from collections.abc import Iterator
+import contextlib
+import pathlib
+import time
+from typing import Any, Self
+
+import ml_collections
+
+from dpdist.reporting import console
+from dpdist.reporting import metrics
+from dpdist.reporting import telemetry
+
+
+class Display:
+  """Metrics and progress, as the leader shows them; a context manager."""
+
+  def __init__(
+    self,
+    config: ml_collections.ConfigDict,
+    workdir: pathlib.Path,
+    start: int,
+    last: int,
+    epsilon_planned: float,
+  ):
+    with contextlib.ExitStack() as stack:
+      self._writer = stack.enter_context(
+        metrics.Writer(
+          workdir, unsafe_metrics=config.unsafe_metrics, start_step=start
+        )
+      )
+      self._operations = stack.enter_context(
+        telemetry.Writer(workdir, start_step=start)
+      )
+      self._progress = stack.enter_context(
+        console.Progress(last, start, epsilon_planned)
+      )
+      self._stack = stack.pop_all()
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *raised: Any) -> None:
+    self._stack.__exit__(*raised)
+
+  def update(self, done: int) -> None:
+    """Shows that a step was made."""
+    self._progress.update(done)
+
+  def tell(
+    self,
+    done: int,
+    values: dict[str, float],
+    scores: dict[str, float],
+    sensitive: dict[str, float],
+    machines: list[str],
+  ) -> None:
+    """Writes and shows a row of metrics; of the speed, on a terminal alone."""
+    values = dict(values)
+    speed = values.pop("examples_per_second")
+    self._operations.write(done, machines, {"examples_per_second": speed})
+    self._writer.write(done, values | scores)
+    if sensitive:
+      self._writer.write_sensitive(done, sensitive)
+    self._progress.update(
+      done,
+      epsilon=values["epsilon"],
+      examples_per_second=speed,
+      metrics=scores,
+    )
+
+
+class Clock:
+  """Training speed since the last look, without evaluation and saving.
+
+  Counted in expected examples: how many were really drawn is private.
+  """
+
+  def __init__(self, expected_batch_size: float):
+    self._expected_batch_size = expected_batch_size
+    self._steps = 0
+    self._seconds = 0.0
+    self._since: float | None = None
+
+  def tick(self) -> None:
+    """Counts a step; the first one compiles, and only starts the clock."""
+    if self._since is None:
+      self._since = time.monotonic()
+    else:
+      self._steps += 1
+
+  @contextlib.contextmanager
+  def paused(self) -> Iterator[None]:
+    """Leaves out the time of its block."""
+    now = time.monotonic()
+    self._seconds += now - (now if self._since is None else self._since)
+    yield
+    self._since = time.monotonic()
+
+  def examples_per_second(self) -> float:
+    """The speed while paused; starts anew."""
+    speed = self._steps * self._expected_batch_size / (self._seconds or 1.0)
+    self._steps, self._seconds = 0, 0.0
+    return speed

@@ -1,0 +1,314 @@
+"""A clipped sum held against `jax.grad`, for one made-up example at a time.
+
+What is held against what:
+  * Whatever the example, its sum is finite and no longer than its bound.
+  * Where the gradient is steady, which is to say that other rounding would
+    leave it as it is, the norm is not smaller than that of the gradient, and
+    the sum no longer than the clipped gradient. It is found out by changing
+    parameters and inputs by a little more than they are rounded by.
+  * Of ordinary sizes, the sum points where the gradient does.
+A norm may be too large: then less is added to the sum than could be.
+"""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import functools
+import math
+import operator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpdist import clipping
+from dpdist.clipping import freezing
+from dpdist.clipping import watched
+from dpdist.clipping.layers import costs
+from dpdist.clipping.trace import program
+
+PyTree = Any
+
+# How much longer than its bound a sum may be: rules promise less than that.
+LONGER = 0.01
+# Of a steady gradient, over a few of its own changes.
+_TOLERANCE = 1e-3
+_STEADY = 2.0**-5
+
+
+class Measured(NamedTuple):
+  """Lengths, by group, and directions, by trained parameter; NumPy float.
+
+  Attributes:
+    length: [groups] of the sum.
+    norm: [groups] that the example was clipped by; NaN where it is not known.
+    truth: [groups] of the gradient.
+    again: [groups] of the gradient under other rounding.
+    is_finite: [parameters] of the sum.
+    share: [parameters] of the group's gradient's length.
+    differs: [parameters] the sum from the gradient, of each its group's
+      direction, a vector of length 1.
+    varies: [parameters] the gradient's direction under other rounding.
+  """
+
+  length: Any
+  norm: Any
+  truth: Any
+  again: Any
+  is_finite: Any
+  share: Any
+  differs: Any
+  varies: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Problem:
+  """What is wrong.
+
+  Attributes:
+    what: a clause, after "the clipped sum of one example".
+    leaves: numbers of the trained parameters that show it, the worst first.
+  """
+
+  what: str
+  leaves: tuple[int, ...]
+
+
+def measurer(
+  clipped_grad: clipping.ClippedGrad,
+) -> Callable[..., Measured]:
+  """Makes what measures a sum of one example; traced.
+
+  Returns:
+    (params, frozen, example, rng, total, norms) -> Measured, of jax.Arrays.
+    params has None where a parameter is frozen, frozen where it is trained, or
+    is None; rng is the example's key or None; norms has one a group.
+  """
+
+  def measure(
+    params: PyTree,
+    frozen: PyTree | None,
+    example: PyTree,
+    rng: jax.Array | None,
+    total: PyTree,
+    norms: list[jax.Array],
+  ) -> Measured:
+    rngs = () if rng is None else (rng,)
+
+    def loss(params: PyTree, frozen: PyTree | None, example: PyTree) -> Any:
+      whole = params if frozen is None else clipping.merge(params, frozen)
+      out = clipped_grad.loss_fn(whole, example, *rngs)
+      return out[0] if clipped_grad.has_aux else out
+
+    whole = params if frozen is None else clipping.merge(params, frozen)
+    scaling, groups = clipped_grad.scaling(whole)
+    unit = _rounding(clipped_grad, loss, params, frozen, example)
+    gradient = lambda *args: [
+      x.astype(jnp.promote_types(x.dtype, jnp.float32))
+      for x in jax.tree.leaves(jax.grad(loss)(*args))
+    ]
+    true = gradient(params, frozen, example)
+    other = gradient(*_shaken((params, frozen, example), 4 * unit))
+    sums = jax.tree.leaves(total)
+    count = len(scaling.bounds)
+    lengths = [_lengths(xs, groups, count) for xs in (sums, true, other)]
+    directions = [
+      [x / length[i] for x, i in zip(xs, groups, strict=True)]
+      for xs, length in zip((sums, true, other), lengths, strict=True)
+    ]
+    far = lambda xs, ys: jnp.stack(
+      [_length([x - y]) for x, y in zip(xs, ys, strict=True)]
+    )
+    return Measured(
+      lengths[0],
+      jnp.stack(norms),
+      lengths[1],
+      lengths[2],
+      jnp.stack([jnp.all(jnp.isfinite(x)) for x in sums]),
+      jnp.stack([_length([x]) for x in directions[1]]),
+      far(directions[0], directions[1]),
+      far(directions[2], directions[1]),
+    )
+
+  return measure
+
+
+def judge(
+  clipped_grad: clipping.ClippedGrad,
+  params: PyTree,
+  measured: Measured,
+  *,
+  is_ordinary: bool,
+) -> Problem | None:
+  """What is wrong with the sum of one example, if anything is.
+
+  Args:
+    clipped_grad: that made the sum.
+    params: whole; shapes are enough.
+    measured: of the sum.
+    is_ordinary: whether the example's numbers are of no extreme size.
+  """
+  scaling, groups = clipped_grad.scaling(params)
+  seen = Measured(*[np.asarray(x, np.float64) for x in measured])
+  for i, bound in enumerate(scaling.bounds):
+    mine = [leaf for leaf, group in enumerate(groups) if group == i]
+    by = lambda sizes, mine=mine: tuple(sorted(mine, key=lambda x: -sizes[x]))
+    endless = tuple(leaf for leaf in mine if not seen.is_finite[leaf])
+    if endless:
+      return Problem("is not finite", endless)
+    if seen.length[i] > (1 + LONGER) * bound:
+      return Problem(
+        f"is {seen.length[i]:.4g} long where its bound is {bound:.4g}",
+        by(np.nan_to_num(seen.share)),
+      )
+    truth = seen.truth[i]
+    if not 0 < truth < math.inf:
+      continue
+    change = max(abs(seen.again[i] / truth - 1), *seen.varies[mine])
+    if not change <= _STEADY:
+      continue
+    near = _TOLERANCE + 8 * change
+    expected = truth * _scale(scaling, i, truth)
+    if seen.length[i] > (1 + near) * expected + _TOLERANCE * bound:
+      return Problem(
+        f"is {seen.length[i]:.4g} long where the clipped gradient is"
+        f" {expected:.4g}",
+        by(seen.share),
+      )
+    short = (1 - near) * truth - _TOLERANCE * scaling.l2_clip_norms[i]
+    if seen.norm[i] < short:
+      return Problem(
+        f"is clipped by a norm of {seen.norm[i]:.4g} where that of the gradient"
+        f" is {truth:.4g}",
+        by(seen.share),
+      )
+    is_seen = is_ordinary and expected > 0 and seen.length[i] > 0
+    if is_seen and np.max(seen.differs[mine]) > near:
+      what = "does not point where the gradient does"
+      return Problem(what, by(seen.differs))
+  return None
+
+
+def blamed(
+  clipped_grad: clipping.ClippedGrad,
+  params: PyTree,
+  example: PyTree,
+  rng: jax.Array | None,
+  leaves: Sequence[int],
+  *,
+  most: int = 16,
+) -> list[int]:
+  """Numbers of the parameters that have a wrong norm on their own.
+
+  One parameter is trained at a time. Compiles a program for each.
+
+  Args:
+    clipped_grad: whose sum was wrong.
+    params: whole, on one device.
+    example: of which it was wrong.
+    rng: its key or None.
+    leaves: numbers of trained parameters, the most suspect first.
+    most: so many are tried.
+
+  Returns:
+    That of the first that is wrong by itself; none if each is right.
+  """
+  parts = freezing.split(params, clipped_grad.frozen)
+  trained = [
+    name
+    for name, is_frozen in zip(
+      freezing.names(params), parts.is_frozen, strict=True
+    )
+    if not is_frozen
+  ]
+  scaling, groups = clipped_grad.scaling(params)
+  for leaf in leaves[:most]:
+    name = trained[leaf]
+    is_alone = len(freezing.names(params)) == 1
+    alone = dataclasses.replace(
+      clipped_grad,
+      l2_clip_norm=scaling.l2_clip_norms[groups[leaf]],
+      frozen=None if is_alone else functools.partial(operator.ne, name),
+      microbatch_size=None,
+    )
+    mine, rest = clipping.partition(params, alone.frozen)
+    measure = measurer(alone)
+
+    def one(
+      params: PyTree,
+      rest: PyTree,
+      alone: clipping.ClippedGrad = alone,
+      measure: Callable[..., Measured] = measure,
+    ) -> Measured:
+      whole = clipping.merge(params, rest)
+      batch = jax.tree.map(lambda x: jnp.asarray(x)[None], example)
+      keys = None if rng is None else rng[None]
+      out = alone(whole, batch, rng=keys)
+      norms = [x[0] for x in jax.tree.leaves(out.grad_norms)]
+      return measure(params, rest, example, rng, out.sum, norms)
+
+    found = jax.device_get(jax.jit(one)(mine, rest))
+    if judge(alone, params, found, is_ordinary=False) is not None:
+      return [leaf]
+  return []
+
+
+def _scale(scaling: Any, group: int, norm: float) -> float:
+  """What a gradient of a norm is multiplied with."""
+  if scaling.normalize_gamma is None:
+    divisor = max(norm, scaling.l2_clip_norms[group])
+  else:
+    divisor = norm + scaling.normalize_gamma
+  return scaling.bounds[group] / divisor
+
+
+def _lengths(
+  xs: Sequence[jax.Array], groups: Sequence[int], count: int
+) -> jax.Array:
+  return jnp.stack(
+    [
+      _length([x for x, mine in zip(xs, groups, strict=True) if mine == i])
+      for i in range(count)
+    ]
+  )
+
+
+def _length(xs: Sequence[jax.Array]) -> jax.Array:
+  """The norm of all together, of any size: no square is too large or small."""
+  largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in xs]))
+  safe = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+  return largest * jnp.sqrt(sum(jnp.sum(jnp.square(x / safe)) for x in xs))
+
+
+def _shaken(tree: PyTree, amount: float) -> PyTree:
+  """Each float a little larger or smaller."""
+  leaves, structure = jax.tree.flatten(tree)
+  changed = []
+  for i, x in enumerate(leaves):
+    if jnp.issubdtype(x.dtype, jnp.floating):
+      wide = jnp.promote_types(x.dtype, jnp.float32)
+      sign = watched.signs(x.shape, i).astype(wide)
+      x = (x * (1 + amount * sign)).astype(x.dtype)
+    changed.append(x)
+  return jax.tree.unflatten(structure, changed)
+
+
+def _rounding(
+  clipped_grad: clipping.ClippedGrad,
+  loss: Callable[..., Any],
+  *args: PyTree,
+) -> float:
+  """The relative error of the coarsest numbers that a loss computes with."""
+  floats = [
+    x.dtype
+    for x in jax.tree.leaves(args[0])
+    if jnp.issubdtype(x.dtype, jnp.floating)
+  ]
+  unit = max(float(jnp.finfo(dtype).eps) for dtype in floats)
+  jaxpr = jax.make_jaxpr(loss)(*args).jaxpr
+  if any(map(program.computes_narrow, jaxpr.eqns)):
+    unit = max(unit, 2.0**-8)
+  platform = clipped_grad.platform or {"cuda": "gpu", "rocm": "gpu"}.get(
+    jax.default_backend(), jax.default_backend()
+  )
+  return max(unit, costs.unit_roundoff(platform, None))

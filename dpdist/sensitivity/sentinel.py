@@ -1,0 +1,203 @@
+"""The sentinel: a run watches its own sensitivity.
+
+All privacy rests on one number, how far one example can move the clipped sum,
+and that on rules for norms, any of which may be wrong. So nobody's word is
+taken for it:
+
+  * Before anything is charged, the step that will run is run on made-up
+    examples, one at a time among padding that holds NaN, and what it adds is
+    held against `jax.grad`; see `dpdist.sensitivity.trials`,
+    `dpdist.sensitivity.made_up_examples` and `dpdist.sensitivity.comparison`. A
+    loop of one's own has `dpdist.check_sensitivity`, a config `launch.check`.
+  * While it runs, at the first step of a branch and then at a secret one in
+    `config.sentinel.every`, examples of the data that are longer than their
+    norms say are found and add 0; see `dpdist.clipping.watched`, which proves
+    how seldom that is a mistake. The run ends after that step, which is
+    charged and saved as any other.
+
+Which steps those are, and along which direction examples are looked at, are
+functions of (secret, branch, step): a step that runs again has the same bits.
+
+That a run ends so is an event that depends on the data. While clipping is right
+it happens to one example at one watched step with probability below 1e-10,
+which adds less than that to delta. If it is wrong, there was no guarantee
+before: the ledger, and with it result and report, say void. Neither says more;
+the parameter and its rule are named on the owner's screen alone.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpdist import clipping
+from dpdist.clipping import freezing
+from dpdist.mechanism import mechanism
+from dpdist.sensitivity import comparison
+from dpdist.sensitivity import trials
+
+PyTree = Any
+
+SensitivityError = trials.SensitivityError
+Report = trials.Report
+
+
+def check_sensitivity(
+  loss_fn: Callable[..., Any],
+  params: PyTree,
+  batch: PyTree,
+  *,
+  l2_clip_norm: PyTree,
+  has_aux: bool = False,
+  method: str = "auto",
+  microbatch_size: int | None = None,
+  rescale_to_unit_norm: bool = False,
+  platform: str | None = None,
+  normalize_gamma: float | None = None,
+  frozen: freezing.Frozen = None,
+  rng: jax.Array | None = None,
+) -> Report:
+  """Holds `dpdist.clipped_grad` of a loss against `jax.grad`.
+
+  To be called once before training: it compiles the clipped sum of such a
+  batch, and runs it on made-up examples.
+
+  Args:
+    loss_fn: as for `dpdist.clipped_grad`; likewise l2_clip_norm, has_aux,
+      method, microbatch_size, rescale_to_unit_norm, platform, normalize_gamma
+      and frozen.
+    params: as for a call of it.
+    batch: as for a call of it. Only shapes, dtypes and the largest integer of
+      each array are looked at.
+    rng: a PRNG key, if loss_fn takes one.
+
+  Returns:
+    What was tried.
+
+  Raises:
+    SensitivityError: names what is wrong, the parameter and its rule.
+    ValueError: as `dpdist.clipped_grad`.
+  """
+  clipped_grad = clipping.clipped_grad(
+    loss_fn,
+    l2_clip_norm=l2_clip_norm,
+    has_aux=has_aux,
+    method=method,
+    microbatch_size=microbatch_size,
+    rescale_to_unit_norm=rescale_to_unit_norm,
+    platform=platform,
+    normalize_gamma=normalize_gamma,
+    frozen=frozen,
+  )
+  params = jax.tree.map(jnp.asarray, params)
+  batch = jax.tree.map(jnp.asarray, batch)
+  trained, constants = clipping.partition(params, frozen)
+  rows = len(jax.tree.leaves(batch)[0])
+  rngs = None if rng is None else jax.random.split(rng, rows)
+  measure = comparison.measurer(clipped_grad)
+
+  @jax.jit
+  def one(
+    trained: PyTree,
+    constants: PyTree,
+    batch: PyTree,
+    is_padding: jax.Array,
+    row: int,
+  ) -> comparison.Measured:
+    params = clipping.merge(trained, constants)
+    out = clipped_grad(params, batch, is_padding_example=is_padding, rng=rngs)
+    # What is compared must not be a part of the sum's own program.
+    out = jax.lax.optimization_barrier(out._replace(aux=None))
+    example, key = jax.tree.map(lambda x: x[row], (batch, rngs))
+    norms = [x[row] for x in jax.tree.leaves(out.grad_norms)]
+    total = mean(out.sum, jnp.sum(~is_padding))
+    return measure(trained, constants, example, key, total, norms)
+
+  numbers = np.random.default_rng(0)
+  drawn = jax.tree.map(lambda x: numbers.normal(size=x.shape), trained)
+  both = trained, jax.jit(trials.moved)(trained, drawn)
+  program = trials.Program(
+    clipped_grad,
+    (params, clipping.merge(both[1], constants)),
+    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch),
+    jax.tree.map(largest_integer, batch),
+    rows,
+    rows,
+    lambda number: number % rows,
+    lambda number, *given: iter([one(both[number], constants, *given)]),
+    None if rngs is None else lambda row: rngs[row],
+  )
+  return trials.search(program)
+
+
+def normal(params: PyTree, key: jax.Array) -> PyTree:
+  """Normal numbers like params, in their dtypes; traced."""
+  leaves, structure = jax.tree.flatten(params)
+  drawn = [
+    jax.random.normal(
+      jax.random.fold_in(key, i),
+      x.shape,
+      jnp.promote_types(x.dtype, jnp.float32),
+    ).astype(x.dtype)
+    for i, x in enumerate(leaves)
+  ]
+  return jax.tree.unflatten(structure, drawn)
+
+
+def is_watched(
+  streams: mechanism.Streams, t: int, *, every: int, first_step: int
+) -> bool:
+  """Whether a step of a branch is; secret, and the same whenever it runs.
+
+  Args:
+    streams: of the branch.
+    t: the step.
+    every: on average one step of so many is watched; 0: none is.
+    first_step: of the branch, which is watched too.
+  """
+  if not every:
+    return False
+  if t == first_step:
+    return True
+  high, low = streams.words("sentinel_step", t).tolist()
+  return (high << 32 | low) % every == 0
+
+
+def fault(
+  clipped_grad: clipping.ClippedGrad,
+  params: PyTree,
+  row: PyTree,
+  leaves: list[int],
+  names: list[str] | None = None,
+) -> str:
+  """What to say on the owner's screen of what `Sentinel.end` found.
+
+  Args:
+    clipped_grad: of the step.
+    params: whole; shapes are enough.
+    row: shapes of a row of a chunk.
+    leaves: what was found.
+    names: what the trained parameters are called; None: by their paths.
+  """
+  paths, ways = trials.ways_of(clipped_grad, params, row, has_rng=True)
+  where = ", ".join(
+    f"{trials.path((names or paths)[i])} ({ways[paths[i]]})" for i in leaves
+  )
+  return (
+    "the sentinel found an example whose clipped gradient is far longer than"
+    f" the clip norm, along {where}: the guarantee of this run is void, and the"
+    f" ledger says so; {trials.INSTEAD}"
+  )
+
+
+def mean(total: PyTree, count: jax.Array | int) -> PyTree:
+  """A sum of so many equal examples, as of one; traced."""
+  return jax.tree.map(lambda x: x / count, total)
+
+
+def largest_integer(x: jax.Array) -> int:
+  """The largest integer of an array; 0 of any other."""
+  is_integer = jnp.issubdtype(x.dtype, jnp.integer)
+  return int(np.max(np.asarray(x), initial=0)) if is_integer else 0

@@ -1,0 +1,1 @@
+"""Sums of float arrays that lose nothing: compensated ones, and integers."""

@@ -1,0 +1,1 @@
+"""What is trained: losses, held-out metrics, optimizers."""

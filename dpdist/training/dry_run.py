@@ -1,0 +1,177 @@
+"""A step on made-up zeros, before anything is written or charged.
+
+What fails on its first step would otherwise have been charged for, at every
+start anew: a loss that does not take the data's dtypes, or a chunk that does
+not fit the memory. So the functions that the run will use, and no others, are
+compiled and run once, on zeros of the data's shapes and dtypes, in every
+process and on the run's mesh.
+
+Guarantees:
+  * No example is in it, and no key of the run: its key is a public constant,
+    and what it computes is dropped. A run's key is made of its secret, and is
+    that constant with a probability of 2**-64.
+  * Nothing compiles again in the run's steps.
+  * Where it fails in one process, all stop, and nothing is spent.
+"""
+
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+
+from dpdist.distributed import collectives
+from dpdist.distributed import mesh as mesh_lib
+from dpdist.distributed import progress as progress_lib
+from dpdist.noise import noise
+from dpdist.reporting import console
+from dpdist.training import setup
+from dpdist.training import step as step_lib
+
+PyTree = Any
+
+
+def run(
+  config: ml_collections.ConfigDict,
+  progress: progress_lib.Progress,
+  job: setup.Job,
+) -> int:
+  """Compiles and runs a step; to be called in all processes.
+
+  A chunk that was not set, and is too large for the memory, is halved until it
+  fits.
+
+  Args:
+    config: settings.
+    progress: of this process.
+    job: not begun: its state is made with `job_lib.PUBLIC_WORDS`.
+
+  Returns:
+    Examples, or users, over the mesh at once.
+
+  Raises:
+    ValueError: chunk_size is too large for the memory.
+    dpdist.distributed.collectives.PeerError: another process failed.
+  """
+  if not collectives.from_leader(lambda: _is_to_train(job)):
+    return job.chunk_size
+  progress.enter(-1, "compiling")
+  state = collectives.in_all(job.init)
+  multiple, _ = mesh_lib.chunk_multiple(config.clipping, job.mesh)
+  size = job.chunk_size
+  while True:
+    accumulator, problem = _accumulated(job, state, size)
+    # Before a collective, in which the others would wait for one that failed.
+    problems = [text for text in collectives.gather(problem) if text]
+    if not problems:
+      break
+    del accumulator
+    size = _smaller(config, size, multiple, problems[0])
+  _finish(config, job, state, accumulator)
+  progress.enter(-1, "starting")
+  return size
+
+
+def _is_to_train(job: setup.Job) -> bool:
+  """Whether a step is left, as the leader sees it."""
+  ledger, saved = job.ledger, job.found.saved
+  assert ledger is not None
+  if job.changes or saved is None or not ledger.branches:
+    return True
+  # On the branch that there is, or on a new one: which of them it will be is
+  # decided later, and a new one begins at the checkpoint's step.
+  is_charged = saved.step < ledger.branches[-1].stop_step
+  return is_charged or ledger.segment.charged < ledger.plan.num_steps
+
+
+def _accumulated(
+  job: setup.Job, state: step_lib.TrainState, size: int
+) -> tuple[step_lib.Accumulator | None, str]:
+  """A step's sum, or why there was no memory for one."""
+
+  def accumulate() -> tuple[step_lib.Accumulator | None, str]:
+    try:
+      accumulator = job.step.zeros(state.params)
+      # As the run does, where a draw takes more chunks than one.
+      for first_row in (0, size):
+        accumulator = job.step.accumulate(
+          state.params,
+          accumulator,
+          *_zeros(job, size),
+          noise.as_key(setup.PUBLIC_WORDS),
+          first_row,
+          *([] if job.frozen is None else [job.frozen]),
+        )
+      jax.block_until_ready(accumulator)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+      if not _is_out_of_memory(error):
+        raise
+      return None, str(error).splitlines()[0]
+    return accumulator, ""
+
+  made: tuple[step_lib.Accumulator | None, str] = collectives.in_all(accumulate)
+  return made
+
+
+def _finish(
+  config: ml_collections.ConfigDict,
+  job: setup.Job,
+  state: step_lib.TrainState,
+  accumulator: Any,
+) -> None:
+  """What the run does with a step's sum."""
+  if config.unsafe_metrics:
+    jax.block_until_ready(job.step.stats(accumulator))
+  release = [np.int32(0)] if len(job.plan.settings) > 1 else []
+  state, released = job.step.apply(
+    state, accumulator, noise.as_key(setup.PUBLIC_WORDS), *release
+  )
+  jax.block_until_ready(released)
+  for params in (state.params, state.ema_params):
+    if params is not None:
+      job.evaluate(step_lib.whole(params, job.frozen), num_passes=1)
+
+
+def _zeros(job: setup.Job, size: int) -> tuple[PyTree, jax.Array]:
+  """A chunk of the data's shapes, none of whose rows is padding."""
+  rows = len(mesh_lib.local_rows(job.mesh, size))
+
+  def zeros(x: Any) -> jax.Array:
+    return mesh_lib.put_rows(
+      np.zeros((rows, *x.shape), x.dtype), size, job.mesh
+    )
+
+  is_padding = jax.ShapeDtypeStruct((), np.bool_)
+  return jax.tree.map(zeros, job.row), zeros(is_padding)
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+  return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
+
+
+def _smaller(
+  config: ml_collections.ConfigDict, size: int, multiple: int, problem: str
+) -> int:
+  """The chunk to try next.
+
+  Raises:
+    ValueError: there is none, or the size was set.
+  """
+  half = max(multiple, size // 2 // multiple * multiple)
+  if config.chunk_size:
+    raise ValueError(
+      "chunk_size must be small enough for the memory of the devices, or 0 for"
+      f" what fits, got {size}, which ran out of it before anything was"
+      f" charged; {half} may fit"
+    )
+  if size == multiple:
+    raise ValueError(
+      f"model must be small enough for the memory of the devices: even the"
+      f" smallest chunk_size, {multiple}, ran out of it before anything was"
+      f" charged ({problem})"
+    )
+  if collectives.is_leader():
+    console.warn(
+      f"a chunk of {size:,} ran out of memory; trying chunk_size {half:,}"
+    )
+  return half

@@ -1,0 +1,474 @@
+"""One training step: accumulate chunks, then apply.
+
+`accumulate` adds a chunk's clipped sum to each device's own accumulator, which
+keeps what float32 rounds away (`dpdist.sums.compensated`), and touches no
+network where every device has all parameters. `apply` reduces the
+accumulators over the mesh, draws noise once, divides by the expected batch size
+and updates the parameters. A step may have any number of chunks, none included,
+so that a draw of any size fits any memory and nothing recompiles.
+
+Where the mesh divides parameters (see `dpdist.distributed.mesh.partition`),
+everything that
+is kept beside them is divided likewise: accumulator, noise, optimizer's state,
+average. `accumulate` then puts a parameter together where the loss uses it, and
+adds up over `fsdp` at once, so that only `data` is left for `apply`.
+
+Frozen parameters are no part of the state: nothing is ever made like them, and
+`accumulate` alone is handed them. In the state None stands in their place; see
+`dpdist.clipping.freezing`.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec
+import optax
+
+from dpdist import clipping
+from dpdist.clipping import watched
+from dpdist.distributed import mesh as mesh_lib
+from dpdist.mechanism import mechanism as mechanism_lib
+from dpdist.noise import noise
+from dpdist.sums import compensated
+
+PyTree = Any
+
+
+class TrainState(NamedTuple):
+  """What a checkpoint keeps; all of it is released.
+
+  Attributes:
+    step: int32 scalar, updates made so far.
+    params: the model's parameters; None where one is frozen.
+    opt_state: the optimizer's.
+    ema_params: exponential moving average of params; None without one.
+    noise_state: the noise mechanism's counter.
+  """
+
+  step: jax.Array
+  params: PyTree
+  opt_state: PyTree
+  ema_params: PyTree | None
+  noise_state: noise.GaussianNoiseState
+
+
+class Stats(NamedTuple):
+  """What the drawn examples did; sensitive, and never released by itself.
+
+  Attributes:
+    num_examples: examples drawn.
+    num_clipped: those whose gradient was longer than the clip norm.
+    num_nonfinite: those left out because their gradient norm was not finite.
+    loss: sum of the finite examples' losses.
+  """
+
+  num_examples: jax.Array
+  num_clipped: jax.Array
+  num_nonfinite: jax.Array
+  loss: jax.Array
+
+
+def no_stats(shards: int) -> Stats:
+  """Of no example, for each device that divides the examples."""
+  count = lambda: jnp.zeros((shards,), jnp.int32)
+  return Stats(count(), count(), count(), jnp.zeros((shards,)))
+
+
+class Accumulator(NamedTuple):
+  """A step's sums so far, apart for each device that divides the examples.
+
+  Attributes:
+    clipped_sum: pytree like params, float32 or wider, with a leading axis over
+      those devices; of what `fsdp` divides, over those along `data`.
+    stats: Stats of [devices] arrays.
+    low: like clipped_sum, what rounding left out of it: the sum of both is
+      meant. (): nothing, as of integers.
+  """
+
+  clipped_sum: PyTree
+  stats: Stats
+  low: PyTree = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+  """The two halves of a step, compiled once for a mesh.
+
+  Attributes:
+    mechanism: what the guarantee rests on.
+    optimizer: applied to the noisy mean.
+    mesh: with the axes of `dpdist.distributed.mesh`.
+    ema_decay: of the moving average of the parameters; 0 keeps none.
+    rules: by which the model's parameters are divided over `model`.
+  """
+
+  mechanism: mechanism_lib.Mechanism
+  optimizer: optax.GradientTransformation
+  mesh: Mesh
+  ema_decay: float = 0.0
+  rules: mesh_lib.Rules = ()
+
+  def specs(self, params: PyTree) -> PyTree:
+    """How parameters lie on the mesh: pytree like params of PartitionSpecs."""
+    return mesh_lib.partition(params, self.mesh, self.rules)
+
+  def state_specs(self, state: TrainState) -> PyTree:
+    """How a state lies on the mesh.
+
+    What an optimizer keeps for a parameter, of the same shape, lies like it.
+    """
+    specs, whole = self.specs(state.params), mesh_lib.REPLICATED
+    like = jax.tree.map(lambda x, spec: (x.shape, spec), state.params, specs)
+    opt_state = optax.tree.map_params(
+      self.optimizer,
+      lambda x, at: at[1] if x.shape == at[0] else whole,
+      state.opt_state,
+      like,
+      transform_non_params=lambda x: whole,
+    )
+    everywhere = jax.tree.map(lambda x: whole, state)
+    return everywhere._replace(
+      params=specs,
+      opt_state=opt_state,
+      ema_params=None if state.ema_params is None else specs,
+    )
+
+  def accumulator_specs(self, params: PyTree) -> PyTree:
+    """How an accumulator lies on the mesh: of PartitionSpecs."""
+    sums = jax.tree.map(mesh_lib.stacked, self.specs(params))
+    stats = jax.tree.map(lambda x: mesh_lib.EXAMPLES, no_stats(1))
+    return Accumulator(sums, stats, sums)
+
+  def init(self, params: PyTree) -> TrainState:
+    """The state before the first step, on the mesh, from whole parameters."""
+    state = self.initial(params)
+    return mesh_lib.place(state, self.state_specs(state), self.mesh)
+
+  def init_from(self, make: Callable[..., PyTree], *args: Any) -> TrainState:
+    """The same, where no device need ever have all parameters.
+
+    Args:
+      make: from args to parameters; traced.
+      *args: NumPy arrays, equal in all processes.
+    """
+    return self.initializer(make, *args)(*args)
+
+  def initializer(
+    self, make: Callable[..., PyTree], *args: Any
+  ) -> Callable[..., TrainState]:
+    """The function of `init_from`, compiled once for args of such shapes."""
+
+    def initial(*args: Any) -> TrainState:
+      return self.initial(make(*args))
+
+    specs = self.state_specs(jax.eval_shape(initial, *args))
+    if all(spec == mesh_lib.REPLICATED for spec in jax.tree.leaves(specs)):
+      # The program of one device, whose bits do not depend on the mesh.
+      alone = jax.jit(initial)
+      return lambda *args: mesh_lib.place(alone(*args), specs, self.mesh)
+    shardings = jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
+    return jax.jit(initial, out_shardings=shardings)
+
+  def placed(self, params: PyTree) -> PyTree:
+    """Puts whole parameters, NumPy arrays of this process, on the mesh."""
+    return mesh_lib.place(params, self.specs(params), self.mesh)
+
+  def initial(self, params: PyTree) -> TrainState:
+    """The same, where params are; may be traced."""
+    return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=self.optimizer.init(params),
+      # A copy: state and average may be donated in the same call.
+      ema_params=jax.tree.map(jnp.copy, params) if self.ema_decay else None,
+      noise_state=noise.GaussianNoiseState(jnp.zeros((), jnp.int32)),
+    )
+
+  @functools.cached_property
+  def zeros(self) -> Callable[..., Any]:
+    """Compiled (params) -> an empty Accumulator."""
+    shards = mesh_lib.num_example_shards(self.mesh)
+
+    def zeros(params: PyTree) -> Accumulator:
+      sums = jax.tree.map(
+        lambda x, spec: jnp.zeros(
+          (self._num_summed(spec), *x.shape),
+          jnp.promote_types(x.dtype, jnp.float32),
+        ),
+        params,
+        self.specs(params),
+      )
+      empty = compensated.zeros_like(sums)
+      return self._constrained(
+        params, Accumulator(empty.high, no_stats(shards), empty.low)
+      )
+
+    return jax.jit(zeros)
+
+  def _num_summed(self, spec: PartitionSpec) -> int:
+    axes = mesh_lib.summed_axes(spec)
+    return math.prod(self.mesh.shape[axis] for axis in axes)
+
+  def _constrained(
+    self, params: PyTree, accumulator: Accumulator
+  ) -> Accumulator:
+    """Says how a traced accumulator lies."""
+    specs = self.accumulator_specs(params)
+    return mesh_lib.constrain(accumulator, specs, self.mesh)
+
+  @functools.cached_property
+  def accumulate(self) -> Callable[..., Any]:
+    """Compiled function that adds one chunk.
+
+    No collective, but for what puts divided parameters together and adds up
+    their sums.
+
+    Args of the function:
+      params: as in the state.
+      accumulator: of the same step; its memory is reused.
+      batch: pytree; leading axis the chunk, sharded over the examples' devices.
+      is_padding_example: [chunk] bool, sharded alike.
+      key: the step's key for dropout and the like.
+      first_row: where the chunk begins in the step's list of examples, so that
+        randomness belongs to an example and not to a device.
+      frozen: the frozen parameters, None where one is trained; None: all are
+        trained. Which are must be what `mechanism.clipped_grad` was told.
+
+      direction: for a step that is watched, which is another program; see
+        `dpdist.clipping.watched`. None: nobody watches.
+
+    Returns of the function:
+      The accumulator with the chunk's clipped sum; with a direction, that and
+      what was seen.
+    """
+
+    def local(
+      specs: PyTree,
+      params: PyTree,
+      frozen: PyTree | None,
+      direction: PyTree | None,
+      accumulator: Accumulator,
+      batch: PyTree,
+      is_padding_example: jax.Array,
+      rngs: jax.Array,
+    ) -> Any:
+      grads = self.mechanism.clipped_grad(
+        whole(params, frozen),
+        batch,
+        is_padding_example=is_padding_example,
+        rng=rngs,
+        param_specs=specs,
+        direction=direction,
+      )
+      grads, seen = watched.seen(grads)
+      stats = count(self.mechanism, grads, is_padding_example)
+      # The leading axis has one entry a device, here this device's own.
+      more, low, stats = jax.tree.map(
+        lambda x: x[None], (grads.sum, grads.low, stats)
+      )
+      before = compensated.Sum(accumulator.clipped_sum, accumulator.low)
+      total = compensated.add(before, more, low)
+      stats = jax.tree.map(jnp.add, accumulator.stats, stats)
+      after = Accumulator(total.high, stats, total.low)
+      return after if seen is None else (after, seen)
+
+    def accumulate(
+      params: PyTree,
+      accumulator: Accumulator,
+      batch: PyTree,
+      is_padding_example: jax.Array,
+      key: jax.Array,
+      first_row: jax.Array | int,
+      frozen: PyTree | None = None,
+      direction: PyTree | None = None,
+    ) -> Any:
+      rows = first_row + jnp.arange(is_padding_example.shape[0])
+      rngs = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
+      specs, frozen_specs = (
+        jax.tree.map(mesh_lib.without_model, self.specs(x))
+        for x in (params, frozen)
+      )
+      stacked: Any = jax.tree.map(mesh_lib.stacked, specs)
+      sums: Any = Accumulator(
+        stacked, self.accumulator_specs({}).stats, stacked
+      )
+      run = jax.shard_map(
+        functools.partial(local, whole(specs, frozen_specs)),
+        mesh=self.mesh,
+        in_specs=(specs, frozen_specs, None if direction is None else specs)
+        + (sums,)
+        + (mesh_lib.EXAMPLES,) * 3,
+        out_specs=sums if direction is None else (sums, mesh_lib.EXAMPLES),
+        axis_names=mesh_lib.manual_axes(self.mesh),
+      )
+      after = run(
+        *(params, frozen, direction, accumulator),
+        *(batch, is_padding_example, rngs),
+      )
+      if direction is None:
+        return self._constrained(params, after)
+      return self._constrained(params, after[0]), after[1]
+
+    return jax.jit(accumulate, donate_argnums=(1,))
+
+  @functools.cached_property
+  def total(self) -> Callable[..., Any]:
+    """Compiled (params, accumulator) -> the clipped sum over all devices."""
+
+    def total(params: PyTree, accumulator: Accumulator) -> PyTree:
+      summed = jax.tree.map(
+        lambda high, low: jnp.sum(high + low, 0),
+        accumulator.clipped_sum,
+        accumulator.low,
+      )
+      return mesh_lib.constrain(summed, self.specs(params), self.mesh)
+
+    return jax.jit(total)
+
+  @functools.cached_property
+  def apply(self) -> Callable[..., Any]:
+    """Compiled function that ends a step: one reduction, one draw, one update.
+
+    Args of the function:
+      state: before the step; its memory is reused.
+      accumulator: with all chunks of the step.
+      noise_key: a typed PRNG key, secret; the step counter is folded into it.
+      release: int32 scalar, the step's place among all that are charged under
+        the plan; needed where the plan has a schedule.
+
+    Returns of the function:
+      The state after the step, and released metrics: "noisy_gradient_norm".
+    """
+
+    def reduce(params: PyTree, total: compensated.Sum) -> compensated.Sum:
+      specs = self.specs(params)
+      both = compensated.Sum(specs, specs)
+      if mesh_lib.num_example_shards(self.mesh) == 1:
+        # Nothing to add up. XLA fails on a sum over axes of size 1 where others
+        # are its own to divide (jax 0.10.2).
+        alone = jax.tree.map(lambda x: x[0], total)
+        return mesh_lib.constrain(alone, both, self.mesh)
+      manual = jax.tree.map(mesh_lib.without_model, specs)
+      parts = jax.tree.map(mesh_lib.stacked, manual)
+      units = self.mechanism.grid(params, self._num_summed(mesh_lib.REPLICATED))
+
+      @functools.partial(
+        jax.shard_map,
+        mesh=self.mesh,
+        in_specs=(compensated.Sum(parts, parts),),
+        out_specs=compensated.Sum(manual, manual),
+        axis_names=mesh_lib.manual_axes(self.mesh),
+      )
+      def add(total: compensated.Sum) -> compensated.Sum:
+        mine = jax.tree.map(lambda x: x[0], total)
+        axes = jax.tree.map(
+          lambda x, spec: mesh_lib.summed_axes(spec), mine.high, manual
+        )
+        return compensated.over_devices(mine, axes, units)
+
+      return mesh_lib.constrain(add(total), both, self.mesh)
+
+    def apply(
+      state: TrainState,
+      accumulator: Accumulator,
+      noise_key: jax.Array,
+      release: jax.Array | None = None,
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+      # Outside shard_map: inside, each device would draw, and the sum of their
+      # draws, or copies of one block, is not the noise that was planned.
+      total = compensated.Sum(accumulator.clipped_sum, accumulator.low)
+      noisy_sum, noise_state = self.mechanism.add_noise(
+        reduce(state.params, total), state.noise_state, noise_key, release
+      )
+      after, released = update(
+        self.mechanism,
+        self.optimizer,
+        self.ema_decay,
+        state,
+        noisy_sum,
+        noise_state,
+        release,
+      )
+      specs = self.state_specs(after)
+      released = jax.lax.with_sharding_constraint(
+        released, mesh_lib.replicated(self.mesh)
+      )
+      return mesh_lib.constrain(after, specs, self.mesh), released
+
+    return jax.jit(apply, donate_argnums=(0,))
+
+  @functools.cached_property
+  def stats(self) -> Callable[..., Any]:
+    """Compiled (accumulator) -> Stats over all devices. Sensitive."""
+    return jax.jit(
+      lambda accumulator: jax.tree.map(jnp.sum, accumulator.stats),
+      out_shardings=mesh_lib.replicated(self.mesh),
+    )
+
+
+def whole(params: PyTree, frozen: PyTree | None) -> PyTree:
+  """All parameters, as a model takes them.
+
+  Args:
+    params: as in the state.
+    frozen: the others, None where one is trained; None: there are none.
+  """
+  return params if frozen is None else clipping.merge(params, frozen)
+
+
+def count(
+  mechanism: mechanism_lib.Mechanism,
+  grads: clipping.ClippedGrads,
+  is_padding_example: jax.Array,
+) -> Stats:
+  """Stats, scalars, of the examples whose gradients are given."""
+  real = ~is_padding_example
+  finite = jnp.isfinite(grads.grad_norms)
+  clipped = grads.grad_norms > mechanism.clipped_grad.l2_clip_norm
+  loss = jnp.where(real & jnp.isfinite(grads.loss), grads.loss, 0)
+  return Stats(
+    num_examples=jnp.sum(real, dtype=jnp.int32),
+    num_clipped=jnp.sum(real & finite & clipped, dtype=jnp.int32),
+    num_nonfinite=jnp.sum(real & ~finite, dtype=jnp.int32),
+    loss=jnp.sum(loss, dtype=jnp.float32),
+  )
+
+
+def update(
+  mechanism: mechanism_lib.Mechanism,
+  optimizer: optax.GradientTransformation,
+  ema_decay: float,
+  state: TrainState,
+  noisy_sum: PyTree,
+  noise_state: noise.GaussianNoiseState,
+  release: jax.Array | None = None,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """What follows the noise: the state after the step, and released metrics."""
+  gradient = mechanism.mean(noisy_sum, release)
+  updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  new_state = TrainState(
+    state.step + 1,
+    params,
+    opt_state,
+    _ema(ema_decay, params, state.ema_params, state.step),
+    noise_state,
+  )
+  return new_state, {"noisy_gradient_norm": optax.tree.norm(gradient)}
+
+
+def _ema(
+  ema_decay: float, params: PyTree, ema_params: PyTree | None, step: jax.Array
+) -> PyTree | None:
+  if ema_params is None:
+    return None
+  # Early on the average follows closely, so that it forgets the init.
+  decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
+  return optax.incremental_update(params, ema_params, 1.0 - decay)

@@ -1,0 +1,220 @@
+"""The sentinel of `dpdist.train`: its step is tried, and watched as it runs.
+
+See `dpdist.sensitivity.sentinel` for why, and for what both mean.
+"""
+
+from collections.abc import Callable, Iterator
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from dpdist.distributed import collectives
+from dpdist.distributed import mesh as mesh_lib
+from dpdist.keys import keys
+from dpdist.mechanism import mechanism
+from dpdist.noise import noise
+from dpdist.sensitivity import comparison
+from dpdist.sensitivity import sentinel as sentinel_lib
+from dpdist.sensitivity import trials
+from dpdist.training import step as step_lib
+
+PyTree = Any
+
+
+def check_step(
+  step: step_lib.Step,
+  params: PyTree,
+  frozen: PyTree | None,
+  *,
+  row: PyTree,
+  largest: PyTree,
+  chunk_size: int,
+  is_watched: bool = True,
+) -> trials.Report:
+  """Holds the step that will run, on its mesh, against `jax.grad`.
+
+  To be called in all processes.
+
+  Args:
+    step: what will run.
+    params: of its state.
+    frozen: as `step.accumulate` takes it.
+    row: shapes of a row of a chunk.
+    largest: pytree like row: what its integers are at most, publicly.
+    chunk_size: rows over the mesh at once.
+    is_watched: whether watched steps will run too.
+
+  Returns:
+    What was tried.
+
+  Raises:
+    dpdist.sensitivity.sentinel.SensitivityError: names what is wrong, the
+      parameter and
+      its rule.
+  """
+  clipped_grad = step.mechanism.clipped_grad
+  mesh, sharding = step.mesh, mesh_lib.examples(step.mesh)
+  replicated = mesh_lib.replicated(mesh)
+  measure = _on_one_device(comparison.measurer(clipped_grad), replicated)
+  key = noise.as_key(keys.prng_words(keys.insecure_secret(0)))
+  drawn = drawer(step)(params, key)
+  along = drawn if is_watched else None
+  specs = step.specs(params)
+  move = lambda *args: mesh_lib.constrain(trials.moved(*args), specs, mesh)
+  both = params, jax.jit(move)(params, drawn)
+  at = jax.jit(lambda x, row: x[row], out_shardings=replicated)
+  fold = functools.partial(jax.random.fold_in, key)
+  # A step that nobody watches does not say its norms.
+  unknown = [mesh_lib.replicate(jnp.array(jnp.nan, jnp.float32), mesh)]
+
+  def put(x: np.ndarray) -> jax.Array:
+    return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
+
+  @jax.jit
+  def averaged(params: PyTree, total: PyTree, count: int) -> PyTree:
+    return mesh_lib.constrain(
+      sentinel_lib.mean(total, count), step.specs(params), mesh
+    )
+
+  def run(
+    number: int, batch: PyTree, is_padding: np.ndarray, row: int
+  ) -> Iterator[comparison.Measured]:
+    params, example = both[number], jax.tree.map(lambda x: x[row], batch)
+    chunk, empty = jax.tree.map(put, (batch, is_padding))
+    count = int(np.sum(~is_padding))
+    given = (chunk, empty, key, 0)
+    more = [] if frozen is None else [frozen]
+    plain = step.accumulate(params, step.zeros(params), *given, *more)
+    total = averaged(params, step.total(params, plain), count)
+    yield measure(params, frozen, example, fold(row), total, unknown)
+    if along is None:
+      return
+    after, seen = step.accumulate(
+      params, step.zeros(params), *given, frozen, along
+    )
+    norms = [at(x, row) for x in jax.tree.leaves(seen.norms)]
+    total = averaged(params, step.total(params, after), count)
+    yield measure(params, frozen, example, fold(row), total, norms)
+
+  # One device after the other, and each row of them.
+  shards = mesh_lib.num_example_shards(mesh)
+  size = chunk_size // shards
+  wholes = [step_lib.whole(x, frozen) for x in both]
+  program = trials.Program(
+    clipped_grad,
+    (wholes[0], wholes[1]),
+    row,
+    largest,
+    chunk_size,
+    step.mechanism.plan.num_units,
+    lambda number: number % shards * size + number // shards % size,
+    run,
+    fold,
+    collectives.any_process,
+  )
+  return trials.search(program)
+
+
+def _on_one_device(
+  measure: Callable[..., comparison.Measured], replicated: Any
+) -> Callable[..., comparison.Measured]:
+  """Compiled; for one device of each process where it has all that is given."""
+  alone = jax.jit(measure)
+  together = jax.jit(measure, out_shardings=replicated)
+
+  def run(*given: Any) -> comparison.Measured:
+    arrays = [x for x in jax.tree.leaves(given) if isinstance(x, jax.Array)]
+    if not all(x.is_fully_replicated for x in arrays):
+      return together(*given)
+    here = lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x
+    return alone(*jax.tree.map(here, given))
+
+  return run
+
+
+def drawer(step: step_lib.Step) -> Callable[[PyTree, jax.Array], PyTree]:
+  """Compiled (params, key) -> normal numbers like params, on the mesh."""
+
+  def draw(params: PyTree, key: jax.Array) -> PyTree:
+    found = sentinel_lib.normal(params, key)
+    return mesh_lib.constrain(found, step.specs(params), step.mesh)
+
+  return jax.jit(draw)
+
+
+class Sentinel:
+  """Watches the steps of one branch of a run.
+
+  Attributes:
+    watches: whether the present step is watched.
+  """
+
+  def __init__(
+    self,
+    step: step_lib.Step,
+    frozen: PyTree | None,
+    streams: mechanism.Streams,
+    *,
+    every: int,
+    first_step: int,
+  ):
+    """Nothing is watched yet.
+
+    Args:
+      step: what runs.
+      frozen: as `step.accumulate` takes it.
+      streams: of the branch.
+      every: on average one step of so many is watched; 0: none is.
+      first_step: of the branch, which is watched too.
+    """
+    self._step, self._frozen, self._streams = step, frozen, streams
+    self._every, self._first_step = every, first_step
+    self._draw = drawer(step)
+    self._sum = jax.jit(
+      lambda x: jnp.sum(x, axis=0),
+      out_shardings=mesh_lib.replicated(step.mesh),
+    )
+    self._direction: PyTree | None = None
+    self._found: jax.Array | None = None
+
+  def is_watched(self, t: int) -> bool:
+    """Whether a step is one of those."""
+    return sentinel_lib.is_watched(
+      self._streams, t, every=self._every, first_step=self._first_step
+    )
+
+  def begin(self, t: int, params: PyTree) -> None:
+    """Says that a step begins."""
+    self._direction = self._found = None
+    if self.is_watched(t):
+      key = self._streams.key("sentinel_direction", t)
+      self._direction = self._draw(params, key)
+
+  def accumulate(
+    self, params: PyTree, accumulator: PyTree, *chunk: Any
+  ) -> PyTree:
+    """Adds a chunk; as `dpdist.training.step.Step.accumulate` without
+    frozen."""
+    if self._direction is None:
+      # Given only where there are any.
+      more = [] if self._frozen is None else [self._frozen]
+      return self._step.accumulate(params, accumulator, *chunk, *more)
+    accumulator, seen = self._step.accumulate(
+      params, accumulator, *chunk, self._frozen, self._direction
+    )
+    found = self._sum(seen.found)
+    self._found = found if self._found is None else self._found + found
+    return accumulator
+
+  def end(self) -> list[int]:
+    """The numbers of the trained parameters that examples were too long along.
+
+    The same in all processes.
+    """
+    self._direction = None
+    if self._found is None:
+      return []
+    return [int(i) for i in np.flatnonzero(np.asarray(self._found))]

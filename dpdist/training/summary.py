@@ -1,0 +1,228 @@
+"""What a run tells a person at its start and its end."""
+
+from collections.abc import Sequence
+import os
+import pathlib
+from typing import Any
+
+import jax
+import numpy as np
+
+from dpdist.distributed import mesh as mesh_lib
+from dpdist.files import json_fields
+from dpdist.ledger import ledger as ledger_lib
+from dpdist.privacy import composition
+from dpdist.privacy import plan as plan_lib
+from dpdist.privacy import rounding as rounding_lib
+from dpdist.privacy import statement
+from dpdist.reporting import console
+from dpdist.tasks import chance
+from dpdist.training import setup
+
+
+def start_rows(
+  job: setup.Job,
+  planned: Sequence[plan_lib.Part],
+  *,
+  epsilon: float,
+  start_step: int,
+  sentinel_every: int,
+) -> list[tuple[str, str]]:
+  """The table shown before the first step and in the report.
+
+  Args:
+    job: the run.
+    planned: what it will have spent at its end.
+    epsilon: what holds for it; see `dpdist.privacy.composition.guaranteed`.
+    start_step: updates that the restored state has.
+    sentinel_every: of so many steps one is watched; 0: none.
+
+  Returns:
+    (name, value) pairs.
+  """
+  plan = job.plan
+  axes = " x ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items())
+  device = job.mesh.devices.flat[0]
+  rows = [
+    (f"{plan.unit}s", console.human_count(plan.num_examples)),
+    ("expected batch size", f"{plan.expected_batch_size:,g}"),
+    (
+      "sampling probability q",
+      f"{plan.sampling_probability:.6g}, {statement.sampling(plan)}",
+    ),
+    ("steps", console.human_count(sum(n for _, n in planned))),
+    ("l2 clip norm", f"{plan.l2_clip_norm:g}"),
+    ("noise multiplier sigma", f"{plan.noise_multiplier:g}"),
+    (
+      "epsilon",
+      f"{statement.rounded_up(epsilon, 4)}"
+      f" ({composition.accountant_of(planned)} accountant)",
+    ),
+    ("delta", f"{plan.delta:g}"),
+    ("adjacency", f"{plan.neighboring_relation}, of one {plan.unit}"),
+    ("mesh", f"{axes} ({device.device_kind})"),
+    ("clipping method", job.step.mechanism.clipped_grad.method),
+    (
+      "watched by the sentinel",
+      f"one step in {sentinel_every:,}" if sentinel_every else "no step",
+    ),
+    ("chunk size", console.human_count(job.chunk_size)),
+    ("parameters", console.human_count(_num_params(job))),
+    *_frozen_rows(job),
+    ("rounding, in clip norms", str(rounding(job))),
+    ("memory estimate", console.human_bytes(_memory(job)) + " a device"),
+  ]
+  group_size = job.step.mechanism.exact_group_size
+  if group_size:
+    rows.append(("sums", f"exact, of groups of {group_size}"))
+  if start_step:
+    rows.append(("resumed after step", console.human_count(start_step)))
+  return rows
+
+
+def rounding(job: setup.Job) -> rounding_lib.Bound:
+  """What float rounding can add to the sensitivity of a run's steps."""
+  mechanism, mesh = job.step.mechanism, job.mesh
+  is_exact = mechanism.exact_group_size is not None
+  shards = mesh_lib.num_example_shards(mesh)
+  rows = job.chunk_size // shards
+  rows = min(rows, mechanism.exact_group_size or rows)
+  return rounding_lib.bound(
+    job.plan,
+    microbatch_size=min(rows, mechanism.clipped_grad.microbatch_size or rows),
+    rows_per_device=rows,
+    num_entries=_num_params(job),
+    num_devices=shards,
+    # Of divided parameters, all devices of the axis add up at once.
+    num_sharing=1 if is_exact else mesh.shape["fsdp"],
+    is_cut=mesh.devices.flat[0].platform != "cpu",
+    is_exact=is_exact,
+  )
+
+
+def result(
+  job: setup.Job,
+  ledger: ledger_lib.Ledger,
+  *,
+  num_steps: int,
+  sentinel_every: int,
+  scores: dict[str, float],
+  params_sha256: str,
+  environment: dict[str, Any],
+) -> dict[str, Any]:
+  """What `result.json` holds.
+
+  Args:
+    job: the run.
+    ledger: its ledger.
+    num_steps: updates in the final parameters.
+    sentinel_every: as in `start_rows`.
+    scores: held-out metrics, "test/NAME" and perhaps "test_ema/NAME".
+    params_sha256: of the final parameters, those that were trained.
+    environment: versions, code and devices.
+
+  Returns:
+    A JSON-able dict.
+  """
+  plan = job.plan
+  values: dict[str, Any] = {
+    "epsilon": composition.guaranteed(ledger.bounds),
+    "epsilon_spent": composition.epsilon(ledger.spent),
+    "delta": plan.delta,
+    "guarantee": ledger.guarantee,
+    "neighboring_relation": plan.neighboring_relation,
+    "noise_multiplier": plan.noise_multiplier,
+    "sampling_probability": plan.sampling_probability,
+    "l2_clip_norm": plan.l2_clip_norm,
+    "rounding": rounding(job).to_dict(),
+    "num_steps": num_steps,
+    "steps_charged": ledger.spent_steps,
+    "segments": len(ledger.segments),
+    "sentinel_every": sentinel_every,
+    "accountant": composition.accountant_of(ledger.spent),
+    "params_sha256": params_sha256,
+    "ledger_head": ledger.head,
+    "environment": environment,
+  }
+  if job.frozen_sha256:
+    values["frozen_sha256"] = job.frozen_sha256
+  if job.weights_sha256:
+    values["weights_sha256"] = job.weights_sha256
+  for name, score in scores.items():
+    group, metric = name.split("/")
+    values.setdefault(group, {})[metric] = score
+  targets = job.test["targets"]
+  best = values.get("test_ema", values["test"])
+  values["held_out_problem"] = chance.problem(values["test"], targets) and (
+    chance.problem(best, targets)
+  )
+  return values
+
+
+def write_result(path: pathlib.Path, values: dict[str, Any]) -> None:
+  """Writes JSON so that a reader finds the old file or the new, never half."""
+  temporary = path.with_name(path.name + ".tmp")
+  temporary.write_text(json_fields.text(values) + "\n")
+  os.replace(temporary, path)
+
+
+def end_rows(
+  values: dict[str, Any], workdir: pathlib.Path
+) -> list[tuple[str, str]]:
+  """The table shown at the end."""
+  rows = [
+    (
+      "epsilon",
+      f"{statement.rounded_up(values['epsilon'], 4)} at delta"
+      f" {values['delta']:g}",
+    ),
+    ("guarantee", values["guarantee"]),
+    ("test accuracy", f"{values['test']['accuracy']:.4f}"),
+  ]
+  if "test_ema" in values:
+    accuracy = values["test_ema"]["accuracy"]
+    rows.append(("test accuracy, average", f"{accuracy:.4f}"))
+  if values.get("held_out_problem"):
+    rows.append(("WARNING", values["held_out_problem"]))
+  return rows + [
+    ("result", str(workdir / "result.json")),
+    ("report", str(workdir / "report.html")),
+    ("TensorBoard files", str(workdir / "tensorboard")),
+  ]
+
+
+def _frozen_rows(job: setup.Job) -> list[tuple[str, str]]:
+  rows = []
+  if job.frozen is not None:
+    count = console.human_count(_size(job.frozen))
+    rows.append(("frozen parameters", count))
+  if job.weights_sha256:
+    rows.append(
+      ("weights from disk", f"taken for public, {job.weights_sha256[:12]}")
+    )
+  return rows
+
+
+def _num_params(job: setup.Job) -> int:
+  return _size(job.params)
+
+
+def _size(params: Any) -> int:
+  return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _memory(job: setup.Job) -> int:
+  """Bytes of state, accumulator and per-example gradients on a device."""
+  state = jax.eval_shape(job.step.initial, job.params)
+  state_bytes = mesh_lib.bytes_per_device(
+    state, job.step.state_specs(state), job.mesh
+  )
+  if job.frozen is not None:
+    specs = job.step.specs(job.frozen)
+    state_bytes += mesh_lib.bytes_per_device(job.frozen, specs, job.mesh)
+  rows = job.chunk_size // mesh_lib.num_example_shards(job.mesh)
+  mechanism = job.step.mechanism
+  rows = min(rows, mechanism.exact_group_size or rows)
+  size = mechanism.clipped_grad.microbatch_size
+  gradients = min(rows, size or rows) + 2  # and the sum, of two floats
+  return state_bytes + gradients * _num_params(job) * np.dtype("f4").itemsize

@@ -1,0 +1,1 @@
+"""A run's directory: how it is resumed, saved, and verified."""

@@ -1,0 +1,228 @@
+"""Checkpoints: Orbax, with a manifest that is verified before restore.
+
+Every checkpoint gets a manifest (see `dpdist.workdir.manifest`), written and
+synced after Orbax has finished; its digest is recorded in the ledger. A run
+goes on from the newest one that the ledger knows and whose every file matches.
+
+Frozen parameters are in none: they are made anew at every start, and a
+checkpoint says by their SHA-256 which ones it belongs to.
+
+Each process that writes has a folder of its own. One that was taken for dead
+and goes on writing does so where nobody looks.
+
+Nothing random is stored: keys are functions of the secret and the step.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+from typing import Any, Self
+
+import jax
+import orbax.checkpoint as ocp
+
+from dpdist.distributed import collectives
+from dpdist.ledger import history
+from dpdist.workdir import manifest
+
+PyTree = Any
+
+_DELETED = ".deleted"
+
+
+class MismatchError(ValueError):
+  """A sound checkpoint does not fit the model or the optimizer."""
+
+
+class SaveError(OSError):
+  """A checkpoint could not be saved: no room, or no right to write there."""
+
+
+class Checkpoints:
+  """The checkpoints of one run directory; a context manager."""
+
+  def __init__(
+    self,
+    directory: str | os.PathLike[str],
+    *,
+    writer: int,
+    max_to_keep: int = 3,
+    frozen_sha256: str = "",
+  ):
+    """Opens or creates the folder of a writer.
+
+    Args:
+      directory: a local path.
+      writer: the number of this process; see
+        `dpdist.ledger.ledger.Ledger.writer`.
+      max_to_keep: older checkpoints are deleted.
+      frozen_sha256: of the frozen parameters; "" without any.
+    """
+    self._directory = pathlib.Path(directory).absolute()
+    self._folder = manifest.folder(self._directory, writer)
+    self._max_to_keep = max_to_keep
+    self._frozen_sha256 = frozen_sha256
+    self._manager = ocp.CheckpointManager(
+      self._folder,
+      options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
+    )
+    for path in (self._directory, self._directory.parent):
+      manifest.sync(path)
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self._manager.close()
+
+  def save(self, state: PyTree, *, step: int, ledger_head: str) -> str:
+    """Saves a checkpoint durably.
+
+    Args:
+      state: pytree of arrays.
+      step: updates made in it.
+      ledger_head: the ledger's head; every step in state must be charged by it.
+
+    Returns:
+      The digest, to be recorded in the ledger.
+
+    Raises:
+      SaveError: the directory cannot be written to.
+    """
+    path = self._folder / str(step)
+    try:
+      is_saved = self._manager.save(
+        step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardSave(state),
+          meta=ocp.args.JsonSave(
+            {
+              "step": step,
+              "ledger_head": ledger_head,
+              "frozen_sha256": self._frozen_sha256,
+            }
+          ),
+        ),
+      )
+      self._manager.wait_until_finished()
+      if not is_saved:
+        raise SaveError(
+          f"{path} was not saved: Orbax found a newer checkpoint beside it"
+        )
+      return str(collectives.from_leader(lambda: manifest.write(path)))
+    except (OSError, ValueError) as error:  # ValueError: tensorstore's.
+      raise SaveError(f"{path} could not be saved: {error}") from error
+
+  def restore(self, like: PyTree, saved: history.Saved) -> tuple[PyTree, str]:
+    """Restores a checkpoint whose manifest was verified.
+
+    Args:
+      like: pytree of arrays with the shapes, dtypes and shardings to restore
+        to.
+      saved: which; see `dpdist.workdir.manifest.newest`.
+
+    Returns:
+      The pytree that was saved, and the head of the ledger at that time.
+
+    Raises:
+      MismatchError: it has other parameters than like, or was trained beside
+        other frozen ones.
+    """
+    path = manifest.location(self._directory, saved)
+    with _fitting(path, saved):
+      restored = self._manager.restore(
+        saved.step,
+        args=ocp.args.Composite(
+          state=ocp.args.StandardRestore(_shapes(like)),
+          meta=ocp.args.JsonRestore(),
+        ),
+        directory=path.parent,
+      )
+    _check_frozen(path, restored.meta, self._frozen_sha256)
+    return restored.state, restored.meta["ledger_head"]
+
+  def delete_old(self, known: Sequence[history.Saved]) -> None:
+    """Deletes all but the newest checkpoints, of all writers so far.
+
+    Args:
+      known: the checkpoints in the ledger, oldest first; the newest must be
+        this writer's.
+    """
+    keep = {
+      manifest.location(self._directory, saved)
+      for saved in known[-self._max_to_keep :]
+    }
+    for path in self._directory.glob("writer_*/*"):
+      if path not in keep and path.parent <= self._folder:
+        # Renamed first: half of a checkpoint, after a kill, is no damaged one.
+        gone = path.with_suffix(_DELETED)
+        with contextlib.suppress(OSError):
+          path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    for path in self._directory.glob("writer_*"):
+      if path < self._folder:
+        with contextlib.suppress(OSError):  # It is not empty.
+          path.rmdir()
+
+
+def read(
+  directory: str | os.PathLike[str],
+  like: PyTree,
+  saved: history.Saved,
+  *,
+  frozen_sha256: str = "",
+) -> PyTree:
+  """Restores a checkpoint and changes nothing in the run's directory.
+
+  Args:
+    directory: of the run's checkpoints.
+    like: as for `Checkpoints.restore`; shapes with shardings are enough.
+    saved: which; its manifest must have been verified.
+    frozen_sha256: of the frozen parameters; "" without any.
+
+  Returns:
+    The pytree that was saved.
+
+  Raises:
+    MismatchError: it has other parameters than like, or was trained beside
+      other frozen ones.
+  """
+  path = manifest.location(pathlib.Path(directory).absolute(), saved)
+  meta = json.loads((path / "meta" / "metadata").read_text())
+  _check_frozen(path, meta, frozen_sha256)
+  # Without a manager, which would tidy up what a run is writing.
+  with ocp.StandardCheckpointer() as checkpointer, _fitting(path, saved):
+    return checkpointer.restore(path / "state", _shapes(like))
+
+
+def _check_frozen(
+  path: pathlib.Path, meta: Mapping[str, Any], frozen_sha256: str
+) -> None:
+  beside = meta.get("frozen_sha256", "")
+  if beside != frozen_sha256:
+    raise MismatchError(
+      f"the checkpoint {path} was trained beside frozen parameters of SHA-256"
+      f" {beside or 'none'}, and those of model.weights and model.trainable"
+      f" have {frozen_sha256 or 'none'}: go on with those that the run began"
+      " with"
+    )
+
+
+def _shapes(like: PyTree) -> PyTree:
+  return jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+
+
+@contextlib.contextmanager
+def _fitting(path: pathlib.Path, saved: history.Saved) -> Iterator[None]:
+  try:
+    yield
+  except (KeyError, TypeError, ValueError) as error:
+    # Its bytes are right, so it is the settings that changed.
+    raise MismatchError(
+      f"the checkpoint of step {saved.step} in {path} does not fit the model,"
+      " optimizer and ema_decay of these settings; go on with those that the"
+      " run began with"
+    ) from error

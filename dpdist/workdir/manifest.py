@@ -1,0 +1,149 @@
+"""The SHA-256 of every file of a checkpoint, and its own digest.
+
+Orbax restores flipped bits without an error, and takes a directory whose commit
+marker is gone. A manifest tells. Imports no jax, so that checkpoints can be
+verified anywhere.
+"""
+
+from collections.abc import Sequence
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+from typing import NamedTuple
+
+from dpdist.files import json_fields
+from dpdist.ledger import history
+
+_MANIFEST = "dpdist_manifest.json"
+
+
+class Found(NamedTuple):
+  """The checkpoint that a run can go on from.
+
+  Attributes:
+    saved: the newest that is whole; None if there is none.
+    rejected: why newer ones were passed over; one line each.
+  """
+
+  saved: history.Saved | None
+  rejected: list[str]
+
+
+def newest(directory: pathlib.Path, known: Sequence[history.Saved]) -> Found:
+  """Finds the newest checkpoint that is whole and known.
+
+  Args:
+    directory: of the run's checkpoints; it need not exist.
+    known: the checkpoints in the ledger, oldest first.
+  """
+  rejected: list[str] = []
+  for saved in reversed(known):
+    wrong = problem(location(directory, saved), saved.digest)
+    if wrong is None:
+      return Found(saved, rejected)
+    rejected.append(f"checkpoint of step {saved.step} passed over: {wrong}")
+  return Found(None, rejected)
+
+
+def location(directory: pathlib.Path, saved: history.Saved) -> pathlib.Path:
+  """Where a checkpoint is, below those of the run."""
+  return folder(directory, saved.writer) / str(saved.step)
+
+
+def folder(directory: pathlib.Path, writer: int) -> pathlib.Path:
+  """Where the checkpoints of a writer are, below those of the run."""
+  return directory / f"writer_{writer:06d}"
+
+
+def ledger_heads(directory: pathlib.Path) -> dict[str, str]:
+  """The ledger's head that each checkpoint of a run was saved under.
+
+  Args:
+    directory: of the run's checkpoints; it need not exist.
+
+  Returns:
+    By path; those that cannot be read are left out.
+  """
+  found = {}
+  for file in sorted(directory.glob("writer_*/*/meta/metadata")):
+    with contextlib.suppress(OSError, ValueError):
+      meta = json_fields.parse(file.read_bytes(), "metadata")
+      json_fields.check(meta, {"ledger_head": str})
+      found[str(file.parent.parent)] = meta["ledger_head"]
+  return found
+
+
+def write(path: pathlib.Path) -> str:
+  """Writes the manifest of a directory, and syncs all that is in it.
+
+  Returns:
+    SHA-256 of the manifest, hex.
+  """
+  text = json.dumps(_file_digests(path), sort_keys=True, indent=1).encode()
+  # Orbax does not sync its files; a manifest must not outlive what it names.
+  for file in _files(path):
+    sync(file)
+  temporary = path / (_MANIFEST + ".tmp")
+  temporary.write_bytes(text)
+  sync(temporary)
+  temporary.rename(path / _MANIFEST)
+  for directory in [path, *(d for d in path.rglob("*") if d.is_dir())]:
+    sync(directory)
+  sync(path.parent)
+  return hashlib.sha256(text).hexdigest()
+
+
+def problem(path: pathlib.Path, digest: str) -> str | None:
+  """What is wrong with a directory; None if it is whole.
+
+  Args:
+    path: of the directory.
+    digest: what `write` returned.
+  """
+  try:
+    text = (path / _MANIFEST).read_bytes()
+  except OSError:
+    return "it has no manifest"
+  if hashlib.sha256(text).hexdigest() != digest:
+    return "its manifest is not the one in the ledger"
+  try:
+    expected, found = (
+      json_fields.parse(text, "its manifest"),
+      _file_digests(path),
+    )
+  except ValueError as error:
+    return str(error)
+  except OSError as error:
+    # Not the whole text, which has the path, and goes into reports.
+    return f"it cannot be read: {error.strerror or type(error).__name__}"
+  for name in sorted({*expected, *found}):
+    if expected.get(name) != found.get(name):
+      return f"{name} is damaged, missing or new"
+  return None
+
+
+def _files(path: pathlib.Path) -> list[pathlib.Path]:
+  skip = {_MANIFEST, _MANIFEST + ".tmp"}
+  return sorted(
+    p for p in path.rglob("*") if p.is_file() and p.name not in skip
+  )
+
+
+def _file_digests(path: pathlib.Path) -> dict[str, str]:
+  digests = {}
+  for file in _files(path):
+    with file.open("rb") as stream:
+      digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digests[file.relative_to(path).as_posix()] = digest
+  return digests
+
+
+def sync(path: pathlib.Path) -> None:
+  """Makes what was written to a file, or created in a directory, durable."""
+  descriptor = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(descriptor)
+  finally:
+    os.close(descriptor)

@@ -1,0 +1,270 @@
+"""Whether a run may start or go on, and by which numbers: the leader's part.
+
+What is decided here rests on the ledger, the data set's budget and the
+checkpoints that are there. `begin` writes; all that `decide` leaves is a note,
+in the directory of a new run, that none has begun there yet.
+"""
+
+from collections.abc import Callable, Sequence
+import pathlib
+import secrets
+from typing import Any
+
+import ml_collections
+
+from dpdist import config as config_lib
+from dpdist.distributed import collectives
+from dpdist.keys import keys
+from dpdist.ledger import data_budget
+from dpdist.ledger import history
+from dpdist.ledger import ledger as ledger_lib
+from dpdist.privacy import composition
+from dpdist.privacy import plan as plan_lib
+from dpdist.reporting import console
+from dpdist.workdir import manifest
+
+NOT_BEGUN = "not_begun"
+"""In the directory of a run that was started and has not begun: it was refused
+for its data or for what a step on zeros showed, or is about to begin."""
+
+_NOTE = "No run has begun here, and nothing is spent.\n"
+
+
+class SettingsError(ValueError):
+  """A setting is wrong, or contradicts the run that the directory holds."""
+
+
+def open_ledger(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> ledger_lib.Ledger:
+  """Opens the ledger of a run, to be read.
+
+  Raises:
+    SettingsError: config.ledger is no place for one.
+    dpdist.ledger.ledger.LedgerError: it is damaged, or older than a checkpoint.
+  """
+  # Before the ledger, which another process may be writing.
+  heads = manifest.ledger_heads(workdir / "checkpoints")
+  try:
+    ledger = ledger_lib.Ledger(config.ledger or workdir / "ledger")
+  except ValueError as error:
+    raise SettingsError(f"ledger: {error}") from error
+  for path, head in heads.items():
+    if not ledger.has_been_at(head):
+      raise ledger_lib.LedgerError(
+        f"{path} was saved under ledger head {head[:12]}, which this ledger"
+        " does not hold: it was removed or rolled back, or is another run's"
+      )
+  return ledger
+
+
+def known_as(
+  ledger: ledger_lib.Ledger | None,
+  train_manifest: str,
+  earlier: Callable[[], Sequence[str]],
+) -> str:
+  """The manifest by which a run's data is called, in every process.
+
+  A run that began under an earlier release goes on under the one it has.
+
+  Args:
+    ledger: of the run; None in the processes that are not the leader.
+    train_manifest: of the training set.
+    earlier: returns other manifests of the same content; called only if it
+      matters.
+  """
+
+  def look() -> str:
+    assert ledger is not None
+    if ledger.is_new or ledger.segment.data == train_manifest:
+      return train_manifest
+    known = ledger.segment.data
+    return known if known in earlier() else train_manifest
+
+  return str(collectives.from_leader(look))
+
+
+def decide(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  ledger: ledger_lib.Ledger | None,
+  train_manifest: str,
+) -> tuple[plan_lib.PrivacyPlan, list[str], manifest.Found]:
+  """The plan, what changed, and where to go on from, as the leader sees it.
+
+  Raises:
+    ValueError: the run cannot go on with these settings.
+  """
+
+  def look() -> dict[str, Any]:
+    assert ledger is not None
+    if ledger.is_ended:
+      raise ValueError(
+        "workdir must not hold a run that was ended, and what it had left given"
+        f" back, got {str(workdir)!r}: start a new run in a new directory"
+      )
+    if history.TOO_LONG in ledger.notices:
+      raise ValueError(
+        "workdir must not hold a run that the sentinel stopped, whose guarantee"
+        f" is void for good, got {str(workdir)!r}: see what launch.check says"
+        " of the settings, and start a new run in a new directory"
+      )
+    found = manifest.newest(workdir / "checkpoints", ledger.checkpoints)
+    plan, changes = _plan(config, workdir, ledger, found, train_manifest)
+    if ledger.is_new:
+      workdir.mkdir(parents=True, exist_ok=True)
+      (workdir / NOT_BEGUN).write_text(_NOTE)
+    return {"plan": plan.to_dict(), "changes": changes, "found": found}
+
+  told = collectives.from_leader(look)
+  saved, rejected = told["found"]
+  found = manifest.Found(history.Saved(*saved) if saved else None, rejected)
+  return plan_lib.PrivacyPlan.from_dict(told["plan"]), told["changes"], found
+
+
+def begin(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  ledger: ledger_lib.Ledger,
+  budget: data_budget.DataBudget | None,
+  *,
+  plan: plan_lib.PrivacyPlan,
+  settings: dict[str, Any],
+  data: str,
+  secret_hash: str,
+  is_changed: bool,
+) -> None:
+  """Makes this process the writer, and the run one that is paid for."""
+  is_void = config.insecure_seed is not None or config.unsafe_metrics
+  if budget is not None and is_void:
+    raise ValueError(
+      "data_budget.location must be '' for a run without a guarantee, which no"
+      " budget can cover (insecure_seed or unsafe_metrics), got"
+      f" {budget.root!r}"
+    )
+  ledger.acquire()
+  if ledger.is_new:
+    ledger.open(
+      config=settings,
+      plan=plan,
+      data=data,
+      secret_hash=secret_hash,
+      run="" if config.insecure_seed is not None else secrets.token_hex(16),
+    )
+  (workdir / NOT_BEGUN).unlink(missing_ok=True)
+  if budget is not None:
+    # Before the stake, so that none is without a run that knows where it is.
+    ledger.record_stake(root=budget.root, data=budget.data, stake="")
+    ended = ledger.spent if is_changed else ledger.spent[:-1]
+    stake = budget.admit(
+      ledger,
+      [*ended, plan_lib.Part(plan, plan.num_steps)],
+      label=str(workdir.absolute()),
+      reservation=config.data_budget.reservation,
+    )
+    ledger.record_stake(root=budget.root, data=budget.data, stake=stake)
+  if config.insecure_seed is not None:
+    ledger.notice(
+      "insecure_seed fixes every random stream, so anyone can subtract the"
+      " noise"
+    )
+  if config.unsafe_metrics:
+    ledger.notice(
+      "unsafe_metrics shows training loss, batch size and clip fraction, which"
+      " no noise covers"
+    )
+
+
+def _plan(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  ledger: ledger_lib.Ledger,
+  found: manifest.Found,
+  train_manifest: str,
+) -> tuple[plan_lib.PrivacyPlan, list[str]]:
+  """The plan to go on by, and what changed since the last one was made."""
+  privacy = config_lib.privacy_config(config)
+  if ledger.is_new:
+    return plan_lib.make_plan(privacy), []
+  changes = ledger.changes(
+    config=config_lib.privacy_dict(config),
+    data=train_manifest,
+    secret_hash=keys.secret_hash(secret(config, workdir, is_new=False)),
+  )
+  declared = config.data.changed_to
+  if "data" in changes and not (
+    len(declared) >= 12 and train_manifest.startswith(declared)
+  ):
+    raise ValueError(
+      f"{changes['data']}: a run sees one data set. To go on with another,"
+      " which the guarantee then covers too, declare it with"
+      f" --config.data.changed_to={train_manifest[:12]}; got {declared!r}"
+    )
+  if not changes:
+    # Taken as it stands: another machine could calibrate the last digit
+    # differently.
+    return ledger.plan, []
+  plan = composition.plan_after(
+    privacy,
+    before=ledger.segment.config,
+    spent=ledger.spent,
+    start_step=found.saved.step if found.saved else 0,
+  )
+  return plan, list(changes.values())
+
+
+def shared_budget(
+  config: ml_collections.ConfigDict,
+  ledger: ledger_lib.Ledger,
+  train_manifest: str,
+  earlier: Callable[[], Sequence[str]],
+) -> data_budget.DataBudget | None:
+  """The data set's budget, made if it is missing.
+
+  `earlier` is as in `known_as`.
+  """
+  settings = config.data_budget
+  if not settings.location:
+    if ledger.stakes:
+      raise ValueError(
+        "data_budget.location must be that of the budget in which this run has"
+        f" its stake, {ledger.stakes[-1]['root']!r}, got ''"
+      )
+    return None
+  budget = data_budget.open_or_make(
+    settings.location,
+    train_manifest,
+    epsilon=settings.epsilon,
+    delta=settings.delta,
+    neighboring_relation=config.privacy.neighboring_relation,
+    earlier=earlier,
+    tell=console.warn,
+  )
+  for stake in ledger.stakes:
+    if stake["data"] == budget.data and stake["stake"] not in budget.stakes:
+      raise ValueError(
+        "data_budget.location must be that of the budget in which this run has"
+        f" its stake, {stake['root']!r}, got {settings.location!r}, which does"
+        " not know of it: it is another one, or was rolled back"
+      )
+  return budget
+
+
+def secret(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path, *, is_new: bool
+) -> bytes:
+  """The run's secret; made if the run is new and there is none.
+
+  Raises:
+    ValueError: it is not there, or not kept as a secret should be.
+  """
+  if config.insecure_seed is not None:
+    return keys.insecure_secret(config.insecure_seed)
+  path = pathlib.Path(config.secret_file or workdir / "secret")
+  if not is_new and not path.exists():
+    raise ValueError(
+      "secret_file must be the secret that this run began with, but there is"
+      f" no {path}: without it the run cannot go on"
+    )
+  workdir.mkdir(parents=True, exist_ok=True)
+  return keys.load_or_create_secret(path)

@@ -1,0 +1,1 @@
+"""What the launch commands share: flags, errors, exit codes."""

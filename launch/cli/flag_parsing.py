@@ -1,0 +1,151 @@
+"""absl flags with the exit codes of this project's doors."""
+
+from collections.abc import Callable, Sequence
+import functools
+import os
+import re
+import select
+import sys
+from typing import NoReturn
+
+from absl import app
+from absl import flags
+from absl import logging
+from ml_collections import config_flags
+
+from dpdist import config
+from launch.cli import errors
+from launch.cli import exit_codes
+
+
+def run(
+  main: Callable[[Sequence[str]], int], *, passes_on: bool = False
+) -> NoReturn:
+  """Runs a door's main under absl; bad flags end with `exit_codes.USAGE`.
+
+  Args:
+    main: gets the program's name, and returns an exit code.
+    passes_on: whether it must be given `--`, and gets what follows too.
+  """
+  # Libraries log each file they write; --verbosity=0 shows it.
+  logging.set_verbosity(logging.WARNING)
+  app.run(
+    functools.partial(_told, main),
+    flags_parser=functools.partial(_parse, passes_on),
+  )
+  raise AssertionError("app.run does not return")
+
+
+def usage_error(message: object) -> int:
+  """Prints one line, and what to try, to standard error.
+
+  Returns:
+    The exit code.
+  """
+  return errors.tell(errors.Told(str(message), exit_codes.USAGE))
+
+
+def _told(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+  """Runs a door; what a person can do something about ends in a sentence."""
+  try:
+    code = main(argv)
+    sys.stdout.flush()
+    return code
+  except (Exception, KeyboardInterrupt) as error:
+    if isinstance(error, BrokenPipeError) and _nobody_reads():
+      return exit_codes.NOBODY_READS
+    told = errors.explain(error)
+    if told is None:
+      raise
+    return errors.tell(told)
+
+
+def _nobody_reads() -> bool:
+  """Whether standard output goes to a program that has ended, as in `| head`.
+
+  What is left to be printed is dropped then.
+  """
+  poll = select.poll()
+  poll.register(sys.stdout.fileno(), 0)  # Errors are reported in any case.
+  if not poll.poll(0):
+    return False
+  os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+  return True
+
+
+def _last_line(text: object) -> str:
+  """What is said at the end of a traceback, without it."""
+  return (str(text).strip().splitlines() or [""])[-1].strip()
+
+
+def _parse(passes_on: bool, argv: Sequence[str]) -> list[str]:
+  passed: list[str] = []
+  if passes_on and "--" in argv:
+    end = argv.index("--")
+    argv, passed = argv[:end], list(argv[end + 1 :])
+  try:
+    unset: list[str] = []
+    if "config" in flags.FLAGS:
+      argv, unset = _unset(argv)
+    rest = flags.FLAGS(argv)
+    if "config" in flags.FLAGS and flags.FLAGS.config is not None:
+      # Where a file could not be loaded, any attribute raises what was wrong.
+      hasattr(flags.FLAGS.config, "to_dict")
+      config.check(flags.FLAGS.config)
+      changes = config_flags.get_override_values(flags.FLAGS["config"])
+      for name in unset:
+        flags.FLAGS.config.update_from_flattened_dict({name: None})
+        changes[name] = None
+  except AttributeError as error:
+    # An unknown setting, perhaps with a suggestion, wrapped in a KeyError.
+    reason = error.args[0] if error.args else error
+    if isinstance(reason, KeyError) and reason.args:
+      reason = reason.args[0]
+    sys.exit(usage_error(f"there is no setting {_last_line(reason)}"))
+  except (flags.Error, TypeError, ValueError) as error:
+    if "Traceback" in str(error):
+      sys.exit(usage_error(f"--config cannot be loaded: {_last_line(error)}"))
+    sys.exit(usage_error(f"{' '.join(str(error).split())}\nTry --help."))
+  except Exception as error:
+    # A file of settings is a program, and may fail in any way.
+    reason = _last_line(error) or type(error).__name__
+    sys.exit(usage_error(f"--config cannot be loaded: {reason}"))
+  if len(rest) > 1:
+    sys.exit(usage_error(f"unexpected argument {rest[1]!r}\nTry --help."))
+  if passes_on and not passed:
+    sys.exit(usage_error("no arguments to pass on after --\nTry --help."))
+  return rest + passed
+
+
+def _unset(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+  """Takes out the flags that unset a setting, which its parser would refuse.
+
+  Args:
+    argv: the command line.
+
+  Returns:
+    The rest of it, and the settings that are to be None: those that may be,
+    and whose last flag is "None", "none" or empty.
+  """
+  argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
+  optional = config.optional()
+  kept: list[str] = []
+  unset: dict[str, bool] = {}
+  words = iter(argv)
+  for word in words:
+    if word == "--":
+      kept += [word, *words]
+      break
+    match = re.fullmatch(r"--?config\.([\w.]+)(?:=(.*))?", word, re.DOTALL)
+    if match is None or match[1] not in optional:
+      kept.append(word)
+      continue
+    given = [word]
+    value = match[2]
+    if value is None:
+      given += [after for after in [next(words, None)] if after is not None]
+      value = given[-1]
+    unset[match[1]] = value in ("", "None", "none")
+    if not unset[match[1]]:
+      kept += given
+  return kept, [name for name, is_unset in unset.items() if is_unset]

@@ -1,0 +1,49 @@
+"""The ledger that a door's flags name."""
+
+import os
+
+from dpdist.ledger import ledger as ledger_lib
+
+# As `dpdist.workdir.resume.NOT_BEGUN`, which takes long to import.
+_NOT_BEGUN = "not_begun"
+
+
+def open_begun(workdir: str, location: str | None) -> ledger_lib.Ledger:
+  """Opens the ledger of a run that has begun, to be read.
+
+  Args:
+    workdir: the run's directory.
+    location: of its ledger; None: in the directory.
+
+  Raises:
+    ValueError: there is none.
+    dpdist.ledger.ledger.LedgerError: it is damaged.
+  """
+  if location is None:
+    location = os.path.join(workdir, "ledger")
+    # Looking must not leave a ledger behind.
+    if not os.path.isdir(location):
+      raise ValueError(
+        "workdir must be the directory of a run, with a ledger, got"
+        f" {workdir!r}"
+      )
+  ledger = ledger_lib.Ledger(location)
+  if ledger.is_new:
+    raise ValueError(f"the ledger in {location!r} is empty: nothing was spent")
+  return ledger
+
+
+def none_began(workdir: str, location: str | None) -> bool:
+  """Whether a run was started in a directory, and none has begun there.
+
+  So it was refused, for its data or for what a step on zeros showed.
+
+  Args:
+    workdir: the directory.
+    location: of the ledger, if it is given.
+  """
+  return (
+    location is None
+    and os.path.isfile(os.path.join(workdir, _NOT_BEGUN))
+    and not os.path.exists(os.path.join(workdir, "ledger"))
+  )

@@ -1,0 +1,110 @@
+"""A run's directory under a training loop of someone else's."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from dpdist.ledger import ledger as ledger_lib
+from dpdist.ledger import records
+from dpdist.privacy import plan as plan_lib
+from dpdist.workdir import session
+
+_DATA = "d" * 64
+_STATE = {"w": np.zeros(2)}
+
+
+def _config(**changes):
+  settings = {
+    "num_examples": 1000,
+    "expected_batch_size": 10,
+    "num_steps": 100,
+    "l2_clip_norm": 1.0,
+    "target_delta": 1e-5,
+    "noise_multiplier": 2.0,
+  }
+  return plan_lib.PrivacyConfig(**settings | changes)
+
+
+def _step(run, data=_DATA):
+  """Makes one update; what its keys are."""
+  with run.going_on(data) as going:
+    going.charge(run.step + 1)
+    found = going.streams
+    going.save(_STATE, run.step + 1)
+  return found
+
+
+def _keys(streams):
+  """All that is random in a step, in bytes."""
+  names = ("noise", "sampling", "model_rng")
+  return {streams.words(name, 1).tobytes() for name in names}
+
+
+def test_who_has_lost_track_of_a_run_is_refused_and_charges_nothing(tmp_path):
+  one, other = (session.Run(tmp_path, _config()) for _ in range(2))
+  _step(one)
+  with pytest.raises(records.RecordError, match="open it anew"):
+    _step(other)
+  anew = session.Run(tmp_path, _config())
+  _step(anew)
+  with pytest.raises(records.RecordError, match="open it anew"):
+    _step(one)
+  assert anew.step == anew.spent_steps == one.spent_steps == 2
+
+
+def test_no_stretch_and_no_copy_of_a_run_has_the_keys_of_another(tmp_path):
+  original = tmp_path / "original"
+  found = [_step(session.Run(original, _config()))]
+  # From one checkpoint, under one secret, by the same charges.
+  for name in ("copy", "another"):
+    shutil.copytree(original, tmp_path / name)
+  for name in ("original", "copy", "another", "another"):
+    run = session.Run(tmp_path / name, _config())
+    run.restore(_STATE)
+    found.append(_step(run))
+  assert len({streams.secret for streams in found}) == 1
+  keys = [key for streams in found for key in _keys(streams)]
+  assert len(set(keys)) == len(keys) == 15
+
+
+def test_a_directory_is_of_one_plan_and_one_data_set(tmp_path):
+  run = session.Run(tmp_path, _config())
+  _step(run)
+  with pytest.raises(ValueError, match="training data: manifest"):
+    _step(run, "e" * 64)
+  (tmp_path / "secret").unlink()
+  with pytest.raises(ValueError, match="secret_file must be"):
+    _step(run)
+  with pytest.raises(ValueError, match=r"noise_multiplier: 2.0 -> 1.0"):
+    session.Run(tmp_path, _config(noise_multiplier=1.0))
+  assert run.spent_steps == 1
+
+
+@pytest.mark.parametrize(
+  ("name", "value", "more"),
+  [
+    ("noise_schedule", ((2, 3.0),), {}),
+    ("batch_size_schedule", ((2, 20.0),), {}),
+    ("cycle_length", 2, {"sampling": "cyclic_poisson"}),
+    ("group_size", 2, {}),
+  ],
+)
+def test_what_a_loop_would_have_to_know_of_is_refused(
+  tmp_path, name, value, more
+):
+  config = _config(**{name: value}, **more, neighboring_relation="zero_out")
+  with pytest.raises(ValueError, match=rf"{name} must be .* here"):
+    session.Run(tmp_path, config)
+
+
+def test_nothing_is_saved_once_another_process_writes(tmp_path, monkeypatch):
+  monkeypatch.setattr(records, "PATIENCE_SECONDS", 0.0)
+  run = session.Run(tmp_path, _config())
+  with run.going_on(_DATA) as going:
+    going.charge(1)
+    with ledger_lib.Ledger(tmp_path / "ledger") as other:
+      other.acquire()
+    with pytest.raises(records.ShutOutError):
+      going.save(_STATE, 1)
+  assert not list(tmp_path.glob("checkpoints/*/1"))

@@ -1,0 +1,255 @@
+"""The log on an object store that enforces conditional writes."""
+
+import http.client
+import http.server
+import json
+import threading
+
+from moto import server as moto_server
+import pytest
+
+from dpdist.ledger import records
+
+_BUCKET = "ledgers"
+
+
+class _Proxy(http.server.ThreadingHTTPServer):
+  """Stands before the store, and can lose its answers or its requests.
+
+  Attributes:
+    lose: called with (method, key); "answer" to drop an answer after the store
+      has acted, "request" to drop it before, "" to let all through.
+    seen: (method, key, status) of what the store answered.
+  """
+
+  daemon_threads = True
+
+  def __init__(self, port):
+    super().__init__(("127.0.0.1", 0), _Handler)
+    self.store_port = port
+    self.lose = lambda method, key: ""
+    self.seen = []
+
+  def handle_error(self, request, client_address):
+    pass  # Connections that were cut on purpose.
+
+
+class _Handler(http.server.BaseHTTPRequestHandler):
+  protocol_version = "HTTP/1.1"
+
+  def _pass_on(self):
+    size = int(self.headers.get("Content-Length", 0))
+    body = self.rfile.read(size)
+    key = self.path.partition("?")[0].rpartition("/")[2]
+    lost = self.server.lose(self.command, key)
+    if lost == "request":
+      self.close_connection = True
+      return
+    store = http.client.HTTPConnection("127.0.0.1", self.server.store_port)
+    store.request(self.command, self.path, body, dict(self.headers))
+    answer = store.getresponse()
+    content = answer.read()
+    self.server.seen.append((self.command, key, answer.status))
+    if lost == "answer":
+      self.close_connection = True
+      return
+    self.send_response(answer.status)
+    for name, value in answer.getheaders():
+      if name.lower() not in ("content-length", "connection", "date", "server"):
+        self.send_header(name, value)
+    length = answer.getheader("Content-Length", "0")
+    is_head = self.command == "HEAD"
+    self.send_header("Content-Length", length if is_head else str(len(content)))
+    self.end_headers()
+    if not is_head:
+      self.wfile.write(content)
+
+  do_GET = do_PUT = do_HEAD = do_DELETE = do_POST = _pass_on
+
+  def log_message(self, *args):
+    pass
+
+
+@pytest.fixture(scope="module")
+def store():
+  server = moto_server.ThreadedMotoServer(port=0, verbose=False)
+  server.start()
+  yield server.get_host_and_port()[1]
+  server.stop()
+
+
+@pytest.fixture
+def proxy(store, monkeypatch):
+  for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+    monkeypatch.setenv(name, "test")
+  monkeypatch.setattr(records, "PATIENCE_SECONDS", 0.1)
+  proxy = _Proxy(store)
+  thread = threading.Thread(target=proxy.serve_forever)
+  thread.start()
+  connection = http.client.HTTPConnection("127.0.0.1", store)
+  connection.request("PUT", f"/{_BUCKET}")
+  connection.getresponse().read()
+  yield proxy
+  proxy.shutdown()
+  thread.join()
+  proxy.server_close()
+
+
+@pytest.fixture
+def location(proxy, request):
+  """A tensorstore spec of a place of the test's own."""
+  return json.dumps(
+    {
+      "driver": "s3",
+      "bucket": _BUCKET,
+      "path": f"{request.node.name}/",
+      "endpoint": f"http://127.0.0.1:{proxy.server_port}",
+      "aws_region": "us-east-1",
+    }
+  )
+
+
+def _open(location):
+  return records.Log(location, lambda record: None)
+
+
+def _writer(location):
+  log = _open(location)
+  log.acquire()
+  return log
+
+
+def _kinds(location):
+  return [record["kind"] for record in _open(location).records]
+
+
+def test_records_are_kept(location):
+  log = _writer(location)
+  log.append("a", value=1)
+  log.close()
+  log = _writer(location)
+  log.append("b")
+  log.close()
+  assert _kinds(location) == ["writer", "a", "writer", "b"]
+
+
+def test_a_lost_race_is_told(location):
+  one, other = _open(location), _open(location)
+  one.acquire()
+  with pytest.raises(records.RecordError, match="another process wrote"):
+    other.acquire()
+  one.append("a")
+  one.close()
+  assert _kinds(location) == ["writer", "a"]
+
+
+def test_the_store_refuses_a_write_on_a_condition_that_no_longer_holds(
+  location, proxy
+):
+  """It is not our having looked before that keeps a second writer out."""
+  log, other = _writer(location), _open(location)
+  log.append("a")
+  other.heads, other.records = log.heads[:-1], log.records[:-1]
+  other._token = "forged"
+  read = other._store.read
+  missing = read("nothing").result()
+
+  class _Blind:
+    def __init__(self, store):
+      self.store = store
+      self.write = store.write
+      self.blind = True
+
+    def read(self, key):
+      if self.blind and key != "head.json":
+        self.blind = False
+
+        class _Missing:
+          result = staticmethod(lambda: missing)
+
+        return _Missing
+      return self.store.read(key)
+
+  other._store = _Blind(other._store)
+  with pytest.raises(records.RecordError, match="another process wrote"):
+    other.append("b")
+  assert {s for _, k, s in proxy.seen if k == _key(1)} == {404, 200, 412}
+  log.close()
+  assert _kinds(location) == ["writer", "a"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["answer", "request"])
+def test_a_write_is_repeated_until_it_is_known_to_be_there(
+  location, proxy, lost
+):
+  log = _writer(location)
+  left = [3]
+
+  def lose(method, key):
+    if method == "PUT" and key == "000000000001.json" and left[0]:
+      left[0] -= 1
+      return lost
+    return ""
+
+  proxy.lose = lose
+  log.append("a")
+  assert left[0] < 3
+  statuses = [s for m, k, s in proxy.seen if (m, k) == ("PUT", _key(1))]
+  # Where it had succeeded the first time, the store said so by refusing.
+  assert statuses[0] == 200
+  assert (412 in statuses) == (lost == "answer")
+  log.append("b")
+  log.close()
+  assert _kinds(location) == ["writer", "a", "b"]
+
+
+def test_a_write_that_comes_late_shuts_its_writer_out_and_no_other(location):
+  """The answer is lost, and before the writer asks again another took over."""
+  log = _writer(location)
+  other = _writer(location)
+  with pytest.raises(records.RecordError, match="another process wrote"):
+    log.append("a")
+  other.append("b")
+  log.close()
+  other.close()
+  assert _kinds(location) == ["writer", "writer", "b"]
+
+
+@pytest.mark.parametrize("lost", ["answer", "request"])
+def test_a_proposal_is_written_once_whatever_is_lost(location, proxy, lost):
+  left = [3]
+
+  def lose(method, key):
+    if method == "PUT" and key == _key(1) and left[0]:
+      left[0] -= 1
+      return lost
+    return ""
+
+  log = _open(location)
+  log.propose(lambda: ("a", {}))
+  proxy.lose = lose
+  log.propose(lambda: ("b", {}))
+  assert left[0] < 3
+  assert _kinds(location) == ["a", "b"]
+
+
+@pytest.mark.slow
+def test_many_threads_propose_at_once(location):
+  """Each has a log of its own; what it decides on rests on all before it."""
+
+  def work():
+    log = _open(location)
+    for _ in range(4):
+      log.propose(lambda: ("turn", {"number": len(log.records)}))
+
+  threads = [threading.Thread(target=work) for _ in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  assert [r["number"] for r in _open(location).records] == list(range(16))
+
+
+def _key(seq):
+  return f"{seq:012d}.json"
