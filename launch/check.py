@@ -11,7 +11,6 @@ Exit codes: 0 it does; 1 it does not, or the sum cannot be had; 2 wrong usage.
 """
 
 from collections.abc import Callable, Sequence
-import functools
 import json
 from typing import Any
 
@@ -19,16 +18,10 @@ from absl import flags
 from ml_collections import config_flags
 import numpy as np
 
-from dpdist import config as config_lib
-from dpdist import models
-from dpdist.distributed import mesh as mesh_lib
 from dpdist.keys import keys
-from dpdist.privacy import plan as plan_lib
 from dpdist.reporting import console
 from dpdist.sensitivity import sentinel
-from dpdist.tasks import optimizers
 from dpdist.training import abstract_step
-from dpdist.training import parameters
 from dpdist.training import setup
 from dpdist.training import step_sentinel
 from launch.cli import errors
@@ -64,18 +57,10 @@ def main(argv: Sequence[str]) -> int:
 
 def _prepared(config: Any) -> Callable[[], sentinel.Report]:
   """What is left to do when all settings are known to be right."""
-  setup.check(config)
-  plan = plan_lib.make_plan(config_lib.privacy_config(config))
-  mesh = mesh_lib.make(config.mesh)
-  model = models.make(config.model)
-  optimizer, _ = optimizers.make(config.optimizer, config.privacy.num_steps)
-  step = setup.make_step(config, plan, model, optimizer, mesh)
-  example = abstract_step.example(config)
+  experiment = setup.build(config)
+  step, example = experiment.step, abstract_step.example(config)
   inputs = example["inputs"]
-  start = parameters.of(
-    config.model,
-    model,
-    functools.partial(parameters.make_params, model),
+  start = experiment.parameters(
     keys.prng_words(keys.insecure_secret(0)),
     np.zeros(inputs.shape, inputs.dtype),
   )
@@ -86,7 +71,7 @@ def _prepared(config: Any) -> Callable[[], sentinel.Report]:
     start.frozen(step),
     row=row,
     largest=setup.largest_integers(config, row),
-    chunk_size=setup.chunk_size(config, plan, mesh),
+    chunk_size=experiment.chunk_size,
     is_watched=config.sentinel.every > 0,
   )
 

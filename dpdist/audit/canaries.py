@@ -22,13 +22,11 @@ import numpy as np
 import optax
 
 from dpdist import config as config_lib
-from dpdist import models
 from dpdist.data import pipeline
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.keys import keys
 from dpdist.mechanism import mechanism
 from dpdist.privacy import plan as plan_lib
-from dpdist.tasks import optimizers
 from dpdist.training import abstract_step
 from dpdist.training import parameters
 from dpdist.training import setup
@@ -110,10 +108,8 @@ def prepare(
       "model.trainable must be empty for an audit, got"
       f" {config.model.trainable!r}"
     )
-  mesh = mesh_lib.make(config.mesh)
-  model = models.make(config.model)
-  optimizer, _ = optimizers.make(config.optimizer, config.privacy.num_steps)
-  step = setup.make_step(config, plan, model, optimizer, mesh)
+  experiment = setup.build(config, plan=plan)
+  step = experiment.step
   clipped_grad = step.mechanism.clipped_grad
   step = dataclasses.replace(
     step,
@@ -133,7 +129,7 @@ def prepare(
   draw = functools.partial(_random, rng, config.model.num_outputs)
   words = keys.prng_words(keys.insecure_secret(0))
   state = step.init_from(
-    functools.partial(parameters.make_params, model),
+    functools.partial(parameters.make_params, experiment.model),
     words,
     _filled(example, draw)["inputs"],
   )
@@ -141,7 +137,7 @@ def prepare(
     plan=plan,
     step=step,
     state=state,
-    chunk_size=setup.chunk_size(config, plan, mesh),
+    chunk_size=experiment.chunk_size,
     unit=_filled(unit, draw),
     num_entries=sum(x.size for x in jax.tree.leaves(state.params)),
     num_threads=config.data.num_threads,

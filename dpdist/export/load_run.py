@@ -5,7 +5,6 @@ computed from an example that is protected, and a run whose record is not sound
 is refused, since nothing could be said of what its parameters cost.
 """
 
-import functools
 import json
 import os
 import pathlib
@@ -18,7 +17,6 @@ import ml_collections
 import numpy as np
 
 from dpdist import config as config_lib
-from dpdist import models
 from dpdist.data.datasets import datasets
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.ledger import history
@@ -26,7 +24,6 @@ from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import composition
 from dpdist.tasks import chance
 from dpdist.tasks import classification
-from dpdist.tasks import optimizers
 from dpdist.training import abstract_step
 from dpdist.training import parameters
 from dpdist.training import setup
@@ -93,19 +90,11 @@ def load(
   _check_settings(config, ledger)
   test = datasets.load(config.data).test
   held_out = test.read(np.arange(len(test)))
-  model = models.make(config.model)
-  optimizer, _ = optimizers.make(config.optimizer, config.privacy.num_steps)
-  mesh = _mesh(config)
-  whole = setup.make_step(config, ledger.plan, model, optimizer, mesh)
-  like = abstract_step.state(whole, model, held_out["inputs"][0])
-  start = parameters.of(
-    config.model,
-    model,
-    functools.partial(parameters.make_params, model),
-    jax.ShapeDtypeStruct((2,), np.uint32),
-    held_out["inputs"][0],
-  )
-  frozen = start.frozen(whole)
+  experiment = setup.build(config, _mesh(config), plan=ledger.plan)
+  model, inputs = experiment.model, held_out["inputs"][0]
+  like = abstract_step.state(experiment.step, model, inputs)
+  words = jax.ShapeDtypeStruct((2,), np.uint32)
+  frozen = experiment.parameters(words, inputs).frozen(experiment.step)
   restored = checkpoints.read(
     workdir / "checkpoints",
     like,
@@ -121,7 +110,14 @@ def load(
   if result.exists():
     environment = json.loads(result.read_text())["environment"]
   return Released(
-    config, ledger, saved, model, mesh, restored, held_out, environment
+    config,
+    ledger,
+    saved,
+    model,
+    experiment.mesh,
+    restored,
+    held_out,
+    environment,
   )
 
 

@@ -44,7 +44,8 @@ from dpdist.noise import noise
 from dpdist.privacy import plan as plan_lib
 from dpdist.sensitivity import sentinel as sentinel_lib
 from dpdist.sums import compensated
-from dpdist.workdir import session
+from dpdist.workdir import run as run_lib
+from dpdist.workdir import session as session_lib
 
 PyTree = Any
 keras = keras_loss.keras
@@ -106,7 +107,7 @@ def make_private(
     config = config.to_privacy_config()
   void = ("unsafe_metrics shows the training loss, which no noise covers",)
   notices = void if unsafe_metrics else ()
-  run = session.Run(
+  run = run_lib.Run(
     workdir, config, insecure_seed=insecure_seed, notices=notices
   )
   plan = run.plan
@@ -151,7 +152,7 @@ class PrivateModel:
   def __init__(
     self,
     model: Any,
-    run: session.Run,
+    run: run_lib.Run,
     chunk_size: int,
     options: dict[str, Any],
     unsafe_metrics: bool,
@@ -309,10 +310,10 @@ class PrivateModel:
     )
     self.model.stop_training = False
     told.on_train_begin()
-    with self._run.going_on(data.source.manifest()) as going:
+    with self._run.session(data.source.manifest()) as session:
       for epoch, stop in enumerate(ends):
         told.on_epoch_begin(epoch)
-        loss = self._steps(going, data, zeros, stop)
+        loss = self._steps(session, data, zeros, stop)
         logs = {"loss": loss} if self._unsafe_metrics else {}
         if validation_data is not None:
           scores = self.model.evaluate(
@@ -364,35 +365,35 @@ class PrivateModel:
 
   def _steps(
     self,
-    going: session.GoingOn,
+    session: session_lib.Session,
     data: keras_data.Arrays,
     zeros: compensated.Sum,
     stop: int,
   ) -> float:
     """Makes the updates before stop; returns the mean loss, not private."""
-    sampler = going.streams.sampler(self.plan)
-    noise_key = going.streams.key("noise")
+    sampler = session.streams.sampler(self.plan)
+    noise_key = session.streams.key("noise")
     # Few durable records, and little lost if the process is killed.
     block = max(1, self.plan.num_steps // 100)
     state = self._state()
     trainable, optimizer = state["trainable"], state["optimizer"]
-    step = charged = begun = self.step
+    step = charged = self.step
     losses, num_drawn = 0.0, 0
     try:
       while step < stop:
         if step == charged:
           charged = min(stop, step + block)
-          going.charge(charged)
+          session.charge(charged)
         total, rows = zeros, itertools.count(0, self._chunk_size)
         indices = sampler(step)
-        key = going.streams.key("model_rng", step)
-        begun = step + 1
+        key = session.streams.key("model_rng", step)
+        session.begin(step)
         direction, found = [], np.zeros(len(trainable), np.int32)
-        every, first = self._sentinel_every, going.first_step
+        every, first = self._sentinel_every, session.position.first_step
         if sentinel_lib.is_watched(
-          going.streams, step, every=every, first_step=first
+          session.streams, step, every=every, first_step=first
         ):
-          secret = going.streams.key("sentinel_direction", step)
+          secret = session.streams.key("sentinel_direction", step)
           direction.append(keras_sentinel.normal(trainable, secret))
         for (batch, padding), row in zip(
           data.chunks(indices, self._chunk_size), rows, strict=False
@@ -412,7 +413,7 @@ class PrivateModel:
         jax.block_until_ready(trainable)
         step += 1
         if np.any(found):
-          going.notice(history.TOO_LONG)
+          session.notice(history.TOO_LONG)
           raise sentinel_lib.SensitivityError(
             keras_sentinel.fault(
               self.model, self._clipped_grad, self._state(), data, found
@@ -420,13 +421,10 @@ class PrivateModel:
           )
     finally:
       # Also after an error or Ctrl-C: what was computed is paid for.
-      try:
-        going.check_data(data.source.changed_files)
-        self._assign(trainable, optimizer)
-        if step > self.step:
-          going.save(self._saved_state(), step)
-      finally:
-        going.give_back(begun)
+      session.check_data(data.source.changed_files)
+      self._assign(trainable, optimizer)
+      if step > self.step:
+        session.save(self._saved_state(), step)
     return losses / max(1, num_drawn)
 
   def _state(self) -> dict[str, list[jax.Array]]:

@@ -1,4 +1,4 @@
-"""Tells a running job's epsilon through its ledger, without holding it up.
+"""Records a running job's epsilon in its ledger, without holding it up.
 
 Accountants take tenths of a second, so they work in a thread beside the steps.
 What they found is recorded by whoever writes the ledger, in between two steps,
@@ -13,7 +13,7 @@ from dpdist.privacy import composition
 from dpdist.privacy import plan as plan_lib
 
 
-class Odometer:
+class EpsilonRecorder:
   """Keeps a ledger's `epsilons` up to date; a context manager.
 
   Not to be used by two threads.
@@ -31,6 +31,14 @@ class Odometer:
 
   def __exit__(self, *unused: object) -> None:
     self._pool.shutdown(wait=False, cancel_futures=True)
+
+  def on_step(self, done: int) -> None:
+    """Records what is known by now."""
+    del done
+    self.poll()
+
+  def on_row(self, row: object) -> None:
+    """Does nothing: epsilon is no measurement."""
 
   def poll(self, *, wait: bool = False) -> None:
     """Records what is known by now.

@@ -14,14 +14,10 @@ from typing import Any
 import jax
 import ml_collections
 
-from dpdist import config as config_lib
-from dpdist import models
 from dpdist.distributed import mesh as mesh_lib
-from dpdist.privacy import plan as plan_lib
 from dpdist.profiling import chips
 from dpdist.profiling import compiled
 from dpdist.profiling import products
-from dpdist.tasks import optimizers
 from dpdist.training import abstract_step
 from dpdist.training import setup
 
@@ -51,17 +47,16 @@ def forecast(
   setup.check(config)
   devices = chips.devices(topology, num_slices)
   chip = chips.CHIPS[topology.partition(":")[0]]
-  plan = plan_lib.make_plan(config_lib.privacy_config(config))
-  mesh = mesh_lib.make(config.mesh, devices)
-  model = models.make(config.model)
-  optimizer, _ = optimizers.make(config.optimizer, config.privacy.num_steps)
-  step = setup.make_step(config, plan, model, optimizer, mesh, platform="tpu")
+  experiment = setup.build(
+    config, mesh_lib.make(config.mesh, devices), platform="tpu"
+  )
+  plan, model, step = experiment.plan, experiment.model, experiment.step
   if config.clipping.exact_sum:
     raise ValueError(
       "clipping.exact_sum must be False to compile for a topology: its programs"
       " are for one device each, got True"
     )
-  chunk_size = setup.chunk_size(config, plan, mesh)
+  chunk_size = experiment.chunk_size
   example = abstract_step.example(config)
   state = abstract_step.state(step, model, example["inputs"])
   arguments = abstract_step.arguments(
@@ -77,7 +72,7 @@ def forecast(
     "topology": topology,
     "num_slices": num_slices,
     "num_chips": len(devices),
-    "mesh": dict(mesh.shape),
+    "mesh": dict(step.mesh.shape),
     "epsilon": plan.epsilon(),
     "delta": config.privacy.target_delta,
     "noise_multiplier": plan.noise_multiplier,
@@ -102,7 +97,9 @@ def forecast(
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       return facts | {"fits": False, "reason": _reason(error)}
-    work = products.count(traced.jaxpr.jaxpr).times(1 / mesh.shape["model"])
+    work = products.count(traced.jaxpr.jaxpr).times(
+      1 / step.mesh.shape["model"]
+    )
     analysis = program.memory_analysis()
     grown = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     memory[f"{name}_temp"] = analysis.temp_size_in_bytes + max(0, grown)

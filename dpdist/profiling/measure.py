@@ -21,11 +21,7 @@ import ml_collections
 import numpy as np
 import optax
 
-from dpdist import config as config_lib
-from dpdist import models
-from dpdist.distributed import mesh as mesh_lib
 from dpdist.privacy import plan as plan_lib
-from dpdist.tasks import optimizers
 from dpdist.training import abstract_step
 from dpdist.training import setup
 from dpdist.training import step as step_lib
@@ -79,16 +75,12 @@ def prepare(config: ml_collections.ConfigDict) -> Bench:
       "clipping.exact_sum must be False to be measured: its programs are for"
       " one device each, got True"
     )
-  setup.check(config)
-  plan = plan_lib.make_plan(config_lib.privacy_config(config))
-  mesh = mesh_lib.make(config.mesh)
-  model = models.make(config.model)
-  optimizer, _ = optimizers.make(config.optimizer, config.privacy.num_steps)
-  step = setup.make_step(config, plan, model, optimizer, mesh)
+  experiment = setup.build(config)
+  model, step = experiment.model, experiment.step
   example = abstract_step.example(config)
   return Bench(
     config,
-    plan,
+    experiment.plan,
     step,
     setup.loss_fn(config, model),
     abstract_step.state(step, model, example["inputs"]),

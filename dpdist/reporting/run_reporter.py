@@ -1,10 +1,10 @@
-"""What the leader shows of a run while it trains."""
+"""What the primary process shows of a run while it trains."""
 
 from collections.abc import Iterator
 import contextlib
 import pathlib
 import time
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import ml_collections
 
@@ -13,8 +13,26 @@ from dpdist.reporting import metrics
 from dpdist.reporting import telemetry
 
 
+class Row(NamedTuple):
+  """What was measured after a step.
+
+  Attributes:
+    done: steps that were made.
+    values: released values, and "examples_per_second", by name.
+    scores: held-out metrics.
+    sensitive: private; shown where the guarantee is void anyway.
+    machines: of each process, as `telemetry.measure` gives it; private.
+  """
+
+  done: int
+  values: dict[str, float]
+  scores: dict[str, float]
+  sensitive: dict[str, float]
+  machines: list[str]
+
+
 class Display:
-  """Metrics and progress, as the leader shows them; a context manager."""
+  """Shows metrics and progress in the primary process; a context manager."""
 
   def __init__(
     self,
@@ -44,19 +62,13 @@ class Display:
   def __exit__(self, *raised: Any) -> None:
     self._stack.__exit__(*raised)
 
-  def update(self, done: int) -> None:
+  def on_step(self, done: int) -> None:
     """Shows that a step was made."""
     self._progress.update(done)
 
-  def tell(
-    self,
-    done: int,
-    values: dict[str, float],
-    scores: dict[str, float],
-    sensitive: dict[str, float],
-    machines: list[str],
-  ) -> None:
+  def on_row(self, row: Row) -> None:
     """Writes and shows a row of metrics; of the speed, on a terminal alone."""
+    done, values, scores, sensitive, machines = row
     values = dict(values)
     speed = values.pop("examples_per_second")
     self._operations.write(done, machines, {"examples_per_second": speed})

@@ -7,7 +7,6 @@ loss 0; see `dpdist.tasks.classification`.
 """
 
 from collections.abc import Mapping
-import functools
 import hashlib
 from typing import Any
 
@@ -64,12 +63,11 @@ def fit(
     example,
     lambda: model.init_with_output(jax.random.key(0), example["inputs"])[0],
   )
-  make = functools.partial(parameters.make_params, model)
   row = splits.train.read(np.zeros(1, np.int64))
   return (
     test,
     {k: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for k, x in row.items()},
-    parameters.of(config.model, model, make, words, example["inputs"]),
+    parameters.of(config.model, model, words, example["inputs"]),
   )
 
 

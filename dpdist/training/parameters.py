@@ -57,7 +57,6 @@ def frozen_paths(
 def of(
   config: ml_collections.ConfigDict,
   model: nn.Module,
-  make: Callable[[Any, Any], PyTree],
   words: Any,
   example: Any,
 ) -> "Parameters":
@@ -66,14 +65,15 @@ def of(
   Args:
     config: `config.model`.
     model: of the config.
-    make: see `Parameters`; likewise words and example, of which shapes are
-      enough for all but `Parameters.init`.
+    words: see `Parameters`; likewise example. Shapes are enough for all but
+      `Parameters.init`.
 
   Raises:
     ValueError, ModuleNotFoundError: see `Parameters` and `models.from_disk`.
   """
   weights = models.from_disk(config, model)
   is_frozen = frozen_paths(config)
+  make = functools.partial(make_params, model)
   return Parameters(make, words, example, weights, config.trainable, is_frozen)
 
 

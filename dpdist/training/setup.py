@@ -184,12 +184,9 @@ def _prepared(
   train_manifest = resume.known_as(ledger, own_manifest, earlier)
   plan, changes, found = resume.decide(config, workdir, ledger, train_manifest)
   collectives.agree(plan=plan.fingerprint())
-  model = models.make(config.model)
-  optimizer, learning_rate = optimizers.make(
-    config.optimizer, config.privacy.num_steps
-  )
-  size = chunk_size(config, plan, mesh)
-  step = make_step(config, plan, model, optimizer, mesh)
+  experiment = build(config, mesh, plan=plan)
+  model, step = experiment.model, experiment.step
+  size = experiment.chunk_size
   test, row, start = collectives.in_all(
     lambda: data_checks.fit(config, splits, model, PUBLIC_WORDS)
   )
@@ -223,7 +220,7 @@ def _prepared(
     parameters.frozen_sha256(frozen),
     start.weights_sha256,
     step,
-    learning_rate,
+    experiment.learning_rate,
     size,
     close,
   )
@@ -343,30 +340,92 @@ def _load(
   return mesh, splits, manifest, earlier, features_sha256, examples.close
 
 
-def make_step(
-  config: ml_collections.ConfigDict,
-  plan: plan_lib.PrivacyPlan,
-  model: nn.Module,
-  optimizer: optax.GradientTransformation,
-  mesh: Mesh,
-  *,
-  platform: str | None = None,
-) -> step_lib.Step:
-  """The step of a config, on a mesh.
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+  """What a config trains, on a mesh; it holds no array.
 
-  Args:
-    config: settings.
+  Attributes:
+    config: all settings.
     plan: the numbers.
     model: maps the inputs of one example to logits.
-    optimizer: applied to the noisy mean.
-    mesh: all devices.
+    step: the two halves of a step.
+    learning_rate: as a function of the step.
+  """
+
+  config: ml_collections.ConfigDict
+  plan: plan_lib.PrivacyPlan
+  model: nn.Module
+  step: step_lib.Step
+  learning_rate: optax.Schedule
+
+  @property
+  def mesh(self) -> Mesh:
+    """All devices."""
+    return self.step.mesh
+
+  @property
+  def chunk_size(self) -> int:
+    """Examples, or users, over the mesh at once, as set or chosen.
+
+    Raises:
+      ValueError: what is set cannot be divided evenly.
+    """
+    return chunk_size(self.config, self.plan, self.mesh)
+
+  def parameters(self, words: Any, inputs: Any) -> parameters.Parameters:
+    """What the parameters begin as.
+
+    Args:
+      words: uint32 [2], of the key of the stream "init".
+      inputs: of one example; shapes are enough for all but `Parameters.init`.
+
+    Raises:
+      ValueError: weights from disk do not fit the model.
+    """
+    return parameters.of(self.config.model, self.model, words, inputs)
+
+
+def build(
+  config: ml_collections.ConfigDict,
+  mesh: Mesh | None = None,
+  *,
+  plan: plan_lib.PrivacyPlan | None = None,
+  platform: str | None = None,
+) -> Experiment:
+  """Builds what a config trains.
+
+  Args:
+    config: all settings.
+    mesh: None: of this machine's devices, as the config divides them.
+    plan: None: made from the config.
     platform: what it is compiled for; see `dpdist.clipped_grad`.
 
   Raises:
     ValueError: names the setting, its value and what would be right.
   """
+  check(config)
+  if plan is None:
+    plan = plan_lib.make_plan(config_lib.privacy_config(config))
+  if mesh is None:
+    mesh = mesh_lib.make(config.mesh)
+  model = models.make(config.model)
+  optimizer, learning_rate = optimizers.make(
+    config.optimizer, config.privacy.num_steps
+  )
+  step = _step(config, plan, model, optimizer, mesh, platform)
+  return Experiment(config, plan, model, step, learning_rate)
+
+
+def _step(
+  config: ml_collections.ConfigDict,
+  plan: plan_lib.PrivacyPlan,
+  model: nn.Module,
+  optimizer: optax.GradientTransformation,
+  mesh: Mesh,
+  platform: str | None,
+) -> step_lib.Step:
   exact = config.clipping.exact_sum
-  make_step = exact_step.ExactStep if exact else step_lib.Step
+  make = exact_step.ExactStep if exact else step_lib.Step
   rules = models.partitioning(model)
   if mesh.shape["model"] > 1 and (exact or not rules):
     reason = (
@@ -377,7 +436,7 @@ def make_step(
     raise ValueError(
       f"mesh.model must be 1 {reason}, got {mesh.shape['model']}"
     )
-  return make_step(
+  return make(
     mechanism.make(
       plan,
       loss_fn(config, model),

@@ -1,96 +1,172 @@
-"""A run's directory, for a training loop that is not `dpdist.train`.
+"""The life of a run, for `dpdist.train` and for loops of one's own.
 
-    run = Run(workdir, config)
-    state = run.restore(state)
-    with run.going_on(data) as going:
-      while step < last:
-        going.charge(step + 1)
-        ... sample and add noise by going.streams ...
-        step += 1
-      going.check_data(source.changed_files)
-      going.save(state, step)
+A `Session` is a stretch of a run's steps: the keys that they are drawn with,
+their charges, and the checkpoints that they end in.
 
-It keeps the secret, the ledger and the checkpoints where `dpdist.train` keeps
-them, so that `launch.budget` and `launch.verify` read them too.
+Steps are charged several at a time, before the first of them is computed. A
+stretch that ends in an orderly way in between, by a request to stop or by an
+error, has charged steps of which it computed nothing on data. A session gives
+their charge back as it is left.
 
-A loop of someone else's cannot be proved to compute the same bits again. So
-every `going_on` opens a branch of its own, with new keys: what was charged but
-not saved when a process died is spent, and the steps are charged again. Who
-ends in an orderly way calls `give_back`.
+What it takes for begun is never too little: a step counts as begun from just
+before its first computation on data. A step whose computation failed is begun,
+since what of it was computed cannot be known. Nothing is given back
+
+  * that was charged before this process wrote the ledger, which another process
+    may have begun (see `dpdist.ledger.ledger.Ledger.give_back`);
+  * by a job of several processes, of which one may be further on than another;
+  * by a process that dies: it has no time to.
+
+A copy of a whole process, memory and all, such as a snapshot of a virtual
+machine, takes the charges for its own, and may compute what the other copy gave
+back; it is stopped as soon as it saves or charges. Nothing here sees it before.
+
+The ledger comes first and the data set's budget after it. A process that dies
+between the two leaves a budget that holds too much.
 """
 
-from collections.abc import Callable, Iterator
-import contextlib
-import dataclasses
-import os
-import pathlib
-import secrets
-from typing import Any
-import warnings
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, NamedTuple, Self
 
-import ml_collections
+import jax
 
 from dpdist.data import sources
-from dpdist.keys import keys
+from dpdist.distributed import collectives
+from dpdist.ledger import data_budget
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
 from dpdist.privacy import composition
-from dpdist.privacy import plan as plan_lib
+from dpdist.reporting import console
 from dpdist.workdir import checkpoints as checkpoints_lib
-from dpdist.workdir import manifest
-from dpdist.workdir import resume
 
 PyTree = Any
 
 
-@dataclasses.dataclass(frozen=True)
-class GoingOn:
-  """A run while this process writes its ledger; see `Run.going_on`.
+class Position(NamedTuple):
+  """Where a run's newest branch begins and must end; the same everywhere.
 
   Attributes:
-    streams: all randomness of this stretch of steps.
-    first_step: of this stretch.
+    branch: the identity of its keys.
+    first_step: of the branch.
+    first_release: that of step 0; see `dpdist.ledger.history.Branch.release`.
     last_step: where the steps must end for the plan to hold.
+    epsilon_planned: of the run, by then.
   """
 
-  streams: mechanism.Streams
+  branch: str
   first_step: int
+  first_release: int
   last_step: int
-  _run: "Run"
-  _ledger: ledger_lib.Ledger
-  _checkpoints: checkpoints_lib.Checkpoints
+  epsilon_planned: float
+
+  @classmethod
+  def of(cls, ledger: ledger_lib.Ledger) -> Self:
+    """Reads it from a ledger that holds a branch."""
+    branch = ledger.branches[-1]
+    return cls(
+      branch.identity,
+      branch.start_step,
+      branch.release(0),
+      ledger.last_step,
+      composition.guaranteed([*ledger.bounds, ledger.planned]),
+    )
+
+
+class Session:
+  """A stretch of a run's steps; a context manager.
+
+  To be entered and asked in all processes of a job alike. What only the primary
+  process can do, whose the ledger is, happens there, and the others wait.
+
+  Attributes:
+    streams: all randomness of the steps.
+    position: of their branch.
+  """
+
+  def __init__(
+    self,
+    ledger: ledger_lib.Ledger | None,
+    checkpoints: checkpoints_lib.Checkpoints,
+    secret: bytes,
+    position: Position,
+    *,
+    start_step: int,
+    budget: data_budget.DataBudget | None = None,
+    on_save: Callable[[history.Saved, str], None] | None = None,
+    warn: Callable[[str], None] = console.warn,
+  ):
+    """Charges nothing yet.
+
+    Args:
+      ledger: of the run; None in the processes that do not write it.
+      checkpoints: of the run.
+      secret: of the run.
+      position: of the branch that the ledger was resumed on.
+      start_step: the first step that will be computed.
+      budget: of the data set, in which the run was admitted; or None.
+      on_save: is handed each new checkpoint, and the ledger's head that it was
+        saved under.
+      warn: shows a sentence.
+    """
+    self.streams = mechanism.Streams(secret, position.branch)
+    self.position = position
+    self._ledger = ledger
+    self._checkpoints = checkpoints
+    self._budget = budget
+    self._begun = start_step
+    self._on_save = on_save
+    self._warn = warn
+
+  def __repr__(self) -> str:
+    # Without the secret.
+    return f"Session(position={self.position!r})"
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(
+    self,
+    kind: type[BaseException] | None,
+    error: BaseException | None,
+    trace: TracebackType | None,
+  ) -> None:
+    if self._ledger is None or jax.process_count() > 1:
+      return
+    try:
+      if self._ledger.give_back(self._begun):
+        self._update_budget()
+    except ledger_lib.LedgerError as problem:
+      # As when another process went on with the run. Too much stays charged.
+      self._warn(f"what was charged ahead stays charged: {problem}")
 
   def charge(self, stop_step: int) -> None:
-    """Charges the steps before stop_step, durably; call before computing them.
+    """Charges the steps before stop_step, durably, unless they are charged.
+
+    To be called before the first of them is computed.
 
     Raises:
       dpdist.ledger.ledger.RefusedError: the plan would be exceeded.
       dpdist.ledger.ledger.LedgerError: another process wrote to the ledger.
     """
-    self._ledger.reserve_through(stop_step)
 
-  def give_back(self, begun: int) -> None:
-    """Gives back steps that were charged and never begun; call at the end.
+    def charge() -> None:
+      assert self._ledger is not None
+      if self._ledger.reserve_through(stop_step):
+        self._update_budget()
 
-    Args:
-      begun: exclusive; nothing of a step from here on was computed on data.
-    """
-    is_known = self._run.is_at(self._ledger)
-    try:
-      self._ledger.give_back(begun)
-    except ledger_lib.LedgerError as error:
-      # Too much stays charged, never too little.
-      warnings.warn(
-        f"what was charged ahead stays charged: {error}", stacklevel=2
-      )
-    if is_known:
-      self._run.notice_head(self._ledger)
+    collectives.from_leader(charge)
+
+  def begin(self, step: int) -> None:
+    """To be called before a step's first computation on data."""
+    self._begun = step + 1
 
   def check_data(self, changed: Callable[[], list[str]]) -> None:
     """Stops the run if files of its data were changed while it read them.
 
-    Call before anything is saved or shown of steps that may have read them. The
+    To be called before anything is saved or shown of steps that may have read
+    them. That their noise hides what it should cannot be said any more, so the
     record says so, and is void and not sound.
 
     Args:
@@ -99,250 +175,43 @@ class GoingOn:
     Raises:
       dpdist.data.sources.ChangedError: names them.
     """
-    found = changed()
-    if found:
-      self._ledger.notice(sources.CHANGED, unsound=True)
-      raise sources.changed_error(found)
+    files = collectives.in_all(changed)
+    if collectives.any_process(bool(files)):
+      self.notice(sources.CHANGED, unsound=True)
+      raise sources.changed_error(files)
 
-  def notice(self, text: str) -> None:
+  def notice(self, text: str, *, unsound: bool = False) -> None:
     """Records what voids the guarantee."""
-    self._ledger.notice(text)
+
+    def record() -> None:
+      assert self._ledger is not None
+      self._ledger.notice(text, unsound=unsound)
+
+    collectives.from_leader(record)
 
   def save(self, state: PyTree, step: int) -> None:
     """Saves a checkpoint of charged steps, and records it."""
-    self._ledger.confirm()
-    head = self._ledger.head
+
+    def confirm() -> str:
+      assert self._ledger is not None
+      self._ledger.confirm()
+      return self._ledger.head
+
+    head = str(collectives.from_leader(confirm))
     digest = self._checkpoints.save(state, step=step, ledger_head=head)
+    if self._ledger is None:
+      return
     self._ledger.record_checkpoint(step, digest)
     self._checkpoints.delete_old(self._ledger.checkpoints)
-    self._run.take(self._ledger, head)
+    if self._on_save is not None:
+      self._on_save(self._ledger.checkpoints[-1], head)
 
+  def epsilon(self, step: int) -> float:
+    """What the steps before `step` spent; for the primary process alone."""
+    assert self._ledger is not None
+    return composition.epsilon(self._ledger.spent_through(step))
 
-class Run:
-  """A directory with a budget.
-
-  Attributes:
-    workdir: its path.
-    plan: the numbers that the run is bound to.
-    saved: the newest whole checkpoint; None without any.
-    saved_head: the ledger's head that it was saved under, once restored.
-  """
-
-  def __init__(
-    self,
-    workdir: str | os.PathLike[str],
-    config: plan_lib.PrivacyConfig | plan_lib.PrivacyPlan,
-    *,
-    insecure_seed: int | None = None,
-    notices: tuple[str, ...] = (),
-  ):
-    """Reads what the directory holds, and changes nothing.
-
-    Args:
-      workdir: a local directory; made when the run begins.
-      config: of the run; equal to the one it began with.
-      insecure_seed: fixes every random stream, for tests. It voids the
-        guarantee, and the ledger says so.
-      notices: what else voids it, for the ledger.
-
-    Raises:
-      ValueError: config is neither; or the run began with another one.
-      dpdist.ledger.ledger.LedgerError: the ledger is damaged, or was rolled
-        back.
-    """
-    if not isinstance(config, plan_lib.PrivacyConfig | plan_lib.PrivacyPlan):
-      raise ValueError(
-        "config must be a dpdist.PrivacyConfig or a dpdist.PrivacyPlan, got"
-        f" {config!r}"
-      )
-    for name, right in (
-      ("noise_schedule", ()),
-      ("batch_size_schedule", ()),
-      ("cycle_length", 1),
-      ("group_size", 1),
-    ):
-      if getattr(config, name) != right:
-        raise ValueError(
-          f"{name} must be {right!r} here, got {getattr(config, name)!r}:"
-          " dpdist.train knows of more"
-        )
-    self.workdir = pathlib.Path(workdir)
-    self.plan: plan_lib.PrivacyPlan
-    self.saved: history.Saved | None = None
-    self.saved_head = ""
-    self._insecure_seed = insecure_seed
-    self._notices = notices
-    self._settings = config.to_dict()
-    if isinstance(config, plan_lib.PrivacyPlan):
-      self._settings["target_delta"] = config.delta
-    with self._open() as ledger:
-      if ledger.is_new:
-        if isinstance(config, plan_lib.PrivacyConfig):
-          self.plan = plan_lib.make_plan(config)
-        else:
-          self.plan = config
-      else:
-        self._refuse_changes(ledger, ledger.segment.data, ledger.secret_hash)
-        # As it stands: another machine might calibrate the last digit
-        # differently.
-        self.plan = ledger.plan
-        found = manifest.newest(self._directory, ledger.checkpoints)
-        self.saved = found.saved
-        for text in found.rejected:
-          warnings.warn(text, stacklevel=3)
-      self._head = ledger.head
-
-  @property
-  def spent_steps(self) -> int:
-    """Steps that may have been released."""
-    with self._open() as ledger:
-      return 0 if ledger.is_new else ledger.spent_steps
-
-  @property
-  def step(self) -> int:
-    """Updates made in what `restore` gives back."""
-    return self.saved.step if self.saved else 0
-
-  def epsilon(self) -> float:
-    """What holds for the run wherever it stops, at the plan's delta."""
-    with self._open() as ledger:
-      return composition.guaranteed(ledger.bounds)
-
-  def epsilon_spent(self) -> float:
-    """What its odometer reads; no guarantee once someone has looked."""
-    with self._open() as ledger:
-      return 0.0 if ledger.is_new else composition.epsilon(ledger.spent)
-
-  def restore(self, like: PyTree) -> PyTree:
-    """The newest checkpoint's state; `like` itself if there is none.
-
-    Args:
-      like: pytree of arrays, as they were saved.
-
-    Raises:
-      dpdist.workdir.checkpoints.MismatchError: the checkpoint has other arrays.
-    """
-    if self.saved is None:
-      return like
-    with checkpoints_lib.Checkpoints(
-      self._directory, writer=self.saved.writer
-    ) as checkpoints:
-      state, self.saved_head = checkpoints.restore(like, self.saved)
-    return state
-
-  def check(self, num_steps: int) -> None:
-    """Refuses more steps than the plan has left.
-
-    Raises:
-      ValueError: names the number that would be right.
-    """
-    spent = self.spent_steps
-    left = self.plan.num_steps - spent
-    if num_steps > left:
-      raise ValueError(
-        f"num_steps must be at most {left}, the updates that the budget has"
-        f" left ({spent} of the plan's {self.plan.num_steps} are spent), got"
-        f" {num_steps}"
-      )
-
-  @contextlib.contextmanager
-  def going_on(self, data: str) -> Iterator[GoingOn]:
-    """Writes the ledger for a stretch of steps after the saved one.
-
-    Args:
-      data: a digest of the training set, hex; a run sees one data set.
-
-    Raises:
-      ValueError: the data or the secret is not the one that the run began with.
-      dpdist.ledger.ledger.LedgerError: another process writes the ledger, or
-        has gone
-        on with the run since this object last looked.
-    """
-    with self._open() as ledger:
-      if ledger.head != self._head:
-        raise ledger_lib.LedgerError(
-          f"the run in {self.workdir} has gone on since this object looked at"
-          " it: open it anew"
-        )
-      secret = self._secret(is_new=ledger.is_new)
-      secret_hash = keys.secret_hash(secret)
-      if not ledger.is_new:
-        self._refuse_changes(ledger, data, secret_hash)
-      ledger.acquire()
-      if ledger.is_new:
-        is_repeatable = self._insecure_seed is not None
-        ledger.open(
-          config=self._settings,
-          plan=self.plan,
-          data=data,
-          secret_hash=secret_hash,
-          run="" if is_repeatable else secrets.token_hex(16),
-        )
-      if self._insecure_seed is not None:
-        ledger.notice(
-          "insecure_seed fixes every random stream, so anyone can subtract the"
-          " noise"
-        )
-      for text in self._notices:
-        ledger.notice(text)
-      branch = ledger.resume(
-        step=self.step,
-        digest=self.saved.digest if self.saved else "",
-        ledger_head=self.saved_head,
-        fingerprint=secrets.token_hex(32),  # Equal to no other: a new branch.
-      )
-      with checkpoints_lib.Checkpoints(
-        self._directory, writer=ledger.writer
-      ) as checkpoints:
-        yield GoingOn(
-          mechanism.Streams(secret, branch.identity),
-          branch.start_step,
-          ledger.last_step,
-          self,
-          ledger,
-          checkpoints,
-        )
-
-  def is_at(self, ledger: ledger_lib.Ledger) -> bool:
-    """Whether this object knows of all that a ledger says."""
-    return self._head == ledger.head
-
-  def notice_head(self, ledger: ledger_lib.Ledger) -> None:
-    """Notes that this object knows of what was written last."""
-    self._head = ledger.head
-
-  def take(self, ledger: ledger_lib.Ledger, head: str) -> None:
-    """Notes that what is in memory is the newest checkpoint, saved at head.
-
-    Whoever fails to save has lost track of the ledger, and is refused next
-    time.
-    """
-    self.saved, self.saved_head = ledger.checkpoints[-1], head
-    self._head = ledger.head
-
-  @property
-  def _directory(self) -> pathlib.Path:
-    return self.workdir / "checkpoints"
-
-  def _open(self) -> ledger_lib.Ledger:
-    config = ml_collections.ConfigDict({"ledger": ""})
-    return resume.open_ledger(config, self.workdir)
-
-  def _secret(self, *, is_new: bool) -> bytes:
-    config = ml_collections.ConfigDict(
-      {"insecure_seed": self._insecure_seed, "secret_file": ""}
-    )
-    return resume.secret(config, self.workdir, is_new=is_new)
-
-  def _refuse_changes(
-    self, ledger: ledger_lib.Ledger, data: str, secret_hash: str
-  ) -> None:
-    changes = ledger.changes(
-      config=self._settings, data=data, secret_hash=secret_hash
-    )
-    if changes:
-      raise ValueError(
-        f"workdir {str(self.workdir)!r} holds a run that began with other"
-        " settings or data; go on with those, or start a new run in a new"
-        " directory. Changed: " + "; ".join(changes.values())
-      )
+  def _update_budget(self) -> None:
+    if self._budget is not None:
+      assert self._ledger is not None
+      self._budget.follow(self._ledger)

@@ -29,7 +29,7 @@ from tests.support import training
 _ROUNDS = 5
 _NUM_STEPS = 10_000
 _RESERVE = "dpdist.ledger.ledger:Ledger:reserve_through"
-_POLL = "dpdist.ledger.epsilon_recorder:Odometer:poll"  # Once a step.
+_POLL = "dpdist.ledger.epsilon_recorder:EpsilonRecorder:poll"  # Once a step.
 
 
 def _open(path: pathlib.Path, num_steps: int) -> ledger_lib.Ledger:
@@ -57,7 +57,7 @@ def _charge(
   step: int,
   save_every: int,
   last: int,
-  odometer: epsilon_recorder.Odometer | None = None,
+  odometer: epsilon_recorder.EpsilonRecorder | None = None,
 ) -> None:
   """What training does about a step, but for the step itself."""
   ledger.reserve_through(min(last, step - step % save_every + save_every))
@@ -87,7 +87,7 @@ def step_cost(path: pathlib.Path) -> dict[str, float]:
     told = (
       contextlib.nullcontext()
       if ledger is None
-      else epsilon_recorder.Odometer(ledger)
+      else epsilon_recorder.EpsilonRecorder(ledger)
     )
     with told as odometer:
       for step in range(_NUM_STEPS):

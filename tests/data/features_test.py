@@ -14,7 +14,7 @@ from dpdist.data import sources
 from dpdist.data.features import features
 from dpdist.data.features import scattering
 from dpdist.ledger import ledger as ledger_lib
-from dpdist.workdir import charging
+from dpdist.workdir import session
 
 
 @pytest.fixture
@@ -147,7 +147,7 @@ def test_a_step_run_again_on_other_features_has_new_keys(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
       patch.setattr(sampling.PoissonSampler, "__call__", crash)
       # As if it were killed, which gives nothing back.
-      patch.setattr(charging.Charges, "__exit__", lambda *args: None)
+      patch.setattr(session.Session, "__exit__", lambda *args: None)
       with pytest.raises(_Crash):
         dpdist.train(config, tmp_path / "run")
     return ledger_lib.Ledger(tmp_path / "run/ledger").spent_steps

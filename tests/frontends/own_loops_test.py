@@ -8,7 +8,7 @@ import pytest
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.ledger import records
 from dpdist.privacy import plan as plan_lib
-from dpdist.workdir import session
+from dpdist.workdir import run as run_lib
 
 _DATA = "d" * 64
 _STATE = {"w": np.zeros(2)}
@@ -28,10 +28,10 @@ def _config(**changes):
 
 def _step(run, data=_DATA):
   """Makes one update; what its keys are."""
-  with run.going_on(data) as going:
-    going.charge(run.step + 1)
-    found = going.streams
-    going.save(_STATE, run.step + 1)
+  with run.session(data) as session:
+    session.charge(run.step + 1)
+    found = session.streams
+    session.save(_STATE, run.step + 1)
   return found
 
 
@@ -42,11 +42,11 @@ def _keys(streams):
 
 
 def test_who_has_lost_track_of_a_run_is_refused_and_charges_nothing(tmp_path):
-  one, other = (session.Run(tmp_path, _config()) for _ in range(2))
+  one, other = (run_lib.Run(tmp_path, _config()) for _ in range(2))
   _step(one)
   with pytest.raises(records.RecordError, match="open it anew"):
     _step(other)
-  anew = session.Run(tmp_path, _config())
+  anew = run_lib.Run(tmp_path, _config())
   _step(anew)
   with pytest.raises(records.RecordError, match="open it anew"):
     _step(one)
@@ -55,12 +55,12 @@ def test_who_has_lost_track_of_a_run_is_refused_and_charges_nothing(tmp_path):
 
 def test_no_stretch_and_no_copy_of_a_run_has_the_keys_of_another(tmp_path):
   original = tmp_path / "original"
-  found = [_step(session.Run(original, _config()))]
+  found = [_step(run_lib.Run(original, _config()))]
   # From one checkpoint, under one secret, by the same charges.
   for name in ("copy", "another"):
     shutil.copytree(original, tmp_path / name)
   for name in ("original", "copy", "another", "another"):
-    run = session.Run(tmp_path / name, _config())
+    run = run_lib.Run(tmp_path / name, _config())
     run.restore(_STATE)
     found.append(_step(run))
   assert len({streams.secret for streams in found}) == 1
@@ -69,7 +69,7 @@ def test_no_stretch_and_no_copy_of_a_run_has_the_keys_of_another(tmp_path):
 
 
 def test_a_directory_is_of_one_plan_and_one_data_set(tmp_path):
-  run = session.Run(tmp_path, _config())
+  run = run_lib.Run(tmp_path, _config())
   _step(run)
   with pytest.raises(ValueError, match="training data: manifest"):
     _step(run, "e" * 64)
@@ -77,7 +77,7 @@ def test_a_directory_is_of_one_plan_and_one_data_set(tmp_path):
   with pytest.raises(ValueError, match="secret_file must be"):
     _step(run)
   with pytest.raises(ValueError, match=r"noise_multiplier: 2.0 -> 1.0"):
-    session.Run(tmp_path, _config(noise_multiplier=1.0))
+    run_lib.Run(tmp_path, _config(noise_multiplier=1.0))
   assert run.spent_steps == 1
 
 
@@ -95,16 +95,16 @@ def test_what_a_loop_would_have_to_know_of_is_refused(
 ):
   config = _config(**{name: value}, **more, neighboring_relation="zero_out")
   with pytest.raises(ValueError, match=rf"{name} must be .* here"):
-    session.Run(tmp_path, config)
+    run_lib.Run(tmp_path, config)
 
 
 def test_nothing_is_saved_once_another_process_writes(tmp_path, monkeypatch):
   monkeypatch.setattr(records, "PATIENCE_SECONDS", 0.0)
-  run = session.Run(tmp_path, _config())
-  with run.going_on(_DATA) as going:
-    going.charge(1)
+  run = run_lib.Run(tmp_path, _config())
+  with run.session(_DATA) as session:
+    session.charge(1)
     with ledger_lib.Ledger(tmp_path / "ledger") as other:
       other.acquire()
     with pytest.raises(records.ShutOutError):
-      going.save(_STATE, 1)
+      session.save(_STATE, 1)
   assert not list(tmp_path.glob("checkpoints/*/1"))

@@ -43,7 +43,7 @@ def _right(ledger):
 
 
 def test_it_records_what_is_charged_and_once(ledger):
-  with epsilon_recorder.Odometer(ledger) as odometer:
+  with epsilon_recorder.EpsilonRecorder(ledger) as odometer:
     for stop in (1, 2):
       ledger.reserve_through(stop)
       assert ledger.epsilons is None
@@ -66,7 +66,7 @@ def test_it_holds_nothing_up_and_what_is_outdated_is_dropped(
 
   with monkeypatch.context() as patch:
     patch.setattr(composition, "epsilons", slow)
-    with epsilon_recorder.Odometer(ledger) as odometer:
+    with epsilon_recorder.EpsilonRecorder(ledger) as odometer:
       ledger.reserve_through(1)
       odometer.poll()
       ledger.reserve_through(2)

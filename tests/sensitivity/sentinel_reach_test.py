@@ -7,13 +7,11 @@ watched step; and of a wrong one both find it.
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 import dpdist
 from dpdist import clipping
 from dpdist import config as config_lib
-from dpdist import models
 from dpdist.clipping.engines import bookkeeping
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.keys import keys
@@ -92,14 +90,8 @@ class _Made:
       "targets": jax.ShapeDtypeStruct((6,) if is_text else (), "i4"),
     }
     self.row = abstract_step.unit(config, one)
-    model = models.make(config.model)
-    self.step = setup.make_step(
-      config,
-      dpdist.make_plan(config_lib.privacy_config(config)),
-      model,
-      optax.sgd(1.0),
-      meshes.of(name),
-    )
+    experiment = setup.build(config, meshes.of(name))
+    model, self.step = experiment.model, experiment.step
     inputs = np.zeros(one["inputs"].shape, one["inputs"].dtype)
     params = parameters.make_params(model, np.zeros(2, np.uint32), inputs)
     # No part of it begins as 0.

@@ -25,10 +25,10 @@ from dpdist.privacy import composition
 from dpdist.reporting import metrics
 from dpdist.training import setup
 from dpdist.training import step as step_lib
-from dpdist.workdir import charging
 from dpdist.workdir import checkpoints
 from dpdist.workdir import fingerprint
 from dpdist.workdir import resume
+from dpdist.workdir import session
 from dpdist.workdir import verify
 from tests.keys import needles
 
@@ -74,7 +74,7 @@ def _crash_at(monkeypatch, crash_step):
 
   monkeypatch.setattr(sampling.PoissonSampler, "__call__", crash)
   # Who is killed gives nothing back.
-  monkeypatch.setattr(charging.Charges, "__exit__", lambda *args: None)
+  monkeypatch.setattr(session.Session, "__exit__", lambda *args: None)
 
 
 def _change_environment(monkeypatch):

@@ -28,8 +28,9 @@ from dpdist.reporting import metrics
 from dpdist.training import setup
 from dpdist.training import step as step_lib
 from dpdist.training import step_sentinel
-from dpdist.workdir import charging
+from dpdist.workdir import checkpoints as checkpoints_lib
 from dpdist.workdir import fingerprint
+from dpdist.workdir import session
 from dpdist.workdir import verify
 
 
@@ -388,12 +389,17 @@ def test_several_processes_give_nothing_back(tmp_path, monkeypatch):
       run="a run",
     )
     ledger.resume(step=0, digest="", ledger_head="", fingerprint="f")
-    with charging.Charges(ledger, None, 0) as charges:
-      charges.through(4)
-      charges.begin(1)
-      monkeypatch.setattr(jax, "process_count", lambda: 2)
-    assert ledger.spent_steps == 4
-    monkeypatch.setattr(jax, "process_count", lambda: 1)
-    with charging.Charges(ledger, None, 0) as charges:
-      charges.begin(1)
+    position = session.Position.of(ledger)
+    make = lambda checkpoints: session.Session(
+      ledger, checkpoints, bytes(32), position, start_step=0
+    )
+    with checkpoints_lib.Checkpoints(tmp_path / "c", writer=1) as checkpoints:
+      with make(checkpoints) as live:
+        live.charge(4)
+        live.begin(1)
+        monkeypatch.setattr(jax, "process_count", lambda: 2)
+      assert ledger.spent_steps == 4
+      monkeypatch.setattr(jax, "process_count", lambda: 1)
+      with make(checkpoints) as live:
+        live.begin(1)
     assert ledger.spent_steps == 2

@@ -1,0 +1,273 @@
+"""A run's directory, for a training loop that is not `dpdist.train`.
+
+    run = Run(workdir, config)
+    state = run.restore(state)
+    with run.session(data) as session:
+      while step < last:
+        session.charge(step + 1)
+        session.begin(step)
+        ... sample and add noise by session.streams ...
+        step += 1
+      session.check_data(source.changed_files)
+      session.save(state, step)
+
+It keeps the secret, the ledger and the checkpoints where `dpdist.train` keeps
+them, so that `launch.budget` and `launch.verify` read them too.
+
+A loop of someone else's cannot be proved to compute the same bits again. So
+every session opens a branch of its own, with new keys: what was charged but not
+saved when a process died is spent, and the steps are charged again.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import os
+import pathlib
+import secrets
+from typing import Any
+import warnings
+
+import ml_collections
+
+from dpdist.keys import keys
+from dpdist.ledger import history
+from dpdist.ledger import ledger as ledger_lib
+from dpdist.privacy import composition
+from dpdist.privacy import plan as plan_lib
+from dpdist.workdir import checkpoints as checkpoints_lib
+from dpdist.workdir import manifest
+from dpdist.workdir import resume
+from dpdist.workdir import session as session_lib
+
+PyTree = Any
+
+
+class Run:
+  """A directory with a budget.
+
+  Attributes:
+    workdir: its path.
+    plan: the numbers that the run is bound to.
+    saved: the newest whole checkpoint; None without any.
+    saved_head: the ledger's head that it was saved under, once restored.
+  """
+
+  def __init__(
+    self,
+    workdir: str | os.PathLike[str],
+    config: plan_lib.PrivacyConfig | plan_lib.PrivacyPlan,
+    *,
+    insecure_seed: int | None = None,
+    notices: tuple[str, ...] = (),
+  ):
+    """Reads what the directory holds, and changes nothing.
+
+    Args:
+      workdir: a local directory; made when the run begins.
+      config: of the run; equal to the one it began with.
+      insecure_seed: fixes every random stream, for tests. It voids the
+        guarantee, and the ledger says so.
+      notices: what else voids it, for the ledger.
+
+    Raises:
+      ValueError: config is neither; or the run began with another one.
+      dpdist.ledger.ledger.LedgerError: the ledger is damaged, or was rolled
+        back.
+    """
+    if not isinstance(config, plan_lib.PrivacyConfig | plan_lib.PrivacyPlan):
+      raise ValueError(
+        "config must be a dpdist.PrivacyConfig or a dpdist.PrivacyPlan, got"
+        f" {config!r}"
+      )
+    for name, right in (
+      ("noise_schedule", ()),
+      ("batch_size_schedule", ()),
+      ("cycle_length", 1),
+      ("group_size", 1),
+    ):
+      if getattr(config, name) != right:
+        raise ValueError(
+          f"{name} must be {right!r} here, got {getattr(config, name)!r}:"
+          " dpdist.train knows of more"
+        )
+    self.workdir = pathlib.Path(workdir)
+    self.plan: plan_lib.PrivacyPlan
+    self.saved: history.Saved | None = None
+    self.saved_head = ""
+    self._insecure_seed = insecure_seed
+    self._notices = notices
+    self._settings = config.to_dict()
+    if isinstance(config, plan_lib.PrivacyPlan):
+      self._settings["target_delta"] = config.delta
+    with self._open() as ledger:
+      if ledger.is_new:
+        if isinstance(config, plan_lib.PrivacyConfig):
+          self.plan = plan_lib.make_plan(config)
+        else:
+          self.plan = config
+      else:
+        self._refuse_changes(ledger, ledger.segment.data, ledger.secret_hash)
+        # As it stands: another machine might calibrate the last digit
+        # differently.
+        self.plan = ledger.plan
+        found = manifest.newest(self._directory, ledger.checkpoints)
+        self.saved = found.saved
+        for text in found.rejected:
+          warnings.warn(text, stacklevel=3)
+      self._head = ledger.head
+
+  @property
+  def spent_steps(self) -> int:
+    """Steps that may have been released."""
+    with self._open() as ledger:
+      return 0 if ledger.is_new else ledger.spent_steps
+
+  @property
+  def step(self) -> int:
+    """Updates made in what `restore` gives back."""
+    return self.saved.step if self.saved else 0
+
+  def epsilon(self) -> float:
+    """What holds for the run wherever it stops, at the plan's delta."""
+    with self._open() as ledger:
+      return composition.guaranteed(ledger.bounds)
+
+  def epsilon_spent(self) -> float:
+    """What its odometer reads; no guarantee once someone has looked."""
+    with self._open() as ledger:
+      return 0.0 if ledger.is_new else composition.epsilon(ledger.spent)
+
+  def restore(self, like: PyTree) -> PyTree:
+    """The newest checkpoint's state; `like` itself if there is none.
+
+    Args:
+      like: pytree of arrays, as they were saved.
+
+    Raises:
+      dpdist.workdir.checkpoints.MismatchError: the checkpoint has other arrays.
+    """
+    if self.saved is None:
+      return like
+    with checkpoints_lib.Checkpoints(
+      self._directory, writer=self.saved.writer
+    ) as checkpoints:
+      state, self.saved_head = checkpoints.restore(like, self.saved)
+    return state
+
+  def check(self, num_steps: int) -> None:
+    """Refuses more steps than the plan has left.
+
+    Raises:
+      ValueError: names the number that would be right.
+    """
+    spent = self.spent_steps
+    left = self.plan.num_steps - spent
+    if num_steps > left:
+      raise ValueError(
+        f"num_steps must be at most {left}, the updates that the budget has"
+        f" left ({spent} of the plan's {self.plan.num_steps} are spent), got"
+        f" {num_steps}"
+      )
+
+  @contextlib.contextmanager
+  def session(self, data: str) -> Iterator[session_lib.Session]:
+    """Opens a session for the steps after the saved one.
+
+    Args:
+      data: a digest of the training set, hex; a run sees one data set.
+
+    Raises:
+      ValueError: the data or the secret is not the one that the run began with.
+      dpdist.ledger.ledger.LedgerError: another process writes the ledger, or
+        has gone
+        on with the run since this object last looked.
+    """
+    with self._open() as ledger:
+      if ledger.head != self._head:
+        raise ledger_lib.LedgerError(
+          f"the run in {self.workdir} has gone on since this object looked at"
+          " it: open it anew"
+        )
+      secret = self._secret(is_new=ledger.is_new)
+      secret_hash = keys.secret_hash(secret)
+      if not ledger.is_new:
+        self._refuse_changes(ledger, data, secret_hash)
+      ledger.acquire()
+      if ledger.is_new:
+        is_repeatable = self._insecure_seed is not None
+        ledger.open(
+          config=self._settings,
+          plan=self.plan,
+          data=data,
+          secret_hash=secret_hash,
+          run="" if is_repeatable else secrets.token_hex(16),
+        )
+      if self._insecure_seed is not None:
+        ledger.notice(
+          "insecure_seed fixes every random stream, so anyone can subtract the"
+          " noise"
+        )
+      for text in self._notices:
+        ledger.notice(text)
+      ledger.resume(
+        step=self.step,
+        digest=self.saved.digest if self.saved else "",
+        ledger_head=self.saved_head,
+        fingerprint=secrets.token_hex(32),  # Equal to no other: a new branch.
+      )
+      with checkpoints_lib.Checkpoints(
+        self._directory, writer=ledger.writer
+      ) as checkpoints:
+
+        def note(saved: history.Saved, head: str) -> None:
+          # What is in memory is the newest checkpoint now.
+          self.saved, self.saved_head, self._head = saved, head, ledger.head
+
+        session = session_lib.Session(
+          ledger,
+          checkpoints,
+          secret,
+          session_lib.Position.of(ledger),
+          start_step=self.step,
+          on_save=note,
+          warn=lambda text: warnings.warn(text, stacklevel=4),
+        )
+        is_known = False
+        try:
+          with session:
+            try:
+              yield session
+            finally:
+              # Who failed to save has lost track of the ledger, and is refused
+              # next time.
+              is_known = self._head == ledger.head
+        finally:
+          if is_known:  # What was given back since is no news.
+            self._head = ledger.head
+
+  @property
+  def _directory(self) -> pathlib.Path:
+    return self.workdir / "checkpoints"
+
+  def _open(self) -> ledger_lib.Ledger:
+    config = ml_collections.ConfigDict({"ledger": ""})
+    return resume.open_ledger(config, self.workdir)
+
+  def _secret(self, *, is_new: bool) -> bytes:
+    config = ml_collections.ConfigDict(
+      {"insecure_seed": self._insecure_seed, "secret_file": ""}
+    )
+    return resume.secret(config, self.workdir, is_new=is_new)
+
+  def _refuse_changes(
+    self, ledger: ledger_lib.Ledger, data: str, secret_hash: str
+  ) -> None:
+    changes = ledger.changes(
+      config=self._settings, data=data, secret_hash=secret_hash
+    )
+    if changes:
+      raise ValueError(
+        f"workdir {str(self.workdir)!r} holds a run that began with other"
+        " settings or data; go on with those, or start a new run in a new"
+        " directory. Changed: " + "; ".join(changes.values())
+      )
