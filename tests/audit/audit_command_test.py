@@ -22,7 +22,7 @@ _ARGS = (
 # Half of the noise that is planned.
 _BROKEN = """
 import dataclasses, runpy, sys
-from dpdist.mechanism.mechanism import mechanism
+from dpdist.mechanism import mechanism
 make = mechanism.make
 def broken(*args, **kwargs):
   made = make(*args, **kwargs)

@@ -19,7 +19,7 @@ _ROOT = pathlib.Path(__file__).parents[2]
 # Charges a step, and only then releases it, as a training loop does.
 _PROGRAM = """
 import os, sys
-from dpdist.ledger.ledger import records
+from dpdist.ledger import records
 log = records.Log(sys.argv[1], lambda record: None)
 log.acquire()
 done = sum(record["kind"] == "charge" for record in log.records)

@@ -29,7 +29,7 @@ if num_processes > 1:
 
 import dpdist
 from dpdist.training import exact_step
-from dpdist.mechanism.mechanism import mechanism
+from dpdist.mechanism import mechanism
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.workdir import fingerprint as provenance
 
@@ -153,7 +153,7 @@ import optax
 import dpdist
 from dpdist.training import exact_step
 from dpdist.tasks import classification as losses
-from dpdist.mechanism.mechanism import mechanism
+from dpdist.mechanism import mechanism
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.workdir import fingerprint as provenance
 from dpdist.models import cnn

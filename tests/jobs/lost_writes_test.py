@@ -108,7 +108,7 @@ def _violations(program, check, path):
 
 _LOG = """
 import sys
-from dpdist.ledger.ledger import records
+from dpdist.ledger import records
 {change}
 log = records.Log(sys.argv[1] + "/new/log", lambda record: None)
 log.acquire()
@@ -133,7 +133,7 @@ def _check_log(path, released):
 
 
 _NO_SYNC = """
-from dpdist.ledger.ledger import stores
+from dpdist.ledger import stores
 spec = stores._spec
 stores._spec = lambda location: {**spec(location), "file_io_sync": False}
 stores._check_durable = lambda spec: None
@@ -141,7 +141,8 @@ stores._check_durable = lambda spec: None
 
 _GIVE_BACK = """
 import sys
-from dpdist.ledger.ledger import ledger, plan
+from dpdist.ledger import ledger
+from dpdist.privacy import plan
 {change}
 run = ledger.Ledger(sys.argv[1] + "/new/ledger")
 run.acquire()

@@ -291,7 +291,7 @@ def test_a_bad_secret_is_refused_but_not_shown(secret):
 
 def test_keys_import_no_jax():
   program = (
-    "import sys; sys.modules['jax'] = None; from dpdist.keys.keys import keys; "
+    "import sys; sys.modules['jax'] = None; from dpdist.keys import keys; "
     "keys.prng_words(keys.insecure_secret(1))"
   )
   root = pathlib.Path(keys.__file__).parents[2]

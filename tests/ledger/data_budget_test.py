@@ -570,7 +570,7 @@ def test_renamed_files_spend_the_same_budget(tmp_path):
 
 _CHILD = """
 import sys
-from dpdist.ledger.ledger import data_budget
+from dpdist.ledger import data_budget
 budget = data_budget.DataBudget(sys.argv[1], "d" * 64)
 try:
   budget.reserve(sys.argv[2], float(sys.argv[3]), 1)

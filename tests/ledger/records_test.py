@@ -248,7 +248,7 @@ def test_a_record_written_meanwhile_is_not_overwritten(history, monkeypatch):
 
 _CHILD = """
 import sys
-from dpdist.ledger.ledger import records
+from dpdist.ledger import records
 log = records.Log(sys.argv[1], lambda record: None)
 try:
   log.acquire()
@@ -424,7 +424,7 @@ def test_a_writer_that_closes_meanwhile_is_no_living_writer(
 
 _PROPOSER = """
 import sys
-from dpdist.ledger.ledger import records
+from dpdist.ledger import records
 log = records.Log(sys.argv[1], lambda record: None)
 for i in range(5):
   def decide():

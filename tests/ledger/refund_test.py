@@ -364,7 +364,8 @@ def test_what_was_given_back_is_said_and_held_against_what_was_released(
 
 _PROGRAM = """
 import sys
-from dpdist.ledger.ledger import ledger, plan
+from dpdist.ledger import ledger
+from dpdist.privacy import plan
 run = ledger.Ledger(sys.argv[1] + "/ledger")
 run.acquire()
 if run.is_new:
