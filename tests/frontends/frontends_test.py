@@ -216,7 +216,7 @@ def test_equinox_refuses_state():
 
 def test_the_core_imports_no_frontend():
   code = (
-    "import sys, dpdist, dpdist.train, dpdist.frontends.linen,"
+    "import sys, dpdist, dpdist.training.train, dpdist.frontends.linen,"
     " dpdist.frontends.nnx\n"
     "dpdist.check_model, dpdist.private_gradients\n"
     "print([x for x in ('keras', 'equinox') if x in sys.modules])"

@@ -81,7 +81,9 @@ def test_an_error_of_the_package_is_none(tmp_path):
     outcomes.tried(lambda: json_fields.parse(b"[]", "x"), repr) == "refused"
   )
   assert outcomes.tried(lambda: 1, repr) == "answered"
-  door = lambda text: lambda *flags: outcomes.doors.Outcome(2, "", text)
+  door = lambda text: (
+    lambda *flags: outcomes.in_process_commands.Outcome(2, "", text)
+  )
   for text in (
     *("", "error: a\nerror: b\n", "Traceback\nerror: x", "x\n"),
     *("error: a\ntry: b\ntry: c\n", "try: a\nerror: b\n"),

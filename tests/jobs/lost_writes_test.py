@@ -201,7 +201,9 @@ def test_what_was_begun_is_charged_whatever_is_given_back(
 _RUN = """
 import sys
 import jax.numpy as jnp
-from dpdist.workdir import checkpoints as checkpoint, ledger, manifest, plan
+from dpdist.ledger import ledger
+from dpdist.privacy import plan
+from dpdist.workdir import checkpoints as checkpoint, manifest
 {change}
 run = ledger.Ledger(sys.argv[1] + "/new/ledger")
 run.acquire()

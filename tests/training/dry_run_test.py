@@ -180,7 +180,7 @@ def test_nor_does_one_whose_second_half_fails(tmp_path, monkeypatch, half):
     _patched(monkeypatch, step_lib.Step, "apply", lambda compiled: fails)
   else:
     monkeypatch.setattr(
-      setup.losses, "evaluator", lambda model, test, mesh: fails
+      setup.classification, "evaluator", lambda model, test, mesh: fails
     )
   with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
     dpdist.train(_config(), tmp_path)

@@ -129,7 +129,7 @@ def test_files_that_another_process_saw_change_stop_this_one_too(
     )
     source = types.SimpleNamespace(changed_files=lambda: here)
     # The function `dpdist.train` hides the module.
-    loop = importlib.import_module("dpdist.train")
+    loop = importlib.import_module("dpdist.training.train")
     job = types.SimpleNamespace(train_source=source, ledger=ledger)
     monkeypatch.setattr(collectives, "any_process", lambda flag: True)
     with pytest.raises(sources.ChangedError, match="cannot vouch"):
