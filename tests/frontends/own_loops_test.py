@@ -101,10 +101,15 @@ def test_what_a_loop_would_have_to_know_of_is_refused(
 def test_nothing_is_saved_once_another_process_writes(tmp_path, monkeypatch):
   monkeypatch.setattr(records, "PATIENCE_SECONDS", 0.0)
   run = run_lib.Run(tmp_path, _config())
-  with run.session(_DATA) as session:
-    session.charge(1)
-    with ledger_lib.Ledger(tmp_path / "ledger") as other:
-      other.acquire()
-    with pytest.raises(records.ShutOutError):
-      session.save(_STATE, 1)
+
+  def shut_out():
+    with run.session(_DATA) as session:
+      session.charge(1)
+      with ledger_lib.Ledger(tmp_path / "ledger") as other:
+        other.acquire()
+      with pytest.raises(records.ShutOutError):
+        session.save(_STATE, 1)
+
+  with pytest.warns(UserWarning, match="stays charged"):
+    shut_out()
   assert not list(tmp_path.glob("checkpoints/*/1"))

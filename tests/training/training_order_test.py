@@ -4,11 +4,9 @@ On a model and data so small that a run takes about two seconds.
 """
 
 import functools
-import importlib
 import json
 import os
 import shutil
-import types
 
 import jax
 import numpy as np
@@ -28,7 +26,6 @@ from dpdist.reporting import metrics
 from dpdist.training import setup
 from dpdist.training import step as step_lib
 from dpdist.training import step_sentinel
-from dpdist.workdir import checkpoints as checkpoints_lib
 from dpdist.workdir import fingerprint
 from dpdist.workdir import session
 from dpdist.workdir import verify
@@ -127,17 +124,17 @@ def test_files_that_another_process_saw_change_stop_this_one_too(
       secret_hash="5" * 64,
       run="a run",
     )
-    source = types.SimpleNamespace(changed_files=lambda: here)
-    # The function `dpdist.train` hides the module.
-    loop = importlib.import_module("dpdist.training.train")
-    job = types.SimpleNamespace(train_source=source, ledger=ledger)
+    ledger.resume(step=0, digest="", ledger_head="", fingerprint="f")
+    live = session.Session(
+      ledger, None, bytes(32), session.Position.of(ledger), start_step=0
+    )
     monkeypatch.setattr(collectives, "any_process", lambda flag: True)
     with pytest.raises(sources.ChangedError, match="cannot vouch"):
-      loop._check_data(job)
+      live.check_data(lambda: here)
     assert ledger.unsound
     assert not any("/data" in text for text in ledger.notices)
     monkeypatch.setattr(collectives, "any_process", lambda flag: False)
-    loop._check_data(job)
+    live.check_data(lambda: here)
 
 
 class _StopError(Exception):
@@ -390,16 +387,15 @@ def test_several_processes_give_nothing_back(tmp_path, monkeypatch):
     )
     ledger.resume(step=0, digest="", ledger_head="", fingerprint="f")
     position = session.Position.of(ledger)
-    make = lambda checkpoints: session.Session(
-      ledger, checkpoints, bytes(32), position, start_step=0
+    make = lambda: session.Session(
+      ledger, None, bytes(32), position, start_step=0
     )
-    with checkpoints_lib.Checkpoints(tmp_path / "c", writer=1) as checkpoints:
-      with make(checkpoints) as live:
-        live.charge(4)
-        live.begin(1)
-        monkeypatch.setattr(jax, "process_count", lambda: 2)
-      assert ledger.spent_steps == 4
-      monkeypatch.setattr(jax, "process_count", lambda: 1)
-      with make(checkpoints) as live:
-        live.begin(1)
+    with make() as live:
+      live.charge(4)
+      live.begin(1)
+      monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert ledger.spent_steps == 4
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    with make() as live:
+      live.begin(1)
     assert ledger.spent_steps == 2
