@@ -101,7 +101,8 @@ def _check_program(name, arguments):
   source = pathlib.Path(spec.origin).read_text()
   for word in arguments:
     flag = re.match(r"--(\w+)", word)
-    assert flag and f'"--{flag[1]}"' in source, (name, word)
+    assert flag is not None, word
+    assert f'"--{flag[1]}"' in source, (name, word)
 
 
 def _check_pytest(arguments):
@@ -119,7 +120,8 @@ def _check_install(arguments):
   extras = settings["project"]["optional-dependencies"]
   assert arguments[:2] == ["install", "-e"], arguments
   found = re.fullmatch(r"\.\[([\w,]+)\]", arguments[2])
-  assert found and {*found[1].split(",")} <= {*extras}, arguments
+  assert found is not None, arguments
+  assert {*found[1].split(",")} <= {*extras}, arguments
 
 
 def _check(monkeypatch, text, is_marked):
@@ -163,9 +165,10 @@ def _plans():
   for page, _, _, text in _blocks():
     for words in _commands(text):
       python = _python(words)
-      if python and python[0] == "launch.budget":
-        if any(word.startswith("--config=") for word in python[1]):
-          yield pytest.param(python[1], id=f"{page}: {' '.join(python[1])}")
+      if python is None or python[0] != "launch.budget":
+        continue
+      if any(word.startswith("--config=") for word in python[1]):
+        yield pytest.param(python[1], id=f"{page}: {' '.join(python[1])}")
 
 
 @pytest.mark.parametrize("arguments", list(_plans()))
@@ -176,6 +179,19 @@ def test_what_only_plans_runs(arguments, monkeypatch, tmp_path):
   done = doors.run("budget", *here, "--config.privacy.accountant=rdp")
   assert done.code == 0, done.err
   assert "epsilon" in done.out
+
+
+def test_planning_prints_what_the_page_shows(monkeypatch):
+  monkeypatch.chdir(_ROOT)
+  page = (_ROOT / "docs/planning.md").read_text()
+  (shown,) = re.findall(r"(?ms)^```\n(.*?)^```$", page)
+  done = doors.run(
+    "budget",
+    "--config=configs/digits.py",
+    "--target_epsilon=3",
+    "--config.privacy.accountant=rdp",
+  )
+  assert shown.rstrip() in done.out
 
 
 @pytest.mark.parametrize(
