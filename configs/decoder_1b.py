@@ -8,8 +8,8 @@ model published so far (Google 2025, "VaultGemma: A Differentially Private Gemma
 Model"): 26 layers of width 1,152, sequences of 1,024 tokens, about 518,000 of
 them a step, 100,000 steps with noise multiplier 0.614, of 13 trillion tokens.
 The unit of privacy is one sequence. Its learning rate is not known here, and
-nothing was trained: what this config states is what it needs, which README.md
-tells under "Compile before you pay".
+nothing was trained: what this config states is what it needs, which is in
+docs/profiling.md under "Compile before you pay".
 
 To train, give --config.data.path=DIR with array_record files of tokens.
 """

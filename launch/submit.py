@@ -3,7 +3,7 @@ r"""Writes a job for an engine that has many machines, and submits it.
   python -m launch.submit --to=slurm --nodes=2 --dry_run \
     --config=configs/digits.py --workdir=/shared/digits
 
---to is slurm, jobset, tpu-vm or ray; launch/engines/ has a page for each. With
+--to is slurm, jobset, tpu-vm or ray; docs/engines/ has a page for each. With
 --dry_run the files are printed, and the command that would submit them; --out
 names a folder to keep them in. The config is loaded and its plan made first, so
 that one that is wrong is refused here.

@@ -1,4 +1,4 @@
-"""Every Python block of the README and the docs runs as it stands.
+"""Every Python block of README.md and the docs runs as it stands.
 
 What a block takes from its reader (a loss, parameters, a batch) is given to it
 here, and nothing else: a name that it forgets to define is an error.

@@ -1,12 +1,26 @@
-"""The README names tests as what stands behind a promise: they are there."""
+"""README.md, docs/ and what they name: tests, files, packages, commands."""
 
 import ast
 import functools
 import pathlib
 import re
 
+import pytest
+
+import dpdist
+from tests.mutants import patches
+
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _NAME = re.compile(r"`(tests/[\w/]+\.py)::(\w+)`")
+_TOP = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")
+_PAGES = (
+  *_TOP,
+  *sorted(str(x.relative_to(_ROOT)) for x in _ROOT.glob("docs/**/*.md")),
+)
+
+
+def _read(page):
+  return (_ROOT / page).read_text()
 
 
 def _missing(text):
@@ -24,27 +38,90 @@ def _functions(path):
   return {x.name for x in tree.body if isinstance(x, ast.FunctionDef)}
 
 
-def test_every_test_that_is_named_is_there():
-  assert not _missing((_ROOT / "README.md").read_text())
+@pytest.mark.parametrize("page", _PAGES)
+def test_every_test_that_is_named_is_there(page):
+  assert not _missing(_read(page))
 
 
 def test_one_that_is_not_there_is_found():
   here = "tests/repo/readme_test.py"
-  text = (
-    f"`{here}::test_gone`, `{here}::test_every_test_that_is_named_is_there`"
-  )
+  text = f"`{here}::test_gone`, `{here}::test_one_that_is_not_there_is_found`"
   assert _missing(text) == [f"{here}::test_gone"]
   assert _missing("`tests/gone_test.py::test_x`") == [
     "tests/gone_test.py::test_x"
   ]
 
 
-def test_the_page_for_auditors_names_a_test_for_each_promise():
-  text = (_ROOT / "README.md").read_text()
-  _, _, page = text.partition("\n### Which test stands behind what\n")
+def test_the_test_index_names_a_test_for_each_promise():
   rows = re.findall(
-    r"(?m)^\| (?!promise|---)(.*?) \| (.*) \|$", page.partition("\n#")[0]
+    r"(?m)^\| (?!promise|---)(.*?) \| (.*) \|$", _read("docs/test_index.md")
   )
-  assert len(rows) > 20
+  assert len(rows) > 50
   for promise, tests in rows:
     assert _NAME.search(tests), promise
+
+
+def test_the_ancestors_tests_are_there():
+  """Names without a file, and with `*` or `...` for what is left out."""
+  all_names = {
+    name
+    for path in (_ROOT / "tests").rglob("*_test.py")
+    for name in _functions(path)
+  }
+  named = re.findall(r"`(test_[\w.*]+)`", _read("docs/migrating.md"))
+  assert len(named) > 20
+  for name in named:
+    pattern = re.escape(name).replace(r"\*", r"\w*").replace(r"\.\.\.", r"\w*")
+    assert any(re.fullmatch(pattern, x) for x in all_names), name
+  for bug in re.findall(r"`(bugs/[\w*.]+)`", _read("docs/migrating.md")):
+    assert list((_ROOT / "tests" / "mutants").glob(bug)), bug
+
+
+@pytest.mark.parametrize("page", _PAGES)
+def test_every_file_that_is_named_is_there(page):
+  for path in re.findall(
+    r"`((?:\.ci|configs|docs|dpdist|launch|tests)/[\w/.-]*)", _read(page)
+  ):
+    assert (_ROOT / path.rstrip(".")).exists(), path
+
+
+@pytest.mark.parametrize("page", _TOP)
+def test_every_link_is_to_a_file(page):
+  """Of these pages; `mkdocs build --strict` sees to those in docs/."""
+  for link in re.findall(r"\]\(([^)#:]+)[^)]*\)", _read(page)):
+    assert (_ROOT / link).is_file(), link
+
+
+def test_readme_is_short():
+  assert len(_read("README.md").splitlines()) <= 250
+
+
+def test_every_command_is_in_both_tables():
+  commands = {
+    path.stem
+    for path in (_ROOT / "launch").glob("*.py")
+    if '__name__ == "__main__"' in path.read_text()
+  }
+  for page in ("README.md", "docs/cli.md"):
+    rows = re.findall(r"(?m)^\| `python -m launch\.(\w+)` \|", _read(page))
+    assert sorted(rows) == sorted(commands), page
+
+
+def test_every_package_is_in_the_architecture():
+  text = _read("docs/architecture.md")
+  for path in (_ROOT / "dpdist").rglob("__init__.py"):
+    package = path.parent.relative_to(_ROOT).as_posix()
+    named = package if package != "dpdist" else "dpdist/__init__.py"
+    assert f"| `{named}` |" in text, package
+
+
+def test_the_page_of_the_public_api_has_all_of_it():
+  named = re.findall(r"(?m)^        - (\w+)$", _read("docs/api/dpdist.md"))
+  assert sorted(named) == sorted(dpdist.__all__)
+
+
+def test_as_many_known_bugs_as_are_stated():
+  bugs = len(list(patches.FOLDER.glob("*.patch")))
+  text = _read("docs/mutation_gate.md")
+  assert f"holds {bugs} patches for {len(patches.KINDS)}\nkinds" in text
+  assert f"{bugs} known bugs" in _read("CHANGELOG.md")
