@@ -17,6 +17,8 @@ from dpdist import mesh as mesh_lib
 from dpdist import plan as plan_lib
 from dpdist import step as step_lib
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _CROP, _COPIES, _ROWS, _CLIP = 2, 3, 16, 0.2
 _SHAPE = (4, 5, 2)
 

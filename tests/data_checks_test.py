@@ -18,6 +18,8 @@ from dpdist import sources
 from launch import ledgers
 from tests import doors
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _NAN, _INF = float("nan"), float("inf")
 
 

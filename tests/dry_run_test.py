@@ -20,6 +20,8 @@ from dpdist import manifest
 from dpdist import plan as plan_lib
 from dpdist import step as step_lib
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory allocating 9999 bytes."
 
 

@@ -27,6 +27,8 @@ from dpdist.models import cnn
 from dpdist.models import decoder
 from tests import meshes
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _CLIP = 0.75
 _GROUP = 8
 _NUM_EXAMPLES = 200

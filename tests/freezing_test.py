@@ -15,6 +15,8 @@ from dpdist import clipping
 from dpdist import noise
 from dpdist.clipping import freezing
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 METHODS = ("bookkeeping", "two_pass", "vmap")
 _BATCH = 16
 

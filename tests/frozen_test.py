@@ -39,6 +39,8 @@ from dpdist.models import bert
 from dpdist.models import lora
 from tests import packages
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _ROWS = 32
 _CLIP = 0.05
 _MESHES = {"1": (1, 1, 1), "8": (8, 1, 1), "8, fsdp": (2, 4, 1)}

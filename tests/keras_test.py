@@ -26,6 +26,8 @@ from dpdist.frontends import keras as private_keras
 from dpdist.frontends import keras_data
 from dpdist.frontends import keras_loss
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 # After the frontend, which chooses the backend.
 keras = private_keras.keras
 layers = keras.layers

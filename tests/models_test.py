@@ -10,6 +10,8 @@ from dpdist import losses
 from dpdist import mesh as mesh_lib
 from dpdist import models
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def _make(**changes):
   config = config_lib.default().model
@@ -40,8 +42,13 @@ _INPUTS = {
 def test_one_example_gives_logits_and_float32_parameters(name, dtype):
   model = _make(name=name, dtype=dtype)
   inputs = _INPUTS[name]
-  params = model.init(jax.random.key(0), inputs)["params"]
-  logits = model.apply({"params": params}, inputs)
+
+  @jax.jit
+  def run(inputs):
+    params = model.init(jax.random.key(0), inputs)["params"]
+    return params, model.apply({"params": params}, inputs)
+
+  params, logits = run(inputs)
   assert logits.shape == ((12, 10) if name == "decoder" else (10,))
   assert logits.dtype == jnp.dtype(dtype)
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {

@@ -405,7 +405,7 @@ def _narrow_batch():
     pytest.param(
       *rule,
       n,
-      marks=[] if (rule[0], n) == ("diagonal", 8) else pytest.mark.slow,
+      marks=[] if (rule[0], n) == ("diagonal", 1) else pytest.mark.slow,
     )
     for rule in _RULES
     for n in (1, 8)

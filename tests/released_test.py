@@ -20,6 +20,8 @@ from dpdist import metrics
 from dpdist import released
 from tests import doors
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def _config():
   config = digits.get_config()

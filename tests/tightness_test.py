@@ -410,7 +410,7 @@ def _check_extreme(kind, noise, drawn, steps, rows, log_delta):
     assert accounting.epsilon(delta=delta, **{**run, **change}) >= 0.98 * stated
 
 
-@hypothesis.settings(max_examples=8, deadline=None, derandomize=True)
+@hypothesis.settings(max_examples=4, deadline=None, derandomize=True)
 @hypothesis.given(**_EXTREME)
 def test_there_is_a_bound_at_any_extreme(**numbers):
   _check_extreme(**numbers)

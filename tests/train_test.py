@@ -32,9 +32,12 @@ from dpdist import step as step_lib
 from dpdist import verification
 from tests.privacy import needles
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def _config(**changes):
   config = digits.get_config()
+  config.model.width = 64
   config.privacy.expected_batch_size = 64
   config.privacy.num_steps = 12
   config.checkpoint_every = 4

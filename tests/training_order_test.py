@@ -32,6 +32,8 @@ from dpdist import step as step_lib
 from dpdist import step_sentinel
 from dpdist import verification
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

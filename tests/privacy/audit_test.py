@@ -22,6 +22,8 @@ from dpdist import mechanism
 from dpdist import plan as plan_lib
 from dpdist import sampling
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _UNITS = 400
 
 
