@@ -4,6 +4,7 @@ Many privacy bugs of sharded programs cannot be seen on one device, so tests
 fail, and are never skipped, where there are fewer.
 """
 
+from collections.abc import Iterator
 import os
 import shutil
 import signal
@@ -41,6 +42,9 @@ import pytest  # noqa: E402
 from tests import parts  # noqa: E402
 
 _LONG = ("cluster", "slow", "tpu")
+_QUICK = "quick_compiles"
+_OPTION = "jax_disable_most_optimizations"
+_compiled_quickly: list[bool] = []
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -57,6 +61,8 @@ def pytest_collection_modifyitems(
   config: pytest.Config, items: list[pytest.Item]
 ) -> None:
   """Leaves out the tests that take long of other parts."""
+  # Together, so that few programs are compiled both ways.
+  items.sort(key=_is_quick)
   which = parts.number(config.getoption("part"), config.rootpath)
   if which is None:
     return
@@ -68,6 +74,33 @@ def pytest_collection_modifyitems(
   left_out = {item for item in long if function(item) not in mine}
   items[:] = [item for item in items if item not in left_out]
   config.hook.pytest_deselected(items=[*left_out])
+
+
+def _is_quick(node: pytest.Item | pytest.Collector) -> bool:
+  marks = node.iter_markers("usefixtures")
+  return any(_QUICK in mark.args for mark in marks)
+
+
+@pytest.fixture(scope="module")
+def quick_compiles() -> Iterator[None]:
+  """Leaves out most of what XLA does to make programs fast.
+
+  For files that test the life of a run, models or the order of things. Those
+  that test the floating point of a compiled program test the one that users
+  run, and have none of this.
+  """
+  jax.config.update(_OPTION, True)
+  yield
+  jax.config.update(_OPTION, False)
+  _compiled_quickly.append(True)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_as_meant(request: pytest.FixtureRequest) -> None:
+  # JAX does not look at the option where it holds a compiled program already.
+  if _compiled_quickly and not _is_quick(request.node):
+    jax.clear_caches()
+    _compiled_quickly.clear()
 
 
 def pytest_unconfigure() -> None:

@@ -26,7 +26,7 @@ def test_clip_and_rescale_to_unit_norm(rescale, expected):
     l2_clip_norm=2.5,
     rescale_to_unit_norm=rescale,
   )
-  got = fn(jnp.float32(2.0), jnp.array([1.0, 4.0, 7.0]))
+  got = jax.jit(fn)(jnp.float32(2.0), jnp.array([1.0, 4.0, 7.0]))
   np.testing.assert_allclose(got.sum, expected, rtol=1e-6)
   assert fn.sensitivity() == (1.0 if rescale else 2.5)
 

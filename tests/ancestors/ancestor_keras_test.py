@@ -80,8 +80,9 @@ def test_training_past_the_last_step_is_refused():
   fn = dpdist.private_gradients(_loss, config.make_plan(), seed=1)
   a, x = jnp.zeros(2), jnp.ones((4, 2))
   state = fn.init(a)
+  compiled = jax.jit(fn)
   for _ in range(config.train_steps):
-    _, state = fn(a, x, state)
+    _, state = compiled(a, x, state)
   with pytest.raises(ValueError, match=r"last step, 2, got 2 draws"):
     fn(a, x, state)
 

@@ -61,7 +61,7 @@ def test_values_may_be_a_tree_and_are_averaged():
   plan = _make(1, 1.0).plan
   loss = lambda w, x: (_loss(w, x), {"x": x, "both": [x * x, w]})
   fn = dpdist.private_gradients(loss, plan, seed=1, has_aux=True)
-  got, _ = fn(jnp.zeros(()), _DATA, fn.init(0))
+  got, _ = jax.jit(fn)(jnp.zeros(()), _DATA, fn.init(0))
   np.testing.assert_allclose(got.aux["x"], 0.0, atol=1e-6)
   np.testing.assert_allclose(got.aux["both"][0], np.mean(np.square(_DATA)))
 
@@ -79,7 +79,7 @@ def test_generators_are_ones_own():
 
   def draw(seed):
     fn = dpdist.private_gradients(_loss, plan, seed=seed)
-    return float(fn(w, _DATA, fn.init(w))[0].gradient)
+    return float(jax.jit(fn)(w, _DATA, fn.init(w))[0].gradient)
 
   assert draw(b"a") == draw(b"a") != draw(b"b")
   assert draw(jax.random.key(3)) != draw(b"a")

@@ -22,6 +22,8 @@ from dpdist.audit import canaries
 from dpdist.mechanism import mechanism
 from dpdist.privacy import plan as plan_lib
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _UNITS = 400
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from dpdist import clipping
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def _loss(params, x):
   return 0.5 * jnp.sum((params["w"] - x) ** 2) * params["scale"]

@@ -49,7 +49,8 @@ def test_per_layer_clipping_takes_a_norm_for_each_group():
   loss = lambda p, x: jnp.sum(p["a"] * x[0]) + jnp.sum(p["b"] * x[1])
   fn = clipping.clipped_grad(loss, l2_clip_norm={"a": 1.0, "b": 15.0})
   params = {"a": jnp.zeros(2), "b": jnp.zeros(2)}
-  got = fn(params, (jnp.array([[3.0, 4.0]]), jnp.array([[0.0, 10.0]])))
+  batch = (jnp.array([[3.0, 4.0]]), jnp.array([[0.0, 10.0]]))
+  got = jax.jit(fn)(params, batch)
   np.testing.assert_allclose(got.sum["a"], [0.6, 0.8], rtol=1e-6)
   np.testing.assert_allclose(got.sum["b"], [0.0, 10.0], rtol=1e-6)
   np.testing.assert_allclose(got.grad_norms["a"], [5.0], rtol=1e-6)

@@ -39,18 +39,8 @@ def _params():
 def test_examples_that_are_not_finite_contribute_exactly_zero(
   method, platform, bad
 ):
-  def loss(params, x):
-    # Grows without bound, in the forward pass already.
-    loss = jnp.sum((x @ params["a"]) ** 2) + jnp.sum(params["b"] * x)
-    # Used once: the sum is a product, in which either side may hold NaN.
-    return loss + jnp.sum((x[0] @ params["c"]) ** 2)
-
   params = {"a": _normal(4, 6), "b": _normal(4), "c": _normal(4, 6, seed=1)}
-  fn = jax.jit(
-    clipping.clipped_grad(
-      loss, l2_clip_norm=1.0, method=method, platform=platform
-    ).__call__
-  )
+  fn = _clipped_growing(method, platform)
   batch = _normal(6, 5, 4).at[2].set(bad)
   got = fn(params, batch)
   without = fn(params, batch, is_padding_example=np.arange(6) == 2)
@@ -59,6 +49,23 @@ def test_examples_that_are_not_finite_contribute_exactly_zero(
     assert np.all(np.isfinite(got.sum[name]))
     np.testing.assert_array_equal(got.sum[name], without.sum[name])
     np.testing.assert_array_equal(got.sum[name], zeroed.sum[name])
+
+
+@functools.cache
+def _clipped_growing(method, platform):
+  """Its programs are the same whatever is not finite."""
+
+  def loss(params, x):
+    # Grows without bound, in the forward pass already.
+    loss = jnp.sum((x @ params["a"]) ** 2) + jnp.sum(params["b"] * x)
+    # Used once: the sum is a product, in which either side may hold NaN.
+    return loss + jnp.sum((x[0] @ params["c"]) ** 2)
+
+  return jax.jit(
+    clipping.clipped_grad(
+      loss, l2_clip_norm=1.0, method=method, platform=platform
+    ).__call__
+  )
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -122,15 +129,16 @@ def test_terms_that_cancel_cannot_pass_the_clip(
 ):
   # Inner products of positions lose such a gradient in rounding.
   monkeypatch.setitem(costs.MODELS, "cpu", _FREE_ARITHMETIC)
+  loss = _cancelling(kind, scale, 1.0)[0]
+  fn = jax.jit(clipping.clipped_grad(loss, l2_clip_norm=1.0, method=method))
   for left in (1e-2, 1e-3, 1e-4, 1e-5, 1e-6):
-    loss, params, example = _cancelling(kind, scale, left)
+    _, params, example = _cancelling(kind, scale, left)
     batch = jax.tree.map(
       lambda x: jnp.asarray(
         x[None], jnp.int32 if x.dtype == int else jnp.float32
       ),
       example,
     )
-    fn = jax.jit(clipping.clipped_grad(loss, l2_clip_norm=1.0, method=method))
     total = np.asarray(fn(params, batch).sum, np.float64)
     assert np.linalg.norm(total) <= 1 + 1e-3, left
 
@@ -163,16 +171,11 @@ def test_what_cancels_for_the_norm_cancels_in_the_sum(method, remat, norms):
 
 
 @pytest.mark.parametrize("power", [0, 10])
-@pytest.mark.parametrize("norms", [1.0, {"v": 1.0, "w": 1.0}])
+@pytest.mark.parametrize("has_own_norms", [False, True])
 @pytest.mark.parametrize("num_positions", [3, 600])
 def test_what_a_product_sums_anew_cannot_pass_the_clip(
-  num_positions, norms, power
+  num_positions, has_own_norms, power
 ):
-  def loss(params, example):
-    return jnp.sum((example["x"] @ params["w"]) * example["g"]) + jnp.sum(
-      params["v"] * example["y"]
-    )
-
   a, b = 4097 * 2.0**power, 3001 * 2.0**power
   x, g = np.zeros((2, 1, num_positions, 256), np.float32)
   x[0, :3, 0] = a, a * b, 0
@@ -180,9 +183,20 @@ def test_what_a_product_sums_anew_cannot_pass_the_clip(
   x[0, 2, 1], g[0, 2, 1] = 3, 1
   batch = {"x": x, "g": g, "y": np.zeros((1, 3), np.float32)}
   params = {"v": jnp.zeros(3), "w": jnp.zeros((256, 256))}
-  fn = clipping.clipped_grad(loss, l2_clip_norm=norms, method="two_pass")
-  total = jax.jit(fn.__call__)(params, batch).sum
+  total = _clipped_product(has_own_norms)(params, batch).sum
   assert np.linalg.norm(total["w"]) <= 1 + 1e-3
+
+
+@functools.cache
+def _clipped_product(has_own_norms):
+  def loss(params, example):
+    return jnp.sum((example["x"] @ params["w"]) * example["g"]) + jnp.sum(
+      params["v"] * example["y"]
+    )
+
+  norms = {"v": 1.0, "w": 1.0} if has_own_norms else 1.0
+  fn = clipping.clipped_grad(loss, l2_clip_norm=norms, method="two_pass")
+  return jax.jit(fn.__call__)
 
 
 @pytest.mark.parametrize(
@@ -205,24 +219,35 @@ def test_scales_above_one_do_not_overflow_on_the_way_back(method, kwargs):
   assert 0.5 < np.linalg.norm(total) <= 1 + 1e-5
 
 
-@pytest.mark.parametrize("method", METHODS)
+# What is normalised or rescaled alone, is both in another one of these.
+_FACTORS = [
+  {"l2_clip_norm": 0.5},
+  {"l2_clip_norm": 0.5, "rescale_to_unit_norm": True},
+  {"l2_clip_norm": 0.5, "normalize_gamma": 0.1},
+  {
+    "l2_clip_norm": 0.5,
+    "normalize_gamma": 1e-12,
+    "rescale_to_unit_norm": True,
+  },
+  {"l2_clip_norm": {"a": 0.5, "b": 2.0, "c": 0.1}},
+  {
+    "l2_clip_norm": {"a": 0.5, "b": 2.0, "c": 0.1},
+    "rescale_to_unit_norm": True,
+    "normalize_gamma": 0.01,
+  },
+]
+
+
 @pytest.mark.parametrize(
-  "kwargs",
+  ("kwargs", "method"),
   [
-    {"l2_clip_norm": 0.5},
-    {"l2_clip_norm": 0.5, "rescale_to_unit_norm": True},
-    {"l2_clip_norm": 0.5, "normalize_gamma": 0.1},
-    {
-      "l2_clip_norm": 0.5,
-      "normalize_gamma": 1e-12,
-      "rescale_to_unit_norm": True,
-    },
-    {"l2_clip_norm": {"a": 0.5, "b": 2.0, "c": 0.1}},
-    {
-      "l2_clip_norm": {"a": 0.5, "b": 2.0, "c": 0.1},
-      "rescale_to_unit_norm": True,
-      "normalize_gamma": 0.01,
-    },
+    pytest.param(
+      *(_FACTORS[i], method),
+      marks=[pytest.mark.slow] * (i in (1, 2, 4) and method != "vmap"),
+      id=f"kwargs{i}-{method}",
+    )
+    for i in range(len(_FACTORS))
+    for method in METHODS
   ],
 )
 def test_one_example_moves_the_sum_by_at_most_the_sensitivity(method, kwargs):
@@ -253,7 +278,7 @@ def test_one_example_moves_the_sum_by_at_most_the_sensitivity(method, kwargs):
 def test_normalised_gradients():
   loss = lambda p, x: jnp.sum(p * x)
   fn = clipping.clipped_grad(loss, l2_clip_norm=2.0, normalize_gamma=0.5)
-  got = fn(jnp.zeros(2), jnp.array([[3.0, 4.0], [0.0, 0.0]]))
+  got = jax.jit(fn)(jnp.zeros(2), jnp.array([[3.0, 4.0], [0.0, 0.0]]))
   np.testing.assert_allclose(got.sum, 2 / 5.5 * np.array([3, 4]), rtol=1e-6)
   assert fn.sensitivity() == 2.0
 

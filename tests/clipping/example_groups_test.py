@@ -11,6 +11,8 @@ import pytest
 
 from dpdist import clipping
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def _loss(params, x):
   return 0.5 * jnp.sum((params - x) ** 2)

@@ -15,6 +15,8 @@ from dpdist import clipping
 from dpdist.clipping import freezing
 from dpdist.noise import noise
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 METHODS = ("bookkeeping", "two_pass", "vmap")
 _BATCH = 16
 

@@ -11,6 +11,8 @@ import pytest
 
 from dpdist import clipping
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def _loss(params, x, rng):
   x = x * jax.random.bernoulli(rng, 0.7, x.shape)

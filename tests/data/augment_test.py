@@ -17,6 +17,8 @@ from dpdist.privacy import plan as plan_lib
 from dpdist.tasks import classification
 from dpdist.training import step as step_lib
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _CROP, _COPIES, _ROWS, _CLIP = 2, 3, 16, 0.2
 _SHAPE = (4, 5, 2)
 

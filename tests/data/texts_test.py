@@ -28,6 +28,8 @@ from dpdist.models import stacked_decoder
 from dpdist.tasks import classification
 from tests.support import packages
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.fixture
 def tokenizer(tmp_path):

@@ -20,6 +20,8 @@ from dpdist.privacy import composition
 from dpdist.reporting import metrics
 from tests.support import doors
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def _config():
   config = digits.get_config()

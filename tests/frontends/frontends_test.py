@@ -16,6 +16,8 @@ from dpdist.frontends import equinox as equinox_frontend
 from dpdist.frontends import linen as linen_frontend
 from dpdist.frontends import nnx as nnx_frontend
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _SIZE = 6
 
 

@@ -26,6 +26,8 @@ from dpdist.sensitivity import trials
 from dpdist.sums import compensated
 from dpdist.workdir import checkpoints
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 # After the frontend, which chooses the backend.
 keras = private_keras.keras
 layers = keras.layers

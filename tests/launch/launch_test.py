@@ -13,6 +13,7 @@ from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import composition
 from dpdist.privacy import plan as plan_lib
 from dpdist.reporting import metrics
+from tests.support import doors
 from tests.support import without_jax
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -101,7 +102,6 @@ def test_kill_and_restart_ends_with_the_same_parameters(tmp_path):
 @pytest.mark.parametrize(
   ("args", "message"),
   [
-    ([], "--config"),
     (["--config=configs/none.py", "--workdir=w"], "configs/none.py"),
     (["--config=configs/digits.py", "--workdir=w", "extra"], "'extra'"),
     (["--config=configs/digits.py", "--workdir=w", "--nonsense"], "nonsense"),
@@ -127,12 +127,20 @@ def test_kill_and_restart_ends_with_the_same_parameters(tmp_path):
     ),
   ],
 )
-def test_wrong_usage_exits_2_with_one_message(args, message):
-  code, _, err = _run("train", *args)
+def test_wrong_usage_exits_2_with_one_message(args, message, monkeypatch):
+  monkeypatch.chdir(_ROOT)
+  code, _, err = doors.run("train", *args)
   assert code == 2
   assert message in err
   assert "Traceback" not in err
   assert not (_ROOT / "w").exists()
+
+
+def test_wrong_usage_of_a_process_exits_2_with_one_message():
+  code, _, err = _run("train")
+  assert code == 2
+  assert "--config" in err
+  assert "Traceback" not in err
 
 
 def test_help_shows_the_flags():

@@ -10,6 +10,8 @@ import time
 
 import pytest
 
+from tests.support import doors
+
 _ROOT = pathlib.Path(__file__).parents[2]
 _SETTINGS = (
   f"--config={_ROOT}/configs/digits.py",
@@ -163,7 +165,6 @@ def test_no_process_outlives_a_killed_door(tmp_path):
     (["--num_processes=0", "--", "--config=x"], "--num_processes=0"),
     (["--devices_per_process=0", "--", "--config=x"], "devices_per_process=0"),
     (["--grace_seconds=-1", "--", "--config=x"], "grace_seconds=-1"),
-    (["--num_processes=2"], "after --"),
     (["--num_processes=2", "--"], "after --"),
     (["extra", "--", "--config=x"], "'extra'"),
     (["--config=configs/digits.py", "--", "--workdir=w"], "'config'"),
@@ -172,10 +173,18 @@ def test_no_process_outlives_a_killed_door(tmp_path):
     (["--", "-coordinator_address=a:1"], "--coordinator_address"),
   ],
 )
-def test_wrong_usage_starts_nothing(args, message, tmp_path):
-  door = _start(*args)
+def test_wrong_usage_starts_nothing(args, message):
+  _assert_refused(*doors.run("local", *args), message)
+
+
+def test_wrong_usage_of_a_process_starts_nothing():
+  door = _start("--num_processes=2")
   out, err = door.communicate(timeout=120)
-  assert door.returncode == 2
+  _assert_refused(door.returncode, out, err, "after --")
+
+
+def _assert_refused(code, out, err, message):
+  assert code == 2
   assert not out
   assert err.startswith("error: ")
   assert message in err

@@ -26,6 +26,8 @@ from dpdist.workdir import resume
 from dpdist.workdir import verify
 from tests.support import without_jax
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _ROOT = pathlib.Path(__file__).parents[2]
 _DATA = "d" * 64
 _PLAN = plan_lib.make_plan(
@@ -604,6 +606,7 @@ def test_of_many_at_once_no_more_are_let_in_than_fit(tmp_path):
 
 def _config(root, **changes):
   config = digits.get_config()
+  config.model.width = 64
   config.privacy.expected_batch_size = 64
   config.privacy.num_steps = 4
   config.privacy.target_epsilon = None

@@ -53,7 +53,7 @@ def _without_noise(fn, got, stddev):
   """The gradient times the expected batch, less the noise."""
   zeros = jax.tree.map(jnp.zeros_like, got.gradient)
   transform = noise.gaussian_noise(stddev, _SEED)
-  drawn, _ = transform.update(zeros, transform.init(zeros))
+  drawn, _ = jax.jit(transform.update)(zeros, transform.init(zeros))
   scale = fn.plan.expected_batch_size / fn.plan.group_size
   return jax.tree.map(lambda g, n: g * scale - n, got.gradient, drawn)
 
@@ -82,8 +82,8 @@ def test_it_is_the_clipped_sum_and_noise_over_the_expected_batch(name):
   size = clip.pop("group_size", 1)
   clip.pop("rows_are_fixed", None)
   if size == 1:
-    expected = dpdist.clipped_grad(_loss, has_aux=True, **clip)(params, batch)
-    total = expected.sum
+    expected = dpdist.clipped_grad(_loss, has_aux=True, **clip)
+    total = jax.jit(lambda p, x: expected(p, x).sum)(params, batch)
   else:
     w = -np.asarray(batch).reshape(2, 4, 3).mean(1)
     scale = 0.5 * np.square(batch).sum(1).reshape(2, 4).mean(1)
@@ -134,7 +134,8 @@ def test_values_are_means_over_real_examples(size):
   padding = np.array([0, 0, 1, 0, 1, 1], bool)
   x = np.asarray(_batch(6, 3))
   batch = jnp.asarray(np.where(padding[:, None], np.nan, x))
-  got, _ = fn(_params(), batch, fn.init(_params()), is_padding_example=padding)
+  state = fn.init(_params())
+  got, _ = jax.jit(fn)(_params(), batch, state, is_padding_example=padding)
   losses = 0.5 * np.square(x).sum(1)
   np.testing.assert_allclose(got.loss, losses[~padding].mean(), rtol=1e-5)
   np.testing.assert_allclose(got.aux["x"], x[~padding].mean(0), rtol=1e-5)
@@ -174,8 +175,8 @@ def test_each_example_has_its_own_randomness():
   loss = lambda p, x, rng: (p * x, jax.random.normal(rng) ** 2)
   fn = dpdist.private_gradients(loss, _PLAN, seed=1, has_aux=True)
   keys = jax.random.split(jax.random.key(1), 4)
-  got, _ = fn(jnp.ones(()), jnp.ones(4), fn.init(0), rng=keys)
-  expected = np.mean([float(jax.random.normal(k)) ** 2 for k in keys])
+  got, _ = jax.jit(fn)(jnp.ones(()), jnp.ones(4), fn.init(0), rng=keys)
+  expected = np.mean(np.square(jax.jit(jax.vmap(jax.random.normal))(keys)))
   np.testing.assert_allclose(got.aux, expected, rtol=1e-5)
 
 
@@ -185,12 +186,13 @@ def test_a_key_that_can_be_guessed_is_refused_where_privacy_rests_on_it():
   for seed, is_private in ((_SEED, True), (1, False)):
     fn = dpdist.private_gradients(loss, _PLAN, seed=seed)
     args = jnp.ones(()), jnp.ones(4), fn.init(0)
+    compiled = jax.jit(fn)
     if is_private:
       with pytest.raises(ValueError, match=r"rng must be a secret key, .* int"):
         fn(*args, rng=jax.random.key(5))
     else:  # Nothing rests on it: the noise is public.
-      fn(*args, rng=jax.random.key(5))
-    fn(*args, rng=jax.random.split(jax.random.key(5), 4))
+      compiled(*args, rng=jax.random.key(5))
+    compiled(*args, rng=jax.random.split(jax.random.key(5), 4))
     with pytest.raises(ValueError, match=r"rng must be typed PRNG .* got 5"):
       fn(*args, rng=5)
 
@@ -250,10 +252,16 @@ def test_optax_alone_does_the_same():
     optax.scale(1 / _PLAN.expected_batch_size),
     optax.adam(0.1),
   )
-  one, _ = chain.update(clipped(params, batch).sum, chain.init(params), params)
+
+  @jax.jit
+  def chained(params, batch):
+    total = clipped(params, batch).sum
+    return chain.update(total, chain.init(params), params)[0]
+
+  one = chained(params, batch)
 
   fn, adam = _make(), optax.adam(0.1)
-  got, _ = fn(params, batch, fn.init(params))
+  got, _ = jax.jit(fn)(params, batch, fn.init(params))
   two, _ = adam.update(got.gradient, adam.init(params), params)
   for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5)

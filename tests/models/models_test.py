@@ -10,6 +10,8 @@ from dpdist import models
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.tasks import classification
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def _make(**changes):
   config = config_lib.default().model
@@ -40,8 +42,13 @@ _INPUTS = {
 def test_one_example_gives_logits_and_float32_parameters(name, dtype):
   model = _make(name=name, dtype=dtype)
   inputs = _INPUTS[name]
-  params = model.init(jax.random.key(0), inputs)["params"]
-  logits = model.apply({"params": params}, inputs)
+
+  @jax.jit
+  def run(inputs):
+    params = model.init(jax.random.key(0), inputs)["params"]
+    return params, model.apply({"params": params}, inputs)
+
+  params, logits = run(inputs)
   assert logits.shape == ((12, 10) if name == "decoder" else (10,))
   assert logits.dtype == jnp.dtype(dtype)
   assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {
@@ -52,10 +59,11 @@ def test_one_example_gives_logits_and_float32_parameters(name, dtype):
 def test_decoder_sees_only_the_past():
   model = _make(name="decoder")
   inputs = _INPUTS["decoder"]
-  params = model.init(jax.random.key(0), inputs)["params"]
+  params = jax.jit(model.init)(jax.random.key(0), inputs)["params"]
   other = inputs.copy()
   other[7] = (other[7] + 1) % 10
-  a, b = (model.apply({"params": params}, x) for x in (inputs, other))
+  apply = jax.jit(model.apply)
+  a, b = (apply({"params": params}, x) for x in (inputs, other))
   np.testing.assert_array_equal(a[:7], b[:7])
   assert np.all(np.any(np.asarray(a != b), axis=1)[7:])
 

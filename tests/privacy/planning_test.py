@@ -28,7 +28,9 @@ def _epsilon(row, **changes):
   return plan_lib.make_plan(config).epsilon()
 
 
-@pytest.mark.parametrize("target", [1.0, 3.0])
+@pytest.mark.parametrize(
+  "target", [1.0, pytest.param(3.0, marks=pytest.mark.slow)]
+)
 def test_each_answer_changes_one_number_and_is_the_best_there_is(target):
   planned, *found = planning.answers(_CONFIG, target)
   assert planned["change"] == "as planned"

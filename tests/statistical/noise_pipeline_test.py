@@ -26,6 +26,8 @@ from dpdist.mechanism import mechanism
 from dpdist.noise import noise
 from dpdist.training import step as step_lib
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _CLIP, _ROWS, _BATCH = 0.5, 16, 8
 _ROOM = 1 + 1e-5
 _BITE = 0.98

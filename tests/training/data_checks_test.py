@@ -18,6 +18,8 @@ from dpdist.workdir import resume
 from launch.cli import runs
 from tests.support import doors
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _NAN, _INF = float("nan"), float("inf")
 
 
@@ -208,12 +210,15 @@ def test_no_value_of_the_training_part_decides():
 )
 def test_a_training_label_that_no_class_has_adds_nothing(method):
   model = models.make(_config().model)
-  params = model.init(jax.random.key(0), np.zeros(4, np.float32))["params"]
-  grads = dpdist.clipped_grad(
-    classification.cross_entropy(model),
-    l2_clip_norm=1.0,
-    has_aux=True,
-    method=method,
+  init = jax.jit(model.init)
+  params = init(jax.random.key(0), np.zeros(4, np.float32))["params"]
+  grads = jax.jit(
+    dpdist.clipped_grad(
+      classification.cross_entropy(model),
+      l2_clip_norm=1.0,
+      has_aux=True,
+      method=method,
+    )
   )
   arrays = _arrays(4, targets=np.array([1, -1, 2, 10], np.int32))
   key = jax.random.key(1)

@@ -20,6 +20,8 @@ from dpdist.workdir import checkpoints
 from dpdist.workdir import manifest
 from dpdist.workdir import resume
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _OUT_OF_MEMORY = "RESOURCE_EXHAUSTED: Out of memory allocating 9999 bytes."
 
 

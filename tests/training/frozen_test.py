@@ -39,6 +39,8 @@ from dpdist.workdir import fingerprint
 from dpdist.workdir import resume
 from tests.support import packages
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _ROWS = 32
 _CLIP = 0.05
 _MESHES = {"1": (1, 1, 1), "8": (8, 1, 1), "8, fsdp": (2, 4, 1)}

@@ -7,6 +7,7 @@ division are inside what is tested.
 """
 
 import dataclasses
+import functools
 
 from flax import linen as nn
 import jax
@@ -145,6 +146,12 @@ class _ClippedSum:
     return np.concatenate([moved[name].ravel() for name in sorted(moved)])
 
 
+@functools.cache
+def _clipped_sum(model, mesh_name):
+  """One program for all tests."""
+  return _ClippedSum(model, meshes.of(mesh_name))
+
+
 def _adversaries(batch):
   """Batches that differ from the given one in example 5 alone."""
   for value in (1e30, np.inf, -np.inf, np.nan, 0.0, 1e3):
@@ -158,20 +165,29 @@ def _adversaries(batch):
     yield f"x*{scale}, y+1000", other
 
 
-# Two and four devices show what one and eight do not only where they differ.
-_MESHES = [
-  pytest.param(name, marks=[pytest.mark.slow] * (name in ("2", "4")))
-  for name in meshes.SHAPES
-]
+# Two and four devices show what one and eight do not only where they differ;
+# either model on one kind of mesh that divides parameters shows how.
+_IN_TURN = (
+  *(("dense", "8, fsdp"), ("convolution", "8, model"), ("convolution", "1")),
+  *((model, name) for model in _MODELS for name in ("2", "4")),
+)
 
 
-@pytest.mark.parametrize("model", _MODELS)
-@pytest.mark.parametrize("mesh_name", _MESHES)
+@pytest.mark.parametrize(
+  ("mesh_name", "model"),
+  [
+    pytest.param(
+      *(name, model), marks=[pytest.mark.slow] * ((model, name) in _IN_TURN)
+    )
+    for name in meshes.SHAPES
+    for model in _MODELS
+  ],
+)
 def test_clipped_sum_matches_closed_form_and_moves_within_sensitivity(
   model, mesh_name
 ):
   params, batch = _problem(model)
-  clipped_sum = _ClippedSum(model, meshes.of(mesh_name))
+  clipped_sum = _clipped_sum(model, mesh_name)
   real = np.zeros(_ROWS, bool)
   base = clipped_sum(params, batch, real)
 
@@ -202,11 +218,19 @@ def test_clipped_sum_matches_closed_form_and_moves_within_sensitivity(
   np.testing.assert_allclose(moved, _CLIP, rtol=1e-4)
 
 
-@pytest.mark.parametrize("model", _MODELS)
-@pytest.mark.parametrize("mesh_name", _MESHES)
+@pytest.mark.parametrize(
+  ("mesh_name", "model"),
+  [
+    pytest.param(
+      *(name, model), marks=[pytest.mark.slow] * ((model, name) in _IN_TURN)
+    )
+    for name in meshes.SHAPES
+    for model in _MODELS
+  ],
+)
 def test_padding_changes_no_bit_whatever_it_holds(model, mesh_name):
   params, batch = _problem(model)
-  clipped_sum = _ClippedSum(model, meshes.of(mesh_name))
+  clipped_sum = _clipped_sum(model, mesh_name)
   is_padding_example = np.arange(_ROWS) % 3 == 0
 
   def padded_with(fill):
@@ -274,7 +298,16 @@ def _relative_deviation(draw, event, sensitivity):
   return flat.std() / claimed
 
 
-@pytest.mark.parametrize("mesh_name", _MESHES)
+@pytest.mark.parametrize(
+  "mesh_name",
+  [
+    # What divides along all axes divides along those of the others.
+    pytest.param(
+      name, marks=[pytest.mark.slow] * (name not in ("8", "8, model"))
+    )
+    for name in meshes.SHAPES
+  ],
+)
 def test_noise_has_the_standard_deviation_that_the_event_claims(mesh_name):
   plan, (draw,) = _noise_of_steps(meshes.of(mesh_name), 1)
   # 420,000 draws: standard error 0.11 %, so 0.5 % is 4.6 of them.
@@ -466,7 +499,7 @@ def test_clipped_grad_in_a_users_own_shard_map(model):
     PartitionSpec(),
     mesh_lib.EXAMPLES,
   )(params, batch)
-  alone = fn(params, jax.tree.map(jnp.asarray, batch)).sum
+  alone = jax.jit(lambda p, b: fn(p, b).sum)(params, batch)
   for name in params:
     np.testing.assert_allclose(total[name], alone[name], atol=1e-5)
 
@@ -477,7 +510,7 @@ def test_clipped_grad_in_shard_map_without_vma_checks_and_in_microbatches():
   loss = lambda params, example: _dense_loss(params, example, None)[0]
   fn = clipping.clipped_grad(loss, l2_clip_norm=_CLIP, microbatch_size=1)
   local = lambda p, b: jax.lax.psum(fn(p, b).sum, mesh_lib.AXES[:2])
-  alone = fn(params, jax.tree.map(jnp.asarray, batch)).sum
+  alone = jax.jit(lambda p, b: fn(p, b).sum)(params, batch)
   for check_vma in (True, False):
     total = jax.jit(
       jax.shard_map(

@@ -32,9 +32,12 @@ from dpdist.workdir import session
 from dpdist.workdir import verify
 from tests.keys import needles
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def _config(**changes):
   config = digits.get_config()
+  config.model.width = 64
   config.privacy.expected_batch_size = 64
   config.privacy.num_steps = 12
   config.checkpoint_every = 4
@@ -148,7 +151,7 @@ def test_unsafe_metrics_show_them_and_say_so(tmp_path, capsys):
 
 
 @pytest.mark.parametrize(
-  "crash_step", [0, pytest.param(6, marks=pytest.mark.slow), 11]
+  "crash_step", [*(pytest.param(t, marks=pytest.mark.slow) for t in (0, 6)), 11]
 )
 def test_a_crashed_run_ends_with_the_same_parameters(
   finished, tmp_path, monkeypatch, crash_step

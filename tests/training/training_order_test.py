@@ -30,6 +30,8 @@ from dpdist.workdir import fingerprint
 from dpdist.workdir import session
 from dpdist.workdir import verify
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):

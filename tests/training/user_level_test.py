@@ -29,6 +29,8 @@ from dpdist.training import step as step_lib
 from dpdist.workdir import resume
 from dpdist.workdir import verify
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 SLOTS = 4
 C = 0.3
 # How many examples each of 16 users has, those beside them with none.

@@ -12,6 +12,8 @@ from dpdist.privacy import composition
 from dpdist.workdir import verify
 from tests.support import without_jax
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _VERIFY = """
 import runpy
 sys.argv = ["launch.verify", *sys.argv[1:]]
@@ -22,6 +24,7 @@ runpy.run_module("launch.verify", run_name="__main__")
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
   config = digits.get_config()
+  config.model.width = 64
   config.privacy.num_steps = 6
   config.checkpoint_every = 2
   config.max_checkpoints = 2
@@ -144,6 +147,7 @@ def test_a_missing_newest_checkpoint_is_found(run):
 
 def test_a_ledger_of_another_run_is_found(run, finished, tmp_path):
   config = digits.get_config()
+  config.model.width = 64
   config.privacy.num_steps = 6
   config.checkpoint_every = 2
   dpdist.train(config, tmp_path / "other")
