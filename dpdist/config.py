@@ -14,6 +14,7 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from dpdist import errors
 from dpdist.privacy import plan as plan_lib
 
 _FILE = "config.json"
@@ -238,9 +239,10 @@ def load(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:
   """
   path = pathlib.Path(workdir) / _FILE
   if not path.exists():
-    raise ValueError(
+    raise errors.ArgumentError(
       f"config must be given for a run without {_FILE}, as --config=FILE with"
-      f" what was changed by flags; there is none in {str(workdir)!r}"
+      f" what was changed by flags; there is none in {str(workdir)!r}",
+      hint=errors.Hint(flags=("--config=FILE",)),
     )
   merged: dict[str, Any] = default().to_dict()
   _merge(merged, json.loads(path.read_text()))

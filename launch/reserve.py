@@ -19,10 +19,10 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpdist import config as config_lib
+from dpdist import errors
 from dpdist.data import sources
 from dpdist.data.datasets import datasets
 from dpdist.ledger import data_budget
-from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import plan as plan_lib
 from dpdist.reporting import console
 from launch.cli import exit_codes
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> int:
     budget, cost = _reserve()
   except ValueError as error:
     return flag_parsing.usage_error(error)
-  except ledger_lib.LedgerError as error:
+  except errors.LedgerError as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   each, all_runs = budget.share(cost), budget.share(budget.reserved)

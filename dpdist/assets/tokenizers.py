@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpdist import errors
 from dpdist.assets import fetch
 from dpdist.assets import weights
 
@@ -52,9 +53,7 @@ def load(name: str) -> Tokenizer:
   try:
     import tokenizers
   except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-      "data.tokenizer needs tokenizers: pip install 'dpdist[weights]'"
-    ) from error
+    raise errors.missing("data.tokenizer", "tokenizers", "weights") from error
   ends: tuple[int, ...] = ()
   if path.suffix == ".gguf":
     inner = _from_gguf(path, tokenizers)

@@ -15,6 +15,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy as safetensors_numpy
 
+from dpdist import errors
 from dpdist.assets import fetch
 
 Path = str | os.PathLike[str]
@@ -79,9 +80,7 @@ def gguf_reader(path: Path) -> Any:
   try:
     import gguf
   except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-      "model.weights needs gguf: pip install 'dpdist[weights]'"
-    ) from error
+    raise errors.missing("model.weights", "gguf", "weights") from error
   try:
     return gguf.GGUFReader(path)
   except (IndexError, OSError, ValueError) as error:

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dpdist import errors
 from dpdist.data import sources
 
 # Waits between attempts double from the first to the longest.
@@ -85,7 +86,7 @@ class RetryingSource:
     """See `dpdist.data.sources.Source.read`.
 
     Raises:
-      dpdist.data.sources.ReadError: patience is at its end, or the source
+      dpdist.errors.ReadError: patience is at its end, or the source
         raised a
         ValueError: what it holds is not what it should be.
     """
@@ -104,7 +105,7 @@ class RetryingSource:
     """See `dpdist.data.sources.changed_files`.
 
     Raises:
-      dpdist.data.sources.ReadError: patience is at its end.
+      dpdist.errors.ReadError: patience is at its end.
     """
     limit = self._stall_seconds
     # As long as `manifest`, where content has to be looked at again.
@@ -123,7 +124,7 @@ class RetryingSource:
     def trouble(what: str) -> None:
       nonlocal is_in_trouble
       if patience <= 0:
-        raise sources.ReadError(
+        raise errors.ReadError(
           f"{self._name} {what}, and was waited for {self._retry_seconds:g} s:"
           " see that all of it can be read, and run the same command again,"
           " which goes on from the last checkpoint"
@@ -150,7 +151,7 @@ class RetryingSource:
         if error is None:
           return attempt.value
         if isinstance(error, ValueError):
-          raise sources.ReadError(f"{self._name} cannot be read: {error}")
+          raise errors.ReadError(f"{self._name} cannot be read: {error}")
         if not isinstance(error, OSError):
           raise error
         # Not the whole text, which may have the name of a file.
@@ -176,7 +177,7 @@ class RetryingSource:
 
   def _check_open(self) -> None:
     if self._closed.is_set():
-      raise sources.ReadError(f"{self._name} was closed")
+      raise errors.ReadError(f"{self._name} was closed")
 
 
 class _Attempt(threading.Thread):

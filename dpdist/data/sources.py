@@ -23,6 +23,7 @@ from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
+from dpdist import errors
 from dpdist.files import stamps
 
 Path = str | os.PathLike[str]
@@ -34,14 +35,6 @@ _HELD_BYTES = 1 << 28
 
 # For the record of a run: it names no file.
 CHANGED = "files of the training data were changed while the run read them"
-
-
-class ReadError(OSError):
-  """A data set could not be read. Names no example and no file of it."""
-
-
-class ChangedError(ReadError):
-  """Files of a data set were changed while a run was reading them."""
 
 
 class Source(Protocol):
@@ -111,10 +104,10 @@ def is_touched(source: Source) -> bool:
   return bool(getattr(source, "is_touched", bool)())
 
 
-def changed_error(changed: Sequence[str]) -> ChangedError:
+def changed_error(changed: Sequence[str]) -> errors.ChangedError:
   """What to raise where files were changed, of which some may be known here."""
   where = f", here {', '.join(changed)}" if changed else ""
-  return ChangedError(
+  return errors.ChangedError(
     f"{CHANGED}{where}: the run stops, since it cannot vouch for its data; what"
     " it read since its last checkpoint is neither shown nor saved. Start a new"
     " run on data that stays as it is"
@@ -254,9 +247,7 @@ class ParquetSource(ArraySource):
     try:
       from pyarrow import parquet
     except ModuleNotFoundError as error:
-      raise ModuleNotFoundError(
-        "Parquet needs pyarrow: pip install 'dpdist[parquet]'"
-      ) from error
+      raise errors.missing("Parquet", "pyarrow", "parquet") from error
     pieces: dict[str, list[np.ndarray]] = {name: [] for name in columns}
     for path in _check_paths(paths):
       # Opened by hand: given a path, pyarrow would also read a "key=value"

@@ -15,18 +15,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-
-class PeerError(RuntimeError):
-  """Another process of the job stopped; says which, and why."""
-
-
-class LostError(RuntimeError):
-  """The other processes could not be reached; `dpdist.distributed.watchdog`
-  finds out why."""
-
-
-class DisagreementError(ValueError):
-  """The processes of a job were started differently."""
+from dpdist import errors
 
 
 def is_leader() -> bool:
@@ -50,7 +39,7 @@ def from_leader(make: Callable[[], Any]) -> Any:
   if not is_leader():
     told = _broadcast(None)
     if "problem" in told:
-      raise PeerError(f"process 0 stopped: {told['problem']}")
+      raise errors.PeerError(f"process 0 stopped: {told['problem']}")
     return told["value"]
   try:
     value = make()
@@ -82,7 +71,7 @@ def in_all(make: Callable[[], Any]) -> Any:
     raise problem
   for number, text in enumerate(told):
     if text:
-      raise PeerError(f"process {number} stopped: {text}")
+      raise errors.PeerError(f"process {number} stopped: {text}")
   return value
 
 
@@ -115,7 +104,7 @@ def agree(**facts: Any) -> None:
     digests = gather(hashlib.sha256(text.encode()).hexdigest())
     others = [i for i, digest in enumerate(digests) if digest != digests[0]]
     if others:
-      raise DisagreementError(
+      raise errors.DisagreementError(
         f"{name} must be the same in all processes, but that of process 0"
         f" (SHA-256 {digests[0][:12]}) is not that of {others}"
       )
@@ -151,6 +140,6 @@ def _reaching() -> Iterator[None]:
   try:
     yield
   except (ValueError, RuntimeError) as error:
-    raise LostError(
+    raise errors.LostError(
       f"the other processes could not be reached: {error}"
     ) from error

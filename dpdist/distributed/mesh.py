@@ -20,10 +20,20 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec
 import numpy as np
 
+from dpdist import errors
+
 AXES = ("data", "fsdp", "model")
 EXAMPLE_AXES = ("data", "fsdp")
 EXAMPLES = PartitionSpec(EXAMPLE_AXES)
 REPLICATED = PartitionSpec()
+
+_ALL_DEVICES = errors.Hint(
+  flags=(
+    "--config.mesh.data=-1",
+    "--config.mesh.fsdp=1",
+    "--config.mesh.model=1",
+  )
+)
 
 # How a model's parameters are divided over `model`: a pattern, searched for in
 # the parameter's path, as "blocks/up/kernel", and which of its last dimensions
@@ -51,14 +61,16 @@ def make(
   shape = [sizes[axis] for axis in AXES]
   known = math.prod(size for size in shape if size != -1)
   if shape.count(-1) > 1 or any(size < 1 and size != -1 for size in shape):
-    raise ValueError(
+    raise errors.ArgumentError(
       "mesh must give each axis a size above 0, and at most one -1, got"
-      f" {dict(sizes)}"
+      f" {dict(sizes)}",
+      hint=_ALL_DEVICES,
     )
   shape = [len(devices) // known if size == -1 else size for size in shape]
   if math.prod(shape) != len(devices):
-    raise ValueError(
-      f"mesh must use all {len(devices)} devices, got {dict(sizes)}"
+    raise errors.ArgumentError(
+      f"mesh must use all {len(devices)} devices, got {dict(sizes)}",
+      hint=_ALL_DEVICES,
     )
   return Mesh(
     _arranged(shape, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES)
@@ -75,8 +87,9 @@ def _arranged(
     slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
   data, *rest = shape
   if data % len(slices):
-    raise ValueError(
-      f"mesh.data must be a multiple of the {len(slices)} slices, got {data}"
+    raise errors.ArgumentError(
+      f"mesh.data must be a multiple of the {len(slices)} slices, got {data}",
+      hint=_ALL_DEVICES,
     )
   parts = [
     mesh_utils.create_device_mesh(
@@ -159,9 +172,10 @@ def _model_axes(
     axes[len(shape) - len(last) :] = last
     for length, axis in zip(shape, axes, strict=True):
       if axis is not None and length % size:
-        raise ValueError(
+        raise errors.ArgumentError(
           f"mesh.model must divide the dimensions of {name} {shape} that the"
-          f" model divides, {last}, got {size}"
+          f" model divides, {last}, got {size}",
+          hint=_ALL_DEVICES,
         )
     break
   return axes

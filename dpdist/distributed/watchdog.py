@@ -28,9 +28,9 @@ from typing import Any, NamedTuple, NoReturn, Self
 import jax
 from jax._src import distributed  # Who the leader is, is told nowhere else.
 
+from dpdist import errors
 from dpdist.distributed import collectives
 from dpdist.distributed import peers
-from dpdist.distributed import preemption
 from dpdist.distributed import progress as progress_lib
 from dpdist.distributed import stalls
 from dpdist.distributed import startup
@@ -68,7 +68,7 @@ class Watch:
   Does nothing in a job of one process. Of several, all have to enter together.
 
   Where another process failed, died, is silent or stuck, the block raises
-  `dpdist.distributed.collectives.PeerError`, whatever error that caused here;
+  `dpdist.errors.PeerError`, whatever error that caused here;
   where it hangs, the process prints the same line and ends with exit code 1.
   """
 
@@ -130,9 +130,7 @@ class Watch:
     if self._thread is None:
       return
     self._left.set()
-    if error is None or isinstance(
-      error, (preemption.Preempted, collectives.PeerError)
-    ):
+    if error is None or isinstance(error, (errors.Preempted, errors.PeerError)):
       # All come to it at once, and need no watch from here.
       self._is_over = True
       self._wake_up()
@@ -149,7 +147,7 @@ class Watch:
       and cause.number != jax.process_index()
       and (cause.number < 0 or not isinstance(error, self._own))
     ):
-      raise collectives.PeerError(cause.text) from error
+      raise errors.PeerError(cause.text) from error
 
   def _fail(self, error: BaseException) -> None:
     """Tells what this process fails of."""

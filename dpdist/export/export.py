@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 from safetensors import numpy as safetensors
 
+from dpdist import errors
 from dpdist import models
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.export import load_run
@@ -54,8 +55,9 @@ def write(
   """
   state, output = released.state, pathlib.Path(output)
   if output.exists() and (not output.is_dir() or any(output.iterdir())):
-    raise ValueError(
-      f"output must be a new or empty directory, got {str(output)!r}"
+    raise errors.ArgumentError(
+      f"output must be a new or empty directory, got {str(output)!r}",
+      hint=errors.Hint(flags=("--output=ANOTHER",)),
     )
   if use_ema and state.ema_params is None:
     raise ValueError(

@@ -3,6 +3,8 @@
 import os
 from typing import Any, NamedTuple
 
+from dpdist import errors
+
 
 class Chip(NamedTuple):
   """What a chip can do at most, as Google publishes it.
@@ -77,8 +79,9 @@ def devices(topology: str, num_slices: int = 1) -> list[Any]:
     )
   except Exception as error:
     reason = str(error).splitlines()[0]
-    raise ValueError(
+    raise errors.ArgumentError(
       f"topology must be one that libtpu knows (pip install 'dpdist[tpu]'), got"
-      f" {topology!r}: {reason}"
+      f" {topology!r}: {reason}",
+      hint=errors.Hint(text="pip install 'dpdist[tpu]'"),
     ) from error
   return list(found.devices)

@@ -20,6 +20,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from dpdist import errors
 from dpdist.distributed import collectives
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.distributed import progress as progress_lib
@@ -51,7 +52,7 @@ def run(
 
   Raises:
     ValueError: chunk_size is too large for the memory.
-    dpdist.distributed.collectives.PeerError: another process failed.
+    dpdist.errors.PeerError: another process failed.
   """
   if not collectives.from_leader(lambda: _is_to_train(job)):
     return job.chunk_size
@@ -159,10 +160,11 @@ def _smaller(
   """
   half = max(multiple, size // 2 // multiple * multiple)
   if config.chunk_size:
-    raise ValueError(
+    raise errors.ArgumentError(
       "chunk_size must be small enough for the memory of the devices, or 0 for"
       f" what fits, got {size}, which ran out of it before anything was"
-      f" charged; {half} may fit"
+      f" charged; {half} may fit",
+      hint=errors.Hint(flags=("--config.chunk_size=0",)),
     )
   if size == multiple:
     raise ValueError(

@@ -15,6 +15,7 @@ import numpy as np
 import optax
 
 from dpdist import config as config_lib
+from dpdist import errors
 from dpdist import models
 from dpdist.data import augment
 from dpdist.data import retry
@@ -148,8 +149,8 @@ def prepare(
 
   Raises:
     SettingsError: names the setting, its value and what would be right.
-    dpdist.ledger.ledger.LedgerError: another process writes the ledger.
-    dpdist.distributed.collectives.PeerError: the leader raised one of these.
+    dpdist.errors.LedgerError: another process writes the ledger.
+    dpdist.errors.PeerError: the leader raised one of these.
   """
   try:
     job = _prepared(config, workdir, ledger)
@@ -158,7 +159,9 @@ def prepare(
     return _begun(config, workdir, job)
   except ValueError as error:
     # So that a door can tell a user's mistake from a fault further on.
-    raise resume.SettingsError(str(error)) from error
+    raise errors.SettingsError(
+      str(error), hint=getattr(error, "hint", None)
+    ) from error
 
 
 def _prepared(
@@ -332,9 +335,10 @@ def _load(
     )
   if num_rows != config.privacy.num_examples:
     what = {"example": "training examples", "user": "users to train on"}[unit]
-    raise ValueError(
+    raise errors.ArgumentError(
       f"privacy.num_examples must be the number of {what}, {num_rows}, got"
-      f" {config.privacy.num_examples}"
+      f" {config.privacy.num_examples}",
+      hint=errors.Hint(flags=(f"--config.privacy.num_examples={num_rows}",)),
     )
   splits = datasets.Splits(train, retried(test))
   return mesh, splits, manifest, earlier, features_sha256, examples.close
@@ -433,8 +437,9 @@ def _step(
       if exact
       else f"for model.name={config.model.name!r}, which has no rules for it"
     )
-    raise ValueError(
-      f"mesh.model must be 1 {reason}, got {mesh.shape['model']}"
+    raise errors.ArgumentError(
+      f"mesh.model must be 1 {reason}, got {mesh.shape['model']}",
+      hint=errors.Hint(flags=("--config.mesh.model=1",)),
     )
   return make(
     mechanism.make(
@@ -508,9 +513,10 @@ def chunk_size(
   multiple, name = mesh_lib.chunk_multiple(config.clipping, mesh)
   if config.chunk_size:
     if config.chunk_size < 0 or config.chunk_size % multiple:
-      raise ValueError(
+      raise errors.ArgumentError(
         f"chunk_size must be 0 or a multiple of {multiple} (devices that divide"
-        f" the examples times clipping.{name}), got {config.chunk_size}"
+        f" the examples times clipping.{name}), got {config.chunk_size}",
+        hint=errors.Hint(flags=("--config.chunk_size=0",)),
       )
     return config.chunk_size
   # Three deviations above the mean: about one step in a thousand needs two.

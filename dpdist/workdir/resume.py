@@ -13,6 +13,7 @@ from typing import Any
 import ml_collections
 
 from dpdist import config as config_lib
+from dpdist import errors
 from dpdist.distributed import collectives
 from dpdist.keys import keys
 from dpdist.ledger import data_budget
@@ -30,10 +31,6 @@ for its data or for what a step on zeros showed, or is about to begin."""
 _NOTE = "No run has begun here, and nothing is spent.\n"
 
 
-class SettingsError(ValueError):
-  """A setting is wrong, or contradicts the run that the directory holds."""
-
-
 def open_ledger(
   config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> ledger_lib.Ledger:
@@ -41,17 +38,17 @@ def open_ledger(
 
   Raises:
     SettingsError: config.ledger is no place for one.
-    dpdist.ledger.ledger.LedgerError: it is damaged, or older than a checkpoint.
+    dpdist.errors.LedgerError: it is damaged, or older than a checkpoint.
   """
   # Before the ledger, which another process may be writing.
   heads = manifest.ledger_heads(workdir / "checkpoints")
   try:
     ledger = ledger_lib.Ledger(config.ledger or workdir / "ledger")
   except ValueError as error:
-    raise SettingsError(f"ledger: {error}") from error
+    raise errors.SettingsError(f"ledger: {error}") from error
   for path, head in heads.items():
     if not ledger.has_been_at(head):
-      raise ledger_lib.LedgerError(
+      raise errors.LedgerError(
         f"{path} was saved under ledger head {head[:12]}, which this ledger"
         " does not hold: it was removed or rolled back, or is another run's"
       )

@@ -29,6 +29,7 @@ import warnings
 
 import ml_collections
 
+from dpdist import errors
 from dpdist.keys import keys
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
@@ -71,7 +72,7 @@ class Run:
 
     Raises:
       ValueError: config is neither; or the run began with another one.
-      dpdist.ledger.ledger.LedgerError: the ledger is damaged, or was rolled
+      dpdist.errors.LedgerError: the ledger is damaged, or was rolled
         back.
     """
     if not isinstance(config, plan_lib.PrivacyConfig | plan_lib.PrivacyPlan):
@@ -144,7 +145,7 @@ class Run:
       like: pytree of arrays, as they were saved.
 
     Raises:
-      dpdist.workdir.checkpoints.MismatchError: the checkpoint has other arrays.
+      dpdist.errors.MismatchError: the checkpoint has other arrays.
     """
     if self.saved is None:
       return like
@@ -178,13 +179,13 @@ class Run:
 
     Raises:
       ValueError: the data or the secret is not the one that the run began with.
-      dpdist.ledger.ledger.LedgerError: another process writes the ledger, or
+      dpdist.errors.LedgerError: another process writes the ledger, or
         has gone
         on with the run since this object last looked.
     """
     with self._open() as ledger:
       if ledger.head != self._head:
-        raise ledger_lib.LedgerError(
+        raise errors.LedgerError(
           f"the run in {self.workdir} has gone on since this object looked at"
           " it: open it anew"
         )

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 
+from dpdist import errors
 from dpdist.data import sources
 from dpdist.distributed import collectives
 from dpdist.ledger import data_budget
@@ -137,7 +138,7 @@ class Session:
     try:
       if self._ledger.give_back(self._begun):
         self._update_budget()
-    except ledger_lib.LedgerError as problem:
+    except errors.LedgerError as problem:
       # As when another process went on with the run. Too much stays charged.
       self._warn(f"what was charged ahead stays charged: {problem}")
 
@@ -147,8 +148,8 @@ class Session:
     To be called before the first of them is computed.
 
     Raises:
-      dpdist.ledger.ledger.RefusedError: the plan would be exceeded.
-      dpdist.ledger.ledger.LedgerError: another process wrote to the ledger.
+      dpdist.errors.RefusedError: the plan would be exceeded.
+      dpdist.errors.LedgerError: another process wrote to the ledger.
     """
 
     def charge() -> None:
@@ -173,7 +174,7 @@ class Session:
       changed: returns them; see `dpdist.data.sources.changed_files`.
 
     Raises:
-      dpdist.data.sources.ChangedError: names them.
+      dpdist.errors.ChangedError: names them.
     """
     files = collectives.in_all(changed)
     if collectives.any_process(bool(files)):

@@ -25,6 +25,7 @@ from typing import Any
 
 from absl import flags
 
+from dpdist import errors
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 
@@ -88,7 +89,8 @@ def main(argv: Sequence[str]) -> int:
     import ray
   except ModuleNotFoundError:
     return flag_parsing.usage_error(
-      "ray is missing: pip install 'ray[default]'"
+      "ray is missing: pip install 'ray[default]'",
+      errors.Hint(text="pip install 'ray[default]'"),
     )
   stop = _Stop()
   try:

@@ -14,6 +14,7 @@ import sys
 
 import pytest
 
+from dpdist import errors
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.reporting import metrics
 from tests.support import training
@@ -202,7 +203,7 @@ def test_what_stops_the_leader_stops_all(job, tmp_path):
 
 
 def _fail():
-  raise ledger_lib.LedgerError("no room for a record")
+  raise errors.LedgerError("no room for a record")
 
 
 def test_nobody_computes_a_step_that_could_not_be_charged(job, tmp_path):

@@ -13,6 +13,7 @@ import yaml
 
 from configs import digits
 import dpdist
+from dpdist import errors
 from dpdist.export import export
 from dpdist.export import load_run
 from dpdist.ledger import ledger as ledger_lib
@@ -141,14 +142,14 @@ def test_an_unsound_record_is_refused(copy, what):
   else:
     (path,) = copy.glob("checkpoints/*/4/state/manifest.ocdbt")
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-  with pytest.raises(load_run.UnsoundError, match=what):
+  with pytest.raises(errors.UnsoundError, match=what):
     _load(copy)
 
 
 def test_a_damaged_ledger_is_refused(copy):
   record = sorted((copy / "ledger").glob("*.json"))[1]
   record.write_bytes(record.read_bytes().replace(b"1", b"2", 1))
-  with pytest.raises(ledger_lib.LedgerError):
+  with pytest.raises(errors.LedgerError):
     _load(copy)
 
 

@@ -5,6 +5,7 @@ import shutil
 import numpy as np
 import pytest
 
+from dpdist import errors
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.ledger import records
 from dpdist.privacy import plan as plan_lib
@@ -44,11 +45,11 @@ def _keys(streams):
 def test_who_has_lost_track_of_a_run_is_refused_and_charges_nothing(tmp_path):
   one, other = (run_lib.Run(tmp_path, _config()) for _ in range(2))
   _step(one)
-  with pytest.raises(records.RecordError, match="open it anew"):
+  with pytest.raises(errors.LedgerError, match="open it anew"):
     _step(other)
   anew = run_lib.Run(tmp_path, _config())
   _step(anew)
-  with pytest.raises(records.RecordError, match="open it anew"):
+  with pytest.raises(errors.LedgerError, match="open it anew"):
     _step(one)
   assert anew.step == anew.spent_steps == one.spent_steps == 2
 
@@ -107,7 +108,7 @@ def test_nothing_is_saved_once_another_process_writes(tmp_path, monkeypatch):
       session.charge(1)
       with ledger_lib.Ledger(tmp_path / "ledger") as other:
         other.acquire()
-      with pytest.raises(records.ShutOutError):
+      with pytest.raises(errors.ShutOutError):
         session.save(_STATE, 1)
 
   with pytest.warns(UserWarning, match="stays charged"):

@@ -8,6 +8,7 @@ import json
 import pytest
 
 from dpdist import config as config_lib
+from dpdist import errors
 from dpdist.files import json_fields
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.workdir import manifest
@@ -68,7 +69,7 @@ def _raises(error):
     json.JSONDecodeError("Expecting value", "", 0),
     # The package's kind, but not raised by the package.
     ValueError("whatever it is"),
-    ledger_lib.LedgerError("raised here"),
+    errors.LedgerError("raised here"),
   ],
 )
 def test_what_is_no_error_of_the_package_is_a_fault(error):
@@ -188,7 +189,7 @@ def test_fields_of_another_kind_are_no_record(run, record, problem):
     ledger._log._take = lambda record: None
     kind = record.pop("kind")
     ledger._log.append(kind, **record)
-  with pytest.raises(ledger_lib.LedgerError, match=problem):
+  with pytest.raises(errors.LedgerError, match=problem):
     ledger_lib.Ledger(run / "ledger")
 
 

@@ -12,14 +12,14 @@ import signal
 import traceback
 from typing import Any
 
-from dpdist.ledger import records
+from dpdist import errors
 from tests.support import in_process_commands
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Of one input: processor time, whatever else the machine does.
 _SECONDS = 30.0
 # Kinds of errors that the package raises, or lets through from opening files.
-_OWN = (ValueError, OSError, records.RecordError)
+_OWN = (ValueError, OSError, errors.LedgerError)
 # What comes from the depths, though the last frame may be the package's.
 _DEPTHS = re.compile(
   r"invalid literal for|could not convert|cannot reshape|buffer size must|"

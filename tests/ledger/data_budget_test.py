@@ -13,6 +13,7 @@ import pytest
 from configs import digits
 import dpdist
 from dpdist import config as config_lib
+from dpdist import errors
 from dpdist import sampling
 from dpdist.accounting import rdp
 from dpdist.accounting import step_events
@@ -89,7 +90,7 @@ def test_costs_are_divergences_at_one_order(tmp_path):
   budget.reserve("all", cost, fits - 1)
   _admit(budget, _run(tmp_path / "run"))
   assert budget.epsilon <= 3.0
-  with pytest.raises(ledger_lib.RefusedError, match="would be exceeded"):
+  with pytest.raises(errors.RefusedError, match="would be exceeded"):
     budget.check(cost)
 
 
@@ -108,12 +109,12 @@ def test_all_or_nothing(tmp_path):
   cost = budget.cost(_WHOLE)
   fits = int(budget.terms.divergence / cost)
   before = budget.reserved
-  with pytest.raises(ledger_lib.RefusedError, match=f"{fits + 1} runs"):
+  with pytest.raises(errors.RefusedError, match=f"{fits + 1} runs"):
     budget.reserve("search", cost, fits + 1)
   assert budget.reserved == before == 0
   assert not data_budget.DataBudget(tmp_path, _DATA).reservations
   budget.reserve("search", cost * 1.05, fits - 1)
-  with pytest.raises(ledger_lib.RefusedError, match="this run would take"):
+  with pytest.raises(errors.RefusedError, match="this run would take"):
     _admit(budget, _run(tmp_path / "run"))
   assert not data_budget.DataBudget(tmp_path, _DATA).stakes
 
@@ -129,7 +130,7 @@ def test_a_search_has_its_room_whatever_comes_between(tmp_path):
   for name in ("one", "two"):
     _admit(budget, _run(tmp_path / name), reservation="search")
     assert budget.reserved == pytest.approx(total, rel=1e-4)
-  with pytest.raises(ledger_lib.RefusedError, match="no run left"):
+  with pytest.raises(errors.RefusedError, match="no run left"):
     _admit(budget, _run(tmp_path / "three"), reservation="search")
   with pytest.raises(ValueError, match=r"one of \['other', 'search'\]"):
     _admit(budget, _run(tmp_path / "three"), reservation="none")
@@ -138,7 +139,7 @@ def test_a_search_has_its_room_whatever_comes_between(tmp_path):
 def test_a_run_that_is_dearer_than_its_room_is_refused(tmp_path):
   budget = _budget(tmp_path)
   budget.reserve("search", budget.cost(_WHOLE) / 2, 1)
-  with pytest.raises(ledger_lib.RefusedError, match="is for runs that take"):
+  with pytest.raises(errors.RefusedError, match="is for runs that take"):
     _admit(budget, _run(tmp_path / "one"), reservation="search")
 
 
@@ -163,7 +164,7 @@ def test_a_changed_plan_reserves_the_difference_or_is_refused(tmp_path):
   budget.admit(ledger, longer, label="a run")
   assert budget.reserved == pytest.approx(1.5 * cost)
   dearer = [plan_lib.Part(_PLAN, 100_000)]
-  with pytest.raises(ledger_lib.RefusedError, match="what changed in 'a run'"):
+  with pytest.raises(errors.RefusedError, match="what changed in 'a run'"):
     budget.admit(ledger, dearer, label="a run")
   # A plan holds all that was charged, so a smaller one gives the rest back.
   budget.admit(ledger, _WHOLE, label="a run")
@@ -200,7 +201,7 @@ def test_a_copy_that_goes_on_in_a_run_s_place_stops_the_run(tmp_path):
   assert _admit(other, copy) == stake
   assert other.reserved == other.cost(_WHOLE)
   ledger.reserve_through(2)
-  with pytest.raises(records.RecordError, match="a copy of this run went on"):
+  with pytest.raises(errors.LedgerError, match="a copy of this run went on"):
     budget.follow(ledger)
   copy.reserve_through(2)
   other.follow(copy)
@@ -267,7 +268,7 @@ def test_a_run_that_was_ended_stays_so(tmp_path):
 def test_a_run_that_is_dearer_by_little_than_its_room_is_refused(tmp_path):
   budget = _budget(tmp_path)
   budget.reserve("search", budget.cost(_WHOLE) / 1.05, 1)
-  with pytest.raises(ledger_lib.RefusedError, match="is for runs that take"):
+  with pytest.raises(errors.RefusedError, match="is for runs that take"):
     _admit(budget, _run(tmp_path / "one"), reservation="search")
 
 
@@ -279,7 +280,7 @@ def test_a_plan_that_grows_by_little_must_fit_too(tmp_path):
   budget.reserve("other", rest / 1.001, 1)
   longer = [plan_lib.Part(_PLAN, 150)]
   assert budget.cost(longer) - budget.cost(_WHOLE) < 1
-  with pytest.raises(ledger_lib.RefusedError, match="what changed in 'a run'"):
+  with pytest.raises(errors.RefusedError, match="what changed in 'a run'"):
     budget.admit(ledger, longer, label="a run")
 
 
@@ -290,7 +291,7 @@ def test_room_that_nobody_came_for_is_given_back(tmp_path):
   _admit(budget, _run(tmp_path / "run"), reservation="search")
   budget.cancel("search")
   assert budget.reserved == pytest.approx(cost)
-  with pytest.raises(ledger_lib.RefusedError, match="no run left"):
+  with pytest.raises(errors.RefusedError, match="no run left"):
     _admit(budget, _run(tmp_path / "late"), reservation="search")
 
 
@@ -326,7 +327,7 @@ def test_each_data_set_has_its_own(tmp_path):
     other.check(0.1)
   assert [b.data for b in data_budget.all_below(tmp_path)] == [_DATA]
   (tmp_path / _DATA).rename(tmp_path / ("e" * 64))
-  with pytest.raises(records.RecordError, match="another data set"):
+  with pytest.raises(errors.LedgerError, match="another data set"):
     data_budget.DataBudget(tmp_path, "e" * 64)
 
 
@@ -464,12 +465,12 @@ def test_a_budget_of_an_earlier_release_is_found_and_stays_found(tmp_path):
   assert not told
   made = [b.data for b in data_budget.all_below(root) if b.terms]
   assert made == [_DATA]
-  with pytest.raises(ledger_lib.RefusedError, match="has a budget"):
+  with pytest.raises(errors.RefusedError, match="has a budget"):
     data_budget.DataBudget(root, "e" * 64).refer_to("f" * 64)
-  with pytest.raises(ledger_lib.RefusedError, match="has a budget"):
+  with pytest.raises(errors.RefusedError, match="has a budget"):
     old.refer_to("e" * 64)
   # Nor can another one be made under the new name.
-  with pytest.raises(records.RecordError, match="in this place"):
+  with pytest.raises(errors.LedgerError, match="in this place"):
     data_budget.DataBudget(root, "e" * 64).make(
       epsilon=3.0, delta=1e-6, neighboring_relation="add_or_remove_one"
     )
@@ -496,7 +497,7 @@ def test_a_data_set_with_two_budgets_spends_from_neither(tmp_path, first):
   if not made:
     assert _make(tmp_path, today, earlier=lambda: [old]).data == today
     return
-  with pytest.raises(ledger_lib.RefusedError) as refused:
+  with pytest.raises(errors.RefusedError) as refused:
     _make(tmp_path, today, earlier=lambda: [old, older][: len(made)])
   for part in ("has 2 budgets", made[0][:12], made[1][:12], "keep one"):
     assert part in str(refused.value)
@@ -549,7 +550,7 @@ def test_a_budget_that_is_gone_is_not_made_anew(tmp_path):
   _budget(root)
   _make(root, "e" * 64, earlier=lambda: [_DATA])
   shutil.rmtree(root / _DATA)
-  with pytest.raises(ledger_lib.RefusedError, match="bring it back"):
+  with pytest.raises(errors.RefusedError, match="bring it back"):
     _make(root, "e" * 64, earlier=lambda: [_DATA])
 
 
@@ -566,7 +567,7 @@ def test_renamed_files_spend_the_same_budget(tmp_path):
     if name.startswith("train"):
       cost = budget.cost(_WHOLE)
       budget.reserve("all", cost, int(budget.terms.divergence / cost / 1.001))
-  with pytest.raises(ledger_lib.RefusedError, match="would be exceeded"):
+  with pytest.raises(errors.RefusedError, match="would be exceeded"):
     budget.reserve("more", cost, 1)
 
 

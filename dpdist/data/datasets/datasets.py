@@ -10,6 +10,7 @@ import zlib
 import ml_collections
 import numpy as np
 
+from dpdist import errors
 from dpdist.assets import fetch
 from dpdist.data import sources
 from dpdist.data import users
@@ -197,9 +198,7 @@ def _digits(config: ml_collections.ConfigDict) -> Splits:
   try:
     from sklearn import datasets
   except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-      "digits needs scikit-learn: pip install 'dpdist[examples]'"
-    ) from error
+    raise errors.missing("digits", "scikit-learn", "examples") from error
   images, targets = datasets.load_digits(return_X_y=True)
   # Pixels are 0 to 16 by the format, so no statistic of the data is used.
   inputs = (images / 16).astype(np.float32).reshape(-1, 8, 8, 1)
@@ -263,11 +262,12 @@ def _idx_file(directory: str, name: str) -> str:
     path = os.path.join(directory, name + suffix)
     if os.path.isfile(path):
       return path
-  raise ValueError(
+  raise errors.ArgumentError(
     f"data.path must be a directory with {name} or {name}.gz, got"
     f" {directory!r}; on Debian and Ubuntu"
     " `apt-get install dataset-fashion-mnist` puts Fashion-MNIST under"
-    " /usr/share/datasets/fashion-mnist"
+    " /usr/share/datasets/fashion-mnist",
+    hint=errors.Hint(text="apt-get install dataset-fashion-mnist"),
   )
 
 
@@ -414,8 +414,9 @@ def _files(directory: str, pattern: str) -> list[str]:
   """Files in order of name, which fixes the order of the examples."""
   paths = sorted(glob.glob(os.path.join(glob.escape(directory), pattern)))
   if not paths:
-    raise ValueError(
-      f"data.path must be a directory with {pattern}, got {directory!r}"
+    raise errors.ArgumentError(
+      f"data.path must be a directory with {pattern}, got {directory!r}",
+      hint=errors.Hint(flags=("--config.data.path=DIRECTORY",)),
     )
   return paths
 

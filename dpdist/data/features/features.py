@@ -17,6 +17,7 @@ import tempfile
 
 import numpy as np
 
+from dpdist import errors
 from dpdist.assets import fetch
 from dpdist.data import sources
 from dpdist.data.features import minilm
@@ -176,7 +177,7 @@ def _keep(
     kept.flush()
     del kept
     if changed := sources.changed_files(source):
-      raise sources.ChangedError(
+      raise errors.ChangedError(
         f"{', '.join(changed)} changed while its features were computed: none"
         " are kept; start again"
       )

@@ -8,6 +8,8 @@ would have to be paid for.
 
 import numpy as np
 
+from dpdist import errors
+
 _SQUARES = 1000  # cut from the photographs
 
 
@@ -35,9 +37,8 @@ def like(height: int, width: int, channels: int) -> np.ndarray:
   try:
     from sklearn import datasets
   except ModuleNotFoundError as error:
-    raise ModuleNotFoundError(
-      "data.features='scattering_scaled' needs scikit-learn: pip install"
-      " 'dpdist[examples]'"
+    raise errors.missing(
+      "data.features='scattering_scaled'", "scikit-learn", "examples"
     ) from error
   if channels == 1:
     return _digits(datasets.load_digits().images, height, width)
