@@ -150,8 +150,10 @@ _ELSEWHERE = (errno.EACCES, errno.ENOTDIR, errno.EEXIST, errno.EROFS)
 
 
 def _verify() -> str:
-  """ "" where another --workdir is what helps, or there is none."""
+  """How to look at the run of --workdir; "" if none is given."""
   place = _workdir()
-  if not place or (os.path.exists(place) and not os.path.isdir(place)):
+  if place and os.path.exists(place) and not os.path.isdir(place):
+    return again("--workdir=ANOTHER")
+  if not place:
     return ""
   return f"python -m launch.verify --workdir={shlex.quote(place)}"

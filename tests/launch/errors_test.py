@@ -155,7 +155,7 @@ def test_a_traceback_is_shown_when_asked_for(places):
   assert done.code == 1
   assert done.err.startswith("error: ")
   assert "Traceback (most recent call last)" in done.err
-  assert "RecordError" in done.err
+  assert "LedgerError" in done.err
 
 
 def test_a_missing_package_is_named_with_its_command(places, monkeypatch):

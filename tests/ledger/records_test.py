@@ -249,6 +249,7 @@ def test_a_record_written_meanwhile_is_not_overwritten(history, monkeypatch):
 
 _CHILD = """
 import sys
+from dpdist import errors
 from dpdist.ledger import records
 log = records.Log(sys.argv[1], lambda record: None)
 try:
@@ -258,7 +259,7 @@ try:
     log.append("from the child")
     print("appended", flush=True)
   log.close()
-except records.RecordError as error:
+except errors.LedgerError as error:
   print(error, flush=True)
 """
 
