@@ -64,11 +64,11 @@ def _reserve() -> tuple[data_budget.DataBudget, float]:
   train = datasets.load(config.data).train
   budget = data_budget.open_or_make(
     settings.location,
-    train.manifest(),
+    train.content_digest(),
     epsilon=settings.epsilon,
     delta=settings.delta,
     neighboring_relation=plan.neighboring_relation,
-    earlier=functools.partial(sources.earlier_manifests, train),
+    earlier=functools.partial(sources.earlier_digests, train),
     tell=console.warn,
   )
   cost = budget.cost([plan_lib.Part(plan, plan.num_steps)])

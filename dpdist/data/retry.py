@@ -92,14 +92,14 @@ class RetryingSource:
     """
     return self._get(lambda: self._source.read(indices), self._stall_seconds)
 
-  def manifest(self) -> str:
-    """See `dpdist.data.sources.Source.manifest`; may take long, but not
+  def content_digest(self) -> str:
+    """See `dpdist.data.sources.Source.content_digest`; may take long, but not
     fail."""
-    return self._get(self._source.manifest, 0)
+    return self._get(self._source.content_digest, 0)
 
-  def earlier_manifests(self) -> list[str]:
-    """See `dpdist.data.sources.earlier_manifests`; as long as `manifest`."""
-    return list(self._get(lambda: sources.earlier_manifests(self._source), 0))
+  def earlier_digests(self) -> list[str]:
+    """See `dpdist.data.sources.earlier_digests`; as long as `manifest`."""
+    return list(self._get(lambda: sources.earlier_digests(self._source), 0))
 
   def changed_files(self) -> list[str]:
     """See `dpdist.data.sources.changed_files`.

@@ -43,7 +43,7 @@ class Source(Protocol):
   `read` is called from several threads at once and must be thread-safe.
 
   A source may have three methods more; see `changed_files`, `is_touched` and
-  `earlier_manifests`, which ask them.
+  `earlier_digests`, which ask them.
   """
 
   def __len__(self) -> int:
@@ -68,7 +68,7 @@ class Source(Protocol):
     """
     ...
 
-  def manifest(self) -> str:
+  def content_digest(self) -> str:
     """SHA-256 of the content, 64 hex digits; safe to record beside a run.
 
     Of the examples in their order, and of nothing that can change without them,
@@ -114,12 +114,12 @@ def changed_error(changed: Sequence[str]) -> errors.ChangedError:
   )
 
 
-def earlier_manifests(source: Source) -> list[str]:
+def earlier_digests(source: Source) -> list[str]:
   """What earlier releases called the same content, and may have recorded.
 
   A source whose manifest was once made otherwise has a method of this name.
   """
-  return list(getattr(source, "earlier_manifests", list)())
+  return list(getattr(source, "earlier_digests", list)())
 
 
 class ArraySource:
@@ -203,7 +203,7 @@ class ArraySource:
     batch = {name: array[indices] for name, array in self._arrays.items()}
     return self._convert(batch) if self._convert else batch
 
-  def manifest(self) -> str:
+  def content_digest(self) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, in order of name."""
     if self._manifest is None:
       self._manifest = self._hashed()
@@ -347,7 +347,7 @@ class ArrayRecordSource:
       raise
     return found
 
-  def manifest(self) -> str:
+  def content_digest(self) -> str:
     """That of an `ArraySource` of the same examples, however they are stored.
 
     Raises:
@@ -401,7 +401,7 @@ class ArrayRecordSource:
       return True  # Nothing was said of the content yet.
     try:
       # Opened anew, so that nothing comes out of a reader's memory.
-      return ArrayRecordSource(self._paths).manifest() == self._manifest
+      return ArrayRecordSource(self._paths).content_digest() == self._manifest
     except ValueError:  # Records of other shapes, or none at all.
       return False
 
@@ -409,7 +409,7 @@ class ArrayRecordSource:
     """See `is_touched` of the module."""
     return self._stamps.is_touched()
 
-  def earlier_manifests(self) -> list[str]:
+  def earlier_digests(self) -> list[str]:
     """SHA-256 over base names, sizes and bytes of the files, in order."""
     header = [[os.path.basename(p), os.path.getsize(p)] for p in self._paths]
     digest = hashlib.sha256(json.dumps(header).encode() + b"\n")

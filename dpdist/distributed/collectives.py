@@ -1,8 +1,8 @@
 """The processes of a job: how they meet, and how they agree.
 
 A job is one process, or several that run the same program on a mesh of all
-their devices. One of them, the leader, writes the ledger and what a run leaves;
-the others are told what it found, and stop if it does.
+their devices. One of them, the primary process, writes the ledger and what a
+run leaves; the others are told what it found, and stop if it does.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,25 +18,25 @@ import numpy as np
 from dpdist import errors
 
 
-def is_leader() -> bool:
+def is_primary() -> bool:
   """Whether this process is the one that writes."""
   return jax.process_index() == 0
 
 
-def from_leader(make: Callable[[], Any]) -> Any:
-  """What a function returns in the leader, in every process.
+def run_on_primary(make: Callable[[], Any]) -> Any:
+  """What a function returns in the primary process, in every process.
 
   Args:
-    make: called in the leader alone; returns something JSON-able.
+    make: called in the primary process alone; returns something JSON-able.
 
   Raises:
-    PeerError: in the other processes, if it raised; in the leader what it
-      raised comes through.
+    PeerError: in the other processes, if it raised; in the primary process what
+      it raised comes through.
     LostError: the others could not be reached.
   """
   if jax.process_count() == 1:
     return make()
-  if not is_leader():
+  if not is_primary():
     told = _broadcast(None)
     if "problem" in told:
       raise errors.PeerError(f"process 0 stopped: {told['problem']}")
@@ -50,7 +50,7 @@ def from_leader(make: Callable[[], Any]) -> Any:
   return _broadcast({"value": value})["value"]
 
 
-def in_all(make: Callable[[], Any]) -> Any:
+def run_on_all(make: Callable[[], Any]) -> Any:
   """What a function returns, in each process its own.
 
   Args:
@@ -90,7 +90,7 @@ def gather(text: str) -> list[str]:
   ]
 
 
-def agree(**facts: Any) -> None:
+def assert_equal(**facts: Any) -> None:
   """Makes sure that all processes were started alike.
 
   Args:
@@ -123,12 +123,12 @@ def _all_gather(value: Any) -> np.ndarray:
 
 
 def _broadcast(value: Any) -> Any:
-  """Sends the leader's value to all; the others' is not looked at."""
+  """Sends the primary process's value to all; the others' is not looked at."""
   data = json.dumps(value).encode()
   with _reaching():
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     padded = np.zeros(size, np.uint8)
-    if is_leader():
+    if is_primary():
       padded[:] = np.frombuffer(data, np.uint8)
     sent = np.asarray(multihost_utils.broadcast_one_to_all(padded))
   return json.loads(sent.astype(np.uint8).tobytes())

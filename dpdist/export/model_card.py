@@ -60,7 +60,7 @@ def text(released: load_run.Released, facts: dict[str, Any], name: str) -> str:
 
 _USE = """\
 ```python
-from dpdist.export.export import export
+from dpdist import export
 
 model, params = export.load("DIRECTORY OF THIS FILE")
 logits = model.apply({"params": params}, inputs)  # Of one example.

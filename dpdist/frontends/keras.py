@@ -311,7 +311,7 @@ class PrivateModel:
     )
     self.model.stop_training = False
     told.on_train_begin()
-    with self._run.session(data.source.manifest()) as session:
+    with self._run.session(data.source.content_digest()) as session:
       for epoch, stop in enumerate(ends):
         told.on_epoch_begin(epoch)
         loss = self._steps(session, data, zeros, stop)

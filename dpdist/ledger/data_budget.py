@@ -537,7 +537,7 @@ def find(
     root: as in `DataBudget`.
     data: as in `DataBudget`.
     earlier: returns other manifests of the same content, as
-      `dpdist.data.sources.earlier_manifests` does; called only if it matters.
+      `dpdist.data.sources.earlier_digests` does; called only if it matters.
 
   Returns:
     The budget; its terms are None if there is none yet.

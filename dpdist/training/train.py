@@ -108,7 +108,7 @@ def train(
       nonlocal ledger
       ledger = stack.enter_context(resume.open_ledger(config, workdir))
 
-    collectives.from_leader(open_ledger)
+    collectives.run_on_primary(open_ledger)
     job = setup.prepare(
       config,
       workdir,
@@ -210,7 +210,7 @@ def _resume(
       ledger.open_segment(
         config=job.settings,
         plan=job.plan,
-        data=job.train_manifest,
+        data=job.train_digest,
         start_step=start,
       )
     ledger.resume(
@@ -221,7 +221,7 @@ def _resume(
         # As it was chosen: sums of other chunks round otherwise.
         config.to_dict() | {"chunk_size": job.chunk_size},
         job.plan.fingerprint(),
-        job.train_manifest,
+        job.train_digest,
         [json.loads(text) for text in environments],
         job.made_of,
       ),
@@ -235,7 +235,7 @@ def _resume(
     config_lib.save(workdir, config)
     return session_lib.Position.of(ledger)
 
-  return session_lib.Position(*collectives.from_leader(resume_branch))
+  return session_lib.Position(*collectives.run_on_primary(resume_branch))
 
 
 def _notices(job: setup.Job) -> list[str]:
@@ -312,4 +312,4 @@ def _finish(
     console.show_text(statement)
     return result
 
-  return dict(collectives.from_leader(finish))
+  return dict(collectives.run_on_primary(finish))

@@ -105,7 +105,7 @@ class Checkpoints:
         raise errors.SaveError(
           f"{path} was not saved: Orbax found a newer checkpoint beside it"
         )
-      return str(collectives.from_leader(lambda: manifest.write(path)))
+      return str(collectives.run_on_primary(lambda: manifest.write(path)))
     except (OSError, ValueError) as error:  # ValueError: tensorstore's.
       raise errors.SaveError(f"{path} could not be saved: {error}") from error
 

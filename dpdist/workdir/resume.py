@@ -1,4 +1,4 @@
-"""Whether a run may start or go on, and by which numbers: the leader's part.
+"""Decides whether a run may start or go on, and by which numbers.
 
 What is decided here rests on the ledger, the data set's budget and the
 checkpoints that are there. `begin` writes; all that `decide` leaves is a note,
@@ -57,7 +57,7 @@ def open_ledger(
 
 def known_as(
   ledger: ledger_lib.Ledger | None,
-  train_manifest: str,
+  train_digest: str,
   earlier: Callable[[], Sequence[str]],
 ) -> str:
   """The manifest by which a run's data is called, in every process.
@@ -65,29 +65,29 @@ def known_as(
   A run that began under an earlier release goes on under the one it has.
 
   Args:
-    ledger: of the run; None in the processes that are not the leader.
-    train_manifest: of the training set.
+    ledger: of the run; None in the processes that are not the primary process.
+    train_digest: of the training set.
     earlier: returns other manifests of the same content; called only if it
       matters.
   """
 
   def look() -> str:
     assert ledger is not None
-    if ledger.is_new or ledger.segment.data == train_manifest:
-      return train_manifest
+    if ledger.is_new or ledger.segment.data == train_digest:
+      return train_digest
     known = ledger.segment.data
-    return known if known in earlier() else train_manifest
+    return known if known in earlier() else train_digest
 
-  return str(collectives.from_leader(look))
+  return str(collectives.run_on_primary(look))
 
 
 def decide(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   ledger: ledger_lib.Ledger | None,
-  train_manifest: str,
+  train_digest: str,
 ) -> tuple[plan_lib.PrivacyPlan, list[str], manifest.Found]:
-  """The plan, what changed, and where to go on from, as the leader sees it.
+  """Returns the plan, what changed, and where to go on from, in all processes.
 
   Raises:
     ValueError: the run cannot go on with these settings.
@@ -107,13 +107,13 @@ def decide(
         " of the settings, and start a new run in a new directory"
       )
     found = manifest.newest(workdir / "checkpoints", ledger.checkpoints)
-    plan, changes = _plan(config, workdir, ledger, found, train_manifest)
+    plan, changes = _plan(config, workdir, ledger, found, train_digest)
     if ledger.is_new:
       workdir.mkdir(parents=True, exist_ok=True)
       (workdir / NOT_BEGUN).write_text(_NOTE)
     return {"plan": plan.to_dict(), "changes": changes, "found": found}
 
-  told = collectives.from_leader(look)
+  told = collectives.run_on_primary(look)
   saved, rejected = told["found"]
   found = manifest.Found(history.Saved(*saved) if saved else None, rejected)
   return plan_lib.PrivacyPlan.from_dict(told["plan"]), told["changes"], found
@@ -177,7 +177,7 @@ def _plan(
   workdir: pathlib.Path,
   ledger: ledger_lib.Ledger,
   found: manifest.Found,
-  train_manifest: str,
+  train_digest: str,
 ) -> tuple[plan_lib.PrivacyPlan, list[str]]:
   """The plan to go on by, and what changed since the last one was made."""
   privacy = config_lib.privacy_config(config)
@@ -185,17 +185,17 @@ def _plan(
     return plan_lib.make_plan(privacy), []
   changes = ledger.changes(
     config=config_lib.privacy_dict(config),
-    data=train_manifest,
+    data=train_digest,
     secret_hash=keys.secret_hash(secret(config, workdir, is_new=False)),
   )
   declared = config.data.changed_to
   if "data" in changes and not (
-    len(declared) >= 12 and train_manifest.startswith(declared)
+    len(declared) >= 12 and train_digest.startswith(declared)
   ):
     raise ValueError(
       f"{changes['data']}: a run sees one data set. To go on with another,"
       " which the guarantee then covers too, declare it with"
-      f" --config.data.changed_to={train_manifest[:12]}; got {declared!r}"
+      f" --config.data.changed_to={train_digest[:12]}; got {declared!r}"
     )
   if not changes:
     # Taken as it stands: another machine could calibrate the last digit
@@ -213,7 +213,7 @@ def _plan(
 def shared_budget(
   config: ml_collections.ConfigDict,
   ledger: ledger_lib.Ledger,
-  train_manifest: str,
+  train_digest: str,
   earlier: Callable[[], Sequence[str]],
 ) -> data_budget.DataBudget | None:
   """The data set's budget, made if it is missing.
@@ -230,7 +230,7 @@ def shared_budget(
     return None
   budget = data_budget.open_or_make(
     settings.location,
-    train_manifest,
+    train_digest,
     epsilon=settings.epsilon,
     delta=settings.delta,
     neighboring_relation=config.privacy.neighboring_relation,

@@ -157,7 +157,7 @@ class Session:
       if self._ledger.reserve_through(stop_step):
         self._update_budget()
 
-    collectives.from_leader(charge)
+    collectives.run_on_primary(charge)
 
   def begin(self, step: int) -> None:
     """To be called before a step's first computation on data."""
@@ -176,7 +176,7 @@ class Session:
     Raises:
       dpdist.errors.ChangedError: names them.
     """
-    files = collectives.in_all(changed)
+    files = collectives.run_on_all(changed)
     if collectives.any_process(bool(files)):
       self.notice(sources.CHANGED, unsound=True)
       raise sources.changed_error(files)
@@ -188,7 +188,7 @@ class Session:
       assert self._ledger is not None
       self._ledger.notice(text, unsound=unsound)
 
-    collectives.from_leader(record)
+    collectives.run_on_primary(record)
 
   def save(self, state: PyTree, step: int) -> None:
     """Saves a checkpoint of charged steps, and records it."""
@@ -198,7 +198,7 @@ class Session:
       self._ledger.confirm()
       return self._ledger.head
 
-    head = str(collectives.from_leader(confirm))
+    head = str(collectives.run_on_primary(confirm))
     digest = self._checkpoints.save(state, step=step, ledger_head=head)
     if self._ledger is None:
       return

@@ -1,4 +1,4 @@
-"""The ledger that a door's flags name."""
+"""The ledger that a command's flags name."""
 
 import os
 import shlex

@@ -92,7 +92,7 @@ def test_an_unknown_name_lists_the_known_ones(function):
     function("chitcat")
 
 
-def test_the_door_says_what_is_wrong_with_a_file(package):
+def test_the_command_says_what_is_wrong_with_a_file(package):
   done = subprocess.run(
     [
       *(sys.executable, "-m", "launch.fetch", "--name=chitchat"),

@@ -43,7 +43,7 @@ class Files:
     found = [int(self.path(i).read_text()) for i in indices]
     return {"targets": np.array(found)}
 
-  def manifest(self):
+  def content_digest(self):
     return self.path(0).read_text()
 
 
@@ -94,7 +94,7 @@ def join(threads):
 def test_without_trouble_it_is_the_source(files):
   source = waiting(files, retry=0)
   assert len(source) == NUM_EXAMPLES
-  assert source.manifest() == "0"
+  assert source.content_digest() == "0"
   assert squares(source, [3, 5]) == [9, 25]
   assert files.attempts == 1
 
@@ -121,7 +121,7 @@ def test_the_manifest_is_waited_for_too(files, tmp_path):
   source = waiting(
     files, tell=lambda line: (tmp_path / "away").rename(files.path(0))
   )
-  assert source.manifest() == "0"
+  assert source.content_digest() == "0"
 
 
 def test_changed_files_are_waited_for_and_passed_on(tmp_path):
@@ -140,7 +140,7 @@ def test_changed_files_are_waited_for_and_passed_on(tmp_path):
   assert len(told) == 1
   os.utime(tmp_path / "y.npy", ns=(0, 0))
   assert source.changed_files() == [str(tmp_path / "y.npy")]
-  assert source.earlier_manifests() == []
+  assert source.earlier_digests() == []
 
 
 def test_patience_ends_with_what_to_do_and_names_no_example(files):
@@ -236,7 +236,7 @@ def test_a_read_that_does_not_come_back_is_given_up(files, pipe):
 _READ_SLOWLY = """
 import sys
 import numpy as np
-from dpdist.data.pipeline import retry as retrying
+from dpdist.data import retry as retrying
 class Pipe:
   def read(self, indices):
     print("reading", flush=True)

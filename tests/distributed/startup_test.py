@@ -10,7 +10,7 @@ import pytest
 
 from dpdist import errors
 from dpdist.distributed import startup
-from tests.support import doors
+from tests.support import commands
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _NO_FLAGS = dict.fromkeys(
@@ -146,11 +146,11 @@ def _train(*args, **variables):
     ("--start_timeout=0", "error: --start_timeout must be at least 1"),
   ],
 )
-def test_the_door_refuses_flags_on_one_line(
+def test_the_command_refuses_flags_on_one_line(
   tmp_path, args, message, monkeypatch
 ):
   monkeypatch.chdir(_ROOT)
-  run = doors.run(
+  run = commands.run(
     *("train", "--config=configs/digits.py"),
     *(f"--workdir={tmp_path / 'run'}", args),
   )
@@ -158,7 +158,7 @@ def test_the_door_refuses_flags_on_one_line(
   _assert_says_so(tmp_path, run.err, message)
 
 
-def test_the_door_says_so_on_one_line(tmp_path):
+def test_the_command_says_so_on_one_line(tmp_path):
   run = _train(
     f"--workdir={tmp_path / 'run'}",
     "--coordinator_address=no-such-host.invalid:9",

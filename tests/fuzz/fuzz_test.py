@@ -82,21 +82,19 @@ def test_an_error_of_the_package_is_none(tmp_path):
     outcomes.tried(lambda: json_fields.parse(b"[]", "x"), repr) == "refused"
   )
   assert outcomes.tried(lambda: 1, repr) == "answered"
-  door = lambda text: (
-    lambda *flags: outcomes.in_process_commands.Outcome(2, "", text)
-  )
+  command = lambda text: lambda *flags: outcomes.commands.Outcome(2, "", text)
   for text in (
     *("", "error: a\nerror: b\n", "Traceback\nerror: x", "x\n"),
     *("error: a\ntry: b\ntry: c\n", "try: a\nerror: b\n"),
   ):
-    call = door(text)
+    call = command(text)
     call.name = "x"
     with pytest.raises(outcomes.FaultError):
       outcomes.opened(call)
-  call = door("error: one line\nTry --help.\n")
+  call = command("error: one line\nTry --help.\n")
   call.name = "x"
   assert outcomes.opened(call)[0] == "refused"
-  call = door("error: one line\ntry: this\n")
+  call = command("error: one line\ntry: this\n")
   call.name = "x"
   assert outcomes.opened(call)[0] == "refused"
 

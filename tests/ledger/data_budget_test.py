@@ -561,8 +561,8 @@ def test_renamed_files_spend_the_same_budget(tmp_path):
     source = sources.ArrayRecordSource(tmp_path / name)
     budget = _make(
       tmp_path / "budgets",
-      source.manifest(),
-      earlier=lambda: sources.earlier_manifests(source),  # noqa: B023
+      source.content_digest(),
+      earlier=lambda: sources.earlier_digests(source),  # noqa: B023
     )
     if name.startswith("train"):
       cost = budget.cost(_WHOLE)
@@ -602,7 +602,7 @@ def test_of_many_at_once_no_more_are_let_in_than_fit(tmp_path):
   assert 2.9 < _budget(tmp_path).epsilon <= 3.0
 
 
-# --- Runs and doors -----------------------------------------------------------
+# --- Runs and commands --------------------------------------------------------
 
 
 def _config(root, **changes):
@@ -626,7 +626,7 @@ runpy.run_module("launch.budget", run_name="__main__")
 """
 
 
-def _door(*args):
+def _command(*args):
   done = without_jax.run(_DOOR, *args)
   assert done.returncode == 0, done.stderr
   return done
@@ -675,7 +675,7 @@ def test_runs_share_a_budget_and_give_back_what_they_leave(
     with pytest.raises(_StopError):
       dpdist.train(_config(root, **{"privacy.num_steps": 30}), two)
   before = data_budget.all_below(root)[0].reserved
-  facts = json.loads(_door(f"--workdir={two}", "--end", "--json").stdout)
+  facts = json.loads(_command(f"--workdir={two}", "--end", "--json").stdout)
   assert facts["steps_spent"] == 2
   (given_back,) = (v for k, v in facts.items() if k.startswith("share"))
   assert given_back > 0
@@ -684,7 +684,7 @@ def test_runs_share_a_budget_and_give_back_what_they_leave(
   (budget,) = data_budget.all_below(root)
   given = 28 / 34 * before
   assert before - budget.reserved == pytest.approx(given)
-  done = _door(f"--dataset={root}")
+  done = _command(f"--dataset={root}")
   assert re.search(rf"ended +{two}", done.stdout)
   assert re.search(rf"may go on +{one}", done.stdout)
 
@@ -744,7 +744,7 @@ def test_a_stake_that_the_ledger_was_not_told_of_is_given_back(
       dpdist.train(_config(tmp_path / "budgets"), tmp_path / "run")
   (budget,) = data_budget.all_below(tmp_path / "budgets")
   assert budget.reserved > 0
-  _door(f"--workdir={tmp_path / 'run'}", "--end")
+  _command(f"--workdir={tmp_path / 'run'}", "--end")
   (budget,) = data_budget.all_below(tmp_path / "budgets")
   assert budget.reserved == 0
 
@@ -768,7 +768,7 @@ def test_a_run_that_spent_more_than_it_reserved_is_found(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_doors_reserve_and_cancel(tmp_path):
+def test_the_commands_reserve_and_cancel(tmp_path):
   root = tmp_path / "budgets"
   reserve = [
     *(sys.executable, "-m", "launch.reserve"),
@@ -790,7 +790,7 @@ def test_the_doors_reserve_and_cancel(tmp_path):
     assert done.returncode == code, done.stderr
     assert said in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-  done = _door(f"--dataset={root}", "--cancel=search", "--json")
+  done = _command(f"--dataset={root}", "--cancel=search", "--json")
   (facts,) = json.loads(done.stdout).values()
   assert facts["epsilon_reserved"] == 0.0
   done = without_jax.run(_DOOR, f"--dataset={root}", "--cancel=none")

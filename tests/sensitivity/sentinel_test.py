@@ -36,7 +36,7 @@ from dpdist.training import parameters
 from dpdist.training import setup
 from dpdist.training import step as step_lib
 from dpdist.training import step_sentinel
-from tests.support import doors
+from tests.support import commands
 from tests.support import meshes
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -596,13 +596,13 @@ def test_a_run_that_would_be_wrong_charges_nothing(monkeypatch, tmp_path):
 def test_a_config_is_checked_and_the_exit_code_says_so(monkeypatch):
   args = ("--config=configs/digits.py", "--config.model.name=linear")
   monkeypatch.chdir(pathlib.Path(__file__).parents[2])
-  right = doors.run("check", *args, "--json")
+  right = commands.run("check", *args, "--json")
   assert right.code == 0
   assert json.loads(right.out)["num_examples"] >= 8
-  wrong = doors.run("check", *args, "--config.sentinel.every=-1")
+  wrong = commands.run("check", *args, "--config.sentinel.every=-1")
   assert wrong.code == 2
   assert "every must be at least 0" in wrong.err
   _weaken(monkeypatch, "dot_general", 1e-3)
-  wrong = doors.run("check", *args)
+  wrong = commands.run("check", *args)
   assert wrong.code == 1
   assert "kernel" in wrong.err

@@ -238,7 +238,7 @@ def test_a_run_that_goes_on_between_two_charges_is_charged_first(
 @pytest.fixture(scope="module")
 def noted(data, tmp_path_factory):
   """What each chunk of a run draws by, and what its processes agree on."""
-  charge, agree = ledger_lib.Ledger.reserve_through, collectives.agree
+  charge, agree = ledger_lib.Ledger.reserve_through, collectives.assert_equal
   make = step_lib.Step.accumulate.func
   charged, used, agreed = [], [], {}
 

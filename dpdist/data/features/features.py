@@ -85,14 +85,14 @@ class FeatureSource(sources.ArraySource):
       stamps: of the file that they are kept in, from before it was hashed.
     """
     super().__init__({"inputs": inputs, "targets": targets})
-    self._manifest = source.manifest()
+    self._manifest = source.content_digest()
     self._source = source
     self._stamps = stamps
     self.sha256 = sha256
 
-  def earlier_manifests(self) -> list[str]:
-    """Those of the examples; see `dpdist.data.sources.earlier_manifests`."""
-    return sources.earlier_manifests(self._source)
+  def earlier_digests(self) -> list[str]:
+    """Those of the examples; see `dpdist.data.sources.earlier_digests`."""
+    return sources.earlier_digests(self._source)
 
   def changed_files(self) -> list[str]:
     """Also of the examples; see `dpdist.data.sources.changed_files`."""
@@ -135,7 +135,7 @@ def of(source: sources.Source, name: str) -> FeatureSource:
       f"data.features must be '' or one of {sorted(_FEATURES)}, got {name!r}"
     )
   function, version = _FEATURES[name]
-  manifest = source.manifest()
+  manifest = source.content_digest()
   made_of = json.dumps([manifest, name, version]).encode()
   folder = fetch.cache() / f"{name}-{hashlib.sha256(made_of).hexdigest()[:24]}"
   targets = _blocks(source, lambda batch: batch["targets"])
