@@ -26,6 +26,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpdist import config as config_lib
+from dpdist import registry
 from dpdist.privacy import plan as plan_lib
 from dpdist.privacy import statement
 from launch.cli import exit_codes
@@ -36,11 +37,16 @@ from launch.engines import ray
 from launch.engines import slurm
 from launch.engines import tpu_vm
 
+for _name, _engine in (
+  ("slurm", slurm),
+  ("jobset", jobset),
+  ("tpu-vm", tpu_vm),
+  ("ray", ray),
+):
+  registry.register("engine", _name)(_engine)
 _ENGINES: dict[str, Any] = {
-  "slurm": slurm,
-  "jobset": jobset,
-  "tpu-vm": tpu_vm,
-  "ray": ray,
+  name: registry.resolve("engine", name, setting="--to")
+  for name in registry.names("engine")
 }
 
 _TO = flags.DEFINE_enum("to", None, list(_ENGINES), "The engine.")
@@ -84,10 +90,10 @@ _HELP = {
 }
 
 
-def _types() -> dict[str, type]:
-  """Of all fields, by name."""
+def _fields() -> dict[str, dataclasses.Field[Any]]:
+  """The fields of all engines' jobs that are flags, by name."""
   return {
-    field.name: type(field.default)
+    field.name: field
     for engine in _ENGINES.values()
     for field in dataclasses.fields(engine.Job)
     if field.default is not dataclasses.MISSING
@@ -96,13 +102,13 @@ def _types() -> dict[str, type]:
 
 flags.DEFINE_string("name", "dpdist", _HELP["name"])
 flags.DEFINE_string("workdir", None, _HELP["workdir"])
-for _name, _type in sorted(_types().items()):
+for _name, _field in sorted(_fields().items()):
   _define: Any = {
     bool: flags.DEFINE_bool,
     int: flags.DEFINE_integer,
     str: flags.DEFINE_string,
-  }[_type]
-  _define(_name, None, _HELP[_name])
+  }[type(_field.default)]
+  _define(_name, None, _HELP.get(_name, _field.metadata.get("help", "")))
 flags.mark_flags_as_required(["to", "config", "workdir"])
 
 
@@ -146,7 +152,7 @@ def _job(engine: Any) -> Any:
   """
   fields = {field.name for field in dataclasses.fields(engine.Job)}
   given = {}
-  for name in ("name", "workdir", *_types()):
+  for name in ("name", "workdir", *_fields()):
     if flags.FLAGS[name].value is None:
       continue
     if name not in fields:

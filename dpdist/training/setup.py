@@ -17,6 +17,7 @@ import optax
 from dpdist import config as config_lib
 from dpdist import errors
 from dpdist import models
+from dpdist import registry
 from dpdist.data import augment
 from dpdist.data import retry
 from dpdist.data import sources
@@ -117,8 +118,8 @@ class Job(NamedTuple):
   @property
   def made_of(self) -> dict[str, str]:
     """By name, SHA-256 of what a step depends on beside settings and data."""
-    facts = self._asdict().items()
-    return {k: v for k, v in facts if k.endswith("_sha256") and v}
+    facts = self._asdict() | {"outside_sha256": registry.outside_sha256()}
+    return {k: v for k, v in facts.items() if k.endswith("_sha256") and v}
 
   def __repr__(self) -> str:
     # It may end up in a log, and the secret must not.
@@ -182,6 +183,7 @@ def _prepared(
     jax_config=environment["jax_config"],
     training_data=train_digest,
     training_features=features_sha256,
+    code_outside=registry.outside_sha256(),
   )
   own_digest = train_digest
   train_digest = resume.known_as(ledger, own_digest, earlier)

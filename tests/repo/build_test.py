@@ -24,6 +24,7 @@ FOLDERS = ("dpdist", "launch", "configs", "tests")
 # Lowest first. A package imports from lower rows only, never from its own.
 LAYERS = (
   ("dpdist:errors",),
+  ("dpdist:registry",),
   ("dpdist/assets", "dpdist/distributed", "dpdist/files", "dpdist/keys")
   + ("dpdist/sums",),
   ("dpdist/clipping/trace",),

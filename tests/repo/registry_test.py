@@ -1,0 +1,172 @@
+"""Names of things that are plugged in, and a toy of each kind from outside."""
+
+import sys
+
+import numpy as np
+import pytest
+
+import dpdist
+from dpdist import config as config_lib
+from dpdist import errors
+from dpdist import registry
+from dpdist.data.datasets import datasets
+from dpdist.ledger import ledger as ledger_lib
+from tests.support import commands
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
+_DATASET = """
+import numpy as np
+from dpdist.data import sources as arrays
+from dpdist.data.datasets import datasets
+
+
+def load(config):
+  del config
+  rng = np.random.default_rng(0)
+  part = lambda n: arrays.ArraySource({
+    "inputs": rng.normal(size=(n, 4)).astype(np.float32),
+    "targets": rng.integers(0, 2, n).astype(np.int32),
+  })
+  return datasets.Splits(part(32), part(8))
+"""
+
+_ENGINE = """
+import dataclasses
+from launch.engines import job
+
+TOOL = ("true", "nothing")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job(job.Job):
+  queue: str = dataclasses.field(default="", metadata={"help": "Where."})
+
+
+def files(job):
+  return {"job.txt": f"{job.queue} {' '.join(job.arguments)}"}
+
+
+def command(job, folder):
+  return ["true", folder]
+"""
+
+
+@pytest.fixture(name="outside")
+def fixture_outside(tmp_path, monkeypatch):
+  """A folder of packages, as if installed; what was resolved is forgotten."""
+  monkeypatch.syspath_prepend(tmp_path)
+  monkeypatch.setattr(registry, "_outside", set())
+  before = {*sys.modules}
+  yield tmp_path
+  for name in {*sys.modules} - before:
+    if name.partition(".")[0] in ("toy_data", "toy_engine"):
+      del sys.modules[name]
+
+
+def _config(**changes):
+  config = config_lib.default()
+  config.update_from_flattened_dict(
+    {
+      "data.name": "toy_data:load",
+      "model.name": "linear",
+      "model.num_outputs": 2,
+      "privacy.num_examples": 32,
+      "privacy.expected_batch_size": 8,
+      "privacy.num_steps": 4,
+      "privacy.noise_multiplier": 2.0,
+      "insecure_seed": 1,
+      **changes,
+    }
+  )
+  return config
+
+
+def test_a_run_trains_on_a_data_set_from_outside(outside, tmp_path):
+  (outside / "toy_data.py").write_text(_DATASET)
+  result = dpdist.train(_config(), tmp_path / "run")
+  assert result["num_steps"] == 4
+
+
+def test_other_code_from_outside_gets_other_keys(outside, tmp_path):
+  """What converts the examples is no part of their digest."""
+  (outside / "toy_data.py").write_text(_DATASET)
+  workdir = tmp_path / "run"
+  dpdist.train(_config(checkpoint_every=2), workdir)
+  before = ledger_lib.Ledger(workdir / "ledger").branches
+  (workdir / "result.json").unlink()
+  (outside / "toy_data.py").write_text(_DATASET + "\n# Another.\n")
+  dpdist.train(_config(checkpoint_every=2), workdir)
+  after = ledger_lib.Ledger(workdir / "ledger").branches
+  assert len(after) == len(before) + 1
+  assert after[-1].identity != before[-1].identity
+
+
+def test_the_digest_is_of_all_that_was_resolved(outside):
+  assert registry.outside_sha256() == ""
+  package = outside / "toy_data"
+  package.mkdir()
+  (package / "__init__.py").write_text("")
+  (package / "loader.py").write_text(_DATASET)
+  registry.resolve("dataset", "toy_data.loader:load", setting="data.name")
+  digests = {registry.outside_sha256()}
+  (package / "other.py").write_text("x = 1")
+  digests.add(registry.outside_sha256())
+  (package / "loader.py").write_text(_DATASET + "\n")
+  digests.add(registry.outside_sha256())
+  assert len(digests) == 3
+  assert "" not in digests
+
+
+def test_ours_are_no_code_from_outside():
+  splits = datasets.load(_config(**{"data.name": "digits"}).data)
+  assert len(splits.train) == 1438
+  assert registry._outside == set()
+
+
+def test_an_engine_of_an_entry_point_has_its_flags(
+  outside, tmp_path, monkeypatch
+):
+  (outside / "toy_engine.py").write_text(_ENGINE)
+  info = outside / "toy_engine-1.dist-info"
+  info.mkdir()
+  (info / "METADATA").write_text("Name: toy_engine\nVersion: 1\n")
+  (info / "entry_points.txt").write_text("[dpdist.engine]\ntoy = toy_engine\n")
+  done = commands.run(
+    "submit",
+    "--to=toy",
+    "--config=configs/digits.py",
+    "--workdir=/shared/digits",
+    "--queue=long",
+    "--dry_run",
+  )
+  assert done.code == 0, done.err
+  assert "long --config=configs/digits.py" in done.out
+
+
+def test_what_hides_its_code_is_refused(outside):
+  """Its keys would be those of other code."""
+  (outside / "toy_data.py").write_text(
+    _DATASET + "\nimport functools\nhidden = functools.partial(load)\n"
+  )
+  with pytest.raises(errors.ArgumentError, match="must name a function"):
+    registry.resolve("dataset", "toy_data:hidden", setting="data.name")
+
+
+@pytest.mark.parametrize(
+  ("name", "message"),
+  [
+    ("nothing", r"data.name must be one of \['adult', .*got 'nothing'"),
+    ("no.such:thing", "must be package.module:attribute .*No module named"),
+    ("json:nothing", "must be package.module:attribute .*nothing"),
+  ],
+)
+def test_what_is_not_there_is_named(name, message):
+  with pytest.raises(errors.ArgumentError, match=message):
+    registry.resolve("dataset", name, setting="data.name")
+
+
+def test_a_name_is_given_once():
+  thing = np.zeros(0)
+  with pytest.raises(ValueError, match="must be new, got 'digits'"):
+    registry.register("dataset", "digits")(thing)
