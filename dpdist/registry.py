@@ -76,7 +76,7 @@ def resolve(kind: str, name: str, *, setting: str) -> Any:
     )
   # A module has a name; a function and a class say where they are defined.
   where = getattr(thing, "__module__", None) or getattr(thing, "__name__", None)
-  if not isinstance(where, str):
+  if not isinstance(where, str) or where in sys.stdlib_module_names:
     raise errors.ArgumentError(
       f"{setting} must name a function, a class or a module, whose code a run"
       f" can be told apart by, got {thing!r}"
