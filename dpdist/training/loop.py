@@ -125,6 +125,9 @@ class Loop:
         observer.on_step(done)
       if done % eval_every == 0 or done == last:
         self._measure(t, made)
+      # Nor does the next step need room for two sums: what was tried out had
+      # one.
+      del made
       if done % save_every == 0 or done == last or is_stopped or found:
         self._save(t)
         # A signal during the save need not cost another one.

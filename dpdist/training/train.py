@@ -141,7 +141,9 @@ def _run(
   if job.found.saved is not None:
     state, ledger_head = checkpoints.restore(state, job.found.saved)
   start = int(state.step)
-  position = _resume(config, workdir, job, start, ledger_head, environment)
+  position, epsilon_planned = _resume(
+    config, workdir, job, start, ledger_head, environment
+  )
   last = position.last_step
   if collectives.any_process(stop.received) and start < last:
     raise errors.Preempted(start, stop.reason)
@@ -156,12 +158,12 @@ def _run(
       chunk_size=job.chunk_size,
       is_watched=config.sentinel.every > 0,
     )
-  rows = _show_start(config, job, position, start)
+  rows = _show_start(config, job, start, last, epsilon_planned)
   with contextlib.ExitStack() as stack:
     observers: list[loop_lib.Observer] = []
     if job.ledger is not None:
       display = run_reporter.Display(
-        config, workdir, start, last, position.epsilon_planned
+        config, workdir, start, last, epsilon_planned
       )
       recorder = epsilon_recorder.EpsilonRecorder(job.ledger)
       observers += [stack.enter_context(display)]
@@ -183,11 +185,14 @@ def _run(
       stop=stop,
       observers=observers,
     )
+    # The loop alone holds it: a device that did not give its part away would
+    # keep the first one to the end.
+    del state
     loop.run()
     progress.enter(last, "finishing")
     if job.ledger is not None:
       recorder.poll(wait=True)
-  return _finish(config, workdir, job, position, loop, environment, rows)
+  return _finish(config, workdir, job, epsilon_planned, loop, environment, rows)
 
 
 def _resume(
@@ -197,12 +202,16 @@ def _resume(
   start: int,
   ledger_head: str,
   environment: dict[str, Any],
-) -> session_lib.Position:
-  """Goes on with the branch that the ledger holds, or begins another one."""
+) -> tuple[session_lib.Position, float]:
+  """Goes on with the branch that the ledger holds, or begins another one.
+
+  Returns:
+    Where it stands; and the run's epsilon at its end.
+  """
   environments = collectives.gather(json.dumps(environment))
   saved, rejected = job.found
 
-  def resume_branch() -> session_lib.Position:
+  def resume_branch() -> tuple[session_lib.Position, float]:
     ledger = job.ledger
     assert ledger is not None
     # Now that nothing can fail any more on settings that do not fit.
@@ -233,9 +242,11 @@ def _resume(
         + "; ".join(rejected)
       )
     config_lib.save(workdir, config)
-    return session_lib.Position.of(ledger)
+    epsilon = composition.guaranteed([*ledger.bounds, ledger.planned])
+    return session_lib.Position.of(ledger), epsilon
 
-  return session_lib.Position(*collectives.run_on_primary(resume_branch))
+  position, epsilon = collectives.run_on_primary(resume_branch)
+  return session_lib.Position(*position), epsilon
 
 
 def _notices(job: setup.Job) -> list[str]:
@@ -249,8 +260,9 @@ def _notices(job: setup.Job) -> list[str]:
 def _show_start(
   config: ml_collections.ConfigDict,
   job: setup.Job,
-  position: session_lib.Position,
   start: int,
+  last: int,
+  epsilon_planned: float,
 ) -> list[tuple[str, str]]:
   """Shows what will run; returns the rows in the primary process."""
   if job.ledger is None:
@@ -258,12 +270,12 @@ def _show_start(
   rows = summary.start_rows(
     job,
     job.ledger.planned,
-    epsilon=position.epsilon_planned,
+    epsilon=epsilon_planned,
     start_step=start,
     sentinel_every=config.sentinel.every,
   )
   console.show_start(rows, _notices(job))
-  if job.found.saved is None and start < position.last_step:
+  if job.found.saved is None and start < last:
     # Among no notices, which are in the report as well.
     shared = data_checks.shared_rows(job.train_source, job.test)
     if shared:
@@ -275,7 +287,7 @@ def _finish(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   job: setup.Job,
-  position: session_lib.Position,
+  epsilon_planned: float,
   loop: loop_lib.Loop,
   environment: dict[str, Any],
   rows: list[tuple[str, str]],
@@ -305,7 +317,7 @@ def _finish(
       statement=statement,
       rows=rows,
       notices=_notices(job),
-      epsilon_budget=position.epsilon_planned,
+      epsilon_budget=epsilon_planned,
     )
     report.write_speed(workdir / telemetry.FOLDER)
     console.show_end(summary.end_rows(result, workdir))

@@ -27,6 +27,7 @@ import secrets
 from typing import Any
 import warnings
 
+import jax
 import ml_collections
 
 from dpdist import errors
@@ -91,6 +92,11 @@ class Run:
           f"{name} must be {right!r} here, got {getattr(config, name)!r}:"
           " dpdist.train knows of more"
         )
+    if jax.process_count() > 1:
+      raise ValueError(
+        "workdir must be of one process here, got a job of"
+        f" {jax.process_count()}: dpdist.train takes several"
+      )
     self.workdir = pathlib.Path(workdir)
     self.plan: plan_lib.PrivacyPlan
     self.saved: history.Saved | None = None
@@ -229,7 +235,7 @@ class Run:
           checkpoints,
           secret,
           session_lib.Position.of(ledger),
-          start_step=self.step,
+          start_step=None,
           on_save=note,
           warn=lambda text: warnings.warn(text, stacklevel=4),
         )

@@ -1,6 +1,7 @@
 """One run, end to end: interrupted, changed, damaged, and what leaves it."""
 
 import functools
+import gc
 import json
 import os
 import pathlib
@@ -26,6 +27,7 @@ from dpdist.privacy import composition
 from dpdist.reporting import metrics
 from dpdist.training import setup
 from dpdist.training import step as step_lib
+from dpdist.training import step_sentinel
 from dpdist.workdir import fingerprint
 from dpdist.workdir import resume
 from dpdist.workdir import session
@@ -56,6 +58,29 @@ def finished(tmp_path_factory):
   """A run that nothing interrupted."""
   workdir = tmp_path_factory.mktemp("finished")
   return workdir, dpdist.train(_config(), workdir)
+
+
+def test_no_step_holds_more_than_the_one_that_was_tried_out(
+  tmp_path, monkeypatch
+):
+  """A chunk that fitted before any charge fits in every step."""
+  held = []
+  accumulate = step_sentinel.Sentinel.accumulate
+
+  def counted(self, *args):
+    gc.collect()
+    shards = [s for x in jax.live_arrays() for s in x.addressable_shards]
+    held.append(sum({id(s.data): s.data.nbytes for s in shards}.values()))
+    return accumulate(self, *args)
+
+  monkeypatch.setattr(step_sentinel.Sentinel, "accumulate", counted)
+  # Wide, so that a sum is more than all that is small and comes and goes.
+  dpdist.train(
+    _config(**{"model.width": 4096, "eval_every": 1, "chunk_size": 128}),
+    tmp_path,
+  )
+  one_sum = 4 * 10 * 4096
+  assert max(held[1:]) < held[0] + one_sum
 
 
 def _plan():

@@ -269,7 +269,7 @@ def noted(data, tmp_path_factory):
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(step_lib.Step, "accumulate", replaced)
     patch.setattr(ledger_lib.Ledger, "reserve_through", reserve_through)
-    patch.setattr(collectives, "agree", agreeing)
+    patch.setattr(collectives, "assert_equal", agreeing)
     dpdist.train(_config(data, chunk_size=8), workdir)
   return used, agreed, workdir
 
