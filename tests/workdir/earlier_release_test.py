@@ -13,6 +13,8 @@ import pytest
 from dpdist.ledger import ledger as ledger_lib
 from tests.support import commands
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "digits.py"
 
 
