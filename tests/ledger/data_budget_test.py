@@ -16,6 +16,7 @@ from dpdist import config as config_lib
 from dpdist import sampling
 from dpdist.accounting import rdp
 from dpdist.accounting import step_events
+from dpdist.data import array_record
 from dpdist.data import sources
 from dpdist.ledger import data_budget
 from dpdist.ledger import history
@@ -556,8 +557,8 @@ def test_a_budget_that_is_gone_is_not_made_anew(tmp_path):
 def test_renamed_files_spend_the_same_budget(tmp_path):
   rows = [{"inputs": np.float32([i])} for i in range(5)]
   for name in ("train.array_record", "renamed.array_record"):
-    sources.write_array_record(tmp_path / name, rows)
-    source = sources.ArrayRecordSource(tmp_path / name)
+    array_record.write_array_record(tmp_path / name, rows)
+    source = array_record.ArrayRecordSource(tmp_path / name)
     budget = _make(
       tmp_path / "budgets",
       source.manifest(),

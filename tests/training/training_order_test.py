@@ -15,6 +15,7 @@ import pytest
 import dpdist
 from dpdist import config as config_lib
 from dpdist import sampling
+from dpdist.data import array_record
 from dpdist.data import sources
 from dpdist.distributed import collectives
 from dpdist.distributed import preemption
@@ -42,7 +43,7 @@ def data(tmp_path_factory):
       {"inputs": rng.random(4, np.float32), "targets": np.int32(i % 2)}
       for i in range(32)
     ]
-    sources.write_array_record(folder / f"{part}.array_record", rows)
+    array_record.write_array_record(folder / f"{part}.array_record", rows)
   return folder
 
 
