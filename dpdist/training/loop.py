@@ -23,7 +23,7 @@ from dpdist.ledger import history
 from dpdist.reporting import run_reporter
 from dpdist.reporting import telemetry
 from dpdist.sensitivity import sentinel as sentinel_lib
-from dpdist.training import setup
+from dpdist.training import job as job_lib
 from dpdist.training import step as step_lib
 from dpdist.training import step_sentinel
 from dpdist.workdir import session as session_lib
@@ -59,7 +59,7 @@ class Loop:
   def __init__(
     self,
     config: ml_collections.ConfigDict,
-    job: setup.Job,
+    job: job_lib.Job,
     session: session_lib.Session,
     state: step_lib.TrainState,
     *,

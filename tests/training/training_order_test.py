@@ -24,7 +24,7 @@ from dpdist.ledger import data_budget
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import plan as plan_lib
 from dpdist.reporting import metrics
-from dpdist.training import setup
+from dpdist.training import job as job_lib
 from dpdist.training import step as step_lib
 from dpdist.training import step_sentinel
 from dpdist.workdir import fingerprint
@@ -150,13 +150,13 @@ def test_a_run_is_told_apart_by_all_that_its_steps_are_made_of(
   """By settings, plan, data, every process and every digest of the job."""
   made_of = {
     name: name
-    for name in setup.Job._fields
+    for name in job_lib.Job._fields
     if name in {"weights_sha256", "frozen_sha256", "features_sha256"}
   }
   assert len(made_of) == 3
-  prepare, given = setup.prepare, []
+  prepare, given = job_lib.prepare, []
   monkeypatch.setattr(
-    setup,
+    job_lib,
     "prepare",
     lambda *args, **kwargs: prepare(*args, **kwargs)._replace(**made_of),
   )
