@@ -20,6 +20,7 @@ from dpdist.distributed import preemption
 from dpdist.distributed import progress as progress_lib
 from dpdist.keys import keys
 from dpdist.ledger import history
+from dpdist.mechanism import stats as stats_lib
 from dpdist.reporting import run_reporter
 from dpdist.reporting import telemetry
 from dpdist.sensitivity import sentinel as sentinel_lib
@@ -262,7 +263,7 @@ class Loop:
       yield t, on_mesh(chunks)
 
 
-def _sensitive(stats: step_lib.Stats) -> dict[str, float]:
+def _sensitive(stats: stats_lib.Stats) -> dict[str, float]:
   examples = max(1, int(stats.num_examples))
   return {
     "train_loss": float(stats.loss) / examples,
