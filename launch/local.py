@@ -38,7 +38,7 @@ _GRACE = flags.DEFINE_float(
   lower_bound=0.0,
 )
 
-# What this door says to each process.
+# What this command says to each process.
 _GIVEN_HERE = ("coordinator_address", "num_processes", "process_id")
 
 

@@ -19,11 +19,11 @@ from absl import flags
 from ml_collections import config_flags
 
 from dpdist import config as config_lib
+from dpdist import errors
 from dpdist.data import sources
 from dpdist.data.datasets import datasets
 from dpdist.ledger import budgets
 from dpdist.ledger import data_budget
-from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import plan as plan_lib
 from dpdist.reporting import console
 from launch.cli import exit_codes
@@ -44,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
     budget, cost = _reserve()
   except ValueError as error:
     return flag_parsing.usage_error(error)
-  except ledger_lib.LedgerError as error:
+  except errors.LedgerError as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   each, all_runs = budget.share(cost), budget.share(budget.reserved)
@@ -65,11 +65,11 @@ def _reserve() -> tuple[data_budget.DataBudget, float]:
   train = datasets.load(config.data).train
   budget = budgets.open_or_make(
     settings.location,
-    train.manifest(),
+    train.content_digest(),
     epsilon=settings.epsilon,
     delta=settings.delta,
     neighboring_relation=plan.neighboring_relation,
-    earlier=functools.partial(sources.earlier_manifests, train),
+    earlier=functools.partial(sources.earlier_digests, train),
     tell=console.warn,
   )
   cost = budget.cost([plan_lib.Part(plan, plan.num_steps)])

@@ -20,18 +20,14 @@ import jax
 from ml_collections import config_flags
 
 import dpdist
-from dpdist.data import sources
-from dpdist.distributed import collectives
-from dpdist.distributed import preemption
+from dpdist import errors
 from dpdist.distributed import signals
 from dpdist.distributed import startup
 from dpdist.distributed import watchdog
-from dpdist.workdir import checkpoints
 from dpdist.workdir import fingerprint
-from dpdist.workdir import resume
-from launch.cli import errors
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
+from launch.cli import messages
 
 _CONFIG = config_flags.DEFINE_config_file(
   "config", None, "A file in configs/; --config.a.b=value changes a setting."
@@ -63,10 +59,10 @@ def main(argv: Sequence[str]) -> int:
   except BaseException as error:
     if not jax.distributed.is_initialized():
       raise
-    told = errors.explain(error)
-    if told is None:
+    message = messages.explain(error)
+    if message is None:
       traceback.print_exc()
-    code = 1 if told is None else errors.tell(told)
+    code = 1 if message is None else messages.show(message)
   if code in (exit_codes.DONE, exit_codes.PREEMPTED):
     return code
   if jax.distributed.is_initialized():
@@ -91,22 +87,22 @@ def _main() -> int:
     signals.Signals(lambda name: None).__enter__()
     dpdist.train(_CONFIG.value, str(_WORKDIR.value))
   except (
-    resume.SettingsError,
-    checkpoints.MismatchError,
-    startup.StartError,
+    errors.SettingsError,
+    errors.MismatchError,
+    errors.StartError,
   ) as error:
     return flag_parsing.usage_error(error)
-  except preemption.Preempted as stopped:
-    print(f"{stopped}\ntry: {errors.again()}", file=sys.stderr)
+  except errors.Preempted as stopped:
+    print(f"{stopped}\ntry: {messages.again()}", file=sys.stderr)
     return exit_codes.PREEMPTED
   except (
-    collectives.PeerError,
-    collectives.LostError,
-    startup.MeetError,
+    errors.PeerError,
+    errors.LostError,
+    errors.MeetError,
   ) as error:
-    return errors.tell(errors.Told(str(error)))
-  except sources.ReadError as error:
-    errors.tell(errors.Told(str(error)))
+    return messages.show(messages.Message(str(error)))
+  except errors.ReadError as error:
+    messages.show(messages.Message(str(error)))
     # Python's ordinary end would wait for a thread that still reads.
     watchdog.leave(1)
   return exit_codes.DONE

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
+from dpdist import errors
 from dpdist.files import json_fields
-from dpdist.ledger import ledger as ledger_lib
 from dpdist.workdir import verify
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     findings = verify.verify(workdir, ledger)
   except ValueError as error:
     return flag_parsing.usage_error(error)
-  except ledger_lib.LedgerError as error:
+  except errors.LedgerError as error:
     findings = [verify.Finding("ledger", "damaged", str(error))]
   sound = not any(finding.problem for finding in findings)
   if _JSON.value:

@@ -15,11 +15,8 @@ import sys
 import tempfile
 from typing import NamedTuple
 
+from dpdist import errors
 from dpdist.assets import archives
-
-
-class FetchError(OSError):
-  """A data set could not be had, or is not what was pinned."""
 
 
 class Package(NamedTuple):
@@ -167,9 +164,10 @@ def find(name: str) -> pathlib.Path:
   """
   found = folder(name)
   if not found.is_dir():
-    raise ValueError(
+    raise errors.ArgumentError(
       f"data set {name!r} is not in {cache()}: get it with `python -m"
-      f" launch.fetch --name={name}`"
+      f" launch.fetch --name={name}`",
+      hint=errors.Hint(text=f"python -m launch.fetch --name={name}"),
     )
   return found
 
@@ -226,9 +224,9 @@ def _check(path: pathlib.Path, package: Package) -> None:
     with open(path, "rb") as file:
       found = hashlib.file_digest(file, "sha256").hexdigest()
   except OSError as error:
-    raise FetchError(f"{package.requirement}: {error}") from error
+    raise errors.FetchError(f"{package.requirement}: {error}") from error
   if found != package.sha256:
-    raise FetchError(
+    raise errors.FetchError(
       f"{path} must be {package.requirement} with SHA-256 {package.sha256}, got"
       f" {found}: it is damaged or another file, and was not used"
     )
@@ -259,12 +257,14 @@ def _ask(command: list[str], package: Package, folder: pathlib.Path) -> None:
   try:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
   except OSError as error:
-    raise FetchError(
+    raise errors.FetchError(
       f"{client} is needed to get {package.requirement}: {error}"
     ) from error
   if done.returncode:
     reason = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    raise FetchError(f"{client} could not get {package.requirement}: {reason}")
+    raise errors.FetchError(
+      f"{client} could not get {package.requirement}: {reason}"
+    )
 
 
 _CLIENTS: dict[str, Callable[[Package, pathlib.Path], None]] = {

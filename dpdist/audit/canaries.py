@@ -247,7 +247,7 @@ class _Units:
       _ENTRY: self.entries[indices],
     }
 
-  def manifest(self) -> str:
+  def content_digest(self) -> str:
     """Names no content: there is none to name."""
     return ""
 

@@ -94,7 +94,7 @@ class ArrayRecordSource:
       raise
     return found
 
-  def manifest(self) -> str:
+  def content_digest(self) -> str:
     """That of an `ArraySource` of the same examples, however they are stored.
 
     Raises:
@@ -148,7 +148,7 @@ class ArrayRecordSource:
       return True  # Nothing was said of the content yet.
     try:
       # Opened anew, so that nothing comes out of a reader's memory.
-      return ArrayRecordSource(self._paths).manifest() == self._manifest
+      return ArrayRecordSource(self._paths).content_digest() == self._manifest
     except ValueError:  # Records of other shapes, or none at all.
       return False
 
@@ -156,7 +156,7 @@ class ArrayRecordSource:
     """See `dpdist.data.sources.is_touched`."""
     return self._stamps.is_touched()
 
-  def earlier_manifests(self) -> list[str]:
+  def earlier_digests(self) -> list[str]:
     """SHA-256 over base names, sizes and bytes of the files, in order."""
     header = [[os.path.basename(p), os.path.getsize(p)] for p in self._paths]
     digest = hashlib.sha256(json.dumps(header).encode() + b"\n")

@@ -94,7 +94,7 @@ class ArraySource:
     batch = {name: array[indices] for name, array in self._arrays.items()}
     return self._convert(batch) if self._convert else batch
 
-  def manifest(self) -> str:
+  def content_digest(self) -> str:
     """SHA-256 over names, dtypes, shapes and bytes, in order of name."""
     if self._manifest is None:
       self._manifest = self._hashed()

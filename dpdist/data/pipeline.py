@@ -16,6 +16,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
+from dpdist import errors
 from dpdist.data import sources
 
 # Where rows are read; or, where what they hold depends on the step, a function
@@ -89,7 +90,7 @@ def steps(
   Raises:
     ValueError: on the call, an argument is out of range; on iteration, a draw
       or the source breaks its contract.
-    dpdist.data.sources.ReadError: the source raised it; the step is named then.
+    dpdist.errors.ReadError: the source raised it; the step is named then.
       Other errors of the source and the sampler surface unchanged, at the step
       that they belong to.
   """
@@ -208,8 +209,8 @@ def _read_chunks(
       _read_chunk(source, indices[start : start + chunk_size], rows)
       for start in range(0, len(indices), chunk_size)
     ]
-  except sources.ReadError as error:
-    raise sources.ReadError(f"step {step}: {error}") from error
+  except errors.ReadError as error:
+    raise errors.ReadError(f"step {step}: {error}") from error
 
 
 def _read_chunk(

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from dpdist import errors
 from dpdist.data import arrays as arrays_lib
 from dpdist.data import sources
 
@@ -86,26 +87,26 @@ class RetryingSource:
     """See `dpdist.data.sources.Source.read`.
 
     Raises:
-      dpdist.data.sources.ReadError: patience is at its end, or the source
+      dpdist.errors.ReadError: patience is at its end, or the source
         raised a
         ValueError: what it holds is not what it should be.
     """
     return self._get(lambda: self._source.read(indices), self._stall_seconds)
 
-  def manifest(self) -> str:
-    """See `dpdist.data.sources.Source.manifest`; may take long, but not
+  def content_digest(self) -> str:
+    """See `dpdist.data.sources.Source.content_digest`; may take long, but not
     fail."""
-    return self._get(self._source.manifest, 0)
+    return self._get(self._source.content_digest, 0)
 
-  def earlier_manifests(self) -> list[str]:
-    """See `dpdist.data.sources.earlier_manifests`; as long as `manifest`."""
-    return list(self._get(lambda: sources.earlier_manifests(self._source), 0))
+  def earlier_digests(self) -> list[str]:
+    """See `dpdist.data.sources.earlier_digests`; as long as `manifest`."""
+    return list(self._get(lambda: sources.earlier_digests(self._source), 0))
 
   def changed_files(self) -> list[str]:
     """See `dpdist.data.sources.changed_files`.
 
     Raises:
-      dpdist.data.sources.ReadError: patience is at its end.
+      dpdist.errors.ReadError: patience is at its end.
     """
     limit = self._stall_seconds
     # As long as `manifest`, where content has to be looked at again.
@@ -124,7 +125,7 @@ class RetryingSource:
     def trouble(what: str) -> None:
       nonlocal is_in_trouble
       if patience <= 0:
-        raise sources.ReadError(
+        raise errors.ReadError(
           f"{self._name} {what}, and was waited for {self._retry_seconds:g} s:"
           " see that all of it can be read, and run the same command again,"
           " which goes on from the last checkpoint"
@@ -151,7 +152,7 @@ class RetryingSource:
         if error is None:
           return attempt.value
         if isinstance(error, ValueError):
-          raise sources.ReadError(f"{self._name} cannot be read: {error}")
+          raise errors.ReadError(f"{self._name} cannot be read: {error}")
         if not isinstance(error, OSError):
           raise error
         # Not the whole text, which may have the name of a file.
@@ -177,7 +178,7 @@ class RetryingSource:
 
   def _check_open(self) -> None:
     if self._closed.is_set():
-      raise sources.ReadError(f"{self._name} was closed")
+      raise errors.ReadError(f"{self._name} was closed")
 
 
 class _Attempt(threading.Thread):

@@ -17,6 +17,8 @@ from typing import Protocol
 
 import numpy as np
 
+from dpdist import errors
+
 Path = str | os.PathLike[str]
 
 # Of content that is hashed, so much is in memory at once.
@@ -26,21 +28,13 @@ HASH_BLOCK_BYTES = 1 << 24
 CHANGED = "files of the training data were changed while the run read them"
 
 
-class ReadError(OSError):
-  """A data set could not be read. Names no example and no file of it."""
-
-
-class ChangedError(ReadError):
-  """Files of a data set were changed while a run was reading them."""
-
-
 class Source(Protocol):
   """What the data pipeline asks of a data set.
 
   `read` is called from several threads at once and must be thread-safe.
 
   A source may have three methods more; see `changed_files`, `is_touched` and
-  `earlier_manifests`, which ask them.
+  `earlier_digests`, which ask them.
   """
 
   def __len__(self) -> int:
@@ -65,7 +59,7 @@ class Source(Protocol):
     """
     ...
 
-  def manifest(self) -> str:
+  def content_digest(self) -> str:
     """SHA-256 of the content, 64 hex digits; safe to record beside a run.
 
     Of the examples in their order, and of nothing that can change without them,
@@ -101,22 +95,22 @@ def is_touched(source: Source) -> bool:
   return bool(getattr(source, "is_touched", bool)())
 
 
-def changed_error(changed: Sequence[str]) -> ChangedError:
+def changed_error(changed: Sequence[str]) -> errors.ChangedError:
   """What to raise where files were changed, of which some may be known here."""
   where = f", here {', '.join(changed)}" if changed else ""
-  return ChangedError(
+  return errors.ChangedError(
     f"{CHANGED}{where}: the run stops, since it cannot vouch for its data; what"
     " it read since its last checkpoint is neither shown nor saved. Start a new"
     " run on data that stays as it is"
   )
 
 
-def earlier_manifests(source: Source) -> list[str]:
+def earlier_digests(source: Source) -> list[str]:
   """What earlier releases called the same content, and may have recorded.
 
   A source whose manifest was once made otherwise has a method of this name.
   """
-  return list(getattr(source, "earlier_manifests", list)())
+  return list(getattr(source, "earlier_digests", list)())
 
 
 @contextlib.contextmanager

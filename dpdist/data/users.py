@@ -103,16 +103,16 @@ class UnitSource:
     # No functools.partial, which would show the key where it is printed.
     return lambda step: _Drawn(self, key, step)
 
-  def manifest(self) -> str:
+  def content_digest(self) -> str:
     """SHA-256 of the examples and of whose they are, 64 hex digits.
 
     How many slots there are does not count: the data is the same.
     """
-    return self._manifest_of(self.examples.manifest())
+    return self._manifest_of(self.examples.content_digest())
 
-  def earlier_manifests(self) -> list[str]:
-    """See `dpdist.data.sources.earlier_manifests`."""
-    earlier = sources.earlier_manifests(self.examples)
+  def earlier_digests(self) -> list[str]:
+    """See `dpdist.data.sources.earlier_digests`."""
+    earlier = sources.earlier_digests(self.examples)
     return [self._manifest_of(manifest) for manifest in earlier]
 
   def changed_files(self) -> list[str]:
@@ -177,9 +177,9 @@ class _Drawn:
     """See `UnitSource.read`."""
     return self._source._read(indices, self._choose)
 
-  def manifest(self) -> str:
-    """See `UnitSource.manifest`."""
-    return self._source.manifest()
+  def content_digest(self) -> str:
+    """See `UnitSource.content_digest`."""
+    return self._source.content_digest()
 
   def _choose(self, unit: int, count: int) -> np.ndarray:
     used = self._source._used(count)

@@ -1,8 +1,8 @@
 """The processes of a job: how they meet, and how they agree.
 
 A job is one process, or several that run the same program on a mesh of all
-their devices. One of them, the leader, writes the ledger and what a run leaves;
-the others are told what it found, and stop if it does.
+their devices. One of them, the primary process, writes the ledger and what a
+run leaves; the others are told what it found, and stop if it does.
 """
 
 from collections.abc import Callable, Iterator
@@ -15,42 +15,31 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-
-class PeerError(RuntimeError):
-  """Another process of the job stopped; says which, and why."""
+from dpdist import errors
 
 
-class LostError(RuntimeError):
-  """The other processes could not be reached; `dpdist.distributed.watchdog`
-  finds out why."""
-
-
-class DisagreementError(ValueError):
-  """The processes of a job were started differently."""
-
-
-def is_leader() -> bool:
+def is_primary() -> bool:
   """Whether this process is the one that writes."""
   return jax.process_index() == 0
 
 
-def from_leader(make: Callable[[], Any]) -> Any:
-  """What a function returns in the leader, in every process.
+def run_on_primary(make: Callable[[], Any]) -> Any:
+  """What a function returns in the primary process, in every process.
 
   Args:
-    make: called in the leader alone; returns something JSON-able.
+    make: called in the primary process alone; returns something JSON-able.
 
   Raises:
-    PeerError: in the other processes, if it raised; in the leader what it
-      raised comes through.
+    PeerError: in the other processes, if it raised; in the primary process what
+      it raised comes through.
     LostError: the others could not be reached.
   """
   if jax.process_count() == 1:
     return make()
-  if not is_leader():
+  if not is_primary():
     told = _broadcast(None)
     if "problem" in told:
-      raise PeerError(f"process 0 stopped: {told['problem']}")
+      raise errors.PeerError(f"process 0 stopped: {told['problem']}")
     return told["value"]
   try:
     value = make()
@@ -61,7 +50,7 @@ def from_leader(make: Callable[[], Any]) -> Any:
   return _broadcast({"value": value})["value"]
 
 
-def in_all(make: Callable[[], Any]) -> Any:
+def run_on_all(make: Callable[[], Any]) -> Any:
   """What a function returns, in each process its own.
 
   Args:
@@ -82,7 +71,7 @@ def in_all(make: Callable[[], Any]) -> Any:
     raise problem
   for number, text in enumerate(told):
     if text:
-      raise PeerError(f"process {number} stopped: {text}")
+      raise errors.PeerError(f"process {number} stopped: {text}")
   return value
 
 
@@ -101,7 +90,7 @@ def gather(text: str) -> list[str]:
   ]
 
 
-def agree(**facts: Any) -> None:
+def assert_equal(**facts: Any) -> None:
   """Makes sure that all processes were started alike.
 
   Args:
@@ -115,7 +104,7 @@ def agree(**facts: Any) -> None:
     digests = gather(hashlib.sha256(text.encode()).hexdigest())
     others = [i for i, digest in enumerate(digests) if digest != digests[0]]
     if others:
-      raise DisagreementError(
+      raise errors.DisagreementError(
         f"{name} must be the same in all processes, but that of process 0"
         f" (SHA-256 {digests[0][:12]}) is not that of {others}"
       )
@@ -134,12 +123,12 @@ def _all_gather(value: Any) -> np.ndarray:
 
 
 def _broadcast(value: Any) -> Any:
-  """Sends the leader's value to all; the others' is not looked at."""
+  """Sends the primary process's value to all; the others' is not looked at."""
   data = json.dumps(value).encode()
   with _reaching():
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
     padded = np.zeros(size, np.uint8)
-    if is_leader():
+    if is_primary():
       padded[:] = np.frombuffer(data, np.uint8)
     sent = np.asarray(multihost_utils.broadcast_one_to_all(padded))
   return json.loads(sent.astype(np.uint8).tobytes())
@@ -151,6 +140,6 @@ def _reaching() -> Iterator[None]:
   try:
     yield
   except (ValueError, RuntimeError) as error:
-    raise LostError(
+    raise errors.LostError(
       f"the other processes could not be reached: {error}"
     ) from error

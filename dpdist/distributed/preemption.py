@@ -7,27 +7,6 @@ from dpdist.distributed import gce_maintenance
 from dpdist.distributed import signals
 
 
-class Preempted(Exception):  # noqa: N818 - it is not an error
-  """The run stopped early, has saved, and can be resumed.
-
-  Attributes:
-    step: updates in the checkpoint that was saved.
-  """
-
-  def __init__(self, step: int, reason: str = ""):
-    """Says what to do.
-
-    Args:
-      step: see above.
-      reason: what asked to stop, if this process knows.
-    """
-    told = f" ({reason})" if reason else ""
-    super().__init__(
-      f"stopped after step {step}{told}; run the same command again"
-    )
-    self.step = step
-
-
 class Notice:
   """Turns the first request to stop into a flag; a context manager.
 

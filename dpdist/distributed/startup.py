@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import jax
 
+from dpdist import errors
+
 # How long a process that stops waits for the others to do so.
 _SHUTDOWN_SECONDS = 10
 # How much longer JAX may wait for the others than we do.
@@ -30,14 +32,6 @@ _ENGINES = {
   "slurm": "SLURM_STEP_NUM_TASKS",
   "ompi": "OMPI_COMM_WORLD_SIZE",
 }
-
-
-class StartError(ValueError):
-  """What says how the processes of the job meet makes no sense."""
-
-
-class MeetError(RuntimeError):
-  """The other processes could not be met in time."""
 
 
 class Meeting(NamedTuple):
@@ -91,20 +85,22 @@ def _explicit(given: Mapping[str, object]) -> Meeting:
   (where, address), (many, count), (which, number) = given.items()
   missing = [name for name, value in given.items() if value in (None, "")]
   if missing:
-    raise StartError(
+    raise errors.StartError(
       f"{where}, {many} and {which} must be given together, but"
       f" {' and '.join(missing)} is missing"
     )
   host, colon, port = str(address).rpartition(":")
   if not host or not colon or not 0 < (_number(port) or 0) < 2**16:
-    raise StartError(f"{where} must be HOST:PORT, got {address!r}")
+    raise errors.StartError(f"{where} must be HOST:PORT, got {address!r}")
   for name, value in ((many, count), (which, number)):
     if _number(value) is None:
-      raise StartError(f"{name} must be a number, got {value!r}")
+      raise errors.StartError(f"{name} must be a number, got {value!r}")
   if int(str(count)) < 1:
-    raise StartError(f"{many} must be at least 1, got {count}")
+    raise errors.StartError(f"{many} must be at least 1, got {count}")
   if int(str(number)) >= int(str(count)):
-    raise StartError(f"{which} must be below {many}={count}, got {number}")
+    raise errors.StartError(
+      f"{which} must be below {many}={count}, got {number}"
+    )
   return Meeting(str(address), int(str(count)), int(str(number)))
 
 
@@ -127,7 +123,9 @@ def start(flags: Mapping[str, object], *, timeout: int = 300) -> None:
       process says so and ends with 1.
   """
   if timeout < 1:
-    raise StartError(f"--start_timeout must be at least 1, got {timeout}")
+    raise errors.StartError(
+      f"--start_timeout must be at least 1, got {timeout}"
+    )
   meeting = find(flags, os.environ)
   if meeting is None or meeting.num_processes == 1:
     return
@@ -164,7 +162,7 @@ def start(flags: Mapping[str, object], *, timeout: int = 300) -> None:
     )
   except Exception as error:
     reason = str(error).splitlines()[0] if str(error) else repr(error)
-    raise MeetError(f"{problem} ({reason})") from error
+    raise errors.MeetError(f"{problem} ({reason})") from error
   finally:
     timer.cancel()
 
@@ -190,12 +188,12 @@ def resolve(host: str, timeout: float) -> list[str]:
       found = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)
       return [str(address[4][0]) for address in found]
     except UnicodeError as error:
-      raise StartError(
+      raise errors.StartError(
         f"the coordinator's host {host!r} is no name of a host: {error}"
       ) from error
     except socket.gaierror as error:
       if time.monotonic() >= end:
-        raise MeetError(
+        raise errors.MeetError(
           f"the coordinator's host {host!r} has no address after {timeout} s"
           f" ({error.strerror}): check its name, and that this host can resolve"
           " it"
@@ -237,7 +235,7 @@ def check_own_name(name: str, coordinator: list[str]) -> None:
     return  # Gloo looks for an interface then.
   own = {str(address[4][0]) for address in found}
   if all(ipaddress.ip_address(x.split("%")[0]).is_loopback for x in own):
-    raise StartError(
+    raise errors.StartError(
       f"the name of this host, {name!r}, must have an address that other hosts"
       f" can reach, got {sorted(own)}: correct it in /etc/hosts"
     )

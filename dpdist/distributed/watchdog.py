@@ -1,14 +1,14 @@
 """The processes of a job look out for one another.
 
-Each process other than the leader holds a connection to it. The kernel closes
-that of a process which is killed; one that fails says so; and all tell every
-few seconds where they are (`dpdist.distributed.progress`). From that the leader
-finds out what became of a job that does not go on, and tells all. A process
-that is told ends, with one line that names the cause, even where it hangs in a
-collective.
+Each process other than the primary process holds a connection to it. The kernel
+closes that of a process which is killed; one that fails says so; and all tell
+every few seconds where they are (`dpdist.distributed.progress`). From that the
+primary process finds out what became of a job that does not go on, and tells
+all. A process that is told ends, with one line that names the cause, even where
+it hangs in a collective.
 
 JAX's own service aborts processes too, of which it names none, and at once only
-where the leader died. That waits for the line; see `_abort_slowly`.
+where the primary process died. That waits for the line; see `_abort_slowly`.
 """
 
 from collections.abc import Callable
@@ -26,11 +26,13 @@ import time
 from typing import Any, NamedTuple, NoReturn, Self
 
 import jax
-from jax._src import distributed  # Who the leader is, is told nowhere else.
+from jax._src import (
+  distributed,  # Who the primary process is, is told nowhere else.
+)
 
+from dpdist import errors
 from dpdist.distributed import collectives
 from dpdist.distributed import peers
-from dpdist.distributed import preemption
 from dpdist.distributed import progress as progress_lib
 from dpdist.distributed import stalls
 from dpdist.distributed import startup
@@ -68,7 +70,7 @@ class Watch:
   Does nothing in a job of one process. Of several, all have to enter together.
 
   Where another process failed, died, is silent or stuck, the block raises
-  `dpdist.distributed.collectives.PeerError`, whatever error that caused here;
+  `dpdist.errors.PeerError`, whatever error that caused here;
   where it hangs, the process prints the same line and ends with exit code 1.
   """
 
@@ -130,9 +132,7 @@ class Watch:
     if self._thread is None:
       return
     self._left.set()
-    if error is None or isinstance(
-      error, (preemption.Preempted, collectives.PeerError)
-    ):
+    if error is None or isinstance(error, (errors.Preempted, errors.PeerError)):
       # All come to it at once, and need no watch from here.
       self._is_over = True
       self._wake_up()
@@ -149,20 +149,20 @@ class Watch:
       and cause.number != jax.process_index()
       and (cause.number < 0 or not isinstance(error, self._own))
     ):
-      raise collectives.PeerError(cause.text) from error
+      raise errors.PeerError(cause.text) from error
 
   def _fail(self, error: BaseException) -> None:
     """Tells what this process fails of."""
     lines = str(error).splitlines() or [""]
     text = lines[0][:_LONGEST_TEXT] or repr(error)[:_LONGEST_TEXT]
-    if collectives.is_leader():
+    if collectives.is_primary():
       self._note_failure(0, peers.name(0, platform.node()), text)
       self._wake_up()
     else:
       self._tell({"failed": text})
 
   def _meet(self) -> None:
-    """Connects the other processes with the leader."""
+    """Connects the other processes with the primary process."""
     token = secrets.token_hex(16)
 
     def call() -> dict[str, Any]:
@@ -178,12 +178,12 @@ class Watch:
         "host": platform.node(),
       }
 
-    told = collectives.from_leader(call)
+    told = collectives.run_on_primary(call)
 
     def connect() -> None:
-      if collectives.is_leader():
+      if collectives.is_primary():
         return
-      # Where this process met JAX's service, it meets the leader.
+      # Where this process met JAX's service, it meets the primary process.
       host = peers.host_of(distributed.global_state.coordinator_address or "")
       leader = self._add(
         socket.create_connection((host, told["port"]), _CALL_SECONDS)
@@ -193,7 +193,7 @@ class Watch:
         peers.greeting(told["token"], jax.process_index(), platform.node())
       )
 
-    collectives.in_all(connect)
+    collectives.run_on_all(connect)
 
   def _add(self, connection: socket.socket, token: str = "") -> peers.Peer:
     peer = peers.Peer(self._stack.enter_context(connection), token)
@@ -224,7 +224,7 @@ class Watch:
 
   def _judge(self, now: float) -> _Cause | None:
     """Why the job ends, if it does."""
-    if self._cause is not None:  # The leader said so.
+    if self._cause is not None:  # The primary process said so.
       return self._cause
     if self._due is not None:
       if now < self._due:
@@ -236,7 +236,7 @@ class Watch:
       if peer.name and not peer.is_excused
     }
     text = stalls.silent(signs, self._stuck_after)
-    if not text and collectives.is_leader():
+    if not text and collectives.is_primary():
       at = self._progress.now
       mine = stalls.Sign(at.step, at.phase, now - at.since, 0.0)
       signs[peers.name(0, platform.node())] = mine
@@ -246,7 +246,7 @@ class Watch:
   def _conclude(self, cause: _Cause) -> None:
     """Makes all processes end."""
     self._cause = cause
-    if collectives.is_leader():
+    if collectives.is_primary():
       self._tell({"cause": cause})
     else:
       # A leader that was only slow learns why this process ended.
@@ -337,10 +337,10 @@ def leave(code: int) -> NoReturn:
 def _abort_slowly() -> Callable[[], None]:
   """Has an abort of this process wait for six seconds, then go on.
 
-  JAX's client aborts a process, in a thread, as soon as the leader is gone, and
-  can be told nothing else (jax 0.10.2). Meanwhile the watch says what happened
-  and ends the process properly. The handler is the C library's `sleep`, which a
-  signal may call; its argument is the signal's number, 6.
+  JAX's client aborts a process, in a thread, as soon as the primary process is
+  gone, and can be told nothing else (jax 0.10.2). Meanwhile the watch says what
+  happened and ends the process properly. The handler is the C library's
+  `sleep`, which a signal may call; its argument is the signal's number, 6.
 
   Returns:
     What undoes it.

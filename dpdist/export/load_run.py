@@ -17,6 +17,7 @@ import ml_collections
 import numpy as np
 
 from dpdist import config as config_lib
+from dpdist import errors
 from dpdist.data.datasets import datasets
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.ledger import history
@@ -31,10 +32,6 @@ from dpdist.training import step as step_lib
 from dpdist.workdir import checkpoints
 from dpdist.workdir import manifest
 from dpdist.workdir import verify
-
-
-class UnsoundError(Exception):
-  """The record of a run is damaged or contradicts what the run left."""
 
 
 class Released(NamedTuple):
@@ -129,7 +126,7 @@ def check_sound(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> None:
     if found.problem
   ]
   if problems:
-    raise UnsoundError(
+    raise errors.UnsoundError(
       f"the record of {str(workdir)!r} is not sound: {'; '.join(problems)}"
     )
 
@@ -182,12 +179,13 @@ def _find(
   wanted = [saved for saved in there if step in (None, saved.step)]
   if not wanted:
     steps = sorted({saved.step for saved in there})
-    raise ValueError(
-      f"step must be that of a checkpoint, one of {steps}, got {step}"
+    raise errors.ArgumentError(
+      f"step must be that of a checkpoint, one of {steps}, got {step}",
+      hint=errors.Hint(flags=("--step=STEP",)),
     )
   found, rejected = manifest.newest(folder, wanted)
   if found is None:
-    raise UnsoundError("; ".join(rejected))
+    raise errors.UnsoundError("; ".join(rejected))
   return found
 
 

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpdist import errors
 from dpdist.frontends import dp_config
 from dpdist.frontends import keras_data
 from dpdist.frontends import keras_loss
@@ -92,8 +93,8 @@ def make_private(
   Raises:
     ValueError: the model, the config or another argument cannot be used; it
       says why, and what to use instead.
-    dpdist.ledger.ledger.LedgerError: the ledger in workdir is damaged.
-    dpdist.workdir.checkpoints.MismatchError: the run in workdir is of another
+    dpdist.errors.LedgerError: the ledger in workdir is damaged.
+    dpdist.errors.MismatchError: the run in workdir is of another
       model.
   """
   keras_model.check(model)
@@ -233,10 +234,10 @@ class PrivateModel:
     Raises:
       ValueError: epochs * steps_per_epoch is more than the budget has left; x
         or y is not what was planned for; nothing is spent then.
-      dpdist.ledger.ledger.LedgerError: another process trains, or has trained
+      dpdist.errors.LedgerError: another process trains, or has trained
         on.
-      dpdist.data.sources.ChangedError: files of x or y were changed meanwhile.
-      dpdist.sensitivity.sentinel.SensitivityError: clipping does not bound what
+      dpdist.errors.ChangedError: files of x or y were changed meanwhile.
+      dpdist.errors.SensitivityError: clipping does not bound what
         an example
         can do; before an update is charged, or after one that is saved.
     """
@@ -257,7 +258,7 @@ class PrivateModel:
     )
     self.model.stop_training = False
     told.on_train_begin()
-    with self._run.session(data.source.manifest()) as session:
+    with self._run.session(data.source.content_digest()) as session:
       for epoch, stop in enumerate(ends):
         told.on_epoch_begin(epoch)
         loss = self._steps(session, data, zeros, stop)
@@ -385,7 +386,7 @@ class PrivateModel:
         step += 1
         if np.any(found):
           session.notice(history.TOO_LONG)
-          raise sentinel_lib.SensitivityError(
+          raise errors.SensitivityError(
             keras_sentinel.fault(
               self.model, self._clipped_grad, self._state(), data, found
             )

@@ -48,7 +48,7 @@ def check(
     is_watched: whether watched updates will be made too.
 
   Raises:
-    dpdist.sensitivity.sentinel.SensitivityError: names what is wrong, the
+    dpdist.errors.SensitivityError: names what is wrong, the
       parameter and its
       rule.
   """

@@ -6,8 +6,8 @@ Imports no jax.
 from collections.abc import Callable, Sequence
 import os
 
+from dpdist import errors
 from dpdist.ledger import data_budget
-from dpdist.ledger import ledger as ledger_lib
 from dpdist.ledger import records
 
 
@@ -28,7 +28,7 @@ def find(
     root: as in `dpdist.ledger.data_budget.DataBudget`.
     data: as in `dpdist.ledger.data_budget.DataBudget`.
     earlier: returns other manifests of the same content, as
-      `dpdist.data.sources.earlier_manifests` does; called only if it matters.
+      `dpdist.data.sources.earlier_digests` does; called only if it matters.
 
   Returns:
     The budget; its terms are None if there is none yet.
@@ -41,7 +41,7 @@ def find(
   if budget.same_as:
     kept = data_budget.DataBudget(root, budget.same_as)
     if kept.terms is None:
-      raise ledger_lib.RefusedError(
+      raise errors.RefusedError(
         f"the budget of data set {data[:12]} is kept in {kept.root} as that of"
         f" {budget.same_as[:12]}, and is not there: bring it back"
       )
@@ -55,7 +55,7 @@ def find(
         found[other] = made
   if len(found) > 1:
     names = sorted(name[:12] for name in found)
-    raise ledger_lib.RefusedError(
+    raise errors.RefusedError(
       f"data set {data[:12]} has {len(found)} budgets in {budget.root},"
       f" {' and '.join(names)}, made by releases that called it otherwise,"
       " which together allow more than each: keep one, take the other's folder"
@@ -96,7 +96,7 @@ def open_or_make(
   Raises:
     ValueError: the budget is not there, and a number is missing.
     RefusedError: it has other terms.
-    dpdist.ledger.records.RecordError: it is damaged.
+    dpdist.errors.LedgerError: it is damaged.
   """
   budget = find(root, data, earlier)
   is_new = budget.terms is None
@@ -128,6 +128,6 @@ def all_below(root: str | os.PathLike[str]) -> list[data_budget.DataBudget]:
 
   Raises:
     ValueError: root is no place for them.
-    dpdist.ledger.records.RecordError: one of them is damaged.
+    dpdist.errors.LedgerError: one of them is damaged.
   """
   return [data_budget.DataBudget(root, data) for data in records.folders(root)]

@@ -32,6 +32,7 @@ import os
 import secrets
 from typing import Any
 
+from dpdist import errors
 from dpdist.accounting import rdp
 from dpdist.files import json_fields
 from dpdist.ledger import budget_records
@@ -67,7 +68,7 @@ class DataBudget:
 
     Raises:
       ValueError: root is neither.
-      dpdist.ledger.records.RecordError: a record is missing, altered or out of
+      dpdist.errors.LedgerError: a record is missing, altered or out of
         order.
     """
     self.root = os.fspath(root)
@@ -111,14 +112,14 @@ class DataBudget:
     """The divergence of parts of a run, at the budget's order."""
     for plan, _ in parts:
       if plan.neighboring_relation != self._terms.neighboring_relation:
-        raise ledger_lib.RefusedError(
+        raise errors.RefusedError(
           "neighboring_relation must be the data set's,"
           f" {self._terms.neighboring_relation!r}, got"
           f" {plan.neighboring_relation!r}"
         )
     pairs = [x for plan, num_steps in parts for x in plan.steps(num_steps)]
     if not all(pair.has_renyi for pair, _ in pairs):
-      raise ledger_lib.RefusedError(
+      raise errors.RefusedError(
         "a data set's budget adds up Renyi divergences, which there are not for"
         " sampling='truncated_poisson' and examples_per_user above 1"
       )
@@ -160,7 +161,7 @@ class DataBudget:
         self.terms.delta,
         self.terms.neighboring_relation,
       ):
-        raise ledger_lib.RefusedError(
+        raise errors.RefusedError(
           f"the budget of data set {self.data[:12]} in {self.root} was made for"
           f" epsilon {self.terms.epsilon:g} at delta {self.terms.delta:g},"
           f" {self.terms.neighboring_relation}; got epsilon {epsilon:g}, delta"
@@ -179,7 +180,7 @@ class DataBudget:
 
     def decide() -> tuple[str, Mapping[str, Any]] | None:
       if self.terms is not None or self.same_as not in ("", data):
-        raise ledger_lib.RefusedError(
+        raise errors.RefusedError(
           f"data set {self.data[:12]} has a budget in {self.root} already"
         )
       return None if self.same_as else ("same", {"data": data})
@@ -287,12 +288,12 @@ class DataBudget:
       ledger: of the run that was admitted.
 
     Raises:
-      dpdist.ledger.records.RecordError: a copy of the run went on in its place.
+      dpdist.errors.LedgerError: a copy of the run went on in its place.
     """
 
     def decide() -> tuple[str, Mapping[str, Any]]:
       if self.stakes[self._mine].head != self._told:
-        raise records.RecordError(
+        raise errors.LedgerError(
           "a copy of this run went on in its place, by the budget of its data"
           " set; this process must stop"
         )
@@ -365,11 +366,9 @@ class DataBudget:
       return ""
     found = self._reservation(reservation)
     if found.free < 1:
-      raise ledger_lib.RefusedError(
-        f"reservation {reservation!r} has no run left"
-      )
+      raise errors.RefusedError(f"reservation {reservation!r} has no run left")
     if cost > found.cost * (1 + _ROUNDING):
-      raise ledger_lib.RefusedError(
+      raise errors.RefusedError(
         f"reservation {reservation!r} is for runs that take"
         f" {self.share(found.cost):.3%} of the budget at most, this one takes"
         f" {self.share(cost):.3%}"
@@ -387,7 +386,7 @@ class DataBudget:
     terms = self._terms
     if self.reserved + cost > terms.divergence * (1 + _ROUNDING):
       share, more = self.share(self.reserved), self.share(cost)
-      raise ledger_lib.RefusedError(
+      raise errors.RefusedError(
         f"the data set's budget of epsilon {terms.epsilon:g} at delta"
         f" {terms.delta:g} would be exceeded: {share:.3%} of it is reserved,"
         f" and {what} would take {more:.3%} (by Renyi divergences of order"

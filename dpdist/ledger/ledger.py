@@ -34,19 +34,14 @@ from collections.abc import Mapping
 import os
 from typing import Any, Self
 
+from dpdist import errors
 from dpdist.ledger import history
 from dpdist.ledger import records
 from dpdist.privacy import plan as plan_lib
 
 # What every guarantee of a run is about.
 _FIXED = ("neighboring_relation", "target_delta")
-
-LedgerError = records.RecordError
 Saved = history.Saved
-
-
-class RefusedError(ValueError):
-  """The record forbids going on with these settings."""
 
 
 class Ledger(history.History):
@@ -169,7 +164,7 @@ class Ledger(history.History):
         f"secret: hash {self.secret_hash[:12]} -> {secret_hash[:12]}"
       )
     if forbidden:
-      raise RefusedError(
+      raise errors.RefusedError(
         "this working directory holds a run that began with other settings,"
         " which cannot change on the way; go on with those, or start a new run"
         " in a new directory. Changed: " + "; ".join(forbidden)
@@ -222,12 +217,12 @@ class Ledger(history.History):
         sentinel stopped the run for good.
     """
     if history.TOO_LONG in self.notices:
-      raise LedgerError(
+      raise errors.LedgerError(
         "workdir must not hold a run that the sentinel stopped, whose guarantee"
         " is void for good: start a new run in a new directory"
       )
     if ledger_head and not self.has_been_at(ledger_head):
-      raise LedgerError(
+      raise errors.LedgerError(
         f"the checkpoint of step {step} was saved under ledger head"
         f" {ledger_head[:12]}, which this ledger does not hold: records were"
         " removed, or the ledger belongs to another run"
@@ -270,7 +265,7 @@ class Ledger(history.History):
     if stop_step <= branch.stop_step:
       return False
     if stop_step > self.last_step:
-      raise RefusedError(
+      raise errors.RefusedError(
         f"stop_step must be at most {self.last_step}, where the plan of"
         f" {self.plan.num_steps} steps is spent, got {stop_step}"
       )

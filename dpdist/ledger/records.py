@@ -42,6 +42,7 @@ import threading
 import time
 from typing import Any
 
+from dpdist import errors
 from dpdist.files import json_fields
 from dpdist.files import sealed_json
 from dpdist.ledger import liveness
@@ -60,14 +61,6 @@ _HEAD_FIELDS = {
 }
 _RECORD = re.compile(r"\d{12}\.json")
 _ATTEMPTS = 5
-
-
-class RecordError(Exception):
-  """The log is damaged, or this process may not write it."""
-
-
-class ShutOutError(RecordError):
-  """Another process has written the record that this one was to write."""
 
 
 class Log:
@@ -127,7 +120,7 @@ class Log:
     self._token = secrets.token_hex(16)
     try:
       self.append("writer", token=self._token)
-    except RecordError:
+    except errors.LedgerError:
       self._token = ""
       raise
     stores.sync_above(self._store)
@@ -147,7 +140,7 @@ class Log:
         failed, and the record may have been written or not.
     """
     if not self._token:
-      raise RecordError(
+      raise errors.LedgerError(
         "this process must acquire the ledger before it writes there"
       )
     with self._lock:
@@ -170,7 +163,7 @@ class Log:
     """
     with self._lock:
       if self._read_head() is None:
-        with contextlib.suppress(ShutOutError):
+        with contextlib.suppress(errors.ShutOutError):
           self._write_head(is_open=False, if_missing=True)
         stores.sync_above(self._store)
       while (decided := decide()) is not None:
@@ -179,7 +172,7 @@ class Log:
         nonce = secrets.token_hex(16)
         try:
           self._write_record(kind, {**body, "nonce": nonce})
-        except ShutOutError:
+        except errors.ShutOutError:
           self._read()
         else:
           self._advance_head()
@@ -189,13 +182,13 @@ class Log:
     """Raises RecordError if another process has begun to write."""
     with self._lock:
       if self._is_shut_out():
-        raise ShutOutError(_shut_out(len(self.records)))
+        raise errors.ShutOutError(_shut_out(len(self.records)))
 
   def close(self) -> None:
     """Lets the next process write at once."""
     self._stop_heart()
     atexit.unregister(self._stop_heart)
-    with self._lock, contextlib.suppress(RecordError):
+    with self._lock, contextlib.suppress(errors.LedgerError):
       if self._token:
         self._write_head(is_open=False)
     self._token = ""
@@ -211,9 +204,11 @@ class Log:
     )
     for seq, name in enumerate(names):
       if not _RECORD.fullmatch(name):
-        raise RecordError(f"{name!r} is no record of the ledger: take it away")
+        raise errors.LedgerError(
+          f"{name!r} is no record of the ledger: take it away"
+        )
       if name != _key(seq):
-        raise RecordError(
+        raise errors.LedgerError(
           f"ledger record {seq} is missing: the next key is {name!r}"
         )
     first = len(self.records)
@@ -230,25 +225,25 @@ class Log:
       if _acknowledges(after, value) or (after is None and not covered):
         self._lose(value)
       else:
-        raise RecordError(f"ledger record {seq} was altered")
+        raise errors.LedgerError(f"ledger record {seq} was altered")
     if head is None:
       # The first writer may have begun just after we looked.
       if values and self._read_head() is None:
-        raise RecordError(f"the ledger's {_HEAD} is missing")
+        raise errors.LedgerError(f"the ledger's {_HEAD} is missing")
     elif head["seq"] > len(self.records):
-      raise RecordError(
+      raise errors.LedgerError(
         f"ledger records {len(self.records)} to {head['seq'] - 1} are missing:"
         " the ledger was rolled back"
       )
     elif self.heads[head["seq"]] != head["head"]:
-      raise RecordError(
+      raise errors.LedgerError(
         f"ledger record {head['seq'] - 1} is not the one that {_HEAD} speaks of"
       )
 
   def _write_record(self, kind: str, body: Mapping[str, Any]) -> None:
     seq = len(self.records)
     if len(self.heads) != seq + 1:
-      raise RecordError(
+      raise errors.LedgerError(
         "this process was interrupted while it wrote to the ledger: start again"
       )
     record = {"seq": seq, "prev": self.head, "kind": kind, **body}
@@ -267,13 +262,13 @@ class Log:
       record = json.loads(value)
       json_fields.check(record, {"seq": int, "prev": str, "kind": str})
       if record["seq"] != seq or record["prev"] != self.head:
-        raise RecordError(
+        raise errors.LedgerError(
           f"ledger record {seq} does not follow record {seq - 1}: one of them"
           " is another's"
         )
       self._take(record)
     except (ValueError, KeyError, TypeError, IndexError) as error:
-      raise RecordError(
+      raise errors.LedgerError(
         f"ledger record {seq} cannot be understood: {error!r}"
       ) from error
     self.records.append(record)
@@ -302,11 +297,11 @@ class Log:
         elif sealed_json.written(found.value) == value:
           return  # An attempt had succeeded, though its answer was lost.
         else:
-          raise ShutOutError(_shut_out(seq))
+          raise errors.ShutOutError(_shut_out(seq))
       except (ValueError, OSError) as error:
         problem = error
         time.sleep(0.05 * 2**attempt)
-    raise RecordError(
+    raise errors.LedgerError(
       f"ledger record {seq} could not be written: {problem}"
     ) from problem
 
@@ -325,7 +320,7 @@ class Log:
     # takes over, then finds the head changed, and cannot turn it back.
     found = _result(self._store.read(_HEAD))
     if (found.state != "missing") if if_missing else self._is_shut_out():
-      raise ShutOutError(_shut_out(len(self.records)))
+      raise errors.ShutOutError(_shut_out(len(self.records)))
     self._put_head(found, is_open=is_open)
 
   def _advance_head(self) -> None:
@@ -361,7 +356,7 @@ class Log:
       if now is not None and not now["open"]:
         return
       if now != before:
-        raise RecordError(
+        raise errors.LedgerError(
           f"process {before['pid']} on {before['host_name']} writes this"
           " ledger: one run directory takes one writer"
         )
@@ -375,7 +370,7 @@ class Log:
   def _live(self) -> None:
     while not self._stopped.wait(BEAT_SECONDS):
       # Nobody depends on a single beat.
-      with self._lock, contextlib.suppress(RecordError):
+      with self._lock, contextlib.suppress(errors.LedgerError):
         if self._is_shut_out():
           return
         self._write_head()
@@ -396,18 +391,18 @@ def _result(future: Any) -> Any:
   try:
     return future.result()
   except (ValueError, OSError, NotImplementedError) as error:
-    raise RecordError(f"the ledger's store failed: {error}") from error
+    raise errors.LedgerError(f"the ledger's store failed: {error}") from error
 
 
 def _head_of(found: Any) -> dict[str, Any]:
   value = sealed_json.written(found.value)
   if not sealed_json.is_whole(value):
-    raise RecordError(f"the ledger's {_HEAD} was altered")
+    raise errors.LedgerError(f"the ledger's {_HEAD} was altered")
   head = json_fields.parse(value, _HEAD)
   try:
     json_fields.check(head, _HEAD_FIELDS)
   except ValueError as error:
-    raise RecordError(
+    raise errors.LedgerError(
       f"the ledger's {_HEAD} cannot be understood: {error}"
     ) from error
   return head

@@ -39,8 +39,6 @@ from dpdist.sensitivity import comparison
 from dpdist.sensitivity import trials
 
 PyTree = Any
-
-SensitivityError = trials.SensitivityError
 Report = trials.Report
 
 

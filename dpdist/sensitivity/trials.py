@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpdist import clipping
+from dpdist import errors
 from dpdist.sensitivity import comparison
 from dpdist.sensitivity import made_up_examples
 
@@ -24,10 +25,6 @@ INSTEAD = (
   "clipping.method=vmap (method='vmap') forms every gradient and needs no such"
   " rule"
 )
-
-
-class SensitivityError(RuntimeError):
-  """A clipped sum moves further than it may; says by which parameter."""
 
 
 class Report(NamedTuple):
@@ -121,7 +118,7 @@ def search(program: Program) -> Report:
           )
         # Or those who found nothing would wait for the others.
         if program.any_process(problem is not None):
-          raise SensitivityError(
+          raise errors.SensitivityError(
             text or "another process found a clipped sum that is too long"
           )
     count += 1

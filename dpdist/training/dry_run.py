@@ -52,12 +52,12 @@ def run(
 
   Raises:
     ValueError: chunk_size is too large for the memory.
-    dpdist.distributed.collectives.PeerError: another process failed.
+    dpdist.errors.PeerError: another process failed.
   """
-  if not collectives.from_leader(lambda: _is_to_train(job)):
+  if not collectives.run_on_primary(lambda: _is_to_train(job)):
     return job.chunk_size
   progress.enter(-1, "compiling")
-  state = collectives.in_all(job.init)
+  state = collectives.run_on_all(job.init)
   multiple, _ = mesh_lib.chunk_multiple(config.clipping, job.mesh)
   size = job.chunk_size
   while True:
@@ -74,7 +74,7 @@ def run(
 
 
 def _is_to_train(job: job_lib.Job) -> bool:
-  """Whether a step is left, as the leader sees it."""
+  """Whether a step is left, as the primary process sees it."""
   ledger, saved = job.ledger, job.found.saved
   assert ledger is not None
   if job.changes or saved is None or not ledger.branches:
@@ -110,7 +110,9 @@ def _accumulated(
       return None, str(error).splitlines()[0]
     return accumulator, ""
 
-  made: tuple[step_lib.Accumulator | None, str] = collectives.in_all(accumulate)
+  made: tuple[step_lib.Accumulator | None, str] = collectives.run_on_all(
+    accumulate
+  )
   return made
 
 
@@ -171,7 +173,7 @@ def _smaller(
       f" smallest chunk_size, {multiple}, ran out of it before anything was"
       f" charged ({problem})"
     )
-  if collectives.is_leader():
+  if collectives.is_primary():
     console.warn(
       f"a chunk of {size:,} ran out of memory; trying chunk_size {half:,}"
     )

@@ -14,6 +14,7 @@ import numpy as np
 import optax
 
 from dpdist import config as config_lib
+from dpdist import errors
 from dpdist.data import retry
 from dpdist.data import sources
 from dpdist.data import users
@@ -48,7 +49,7 @@ class Job(NamedTuple):
       with `plan` is to be opened if there is any.
     settings: the privacy settings, as the ledger records them.
     ledger: in agreement with the settings, and this process's to write; None
-      in the processes that are not the leader.
+      in the processes that are not the primary process.
     budget: the data set's, in which the run's stake covers `plan`; or None.
     writer: the number of the process that writes.
     notices: what a reader of any figure from this run has to be told.
@@ -56,8 +57,8 @@ class Job(NamedTuple):
     secret: what all its randomness comes from.
     mesh: all devices.
     train_source: the private examples or users; `close` when all is over.
-    train_manifest: names their content, hex.
-    own_manifest: how this release names it, if the run began under another.
+    train_digest: names their content, hex.
+    own_digest: how this release names it, if the run began under another.
     earlier: returns its other names; see `admission.known_as`.
     features_sha256: of the features in their inputs' place; "" without any.
     test: all held-out examples, arrays "inputs" and "targets".
@@ -88,8 +89,8 @@ class Job(NamedTuple):
   secret: bytes
   mesh: Mesh
   train_source: sources.Source
-  train_manifest: str
-  own_manifest: str
+  train_digest: str
+  own_digest: str
   earlier: Callable[[], list[str]]
   features_sha256: str
   test: dict[str, np.ndarray]
@@ -124,7 +125,7 @@ def prepare(
   *,
   try_out: Callable[[Job], int] | None = None,
 ) -> Job:
-  """Makes a job, and the leader its ledger's writer.
+  """Makes a job, and the primary process its ledger's writer.
 
   All that can fail on settings or data comes before anything is written.
 
@@ -132,7 +133,7 @@ def prepare(
     config: settings; see `dpdist.config.default`.
     workdir: the run's directory; made if missing.
     ledger: of the run; opened if it is new, else held against the settings.
-      None in the processes that are not the leader.
+      None in the processes that are not the primary process.
     try_out: from the job, not begun, to its chunk size; see
       `dpdist.training.dry_run`.
 
@@ -141,8 +142,8 @@ def prepare(
 
   Raises:
     SettingsError: names the setting, its value and what would be right.
-    dpdist.ledger.ledger.LedgerError: another process writes the ledger.
-    dpdist.distributed.collectives.PeerError: the leader raised one of these.
+    dpdist.errors.LedgerError: another process writes the ledger.
+    dpdist.errors.PeerError: the primary process raised one of these.
   """
   try:
     job = _prepared(config, workdir, ledger)
@@ -150,8 +151,8 @@ def prepare(
       job = job._replace(chunk_size=try_out(job))
     return _begun(config, workdir, job)
   except ValueError as error:
-    # So that a door can tell a user's mistake from a fault further on.
-    raise resume.SettingsError(str(error)) from error
+    # So that a command can tell a user's mistake from a fault further on.
+    raise errors.SettingsError(str(error)) from error
 
 
 def _prepared(
@@ -160,30 +161,30 @@ def _prepared(
   ledger: ledger_lib.Ledger | None,
 ) -> Job:
   """The job, not begun; nothing is written."""
-  mesh, splits, train_manifest, earlier, features_sha256, close = (
-    collectives.in_all(lambda: _load(config))
+  mesh, splits, train_digest, earlier, features_sha256, close = (
+    collectives.run_on_all(lambda: _load(config))
   )
   fingerprint.check_code()
   environment = fingerprint.environment(mesh)
-  collectives.agree(
+  collectives.assert_equal(
     settings=config.to_dict(),
     code=environment["code_sha256"],
     packages=environment["packages"],
     jax_config=environment["jax_config"],
-    training_data=train_manifest,
+    training_data=train_digest,
     training_features=features_sha256,
   )
-  own_manifest = train_manifest
-  train_manifest = resume.known_as(ledger, own_manifest, earlier)
-  plan, changes, found = resume.decide(config, workdir, ledger, train_manifest)
-  collectives.agree(plan=plan.fingerprint())
+  own_digest = train_digest
+  train_digest = resume.known_as(ledger, own_digest, earlier)
+  plan, changes, found = resume.decide(config, workdir, ledger, train_digest)
+  collectives.assert_equal(plan=plan.fingerprint())
   experiment = setup.build(config, mesh, plan=plan)
   model, step = experiment.model, experiment.step
   size = experiment.chunk_size
-  test, row, start = collectives.in_all(
+  test, row, start = collectives.run_on_all(
     lambda: data_checks.fit(config, splits, model, setup.PUBLIC_WORDS)
   )
-  collectives.agree(model_weights=start.weights_sha256)
+  collectives.assert_equal(model_weights=start.weights_sha256)
   for shapes in (start.shapes, start.frozen_shapes):
     step.specs(shapes)  # The mesh must fit them.
   frozen = start.frozen(step)
@@ -199,8 +200,8 @@ def _prepared(
     b"",
     mesh,
     splits.train,
-    train_manifest,
-    own_manifest,
+    train_digest,
+    own_digest,
     earlier,
     features_sha256,
     test,
@@ -229,7 +230,7 @@ def _begun(
   def agree_on_secret() -> str:
     nonlocal budget
     assert ledger is not None
-    budget = resume.shared_budget(config, ledger, job.own_manifest, job.earlier)
+    budget = resume.shared_budget(config, ledger, job.own_digest, job.earlier)
     if budget is not None and ledger.is_new:
       # Here too, so that a run that does not fit leaves nothing behind.
       whole = plan_lib.Part(plan, plan.num_steps)
@@ -238,11 +239,11 @@ def _begun(
       resume.secret(config, workdir, is_new=ledger.is_new)
     )
 
-  secret_hash = collectives.from_leader(agree_on_secret)
-  secret = collectives.in_all(
+  secret_hash = collectives.run_on_primary(agree_on_secret)
+  secret = collectives.run_on_all(
     lambda: resume.secret(config, workdir, is_new=False)
   )
-  collectives.agree(secret_file=keys.secret_hash(secret))
+  collectives.assert_equal(secret_file=keys.secret_hash(secret))
 
   def begin() -> dict[str, Any]:
     assert ledger is not None
@@ -253,13 +254,13 @@ def _begun(
       budget,
       plan=plan,
       settings=job.settings,
-      data=job.train_manifest,
+      data=job.train_digest,
       secret_hash=secret_hash,
       is_changed=bool(job.changes),
     )
     return {"writer": ledger.writer, "notices": ledger.notices}
 
-  begun = collectives.from_leader(begin)
+  begun = collectives.run_on_primary(begin)
   words = mechanism.Streams(secret, "").words("init")
   return job._replace(
     budget=budget,
@@ -299,8 +300,8 @@ def _load(
     train = dataclasses.replace(train, examples=examples)
   else:
     train = examples = retried(train)
-  num_rows, manifest = len(train), train.manifest()
-  earlier = functools.partial(sources.earlier_manifests, train)
+  num_rows, manifest = len(train), train.content_digest()
+  earlier = functools.partial(sources.earlier_digests, train)
   if group_size > 1:
     if unit == "user":
       raise ValueError(

@@ -11,6 +11,7 @@ import jax
 import ml_collections
 import numpy as np
 
+from dpdist import errors
 from dpdist.data import pipeline
 from dpdist.data import sources
 from dpdist.data import users
@@ -98,10 +99,10 @@ class Loop:
     """Makes all steps that are left.
 
     Raises:
-      dpdist.distributed.preemption.Preempted: it was asked to stop; the steps
+      dpdist.errors.Preempted: it was asked to stop; the steps
         so far are saved.
-      dpdist.data.sources.ChangedError: files of the data were changed.
-      dpdist.sensitivity.sentinel.SensitivityError: an example of the last step,
+      dpdist.errors.ChangedError: files of the data were changed.
+      dpdist.errors.SensitivityError: an example of the last step,
         which is saved, was longer than its norm says.
     """
     start, last = int(self.state.step), self._session.position.last_step
@@ -130,9 +131,9 @@ class Loop:
         # A signal during the save need not cost another one.
         is_stopped = collectives.any_process(self._stop.received)
       if found:
-        raise sentinel_lib.SensitivityError(self._fault(found))
+        raise errors.SensitivityError(self._fault(found))
       if is_stopped and done < last:
-        raise preemption.Preempted(done, self._stop.reason)
+        raise errors.Preempted(done, self._stop.reason)
       self._progress.enter(done, "reading")
 
   def measured_scores(self) -> dict[str, float]:

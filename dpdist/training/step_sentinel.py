@@ -52,7 +52,7 @@ def check_step(
     What was tried.
 
   Raises:
-    dpdist.sensitivity.sentinel.SensitivityError: names what is wrong, the
+    dpdist.errors.SensitivityError: names what is wrong, the
       parameter and its rule.
   """
   clipped_grad = step.mechanism.clipped_grad

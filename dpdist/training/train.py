@@ -22,6 +22,7 @@ from typing import Any
 import ml_collections
 
 from dpdist import config as config_lib
+from dpdist import errors
 from dpdist.distributed import collectives
 from dpdist.distributed import preemption
 from dpdist.distributed import progress as progress_lib
@@ -33,7 +34,6 @@ from dpdist.reporting import console
 from dpdist.reporting import report
 from dpdist.reporting import run_reporter
 from dpdist.reporting import telemetry
-from dpdist.sensitivity import sentinel as sentinel_lib
 from dpdist.training import data_checks
 from dpdist.training import dry_run
 from dpdist.training import job as job_lib
@@ -48,10 +48,10 @@ from dpdist.workdir import session as session_lib
 
 # What each process of a job comes to by itself, about its settings or its run.
 _OWN_ERRORS = (
-  resume.SettingsError,
-  checkpoints_lib.MismatchError,
-  ledger_lib.LedgerError,
-  sentinel_lib.SensitivityError,
+  errors.SettingsError,
+  errors.MismatchError,
+  errors.LedgerError,
+  errors.SensitivityError,
 )
 
 
@@ -71,29 +71,29 @@ def train(
     What `result.json` holds.
 
   Raises:
-    dpdist.workdir.resume.SettingsError: a ValueError; a setting is wrong, or
+    dpdist.errors.SettingsError: a ValueError; a setting is wrong, or
       differs from the run that workdir holds.
-    dpdist.workdir.checkpoints.MismatchError: likewise; the model or optimizer
+    dpdist.errors.MismatchError: likewise; the model or optimizer
       differs.
-    dpdist.ledger.ledger.LedgerError: the ledger is damaged or has another
+    dpdist.errors.LedgerError: the ledger is damaged or has another
       writer.
-    dpdist.distributed.collectives.PeerError: another of the job's processes
+    dpdist.errors.PeerError: another of the job's processes
       raised one of these,
       failed or was lost. Where this one cannot raise, because it hangs in a
       collective, it ends.
-    dpdist.data.sources.ReadError: the data could not be read, for long; what is
+    dpdist.errors.ReadError: the data could not be read, for long; what is
       saved and charged so far is gone on with.
-    dpdist.data.sources.ChangedError: files of the data were changed meanwhile.
-    dpdist.distributed.preemption.Preempted: a signal asked to stop; all is
+    dpdist.errors.ChangedError: files of the data were changed meanwhile.
+    dpdist.errors.Preempted: a signal asked to stop; all is
       saved.
-    dpdist.sensitivity.sentinel.SensitivityError: clipping does not bound what
+    dpdist.errors.SensitivityError: clipping does not bound what
       an example
       can do; before a step is charged, or after one that is saved.
   """
   try:
     config_lib.check(config)
   except ValueError as error:
-    raise resume.SettingsError(str(error)) from error
+    raise errors.SettingsError(str(error)) from error
   workdir = pathlib.Path(workdir)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(preemption.Notice())
@@ -107,7 +107,7 @@ def train(
       nonlocal ledger
       ledger = stack.enter_context(resume.open_ledger(config, workdir))
 
-    collectives.from_leader(open_ledger)
+    collectives.run_on_primary(open_ledger)
     job = job_lib.prepare(
       config,
       workdir,
@@ -143,7 +143,7 @@ def _run(
   position = _resume(config, workdir, job, start, ledger_head, environment)
   last = position.last_step
   if collectives.any_process(stop.received) and start < last:
-    raise preemption.Preempted(start, stop.reason)
+    raise errors.Preempted(start, stop.reason)
   if start < last:
     progress.enter(start, "compiling")
     step_sentinel.check_step(
@@ -209,7 +209,7 @@ def _resume(
       ledger.open_segment(
         config=job.settings,
         plan=job.plan,
-        data=job.train_manifest,
+        data=job.train_digest,
         start_step=start,
       )
     ledger.resume(
@@ -220,21 +220,21 @@ def _resume(
         # As it was chosen: sums of other chunks round otherwise.
         config.to_dict() | {"chunk_size": job.chunk_size},
         job.plan.fingerprint(),
-        job.train_manifest,
+        job.train_digest,
         [json.loads(text) for text in environments],
         job.made_of,
       ),
     )
     if rejected and ledger.last_step == 0:
       # Going on would end with the initial parameters.
-      raise ledger_lib.LedgerError(
+      raise errors.LedgerError(
         "no checkpoint can be restored, and the plan is spent; "
         + "; ".join(rejected)
       )
     config_lib.save(workdir, config)
     return session_lib.Position.of(ledger)
 
-  return session_lib.Position(*collectives.from_leader(resume_branch))
+  return session_lib.Position(*collectives.run_on_primary(resume_branch))
 
 
 def _notices(job: job_lib.Job) -> list[str]:
@@ -311,4 +311,4 @@ def _finish(
     console.show_text(statement)
     return result
 
-  return dict(collectives.from_leader(finish))
+  return dict(collectives.run_on_primary(finish))

@@ -24,6 +24,7 @@ from typing import Any, Self
 import jax
 import orbax.checkpoint as ocp
 
+from dpdist import errors
 from dpdist.distributed import collectives
 from dpdist.ledger import history
 from dpdist.workdir import manifest
@@ -31,14 +32,6 @@ from dpdist.workdir import manifest
 PyTree = Any
 
 _DELETED = ".deleted"
-
-
-class MismatchError(ValueError):
-  """A sound checkpoint does not fit the model or the optimizer."""
-
-
-class SaveError(OSError):
-  """A checkpoint could not be saved: no room, or no right to write there."""
 
 
 class Checkpoints:
@@ -109,12 +102,12 @@ class Checkpoints:
       )
       self._manager.wait_until_finished()
       if not is_saved:
-        raise SaveError(
+        raise errors.SaveError(
           f"{path} was not saved: Orbax found a newer checkpoint beside it"
         )
-      return str(collectives.from_leader(lambda: manifest.write(path)))
+      return str(collectives.run_on_primary(lambda: manifest.write(path)))
     except (OSError, ValueError) as error:  # ValueError: tensorstore's.
-      raise SaveError(f"{path} could not be saved: {error}") from error
+      raise errors.SaveError(f"{path} could not be saved: {error}") from error
 
   def restore(self, like: PyTree, saved: history.Saved) -> tuple[PyTree, str]:
     """Restores a checkpoint whose manifest was verified.
@@ -203,7 +196,7 @@ def _check_frozen(
 ) -> None:
   beside = meta.get("frozen_sha256", "")
   if beside != frozen_sha256:
-    raise MismatchError(
+    raise errors.MismatchError(
       f"the checkpoint {path} was trained beside frozen parameters of SHA-256"
       f" {beside or 'none'}, and those of model.weights and model.trainable"
       f" have {frozen_sha256 or 'none'}: go on with those that the run began"
@@ -221,7 +214,7 @@ def _fitting(path: pathlib.Path, saved: history.Saved) -> Iterator[None]:
     yield
   except (KeyError, TypeError, ValueError) as error:
     # Its bytes are right, so it is the settings that changed.
-    raise MismatchError(
+    raise errors.MismatchError(
       f"the checkpoint of step {saved.step} in {path} does not fit the model,"
       " optimizer and ema_decay of these settings; go on with those that the"
       " run began with"

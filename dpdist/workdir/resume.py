@@ -1,4 +1,5 @@
-"""Whether a run may start or go on, and by which numbers: the leader's part.
+"""Whether a run may start or go on, and by which numbers: the primary process's
+part.
 
 What is decided here rests on the ledger, the data set's budget and the
 checkpoints that are there. `begin` writes; all that `decide` leaves is a note,
@@ -13,6 +14,7 @@ from typing import Any
 import ml_collections
 
 from dpdist import config as config_lib
+from dpdist import errors
 from dpdist.distributed import collectives
 from dpdist.keys import keys
 from dpdist.ledger import budgets
@@ -31,10 +33,6 @@ for its data or for what a step on zeros showed, or is about to begin."""
 _NOTE = "No run has begun here, and nothing is spent.\n"
 
 
-class SettingsError(ValueError):
-  """A setting is wrong, or contradicts the run that the directory holds."""
-
-
 def open_ledger(
   config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> ledger_lib.Ledger:
@@ -42,17 +40,17 @@ def open_ledger(
 
   Raises:
     SettingsError: config.ledger is no place for one.
-    dpdist.ledger.ledger.LedgerError: it is damaged, or older than a checkpoint.
+    dpdist.errors.LedgerError: it is damaged, or older than a checkpoint.
   """
   # Before the ledger, which another process may be writing.
   heads = manifest.ledger_heads(workdir / "checkpoints")
   try:
     ledger = ledger_lib.Ledger(config.ledger or workdir / "ledger")
   except ValueError as error:
-    raise SettingsError(f"ledger: {error}") from error
+    raise errors.SettingsError(f"ledger: {error}") from error
   for path, head in heads.items():
     if not ledger.has_been_at(head):
-      raise ledger_lib.LedgerError(
+      raise errors.LedgerError(
         f"{path} was saved under ledger head {head[:12]}, which this ledger"
         " does not hold: it was removed or rolled back, or is another run's"
       )
@@ -61,7 +59,7 @@ def open_ledger(
 
 def known_as(
   ledger: ledger_lib.Ledger | None,
-  train_manifest: str,
+  train_digest: str,
   earlier: Callable[[], Sequence[str]],
 ) -> str:
   """The manifest by which a run's data is called, in every process.
@@ -69,29 +67,30 @@ def known_as(
   A run that began under an earlier release goes on under the one it has.
 
   Args:
-    ledger: of the run; None in the processes that are not the leader.
-    train_manifest: of the training set.
+    ledger: of the run; None in the processes that are not the primary process.
+    train_digest: of the training set.
     earlier: returns other manifests of the same content; called only if it
       matters.
   """
 
   def look() -> str:
     assert ledger is not None
-    if ledger.is_new or ledger.segment.data == train_manifest:
-      return train_manifest
+    if ledger.is_new or ledger.segment.data == train_digest:
+      return train_digest
     known = ledger.segment.data
-    return known if known in earlier() else train_manifest
+    return known if known in earlier() else train_digest
 
-  return str(collectives.from_leader(look))
+  return str(collectives.run_on_primary(look))
 
 
 def decide(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   ledger: ledger_lib.Ledger | None,
-  train_manifest: str,
+  train_digest: str,
 ) -> tuple[plan_lib.PrivacyPlan, list[str], manifest.Found]:
-  """The plan, what changed, and where to go on from, as the leader sees it.
+  """The plan, what changed, and where to go on from, as the primary process
+  sees it.
 
   Raises:
     ValueError: the run cannot go on with these settings.
@@ -111,13 +110,13 @@ def decide(
         " of the settings, and start a new run in a new directory"
       )
     found = manifest.newest(workdir / "checkpoints", ledger.checkpoints)
-    plan, changes = _plan(config, workdir, ledger, found, train_manifest)
+    plan, changes = _plan(config, workdir, ledger, found, train_digest)
     if ledger.is_new:
       workdir.mkdir(parents=True, exist_ok=True)
       (workdir / NOT_BEGUN).write_text(_NOTE)
     return {"plan": plan.to_dict(), "changes": changes, "found": found}
 
-  told = collectives.from_leader(look)
+  told = collectives.run_on_primary(look)
   saved, rejected = told["found"]
   found = manifest.Found(history.Saved(*saved) if saved else None, rejected)
   return plan_lib.PrivacyPlan.from_dict(told["plan"]), told["changes"], found
@@ -181,7 +180,7 @@ def _plan(
   workdir: pathlib.Path,
   ledger: ledger_lib.Ledger,
   found: manifest.Found,
-  train_manifest: str,
+  train_digest: str,
 ) -> tuple[plan_lib.PrivacyPlan, list[str]]:
   """The plan to go on by, and what changed since the last one was made."""
   privacy = config_lib.privacy_config(config)
@@ -189,17 +188,17 @@ def _plan(
     return plan_lib.make_plan(privacy), []
   changes = ledger.changes(
     config=config_lib.privacy_dict(config),
-    data=train_manifest,
+    data=train_digest,
     secret_hash=keys.secret_hash(secret(config, workdir, is_new=False)),
   )
   declared = config.data.changed_to
   if "data" in changes and not (
-    len(declared) >= 12 and train_manifest.startswith(declared)
+    len(declared) >= 12 and train_digest.startswith(declared)
   ):
     raise ValueError(
       f"{changes['data']}: a run sees one data set. To go on with another,"
       " which the guarantee then covers too, declare it with"
-      f" --config.data.changed_to={train_manifest[:12]}; got {declared!r}"
+      f" --config.data.changed_to={train_digest[:12]}; got {declared!r}"
     )
   if not changes:
     # Taken as it stands: another machine could calibrate the last digit
@@ -217,7 +216,7 @@ def _plan(
 def shared_budget(
   config: ml_collections.ConfigDict,
   ledger: ledger_lib.Ledger,
-  train_manifest: str,
+  train_digest: str,
   earlier: Callable[[], Sequence[str]],
 ) -> data_budget.DataBudget | None:
   """The data set's budget, made if it is missing.
@@ -234,7 +233,7 @@ def shared_budget(
     return None
   budget = budgets.open_or_make(
     settings.location,
-    train_manifest,
+    train_digest,
     epsilon=settings.epsilon,
     delta=settings.delta,
     neighboring_relation=config.privacy.neighboring_relation,

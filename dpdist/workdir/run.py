@@ -27,8 +27,10 @@ import secrets
 from typing import Any
 import warnings
 
+import jax
 import ml_collections
 
+from dpdist import errors
 from dpdist.keys import keys
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
@@ -71,7 +73,7 @@ class Run:
 
     Raises:
       ValueError: config is neither; or the run began with another one.
-      dpdist.ledger.ledger.LedgerError: the ledger is damaged, or was rolled
+      dpdist.errors.LedgerError: the ledger is damaged, or was rolled
         back.
     """
     if not isinstance(config, plan_lib.PrivacyConfig | plan_lib.PrivacyPlan):
@@ -90,6 +92,11 @@ class Run:
           f"{name} must be {right!r} here, got {getattr(config, name)!r}:"
           " dpdist.train knows of more"
         )
+    if jax.process_count() > 1:
+      raise ValueError(
+        "workdir must be of one process here, got a job of"
+        f" {jax.process_count()}: dpdist.train takes several"
+      )
     self.workdir = pathlib.Path(workdir)
     self.plan: plan_lib.PrivacyPlan
     self.saved: history.Saved | None = None
@@ -144,7 +151,7 @@ class Run:
       like: pytree of arrays, as they were saved.
 
     Raises:
-      dpdist.workdir.checkpoints.MismatchError: the checkpoint has other arrays.
+      dpdist.errors.MismatchError: the checkpoint has other arrays.
     """
     if self.saved is None:
       return like
@@ -178,13 +185,13 @@ class Run:
 
     Raises:
       ValueError: the data or the secret is not the one that the run began with.
-      dpdist.ledger.ledger.LedgerError: another process writes the ledger, or
+      dpdist.errors.LedgerError: another process writes the ledger, or
         has gone
         on with the run since this object last looked.
     """
     with self._open() as ledger:
       if ledger.head != self._head:
-        raise ledger_lib.LedgerError(
+        raise errors.LedgerError(
           f"the run in {self.workdir} has gone on since this object looked at"
           " it: open it anew"
         )
@@ -228,7 +235,7 @@ class Run:
           checkpoints,
           secret,
           session_lib.Position.of(ledger),
-          start_step=self.step,
+          start_step=None,
           on_save=note,
           warn=lambda text: warnings.warn(text, stacklevel=4),
         )

@@ -31,6 +31,7 @@ from typing import Any, NamedTuple, Self
 
 import jax
 
+from dpdist import errors
 from dpdist.data import sources
 from dpdist.distributed import collectives
 from dpdist.ledger import data_budget
@@ -52,25 +53,19 @@ class Position(NamedTuple):
     first_step: of the branch.
     first_release: that of step 0; see `dpdist.ledger.history.Branch.release`.
     last_step: where the steps must end for the plan to hold.
-    epsilon_planned: of the run, by then.
   """
 
   branch: str
   first_step: int
   first_release: int
   last_step: int
-  epsilon_planned: float
 
   @classmethod
   def of(cls, ledger: ledger_lib.Ledger) -> Self:
     """Reads it from a ledger that holds a branch."""
     branch = ledger.branches[-1]
     return cls(
-      branch.identity,
-      branch.start_step,
-      branch.release(0),
-      ledger.last_step,
-      composition.guaranteed([*ledger.bounds, ledger.planned]),
+      branch.identity, branch.start_step, branch.release(0), ledger.last_step
     )
 
 
@@ -92,7 +87,7 @@ class Session:
     secret: bytes,
     position: Position,
     *,
-    start_step: int,
+    start_step: int | None,
     budget: data_budget.DataBudget | None = None,
     on_save: Callable[[history.Saved, str], None] | None = None,
     warn: Callable[[str], None] = console.warn,
@@ -104,7 +99,8 @@ class Session:
       checkpoints: of the run.
       secret: of the run.
       position: of the branch that the ledger was resumed on.
-      start_step: the first step that will be computed.
+      start_step: the first step that will be computed. None: of a loop that
+        nobody has read; nothing is given back before it has called `begin`.
       budget: of the data set, in which the run was admitted; or None.
       on_save: is handed each new checkpoint, and the ledger's head that it was
         saved under.
@@ -132,12 +128,12 @@ class Session:
     error: BaseException | None,
     trace: TracebackType | None,
   ) -> None:
-    if self._ledger is None or jax.process_count() > 1:
+    if self._ledger is None or jax.process_count() > 1 or self._begun is None:
       return
     try:
       if self._ledger.give_back(self._begun):
         self._update_budget()
-    except ledger_lib.LedgerError as problem:
+    except errors.LedgerError as problem:
       # As when another process went on with the run. Too much stays charged.
       self._warn(f"what was charged ahead stays charged: {problem}")
 
@@ -147,8 +143,8 @@ class Session:
     To be called before the first of them is computed.
 
     Raises:
-      dpdist.ledger.ledger.RefusedError: the plan would be exceeded.
-      dpdist.ledger.ledger.LedgerError: another process wrote to the ledger.
+      dpdist.errors.RefusedError: the plan would be exceeded.
+      dpdist.errors.LedgerError: another process wrote to the ledger.
     """
 
     def charge() -> None:
@@ -156,11 +152,21 @@ class Session:
       if self._ledger.reserve_through(stop_step):
         self._update_budget()
 
-    collectives.from_leader(charge)
+    collectives.run_on_primary(charge)
 
   def begin(self, step: int) -> None:
-    """To be called before a step's first computation on data."""
-    self._begun = step + 1
+    """To be called before a step's first computation on data.
+
+    Raises:
+      dpdist.errors.LedgerError: it is not charged.
+    """
+    if self._ledger is not None:
+      charged = self._ledger.branches[-1].stop_step
+      if step >= charged:
+        raise errors.LedgerError(
+          f"step must be charged before it begins, below {charged}, got {step}"
+        )
+    self._begun = max(self._begun or 0, step + 1)
 
   def check_data(self, changed: Callable[[], list[str]]) -> None:
     """Stops the run if files of its data were changed while it read them.
@@ -173,9 +179,9 @@ class Session:
       changed: returns them; see `dpdist.data.sources.changed_files`.
 
     Raises:
-      dpdist.data.sources.ChangedError: names them.
+      dpdist.errors.ChangedError: names them.
     """
-    files = collectives.in_all(changed)
+    files = collectives.run_on_all(changed)
     if collectives.any_process(bool(files)):
       self.notice(sources.CHANGED, unsound=True)
       raise sources.changed_error(files)
@@ -187,17 +193,30 @@ class Session:
       assert self._ledger is not None
       self._ledger.notice(text, unsound=unsound)
 
-    collectives.from_leader(record)
+    collectives.run_on_primary(record)
 
   def save(self, state: PyTree, step: int) -> None:
-    """Saves a checkpoint of charged steps, and records it."""
+    """Saves a checkpoint of charged steps, and records it.
+
+    Raises:
+      dpdist.errors.LedgerError: a step of it is not charged, or another process
+        wrote to the ledger; nothing is saved then.
+    """
 
     def confirm() -> str:
       assert self._ledger is not None
       self._ledger.confirm()
+      charged = self._ledger.branches[-1].stop_step
+      if step > charged:
+        raise errors.LedgerError(
+          f"step must be at most {charged}, which is charged, got {step}"
+        )
       return self._ledger.head
 
-    head = str(collectives.from_leader(confirm))
+    if self._begun is not None:
+      self._begun = max(self._begun, step)
+
+    head = str(collectives.run_on_primary(confirm))
     digest = self._checkpoints.save(state, step=step, ledger_head=head)
     if self._ledger is None:
       return

@@ -10,6 +10,7 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
+from dpdist import errors
 from dpdist.files import json_fields
 from dpdist.ledger import data_budget
 from dpdist.ledger import history
@@ -76,7 +77,7 @@ def _found(what: str, check: Callable[[], Finding]) -> Finding:
   """What a check finds; that it cannot be made is a finding as well."""
   try:
     return check()
-  except (ValueError, OSError, ledger_lib.LedgerError) as error:
+  except (ValueError, OSError, errors.LedgerError) as error:
     return Finding(what, "cannot be checked", str(error))
 
 

@@ -1,4 +1,4 @@
-"""What a door's exit status means to a shell or a scheduler.
+"""What a command's exit status means to a shell or a scheduler.
 
 Anything else is a failure; Python's own for an uncaught exception is 1.
 """

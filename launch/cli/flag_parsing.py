@@ -1,4 +1,4 @@
-"""absl flags with the exit codes of this project's doors."""
+"""absl flags with the exit codes of this project's commands."""
 
 from collections.abc import Callable, Sequence
 import functools
@@ -14,14 +14,15 @@ from absl import logging
 from ml_collections import config_flags
 
 from dpdist import config
-from launch.cli import errors
+from dpdist import errors
 from launch.cli import exit_codes
+from launch.cli import messages
 
 
 def run(
   main: Callable[[Sequence[str]], int], *, passes_on: bool = False
 ) -> NoReturn:
-  """Runs a door's main under absl; bad flags end with `exit_codes.USAGE`.
+  """Runs a command's main under absl; bad flags end with `exit_codes.USAGE`.
 
   Args:
     main: gets the program's name, and returns an exit code.
@@ -30,23 +31,28 @@ def run(
   # Libraries log each file they write; --verbosity=0 shows it.
   logging.set_verbosity(logging.WARNING)
   app.run(
-    functools.partial(_told, main),
+    functools.partial(_guarded, main),
     flags_parser=functools.partial(_parse, passes_on),
   )
   raise AssertionError("app.run does not return")
 
 
-def usage_error(message: object) -> int:
+def usage_error(message: object, hint: errors.Hint | None = None) -> int:
   """Prints one line, and what to try, to standard error.
+
+  Args:
+    message: an error, or what it would say.
+    hint: what to try; None: what the error knows.
 
   Returns:
     The exit code.
   """
-  return errors.tell(errors.Told(str(message), exit_codes.USAGE))
+  hint = hint or getattr(message, "hint", None)
+  return messages.show(messages.Message(str(message), exit_codes.USAGE, hint))
 
 
-def _told(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-  """Runs a door; what a person can do something about ends in a sentence."""
+def _guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+  """Runs a command; what a person can do something about ends in a sentence."""
   try:
     code = main(argv)
     sys.stdout.flush()
@@ -54,10 +60,10 @@ def _told(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
   except (Exception, KeyboardInterrupt) as error:
     if isinstance(error, BrokenPipeError) and _nobody_reads():
       return exit_codes.NOBODY_READS
-    told = errors.explain(error)
-    if told is None:
+    message = messages.explain(error)
+    if message is None:
       raise
-    return errors.tell(told)
+    return messages.show(message)
 
 
 def _nobody_reads() -> bool:
@@ -101,20 +107,27 @@ def _parse(passes_on: bool, argv: Sequence[str]) -> list[str]:
     reason = error.args[0] if error.args else error
     if isinstance(reason, KeyError) and reason.args:
       reason = reason.args[0]
-    sys.exit(usage_error(f"there is no setting {_last_line(reason)}"))
+    help_ = errors.Hint(text=f"python -m launch.{messages.name()} --help")
+    sys.exit(usage_error(f"there is no setting {_last_line(reason)}", help_))
   except (flags.Error, TypeError, ValueError) as error:
     if "Traceback" in str(error):
-      sys.exit(usage_error(f"--config cannot be loaded: {_last_line(error)}"))
+      sys.exit(_not_loaded(_last_line(error)))
     sys.exit(usage_error(f"{' '.join(str(error).split())}\nTry --help."))
   except Exception as error:
     # A file of settings is a program, and may fail in any way.
     reason = _last_line(error) or type(error).__name__
-    sys.exit(usage_error(f"--config cannot be loaded: {reason}"))
+    sys.exit(_not_loaded(reason))
   if len(rest) > 1:
     sys.exit(usage_error(f"unexpected argument {rest[1]!r}\nTry --help."))
   if passes_on and not passed:
     sys.exit(usage_error("no arguments to pass on after --\nTry --help."))
   return rest + passed
+
+
+def _not_loaded(reason: str) -> int:
+  return usage_error(
+    f"--config cannot be loaded: {reason}", errors.Hint(text="ls configs")
+  )
 
 
 def _unset(argv: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -1,7 +1,9 @@
-"""The ledger that a door's flags name."""
+"""The ledger that a command's flags name."""
 
 import os
+import shlex
 
+from dpdist import errors
 from dpdist.ledger import ledger as ledger_lib
 
 # As `dpdist.workdir.resume.NOT_BEGUN`, which takes long to import.
@@ -17,20 +19,31 @@ def open_begun(workdir: str, location: str | None) -> ledger_lib.Ledger:
 
   Raises:
     ValueError: there is none.
-    dpdist.ledger.ledger.LedgerError: it is damaged.
+    dpdist.errors.LedgerError: it is damaged.
   """
   if location is None:
     location = os.path.join(workdir, "ledger")
     # Looking must not leave a ledger behind.
     if not os.path.isdir(location):
-      raise ValueError(
+      raise errors.ArgumentError(
         "workdir must be the directory of a run, with a ledger, got"
-        f" {workdir!r}"
+        f" {workdir!r}",
+        hint=_first_run(workdir),
       )
   ledger = ledger_lib.Ledger(location)
   if ledger.is_new:
-    raise ValueError(f"the ledger in {location!r} is empty: nothing was spent")
+    raise errors.ArgumentError(
+      f"the ledger in {location!r} is empty: nothing was spent",
+      hint=_first_run(workdir),
+    )
   return ledger
+
+
+def _first_run(workdir: str) -> errors.Hint:
+  place = shlex.quote(workdir or "/tmp/digits")
+  return errors.Hint(
+    text=f"python -m launch.train --config=configs/digits.py --workdir={place}"
+  )
 
 
 def none_began(workdir: str, location: str | None) -> bool:

@@ -7,6 +7,7 @@ import zipfile
 
 import pytest
 
+from dpdist import errors
 from dpdist.assets import fetch
 
 CONTENT = b'{"some": "data"}'
@@ -78,7 +79,7 @@ def _append(path):
 )
 def test_what_is_not_as_pinned_leaves_nothing(package, given, spoil, message):
   spoil(package)
-  with pytest.raises(fetch.FetchError, match=message):
+  with pytest.raises(errors.FetchError, match=message):
     fetch.fetch("tiny", package if given else None)
   assert not [*fetch.cache().iterdir()]
   with pytest.raises(ValueError, match=r"launch\.fetch --name=tiny"):
@@ -91,7 +92,7 @@ def test_an_unknown_name_lists_the_known_ones(function):
     function("chitcat")
 
 
-def test_the_door_says_what_is_wrong_with_a_file(package):
+def test_the_command_says_what_is_wrong_with_a_file(package):
   done = subprocess.run(
     [
       *(sys.executable, "-m", "launch.fetch", "--name=chitchat"),

@@ -1,4 +1,4 @@
-"""The door of audits, as its users open it."""
+"""The command of audits, as its users open it."""
 
 import json
 import os

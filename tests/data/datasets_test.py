@@ -126,7 +126,7 @@ def test_text_that_ships_with_python():
     batch["inputs"][:, 1:], batch["targets"][:, :-1]
   )
   assert b"assert" in batch["inputs"].astype(np.uint8).tobytes()
-  assert splits.train.manifest() != splits.test.manifest()
+  assert splits.train.content_digest() != splits.test.content_digest()
 
 
 def test_text_that_ships_with_python_is_in_order_of_topic(monkeypatch):
@@ -173,15 +173,15 @@ def test_idx_manifest_is_over_decoded_content(tmp_path):
     (tmp_path / name).mkdir()
     write_idx_directory(tmp_path / name, compress=compress)
     splits = datasets.load(config(name="idx", path=str(tmp_path / name)))
-    manifests.append([source.manifest() for source in splits])
+    manifests.append([source.content_digest() for source in splits])
   assert manifests[0] == manifests[1]
   path = tmp_path / "plain" / "train-labels-idx1-ubyte"
   data = bytearray(path.read_bytes())
   data[-1] ^= 1
   path.write_bytes(data)
   splits = datasets.load(config(name="idx", path=str(tmp_path / "plain")))
-  assert splits.train.manifest() != manifests[0][0]
-  assert splits.test.manifest() == manifests[0][1]
+  assert splits.train.content_digest() != manifests[0][0]
+  assert splits.test.content_digest() == manifests[0][1]
 
 
 @pytest.mark.parametrize("missing", ["train-images-idx3", "t10k-labels-idx1"])

@@ -42,7 +42,7 @@ def test_each_row_is_of_its_own_example(source, monkeypatch):
   np.testing.assert_array_equal(batch["targets"], examples["targets"])
   assert len(got) == len(source)
   # They are of the same data, whose budget they spend.
-  assert got.manifest() == source.manifest()
+  assert got.content_digest() == source.content_digest()
 
 
 def test_they_are_computed_once(source, monkeypatch):

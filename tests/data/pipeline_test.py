@@ -7,11 +7,11 @@ import jax
 import numpy as np
 import pytest
 
+from dpdist import errors
 from dpdist import sampling
 from dpdist.data import array_record
 from dpdist.data import arrays as arrays_lib
 from dpdist.data import pipeline
-from dpdist.data import sources
 from dpdist.distributed import mesh as mesh_lib
 
 NUM_EXAMPLES = 40
@@ -366,10 +366,10 @@ def test_errors_of_the_source_surface_at_their_step(num_threads):
 
 
 def test_a_source_that_cannot_be_read_is_named_with_its_step():
-  iterator = run(FailingSource(sources.ReadError("data set 'x' is gone")))
+  iterator = run(FailingSource(errors.ReadError("data set 'x' is gone")))
   for _ in range(3):
     next(iterator)
-  with pytest.raises(sources.ReadError) as caught:
+  with pytest.raises(errors.ReadError) as caught:
     next(iterator)
   assert str(caught.value) == "step 3: data set 'x' is gone"
 

@@ -12,9 +12,9 @@ import time
 import numpy as np
 import pytest
 
+from dpdist import errors
 from dpdist.data import arrays as arrays_lib
 from dpdist.data import retry as retry_lib
-from dpdist.data import sources
 
 NUM_EXAMPLES = 12
 FOREVER = 3600  # Seconds; nothing that is right ever waits for it.
@@ -43,7 +43,7 @@ class Files:
     found = [int(self.path(i).read_text()) for i in indices]
     return {"targets": np.array(found)}
 
-  def manifest(self):
+  def content_digest(self):
     return self.path(0).read_text()
 
 
@@ -94,7 +94,7 @@ def join(threads):
 def test_without_trouble_it_is_the_source(files):
   source = waiting(files, retry=0)
   assert len(source) == NUM_EXAMPLES
-  assert source.manifest() == "0"
+  assert source.content_digest() == "0"
   assert squares(source, [3, 5]) == [9, 25]
   assert files.attempts == 1
 
@@ -121,7 +121,7 @@ def test_the_manifest_is_waited_for_too(files, tmp_path):
   source = waiting(
     files, tell=lambda line: (tmp_path / "away").rename(files.path(0))
   )
-  assert source.manifest() == "0"
+  assert source.content_digest() == "0"
 
 
 def test_changed_files_are_waited_for_and_passed_on(tmp_path):
@@ -140,13 +140,13 @@ def test_changed_files_are_waited_for_and_passed_on(tmp_path):
   assert len(told) == 1
   os.utime(tmp_path / "y.npy", ns=(0, 0))
   assert source.changed_files() == [str(tmp_path / "y.npy")]
-  assert source.earlier_manifests() == []
+  assert source.earlier_digests() == []
 
 
 def test_patience_ends_with_what_to_do_and_names_no_example(files):
   told = []
   files.path(5).unlink()
-  with pytest.raises(sources.ReadError) as caught:
+  with pytest.raises(errors.ReadError) as caught:
     squares(waiting(files, tell=told.append, retry=0.25), [3, 5])
   # At once, and after 0.1 s and 0.15 s more.
   assert files.attempts == 3
@@ -163,7 +163,7 @@ def test_patience_ends_with_what_to_do_and_names_no_example(files):
 
 def test_without_patience_the_first_failure_is_the_last(files):
   files.path(5).unlink()
-  with pytest.raises(sources.ReadError, match="was waited for 0 s"):
+  with pytest.raises(errors.ReadError, match="was waited for 0 s"):
     squares(waiting(files, retry=0), [5])
   assert files.attempts == 1
 
@@ -224,7 +224,7 @@ def test_a_slow_read_is_told_of_and_its_answer_taken(files, pipe):
 def test_a_read_that_does_not_come_back_is_given_up(files, pipe):
   told = []
   source = waiting(files, tell=told.append, retry=0.3, stall=0.2)
-  with pytest.raises(sources.ReadError) as caught:
+  with pytest.raises(errors.ReadError) as caught:
     squares(source, [3, 5])
   assert len(told) == 1
   assert "has not answered for 0.2 s, and was waited for 0.3 s" in str(
@@ -287,15 +287,13 @@ def test_closing_ends_the_waiting(files, pipe):
   source.close()
   join(silent + failing)
   for error in results + more:
-    assert isinstance(error, sources.ReadError)
+    assert isinstance(error, errors.ReadError)
   pipe.write("25")
 
 
 def test_a_broken_contract_is_not_tried_again(files):
   files.path(5).write_text("twenty-five")
-  with pytest.raises(
-    sources.ReadError, match=r"^data set 'x' cannot be read: "
-  ):
+  with pytest.raises(errors.ReadError, match=r"^data set 'x' cannot be read: "):
     squares(waiting(files), [5])
   assert files.attempts == 1
 

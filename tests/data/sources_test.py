@@ -127,9 +127,9 @@ def test_manifest_depends_on_content_alone(make, tmp_path):
   for name in ("first", "second"):
     (tmp_path / name).mkdir()
     source = make(tmp_path / name)
-    manifests.append(source.manifest())
+    manifests.append(source.content_digest())
     source.read(np.array([1, 2]))
-    assert source.manifest() == manifests[-1]
+    assert source.content_digest() == manifests[-1]
   assert manifests[0] == manifests[1]
   assert len(bytes.fromhex(manifests[0])) == 32
 
@@ -149,7 +149,7 @@ def test_array_manifest_is_what_it_always_was():
     b'[["inputs", "<f4", [2, 1]], ["targets", "<i4", [2]]]\n'
     b"\0\0\0\x3f\0\0\xc0\x3f\1\0\0\0\2\0\0\0"
   )
-  assert source.manifest() == hashlib.sha256(content).hexdigest()
+  assert source.content_digest() == hashlib.sha256(content).hexdigest()
 
 
 def test_array_manifest_changes_with_any_byte_name_dtype_or_shape():
@@ -166,7 +166,7 @@ def test_array_manifest_changes_with_any_byte_name_dtype_or_shape():
     {**arrays, "inputs": arrays["inputs"].reshape(12, 2, 3)},
     {name: array[::-1] for name, array in arrays.items()},
   ]
-  manifests = {arrays_lib.ArraySource(v).manifest() for v in variants}
+  manifests = {arrays_lib.ArraySource(v).content_digest() for v in variants}
   assert len(manifests) == len(variants)
 
 
@@ -176,15 +176,15 @@ def test_array_manifest_ignores_layout_and_order_of_names():
     "targets": arrays["targets"],
     "inputs": np.asfortranarray(arrays["inputs"]),
   }
-  manifest = arrays_lib.ArraySource(arrays).manifest()
-  assert arrays_lib.ArraySource(same).manifest() == manifest
+  manifest = arrays_lib.ArraySource(arrays).content_digest()
+  assert arrays_lib.ArraySource(same).content_digest() == manifest
 
 
 @pytest.mark.parametrize("block_bytes", [1, 50])
 def test_array_manifest_does_not_depend_on_the_block(monkeypatch, block_bytes):
-  manifest = arrays_lib.ArraySource(examples()).manifest()
+  manifest = arrays_lib.ArraySource(examples()).content_digest()
   monkeypatch.setattr(sources, "HASH_BLOCK_BYTES", block_bytes)
-  assert arrays_lib.ArraySource(examples()).manifest() == manifest
+  assert arrays_lib.ArraySource(examples()).content_digest() == manifest
 
 
 def test_arrays_on_disk_stay_there(tmp_path):
@@ -196,8 +196,8 @@ def test_arrays_on_disk_stay_there(tmp_path):
   batch = source.read(np.array([3, 1]))["inputs"]
   np.testing.assert_array_equal(batch, inputs[[3, 1]])
   batch[:] = 0  # What was read is the reader's own.
-  expected = arrays_lib.ArraySource({"inputs": inputs}).manifest()
-  assert source.manifest() == expected
+  expected = arrays_lib.ArraySource({"inputs": inputs}).content_digest()
+  assert source.content_digest() == expected
 
 
 def test_convert_applies_to_what_is_read():
@@ -239,12 +239,14 @@ def _array_record(path, arrays, *parts):
 def test_array_record_manifest_is_of_the_examples_alone(tmp_path):
   """Not of how they are stored: a budget is kept under it."""
   arrays = examples()
-  expected = arrays_lib.ArraySource(arrays).manifest()
+  expected = arrays_lib.ArraySource(arrays).content_digest()
   one = _array_record(tmp_path / "a", arrays)
-  assert one.manifest() == expected
+  assert one.content_digest() == expected
   # Files that have other names, sizes and bytes.
-  assert _array_record(tmp_path / "b", arrays, 5).manifest() == expected
-  assert _array_record(tmp_path / "c", arrays, 2, 7).manifest() == expected
+  assert _array_record(tmp_path / "b", arrays, 5).content_digest() == expected
+  assert (
+    _array_record(tmp_path / "c", arrays, 2, 7).content_digest() == expected
+  )
   writer = array_record_module.ArrayRecordWriter(
     str(tmp_path / "packed"), "group_size:4"
   )
@@ -254,12 +256,15 @@ def test_array_record_manifest_is_of_the_examples_alone(tmp_path):
     writer.write(buffer.getvalue())
   writer.close()
   packed = array_record.ArrayRecordSource(tmp_path / "packed")
-  assert packed.manifest() == expected
+  assert packed.content_digest() == expected
   # And not of what files hold beside them.
   data = bytearray((tmp_path / "a-0").read_bytes())
   data[-1] ^= 1
   (tmp_path / "a-0").write_bytes(data)
-  assert array_record.ArrayRecordSource(tmp_path / "a-0").manifest() == expected
+  assert (
+    array_record.ArrayRecordSource(tmp_path / "a-0").content_digest()
+    == expected
+  )
 
 
 def test_array_record_manifest_changes_with_any_example(tmp_path):
@@ -276,14 +281,14 @@ def test_array_record_manifest_changes_with_any_example(tmp_path):
   ]
   for number, variant in enumerate(variants):
     source = _array_record(tmp_path / str(number), variant, 5)
-    manifests.add(source.manifest())
+    manifests.add(source.content_digest())
   assert len(manifests) == len(variants)
 
 
 def test_array_record_manifest_changes_with_the_order_of_files(tmp_path):
   source = array_record_source(tmp_path)
   other = array_record.ArrayRecordSource(source._paths[::-1])
-  assert other.manifest() != source.manifest()
+  assert other.content_digest() != source.content_digest()
 
 
 @pytest.mark.parametrize("held_bytes", [0, 12 * 4, 1 << 20])
@@ -291,10 +296,10 @@ def test_array_record_manifest_does_not_depend_on_blocks_or_room(
   tmp_path, monkeypatch, held_bytes
 ):
   arrays = examples() | {"z": np.arange(24, dtype=np.uint8).reshape(12, 2)}
-  expected = arrays_lib.ArraySource(arrays).manifest()
+  expected = arrays_lib.ArraySource(arrays).content_digest()
   monkeypatch.setattr(sources, "HASH_BLOCK_BYTES", 100)
   monkeypatch.setattr(array_record, "_HELD_BYTES", held_bytes)
-  assert _array_record(tmp_path / "a", arrays, 5).manifest() == expected
+  assert _array_record(tmp_path / "a", arrays, 5).content_digest() == expected
 
 
 def test_what_earlier_releases_called_an_array_record_is_known(tmp_path):
@@ -302,13 +307,13 @@ def test_what_earlier_releases_called_an_array_record_is_known(tmp_path):
   names = ["a.array_record", "b.array_record"]
   header = [[name, (tmp_path / name).stat().st_size] for name in names]
   content = b"".join((tmp_path / name).read_bytes() for name in names)
-  (earlier,) = sources.earlier_manifests(source)
+  (earlier,) = sources.earlier_digests(source)
   assert (
     earlier
     == hashlib.sha256(json.dumps(header).encode() + b"\n" + content).hexdigest()
   )
-  assert earlier != source.manifest()
-  assert sources.earlier_manifests(array_source(tmp_path)) == []
+  assert earlier != source.content_digest()
+  assert sources.earlier_digests(array_source(tmp_path)) == []
 
 
 # Files that are changed while they are read.
@@ -358,7 +363,7 @@ def test_a_source_says_which_of_its_files_were_changed(
   for name in names:
     source = lazy(tmp_path)
     source.read(np.arange(12))
-    source.manifest()
+    source.content_digest()
     assert sources.changed_files(source) == []
     change(tmp_path / name)
     assert sources.changed_files(source) == [str(tmp_path / name)]
@@ -409,7 +414,7 @@ def test_a_file_whose_time_was_set_back_is_found(lazy, names, tmp_path):
     count = len(array_record.ArrayRecordSource(other / names[0]))
     array_record.write_array_record(other / names[1], rows[count:])
   source = lazy(tmp_path)
-  source.manifest()
+  source.content_digest()
   assert not sources.is_touched(source)
   exchange = functools.partial(_exchanged, other=other / names[1])
   _later(tmp_path / names[1], exchange)
@@ -436,7 +441,7 @@ def _renamed(path):
 )
 def test_who_changes_no_content_is_not_accused(lazy, names, innocent, tmp_path):
   source = lazy(tmp_path)
-  source.manifest()
+  source.content_digest()
   _later(tmp_path / names[0], innocent)
   assert sources.is_touched(source)
   assert sources.changed_files(source) == []
@@ -460,11 +465,11 @@ def test_a_file_that_is_away_may_come_back(lazy, tmp_path):
 @pytest.mark.parametrize("eager", [array_source, parquet_source])
 def test_what_is_in_memory_is_what_was_hashed(eager, tmp_path):
   """Whatever becomes of the files meanwhile."""
-  expected = eager(tmp_path).manifest()
+  expected = eager(tmp_path).content_digest()
   source = eager(tmp_path)
   for path in tmp_path.iterdir():
     path.write_bytes(b"")
-  assert source.manifest() == expected
+  assert source.content_digest() == expected
   assert sources.changed_files(source) == []
 
 
@@ -522,7 +527,8 @@ def test_parquet_manifest_is_over_values_not_encoding(tmp_path):
   write_parquet(tmp_path / "b", arrays, compression="none", row_group_size=3)
   write_parquet(tmp_path / "c", changed)
   a, b, c = (
-    parquet_lib.ParquetSource(tmp_path / n, columns).manifest() for n in "abc"
+    parquet_lib.ParquetSource(tmp_path / n, columns).content_digest()
+    for n in "abc"
   )
   assert a == b
   assert a != c

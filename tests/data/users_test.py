@@ -146,20 +146,22 @@ def test_manifest_covers_whose_an_example_is():
   def of(owners, num_units=6, slots=SLOTS, numbers=1):
     array = np.arange(len(owners)) + numbers
     source = arrays_lib.ArraySource({"inputs": array})
-    return users_lib.UnitSource(source, owners, num_units, slots).manifest()
+    return users_lib.UnitSource(
+      source, owners, num_units, slots
+    ).content_digest()
 
   moved = OWNERS.copy()
   moved[0] = 1
   others = [of(moved), of(OWNERS, num_units=7), of(OWNERS, numbers=2)]
   assert len({of(OWNERS), *others}) == 4
   assert of(OWNERS, slots=5) == of(OWNERS.astype(np.int32)) == of(OWNERS)
-  assert users().manifest() != examples().manifest()
-  assert users().drawing(KEY)(3).manifest() == users().manifest()
+  assert users().content_digest() != examples().content_digest()
+  assert users().drawing(KEY)(3).content_digest() == users().content_digest()
 
 
 def test_units_pass_on_what_is_asked_of_their_examples(tmp_path):
   class Source(arrays_lib.ArraySource):
-    def earlier_manifests(self):
+    def earlier_digests(self):
       return ["e" * 64]
 
     def changed_files(self):
@@ -174,9 +176,9 @@ def test_units_pass_on_what_is_asked_of_their_examples(tmp_path):
   # As it would be, were that the manifest of the examples.
   other = Source(arrays)
   other._manifest = "e" * 64
-  assert sources.earlier_manifests(source) == [of(other).manifest()]
+  assert sources.earlier_digests(source) == [of(other).content_digest()]
   plain = of(arrays_lib.ArraySource(arrays))
-  assert sources.earlier_manifests(plain) == []
+  assert sources.earlier_digests(plain) == []
   assert sources.changed_files(plain) == []
 
 

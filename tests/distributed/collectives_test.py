@@ -14,6 +14,7 @@ import sys
 
 import pytest
 
+from dpdist import errors
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.reporting import metrics
 from tests.support import training
@@ -61,7 +62,7 @@ def job(tmp_path):
         "--config.clipping.exact_group_size=16",
         "--config.eval_every=6",
         *args[i % len(args)],
-        # Changes are for one process: the last one, or the leader.
+        # Changes are for one process: the last one, or the primary process.
         change=functools.partial(
           _become,
           _variables(address, count, i, devices)
@@ -202,7 +203,7 @@ def test_what_stops_the_leader_stops_all(job, tmp_path):
 
 
 def _fail():
-  raise ledger_lib.LedgerError("no room for a record")
+  raise errors.LedgerError("no room for a record")
 
 
 def test_nobody_computes_a_step_that_could_not_be_charged(job, tmp_path):
@@ -220,25 +221,29 @@ def test_nobody_computes_a_step_that_could_not_be_charged(job, tmp_path):
 
 _TALK = """
 import sys
-from dpdist.distributed import collectives as hosts
-from dpdist.distributed import startup as rendezvous
-rendezvous.start({})
+from dpdist import errors
+from dpdist.distributed import collectives
+from dpdist.distributed import startup
+startup.start({})
 import jax
 number = jax.process_index()
-texts = hosts.gather(["", "ünïcode" * 1000][number])
+texts = collectives.gather(["", "ünïcode" * 1000][number])
 assert texts == ["", "ünïcode" * 1000], texts
 value = {"text": "ü", "none": None, "number": 0.1, "list": [1, [2]]}
-assert hosts.from_leader(lambda: value) == value
-assert hosts.from_leader(lambda: None) is None
-assert hosts.any_process(False) is False
-assert hosts.any_process(number == 1) is True
-hosts.agree(same={"a": 1, "b": 2})
+assert collectives.run_on_primary(lambda: value) == value
+assert collectives.run_on_primary(lambda: None) is None
+assert collectives.any_process(False) is False
+assert collectives.any_process(number == 1) is True
+collectives.assert_equal(same={"a": 1, "b": 2})
 for name, fact, error in (
-  ("fact", number, hosts.DisagreementError),
-  ("leader", lambda: 1 / 0, (ZeroDivisionError, hosts.PeerError)[number]),
+  ("fact", number, errors.DisagreementError),
+  ("leader", lambda: 1 / 0, (ZeroDivisionError, errors.PeerError)[number]),
 ):
   try:
-    hosts.from_leader(fact) if callable(fact) else hosts.agree(fact=fact)
+    if callable(fact):
+      collectives.run_on_primary(fact)
+    else:
+      collectives.assert_equal(fact=fact)
   except error as caught:
     print(name, caught)
 """

@@ -8,8 +8,9 @@ import sys
 
 import pytest
 
+from dpdist import errors
 from dpdist.distributed import startup
-from tests.support import doors
+from tests.support import commands
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _NO_FLAGS = dict.fromkeys(
@@ -63,35 +64,33 @@ def test_flags_then_variables_then_the_engine(flags, environment, expected):
   ],
 )
 def test_an_environment_that_makes_no_sense_is_named(changes, message):
-  with pytest.raises(startup.StartError, match=message):
+  with pytest.raises(errors.StartError, match=message):
     startup.find(_NO_FLAGS, _JAX | changes)
 
 
 def test_flags_that_make_no_sense_are_named():
-  with pytest.raises(
-    startup.StartError, match="but --num_processes is missing"
-  ):
+  with pytest.raises(errors.StartError, match="but --num_processes is missing"):
     startup.find(_FLAGS | {"num_processes": None}, {})
   with pytest.raises(
-    startup.StartError, match="--process_id must be below --num_processes=3"
+    errors.StartError, match="--process_id must be below --num_processes=3"
   ):
     startup.find(_FLAGS | {"process_id": 3}, {})
 
 
 def test_a_name_that_does_not_come_up_is_told():
   with pytest.raises(
-    startup.MeetError, match=r"'no-such-host\.invalid' has no address"
+    errors.MeetError, match=r"'no-such-host\.invalid' has no address"
   ):
     startup.resolve("no-such-host.invalid", 0.1)
   assert "127.0.0.1" in startup.resolve("localhost", 1)
   for host in ("a..b", 70 * "a"):
-    with pytest.raises(startup.StartError, match="is no name of a host"):
+    with pytest.raises(errors.StartError, match="is no name of a host"):
       startup.resolve(host, 60)
 
 
 def test_a_name_that_is_loopback_is_refused_where_others_are_elsewhere():
   # 192.0.2.1 is no address of any machine (RFC 5737).
-  with pytest.raises(startup.StartError, match="'localhost', must have an"):
+  with pytest.raises(errors.StartError, match="'localhost', must have an"):
     startup.check_own_name("localhost", ["192.0.2.1"])
   # On one machine nobody else has to reach it.
   startup.check_own_name("localhost", ["127.0.0.1"])
@@ -147,11 +146,11 @@ def _train(*args, **variables):
     ("--start_timeout=0", "error: --start_timeout must be at least 1"),
   ],
 )
-def test_the_door_refuses_flags_on_one_line(
+def test_the_command_refuses_flags_on_one_line(
   tmp_path, args, message, monkeypatch
 ):
   monkeypatch.chdir(_ROOT)
-  run = doors.run(
+  run = commands.run(
     *("train", "--config=configs/digits.py"),
     *(f"--workdir={tmp_path / 'run'}", args),
   )
@@ -159,7 +158,7 @@ def test_the_door_refuses_flags_on_one_line(
   _assert_says_so(tmp_path, run.err, message)
 
 
-def test_the_door_says_so_on_one_line(tmp_path):
+def test_the_command_says_so_on_one_line(tmp_path):
   run = _train(
     f"--workdir={tmp_path / 'run'}",
     "--coordinator_address=no-such-host.invalid:9",

@@ -77,15 +77,15 @@ def one_of_two(monkeypatch):
   )
   monkeypatch.setattr(watchdog, "_abort_slowly", lambda: lambda: None)
   monkeypatch.setattr(jax, "process_count", lambda: 2)
-  monkeypatch.setattr(collectives, "in_all", lambda make: make())
+  monkeypatch.setattr(collectives, "run_on_all", lambda make: make())
 
   def become(number, leader=None):
-    def from_leader(make):
+    def run_on_primary(make):
       told.update(leader or make())
       return told
 
     monkeypatch.setattr(jax, "process_index", lambda: number)
-    monkeypatch.setattr(collectives, "from_leader", from_leader)
+    monkeypatch.setattr(collectives, "run_on_primary", run_on_primary)
     return told
 
   return become

@@ -13,12 +13,13 @@ import yaml
 
 from configs import digits
 import dpdist
+from dpdist import errors
 from dpdist.export import export
 from dpdist.export import load_run
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import composition
 from dpdist.reporting import metrics
-from tests.support import doors
+from tests.support import commands
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -103,10 +104,10 @@ def test_looking_changes_nothing_and_spends_nothing(run, scores, tmp_path):
 
 def test_the_command_for_held_out_metrics(run):
   workdir, result = run
-  done = doors.run("eval", f"--workdir={workdir}", "--json")
+  done = commands.run("eval", f"--workdir={workdir}", "--json")
   assert done.code == 0, done.err
   assert json.loads(done.out)["test"] == pytest.approx(result["test"])
-  done = doors.run("eval", f"--workdir={workdir}", "--step=3")
+  done = commands.run("eval", f"--workdir={workdir}", "--step=3")
   assert done.code == 2
   assert "one of [2, 4], got 3" in done.err
 
@@ -114,13 +115,13 @@ def test_the_command_for_held_out_metrics(run):
 def test_the_command_for_export(run, tmp_path):
   workdir, _ = run
   output = f"--output={tmp_path / 'model'}"
-  done = doors.run("export", f"--workdir={workdir}", output, "--name=digits")
+  done = commands.run("export", f"--workdir={workdir}", output, "--name=digits")
   assert done.code == 0, done.err
   assert "# digits" in (tmp_path / "model" / "README.md").read_text()
   written = safetensors.load_file(tmp_path / "model" / "model.safetensors")
   assert sum(x.size for x in written.values()) > 0
   # A directory that holds something is left alone.
-  done = doors.run("export", f"--workdir={workdir}", output)
+  done = commands.run("export", f"--workdir={workdir}", output)
   assert done.code == 2
 
 
@@ -141,14 +142,14 @@ def test_an_unsound_record_is_refused(copy, what):
   else:
     (path,) = copy.glob("checkpoints/*/4/state/manifest.ocdbt")
     path.write_bytes(path.read_bytes()[:-1] + b"x")
-  with pytest.raises(load_run.UnsoundError, match=what):
+  with pytest.raises(errors.UnsoundError, match=what):
     _load(copy)
 
 
 def test_a_damaged_ledger_is_refused(copy):
   record = sorted((copy / "ledger").glob("*.json"))[1]
   record.write_bytes(record.read_bytes().replace(b"1", b"2", 1))
-  with pytest.raises(ledger_lib.LedgerError):
+  with pytest.raises(errors.LedgerError):
     _load(copy)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import dpdist
+from dpdist import errors
 from dpdist.clipping.engines import bookkeeping
 from dpdist.data import sources
 from dpdist.frontends import keras as private_keras
@@ -21,10 +22,8 @@ from dpdist.frontends import keras_loss
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.sensitivity import made_up_examples
-from dpdist.sensitivity import sentinel
 from dpdist.sensitivity import trials
 from dpdist.sums import compensated
-from dpdist.workdir import checkpoints
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -440,7 +439,7 @@ def test_files_that_are_changed_end_a_fit_and_void_its_record(
   before, step = _weights(private), private.step
   path = folder / "x.npy"
   _before_step(monkeypatch, private, 1, lambda: os.utime(path, ns=(0, 0)))
-  with pytest.raises(sources.ChangedError, match="cannot vouch") as stopped:
+  with pytest.raises(errors.ChangedError, match="cannot vouch") as stopped:
     private.fit(x, y, epochs=2, steps_per_epoch=2)
   assert str(path) in str(stopped.value)
   np.testing.assert_array_equal(_weights(private), before)
@@ -482,9 +481,7 @@ def test_a_wrong_rule_stops_a_fit_before_anything_is_charged(
 ):
   _norms_of_a_hundredth(monkeypatch)
   private = _private(tmp_path)
-  with pytest.raises(
-    sentinel.SensitivityError, match=r"dense.*kernel .*dot_gen"
-  ):
+  with pytest.raises(errors.SensitivityError, match=r"dense.*kernel .*dot_gen"):
     private.fit(*_data())
   assert private.epsilon() == 0
   assert not (tmp_path / "ledger").exists()
@@ -495,9 +492,7 @@ def test_a_wrong_rule_stops_a_fit_while_it_runs(tmp_path, monkeypatch):
   monkeypatch.setattr(trials, "search", lambda program: None)
   config = _config(l2_clip_norm=1e-3, expected_batch_size=11.0)
   private = _private(tmp_path, seed=None, config=config, sentinel_every=1)
-  with pytest.raises(
-    sentinel.SensitivityError, match=r"dense.*kernel .*dot_gen"
-  ):
+  with pytest.raises(errors.SensitivityError, match=r"dense.*kernel .*dot_gen"):
     private.fit(*_data())
   with ledger_lib.Ledger(tmp_path / "ledger") as ledger:
     assert ledger.guarantee == f"void: {history.TOO_LONG}"
@@ -569,7 +564,7 @@ def test_another_process_goes_on_with_the_budget(tmp_path):
     assert len({branch.identity for branch in ledger.branches}) == 2
   with pytest.raises(ValueError, match=r"noise_multiplier: 2\.0 -> 1\.0"):
     _private(tmp_path, config=_config(noise_multiplier=1.0), seed=None)
-  with pytest.raises(checkpoints.MismatchError):
+  with pytest.raises(errors.MismatchError):
     _private(tmp_path, _model(size=3), seed=None)
 
 
@@ -594,7 +589,7 @@ def test_one_writer(tmp_path):
   x, y = _data()
   one, two = _private(tmp_path), _private(tmp_path)
   one.fit(x, y, epochs=1, steps_per_epoch=1)
-  with pytest.raises(ledger_lib.LedgerError, match="gone on since"):
+  with pytest.raises(errors.LedgerError, match="gone on since"):
     two.fit(x, y, epochs=1, steps_per_epoch=1)
   assert one.epsilon_spent() == _first(one.plan, 1)
 

@@ -2,9 +2,11 @@
 
 import shutil
 
+import jax
 import numpy as np
 import pytest
 
+from dpdist import errors
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.ledger import records
 from dpdist.privacy import plan as plan_lib
@@ -30,6 +32,7 @@ def _step(run, data=_DATA):
   """Makes one update; what its keys are."""
   with run.session(data) as session:
     session.charge(run.step + 1)
+    session.begin(run.step)
     found = session.streams
     session.save(_STATE, run.step + 1)
   return found
@@ -44,11 +47,11 @@ def _keys(streams):
 def test_who_has_lost_track_of_a_run_is_refused_and_charges_nothing(tmp_path):
   one, other = (run_lib.Run(tmp_path, _config()) for _ in range(2))
   _step(one)
-  with pytest.raises(records.RecordError, match="open it anew"):
+  with pytest.raises(errors.LedgerError, match="open it anew"):
     _step(other)
   anew = run_lib.Run(tmp_path, _config())
   _step(anew)
-  with pytest.raises(records.RecordError, match="open it anew"):
+  with pytest.raises(errors.LedgerError, match="open it anew"):
     _step(one)
   assert anew.step == anew.spent_steps == one.spent_steps == 2
 
@@ -104,12 +107,58 @@ def test_nothing_is_saved_once_another_process_writes(tmp_path, monkeypatch):
 
   def shut_out():
     with run.session(_DATA) as session:
-      session.charge(1)
+      session.charge(2)
+      session.begin(0)
       with ledger_lib.Ledger(tmp_path / "ledger") as other:
         other.acquire()
-      with pytest.raises(records.ShutOutError):
+      with pytest.raises(errors.ShutOutError):
         session.save(_STATE, 1)
 
   with pytest.warns(UserWarning, match="stays charged"):
     shut_out()
   assert not list(tmp_path.glob("checkpoints/*/1"))
+
+
+def _spent(tmp_path, calls, error=KeyboardInterrupt):
+  """Steps that are charged after a session that ended in an error."""
+  run = run_lib.Run(tmp_path, _config())
+
+  def live():
+    with run.session(_DATA) as session:
+      calls(session)
+      raise error
+
+  with pytest.raises(error):
+    live()
+  return run.spent_steps
+
+
+def test_a_loop_that_says_nothing_of_its_steps_is_given_nothing_back(tmp_path):
+  assert _spent(tmp_path, lambda session: session.charge(5)) == 5
+
+
+def test_what_was_begun_stays_begun(tmp_path):
+  def calls(session):
+    session.charge(10)
+    session.begin(8)
+    session.begin(1)
+
+  assert _spent(tmp_path, calls) == 9
+
+
+def test_no_step_begins_and_none_is_saved_before_its_charge(tmp_path):
+  run = run_lib.Run(tmp_path, _config())
+  with run.session(_DATA) as session:
+    session.charge(1)
+    session.begin(0)
+    with pytest.raises(errors.LedgerError, match="below 1, got 1"):
+      session.begin(1)
+    with pytest.raises(errors.LedgerError, match=r"at most 1, .* got 2"):
+      session.save(_STATE, 2)
+  assert not list(tmp_path.glob("checkpoints/*/2"))
+
+
+def test_a_job_of_several_processes_is_refused(tmp_path, monkeypatch):
+  monkeypatch.setattr(jax, "process_count", lambda: 2)
+  with pytest.raises(ValueError, match="must be of one process here"):
+    run_lib.Run(tmp_path, _config())

@@ -15,7 +15,7 @@ from dpdist.privacy import plan as plan_lib
 from dpdist.workdir import manifest
 from tests.fuzz import mangle
 from tests.fuzz import outcomes
-from tests.support import in_process_commands
+from tests.support import commands
 
 _DATA = "d" * 64
 
@@ -303,9 +303,9 @@ def budget(folder: pathlib.Path) -> outcomes.Kind:
 def verify(folder: pathlib.Path) -> outcomes.Kind:
   """`launch.verify` and `launch.budget` on a directory with something wrong."""
   logs = Logs(folder)
-  doors_of = [
-    in_process_commands.Door("verify"),
-    in_process_commands.Door("budget"),
+  commands_of = [
+    commands.Command("verify"),
+    commands.Command("budget"),
   ]
   others = {
     name: (logs.workdir / name).read_bytes()
@@ -336,11 +336,11 @@ def verify(folder: pathlib.Path) -> outcomes.Kind:
       return "unsealable"
     outcomes.put(logs.workdir, files)
     workdir = f"--workdir={logs.workdir}"
-    door = doors_of[rng.random() < 0.3]
+    command = commands_of[rng.random() < 0.3]
     extra = rng.choice([(), ("--json",)])
-    outcome, _ = outcomes.opened(door, workdir, *extra)
+    outcome, _ = outcomes.opened(command, workdir, *extra)
     if outcomes.snapshot(logs.workdir) != files:
-      raise outcomes.FaultError(f"{door.name}: what was there was changed")
+      raise outcomes.FaultError(f"{command.name}: what was there was changed")
     return outcome
 
   return one

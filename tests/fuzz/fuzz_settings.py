@@ -1,4 +1,4 @@
-"""Kinds of inputs: settings, files of settings, and flags of every door."""
+"""Kinds of inputs: settings, files of settings, and flags of every command."""
 
 from collections.abc import Callable
 import contextlib
@@ -15,7 +15,7 @@ from dpdist.privacy import plan as plan_lib
 from tests.fuzz import fuzz_records
 from tests.fuzz import mangle
 from tests.fuzz import outcomes
-from tests.support import in_process_commands
+from tests.support import commands
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _DIGITS = f"--config={_ROOT}/configs/digits.py"
@@ -155,7 +155,7 @@ def _config_text(rng: random.Random, right: str) -> bytes:
 
 def config_file(folder: pathlib.Path) -> outcomes.Kind:
   """Files in place of configs/digits.py, for `launch.budget`."""
-  door = in_process_commands.Door("budget")
+  command = commands.Command("budget")
   right = (_ROOT / "configs" / "digits.py").read_text()
 
   def one(rng: random.Random) -> str:
@@ -164,7 +164,7 @@ def config_file(folder: pathlib.Path) -> outcomes.Kind:
     if rng.random() < 0.05:
       path = folder / rng.choice(["", "gone.py", "x" * 300, "\0"])
     outcome, _ = outcomes.opened(
-      door, f"--config={path}", "--config.privacy.accountant=rdp"
+      command, f"--config={path}", "--config.privacy.accountant=rdp"
     )
     return outcome
 
@@ -177,7 +177,7 @@ def _shown(value: Any) -> str:
 
 def settings(folder: pathlib.Path) -> outcomes.Kind:
   """Flags that change privacy settings, for `launch.budget`."""
-  door = in_process_commands.Door("budget")
+  command = commands.Command("budget")
   # The noise is given, since to find it takes longer.
   (folder / "given.py").write_text(
     "from configs import digits\n\n\ndef get_config():\n"
@@ -194,13 +194,16 @@ def settings(folder: pathlib.Path) -> outcomes.Kind:
       flags.append(f"--config.privacy.{name}={value}")
     if rng.random() < 0.1:
       rng.shuffle(flags)
-    outcome, _ = outcomes.opened(door, *flags, *rng.choice([(), ("--json",)]))
+    outcome, _ = outcomes.opened(
+      command, *flags, *rng.choice([(), ("--json",)])
+    )
     return outcome
 
   return one
 
 
-# Flags that no door may be opened with; what it needs otherwise is in `_NEEDS`.
+# Flags that no command may be opened with; what it needs otherwise is in
+# `_NEEDS`.
 _WRONG = (
   *("--nothing", "--config.nothing=1", "--config.privacy.num_steps=x", "stray"),
   *("--config.privacy=3", "--config.privacy.num_steps=1.5", "--json=maybe"),
@@ -252,12 +255,12 @@ _VALUES = (
 )
 
 
-def door_flags(name: str, folder: pathlib.Path) -> outcomes.Kind:
-  """A door whose flags are gone, twice there, or hold something else."""
-  door = in_process_commands.Door(name)
+def command_flags(name: str, folder: pathlib.Path) -> outcomes.Kind:
+  """A command whose flags are gone, twice there, or hold something else."""
+  command = commands.Command(name)
   needs = [flag.replace("{folder}", str(folder)) for flag in _NEEDS[name]]
-  own = sorted(door.flags)
-  # What a door writes there, or above, is gone with the folder.
+  own = sorted(command.flags)
+  # What a command writes there, or above, is gone with the folder.
   cwd = folder / "where" / "it" / "is"
   cwd.mkdir(parents=True)
 
@@ -290,7 +293,7 @@ def door_flags(name: str, folder: pathlib.Path) -> outcomes.Kind:
     if name == "engines.ray_driver":
       flags.insert(flags.index("--"), "--nodes=0")
     with contextlib.chdir(cwd):
-      outcome, _ = outcomes.opened(door, *flags)
+      outcome, _ = outcomes.opened(command, *flags)
     return outcome
 
   return one
@@ -352,5 +355,7 @@ KINDS: dict[str, Callable[[pathlib.Path], outcomes.Kind]] = {
   "config_file": config_file,
   "settings": settings,
   "job": job,
-  **{f"flags_{name}": functools.partial(door_flags, name) for name in _NEEDS},
+  **{
+    f"flags_{name}": functools.partial(command_flags, name) for name in _NEEDS
+  },
 }

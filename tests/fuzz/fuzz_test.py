@@ -8,6 +8,7 @@ import json
 import pytest
 
 from dpdist import config as config_lib
+from dpdist import errors
 from dpdist.files import json_fields
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.workdir import manifest
@@ -68,7 +69,7 @@ def _raises(error):
     json.JSONDecodeError("Expecting value", "", 0),
     # The package's kind, but not raised by the package.
     ValueError("whatever it is"),
-    ledger_lib.LedgerError("raised here"),
+    errors.LedgerError("raised here"),
   ],
 )
 def test_what_is_no_error_of_the_package_is_a_fault(error):
@@ -81,21 +82,19 @@ def test_an_error_of_the_package_is_none(tmp_path):
     outcomes.tried(lambda: json_fields.parse(b"[]", "x"), repr) == "refused"
   )
   assert outcomes.tried(lambda: 1, repr) == "answered"
-  door = lambda text: (
-    lambda *flags: outcomes.in_process_commands.Outcome(2, "", text)
-  )
+  command = lambda text: lambda *flags: outcomes.commands.Outcome(2, "", text)
   for text in (
     *("", "error: a\nerror: b\n", "Traceback\nerror: x", "x\n"),
     *("error: a\ntry: b\ntry: c\n", "try: a\nerror: b\n"),
   ):
-    call = door(text)
+    call = command(text)
     call.name = "x"
     with pytest.raises(outcomes.FaultError):
       outcomes.opened(call)
-  call = door("error: one line\nTry --help.\n")
+  call = command("error: one line\nTry --help.\n")
   call.name = "x"
   assert outcomes.opened(call)[0] == "refused"
-  call = door("error: one line\ntry: this\n")
+  call = command("error: one line\ntry: this\n")
   call.name = "x"
   assert outcomes.opened(call)[0] == "refused"
 
@@ -188,7 +187,7 @@ def test_fields_of_another_kind_are_no_record(run, record, problem):
     ledger._log._take = lambda record: None
     kind = record.pop("kind")
     ledger._log.append(kind, **record)
-  with pytest.raises(ledger_lib.LedgerError, match=problem):
+  with pytest.raises(errors.LedgerError, match=problem):
     ledger_lib.Ledger(run / "ledger")
 
 

@@ -12,14 +12,14 @@ import signal
 import traceback
 from typing import Any
 
-from dpdist.ledger import records
-from tests.support import in_process_commands
+from dpdist import errors
+from tests.support import commands
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 # Of one input: processor time, whatever else the machine does.
 _SECONDS = 30.0
 # Kinds of errors that the package raises, or lets through from opening files.
-_OWN = (ValueError, OSError, records.RecordError)
+_OWN = (ValueError, OSError, errors.LedgerError)
 # What comes from the depths, though the last frame may be the package's.
 _DEPTHS = re.compile(
   r"invalid literal for|could not convert|cannot reshape|buffer size must|"
@@ -78,17 +78,17 @@ def tried(call: Callable[[], Any], check: Callable[[Any], None]) -> str:
 
 
 def opened(
-  door: in_process_commands.Door,
+  command: commands.Command,
   *arguments: str,
   codes: tuple[int, ...] = (0, 1, 2),
-) -> tuple[str, in_process_commands.Outcome]:
-  """Opens a door; what it says must be an answer or an error of one line."""
+) -> tuple[str, commands.Outcome]:
+  """Runs a command; what it says must be an answer or an error of one line."""
   try:
-    outcome = door(*arguments)
+    outcome = command(*arguments)
   except Exception as error:
     shown = "".join(traceback.format_exception(error)[-9:])
-    raise FaultError(f"{door.name} {arguments}\n{shown}") from error
-  told = f"{door.name} {arguments}: {outcome}"[:3000]
+    raise FaultError(f"{command.name} {arguments}\n{shown}") from error
+  told = f"{command.name} {arguments}: {outcome}"[:3000]
   if outcome.code not in codes or "Traceback" in outcome.out + outcome.err:
     raise FaultError(told)
   if not outcome.code:
@@ -99,7 +99,7 @@ def opened(
   lines = [x for x in lines if not re.match(told_before, x)]
   if len(lines) == 2 and lines[1].startswith("try: "):
     lines.pop()
-  if outcome.code == 1 and door.name == "verify" and not lines:
+  if outcome.code == 1 and command.name == "verify" and not lines:
     # Its findings are its answer.
     if "NOT sound" not in outcome.out and '"sound": false' not in outcome.out:
       raise FaultError(told)

@@ -12,6 +12,7 @@ import time
 
 import pytest
 
+from dpdist import errors
 from dpdist.distributed import preemption
 from dpdist.ledger import ledger as ledger_lib
 from tests.support import jobs
@@ -147,7 +148,7 @@ def _fail(error):
 def test_a_process_that_fails_is_named(start, expected, tmp_path):
   for number, where, error in (
     (1, _READ, RuntimeError("the data source is broken")),
-    (0, _CONFIRM, ledger_lib.LedgerError("the bucket is gone")),
+    (0, _CONFIRM, errors.LedgerError("the bucket is gone")),
     # Outside of all that processes do together.
     (
       0,

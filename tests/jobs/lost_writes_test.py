@@ -14,6 +14,7 @@ import sys
 
 import pytest
 
+from dpdist import errors
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.ledger import records
 from dpdist.workdir import manifest
@@ -95,7 +96,7 @@ def _violations(program, check, path):
       _write_out(state, left)
       try:
         check(left, printed.split())
-      except (AssertionError, records.RecordError) as error:
+      except (AssertionError, errors.LedgerError) as error:
         yield str(error).partition("\n")[0]
       shutil.rmtree(left)
     disk.do(call, text, result)

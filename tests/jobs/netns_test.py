@@ -67,7 +67,7 @@ def network():
 
 
 def _start(number, workdir, folder, own_address, *args):
-  """The door on a host, whose own name has an address in its hosts file."""
+  """The command on a host, whose own name has an address in its hosts file."""
   name = _HOSTS[number]
   other = 1 - number
   hosts = folder / f"hosts-{number}"
@@ -75,7 +75,7 @@ def _start(number, workdir, folder, own_address, *args):
     f"127.0.0.1 localhost\n{own_address} {name}\n"
     f"{_ADDRESSES[other]} {_HOSTS[other]}\n"
   )
-  door = [
+  command = [
     *(sys.executable, "-m", "launch.train", *training.ARGS),
     *("--config.clipping.exact_sum=True", "--config.eval_every=6"),
     f"--coordinator_address={_HOSTS[0]}:7777",
@@ -84,7 +84,7 @@ def _start(number, workdir, folder, own_address, *args):
   ]
   inside = (
     f"hostname {name} && mount --bind {shlex.quote(str(hosts))} /etc/hosts"
-    f" && exec {shlex.join(door)}"
+    f" && exec {shlex.join(command)}"
   )
   return subprocess.Popen(
     [

@@ -345,8 +345,8 @@ def test_an_insecure_seed_is_said_everywhere(seeded):
     "screen": seeded.screen,
     "result": result,
     "report": (seeded.workdir / "report.html").read_text(),
-    "budget": _door("budget", seeded.workdir),
-    "verify": _door("verify", seeded.workdir),
+    "budget": _command("budget", seeded.workdir),
+    "verify": _command("verify", seeded.workdir),
     "ledger": ledger.guarantee,
   }.items():
     said = " ".join(said.split())
@@ -355,7 +355,7 @@ def test_an_insecure_seed_is_said_everywhere(seeded):
   assert json.loads(result)["guarantee"].startswith("void: ")
 
 
-def _door(name, workdir):
+def _command(name, workdir):
   done = subprocess.run(
     [sys.executable, "-m", f"launch.{name}", f"--workdir={workdir}"],
     capture_output=True,
@@ -477,14 +477,14 @@ def test_runs_branches_data_sets_and_copies_share_no_key(tmp_path):
 
 @pytest.mark.slow
 def test_processes_show_no_key_and_runs_of_one_secret_share_none(tmp_path):
-  """Real doors, one process and two, from nothing, beside one another."""
+  """Real commands, one process and two, from nothing, beside one another."""
   secret = tmp_path / "secret"
   secret.write_bytes(_SECRET)
   secret.chmod(0o600)
   common = [a for a in training.ARGS if "insecure_seed" not in a]
   common += [*_SHORT, f"--config.secret_file={secret}"]
   seen, hashes, branches = [], set(), set()
-  for name, door in (
+  for name, command in (
     ("one", ["launch.train"]),
     ("two", ["launch.train"]),
     ("pod", ["launch.local", "--num_processes=2", "--"]),
@@ -493,7 +493,7 @@ def test_processes_show_no_key_and_runs_of_one_secret_share_none(tmp_path):
     home.mkdir()
     with open(home / "screen", "w") as screen:
       process = subprocess.Popen(
-        [sys.executable, "-m", *door, *common, f"--workdir={workdir}"],
+        [sys.executable, "-m", *command, *common, f"--workdir={workdir}"],
         stdout=screen,
         stderr=screen,
         cwd=home,

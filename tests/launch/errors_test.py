@@ -1,7 +1,7 @@
 """What a newcomer meets: one sentence, the next command, and no traceback.
 
-A row of the table: the door and its flags; the exit code; what is said; the
-command to try. Each is a real run of a door.
+A row of the table: the command and its flags; the exit code; what is said; the
+command to try. Each is a real run of a command.
 """
 
 import os
@@ -16,7 +16,7 @@ import pytest
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import plan as plan_lib
 from dpdist.training import setup
-from tests.support import doors
+from tests.support import commands
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _DIGITS = f"--config={_ROOT}/configs/digits.py"
@@ -136,7 +136,7 @@ def _placed(text, places):
 @pytest.mark.parametrize("what", ROWS)
 def test_a_mistake_ends_in_a_sentence_and_a_command(what, places):
   args, code, sentence, command = ROWS[what]
-  done = doors.run(*(_placed(arg, places) for arg in args))
+  done = commands.run(*(_placed(arg, places) for arg in args))
   assert done.code == code, done.err
   *said, tried = done.err.strip().splitlines()
   assert said[0].startswith("error: ")
@@ -148,19 +148,19 @@ def test_a_mistake_ends_in_a_sentence_and_a_command(what, places):
 
 
 def test_a_traceback_is_shown_when_asked_for(places):
-  done = doors.run(
+  done = commands.run(
     *(_placed(arg, places) for arg in ROWS["a damaged ledger"][0]),
     "--traceback",
   )
   assert done.code == 1
   assert done.err.startswith("error: ")
   assert "Traceback (most recent call last)" in done.err
-  assert "RecordError" in done.err
+  assert "LedgerError" in done.err
 
 
 def test_a_missing_package_is_named_with_its_command(places, monkeypatch):
   monkeypatch.setitem(sys.modules, "sklearn", None)
-  done = doors.run(*(_placed(arg, places) for arg in _TRAIN))
+  done = commands.run(*(_placed(arg, places) for arg in _TRAIN))
   assert done.code == 1
   assert done.err.splitlines() == [
     "error: digits needs scikit-learn: pip install 'dpdist[examples]'",
@@ -168,13 +168,13 @@ def test_a_missing_package_is_named_with_its_command(places, monkeypatch):
   ]
 
 
-def test_ctrl_c_ends_a_door_that_only_looks(places, monkeypatch):
+def test_ctrl_c_ends_a_command_that_only_looks(places, monkeypatch):
   def interrupted(config):
     signal.raise_signal(signal.SIGINT)
     time.sleep(60)
 
   monkeypatch.setattr(plan_lib, "make_plan", interrupted)
-  done = doors.run("budget", _DIGITS)
+  done = commands.run("budget", _DIGITS)
   assert done.code == 130
   assert done.err.splitlines() == [
     "error: stopped by Ctrl-C",
@@ -192,7 +192,7 @@ def test_ctrl_c_of_a_run_says_how_to_go_on(places, monkeypatch):
   monkeypatch.setattr(setup, "chunk_size", interrupted)
   args = [_placed(arg, places) for arg in _TRAIN]
   args += ["--config.privacy.accountant=rdp", "--config.privacy.num_steps=2"]
-  done = doors.run(*args)
+  done = commands.run(*args)
   assert done.code == 75, done.err
   said, tried = done.err.splitlines()
   assert "run the same command again" in said
@@ -207,7 +207,7 @@ def test_a_fault_of_ours_keeps_its_traceback(monkeypatch):
 
   monkeypatch.setattr(plan_lib, "make_plan", broken)
   with pytest.raises(KeyError):
-    doors.run("budget", _DIGITS)
+    commands.run("budget", _DIGITS)
 
 
 @pytest.mark.slow

@@ -10,7 +10,7 @@ import pytest
 
 from dpdist import config as config_lib
 from launch.cli import flag_parsing
-from tests.support import doors
+from tests.support import commands
 
 _DIGITS = f"--config={pathlib.Path(__file__).parents[2]}/configs/digits.py"
 
@@ -68,7 +68,7 @@ def test_a_setting_that_may_not_be_none_is_not(monkeypatch, capsys):
 
 
 def test_a_noise_multiplier_can_take_the_place_of_a_target():
-  done = doors.run(
+  done = commands.run(
     *("budget", _DIGITS, "--config.privacy.accountant=rdp"),
     *("--config.privacy.target_epsilon=None", "--json"),
     "--config.privacy.noise_multiplier=0.5",

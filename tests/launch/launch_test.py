@@ -1,4 +1,4 @@
-"""The doors as a user opens them: processes, signals and exit codes."""
+"""The commands as a user opens them: processes, signals and exit codes."""
 
 import json
 import pathlib
@@ -13,7 +13,7 @@ from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import composition
 from dpdist.privacy import plan as plan_lib
 from dpdist.reporting import metrics
-from tests.support import doors
+from tests.support import commands
 from tests.support import without_jax
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -27,9 +27,9 @@ _TRAIN = [
 ]
 
 
-def _start(door, *args, **kwargs):
+def _start(command, *args, **kwargs):
   return subprocess.Popen(
-    [sys.executable, "-m", f"launch.{door}", *args],
+    [sys.executable, "-m", f"launch.{command}", *args],
     cwd=_ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
@@ -38,8 +38,8 @@ def _start(door, *args, **kwargs):
   )
 
 
-def _run(door, *args, **kwargs):
-  process = _start(door, *args, **kwargs)
+def _run(command, *args, **kwargs):
+  process = _start(command, *args, **kwargs)
   out, err = process.communicate(timeout=300)
   return process.returncode, out, err
 
@@ -129,7 +129,7 @@ def test_kill_and_restart_ends_with_the_same_parameters(tmp_path):
 )
 def test_wrong_usage_exits_2_with_one_message(args, message, monkeypatch):
   monkeypatch.chdir(_ROOT)
-  code, _, err = doors.run("train", *args)
+  code, _, err = commands.run("train", *args)
   assert code == 2
   assert message in err
   assert "Traceback" not in err

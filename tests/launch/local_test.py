@@ -1,4 +1,4 @@
-"""`launch.local`: real processes under one door, and what it refuses."""
+"""`launch.local`: real processes under one command, and what it refuses."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from tests.support import doors
+from tests.support import commands
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _SETTINGS = (
@@ -26,9 +26,9 @@ _SETTINGS = (
 )
 
 
-def _start(*args, door="local", **kwargs):
+def _start(*args, command="local", **kwargs):
   return subprocess.Popen(
-    [sys.executable, "-m", f"launch.{door}", *args],
+    [sys.executable, "-m", f"launch.{command}", *args],
     cwd=_ROOT,
     stdout=subprocess.PIPE,
     stderr=subprocess.PIPE,
@@ -57,8 +57,8 @@ def _wait_for_step(process, workdir, step):
     time.sleep(0.02)
 
 
-def _trainers(door):
-  """Process ids below the door, by rank."""
+def _trainers(command):
+  """Process ids below the command, by rank."""
   found = {}
   for path in pathlib.Path("/proc").glob("[0-9]*"):
     try:
@@ -66,7 +66,7 @@ def _trainers(door):
       environment = (path / "environ").read_bytes().split(b"\0")
     except OSError:
       continue
-    if int(stat[1]) == door and stat[0] != "Z":
+    if int(stat[1]) == command and stat[0] != "Z":
       variables = dict(v.split(b"=", 1) for v in environment if b"=" in v)
       found[int(variables[b"JAX_PROCESS_ID"])] = int(path.name)
   return found
@@ -86,7 +86,7 @@ def test_two_processes_end_with_the_parameters_of_one(tmp_path):
     *_SETTINGS,
     "--config.privacy.num_steps=12",
     f"--workdir={tmp_path / 'one'}",
-    door="train",
+    command="train",
   )
   _, err = one.communicate(timeout=300)
   assert one.returncode == 0, err
@@ -107,13 +107,13 @@ def test_two_processes_end_with_the_parameters_of_one(tmp_path):
 def test_ctrl_c_saves_the_same_step_in_all_and_the_run_goes_on(tmp_path):
   workdir = tmp_path / "run"
   # Its own group, as a terminal would have it, and all of that gets the signal.
-  door = _local(workdir, num_steps=60, process_group=0)
-  _wait_for_step(door, workdir, 4)
-  trainers = _trainers(door.pid)
+  command = _local(workdir, num_steps=60, process_group=0)
+  _wait_for_step(command, workdir, 4)
+  trainers = _trainers(command.pid)
   assert set(trainers) == {0, 1}
-  os.killpg(door.pid, signal.SIGINT)
-  out, err = door.communicate(timeout=300)
-  assert door.returncode == 75, err
+  os.killpg(command.pid, signal.SIGINT)
+  out, err = command.communicate(timeout=300)
+  assert command.returncode == 75, err
   # Each process says where it stopped.
   stops = {
     line.partition("] ")[2]
@@ -125,34 +125,34 @@ def test_ctrl_c_saves_the_same_step_in_all_and_the_run_goes_on(tmp_path):
   assert "stopped and saved" in err.splitlines()[-1]
   assert "Traceback" not in out + err
   assert all(map(_is_gone, trainers.values()))
-  door = _local(workdir, num_steps=60)
-  out, err = door.communicate(timeout=300)
-  assert door.returncode == 0, err
+  command = _local(workdir, num_steps=60)
+  out, err = command.communicate(timeout=300)
+  assert command.returncode == 0, err
   assert "resumed after step" in out
 
 
 @pytest.mark.cluster
 def test_a_dead_process_stops_all(tmp_path):
   workdir = tmp_path / "run"
-  door = _local(workdir, num_steps=2000)
-  _wait_for_step(door, workdir, 4)
-  trainers = _trainers(door.pid)
+  command = _local(workdir, num_steps=2000)
+  _wait_for_step(command, workdir, 4)
+  trainers = _trainers(command.pid)
   os.kill(trainers[1], signal.SIGKILL)
-  _, err = door.communicate(timeout=300)
-  assert door.returncode == 128 + signal.SIGKILL
+  _, err = command.communicate(timeout=300)
+  assert command.returncode == 128 + signal.SIGKILL
   assert "process 1 was the first to fail, by SIGKILL" in err.splitlines()[-1]
   assert all(map(_is_gone, trainers.values()))
 
 
 @pytest.mark.cluster
-def test_no_process_outlives_a_killed_door(tmp_path):
+def test_no_process_outlives_a_killed_command(tmp_path):
   workdir = tmp_path / "run"
-  door = _local(workdir, num_steps=2000)
-  _wait_for_step(door, workdir, 2)
-  trainers = _trainers(door.pid)
+  command = _local(workdir, num_steps=2000)
+  _wait_for_step(command, workdir, 2)
+  trainers = _trainers(command.pid)
   assert set(trainers) == {0, 1}
-  door.kill()
-  door.communicate()
+  command.kill()
+  command.communicate()
   deadline = time.monotonic() + 60
   while not all(map(_is_gone, trainers.values())):
     assert time.monotonic() < deadline
@@ -174,13 +174,13 @@ def test_no_process_outlives_a_killed_door(tmp_path):
   ],
 )
 def test_wrong_usage_starts_nothing(args, message):
-  _assert_refused(*doors.run("local", *args), message)
+  _assert_refused(*commands.run("local", *args), message)
 
 
 def test_wrong_usage_of_a_process_starts_nothing():
-  door = _start("--num_processes=2")
-  out, err = door.communicate(timeout=120)
-  _assert_refused(door.returncode, out, err, "after --")
+  command = _start("--num_processes=2")
+  out, err = command.communicate(timeout=120)
+  _assert_refused(command.returncode, out, err, "after --")
 
 
 def _assert_refused(code, out, err, message):
@@ -192,9 +192,11 @@ def _assert_refused(code, out, err, message):
 
 
 def test_accelerators_are_not_divided():
-  door = _start("--", "--config=x", env={**os.environ, "JAX_PLATFORMS": "cuda"})
-  _, err = door.communicate(timeout=120)
-  assert door.returncode == 2
+  command = _start(
+    "--", "--config=x", env={**os.environ, "JAX_PLATFORMS": "cuda"}
+  )
+  _, err = command.communicate(timeout=120)
+  assert command.returncode == 2
   assert "JAX_PLATFORMS must be cpu" in err
 
 
@@ -230,11 +232,11 @@ def _pod(script, count, grace_seconds=60.0, term_seconds=60.0):
 
 
 def test_lines_come_whole_and_each_with_its_rank():
-  door = _pod(
+  command = _pod(
     r"printf 'a%.0s' {1..70000}; printf '\n\n[red]x\xff'; echo e >&2", 11
   )
-  out, err = door.communicate(timeout=120)
-  assert door.returncode == 0, err
+  out, err = command.communicate(timeout=120)
+  assert command.returncode == 0, err
   lines = out.splitlines()
   assert len(lines) == 33
   for rank in range(11):
@@ -252,9 +254,9 @@ def test_who_does_not_stop_after_a_failure_is_made_to():
       1) exec sleep 1000 ;;
       2) trap '' TERM; while :; do sleep 1000; done ;;
     esac"""
-  door = _pod(script, 3, grace_seconds=1.0, term_seconds=0.5)
-  _, err = door.communicate(timeout=120)
-  assert door.returncode == 3
+  command = _pod(script, 3, grace_seconds=1.0, term_seconds=0.5)
+  _, err = command.communicate(timeout=120)
+  assert command.returncode == 3
   *_, line, exits = err.splitlines()
   assert "process 0 failed first" in line
   assert json.loads(exits) == [
@@ -266,9 +268,9 @@ def test_who_does_not_stop_after_a_failure_is_made_to():
 
 def test_what_a_process_leaves_behind_is_ended():
   # A child that holds the pipes open for longer than this test would wait.
-  door = _pod("sleep 1000 & exit 0", 2)
-  _, err = door.communicate(timeout=120)
-  assert door.returncode == 0, err
+  command = _pod("sleep 1000 & exit 0", 2)
+  _, err = command.communicate(timeout=120)
+  assert command.returncode == 0, err
 
 
 @pytest.mark.parametrize(("signals", "code"), [(1, 75), (2, 128 + 15)])
@@ -277,19 +279,19 @@ def test_a_signal_is_passed_on_once_and_a_second_kills(signals, code):
     f"trap 'echo caught; [ {signals} = 1 ] && exit 75' TERM; echo ready;"
     " while :; do sleep 0.1; done"
   )
-  door = _pod(script, 2)
-  assert door.stdout is not None
+  command = _pod(script, 2)
+  assert command.stdout is not None
   for _ in range(2):
-    assert "ready" in door.stdout.readline()
-  door.send_signal(signal.SIGTERM)
+    assert "ready" in command.stdout.readline()
+  command.send_signal(signal.SIGTERM)
   for _ in range(2):
-    assert "caught" in door.stdout.readline()
+    assert "caught" in command.stdout.readline()
   if signals == 2:
     time.sleep(1.1)
-    door.send_signal(signal.SIGTERM)
-  rest, err = door.communicate(timeout=120)
+    command.send_signal(signal.SIGTERM)
+  rest, err = command.communicate(timeout=120)
   assert not rest
-  assert door.returncode == code, err
+  assert command.returncode == code, err
 
 
 def test_a_terminal_that_is_closed_hangs_up_twice_and_kills_nothing():
@@ -297,15 +299,15 @@ def test_a_terminal_that_is_closed_hangs_up_twice_and_kills_nothing():
     "trap 'echo caught; sleep 0.5; exit 75' TERM; echo ready;"
     " while :; do sleep 0.1; done"
   )
-  door = _pod(script, 2)
-  assert door.stdout is not None
+  command = _pod(script, 2)
+  assert command.stdout is not None
   for _ in range(2):
-    assert "ready" in door.stdout.readline()
-  door.send_signal(signal.SIGHUP)
-  assert "caught" in door.stdout.readline()
-  door.send_signal(signal.SIGHUP)
-  _, err = door.communicate(timeout=120)
-  assert door.returncode == 75, err
+    assert "ready" in command.stdout.readline()
+  command.send_signal(signal.SIGHUP)
+  assert "caught" in command.stdout.readline()
+  command.send_signal(signal.SIGHUP)
+  _, err = command.communicate(timeout=120)
+  assert command.returncode == 75, err
 
 
 def test_what_cannot_be_started_leaves_nothing():
@@ -333,15 +335,15 @@ except ChildProcessError:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux can do this")
-def test_a_silent_process_does_not_outlive_a_killed_door():
+def test_a_silent_process_does_not_outlive_a_killed_command():
   # It prints no more, and so would not miss its reader.
-  door = _pod("echo $$; exec sleep 1000", 2)
-  assert door.stdout is not None
-  pids = [int(door.stdout.readline().split()[-1]) for _ in range(2)]
-  door.kill()
-  door.wait()
+  command = _pod("echo $$; exec sleep 1000", 2)
+  assert command.stdout is not None
+  pids = [int(command.stdout.readline().split()[-1]) for _ in range(2)]
+  command.kill()
+  command.wait()
   deadline = time.monotonic() + 60
   while not all(map(_is_gone, pids)):
     assert time.monotonic() < deadline
     time.sleep(0.02)
-  door.communicate()
+  command.communicate()

@@ -24,7 +24,7 @@ from launch.engines import jobset
 from launch.engines import ray as ray_engine
 from launch.engines import slurm
 from launch.engines import tpu_vm
-from tests.support import doors
+from tests.support import commands
 from tests.support import without_jax
 
 _ROOT = pathlib.Path(__file__).parents[2]
@@ -78,7 +78,7 @@ def _text(engine, name):
   return text
 
 
-# The doors.
+# The commands.
 
 _SUBMIT = """
 import runpy
@@ -175,7 +175,7 @@ def test_a_missing_tool_is_named(engine, tmp_path):
   ],
 )
 def test_wrong_usage_is_refused_before_anything_is_written(args, message):
-  done = doors.run("submit", "--dry_run", _CONFIG, "--workdir=/w", *args)
+  done = commands.run("submit", "--dry_run", _CONFIG, "--workdir=/w", *args)
   assert done.code == 2
   assert message in done.err
   assert "Traceback" not in done.err

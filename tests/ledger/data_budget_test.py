@@ -13,6 +13,7 @@ import pytest
 from configs import digits
 import dpdist
 from dpdist import config as config_lib
+from dpdist import errors
 from dpdist import sampling
 from dpdist.accounting import rdp
 from dpdist.accounting import step_events
@@ -91,7 +92,7 @@ def test_costs_are_divergences_at_one_order(tmp_path):
   budget.reserve("all", cost, fits - 1)
   _admit(budget, _run(tmp_path / "run"))
   assert budget.epsilon <= 3.0
-  with pytest.raises(ledger_lib.RefusedError, match="would be exceeded"):
+  with pytest.raises(errors.RefusedError, match="would be exceeded"):
     budget.check(cost)
 
 
@@ -110,12 +111,12 @@ def test_all_or_nothing(tmp_path):
   cost = budget.cost(_WHOLE)
   fits = int(budget.terms.divergence / cost)
   before = budget.reserved
-  with pytest.raises(ledger_lib.RefusedError, match=f"{fits + 1} runs"):
+  with pytest.raises(errors.RefusedError, match=f"{fits + 1} runs"):
     budget.reserve("search", cost, fits + 1)
   assert budget.reserved == before == 0
   assert not data_budget.DataBudget(tmp_path, _DATA).reservations
   budget.reserve("search", cost * 1.05, fits - 1)
-  with pytest.raises(ledger_lib.RefusedError, match="this run would take"):
+  with pytest.raises(errors.RefusedError, match="this run would take"):
     _admit(budget, _run(tmp_path / "run"))
   assert not data_budget.DataBudget(tmp_path, _DATA).stakes
 
@@ -131,7 +132,7 @@ def test_a_search_has_its_room_whatever_comes_between(tmp_path):
   for name in ("one", "two"):
     _admit(budget, _run(tmp_path / name), reservation="search")
     assert budget.reserved == pytest.approx(total, rel=1e-4)
-  with pytest.raises(ledger_lib.RefusedError, match="no run left"):
+  with pytest.raises(errors.RefusedError, match="no run left"):
     _admit(budget, _run(tmp_path / "three"), reservation="search")
   with pytest.raises(ValueError, match=r"one of \['other', 'search'\]"):
     _admit(budget, _run(tmp_path / "three"), reservation="none")
@@ -140,7 +141,7 @@ def test_a_search_has_its_room_whatever_comes_between(tmp_path):
 def test_a_run_that_is_dearer_than_its_room_is_refused(tmp_path):
   budget = _budget(tmp_path)
   budget.reserve("search", budget.cost(_WHOLE) / 2, 1)
-  with pytest.raises(ledger_lib.RefusedError, match="is for runs that take"):
+  with pytest.raises(errors.RefusedError, match="is for runs that take"):
     _admit(budget, _run(tmp_path / "one"), reservation="search")
 
 
@@ -165,7 +166,7 @@ def test_a_changed_plan_reserves_the_difference_or_is_refused(tmp_path):
   budget.admit(ledger, longer, label="a run")
   assert budget.reserved == pytest.approx(1.5 * cost)
   dearer = [plan_lib.Part(_PLAN, 100_000)]
-  with pytest.raises(ledger_lib.RefusedError, match="what changed in 'a run'"):
+  with pytest.raises(errors.RefusedError, match="what changed in 'a run'"):
     budget.admit(ledger, dearer, label="a run")
   # A plan holds all that was charged, so a smaller one gives the rest back.
   budget.admit(ledger, _WHOLE, label="a run")
@@ -202,7 +203,7 @@ def test_a_copy_that_goes_on_in_a_run_s_place_stops_the_run(tmp_path):
   assert _admit(other, copy) == stake
   assert other.reserved == other.cost(_WHOLE)
   ledger.reserve_through(2)
-  with pytest.raises(records.RecordError, match="a copy of this run went on"):
+  with pytest.raises(errors.LedgerError, match="a copy of this run went on"):
     budget.follow(ledger)
   copy.reserve_through(2)
   other.follow(copy)
@@ -269,7 +270,7 @@ def test_a_run_that_was_ended_stays_so(tmp_path):
 def test_a_run_that_is_dearer_by_little_than_its_room_is_refused(tmp_path):
   budget = _budget(tmp_path)
   budget.reserve("search", budget.cost(_WHOLE) / 1.05, 1)
-  with pytest.raises(ledger_lib.RefusedError, match="is for runs that take"):
+  with pytest.raises(errors.RefusedError, match="is for runs that take"):
     _admit(budget, _run(tmp_path / "one"), reservation="search")
 
 
@@ -281,7 +282,7 @@ def test_a_plan_that_grows_by_little_must_fit_too(tmp_path):
   budget.reserve("other", rest / 1.001, 1)
   longer = [plan_lib.Part(_PLAN, 150)]
   assert budget.cost(longer) - budget.cost(_WHOLE) < 1
-  with pytest.raises(ledger_lib.RefusedError, match="what changed in 'a run'"):
+  with pytest.raises(errors.RefusedError, match="what changed in 'a run'"):
     budget.admit(ledger, longer, label="a run")
 
 
@@ -292,7 +293,7 @@ def test_room_that_nobody_came_for_is_given_back(tmp_path):
   _admit(budget, _run(tmp_path / "run"), reservation="search")
   budget.cancel("search")
   assert budget.reserved == pytest.approx(cost)
-  with pytest.raises(ledger_lib.RefusedError, match="no run left"):
+  with pytest.raises(errors.RefusedError, match="no run left"):
     _admit(budget, _run(tmp_path / "late"), reservation="search")
 
 
@@ -328,7 +329,7 @@ def test_each_data_set_has_its_own(tmp_path):
     other.check(0.1)
   assert [b.data for b in budgets.all_below(tmp_path)] == [_DATA]
   (tmp_path / _DATA).rename(tmp_path / ("e" * 64))
-  with pytest.raises(records.RecordError, match="another data set"):
+  with pytest.raises(errors.LedgerError, match="another data set"):
     data_budget.DataBudget(tmp_path, "e" * 64)
 
 
@@ -466,12 +467,12 @@ def test_a_budget_of_an_earlier_release_is_found_and_stays_found(tmp_path):
   assert not told
   made = [b.data for b in budgets.all_below(root) if b.terms]
   assert made == [_DATA]
-  with pytest.raises(ledger_lib.RefusedError, match="has a budget"):
+  with pytest.raises(errors.RefusedError, match="has a budget"):
     data_budget.DataBudget(root, "e" * 64).refer_to("f" * 64)
-  with pytest.raises(ledger_lib.RefusedError, match="has a budget"):
+  with pytest.raises(errors.RefusedError, match="has a budget"):
     old.refer_to("e" * 64)
   # Nor can another one be made under the new name.
-  with pytest.raises(records.RecordError, match="in this place"):
+  with pytest.raises(errors.LedgerError, match="in this place"):
     data_budget.DataBudget(root, "e" * 64).make(
       epsilon=3.0, delta=1e-6, neighboring_relation="add_or_remove_one"
     )
@@ -498,7 +499,7 @@ def test_a_data_set_with_two_budgets_spends_from_neither(tmp_path, first):
   if not made:
     assert _make(tmp_path, today, earlier=lambda: [old]).data == today
     return
-  with pytest.raises(ledger_lib.RefusedError) as refused:
+  with pytest.raises(errors.RefusedError) as refused:
     _make(tmp_path, today, earlier=lambda: [old, older][: len(made)])
   for part in ("has 2 budgets", made[0][:12], made[1][:12], "keep one"):
     assert part in str(refused.value)
@@ -551,7 +552,7 @@ def test_a_budget_that_is_gone_is_not_made_anew(tmp_path):
   _budget(root)
   _make(root, "e" * 64, earlier=lambda: [_DATA])
   shutil.rmtree(root / _DATA)
-  with pytest.raises(ledger_lib.RefusedError, match="bring it back"):
+  with pytest.raises(errors.RefusedError, match="bring it back"):
     _make(root, "e" * 64, earlier=lambda: [_DATA])
 
 
@@ -562,13 +563,13 @@ def test_renamed_files_spend_the_same_budget(tmp_path):
     source = array_record.ArrayRecordSource(tmp_path / name)
     budget = _make(
       tmp_path / "budgets",
-      source.manifest(),
-      earlier=lambda: sources.earlier_manifests(source),  # noqa: B023
+      source.content_digest(),
+      earlier=lambda: sources.earlier_digests(source),  # noqa: B023
     )
     if name.startswith("train"):
       cost = budget.cost(_WHOLE)
       budget.reserve("all", cost, int(budget.terms.divergence / cost / 1.001))
-  with pytest.raises(ledger_lib.RefusedError, match="would be exceeded"):
+  with pytest.raises(errors.RefusedError, match="would be exceeded"):
     budget.reserve("more", cost, 1)
 
 
@@ -603,7 +604,8 @@ def test_of_many_at_once_no_more_are_let_in_than_fit(tmp_path):
   assert 2.9 < _budget(tmp_path).epsilon <= 3.0
 
 
-# --- Runs and doors -----------------------------------------------------------
+# --- Runs and commands
+# -----------------------------------------------------------
 
 
 def _config(root, **changes):
@@ -627,7 +629,7 @@ runpy.run_module("launch.budget", run_name="__main__")
 """
 
 
-def _door(*args):
+def _command(*args):
   done = without_jax.run(_DOOR, *args)
   assert done.returncode == 0, done.stderr
   return done
@@ -676,7 +678,7 @@ def test_runs_share_a_budget_and_give_back_what_they_leave(
     with pytest.raises(_StopError):
       dpdist.train(_config(root, **{"privacy.num_steps": 30}), two)
   before = budgets.all_below(root)[0].reserved
-  facts = json.loads(_door(f"--workdir={two}", "--end", "--json").stdout)
+  facts = json.loads(_command(f"--workdir={two}", "--end", "--json").stdout)
   assert facts["steps_spent"] == 2
   (given_back,) = (v for k, v in facts.items() if k.startswith("share"))
   assert given_back > 0
@@ -685,7 +687,7 @@ def test_runs_share_a_budget_and_give_back_what_they_leave(
   (budget,) = budgets.all_below(root)
   given = 28 / 34 * before
   assert before - budget.reserved == pytest.approx(given)
-  done = _door(f"--dataset={root}")
+  done = _command(f"--dataset={root}")
   assert re.search(rf"ended +{two}", done.stdout)
   assert re.search(rf"may go on +{one}", done.stdout)
 
@@ -745,7 +747,7 @@ def test_a_stake_that_the_ledger_was_not_told_of_is_given_back(
       dpdist.train(_config(tmp_path / "budgets"), tmp_path / "run")
   (budget,) = budgets.all_below(tmp_path / "budgets")
   assert budget.reserved > 0
-  _door(f"--workdir={tmp_path / 'run'}", "--end")
+  _command(f"--workdir={tmp_path / 'run'}", "--end")
   (budget,) = budgets.all_below(tmp_path / "budgets")
   assert budget.reserved == 0
 
@@ -769,7 +771,7 @@ def test_a_run_that_spent_more_than_it_reserved_is_found(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_doors_reserve_and_cancel(tmp_path):
+def test_the_commands_reserve_and_cancel(tmp_path):
   root = tmp_path / "budgets"
   reserve = [
     *(sys.executable, "-m", "launch.reserve"),
@@ -791,7 +793,7 @@ def test_the_doors_reserve_and_cancel(tmp_path):
     assert done.returncode == code, done.stderr
     assert said in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
-  done = _door(f"--dataset={root}", "--cancel=search", "--json")
+  done = _command(f"--dataset={root}", "--cancel=search", "--json")
   (facts,) = json.loads(done.stdout).values()
   assert facts["epsilon_reserved"] == 0.0
   done = without_jax.run(_DOOR, f"--dataset={root}", "--cancel=none")

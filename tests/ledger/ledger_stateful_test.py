@@ -17,6 +17,7 @@ import hypothesis
 from hypothesis import stateful
 from hypothesis import strategies as st
 
+from dpdist import errors
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.ledger import records
 from dpdist.privacy import composition
@@ -133,7 +134,7 @@ class Machine(stateful.RuleBasedStateMachine):
     stop = min(process.step + steps, ledger.last_step)
     try:
       ledger.reserve_through(min(stop + ahead, ledger.last_step))
-    except ledger_lib.LedgerError:
+    except errors.LedgerError:
       self._stop(process)  # It was shut out.
       return
     for step in range(process.step, stop):
@@ -154,7 +155,7 @@ class Machine(stateful.RuleBasedStateMachine):
     saved = ledger_lib.Saved(process.step, digest, ledger.writer)
     try:
       ledger.record_checkpoint(process.step, digest)
-    except ledger_lib.LedgerError:
+    except errors.LedgerError:
       self._stop(process)
       return
     process.run.checkpoints[saved] = (process.state, head)
@@ -169,7 +170,7 @@ class Machine(stateful.RuleBasedStateMachine):
   def end_in_an_orderly_way(self, data):
     """It gives back what it charged ahead and never began."""
     process = data.draw(st.sampled_from(self.processes))
-    with contextlib.suppress(ledger_lib.LedgerError):  # It was shut out.
+    with contextlib.suppress(errors.LedgerError):  # It was shut out.
       process.ledger.give_back(process.step)
     self._stop(process)
 

@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 
+from dpdist import errors
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.ledger import records
@@ -117,11 +118,11 @@ def test_never_past_the_plan(tmp_path):
   ledger = _opened(tmp_path)
   _resume(ledger)
   ledger.reserve_through(100)
-  with pytest.raises(ledger_lib.RefusedError, match=r"at most 100.* 101"):
+  with pytest.raises(errors.RefusedError, match=r"at most 100.* 101"):
     ledger.reserve_through(101)
   _resume(ledger, 60, "unknown")
   assert ledger.last_step == 60
-  with pytest.raises(ledger_lib.RefusedError, match="at most 60"):
+  with pytest.raises(errors.RefusedError, match="at most 60"):
     ledger.reserve_through(61)
   assert ledger_lib.Ledger(tmp_path).spent_steps == 100
 
@@ -181,7 +182,7 @@ def test_changes_open_a_segment(tmp_path, changes, name, line):
 )
 def test_what_a_guarantee_is_about_cannot_change(tmp_path, changes, message):
   ledger = _opened(tmp_path)
-  with pytest.raises(ledger_lib.RefusedError, match=message):
+  with pytest.raises(errors.RefusedError, match=message):
     ledger.changes(**_SAME | changes)
 
 
@@ -207,7 +208,7 @@ def test_a_segment_keeps_what_was_charged_before_it(tmp_path):
     assert found.spent_through(12) == [(_plan(), 20), (other, 2)]
     assert found.spent_steps == 35
     assert found.plan == other
-  with pytest.raises(ledger_lib.RefusedError, match="at most 40"):
+  with pytest.raises(errors.RefusedError, match="at most 40"):
     ledger.reserve_through(41)
 
 
@@ -304,11 +305,11 @@ def test_a_second_writer_is_stopped(tmp_path):
   second = ledger_lib.Ledger(tmp_path)
   first.reserve_through(10)
   before = [p.read_bytes() for p in _files(tmp_path)]
-  with pytest.raises(ledger_lib.LedgerError, match="another process"):
+  with pytest.raises(errors.LedgerError, match="another process"):
     second.acquire()
   assert [p.read_bytes() for p in _files(tmp_path)] == before
   third = _writer(tmp_path)
-  with pytest.raises(ledger_lib.LedgerError, match="another process"):
+  with pytest.raises(errors.LedgerError, match="another process"):
     first.reserve_through(20)
   third.reserve_through(20)
   assert (third.spent_steps, third.writer) == (20, 2)
@@ -385,7 +386,7 @@ def test_a_run_that_the_sentinel_stopped_is_not_gone_on_with(tmp_path):
   """By whatever way in."""
   ledger = _ledger_with_history(tmp_path)
   ledger.notice(history.TOO_LONG)
-  with pytest.raises(ledger_lib.LedgerError, match="void for good"):
+  with pytest.raises(errors.LedgerError, match="void for good"):
     _resume(ledger, 10, "ten")
   assert ledger.spent_steps == 20
 
@@ -416,7 +417,7 @@ def test_an_interrupted_writer_writes_no_more(tmp_path):
   with pytest.raises(KeyboardInterrupt):
     ledger.reserve_through(21)
   log.records = list(log.records)
-  with pytest.raises(records.RecordError, match="was interrupted"):
+  with pytest.raises(errors.LedgerError, match="was interrupted"):
     ledger.give_back(20)
   assert ledger_lib.Ledger(tmp_path).spent_steps == 21
 
@@ -439,11 +440,11 @@ def test_a_ledger_older_than_the_checkpoint_is_found(tmp_path):
   ledger.close()
   for file in _files(tmp_path)[-10:]:
     file.unlink()
-  with pytest.raises(ledger_lib.LedgerError, match="rolled back"):
+  with pytest.raises(errors.LedgerError, match="rolled back"):
     ledger_lib.Ledger(tmp_path)
   (tmp_path / "head.json").write_bytes(before)
   rolled_back = _writer(tmp_path)
-  with pytest.raises(ledger_lib.LedgerError, match="records were removed"):
+  with pytest.raises(errors.LedgerError, match="records were removed"):
     _resume(rolled_back, 10, "ten", head)
 
 
@@ -464,7 +465,7 @@ def test_a_record_that_makes_no_sense_is_found(tmp_path, kind, body, message):
   log.acquire()
   log.append(kind, **body)
   log.close()
-  with pytest.raises(ledger_lib.LedgerError, match=message):
+  with pytest.raises(errors.LedgerError, match=message):
     ledger_lib.Ledger(tmp_path)
 
 

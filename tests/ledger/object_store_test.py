@@ -8,6 +8,7 @@ import threading
 from moto import server as moto_server
 import pytest
 
+from dpdist import errors
 from dpdist.ledger import records
 
 _BUCKET = "ledgers"
@@ -136,7 +137,7 @@ def test_records_are_kept(location):
 def test_a_lost_race_is_told(location):
   one, other = _open(location), _open(location)
   one.acquire()
-  with pytest.raises(records.RecordError, match="another process wrote"):
+  with pytest.raises(errors.LedgerError, match="another process wrote"):
     other.acquire()
   one.append("a")
   one.close()
@@ -171,7 +172,7 @@ def test_the_store_refuses_a_write_on_a_condition_that_no_longer_holds(
       return self.store.read(key)
 
   other._store = _Blind(other._store)
-  with pytest.raises(records.RecordError, match="another process wrote"):
+  with pytest.raises(errors.LedgerError, match="another process wrote"):
     other.append("b")
   assert {s for _, k, s in proxy.seen if k == _key(1)} == {404, 200, 412}
   log.close()
@@ -208,7 +209,7 @@ def test_a_write_that_comes_late_shuts_its_writer_out_and_no_other(location):
   """The answer is lost, and before the writer asks again another took over."""
   log = _writer(location)
   other = _writer(location)
-  with pytest.raises(records.RecordError, match="another process wrote"):
+  with pytest.raises(errors.LedgerError, match="another process wrote"):
     log.append("a")
   other.append("b")
   log.close()

@@ -9,6 +9,7 @@ import time
 
 import pytest
 
+from dpdist import errors
 from dpdist.ledger import records
 
 
@@ -57,7 +58,7 @@ def test_reading_leaves_nothing_behind(tmp_path):
 
 
 def test_who_did_not_acquire_cannot_write(history):
-  with pytest.raises(records.RecordError, match="must acquire"):
+  with pytest.raises(errors.LedgerError, match="must acquire"):
     _open(history).append("d")
 
 
@@ -74,7 +75,7 @@ def test_every_flipped_byte_is_found(history):
       bad = bytearray(good)
       bad[position] ^= 1
       file.write_bytes(bytes(bad))
-      with pytest.raises(records.RecordError, match=what):
+      with pytest.raises(errors.LedgerError, match=what):
         _open(history)
     file.write_bytes(good)
   _open(history)
@@ -86,13 +87,13 @@ def test_every_deleted_record_is_found(history):
     good = file.read_bytes()
     file.unlink()
     with pytest.raises(
-      records.RecordError, match=rf"records? {number} .*(missing|rolled back)"
+      errors.LedgerError, match=rf"records? {number} .*(missing|rolled back)"
     ):
       _open(history)
     file.write_bytes(good)
   head = history / "head.json"
   head.unlink()
-  with pytest.raises(records.RecordError, match=r"head\.json is missing"):
+  with pytest.raises(errors.LedgerError, match=r"head\.json is missing"):
     _open(history)
 
 
@@ -118,17 +119,17 @@ def test_every_swapped_or_repeated_record_is_found(history):
       if i == j:
         continue
       one.write_bytes(contents[j])
-      with pytest.raises(records.RecordError, match=f"record {i} does not"):
+      with pytest.raises(errors.LedgerError, match=f"record {i} does not"):
         _open(history)
       other.write_bytes(contents[i])
       with pytest.raises(
-        records.RecordError, match=f"record {min(i, j)} does not"
+        errors.LedgerError, match=f"record {min(i, j)} does not"
       ):
         _open(history)
       one.write_bytes(contents[i])
       other.write_bytes(contents[j])
   history.joinpath(f"{len(files):012d}.json").write_bytes(contents[-1])
-  with pytest.raises(records.RecordError, match=f"record {len(files)} does"):
+  with pytest.raises(errors.LedgerError, match=f"record {len(files)} does"):
     _open(history)
 
 
@@ -138,7 +139,7 @@ def test_every_rollback_is_found(history):
     saved = {file: file.read_bytes() for file in files[number:]}
     for file in saved:
       file.unlink()
-    with pytest.raises(records.RecordError, match="rolled back"):
+    with pytest.raises(errors.LedgerError, match="rolled back"):
       _open(history)
     for file, content in saved.items():
       file.write_bytes(content)
@@ -165,7 +166,7 @@ def test_a_torn_tail_is_kept_as_lost(history, torn):
   assert kinds[5:] == ["lost", "writer", "after", "writer"]
   # It stays what it was when it was found.
   (history / "000000000005.json").write_bytes(torn + b"?")
-  with pytest.raises(records.RecordError, match="record 5 was altered"):
+  with pytest.raises(errors.LedgerError, match="record 5 was altered"):
     _open(history)
 
 
@@ -184,7 +185,7 @@ def test_what_a_killed_writer_left_half_written_does_no_harm(history, name):
 
 def test_a_record_that_the_head_speaks_of_is_never_taken_for_torn(history):
   _files(history)[-1].write_bytes(b"")
-  with pytest.raises(records.RecordError, match="record 4 was altered"):
+  with pytest.raises(errors.LedgerError, match="record 4 was altered"):
     _open(history)
 
 
@@ -202,7 +203,7 @@ def test_what_makes_no_sense_is_refused_by_number(history):
     if record["kind"] == "b":
       raise KeyError("text")
 
-  with pytest.raises(records.RecordError, match="record 2 cannot be underst"):
+  with pytest.raises(errors.LedgerError, match="record 2 cannot be underst"):
     _open(history, take)
 
 
@@ -210,10 +211,10 @@ def test_two_that_read_the_same_cannot_both_write(history):
   one, other = _open(history), _open(history)
   one.acquire()
   one.close()
-  with pytest.raises(records.RecordError, match="another process wrote"):
+  with pytest.raises(errors.LedgerError, match="another process wrote"):
     other.acquire()
   # The one that lost is no writer.
-  with pytest.raises(records.RecordError, match="must acquire"):
+  with pytest.raises(errors.LedgerError, match="must acquire"):
     other.append("d")
 
 
@@ -241,13 +242,14 @@ def test_a_record_written_meanwhile_is_not_overwritten(history, monkeypatch):
     "_store",
     _Overtaken(other._store, key, lambda: (one.acquire(), one.close())),
   )
-  with pytest.raises(records.RecordError, match="another process wrote"):
+  with pytest.raises(errors.LedgerError, match="another process wrote"):
     other.acquire()
   assert _open(history).records == one.records
 
 
 _CHILD = """
 import sys
+from dpdist import errors
 from dpdist.ledger import records
 log = records.Log(sys.argv[1], lambda record: None)
 try:
@@ -257,7 +259,7 @@ try:
     log.append("from the child")
     print("appended", flush=True)
   log.close()
-except records.RecordError as error:
+except errors.LedgerError as error:
   print(error, flush=True)
 """
 
@@ -277,7 +279,7 @@ def test_a_living_writer_is_left_alone(tmp_path, monkeypatch):
   assert child.stdout.readline() == "acquired\n"
   # Longer than a beat, so that one is seen for certain.
   monkeypatch.setattr(records, "PATIENCE_SECONDS", 600.0)
-  with pytest.raises(records.RecordError, match=f"process {child.pid} on "):
+  with pytest.raises(errors.LedgerError, match=f"process {child.pid} on "):
     _open(tmp_path).acquire()
   assert child.communicate("one more\n")[0] == "appended\n"
   _writer(tmp_path).close()
@@ -343,7 +345,7 @@ def test_confirm_tells_a_writer_that_it_was_shut_out(tmp_path, monkeypatch):
   one = _writer(tmp_path)
   one.confirm()
   other = _writer(tmp_path)
-  with pytest.raises(records.RecordError, match="another process wrote"):
+  with pytest.raises(errors.LedgerError, match="another process wrote"):
     one.confirm()
   one.close()
   other.append("d")
@@ -366,7 +368,7 @@ def test_of_twenty_at_once_exactly_one_writes(tmp_path):
 
 def test_the_store_that_fails_is_reported(tmp_path):
   (tmp_path / "file").write_text("")
-  with pytest.raises(records.RecordError, match="store failed"):
+  with pytest.raises(errors.LedgerError, match="store failed"):
     _writer(tmp_path / "file" / "below")
 
 
@@ -396,13 +398,13 @@ def test_two_torn_records_in_a_row_are_both_lost(history):
   kinds = [r["kind"] for r in _open(history).records]
   assert kinds[5:] == ["lost", "lost", "writer", "after"]
   (history / "000000000005.json").write_bytes(b"")
-  with pytest.raises(records.RecordError, match="record 5 was altered"):
+  with pytest.raises(errors.LedgerError, match="record 5 was altered"):
     _open(history)
 
 
 def test_a_stray_file_is_named(history):
   (history / "notes.txt").write_text("mine")
-  with pytest.raises(records.RecordError, match=r"'notes\.txt' is no record"):
+  with pytest.raises(errors.LedgerError, match=r"'notes\.txt' is no record"):
     _open(history)
 
 

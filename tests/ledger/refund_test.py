@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from dpdist import errors
 from dpdist.ledger import data_budget
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
@@ -138,7 +139,7 @@ def test_a_process_that_was_shut_out_gives_nothing_back(tmp_path):
   first = _writer(tmp_path)
   first.reserve_through(10)
   second = _writer(tmp_path)
-  with pytest.raises(ledger_lib.LedgerError, match="another process"):
+  with pytest.raises(errors.LedgerError, match="another process"):
     first.give_back(1)
   assert second.spent_steps == _charged(tmp_path)[0] == 10
 
@@ -212,7 +213,7 @@ def test_a_record_that_gives_back_what_it_may_not_is_found(
   ledger._log._take = lambda record: None
   ledger._log.append("unstarted", branch=0, stop_step=stop_step)
   ledger.close()
-  with pytest.raises(ledger_lib.LedgerError, match=message):
+  with pytest.raises(errors.LedgerError, match=message):
     ledger_lib.Ledger(tmp_path)
 
 

@@ -119,8 +119,8 @@ def test_the_plot_is_of_the_format_that_its_name_says(tmp_path):
 
 
 @pytest.mark.slow
-def test_the_door_answers_without_jax(tmp_path):
-  door = """
+def test_the_command_answers_without_jax(tmp_path):
+  command = """
 import runpy
 sys.argv = ["launch.budget", *sys.argv[1:]]
 runpy.run_module("launch.budget", run_name="__main__")
@@ -132,7 +132,7 @@ runpy.run_module("launch.budget", run_name="__main__")
     f"--plot={tmp_path / 'budget.png'}",
     "--json",
   )
-  done = without_jax.run(door, *args)
+  done = without_jax.run(command, *args)
   assert done.returncode == 0, done.stderr
   facts = json.loads(done.stdout)
   assert all(row["epsilon"] <= 3 for row in facts["answers"])

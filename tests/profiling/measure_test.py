@@ -10,7 +10,7 @@ from configs import digits
 from dpdist.profiling import autotune
 from dpdist.profiling import measure
 from dpdist.training import setup
-from tests.support import doors
+from tests.support import commands
 
 # Compiles a lot.
 pytestmark = pytest.mark.slow
@@ -179,18 +179,18 @@ _ARGS = (
 )
 
 
-def test_the_door_measures_here(tmp_path):
-  done = doors.run("bench", *_ARGS, "--rounds=1")
+def test_the_command_measures_here(tmp_path):
+  done = commands.run("bench", *_ARGS, "--rounds=1")
   assert done.code == 0, done.err
   for text in ("private over ordinary", "How each layer is clipped", "Dense_0"):
     assert text in done.out
 
 
-def test_the_door_tunes_here():
-  done = doors.run("bench", *_ARGS, "--autotune", "--json")
+def test_the_command_tunes_here():
+  done = commands.run("bench", *_ARGS, "--autotune", "--json")
   assert done.code == 0, done.err
   facts = json.loads(done.out)
   assert facts["largest"] == facts["tries"][-1]["chunk_size"] == 24
-  done = doors.run("bench", *_ARGS, "--autotune", "--topology=v4:2x2x1")
+  done = commands.run("bench", *_ARGS, "--autotune", "--topology=v4:2x2x1")
   assert done.code == 2
   assert "without --topology" in done.err

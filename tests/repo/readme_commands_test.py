@@ -17,7 +17,7 @@ import tomllib
 from absl import app
 import pytest
 
-from tests.support import doors
+from tests.support import commands
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _PAGES = (
@@ -78,12 +78,12 @@ def _parse(monkeypatch, name, arguments):
 
   with monkeypatch.context() as patched:
     patched.setattr(app, "run", only_parse)
-    return doors.run(name, *arguments)
+    return commands.run(name, *arguments)
 
 
 def _check_launch(monkeypatch, name, arguments):
   if name == "submit":
-    done = doors.run(name, *arguments, "--dry_run")
+    done = commands.run(name, *arguments, "--dry_run")
   else:
     done = _parse(monkeypatch, name, arguments)
   assert done.code == 0, done.err
@@ -176,7 +176,7 @@ def test_what_only_plans_runs(arguments, monkeypatch, tmp_path):
   """By the quicker accountant."""
   monkeypatch.chdir(_ROOT)
   here = [word.replace("/tmp/", f"{tmp_path}/") for word in arguments]
-  done = doors.run("budget", *here, "--config.privacy.accountant=rdp")
+  done = commands.run("budget", *here, "--config.privacy.accountant=rdp")
   assert done.code == 0, done.err
   assert "epsilon" in done.out
 
@@ -185,7 +185,7 @@ def test_planning_prints_what_the_page_shows(monkeypatch):
   monkeypatch.chdir(_ROOT)
   page = (_ROOT / "docs/planning.md").read_text()
   (shown,) = re.findall(r"(?ms)^```\n( +noise .*?)\n```$", page)
-  done = doors.run(
+  done = commands.run(
     "budget",
     "--config=configs/digits.py",
     "--target_epsilon=3",

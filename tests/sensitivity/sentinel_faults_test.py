@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 import dpdist
+from dpdist import errors
 from dpdist.clipping import watched
 from dpdist.clipping.engines import clip_norms
 from dpdist.clipping.engines import two_pass
@@ -21,7 +22,6 @@ from dpdist.clipping.layers import norms
 from dpdist.clipping.layers import pixels
 from dpdist.clipping.layers import rules
 from dpdist.clipping.layers import weight_gradients
-from dpdist.sensitivity import sentinel
 
 
 def _plain(x, axes=None):
@@ -229,7 +229,7 @@ def test_a_fault_that_there_was_would_have_been_found(name, monkeypatch):
       take_out(patch)
       moved = _moved(fn, params, batch)
       assert moved > (50 if name in _LARGE else 1.2)
-      with pytest.raises(sentinel.SensitivityError):
+      with pytest.raises(errors.SensitivityError):
         dpdist.check_sensitivity(loss, params, batch, **options)
       if name in _LARGE:
         # Each is found with probability 0.77, if it is finite.

@@ -12,6 +12,7 @@ import pytest
 import dpdist
 from dpdist import clipping
 from dpdist import config as config_lib
+from dpdist import errors
 from dpdist.clipping.engines import bookkeeping
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.keys import keys
@@ -19,7 +20,6 @@ from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
 from dpdist.sensitivity import comparison
-from dpdist.sensitivity import sentinel
 from dpdist.training import abstract_step
 from dpdist.training import parameters
 from dpdist.training import setup
@@ -164,7 +164,7 @@ def test_a_right_step_passes_and_a_wrong_one_is_found(kind, monkeypatch):
   # To find the parameter would compile a program for each.
   monkeypatch.setattr(comparison, "blamed", lambda *args: [])
   made = _Made(kind)
-  with pytest.raises(sentinel.SensitivityError):
+  with pytest.raises(errors.SensitivityError):
     made.check()
   assert made.found(2) == 2
 
@@ -195,7 +195,7 @@ def test_a_loss_with_a_state_is_checked_and_not_watched(monkeypatch):
   assert set(check().ways) == {"0"}
   monkeypatch.setattr(bookkeeping, "norm", bookkeeping.norm)
   _norms_of_a_thousandth()
-  with pytest.raises(sentinel.SensitivityError):
+  with pytest.raises(errors.SensitivityError):
     check()
 
 

@@ -19,6 +19,7 @@ import pytest
 import dpdist
 from dpdist import clipping
 from dpdist import config as config_lib
+from dpdist import errors
 from dpdist import models
 from dpdist.clipping import watched
 from dpdist.clipping.engines import bookkeeping
@@ -29,15 +30,13 @@ from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
 from dpdist.sensitivity import comparison
 from dpdist.sensitivity import made_up_examples
-from dpdist.sensitivity import sentinel
 from dpdist.tasks import classification
 from dpdist.training import exact_step
 from dpdist.training import parameters
 from dpdist.training import setup
 from dpdist.training import step as step_lib
 from dpdist.training import step_sentinel
-from dpdist.workdir import resume
-from tests.support import doors
+from tests.support import commands
 from tests.support import meshes
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -173,7 +172,7 @@ def test_right_rules_pass_on_any_mesh(name, changes):
 
 def test_a_wrong_rule_is_named_before_anything_is_charged(monkeypatch):
   _weaken(monkeypatch, "gather", 0.1)
-  with pytest.raises(sentinel.SensitivityError, match=r"params/table .*gather"):
+  with pytest.raises(errors.SensitivityError, match=r"params/table .*gather"):
     _check(_step(meshes.of("8")))
 
 
@@ -186,7 +185,7 @@ def test_a_wrong_rule_is_found_on_any_mesh(monkeypatch, name):
     "exact": lambda: _step(meshes.of("8"), exact=True),
     "two_pass": lambda: _step(meshes.of("8"), method="two_pass"),
   }[name]()
-  with pytest.raises(sentinel.SensitivityError):
+  with pytest.raises(errors.SensitivityError):
     _check(step)
 
 
@@ -197,7 +196,7 @@ def test_a_norm_without_its_guard_is_found(monkeypatch):
   monkeypatch.setattr(inner_products, "with_room", lambda root, *rest: root)
   loss = lambda params, x: jnp.sum((x[0] @ params) * x[1])
   batch = (np.zeros((2, 8, 64), np.float32),) * 2
-  with pytest.raises(sentinel.SensitivityError, match="long where its bound"):
+  with pytest.raises(errors.SensitivityError, match="long where its bound"):
     dpdist.check_sensitivity(
       loss, jnp.zeros((64, 64)), batch, l2_clip_norm=_CLIP, platform="cpu"
     )
@@ -300,7 +299,7 @@ def test_a_fault_is_told_where_no_parameter_can_be_found(monkeypatch):
 
   monkeypatch.setattr(comparison, "blamed", fail)
   _weaken(monkeypatch, "gather", 0.01)
-  with pytest.raises(sentinel.SensitivityError, match="made-up example"):
+  with pytest.raises(errors.SensitivityError, match="made-up example"):
     _check_alone(_params())
 
 
@@ -313,7 +312,7 @@ def test_a_rule_behind_a_parameter_that_begins_as_0_is_tried(monkeypatch):
   params = _params() | {"w": jnp.zeros((8, 4))}
   assert _check_alone(params).num_examples >= 8
   _weaken(monkeypatch, "gather", 0.01)
-  with pytest.raises(sentinel.SensitivityError, match=r"params/table .*gather"):
+  with pytest.raises(errors.SensitivityError, match=r"params/table .*gather"):
     _check_alone(params)
 
 
@@ -326,7 +325,7 @@ def test_what_is_wrong_without_padding_alone_is_found(monkeypatch):
     return ([x * factor for x in sums], *others)
 
   monkeypatch.setattr(bookkeeping, "clipped_sum", wrong)
-  with pytest.raises(sentinel.SensitivityError, match=r"is 0.2 long where its"):
+  with pytest.raises(errors.SensitivityError, match=r"is 0.2 long where its"):
     _check_alone(_params())
 
 
@@ -569,7 +568,7 @@ def _config(**changes):
 def test_a_run_stops_after_the_step_and_says_void(monkeypatch, tmp_path):
   _weaken(monkeypatch, "dot_general", 1e-3)
   monkeypatch.setattr(step_sentinel, "check_step", lambda *args, **kwargs: None)
-  with pytest.raises(sentinel.SensitivityError) as caught:
+  with pytest.raises(errors.SensitivityError) as caught:
     dpdist.train(_config(), tmp_path)
   assert "kernel" in str(caught.value)
   assert "dot_general" in str(caught.value)
@@ -580,7 +579,7 @@ def test_a_run_stops_after_the_step_and_says_void(monkeypatch, tmp_path):
   assert not (tmp_path / "result.json").exists()
   # Not even the one of a rule that was mended goes on with it.
   monkeypatch.undo()
-  with pytest.raises(resume.SettingsError, match="sentinel stopped") as told:
+  with pytest.raises(errors.SettingsError, match="sentinel stopped") as told:
     dpdist.train(_config(), tmp_path)
   assert "\n" not in str(told.value)
   assert ledger_lib.Ledger(tmp_path / "ledger").head == ledger.head
@@ -588,7 +587,7 @@ def test_a_run_stops_after_the_step_and_says_void(monkeypatch, tmp_path):
 
 def test_a_run_that_would_be_wrong_charges_nothing(monkeypatch, tmp_path):
   _weaken(monkeypatch, "dot_general", 1e-3)
-  with pytest.raises(sentinel.SensitivityError, match="kernel"):
+  with pytest.raises(errors.SensitivityError, match="kernel"):
     dpdist.train(_config(), tmp_path)
   assert ledger_lib.Ledger(tmp_path / "ledger").spent_steps == 0
 
@@ -597,13 +596,13 @@ def test_a_run_that_would_be_wrong_charges_nothing(monkeypatch, tmp_path):
 def test_a_config_is_checked_and_the_exit_code_says_so(monkeypatch):
   args = ("--config=configs/digits.py", "--config.model.name=linear")
   monkeypatch.chdir(pathlib.Path(__file__).parents[2])
-  right = doors.run("check", *args, "--json")
+  right = commands.run("check", *args, "--json")
   assert right.code == 0
   assert json.loads(right.out)["num_examples"] >= 8
-  wrong = doors.run("check", *args, "--config.sentinel.every=-1")
+  wrong = commands.run("check", *args, "--config.sentinel.every=-1")
   assert wrong.code == 2
   assert "every must be at least 0" in wrong.err
   _weaken(monkeypatch, "dot_general", 1e-3)
-  wrong = doors.run("check", *args)
+  wrong = commands.run("check", *args)
   assert wrong.code == 1
   assert "kernel" in wrong.err

@@ -37,8 +37,8 @@ def start(
     count: of processes.
     *args: further flags.
     aside: where screens and compiled programs go, for later jobs too.
-    changes: by the number of the process, what is called in it before the door
-      is opened.
+    changes: by the number of the process, what is called in it before the
+      command is opened.
   """
   where = address()
   runs = []

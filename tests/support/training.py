@@ -1,8 +1,8 @@
 """Small real runs of `launch.train` that can be killed, and what must hold.
 
-A run is the real door in a process of its own. The process is forked from one
-that has imported the libraries, and compiles nothing that another compiled, so
-that it starts in a second; or is begun from nothing, with method "spawn".
+A run is the real command in a process of its own. The process is forked from
+one that has imported the libraries, and compiles nothing that another compiled,
+so that it starts in a second; or is begun from nothing, with method "spawn".
 """
 
 from collections.abc import Callable, Iterator
@@ -38,7 +38,7 @@ ARGS = (
   "--config.privacy.expected_batch_size=64",
   f"--config.privacy.num_steps={NUM_STEPS}",
 )
-# All that the door imports, but not the door.
+# All that the command imports, but not the command.
 _IMPORTED = (
   *(
     "dpdist.workdir.checkpoints",
@@ -91,7 +91,7 @@ class Run:
     Args:
       workdir: the run directory.
       *args: further flags.
-      change: is called in the process before the door is opened.
+      change: is called in the process before the command is opened.
       method: of `multiprocessing`: "forkserver" or "spawn".
       aside: where its screen and compiled programs go; None: beside workdir.
       is_seeded: whether all that is random is fixed; else it has a secret.

@@ -16,7 +16,7 @@ from dpdist.training import data_checks
 from dpdist.training import setup
 from dpdist.workdir import resume
 from launch.cli import runs
-from tests.support import doors
+from tests.support import commands
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -280,7 +280,7 @@ def test_a_run_is_refused_in_a_sentence_and_has_spent_nothing(tmp_path):
     np.savez(tmp_path / f"{part}.npz", **_arrays(20, targets=np.ones(20)))
   root = pathlib.Path(__file__).parents[2]
   workdir = f"--workdir={tmp_path / 'run'}"
-  done = doors.run(
+  done = commands.run(
     *("train", f"--config={root}/configs/digits.py", workdir),
     *("--config.data.name=npz", f"--config.data.path={tmp_path}"),
     *("--config.privacy.num_examples=20", "--config.privacy.accountant=rdp"),
@@ -291,7 +291,7 @@ def test_a_run_is_refused_in_a_sentence_and_has_spent_nothing(tmp_path):
   assert said.startswith(
     "error: targets in the training part of data set 'npz'"
   )
-  spent = doors.run("budget", workdir)
+  spent = commands.run("budget", workdir)
   assert spent.code == 0, spent.err
   assert spent.out.split()[:2] == ["steps_spent", "0"]
   left = [path.name for path in (tmp_path / "run").iterdir()]

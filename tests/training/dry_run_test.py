@@ -9,6 +9,7 @@ import pytest
 
 from configs import digits
 import dpdist
+from dpdist import errors
 from dpdist.keys import keys
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
@@ -225,7 +226,7 @@ def _interrupted(*args, **kwargs):
 
 def test_a_chunk_that_was_set_is_named(tmp_path, monkeypatch):
   _patched(monkeypatch, step_lib.Step, "accumulate", _fails_above(24))
-  with pytest.raises(resume.SettingsError) as error:
+  with pytest.raises(errors.SettingsError) as error:
     dpdist.train(_config(chunk_size=64), tmp_path)
   for part in ("chunk_size must", "or 0", "64", "32 may fit"):
     assert part in str(error.value)
@@ -236,7 +237,7 @@ def test_the_smallest_chunk_that_does_not_fit_ends_the_search(
   tmp_path, monkeypatch
 ):
   _patched(monkeypatch, step_lib.Step, "accumulate", _fails_above(0))
-  with pytest.raises(resume.SettingsError, match="smallest chunk_size, 8"):
+  with pytest.raises(errors.SettingsError, match="smallest chunk_size, 8"):
     dpdist.train(_config(), tmp_path)
   assert _nothing_is_left(tmp_path)
 
@@ -247,7 +248,7 @@ def test_a_finished_run_tries_nothing(tmp_path, monkeypatch):
   _patched(monkeypatch, step_lib.Step, "accumulate", _fails_above(0))
   dpdist.train(_config(**{"privacy.num_steps": 1}), tmp_path)
   # But one that goes on under other settings does, and has spent no more.
-  with pytest.raises(resume.SettingsError, match="smallest chunk_size, 8"):
+  with pytest.raises(errors.SettingsError, match="smallest chunk_size, 8"):
     dpdist.train(_config(**{"privacy.num_steps": 2}), tmp_path)
   assert ledger_lib.Ledger(tmp_path / "ledger").spent_steps == 1
 

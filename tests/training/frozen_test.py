@@ -20,6 +20,7 @@ import safetensors.numpy as safetensors_numpy
 import dpdist
 from dpdist import clipping
 from dpdist import config as config_lib
+from dpdist import errors
 from dpdist import sampling
 from dpdist.clipping import freezing
 from dpdist.distributed import mesh as mesh_lib
@@ -394,7 +395,7 @@ def test_other_frozen_parameters_are_refused(finished, tmp_path):
     checkpoints.Checkpoints(
       workdir / "checkpoints", writer=99, frozen_sha256="ab" * 32
     ) as others,
-    pytest.raises(checkpoints.MismatchError, match=r"SHA-256 \w{64}, and"),
+    pytest.raises(errors.MismatchError, match=r"SHA-256 \w{64}, and"),
   ):
     others.restore(like, saved)
 
@@ -417,7 +418,7 @@ def test_looking_at_a_run_puts_the_model_together(finished, tmp_path):
   path = tmp_path / "model.safetensors"
   safetensors_numpy.save_file(other, path)
   config = _config(**{"model.weights": str(path)})
-  with pytest.raises(checkpoints.MismatchError, match="trained beside"):
+  with pytest.raises(errors.MismatchError, match="trained beside"):
     load_run.load(workdir, ledger, config=config)
 
 

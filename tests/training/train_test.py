@@ -16,6 +16,7 @@ import pytest
 from configs import digits
 import dpdist
 from dpdist import config as config_lib
+from dpdist import errors
 from dpdist import sampling
 from dpdist.distributed import preemption
 from dpdist.keys import keys
@@ -25,7 +26,6 @@ from dpdist.privacy import composition
 from dpdist.reporting import metrics
 from dpdist.training import job as job_lib
 from dpdist.training import step as step_lib
-from dpdist.workdir import checkpoints
 from dpdist.workdir import fingerprint
 from dpdist.workdir import resume
 from dpdist.workdir import session
@@ -378,7 +378,7 @@ def test_a_ledger_that_the_checkpoints_are_ahead_of_is_refused(
   if not remove:
     shutil.copytree(old / "ledger", run / "ledger")
   for _ in range(2):
-    with pytest.raises(ledger_lib.LedgerError, match="rolled back"):
+    with pytest.raises(errors.LedgerError, match="rolled back"):
       dpdist.train(_config(), run)
 
 
@@ -483,7 +483,7 @@ def test_without_checkpoint_or_budget_nothing_is_made_up(
     file.write_text("?")
   _change_environment(monkeypatch)
   with pytest.raises(
-    ledger_lib.LedgerError, match="plan is spent; checkpoint of step 12"
+    errors.LedgerError, match="plan is spent; checkpoint of step 12"
   ):
     dpdist.train(_config(), run)
   assert json.loads((run / "result.json").read_text())["num_steps"] == 12
@@ -491,7 +491,7 @@ def test_without_checkpoint_or_budget_nothing_is_made_up(
 
 def test_a_changed_optimizer_that_does_not_fit_is_named(finished):
   workdir, _ = finished
-  with pytest.raises(checkpoints.MismatchError, match="optimizer"):
+  with pytest.raises(errors.MismatchError, match="optimizer"):
     dpdist.train(_config(**{"optimizer.name": "adam"}), workdir)
 
 
@@ -552,7 +552,7 @@ def test_a_signal_saves_and_the_run_goes_on(finished, tmp_path, monkeypatch):
 
   with monkeypatch.context() as patch:
     patch.setattr(sampling.PoissonSampler, "__call__", signalled)
-    with pytest.raises(preemption.Preempted) as stopped:
+    with pytest.raises(errors.Preempted) as stopped:
       dpdist.train(_config(), tmp_path)
   assert 0 < stopped.value.step < 12
   result = dpdist.train(_config(), tmp_path)
@@ -620,7 +620,7 @@ def test_a_setting_that_nothing_reads_is_refused(tmp_path):
   config = _config()
   with config.unlocked():
     config.privacy.target_epsilom = 1.0
-  with pytest.raises(resume.SettingsError, match="'target_epsilom'"):
+  with pytest.raises(errors.SettingsError, match="'target_epsilom'"):
     dpdist.train(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 

@@ -14,9 +14,9 @@ import pytest
 
 import dpdist
 from dpdist import config as config_lib
+from dpdist import errors
 from dpdist import sampling
 from dpdist.data import array_record
-from dpdist.data import sources
 from dpdist.distributed import collectives
 from dpdist.distributed import preemption
 from dpdist.keys import keys
@@ -81,7 +81,7 @@ def test_files_that_are_changed_stop_the_run_and_void_it(
   with monkeypatch.context() as patch:
     # Drawn ahead of time, so while a step before it is computed.
     _at_step(patch, 3, lambda: os.utime(path, ns=(0, 0)))
-    with pytest.raises(sources.ChangedError, match="cannot vouch") as stopped:
+    with pytest.raises(errors.ChangedError, match="cannot vouch") as stopped:
       dpdist.train(_config(data), tmp_path)
   assert str(path) in str(stopped.value)
   ledger = ledger_lib.Ledger(tmp_path / "ledger")
@@ -132,7 +132,7 @@ def test_files_that_another_process_saw_change_stop_this_one_too(
       ledger, None, bytes(32), session.Position.of(ledger), start_step=0
     )
     monkeypatch.setattr(collectives, "any_process", lambda flag: True)
-    with pytest.raises(sources.ChangedError, match="cannot vouch"):
+    with pytest.raises(errors.ChangedError, match="cannot vouch"):
       live.check_data(lambda: here)
     assert ledger.unsound
     assert not any("/data" in text for text in ledger.notices)
@@ -200,7 +200,7 @@ def test_a_run_that_goes_on_between_two_charges_is_charged_first(
 
   with monkeypatch.context() as patch:
     _at_step(patch, 3, stop)
-    with pytest.raises(preemption.Preempted) as stopped:
+    with pytest.raises(errors.Preempted) as stopped:
       dpdist.train(config, tmp_path)
   start = stopped.value.step
   assert start % 4
@@ -238,7 +238,7 @@ def test_a_run_that_goes_on_between_two_charges_is_charged_first(
 @pytest.fixture(scope="module")
 def noted(data, tmp_path_factory):
   """What each chunk of a run draws by, and what its processes agree on."""
-  charge, agree = ledger_lib.Ledger.reserve_through, collectives.agree
+  charge, agree = ledger_lib.Ledger.reserve_through, collectives.assert_equal
   make = step_lib.Step.accumulate.func
   charged, used, agreed = [], [], {}
 
@@ -300,7 +300,7 @@ def test_processes_agree_on_all_that_a_step_is_made_of_before_it_is_charged(
 
 
 def _fail():
-  raise sources.ReadError("the disk is away")
+  raise errors.ReadError("the disk is away")
 
 
 def test_what_was_charged_and_never_begun_is_given_back(
@@ -313,7 +313,7 @@ def test_what_was_charged_and_never_begun_is_given_back(
   workdir = tmp_path / "run"
   with monkeypatch.context() as patch:
     _at_step(patch, 3, _fail)
-    with pytest.raises(sources.ReadError, match="the disk is away"):
+    with pytest.raises(errors.ReadError, match="the disk is away"):
       dpdist.train(config, workdir)
   # All six were charged before the first; three were computed.
   ledger = ledger_lib.Ledger(workdir / "ledger")

@@ -11,6 +11,7 @@ import pytest
 
 import dpdist
 from dpdist import config as config_lib
+from dpdist import errors
 from dpdist import models
 from dpdist import sampling
 from dpdist.assets import fetch
@@ -26,7 +27,6 @@ from dpdist.training import abstract_step
 from dpdist.training import data_checks
 from dpdist.training import exact_step
 from dpdist.training import step as step_lib
-from dpdist.workdir import resume
 from dpdist.workdir import verify
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -326,7 +326,7 @@ def test_a_resumed_run_chooses_as_if_it_had_not_stopped(
 def test_bad_settings_are_named_before_anything_is_spent(
   directory, tmp_path, changes, message
 ):
-  with pytest.raises(resume.SettingsError, match=message):
+  with pytest.raises(errors.SettingsError, match=message):
     dpdist.train(_config(directory, **changes), tmp_path)
   assert not (tmp_path / "checkpoints").exists()
 

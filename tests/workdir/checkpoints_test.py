@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from dpdist import errors
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.ledger import history
 from dpdist.ledger import ledger
@@ -196,9 +197,7 @@ def test_a_state_of_another_shape_is_a_mismatch(tmp_path):
     known = [_save(checkpoints, 1)]
     other = _state(0.0)
     other["w"] = {"deeper": other["w"]}
-    with pytest.raises(
-      checkpoints_lib.MismatchError, match=r"step 1 .* not fit"
-    ):
+    with pytest.raises(errors.MismatchError, match=r"step 1 .* not fit"):
       checkpoints.restore(other, known[0])
 
 
@@ -217,7 +216,7 @@ def test_a_save_that_orbax_skips_is_an_error(tmp_path):
   """It does so, without a word, where a newer step is."""
   with _checkpoints(tmp_path) as checkpoints:
     _save(checkpoints, 2)
-    with pytest.raises(checkpoints_lib.SaveError, match="1 was not saved"):
+    with pytest.raises(errors.SaveError, match="1 was not saved"):
       _save(checkpoints, 1)
 
 

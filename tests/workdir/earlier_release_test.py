@@ -11,7 +11,9 @@ import shutil
 import pytest
 
 from dpdist.ledger import ledger as ledger_lib
-from tests.support import doors
+from tests.support import commands
+
+pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 _CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "digits.py"
 
@@ -26,18 +28,18 @@ def fixture_workdir(tmp_path: pathlib.Path) -> pathlib.Path:
 
 
 def test_it_is_verified_and_its_budget_is_shown(workdir):
-  verified = doors.run("verify", f"--workdir={workdir}")
+  verified = commands.run("verify", f"--workdir={workdir}")
   assert verified.code == 0, verified.err
   assert "The record is sound." in verified.out
   assert "20 of 40 charged" in verified.out
-  budget = doors.run("budget", f"--workdir={workdir}")
+  budget = commands.run("budget", f"--workdir={workdir}")
   assert budget.code == 0, budget.err
   assert "1.40" in budget.out
 
 
 def test_it_goes_on_as_a_new_branch_and_is_charged_for_no_step_twice(workdir):
   before = ledger_lib.Ledger(workdir / "ledger")
-  done = doors.run(
+  done = commands.run(
     "train",
     f"--config={_CONFIG}",
     f"--workdir={workdir}",
@@ -52,4 +54,4 @@ def test_it_goes_on_as_a_new_branch_and_is_charged_for_no_step_twice(workdir):
   assert result["num_steps"] == 40
   assert result["epsilon"] <= 2
   assert (workdir / "report.html").exists()
-  assert doors.run("verify", f"--workdir={workdir}").code == 0
+  assert commands.run("verify", f"--workdir={workdir}").code == 0

@@ -4,9 +4,10 @@ A loss is traced, taken apart and judged as if every parameter were whole. A
 part is put together with the others only where the whole is used: before a
 product, or inside the loop or the rematerialised block that uses it, so that no
 more than one block of a deep model is ever whole. Norms are those of the whole
-parameter's gradient. The clipped sum goes back through the same door, where the
-devices' sums are added and each keeps its part (Rajbhandari et al. 2020, "ZeRO:
-Memory Optimizations Toward Training Trillion Parameter Models", section 5).
+parameter's gradient. The clipped sum goes back through the same place, where
+the devices' sums are added and each keeps its part (Rajbhandari et al. 2020,
+"ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section
+5).
 """
 
 from collections.abc import Sequence

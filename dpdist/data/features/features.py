@@ -17,6 +17,7 @@ import tempfile
 
 import numpy as np
 
+from dpdist import errors
 from dpdist.assets import fetch
 from dpdist.data import arrays as arrays_lib
 from dpdist.data import sources
@@ -85,14 +86,14 @@ class FeatureSource(arrays_lib.ArraySource):
       stamps: of the file that they are kept in, from before it was hashed.
     """
     super().__init__({"inputs": inputs, "targets": targets})
-    self._manifest = source.manifest()
+    self._manifest = source.content_digest()
     self._source = source
     self._stamps = stamps
     self.sha256 = sha256
 
-  def earlier_manifests(self) -> list[str]:
-    """Those of the examples; see `dpdist.data.sources.earlier_manifests`."""
-    return sources.earlier_manifests(self._source)
+  def earlier_digests(self) -> list[str]:
+    """Those of the examples; see `dpdist.data.sources.earlier_digests`."""
+    return sources.earlier_digests(self._source)
 
   def changed_files(self) -> list[str]:
     """Also of the examples; see `dpdist.data.sources.changed_files`."""
@@ -135,7 +136,7 @@ def of(source: sources.Source, name: str) -> FeatureSource:
       f"data.features must be '' or one of {sorted(_FEATURES)}, got {name!r}"
     )
   function, version = _FEATURES[name]
-  manifest = source.manifest()
+  manifest = source.content_digest()
   made_of = json.dumps([manifest, name, version]).encode()
   folder = fetch.cache() / f"{name}-{hashlib.sha256(made_of).hexdigest()[:24]}"
   targets = _blocks(source, lambda batch: batch["targets"])
@@ -177,7 +178,7 @@ def _keep(
     kept.flush()
     del kept
     if changed := sources.changed_files(source):
-      raise sources.ChangedError(
+      raise errors.ChangedError(
         f"{', '.join(changed)} changed while its features were computed: none"
         " are kept; start again"
       )
