@@ -22,118 +22,18 @@ _FILE = "config.json"
 
 
 def default() -> ml_collections.ConfigDict:
-  """Every setting there is."""
+  """Every setting there is; those of a section are in a function of its own."""
   config = ml_collections.ConfigDict()
 
-  config.data = ml_collections.ConfigDict()
-  config.data.name = "digits"
-  # digits, text, npz, idx, array_record, parquet, mnist, fashion_mnist,
-  # cifar10, adult, chitchat, sotu, rotten_tomatoes, imdb
-  config.data.path = ""  # directory or file, where the name needs one
-  # In the place of inputs: scattering or scattering_scaled of images;
-  # minilm's of tokens, or states of tokens behind the first 1 to 5 of its
-  # blocks: minilm_1 to minilm_5
-  config.data.features = ""
-  config.data.sequence_length = 64  # of texts: tokens of an example
-  # rotten_tomatoes, imdb, sotu, chitchat: a file, or a model that launch.fetch
-  # knows; empty: bytes
-  config.data.tokenizer = ""
-  config.data.num_train = 0  # text: pieces to train on
-  config.data.num_test = 0  # text: pieces held out
-  config.data.inputs_column = "inputs"  # parquet
-  config.data.targets_column = "targets"  # parquet
-  # Slots of a user, where the unit of privacy is one (privacy.unit): at a step
-  # a user's examples are at most as many. 0: the unit is an example.
-  config.data.examples_per_unit = 0
-  config.data.unit_column = "user"  # says whose each example is
-  # The first 12 digits or more of the training set's manifest, to declare that
-  # the data of a run changed since it began.
-  config.data.changed_to = ""
-  config.data.num_threads = 4  # reading ahead
-  config.data.prefetch = 4  # steps read ahead
-  config.data.retry_seconds = 60.0  # waited for data in trouble, then stopped
-  config.data.stall_seconds = 120.0  # a read as long is trouble; 0: none is
-
-  config.model = ml_collections.ConfigDict()
-  config.model.name = "random_features"
-  # linear, random_features, cnn, wide_resnet, decoder, stacked_decoder, bert
-  config.model.num_outputs = 10  # classes, or the vocabulary
-  config.model.width = 0  # features, channels, or a transformer's dimension
-  config.model.depth = 0  # decoders, bert: blocks; wide_resnet: layers
-  # linear, wide_resnet: groups of channels to normalise, each by itself
-  config.model.num_groups = 0
-  config.model.num_heads = 0  # decoders, bert
-  config.model.num_kv_heads = 0  # stacked_decoder; 0: as many as heads
-  config.model.head_dim = 0  # stacked_decoder; 0: width over heads
-  config.model.hidden = 0  # stacked_decoder, bert; 0: four times the width
-  config.model.vocabulary = 0  # bert
-  config.model.positions = 512  # bert: tokens of an example at most
-  # bert: those before it were run ahead: 5 with data.features=minilm_5
-  config.model.first_block = 0
-  config.model.rope_theta = 10_000.0  # stacked_decoder
-  config.model.norm_epsilon = 1e-6  # stacked_decoder
-  config.model.lora_rank = 0  # bert, stacked_decoder: adapters; 0: none
-  config.model.lora_alpha = 16.0  # over lora_rank, what adapters are scaled by
-  # bert, stacked_decoder: a .safetensors or .gguf file, or what launch.fetch
-  # calls it; empty: the model begins at random. Taken for public.
-  config.model.weights = ""
-  # A regular expression, searched for in each parameter's path; where it is not
-  # found, the parameter is frozen. Empty: all are trained.
-  config.model.trainable = ""
-  config.model.dtype = "float32"  # of the computation; sums are float32
-
-  # Random changes of an example's inputs, an image. The gradients of as many
-  # changed copies are averaged before they are clipped, as one example's.
-  config.augmentation = ml_collections.ConfigDict()
-  config.augmentation.multiplicity = 0  # copies; 0: the image as it is
-  config.augmentation.flip = False  # left and right
-  config.augmentation.crop = 0  # pixels to shift by, at most, each way
-
-  config.privacy = ml_collections.ConfigDict()
-  config.privacy.num_examples = 0  # public; must be the training set's length
-  config.privacy.expected_batch_size = 0.0  # examples, on average, a step
-  config.privacy.num_steps = 0  # updates
-  config.privacy.l2_clip_norm = 1.0  # of a per-example gradient
-  config.privacy.target_delta = 1e-5
-  config.privacy.target_epsilon = config_dict.placeholder(float)
-  config.privacy.noise_multiplier = config_dict.placeholder(float)
-  config.privacy.accountant = "pld"  # or rdp
-  config.privacy.neighboring_relation = "add_or_remove_one"
-  # or replace_one, zero_out
-  config.privacy.sampling = "poisson"
-  # or truncated_poisson, cyclic_poisson, fixed_size
-  config.privacy.truncated_batch_size = config_dict.placeholder(int)
-  config.privacy.cycle_length = 1  # parts of the rows that take turns
-  config.privacy.examples_per_user = 1  # rows that anyone may have at most
-  config.privacy.group_size = 1  # rows averaged and clipped as one
-  config.privacy.noise_schedule = ()  # (step, noise_multiplier), later ones
-  config.privacy.batch_size_schedule = ()  # (step, expected_batch_size)
-  config.privacy.unit = "example"  # what a row is: example or user
-
-  config.clipping = ml_collections.ConfigDict()
-  config.clipping.method = "auto"
-  config.clipping.microbatch_size = 0  # examples; 0: a device's whole chunk
-  # Sums whose bits do not depend on how many devices and processes there are.
-  config.clipping.exact_sum = False
-  config.clipping.exact_group_size = 32  # examples summed in float32
-
-  # Of so many steps one, by a secret choice, and the first of all look for
-  # examples that are longer than their norms say; 0: none does.
-  config.sentinel = ml_collections.ConfigDict()
-  config.sentinel.every = 100
-
-  config.optimizer = ml_collections.ConfigDict()
-  config.optimizer.name = "sgd"  # any optax optimizer
-  config.optimizer.learning_rate = 1.0  # its peak
-  config.optimizer.schedule = "constant"  # constant, cosine, linear
-  config.optimizer.warmup_steps = 0
-  config.optimizer.options = ml_collections.ConfigDict()  # e.g. momentum
+  config.data = data_defaults()
+  config.model = model_defaults()
+  config.augmentation = augmentation_defaults()
+  config.privacy = privacy_defaults()
+  config.clipping = clipping_defaults()
+  config.sentinel = sentinel_defaults()
+  config.optimizer = optimizer_defaults()
   config.ema_decay = 0.0  # of the averaged parameters; 0: none
-
-  config.mesh = ml_collections.ConfigDict()
-  config.mesh.data = -1  # divides examples; -1: the devices that remain
-  config.mesh.fsdp = 1  # divides examples and every parameter
-  config.mesh.model = 1  # divides what the model has rules for
+  config.mesh = mesh_defaults()
 
   config.chunk_size = 0  # examples over the mesh at once; 0: chosen
   config.eval_every = 0  # steps; 0: twenty times a run
@@ -143,12 +43,7 @@ def default() -> ml_collections.ConfigDict:
   # one of them be silent, before all end; 0: any time.
   config.stuck_after = 600.0
 
-  # A budget that all runs on a data set share: the first one makes it.
-  config.data_budget = ml_collections.ConfigDict()
-  config.data_budget.location = ""  # a directory or a URL; empty: none
-  config.data_budget.epsilon = config_dict.placeholder(float)  # of all runs
-  config.data_budget.delta = config_dict.placeholder(float)
-  config.data_budget.reservation = ""  # the label of one, for a new run
+  config.data_budget = data_budget_defaults()
 
   # Where the ledger is: a directory, gs://... or s3://...; empty: "ledger" in
   # the working directory.
@@ -161,6 +56,158 @@ def default() -> ml_collections.ConfigDict:
   # Shows what is private: training loss, true batch size, clip fraction.
   config.unsafe_metrics = False
   return config
+
+
+def data_defaults() -> ml_collections.ConfigDict:
+  """The examples to train on and those held out, and how they are read."""
+  data = ml_collections.ConfigDict()
+  data.name = "digits"
+  # digits, text, npz, idx, array_record, parquet, mnist, fashion_mnist,
+  # cifar10, adult, chitchat, sotu, rotten_tomatoes, imdb
+  data.path = ""  # directory or file, where the name needs one
+  # In the place of inputs: scattering or scattering_scaled of images;
+  # minilm's of tokens, or states of tokens behind the first 1 to 5 of its
+  # blocks: minilm_1 to minilm_5
+  data.features = ""
+  data.sequence_length = 64  # of texts: tokens of an example
+  # rotten_tomatoes, imdb, sotu, chitchat: a file, or a model that launch.fetch
+  # knows; empty: bytes
+  data.tokenizer = ""
+  data.num_train = 0  # text: pieces to train on
+  data.num_test = 0  # text: pieces held out
+  data.inputs_column = "inputs"  # parquet
+  data.targets_column = "targets"  # parquet
+  # Slots of a user, where the unit of privacy is one (privacy.unit): at a step
+  # a user's examples are at most as many. 0: the unit is an example.
+  data.examples_per_unit = 0
+  data.unit_column = "user"  # says whose each example is
+  # The first 12 digits or more of the training set's manifest, to declare that
+  # the data of a run changed since it began.
+  data.changed_to = ""
+  data.num_threads = 4  # reading ahead
+  data.prefetch = 4  # steps read ahead
+  data.retry_seconds = 60.0  # waited for data in trouble, then stopped
+  data.stall_seconds = 120.0  # a read as long is trouble; 0: none is
+  return data
+
+
+def model_defaults() -> ml_collections.ConfigDict:
+  """The model, what it begins as, and what of it is trained."""
+  model = ml_collections.ConfigDict()
+  model.name = "random_features"
+  # linear, random_features, cnn, wide_resnet, decoder, stacked_decoder, bert
+  model.num_outputs = 10  # classes, or the vocabulary
+  model.width = 0  # features, channels, or a transformer's dimension
+  model.depth = 0  # decoders, bert: blocks; wide_resnet: layers
+  # linear, wide_resnet: groups of channels to normalise, each by itself
+  model.num_groups = 0
+  model.num_heads = 0  # decoders, bert
+  model.num_kv_heads = 0  # stacked_decoder; 0: as many as heads
+  model.head_dim = 0  # stacked_decoder; 0: width over heads
+  model.hidden = 0  # stacked_decoder, bert; 0: four times the width
+  model.vocabulary = 0  # bert
+  model.positions = 512  # bert: tokens of an example at most
+  # bert: those before it were run ahead: 5 with data.features=minilm_5
+  model.first_block = 0
+  model.rope_theta = 10_000.0  # stacked_decoder
+  model.norm_epsilon = 1e-6  # stacked_decoder
+  model.lora_rank = 0  # bert, stacked_decoder: adapters; 0: none
+  model.lora_alpha = 16.0  # over lora_rank, what adapters are scaled by
+  # bert, stacked_decoder: a .safetensors or .gguf file, or what launch.fetch
+  # calls it; empty: the model begins at random. Taken for public.
+  model.weights = ""
+  # A regular expression, searched for in each parameter's path; where it is not
+  # found, the parameter is frozen. Empty: all are trained.
+  model.trainable = ""
+  model.dtype = "float32"  # of the computation; sums are float32
+  return model
+
+
+def augmentation_defaults() -> ml_collections.ConfigDict:
+  """Random changes of an example's inputs, an image.
+
+  The gradients of as many changed copies are averaged before they are clipped,
+  as one example's.
+  """
+  augmentation = ml_collections.ConfigDict()
+  augmentation.multiplicity = 0  # copies; 0: the image as it is
+  augmentation.flip = False  # left and right
+  augmentation.crop = 0  # pixels to shift by, at most, each way
+  return augmentation
+
+
+def privacy_defaults() -> ml_collections.ConfigDict:
+  """The numbers of the guarantee; see `dpdist.privacy.plan`."""
+  privacy = ml_collections.ConfigDict()
+  privacy.num_examples = 0  # public; must be the training set's length
+  privacy.expected_batch_size = 0.0  # examples, on average, a step
+  privacy.num_steps = 0  # updates
+  privacy.l2_clip_norm = 1.0  # of a per-example gradient
+  privacy.target_delta = 1e-5
+  privacy.target_epsilon = config_dict.placeholder(float)
+  privacy.noise_multiplier = config_dict.placeholder(float)
+  privacy.accountant = "pld"  # or rdp
+  privacy.neighboring_relation = "add_or_remove_one"
+  # or replace_one, zero_out
+  privacy.sampling = "poisson"
+  # or truncated_poisson, cyclic_poisson, fixed_size
+  privacy.truncated_batch_size = config_dict.placeholder(int)
+  privacy.cycle_length = 1  # parts of the rows that take turns
+  privacy.examples_per_user = 1  # rows that anyone may have at most
+  privacy.group_size = 1  # rows averaged and clipped as one
+  privacy.noise_schedule = ()  # (step, noise_multiplier), later ones
+  privacy.batch_size_schedule = ()  # (step, expected_batch_size)
+  privacy.unit = "example"  # what a row is: example or user
+  return privacy
+
+
+def clipping_defaults() -> ml_collections.ConfigDict:
+  """How gradients are clipped and added up; see `dpdist.clipped_grad`."""
+  clipping = ml_collections.ConfigDict()
+  clipping.method = "auto"
+  clipping.microbatch_size = 0  # examples; 0: a device's whole chunk
+  # Sums whose bits do not depend on how many devices and processes there are.
+  clipping.exact_sum = False
+  clipping.exact_group_size = 32  # examples summed in float32
+  return clipping
+
+
+def sentinel_defaults() -> ml_collections.ConfigDict:
+  """Which steps look for examples that are longer than their norms say."""
+  sentinel = ml_collections.ConfigDict()
+  # Of so many steps one, by a secret choice, and the first of all; 0: none.
+  sentinel.every = 100
+  return sentinel
+
+
+def optimizer_defaults() -> ml_collections.ConfigDict:
+  """The update that follows the noise."""
+  optimizer = ml_collections.ConfigDict()
+  optimizer.name = "sgd"  # any optax optimizer
+  optimizer.learning_rate = 1.0  # its peak
+  optimizer.schedule = "constant"  # constant, cosine, linear
+  optimizer.warmup_steps = 0
+  optimizer.options = ml_collections.ConfigDict()  # e.g. momentum
+  return optimizer
+
+
+def mesh_defaults() -> ml_collections.ConfigDict:
+  """How the devices are divided."""
+  mesh = ml_collections.ConfigDict()
+  mesh.data = -1  # divides examples; -1: the devices that remain
+  mesh.fsdp = 1  # divides examples and every parameter
+  mesh.model = 1  # divides what the model has rules for
+  return mesh
+
+
+def data_budget_defaults() -> ml_collections.ConfigDict:
+  """A budget that all runs on a data set share: the first one makes it."""
+  data_budget = ml_collections.ConfigDict()
+  data_budget.location = ""  # a directory or a URL; empty: none
+  data_budget.epsilon = config_dict.placeholder(float)  # of all runs
+  data_budget.delta = config_dict.placeholder(float)
+  data_budget.reservation = ""  # the label of one, for a new run
+  return data_budget
 
 
 def optional() -> frozenset[str]:

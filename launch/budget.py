@@ -224,9 +224,9 @@ def _ended(workdir: str) -> dict[str, Any]:
 
 def _shared(root: str, cancel: str | None) -> dict[str, Any]:
   """What the runs on each data set under a root have reserved."""
-  from dpdist.ledger import data_budget
+  from dpdist.ledger import budgets as budgets_lib
 
-  budgets = data_budget.all_below(root)
+  budgets = budgets_lib.all_below(root)
   if cancel is not None:
     holders = [b for b in budgets if cancel in b.reservations]
     if len(holders) != 1:

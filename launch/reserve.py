@@ -22,6 +22,7 @@ from dpdist import config as config_lib
 from dpdist import errors
 from dpdist.data import sources
 from dpdist.data.datasets import datasets
+from dpdist.ledger import budgets
 from dpdist.ledger import data_budget
 from dpdist.privacy import plan as plan_lib
 from dpdist.reporting import console
@@ -62,7 +63,7 @@ def _reserve() -> tuple[data_budget.DataBudget, float]:
     raise ValueError("data_budget.location must be given, got ''")
   plan = plan_lib.make_plan(config_lib.privacy_config(config))
   train = datasets.load(config.data).train
-  budget = data_budget.open_or_make(
+  budget = budgets.open_or_make(
     settings.location,
     train.content_digest(),
     epsilon=settings.epsilon,

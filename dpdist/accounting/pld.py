@@ -1,104 +1,38 @@
 """What the privacy losses of steps add up to.
 
-Losses of one step (see `dpdist.accounting.mixtures`) are put on a grid,
-weighted by e^(order * loss) so that those which delta is made of are the likely
-ones, and convolved by Fourier transforms (Koskela, Jalko & Honkela 2020,
-arXiv:1906.03049). The weight is taken off again, so that rounding is small
-beside delta, however small that is; what it may come to is added. Everything
-is rounded towards a larger delta. Arguments are taken as checked; see
-`dpdist.accounting.calibration`.
+They are added up on a grid, at an order that is chosen here; see
+`dpdist.accounting.loss_grid`. Everything is rounded towards a larger delta.
+Arguments are taken as checked; see `dpdist.accounting.calibration`.
 
 Imports no jax.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import functools
 import math
 import sys
-from typing import NamedTuple, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
-from scipy import fft
 from scipy import optimize
 
 from dpdist.accounting import gaussian
+from dpdist.accounting import loss_grid
 from dpdist.accounting import mixtures
 from dpdist.accounting import step_events
 
 Steps: TypeAlias = tuple[tuple[step_events.Pair, int], ...]
-_Losses: TypeAlias = list[tuple[mixtures.Atoms, int]]
-
-# Cells of the grid in a deviation of one step's loss, as delta sees it. A cell
-# of h adds h^2 / 6 to the variance, so this costs a few millionths of epsilon,
-# or, where the grid would be large, fifty.
-_FINENESS, _LEAST_FINENESS = 500, 40
-_LARGE, _MOST_CELLS = 2**18, 2**22
-# Of the weighted mass, what may lie off the grid: e^-40.
-_LOG_OFF = -40.0
-# Rounding of one step's masses, relative, and of one factor of a transform.
-_STEP_ROUNDING, _FACTOR_ROUNDING = 2.0**-42, 2.0**-49
-# Of delta, what may have an infinite loss; too much where delta is found to be
-# so far below, as a logarithm.
-_INFINITE, _FAR_BELOW = 1e-7, 4.0
+# Where delta is found to be so far below, as a logarithm, too much of it may
+# have had an infinite loss.
+_FAR_BELOW = 4.0
 # Below it the least double is near. Beyond so many steps rounding is all.
 SMALLEST_DELTA, MOST_STEPS = 1e-250, 10**11
 # So rough a look is enough to choose an order by.
 _ROUGH_ORDER = 2.0
-# Where rounding is more than such a part of delta, other orders may be better:
-# by what factor each, and how many.
-_HIDDEN, _NEXT_ORDER, _MOST_ORDERS = 1e-3, 0.6, 4
+# Where rounding hides delta, other orders may be better: by what factor each,
+# and how many.
+_NEXT_ORDER, _MOST_ORDERS = 0.6, 4
 _ORDERS = 2.0 ** np.arange(-12, 100, 2)
-# Shifts of the order to bound what lies off a grid by.
-_DEVIATIONS = np.array([0.5, 1, 2, 4, 6, 8, 10, 15, 20, 40, 80])
-_PARTS = np.array([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2])
-
-
-class Sum(NamedTuple):
-  """Weighted losses of all steps.
-
-  Attributes:
-    order: of the weight.
-    cell: of the grid of losses.
-    start: index of the first loss.
-    masses: [n] weighted, of sum 1 or a little more.
-    log_total: of the weighted mass before it was made 1.
-    infinite: mass of an infinite loss.
-    slack: what rounding may have hidden of delta, weighted.
-    growth: by which rounding may have made all of it too small.
-  """
-
-  order: float
-  cell: float
-  start: int
-  masses: np.ndarray
-  log_total: float
-  infinite: float
-  slack: float
-  growth: float
-
-  def log_delta(self, epsilon: float) -> float:
-    """The logarithm of an upper bound on delta."""
-    log = self.log_total - self.order * epsilon
-    log += gaussian.ROUNDING * (abs(self.log_total) + self.order * epsilon)
-    log += self.growth + math.log(self._above(epsilon) + self.slack)
-    if self.infinite:
-      log = float(np.logaddexp(log, math.log(self.infinite)))
-    return min(log, 0.0)
-
-  def is_seen(self, epsilon: float) -> bool:
-    """Whether delta is not mostly what rounding may have hidden."""
-    return self.slack <= _HIDDEN * self._above(epsilon)
-
-  def _above(self, epsilon: float) -> float:
-    """The weighted mass that delta is made of."""
-    first = max(0, math.floor(epsilon / self.cell) + 1 - self.start)
-    # What is further out is less than the slack.
-    stop = first + math.ceil(50 / (self.order * self.cell)) + 1
-    masses = self.masses[first:stop]
-    above = (self.start + first + np.arange(len(masses))) * self.cell - epsilon
-    return float(
-      np.sum(masses * np.exp(-self.order * above) * -np.expm1(-above))
-    )
 
 
 def epsilon(steps: Steps, delta: float) -> float:
@@ -112,7 +46,7 @@ def epsilon(steps: Steps, delta: float) -> float:
   return max(_epsilon_one_way(way, log) for way in _ways(steps))
 
 
-def _epsilon_one_way(way: "_Way", log: float) -> float:
+def _epsilon_one_way(way: loss_grid.Way, log: float) -> float:
   mu = _mu_of_gaussians(way)
   if mu is not None:
     return _inverse(lambda e: gaussian.log_delta(mu, e), log, mu * mu)
@@ -121,7 +55,7 @@ def _epsilon_one_way(way: "_Way", log: float) -> float:
     return 0.0
 
   def at(order: float) -> tuple[float, bool]:
-    total = _sum(way, order, _rounded_log(log))
+    total = loss_grid.summed(way, order, _rounded_log(log))
     if total is None:
       return math.inf, True
     found = _inverse(total.log_delta, log, near)
@@ -136,7 +70,7 @@ def delta(steps: Steps, epsilon: float) -> float:
   return max(math.exp(log), sys.float_info.min)  # None is 0.
 
 
-def _log_delta_one_way(way: "_Way", epsilon: float) -> float:
+def _log_delta_one_way(way: loss_grid.Way, epsilon: float) -> float:
   mu = _mu_of_gaussians(way)
   if mu is not None:
     return gaussian.log_delta(mu, epsilon)
@@ -145,7 +79,7 @@ def _log_delta_one_way(way: "_Way", epsilon: float) -> float:
   log = min(found, 0.0) + 2 * _FAR_BELOW
 
   def at(order: float) -> tuple[float, bool]:
-    total = _sum(way, order, _rounded_log(log))
+    total = loss_grid.summed(way, order, _rounded_log(log))
     if total is None:
       return 0.0, True
     return total.log_delta(epsilon), total.is_seen(epsilon)
@@ -212,11 +146,8 @@ def _inverse(
 
 # --- One way ------------------------------------------------------------------
 
-# Directions, and how often each is composed.
-_Way: TypeAlias = tuple[tuple[mixtures.Direction, int], ...]
 
-
-def _ways(steps: Steps) -> list[_Way]:
+def _ways(steps: Steps) -> list[loss_grid.Way]:
   """The directions that a run may be in; in one of them are all of its steps.
 
   Steps of several kinds have one or more in common, as those of cut samples.
@@ -229,7 +160,9 @@ def _ways(steps: Steps) -> list[_Way]:
   ]
 
 
-def _gaussians_as_one(way: list[tuple[mixtures.Direction, int]]) -> _Way:
+def _gaussians_as_one(
+  way: list[tuple[mixtures.Direction, int]],
+) -> loss_grid.Way:
   """Gaussians that are not mixed compose to one, whatever their order."""
   counts: dict[mixtures.Direction, int] = {}
   squares = []
@@ -246,7 +179,7 @@ def _gaussians_as_one(way: list[tuple[mixtures.Direction, int]]) -> _Way:
   return tuple(counts.items())
 
 
-def _mu_of_gaussians(way: _Way) -> float | None:
+def _mu_of_gaussians(way: loss_grid.Way) -> float | None:
   ((side, *more), _), *others = way
   if others or more or len(side.p) > 1 or len(side.q) > 1:
     return None
@@ -264,7 +197,7 @@ def _rough_moments(direction: mixtures.Direction) -> np.ndarray:
 
 
 def _best_order(
-  way: _Way, bound: Callable[[float, float], float]
+  way: loss_grid.Way, bound: Callable[[float, float], float]
 ) -> tuple[float, float]:
   """The order at which a bound by moments is least, and the bound.
 
@@ -273,29 +206,18 @@ def _best_order(
     bound: from the logarithm of the moment, less what delta is made of, and
       the order: Canonne, Kamath & Steinke 2020 (arXiv:2004.00010).
   """
-  logs = _added([(count, _rough_moments(side)) for side, count in way])
-  logs += _log_peak(_ORDERS)
+  logs = loss_grid.added([(count, _rough_moments(side)) for side, count in way])
+  logs += loss_grid.log_peak(_ORDERS)
   values = [bound(k, x) for k, x in zip(logs, _ORDERS, strict=True)]
   coarse = _least(values)
   orders = _ORDERS[coarse] * 2.0 ** np.arange(-1.75, 2, 0.25)
-  logs = _added(
+  logs = loss_grid.added(
     [(n, mixtures.log_moments(_roughly(side), orders)) for side, n in way]
   )
-  logs += _log_peak(orders)
+  logs += loss_grid.log_peak(orders)
   values = [bound(k, x) for k, x in zip(logs, orders, strict=True)]
   best = _least(values)
   return float(orders[best]), float(values[best])
-
-
-def _log_peak(orders: np.ndarray) -> np.ndarray:
-  """The logarithm of the most that e^(-order x) (1 - e^(-x)) can be."""
-  found: np.ndarray = -orders * np.log1p(1 / orders) - np.log1p(orders)
-  return found
-
-
-def _added(terms: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
-  found: np.ndarray = np.sum([count * term for count, term in terms], axis=0)
-  return found
 
 
 def _least(values: list[float]) -> int:
@@ -307,155 +229,3 @@ def _least(values: list[float]) -> int:
 def _rounded_log(log: float) -> float:
   """So that queries at like deltas are of the same sum."""
   return 8.0 * math.floor(log / 8)
-
-
-@functools.lru_cache(maxsize=4)
-def _sum(way: _Way, order: float, log_delta: float) -> Sum | None:
-  """What steps add up to, to be asked at a delta of about e^log_delta.
-
-  None where that would take too many cells: moving the losses of very many
-  steps to a grid then spreads them further than a grid can be.
-  """
-  num_steps = sum(count for _, count in way)
-  tiny = max(math.exp(log_delta) * _INFINITE / num_steps, 1e-305)
-  steps = [(mixtures.atoms(side, tiny, order), count) for side, count in way]
-  cell = _cell(steps, order, num_steps)
-  low, high = _window(steps, order, cell)
-  least = cell * _FINENESS / _LEAST_FINENESS
-  cell = max(cell, min(least, (high - low) / _LARGE))
-  cell = max(cell, (high - low) / _MOST_CELLS)
-  low, high = _window(steps, order, cell)
-  size = math.ceil((high - low) / cell) + 8
-  if size > 2 * _MOST_CELLS:
-    return None
-  size = fft.next_fast_len(size, real=True)
-  start = math.floor(low / cell) - 4
-  factors, offset, log_total, growth = [], 0, 0.0, 0.0
-  for atoms, count in steps:
-    first, masses, log, rounding = _on_grid(atoms, cell, order, size)
-    factors.append((masses, count))
-    offset += first * count
-    log_total += log * count
-    growth += rounding * count
-  hidden = 0.0
-  if num_steps > 1:
-    transform = _product([(fft.rfft(x), count) for x, count in factors])
-    masses = fft.irfft(transform, size)
-    # Each factor is off by a little, in its own place: so much in any cell.
-    flat = (2 * float(np.sum(np.abs(transform)))) / size
-    hidden = num_steps * _FACTOR_ROUNDING * flat
-  masses = np.roll(masses, (offset - start) % size)
-  # The sum over all cells of what delta is made of.
-  cells = math.expm1(-cell) / math.expm1(-order * cell)
-  cells = min(size, cells / -math.expm1(-(order + 1) * cell))
-  peak = math.exp(float(_log_peak(np.array(order))))
-  return Sum(
-    order=order,
-    cell=cell,
-    start=start,
-    masses=np.maximum(masses, 0.0),
-    log_total=log_total,
-    infinite=-math.expm1(
-      math.fsum(
-        n * math.log1p(-min(a.infinite, 1 - 2.0**-53)) for a, n in steps
-      )
-    ),
-    slack=hidden * cells + 2 * math.exp(_LOG_OFF) * peak,
-    growth=growth,
-  )
-
-
-def _product(factors: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
-  """Of powers, of which all but few places are as good as 0 for many steps."""
-  with np.errstate(divide="ignore"):
-    logs = _added([(count, np.log(np.abs(x))) for x, count in factors])
-  places = np.flatnonzero(logs > 2 * _LOG_OFF)
-  turns = _added([(count, np.angle(x[places])) for x, count in factors])
-  found = np.zeros(len(logs), complex)
-  found[places] = np.exp(logs[places] + 1j * turns)
-  return found
-
-
-def _cell(steps: _Losses, order: float, num_steps: int) -> float:
-  """How far the losses of the grid are apart."""
-  moments, squares = [], []
-  for atoms, count in steps:
-    (log,) = mixtures.log_moments(atoms, np.array([order]))
-    weights = atoms.masses * np.exp(order * atoms.losses - log)
-    moments.append(count * float(log))
-    squares.append(count * float(np.sum(weights * atoms.losses**2)))
-  variance = math.fsum(squares) / num_steps
-  by_moment = math.fsum(moments) / num_steps
-  if by_moment > 1e-12:  # Else rounding.
-    variance = min(variance, 2 * by_moment / (order * (order + 1)))
-  cell = math.sqrt(variance) / _FINENESS
-  # One of few, so that like steps have the same and compare.
-  return 2.0 ** (math.floor(4 * math.log2(cell)) / 4)
-
-
-def _window(steps: _Losses, order: float, cell: float) -> tuple[float, float]:
-  """Between which all but e^-40 of the gridded sum lies (Chernoff)."""
-  num_steps = sum(count for _, count in steps)
-  mean, variance, least, most, base = 0.0, 0.0, 0.0, 0.0, 0.0
-  for atoms, count in steps:
-    (log,) = mixtures.log_moments(atoms, np.array([order]))
-    weights = atoms.masses * np.exp(order * atoms.losses - log)
-    middle = float(np.sum(weights * atoms.losses))
-    mean += count * middle
-    variance += count * float(np.sum(weights * (atoms.losses - middle) ** 2))
-    least += count * float(np.min(atoms.losses))
-    most += count * float(np.max(atoms.losses))
-    base += count * float(log)
-  # None at all, where the weight leaves one atom, is no deviation to go by.
-  deviation = max(math.sqrt(variance), 1e-9 * (most - least)) or 1.0
-  # Also parts of the order: rare large losses are no part of a deviation.
-  shifts = np.concatenate([_DEVIATIONS / deviation, _PARTS * order])
-  room = 1 - _LOG_OFF
-  above, below = (
-    _added([(n, mixtures.log_moments(atoms, order + x)) for atoms, n in steps])
-    + num_steps * _spread(order + x, cell)
-    - base
-    for x in (shifts, -shifts)
-  )
-  ends = num_steps * cell
-  high = min(most + ends, float(np.min((above + room) / shifts)))
-  low = max(least - ends, float(np.max((below + room) / -shifts)))
-  return min(low, mean), max(high, mean)
-
-
-def _spread(orders: np.ndarray, cell: float) -> np.ndarray:
-  """By how much moving a loss to the grid may raise logarithms of moments."""
-  x = orders[:, np.newaxis] * cell
-  part = np.linspace(0, 1, 33)[1:-1]
-  up = np.expm1(-part * cell) / math.expm1(-cell)
-  found = np.logaddexp(np.log1p(-up), np.log(up) + x) - part * x
-  return 1.1 * np.maximum(np.max(found, axis=1), 0.0)
-
-
-def _on_grid(
-  atoms: mixtures.Atoms, cell: float, order: float, size: int
-) -> tuple[int, np.ndarray, float, float]:
-  """Atoms moved to both neighbours, weighted.
-
-  Returns:
-    The first of them, their masses, the logarithm of what these were divided
-    by, and by how much, relative, rounding may have made them too small.
-  """
-  below = np.floor(atoms.losses / cell)
-  up = np.expm1(below * cell - atoms.losses) / math.expm1(-cell)
-  up = np.clip(up, 0.0, 1.0)
-  exponents = order * cell * below
-  top = float(np.max(exponents[atoms.masses > 0]))
-  weights = atoms.masses * np.exp(np.minimum(exponents - top, 0.0))
-  first = int(np.min(below))
-  places = (below - first).astype(np.int64)
-  masses = np.bincount(
-    places % size, weights=weights * (1 - up), minlength=size
-  ) + np.bincount(
-    (places + 1) % size,
-    weights=weights * up * math.exp(order * cell),
-    minlength=size,
-  )
-  total = float(np.sum(masses))
-  rounding = _STEP_ROUNDING + 2 * gaussian.ROUNDING * abs(top)
-  return first, masses / total, top + math.log(total), rounding

@@ -97,14 +97,8 @@ def unsafe_statistics(
   keep = ~checks.padding(is_padding_example, size)
   factors = scaling.of_norms(jax.tree.leaves(grads.grad_norms), keep)
 
-  def loss_fn(trainable: list[Any], *example: Any) -> Any:
-    out = fn.loss_fn(parts.join(trainable, parts.frozen), *example)
-    return out if fn.has_aux else (out, None)
-
   examples = (batch,) if rng is None else (batch, rng)
-  before, _, _ = jax.jit(vmap.per_example_gradients, static_argnums=0)(
-    loss_fn, parts.trainable, examples
-  )
+  before = _gradients(fn, parts, examples)
   after = [
     vmap.scaled(g, factors[group])
     for g, group in zip(before, groups, strict=True)
@@ -133,3 +127,18 @@ def unsafe_statistics(
     )
   )
   return grads
+
+
+def _gradients(
+  fn: transform.ClippedGrad, parts: freezing.Split, examples: tuple[PyTree, ...]
+) -> list[jax.Array]:
+  """Every example's gradient, apart for each trained parameter."""
+
+  def loss_fn(trainable: list[Any], *example: Any) -> Any:
+    out = fn.loss_fn(parts.join(trainable, parts.frozen), *example)
+    return out if fn.has_aux else (out, None)
+
+  before, _, _ = jax.jit(vmap.per_example_gradients, static_argnums=0)(
+    loss_fn, parts.trainable, examples
+  )
+  return before

@@ -6,8 +6,8 @@ import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
+from dpdist.clipping import arguments
 from dpdist.clipping import checks
 from dpdist.clipping import explain
 from dpdist.clipping import freezing
@@ -150,49 +150,30 @@ class ClippedGrad:
       ValueError: the batch is empty, ragged or sharded outside shard_map; a
         shape does not fit; the loss mixes the examples of several devices.
     """
-    batch_size = checks.batch_size(batch)
-    axes = varying_axes.varying_axes((batch, is_padding_example, rng))
-    keep = ~checks.padding(is_padding_example, batch_size)
-    rng = checks.per_example_keys(rng, batch_size, axes)
-    of_examples = {
-      "batch": batch,
-      "is_padding_example": is_padding_example,
-      "rng": rng,
-    }
-    checks.sharding(**of_examples)
-    checks.params(freezing.partition(params, self.frozen)[0])
-    # Python's and NumPy's numbers are like any others, also as constants of a
-    # program.
-    params, batch = jax.tree.map(jnp.asarray, (params, batch))
-    params = varying_axes.cast_to_varying(params, axes)
-    keep = varying_axes.cast_to_varying(keep, axes)
-    parts = freezing.split(
+    call = arguments.lay_out(
       params,
-      self.frozen,
-      shards.wrap(params, param_specs, varying_axes.varying_axes(batch)),
+      batch,
+      is_padding_example=is_padding_example,
+      rng=rng,
+      param_specs=param_specs,
+      direction=direction,
+      frozen=self.frozen,
     )
-    # After the specs' own check, which says more.
-    checks.whole(params, axes)
-    leaves = parts.trainable
-    along = watched.laid_out(direction, leaves, axes)
+    return self._clipped_sum(call)
 
-    examples = (batch,) if rng is None else (batch, rng)
-    scaling, groups, norm_def = self._scaling(params, parts.is_frozen)
+  def _clipped_sum(self, call: arguments.Call) -> ClippedGrads:
+    """Computes the clipped sum of a call."""
+    parts, leaves = call.parts, call.parts.trainable
+    scaling, groups, norm_def = self._scaling(call.params, parts.is_frozen)
     # Only for its shapes; nobody uses what is gathered here.
-    traced = tracing.trace(self.loss_fn, self.has_aux, parts, examples)
-    checks.sharding_inside_jit(traced.block, **of_examples)
-    checks.loss(traced.block, traced.shapes[0], axes)
-    divided = axes | varying_axes.untold_axes(axes)
-    if divided:
-      one = jax.tree.map(lambda x: x[0], jax.tree.leaves(examples))
-      values = [shards.whole(x) for x in [*leaves, *parts.frozen]]
-      checks.derivatives(traced.block, [*values, *one], len(leaves), divided)
-    method, _ = traced.method(self.method, axes)
+    traced = tracing.trace(self.loss_fn, self.has_aux, parts, call.examples)
+    arguments.check_traced(call, traced)
+    method, _ = traced.method(self.method, call.axes)
 
     def run(
       examples: tuple[PyTree, ...], keep: jax.Array
     ) -> tuple[list[jax.Array], jax.Array, list[jax.Array], Any]:
-      how = watched.watch(scaling, traced, parts, examples, along, groups)
+      how = watched.watch(scaling, traced, parts, examples, call.along, groups)
       if method == "vmap":
         with checks.effects(traced.effects):
           total, loss, norms, aux = vmap.clipped_sum(
@@ -216,15 +197,15 @@ class ClippedGrad:
     size = self.microbatch_size
     if size is None:
       size = microbatches.automatic_size(
-        traced.block, batch_size, self._platform
+        traced.block, call.batch_size, self._platform
       )
-      size = size if method == "bookkeeping" else batch_size
+      size = size if method == "bookkeeping" else call.batch_size
     total, loss, norms, (aux, found) = microbatches.run(
       run,
-      (examples, keep),
-      batch_size,
+      (call.examples, call.keep),
+      call.batch_size,
       size,
-      axes,
+      call.axes,
       # XLA on a CPU is many times slower at convolutions inside a loop; for a
       # TPU it plans the use of fast memory better without one.
       unroll=(self._platform == "cpu" and traced.block.convolves())
@@ -364,18 +345,17 @@ def clipped_grad(
   """Turns the loss of one example into a clipped sum of gradients.
 
   The per-example gradient g becomes g * min(1, C / ||g||_2) before it is summed
-  (Abadi et al. 2016, "Deep Learning with Differential Privacy", algorithm 1).
+  (Abadi et al. 2016, arXiv:1607.00133, algorithm 1).
 
   Guarantees:
     * The sum moves by at most `sensitivity(relation)` when one example changes,
       for any data and parameters, on one device or inside shard_map on many,
       up to the rounding of float32, which docs/rounding.md bounds.
-    * An example whose gradient norm is not finite (in float32: above 3e38)
-      contributes exactly 0. But under "vmap", so does one with activations of
-      about 3e38, however small its gradient, and one that is shortened, with
-      activations so large (a layer's sum above about 1e28 l2_clip_norm) that
-      what they meet would underflow.
-    * A padding example contributes exactly 0, whatever it holds.
+    * A padding example contributes exactly 0, whatever it holds, and so does
+      one whose gradient norm is not finite (in float32: above 3e38). But under
+      "vmap", so does one with activations of about 3e38, however small its
+      gradient, and one that is shortened, with activations so large (a layer's
+      sum above about 1e28 l2_clip_norm) that what they meet would underflow.
     * Randomness in the loss keeps it, if `rng` is secret and new at each step,
       or goes by the example: see `ClippedGrad.__call__`.
     * Norms and sums are float32 or wider whatever the dtype of the model.
@@ -403,32 +383,21 @@ def clipped_grad(
       by; None: those of the default device.
     normalize_gamma: None to clip. A number, at least 1e-12, to normalise
       instead, g * C / (||g||_2 + gamma): automatic clipping (Bu et al. 2023,
-      "Automatic Clipping: Differentially Private Deep Learning Made Easier and
-      Stronger").
+      arXiv:2206.07136).
     frozen: parameters that are not trained: a bool or prefix pytree of params
       of bools, True where frozen, or a predicate on a parameter's path, such as
-      "encoder/0/kernel". They are constants of the loss: no gradient of theirs
-      is formed, and norm, sum and noise are without them; in `sum` None stands
-      for each, see `dpdist.clipping.partition`. In a pytree l2_clip_norm, a
-      group that is wholly frozen must have None for its norm. None: all are
-      trained.
+      "encoder/0/kernel". No gradient of theirs is formed, and norm, sum and
+      noise are without them; in `sum` None stands for each, see
+      `dpdist.clipping.partition`. In a pytree l2_clip_norm, a group that is
+      wholly frozen must have None for its norm. None: all are trained.
 
   Returns:
-    A callable fn(params, batch, *, is_padding_example=None, rng=None) ->
-    ClippedGrads, with fn.sensitivity(neighboring_relation).
+    A `ClippedGrad`: fn(params, batch) -> ClippedGrads, and fn.sensitivity().
 
   Raises:
     ValueError: names the argument, its value and what would be right.
   """
-  checks.arguments(
-    l2_clip_norm=l2_clip_norm,
-    method=method,
-    microbatch_size=microbatch_size,
-    platform=platform,
-    normalize_gamma=normalize_gamma,
-  )
-  freezing.check(frozen)
-  return ClippedGrad(
+  fn = ClippedGrad(
     loss_fn,
     l2_clip_norm,
     has_aux,
@@ -439,3 +408,17 @@ def clipped_grad(
     normalize_gamma,
     frozen,
   )
+  _check(fn)
+  return fn
+
+
+def _check(fn: ClippedGrad) -> None:
+  """Refuses an argument that is out of its range."""
+  checks.arguments(
+    l2_clip_norm=fn.l2_clip_norm,
+    method=fn.method,
+    microbatch_size=fn.microbatch_size,
+    platform=fn.platform,
+    normalize_gamma=fn.normalize_gamma,
+  )
+  freezing.check(fn.frozen)

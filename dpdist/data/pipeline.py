@@ -94,39 +94,14 @@ def steps(
       Other errors of the source and the sampler surface unchanged, at the step
       that they belong to.
   """
-  if not 0 <= start_step <= num_steps:
-    raise ValueError(
-      f"start_step must be in [0, num_steps={num_steps}], got {start_step}"
-    )
-  if chunk_size < 1:
-    raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-  for name, value in (("num_threads", num_threads), ("prefetch", prefetch)):
-    if value < 0:
-      raise ValueError(f"{name} must be at least 0, got {value}")
-  rows = np.asarray(rows)
-  if (
-    rows.ndim != 1
-    or rows.dtype.kind not in "iu"
-    # A row owned twice would count an example twice, past the sensitivity.
-    or len(np.unique(rows)) != len(rows)
-    or not np.isin(rows, np.arange(chunk_size)).all()
-  ):
-    raise ValueError(
-      f"rows must be distinct integers in [0, chunk_size={chunk_size}), got"
-      f" {rows}"
-    )
+  _check_numbers(start_step, num_steps, chunk_size, num_threads, prefetch)
+  rows = _checked_rows(rows, chunk_size)
 
   def load(step_and_indices: tuple[int, np.ndarray]) -> tuple[int, list[Chunk]]:
     step, indices = step_and_indices
     rows_of = source(step) if callable(source) else source
     _check_draw(step, indices, len(rows_of))
-    try:
-      return step, [
-        _read_chunk(rows_of, indices[start : start + chunk_size], rows)
-        for start in range(0, len(indices), chunk_size)
-      ]
-    except errors.ReadError as error:
-      raise errors.ReadError(f"step {step}: {error}") from error
+    return step, _read_chunks(step, rows_of, indices, chunk_size, rows)
 
   dataset = (
     grain.MapDataset.source(_Draws(sampler, num_steps))
@@ -140,6 +115,42 @@ def steps(
     )
   )
   return _iterate(dataset, num_steps - start_step)
+
+
+def _check_numbers(
+  start_step: int,
+  num_steps: int,
+  chunk_size: int,
+  num_threads: int,
+  prefetch: int,
+) -> None:
+  """Refuses those that are out of their range."""
+  if not 0 <= start_step <= num_steps:
+    raise ValueError(
+      f"start_step must be in [0, num_steps={num_steps}], got {start_step}"
+    )
+  if chunk_size < 1:
+    raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+  for name, value in (("num_threads", num_threads), ("prefetch", prefetch)):
+    if value < 0:
+      raise ValueError(f"{name} must be at least 0, got {value}")
+
+
+def _checked_rows(rows: np.ndarray, chunk_size: int) -> np.ndarray:
+  """A host's rows as an array, once each was found to be one of a chunk."""
+  rows = np.asarray(rows)
+  if (
+    rows.ndim != 1
+    or rows.dtype.kind not in "iu"
+    # A row owned twice would count an example twice, past the sensitivity.
+    or len(np.unique(rows)) != len(rows)
+    or not np.isin(rows, np.arange(chunk_size)).all()
+  ):
+    raise ValueError(
+      f"rows must be distinct integers in [0, chunk_size={chunk_size}), got"
+      f" {rows}"
+    )
+  return rows
 
 
 class _Draws:
@@ -183,6 +194,23 @@ def _check_draw(step: int, indices: np.ndarray, num_examples: int) -> None:
       "sampler must return strictly increasing integers in"
       f" [0, len(source)={num_examples}); its draw for step {step} is not"
     )
+
+
+def _read_chunks(
+  step: int,
+  source: sources.Source,
+  indices: np.ndarray,
+  chunk_size: int,
+  rows: np.ndarray,
+) -> list[Chunk]:
+  """Reads this host's rows of all chunks of a draw."""
+  try:
+    return [
+      _read_chunk(source, indices[start : start + chunk_size], rows)
+      for start in range(0, len(indices), chunk_size)
+    ]
+  except errors.ReadError as error:
+    raise errors.ReadError(f"step {step}: {error}") from error
 
 
 def _read_chunk(

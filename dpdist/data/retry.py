@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from dpdist import errors
+from dpdist.data import arrays as arrays_lib
 from dpdist.data import sources
 
 # Waits between attempts double from the first to the longest.
@@ -70,7 +71,7 @@ class RetryingSource:
     self._source = source
     self._name = name
     self._retry_seconds = retry_seconds
-    is_in_memory = isinstance(source, sources.ArraySource) and (
+    is_in_memory = isinstance(source, arrays_lib.ArraySource) and (
       source.is_in_memory
     )
     self._stall_seconds = 0 if is_in_memory else stall_seconds

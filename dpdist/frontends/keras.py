@@ -31,17 +31,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dpdist import clipping
 from dpdist import errors
-from dpdist.clipping import watched
 from dpdist.frontends import dp_config
 from dpdist.frontends import keras_data
 from dpdist.frontends import keras_loss
 from dpdist.frontends import keras_model
 from dpdist.frontends import keras_sentinel
+from dpdist.frontends import keras_step
 from dpdist.ledger import history
-from dpdist.mechanism import mechanism as mechanism_lib
-from dpdist.noise import noise
 from dpdist.privacy import plan as plan_lib
 from dpdist.sensitivity import sentinel as sentinel_lib
 from dpdist.sums import compensated
@@ -112,19 +109,7 @@ def make_private(
     workdir, config, insecure_seed=insecure_seed, notices=notices
   )
   plan = run.plan
-  if chunk_size is None:
-    batch = plan.expected_batch_size
-    chunk_size = min(math.ceil(batch + 3 * math.sqrt(batch)), plan.num_examples)
-    chunk_size += -chunk_size % (microbatch_size or 1)
-  if isinstance(chunk_size, bool) or chunk_size < 1:
-    raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-  if microbatch_size is not None and (
-    microbatch_size < 1 or chunk_size % microbatch_size
-  ):
-    raise ValueError(
-      f"microbatch_size must divide the chunk_size of {chunk_size}, got"
-      f" {microbatch_size}"
-    )
+  chunk_size = _chunk_size(plan, chunk_size, microbatch_size)
   if sentinel_every < 0:
     raise ValueError(f"sentinel_every must be at least 0, got {sentinel_every}")
   options = {
@@ -140,6 +125,28 @@ def make_private(
   for name in ("fit", "train_on_batch"):
     setattr(model, name, functools.partial(keras_model.refuse, name))
   return private
+
+
+def _chunk_size(
+  plan: plan_lib.PrivacyPlan,
+  chunk_size: int | None,
+  microbatch_size: int | None,
+) -> int:
+  """Examples on the device at once, as given or chosen."""
+  if chunk_size is None:
+    batch = plan.expected_batch_size
+    chunk_size = min(math.ceil(batch + 3 * math.sqrt(batch)), plan.num_examples)
+    chunk_size += -chunk_size % (microbatch_size or 1)
+  if isinstance(chunk_size, bool) or chunk_size < 1:
+    raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
+  if microbatch_size is not None and (
+    microbatch_size < 1 or chunk_size % microbatch_size
+  ):
+    raise ValueError(
+      f"microbatch_size must divide the chunk_size of {chunk_size}, got"
+      f" {microbatch_size}"
+    )
+  return chunk_size
 
 
 class PrivateModel:
@@ -166,56 +173,9 @@ class PrivateModel:
     self._unsafe_metrics = unsafe_metrics
     self._sentinel_every = sentinel_every
     self._is_checked = False
-    sensitivity = clipping.clipped_grad(lambda: None, **options).sensitivity(
-      self.plan.neighboring_relation
+    self._clipped_grad, self._accumulate, self._update = keras_step.of(
+      model, self.plan, options
     )
-    stddev = self.plan.noise_multiplier * sensitivity
-
-    def clipped_grad(non_trainable: list[jax.Array]) -> clipping.ClippedGrad:
-      loss = keras_loss.per_example_loss(model, non_trainable)
-      return clipping.clipped_grad(loss, **options)
-
-    def mechanism(clipped: clipping.ClippedGrad) -> mechanism_lib.Mechanism:
-      return mechanism_lib.Mechanism(self.plan, clipped, sensitivity, stddev)
-
-    def accumulate(
-      trainable: list[jax.Array],
-      non_trainable: list[jax.Array],
-      total: compensated.Sum,
-      batch: tuple[PyTree, PyTree],
-      is_padding_example: jax.Array,
-      key: jax.Array,
-      first_row: jax.Array,
-      direction: list[jax.Array] | None = None,
-    ) -> tuple[compensated.Sum, jax.Array, watched.Seen | None]:
-      rows = first_row + jnp.arange(is_padding_example.shape[0])
-      got = clipped_grad(non_trainable)(
-        trainable,
-        batch,
-        is_padding_example=is_padding_example,
-        rng=jax.vmap(jax.random.fold_in, (None, 0))(key, rows),
-        direction=direction,
-      )
-      got, seen = watched.seen(got)
-      loss = jnp.sum(jnp.where(is_padding_example, 0, got.loss))
-      return compensated.add(total, got.sum, got.low), loss, seen
-
-    def update(
-      trainable: list[jax.Array],
-      optimizer: list[jax.Array],
-      total: compensated.Sum,
-      key: jax.Array,
-      step: jax.Array,
-    ) -> tuple[list[jax.Array], list[jax.Array]]:
-      bound = mechanism(clipped_grad([]))
-      noisy, _ = bound.add_noise(total, noise.GaussianNoiseState(step), key)
-      return model.optimizer.stateless_apply(
-        optimizer, bound.mean(noisy), trainable
-      )
-
-    self._clipped_grad = clipped_grad
-    self._accumulate = jax.jit(accumulate)
-    self._update = jax.jit(update)
 
   @property
   def step(self) -> int:
@@ -284,22 +244,9 @@ class PrivateModel:
     data = keras_data.Arrays(x, y, self.plan.num_examples)
     ends = self._ends(epochs, steps_per_epoch)
     keras_model.refuse_changing_state(self.model, data.example())
-    zeros = compensated.zeros_like(
-      [
-        jax.ShapeDtypeStruct(v.shape, jnp.promote_types(v.dtype, jnp.float32))
-        for v in self.model.trainable_variables
-      ]
-    )
+    zeros = self._zeros()
     self._rehearse(data, zeros)
-    if not self._is_checked:
-      keras_sentinel.check(
-        *(self.model, self._clipped_grad, self._accumulate),
-        *(self._state(), zeros, data),
-        chunk_size=self._chunk_size,
-        most=self.plan.num_examples,
-        is_watched=self._sentinel_every > 0,
-      )
-      self._is_checked = True
+    self._check_sensitivity(data, zeros)
     told = keras.callbacks.CallbackList(
       list(callbacks or ()),
       add_history=True,
@@ -326,6 +273,30 @@ class PrivateModel:
           break
     told.on_train_end()
     return self.model.history
+
+  def _zeros(self) -> compensated.Sum:
+    """An empty sum of gradients."""
+    return compensated.zeros_like(
+      [
+        jax.ShapeDtypeStruct(v.shape, jnp.promote_types(v.dtype, jnp.float32))
+        for v in self.model.trainable_variables
+      ]
+    )
+
+  def _check_sensitivity(
+    self, data: keras_data.Arrays, zeros: compensated.Sum
+  ) -> None:
+    """Looks at what an example can do, once for all fits."""
+    if self._is_checked:
+      return
+    keras_sentinel.check(
+      *(self.model, self._clipped_grad, self._accumulate),
+      *(self._state(), zeros, data),
+      chunk_size=self._chunk_size,
+      most=self.plan.num_examples,
+      is_watched=self._sentinel_every > 0,
+    )
+    self._is_checked = True
 
   def _rehearse(self, data: keras_data.Arrays, zeros: compensated.Sum) -> None:
     """Makes a step of made-up zeros: what fails, fails before it is charged."""

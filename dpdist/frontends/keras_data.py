@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from dpdist.data import sources
+from dpdist.data import arrays as arrays_lib
 from dpdist.sensitivity import sentinel
 
 PyTree = Any
@@ -30,7 +30,7 @@ class Arrays:
           )
     leaves = jax.tree_util.tree_leaves_with_path(self._tree)
     # Made before anything is read, so that it misses no change of a file.
-    self.source = sources.ArraySource(
+    self.source = arrays_lib.ArraySource(
       {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
     )
 

@@ -25,7 +25,7 @@ their owner to count them together.
 Imports no jax.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import math
 import os
@@ -35,85 +35,17 @@ from typing import Any
 from dpdist import errors
 from dpdist.accounting import rdp
 from dpdist.files import json_fields
+from dpdist.ledger import budget_records
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.ledger import records
 from dpdist.privacy import plan as plan_lib
 
-_FORMAT = 1
-_MAKE = {"epsilon": float, "delta": float, "neighboring_relation": str}
-_GROW = {"stake": str, "cost": float, "head": str}
-# What a record of each kind must say.
-_FIELDS: dict[str, dict[str, type]] = {
-  "make": {
-    **{"format": int, "data": str, **_MAKE, "order": int, "divergence": float}
-  },
-  # The budget of this data set is the one that was made under another manifest
-  # of the same content.
-  "same": {"data": str},
-  "reserve": {"label": str, "cost": float, "count": int},
-  "cancel": {"label": str},
-  "admit": {**_GROW, "label": str, "reservation": str},
-  "grow": _GROW,
-  "follow": {"stake": str, "head": str},
-  "end": _GROW,
-}
 # What rounding may make a sum of costs that fits look like.
 _ROUNDING = 1e-9
 # How much dearer a run may be than the one its room is kept for: some units in
 # the last digit of a noise multiplier that another machine calibrated.
 _CALIBRATION = 1e-4
-
-
-@dataclasses.dataclass(frozen=True)
-class Terms:
-  """What a data set may spend.
-
-  Attributes:
-    epsilon: of all runs together, above 0.
-    delta: in (0, 1).
-    neighboring_relation: of every run.
-    order: the Renyi order at which costs are added up.
-    divergence: their largest sum.
-  """
-
-  epsilon: float
-  delta: float
-  neighboring_relation: str
-  order: int
-  divergence: float
-
-
-@dataclasses.dataclass(frozen=True)
-class Stake:
-  """What one run has reserved.
-
-  Attributes:
-    label: for people.
-    cost: the divergence that its plan can come to, or did if it was ended.
-    head: of its ledger, as told last.
-    is_ended: whether the rest was given back.
-  """
-
-  label: str
-  cost: float
-  head: str
-  is_ended: bool = False
-
-
-@dataclasses.dataclass(frozen=True)
-class Reservation:
-  """Room for runs to come.
-
-  Attributes:
-    label: for people, and for runs to refer to it; unique.
-    cost: the divergence of each.
-    free: how many may still come.
-  """
-
-  label: str
-  cost: float
-  free: int
 
 
 class DataBudget:
@@ -144,10 +76,10 @@ class DataBudget:
       # So that a run finds it from wherever it is started.
       self.root = os.path.abspath(self.root)
     self.data = data
-    self.terms: Terms | None = None
+    self.terms: budget_records.Terms | None = None
     self.same_as = ""
-    self.stakes: dict[str, Stake] = {}
-    self.reservations: dict[str, Reservation] = {}
+    self.stakes: dict[str, budget_records.Stake] = {}
+    self.reservations: dict[str, budget_records.Reservation] = {}
     # The stake of this process's run, and the head that it told last.
     self._mine, self._told = "", ""
     self._log = records.Log(self.root.rstrip("/") + "/" + data, self._take)
@@ -215,13 +147,14 @@ class DataBudget:
       raise ValueError(
         f"data_budget.epsilon must be finite and > 0, got {epsilon}"
       )
-    order, divergence = _best_order(epsilon, delta)
-    terms = Terms(epsilon, delta, neighboring_relation, order, divergence)
+    order, divergence = budget_records.best_order(epsilon, delta)
+    terms = budget_records.Terms(
+      epsilon, delta, neighboring_relation, order, divergence
+    )
 
     def decide() -> tuple[str, Mapping[str, Any]] | None:
       if self.terms is None:
-        body = dataclasses.asdict(terms)
-        return "make", {"format": _FORMAT, "data": self.data, **body}
+        return "make", budget_records.write_terms(terms, self.data)
       # Not what was computed: another machine may round otherwise.
       if (epsilon, delta, neighboring_relation) != (
         self.terms.epsilon,
@@ -412,7 +345,7 @@ class DataBudget:
     return self._find(ledger) is not None
 
   @property
-  def _terms(self) -> Terms:
+  def _terms(self) -> budget_records.Terms:
     if self.terms is None:
       raise ValueError(
         f"there is no budget for data set {self.data[:12]} in {self.root}"
@@ -442,7 +375,7 @@ class DataBudget:
       )
     return reservation
 
-  def _reservation(self, label: str) -> Reservation:
+  def _reservation(self, label: str) -> budget_records.Reservation:
     if label not in self.reservations:
       raise ValueError(
         f"reservation must be one of {sorted(self.reservations)}, got {label!r}"
@@ -467,9 +400,9 @@ class DataBudget:
       # It reserved nothing that a run could have relied on: the process that
       # wrote it saw it fail.
       return
-    if kind not in _FIELDS:
+    if kind not in budget_records.FIELDS:
       raise ValueError(f"kind {kind!r}")
-    json_fields.check(record, _FIELDS[kind])
+    json_fields.check(record, budget_records.FIELDS[kind])
     if record.get("cost", 0) < 0:
       raise ValueError("a cost below 0")
     first = self.terms is None and not self.same_as
@@ -479,19 +412,9 @@ class DataBudget:
       self.same_as = record["data"]
       return
     if kind == "make":
-      if record["format"] != _FORMAT or record["data"] != self.data:
-        raise ValueError("another format, or another data set")
-      if not (
-        0 < record["delta"] < 1
-        and record["epsilon"] > 0
-        and record["divergence"] > 0
-        and record["order"] in rdp.WHOLE_ORDERS
-      ):
-        raise ValueError("terms that are none")
-      names = [field.name for field in dataclasses.fields(Terms)]
-      self.terms = Terms(**{name: record[name] for name in names})
+      self.terms = budget_records.read_terms(record, self.data)
     elif kind == "reserve":
-      self.reservations[record["label"]] = Reservation(
+      self.reservations[record["label"]] = budget_records.Reservation(
         record["label"], record["cost"], record["count"]
       )
     elif kind == "cancel":
@@ -500,7 +423,7 @@ class DataBudget:
       if record["reservation"]:
         free = self.reservations[record["reservation"]].free
         self._free(record["reservation"], free - 1)
-      self.stakes[record["stake"]] = Stake(
+      self.stakes[record["stake"]] = budget_records.Stake(
         record["label"], record["cost"], record["head"]
       )
     else:
@@ -518,143 +441,3 @@ class DataBudget:
     self.reservations[label] = dataclasses.replace(
       self.reservations[label], free=free
     )
-
-
-def find(
-  root: str | os.PathLike[str],
-  data: str,
-  earlier: Callable[[], Sequence[str]] = tuple,
-) -> DataBudget:
-  """The budget of a data set, also if it was made by an earlier release.
-
-  That one may have called the data by another manifest, in which the names of
-  files had a part. So that they may change from now on, it is written down that
-  the two are the same. Where earlier releases made several for one content, as
-  for an .npz and an ArrayRecord of it, nothing holds the sum of what they
-  allow: then nothing is spent from any.
-
-  Args:
-    root: as in `DataBudget`.
-    data: as in `DataBudget`.
-    earlier: returns other manifests of the same content, as
-      `dpdist.data.sources.earlier_digests` does; called only if it matters.
-
-  Returns:
-    The budget; its terms are None if there is none yet.
-
-  Raises:
-    RefusedError: what was written down as the same is gone; or the data set has
-      several budgets.
-  """
-  budget = DataBudget(root, data)
-  if budget.same_as:
-    kept = DataBudget(root, budget.same_as)
-    if kept.terms is None:
-      raise errors.RefusedError(
-        f"the budget of data set {data[:12]} is kept in {kept.root} as that of"
-        f" {budget.same_as[:12]}, and is not there: bring it back"
-      )
-  else:
-    kept = budget
-  found = {} if kept.terms is None else {kept.data: kept}
-  # Reading all of the data can be spared where no other budget is there.
-  if {*records.folders(root)} - {data, kept.data}:
-    for other in {*earlier()} - {data, *found}:
-      if (made := DataBudget(root, other)).terms is not None:
-        found[other] = made
-  if len(found) > 1:
-    names = sorted(name[:12] for name in found)
-    raise errors.RefusedError(
-      f"data set {data[:12]} has {len(found)} budgets in {budget.root},"
-      f" {' and '.join(names)}, made by releases that called it otherwise,"
-      " which together allow more than each: keep one, take the other's folder"
-      " away, and reserve in the one that stays (launch.reserve) what it had"
-      " reserved"
-    )
-  if not found:
-    return budget
-  (only,) = found.values()
-  if only is not kept:
-    budget.refer_to(only.data)
-  return only
-
-
-def open_or_make(
-  root: str | os.PathLike[str],
-  data: str,
-  *,
-  epsilon: float | None,
-  delta: float | None,
-  neighboring_relation: str,
-  earlier: Callable[[], Sequence[str]] = tuple,
-  tell: Callable[[str], None] = lambda line: None,
-) -> DataBudget:
-  """Opens a data set's budget; makes it if both numbers are given.
-
-  Args:
-    root: as in `DataBudget`.
-    data: as in `DataBudget`.
-    epsilon: as in `DataBudget.make`; None: the budget must be there.
-    delta: likewise.
-    neighboring_relation: as in `DataBudget.make`.
-    earlier: as in `find`.
-    tell: is called with a line of text where a budget is made beside others: it
-      may be that the data set has one, and was changed since.
-
-  Raises:
-    ValueError: the budget is not there, and a number is missing.
-    RefusedError: it has other terms.
-    dpdist.errors.LedgerError: it is damaged.
-  """
-  budget = find(root, data, earlier)
-  is_new = budget.terms is None
-  if budget.terms is not None:
-    epsilon = budget.terms.epsilon if epsilon is None else epsilon
-    delta = budget.terms.delta if delta is None else delta
-  if epsilon is not None and delta is not None:
-    budget.make(
-      epsilon=epsilon, delta=delta, neighboring_relation=neighboring_relation
-    )
-  else:
-    raise ValueError(
-      "data_budget.epsilon and data_budget.delta must be given where the data"
-      f" set has no budget yet, as in {os.fspath(root)!r}, got {epsilon} and"
-      f" {delta}"
-    )
-  others = [name for name in records.folders(root) if name != budget.data]
-  if is_new and others:
-    tell(
-      f"data set {budget.data[:12]} had no budget in {budget.root} and has a"
-      f" new one now, beside those of {len(others)} other data sets: if it is"
-      " one of these and was changed, count the two together"
-    )
-  return budget
-
-
-def all_below(root: str | os.PathLike[str]) -> list[DataBudget]:
-  """The budgets of all data sets under a root.
-
-  Raises:
-    ValueError: root is no place for them.
-    dpdist.errors.LedgerError: one of them is damaged.
-  """
-  return [DataBudget(root, data) for data in records.folders(root)]
-
-
-def _best_order(epsilon: float, delta: float) -> tuple[int, float]:
-  """The order that leaves most room, and the divergence that fits in it.
-
-  A step's divergence grows about in proportion to the order, so the most steps
-  fit where the budget's divergence over the order is largest.
-  """
-  room = {
-    order: rdp.largest_divergence(order, epsilon, delta)
-    for order in rdp.WHOLE_ORDERS
-  }
-  order = max(room, key=lambda order: room[order] / order)
-  if room[order] <= 0:
-    raise ValueError(
-      f"data_budget.epsilon must be large enough for data_budget.delta={delta},"
-      f" got {epsilon}"
-    )
-  return order, room[order]

@@ -32,6 +32,7 @@ from dpdist.keys import keys
 from dpdist.noise import noise
 from dpdist.privacy import plan as plan_lib
 from dpdist.privacy import rounding
+from dpdist.privacy import schedule
 from dpdist.sums import compensated
 from dpdist.sums import fixed_point
 
@@ -328,7 +329,7 @@ class Streams:
 
 def _sampler(
   plan: plan_lib.PrivacyPlan,
-  setting: plan_lib.Setting,
+  setting: schedule.Setting,
   first_release: int,
   seed: bytes,
 ) -> Callable[[int], np.ndarray]:

@@ -208,18 +208,7 @@ def private_gradients(
   Raises:
     ValueError: names the argument, its value and what would be right.
   """
-  if isinstance(batch_axis, bool) or batch_axis != 0:
-    raise ValueError(
-      f"batch_axis must be 0, got {batch_axis!r}: move the examples' axis first"
-    )
-  if not isinstance(plan, plan_lib.PrivacyPlan):
-    raise ValueError(f"plan must come from dpdist.make_plan, got {plan!r}")
-  if plan.group_size > 1 and rows_are_fixed is not True:
-    raise ValueError(
-      f"group_size must be 1, got {plan.group_size}, unless"
-      " rows_are_fixed=True: in a draw that is closed up, one more example"
-      " moves all later ones to other groups"
-    )
+  _check_arguments(plan, rows_are_fixed, batch_axis)
   if plan.group_size > 1:
     loss_fn = clipping.mean_of_group(loss_fn, has_aux=has_aux)
   clipped_grad = clipping.clipped_grad(
@@ -241,6 +230,24 @@ def private_gradients(
     _key=noise.key_of(seed),
     _is_public=isinstance(seed, int),
   )
+
+
+def _check_arguments(
+  plan: plan_lib.PrivacyPlan, rows_are_fixed: bool, batch_axis: int
+) -> None:
+  """Refuses what the plan's accounting is not of."""
+  if isinstance(batch_axis, bool) or batch_axis != 0:
+    raise ValueError(
+      f"batch_axis must be 0, got {batch_axis!r}: move the examples' axis first"
+    )
+  if not isinstance(plan, plan_lib.PrivacyPlan):
+    raise ValueError(f"plan must come from dpdist.make_plan, got {plan!r}")
+  if plan.group_size > 1 and rows_are_fixed is not True:
+    raise ValueError(
+      f"group_size must be 1, got {plan.group_size}, unless"
+      " rows_are_fixed=True: in a draw that is closed up, one more example"
+      " moves all later ones to other groups"
+    )
 
 
 def _mean(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -174,20 +174,7 @@ def plan_after(
   names = [field.name for field in dataclasses.fields(config)]
   changed = {x for x in names if getattr(config, x) != getattr(earlier, x)}
   if changed <= {"l2_clip_norm"}:
-    # The mechanism stays as it is in units of its sensitivity, and so does what
-    # remains of its steps.
-    left = min(left, current.num_steps - charged)
-    if current.cycle_length > 1:
-      # Turns begin anew, and whoever had one has another: of whole ones no more
-      # than were planned.
-      turns = step_events.num_turns(current.num_steps, current.cycle_length)
-      turns -= step_events.num_turns(charged, current.cycle_length)
-      left = min(left, turns * current.cycle_length)
-    if left < 1:
-      raise ValueError("the plan is spent: no step is left to be changed")
-    return dataclasses.replace(
-      current, l2_clip_norm=config.l2_clip_norm, num_steps=left
-    )
+    return _with_clip_norm(config.l2_clip_norm, current, charged, left)
   config = dataclasses.replace(config, num_steps=left)
   spent = [part for part in spent if part.num_steps]
   if not spent:
@@ -224,6 +211,28 @@ def plan_after(
     noise_multiplier=search.six_digits(-index),
     target_epsilon=config.target_epsilon,
   )
+
+
+def _with_clip_norm(
+  l2_clip_norm: float, current: plan_lib.PrivacyPlan, charged: int, left: int
+) -> plan_lib.PrivacyPlan:
+  """The rest of a plan, or as many steps of it as are left, clipped otherwise.
+
+  Raises:
+    ValueError: no step is left.
+  """
+  # The mechanism stays as it is in units of its sensitivity, and so does what
+  # remains of its steps.
+  left = min(left, current.num_steps - charged)
+  if current.cycle_length > 1:
+    # Turns begin anew, and whoever had one has another: of whole ones no more
+    # than were planned.
+    turns = step_events.num_turns(current.num_steps, current.cycle_length)
+    turns -= step_events.num_turns(charged, current.cycle_length)
+    left = min(left, turns * current.cycle_length)
+  if left < 1:
+    raise ValueError("the plan is spent: no step is left to be changed")
+  return dataclasses.replace(current, l2_clip_norm=l2_clip_norm, num_steps=left)
 
 
 def _check_can_follow(

@@ -7,18 +7,18 @@ jax, nor, until an epsilon is asked for, the accountants: they bring scipy,
 which takes longer to load than a ledger.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import dataclasses
 import hashlib
 import itertools
 import json
-import math
 import numbers
-import operator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from dpdist.accounting import search
 from dpdist.accounting import step_events
+from dpdist.privacy import rules
+from dpdist.privacy import schedule
 
 if TYPE_CHECKING:
   import dp_accounting
@@ -26,23 +26,6 @@ if TYPE_CHECKING:
 
 # What a guarantee is about, so that no run may change it.
 KEPT = ("delta", "neighboring_relation", "unit", "examples_per_user")
-
-
-class Setting(NamedTuple):
-  """What holds from a step of the plan on.
-
-  Attributes:
-    start: the first such step, from 0.
-    noise_multiplier: noise standard deviation over l2 sensitivity.
-    expected_batch_size: of a step.
-  """
-
-  start: int
-  noise_multiplier: float
-  expected_batch_size: float
-
-
-Schedule = tuple[tuple[int, float], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -73,8 +56,8 @@ class Sampling:
   cycle_length: int = 1
   examples_per_user: int = 1
   group_size: int = 1
-  noise_schedule: Schedule = ()
-  batch_size_schedule: Schedule = ()
+  noise_schedule: schedule.Schedule = ()
+  batch_size_schedule: schedule.Schedule = ()
   unit: str = "example"
 
 
@@ -115,7 +98,7 @@ class PrivacyConfig(Sampling):
   neighboring_relation: str = "add_or_remove_one"
 
   def __post_init__(self) -> None:
-    _check(self)
+    rules.check(self)
     if (self.target_epsilon is None) == (self.noise_multiplier is None):
       raise ValueError(
         "exactly one of target_epsilon and noise_multiplier must be given, got "
@@ -160,7 +143,7 @@ class PrivacyPlan(Sampling):
   target_epsilon: float | None
 
   def __post_init__(self) -> None:
-    _check(self)
+    rules.check(self)
 
   @property
   def sampling_probability(self) -> float:
@@ -170,7 +153,7 @@ class PrivacyPlan(Sampling):
     """
     return self.probability(self.settings[0])
 
-  def probability(self, setting: Setting) -> float:
+  def probability(self, setting: schedule.Setting) -> float:
     """As `sampling_probability`, under a setting."""
     q = setting.expected_batch_size * self.cycle_length / self.num_examples
     return min(1.0, q)  # Which rounding may miss by a bit.
@@ -181,18 +164,20 @@ class PrivacyPlan(Sampling):
     return -(-self.num_examples // self.group_size)
 
   @property
-  def settings(self) -> tuple[Setting, ...]:
+  def settings(self) -> tuple[schedule.Setting, ...]:
     """What holds from step to step, in order; one where nothing changes."""
     noise, sizes = dict(self.noise_schedule), dict(self.batch_size_schedule)
-    found = [Setting(0, self.noise_multiplier, self.expected_batch_size)]
+    found = [
+      schedule.Setting(0, self.noise_multiplier, self.expected_batch_size)
+    ]
     for start in sorted({*noise, *sizes}):
       _, sigma, size = found[-1]
       found.append(
-        Setting(start, noise.get(start, sigma), sizes.get(start, size))
+        schedule.Setting(start, noise.get(start, sigma), sizes.get(start, size))
       )
     return tuple(found)
 
-  def setting(self, step: int) -> Setting:
+  def setting(self, step: int) -> schedule.Setting:
     """What holds at a step of the plan, from 0."""
     return [found for found in self.settings if found.start <= step][-1]
 
@@ -222,7 +207,7 @@ class PrivacyPlan(Sampling):
     # nobody has more than one step of a turn: the worst of it is taken.
     return [
       (
-        _pair_of(
+        rules.pair_of(
           self,
           min(x.noise_multiplier for x in found),
           max(self.probability(x) for x in found),
@@ -267,7 +252,7 @@ class PrivacyPlan(Sampling):
 
     steps = self.steps(self._covered(num_steps))
     for delta in deltas:
-      if not (_is(numbers.Real, delta) and 0 < delta < 1):
+      if not (schedule.is_a(numbers.Real, delta) and 0 < delta < 1):
         raise ValueError(f"deltas must be in (0, 1), got {delta!r}")
     return [accountants.epsilon(steps, x, self.accountant) for x in deltas]
 
@@ -320,7 +305,10 @@ class PrivacyPlan(Sampling):
   def _covered(self, num_steps: int | None) -> int:
     if num_steps is None:
       return self.num_steps
-    if _is(numbers.Integral, num_steps) and 0 <= num_steps <= self.num_steps:
+    if (
+      schedule.is_a(numbers.Integral, num_steps)
+      and 0 <= num_steps <= self.num_steps
+    ):
       return int(num_steps)
     raise ValueError(
       f"num_steps must be an integer in [0, {self.num_steps}], which the plan "
@@ -379,137 +367,6 @@ def make_plan(config: PrivacyConfig) -> PrivacyPlan:
   return plan
 
 
-_LARGEST_WHOLE = 2**63
-_REAL, _WHOLE = (float, numbers.Real), (int, numbers.Integral)
-_POSITIVE = (_REAL, lambda x: 0 < x < math.inf, "finite and > 0")
-_COUNT = (_WHOLE, lambda x: x >= 1, "an integer >= 1")
-_DELTA = (_REAL, lambda x: 0 < x < 1, "in (0, 1)")
-
-
-def _one_of(choices: tuple[str, ...]) -> tuple[Any, Callable[[Any], bool], str]:
-  return (str, str), lambda x: x in choices, f"one of {choices}"
-
-
-# What an attribute is turned into and from, what holds of it, and how to say
-# so. Nothing holds of NaN.
-_RULES: dict[str, tuple[tuple[Any, Any], Callable[[Any], bool], str]] = {
-  "num_examples": _COUNT,
-  "expected_batch_size": _POSITIVE,
-  "num_steps": _COUNT,
-  "l2_clip_norm": _POSITIVE,
-  "target_delta": _DELTA,
-  "delta": _DELTA,
-  "target_epsilon": _POSITIVE,
-  "noise_multiplier": (
-    _REAL,
-    lambda x: 0 < x <= search.MOST_NOISE,
-    f"finite and > 0, and at most {search.MOST_NOISE:g}",
-  ),
-  "accountant": ((str, str), lambda x: x in ("pld", "rdp"), "'pld' or 'rdp'"),
-  "truncated_batch_size": _COUNT,
-  "cycle_length": _COUNT,
-  "examples_per_user": _COUNT,
-  "group_size": _COUNT,
-  "neighboring_relation": _one_of(step_events.NEIGHBORING_RELATIONS),
-  "sampling": _one_of(step_events.SAMPLINGS),
-  "unit": _one_of(("example", "user")),
-}
-
-
-def _check(record: PrivacyConfig | PrivacyPlan) -> None:
-  """Holds each attribute against its rule, and makes it a plain number."""
-  # Schedules last: they are held against numbers, which must be some.
-  is_last = lambda field: field.name.endswith("_schedule")
-  for field in sorted(dataclasses.fields(record), key=is_last):
-    value = getattr(record, field.name)
-    if value is None and "None" in str(field.type):
-      continue
-    if field.name.endswith("_schedule"):
-      value = _checked_schedule(field.name, value, record.num_steps)
-    else:
-      (plain, kind), holds, right = _RULES[field.name]
-      # No float is as large as some integers.
-      is_small = not isinstance(value, int) or abs(value) < _LARGEST_WHOLE
-      if not (_is(kind, value) and is_small and holds(plain(value))):
-        raise ValueError(f"{field.name} must be {right}, got {value!r}")
-      value = plain(value)
-    # The same plan must have the same fingerprint, written 1 or 1.0.
-    object.__setattr__(record, field.name, value)
-  num_units = -(-record.num_examples // record.group_size)
-  if record.cycle_length > num_units:
-    raise ValueError(
-      f"cycle_length must be at most {num_units}, the rows or groups of rows"
-      f" that take turns, got {record.cycle_length}"
-    )
-  largest = record.num_examples / record.cycle_length
-  sizes = [x for _, x in record.batch_size_schedule]
-  for size in (record.expected_batch_size, *sizes):
-    if size > largest:
-      over = "num_examples" + (
-        f" / cycle_length={largest:g}"
-        if record.cycle_length > 1
-        else f"={record.num_examples}"
-      )
-      raise ValueError(
-        f"expected_batch_size must be at most {over}, got {size!r}"
-      )
-    if record.sampling == "fixed_size" and size != int(size):
-      raise ValueError(
-        "expected_batch_size must be whole with sampling='fixed_size', got"
-        f" {size!r}"
-      )
-  _pair_of(record, 1.0, 1.0)  # Refuses what is no mechanism.
-
-
-def _pair_of(
-  record: PrivacyConfig | PrivacyPlan, noise_multiplier: float, q: float
-) -> step_events.Pair:
-  is_truncated = record.sampling == "truncated_poisson"
-  # A neighbour has a row more, or one less.
-  may_grow = is_truncated and record.neighboring_relation == "add_or_remove_one"
-  return step_events.of(
-    noise_multiplier=noise_multiplier,
-    sampling_probability=q,
-    sampling=record.sampling,
-    neighboring_relation=record.neighboring_relation,
-    num_examples=record.num_examples + may_grow if is_truncated else None,
-    truncated_batch_size=record.truncated_batch_size,
-    cycle_length=record.cycle_length,
-    examples_per_user=record.examples_per_user,
-    group_size=record.group_size,
-    may_grow=may_grow,
-  )
-
-
-def _checked_schedule(name: str, value: Any, num_steps: int) -> Schedule:
-  """A schedule as plain tuples."""
-  number = {
-    "noise_schedule": "noise_multiplier",
-    "batch_size_schedule": "expected_batch_size",
-  }[name]
-  try:
-    if not all(
-      _is(numbers.Integral, step) and _is(numbers.Real, x) for step, x in value
-    ):
-      raise TypeError
-    schedule = tuple((operator.index(step), float(x)) for step, x in value)
-  except (TypeError, ValueError, OverflowError):
-    schedule = ((-1, 0.0),)
-  starts = [start for start, _ in schedule]
-  if (
-    starts != sorted(set(starts))
-    or not all(0 < start < num_steps for start in starts)
-    or not all(0 < x <= search.MOST_NOISE for _, x in schedule)
-  ):
-    raise ValueError(
-      f"{name} must be (step, {number}) pairs, of rising steps in"
-      f" [1, num_steps={num_steps}) and numbers > 0 and at most"
-      f" {search.MOST_NOISE:g}, got"
-      f" {value!r}"
-    )
-  return schedule
-
-
 def _defaults(cls: type) -> dict[str, Any]:
   return {
     field.name: field.default
@@ -530,7 +387,3 @@ def _to_dict(record: PrivacyConfig | PrivacyPlan) -> dict[str, Any]:
     for name, value in dataclasses.asdict(record).items()
     if name in kept or value != defaults[name]
   }
-
-
-def _is(kind: Any, value: Any) -> bool:
-  return isinstance(value, kind) and not isinstance(value, bool)

@@ -16,6 +16,7 @@ import math
 from typing import NamedTuple
 
 from dpdist.privacy import plan as plan_lib
+from dpdist.privacy import schedule
 
 # A step with more examples than `most_examples` comes with less than this.
 TAIL = 2.0**-64
@@ -183,7 +184,7 @@ def most_examples(plan: plan_lib.PrivacyPlan) -> int:
   return max(_most(plan, setting) for setting in plan.settings)
 
 
-def _most(plan: plan_lib.PrivacyPlan, setting: plan_lib.Setting) -> int:
+def _most(plan: plan_lib.PrivacyPlan, setting: schedule.Setting) -> int:
   count = -(-plan.num_units // plan.cycle_length)
   if plan.sampling == "fixed_size":
     return math.ceil(setting.expected_batch_size)

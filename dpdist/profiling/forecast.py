@@ -50,20 +50,19 @@ def forecast(
   experiment = setup.build(
     config, mesh_lib.make(config.mesh, devices), platform="tpu"
   )
-  plan, model, step = experiment.plan, experiment.model, experiment.step
+  model, step = experiment.model, experiment.step
   if config.clipping.exact_sum:
     raise ValueError(
       "clipping.exact_sum must be False to compile for a topology: its programs"
       " are for one device each, got True"
     )
-  chunk_size = experiment.chunk_size
   example = abstract_step.example(config)
   state = abstract_step.state(step, model, example["inputs"])
   arguments = abstract_step.arguments(
     step,
     state,
     abstract_step.unit(config, example),
-    chunk_size,
+    experiment.chunk_size,
     abstract_step.frozen(step, model, example["inputs"]),
   )
   key = arguments[4]
@@ -72,15 +71,7 @@ def forecast(
     "topology": topology,
     "num_slices": num_slices,
     "num_chips": len(devices),
-    "mesh": dict(step.mesh.shape),
-    "epsilon": plan.epsilon(),
-    "delta": config.privacy.target_delta,
-    "noise_multiplier": plan.noise_multiplier,
-    "num_steps": plan.num_steps,
-    "parameters": sum(x.size for x in jax.tree.leaves(state.params)),
-    "expected_batch_size": plan.expected_batch_size,
-    "chunk_size": chunk_size,
-    "chunks_per_step": math.ceil(plan.expected_batch_size / chunk_size),
+    **_of_run(experiment, state.params),
     "memory": memory | {"capacity": chip.memory_bytes},
   }
   held = sum(memory.values())
@@ -97,31 +88,52 @@ def forecast(
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       return facts | {"fits": False, "reason": _reason(error)}
-    work = products.count(traced.jaxpr.jaxpr).times(
-      1 / step.mesh.shape["model"]
-    )
     analysis = program.memory_analysis()
     grown = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     memory[f"{name}_temp"] = analysis.temp_size_in_bytes + max(0, grown)
     peaks.append(held + memory[f"{name}_temp"])
-    # Nothing loops in `apply`, which touches all of the state.
-    num_bytes = work.num_bytes
-    if name == "apply":
-      num_bytes = float(program.cost_analysis()["bytes accessed"])
-    found = compiled.collectives(program.as_text())
-    facts[name] = {
-      "flops": work.flops,
-      "bytes": num_bytes,
-      "collectives": [
-        dataclasses.asdict(x) | {"bytes_sent": x.bytes_sent} for x in found
-      ],
-      "seconds": _seconds(chip, work.flops, num_bytes, found),
-    }
+    facts[name] = _work(name, traced, program, chip, step.mesh.shape["model"])
   facts["memory"] |= memory | {"peak": max(peaks)}
   facts["fits"] = max(peaks) <= chip.memory_bytes
   facts["scaling"] = scaling(facts)
   facts["step_seconds"] = facts["scaling"][-1]["step_seconds"]
   return facts
+
+
+def _of_run(experiment: setup.Experiment, params: PyTree) -> dict[str, Any]:
+  """What does not depend on the chips."""
+  plan, chunk_size = experiment.plan, experiment.chunk_size
+  return {
+    "mesh": dict(experiment.mesh.shape),
+    "epsilon": plan.epsilon(),
+    "delta": experiment.config.privacy.target_delta,
+    "noise_multiplier": plan.noise_multiplier,
+    "num_steps": plan.num_steps,
+    "parameters": sum(x.size for x in jax.tree.leaves(params)),
+    "expected_batch_size": plan.expected_batch_size,
+    "chunk_size": chunk_size,
+    "chunks_per_step": math.ceil(plan.expected_batch_size / chunk_size),
+  }
+
+
+def _work(
+  name: str, traced: Any, program: Any, chip: chips.Chip, num_model: int
+) -> dict[str, Any]:
+  """What a compiled program does, and how long that takes a chip."""
+  work = products.count(traced.jaxpr.jaxpr).times(1 / num_model)
+  # Nothing loops in `apply`, which touches all of the state.
+  num_bytes = work.num_bytes
+  if name == "apply":
+    num_bytes = float(program.cost_analysis()["bytes accessed"])
+  found = compiled.collectives(program.as_text())
+  return {
+    "flops": work.flops,
+    "bytes": num_bytes,
+    "collectives": [
+      dataclasses.asdict(x) | {"bytes_sent": x.bytes_sent} for x in found
+    ],
+    "seconds": _seconds(chip, work.flops, num_bytes, found),
+  }
 
 
 def _seconds(

@@ -94,6 +94,28 @@ def check_sensitivity(
   trained, constants = clipping.partition(params, frozen)
   rows = len(jax.tree.leaves(batch)[0])
   rngs = None if rng is None else jax.random.split(rng, rows)
+  one = _trial(clipped_grad, rngs)
+  numbers = np.random.default_rng(0)
+  drawn = jax.tree.map(lambda x: numbers.normal(size=x.shape), trained)
+  both = trained, jax.jit(trials.moved)(trained, drawn)
+  program = trials.Program(
+    clipped_grad,
+    (params, clipping.merge(both[1], constants)),
+    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch),
+    jax.tree.map(largest_integer, batch),
+    rows,
+    rows,
+    lambda number: number % rows,
+    lambda number, *given: iter([one(both[number], constants, *given)]),
+    None if rngs is None else lambda row: rngs[row],
+  )
+  return trials.search(program)
+
+
+def _trial(
+  clipped_grad: clipping.ClippedGrad, rngs: jax.Array | None
+) -> Callable[..., comparison.Measured]:
+  """Compiled: a made-up batch's clipped sum, held against that of a row."""
   measure = comparison.measurer(clipped_grad)
 
   @jax.jit
@@ -113,21 +135,7 @@ def check_sensitivity(
     total = mean(out.sum, jnp.sum(~is_padding))
     return measure(trained, constants, example, key, total, norms)
 
-  numbers = np.random.default_rng(0)
-  drawn = jax.tree.map(lambda x: numbers.normal(size=x.shape), trained)
-  both = trained, jax.jit(trials.moved)(trained, drawn)
-  program = trials.Program(
-    clipped_grad,
-    (params, clipping.merge(both[1], constants)),
-    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch),
-    jax.tree.map(largest_integer, batch),
-    rows,
-    rows,
-    lambda number: number % rows,
-    lambda number, *given: iter([one(both[number], constants, *given)]),
-    None if rngs is None else lambda row: rngs[row],
-  )
-  return trials.search(program)
+  return one
 
 
 def normal(params: PyTree, key: jax.Array) -> PyTree:

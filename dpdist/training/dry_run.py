@@ -26,6 +26,7 @@ from dpdist.distributed import mesh as mesh_lib
 from dpdist.distributed import progress as progress_lib
 from dpdist.noise import noise
 from dpdist.reporting import console
+from dpdist.training import job as job_lib
 from dpdist.training import setup
 from dpdist.training import step as step_lib
 
@@ -35,7 +36,7 @@ PyTree = Any
 def run(
   config: ml_collections.ConfigDict,
   progress: progress_lib.Progress,
-  job: setup.Job,
+  job: job_lib.Job,
 ) -> int:
   """Compiles and runs a step; to be called in all processes.
 
@@ -73,7 +74,7 @@ def run(
   return size
 
 
-def _is_to_train(job: setup.Job) -> bool:
+def _is_to_train(job: job_lib.Job) -> bool:
   """Whether a step is left, as the primary process sees it."""
   ledger, saved = job.ledger, job.found.saved
   assert ledger is not None
@@ -86,7 +87,7 @@ def _is_to_train(job: setup.Job) -> bool:
 
 
 def _accumulated(
-  job: setup.Job, state: step_lib.TrainState, size: int
+  job: job_lib.Job, state: step_lib.TrainState, size: int
 ) -> tuple[step_lib.Accumulator | None, str]:
   """A step's sum, or why there was no memory for one."""
 
@@ -118,7 +119,7 @@ def _accumulated(
 
 def _finish(
   config: ml_collections.ConfigDict,
-  job: setup.Job,
+  job: job_lib.Job,
   state: step_lib.TrainState,
   accumulator: Any,
 ) -> None:
@@ -135,7 +136,7 @@ def _finish(
       job.evaluate(step_lib.whole(params, job.frozen), num_passes=1)
 
 
-def _zeros(job: setup.Job, size: int) -> tuple[PyTree, jax.Array]:
+def _zeros(job: job_lib.Job, size: int) -> tuple[PyTree, jax.Array]:
   """A chunk of the data's shapes, none of whose rows is padding."""
   rows = len(mesh_lib.local_rows(job.mesh, size))
 

@@ -24,6 +24,7 @@ import optax
 from dpdist.clipping import watched
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.mechanism import mechanism as mechanism_lib
+from dpdist.mechanism import stats as stats_lib
 from dpdist.sums import fixed_point
 from dpdist.training import step as step_lib
 
@@ -73,7 +74,7 @@ class ExactStep(step_lib.Step):
       sums = jax.tree.map(
         lambda x: fixed_point.zeros(form, (shards, *x.shape)), params
       )
-      return step_lib.Accumulator(sums, step_lib.no_stats(shards))
+      return step_lib.Accumulator(sums, stats_lib.no_stats(shards))
 
     return jax.jit(zeros, out_shardings=mesh_lib.examples(self.mesh))
 
@@ -222,7 +223,7 @@ def add_group(
       part,
       total,
     )
-  stats = step_lib.count(mechanism, grads, is_padding_example)
+  stats = stats_lib.count(mechanism, grads, is_padding_example)
   after = step_lib.Accumulator(
     total, jax.tree.map(jnp.add, accumulator.stats, stats)
   )

@@ -21,10 +21,11 @@ from dpdist.distributed import preemption
 from dpdist.distributed import progress as progress_lib
 from dpdist.keys import keys
 from dpdist.ledger import history
+from dpdist.mechanism import stats as stats_lib
 from dpdist.reporting import run_reporter
 from dpdist.reporting import telemetry
 from dpdist.sensitivity import sentinel as sentinel_lib
-from dpdist.training import setup
+from dpdist.training import job as job_lib
 from dpdist.training import step as step_lib
 from dpdist.training import step_sentinel
 from dpdist.workdir import session as session_lib
@@ -60,7 +61,7 @@ class Loop:
   def __init__(
     self,
     config: ml_collections.ConfigDict,
-    job: setup.Job,
+    job: job_lib.Job,
     session: session_lib.Session,
     state: step_lib.TrainState,
     *,
@@ -266,7 +267,7 @@ class Loop:
       yield t, on_mesh(chunks)
 
 
-def _sensitive(stats: step_lib.Stats) -> dict[str, float]:
+def _sensitive(stats: stats_lib.Stats) -> dict[str, float]:
   examples = max(1, int(stats.num_examples))
   return {
     "train_loss": float(stats.loss) / examples,

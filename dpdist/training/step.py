@@ -35,6 +35,7 @@ from dpdist import clipping
 from dpdist.clipping import watched
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.mechanism import mechanism as mechanism_lib
+from dpdist.mechanism import stats as stats_lib
 from dpdist.noise import noise
 from dpdist.sums import compensated
 
@@ -59,28 +60,6 @@ class TrainState(NamedTuple):
   noise_state: noise.GaussianNoiseState
 
 
-class Stats(NamedTuple):
-  """What the drawn examples did; sensitive, and never released by itself.
-
-  Attributes:
-    num_examples: examples drawn.
-    num_clipped: those whose gradient was longer than the clip norm.
-    num_nonfinite: those left out because their gradient norm was not finite.
-    loss: sum of the finite examples' losses.
-  """
-
-  num_examples: jax.Array
-  num_clipped: jax.Array
-  num_nonfinite: jax.Array
-  loss: jax.Array
-
-
-def no_stats(shards: int) -> Stats:
-  """Of no example, for each device that divides the examples."""
-  count = lambda: jnp.zeros((shards,), jnp.int32)
-  return Stats(count(), count(), count(), jnp.zeros((shards,)))
-
-
 class Accumulator(NamedTuple):
   """A step's sums so far, apart for each device that divides the examples.
 
@@ -93,7 +72,7 @@ class Accumulator(NamedTuple):
   """
 
   clipped_sum: PyTree
-  stats: Stats
+  stats: stats_lib.Stats
   low: PyTree = ()
 
 
@@ -143,7 +122,7 @@ class Step:
   def accumulator_specs(self, params: PyTree) -> PyTree:
     """How an accumulator lies on the mesh: of PartitionSpecs."""
     sums = jax.tree.map(mesh_lib.stacked, self.specs(params))
-    stats = jax.tree.map(lambda x: mesh_lib.EXAMPLES, no_stats(1))
+    stats = jax.tree.map(lambda x: mesh_lib.EXAMPLES, stats_lib.no_stats(1))
     return Accumulator(sums, stats, sums)
 
   def init(self, params: PyTree) -> TrainState:
@@ -207,7 +186,7 @@ class Step:
       )
       empty = compensated.zeros_like(sums)
       return self._constrained(
-        params, Accumulator(empty.high, no_stats(shards), empty.low)
+        params, Accumulator(empty.high, stats_lib.no_stats(shards), empty.low)
       )
 
     return jax.jit(zeros)
@@ -222,6 +201,38 @@ class Step:
     """Says how a traced accumulator lies."""
     specs = self.accumulator_specs(params)
     return mesh_lib.constrain(accumulator, specs, self.mesh)
+
+  def _add_chunk(
+    self,
+    specs: PyTree,
+    params: PyTree,
+    frozen: PyTree | None,
+    direction: PyTree | None,
+    accumulator: Accumulator,
+    batch: PyTree,
+    is_padding_example: jax.Array,
+    rngs: jax.Array,
+  ) -> Any:
+    """What a device does of `accumulate`, with its part of the chunk."""
+    grads = self.mechanism.clipped_grad(
+      whole(params, frozen),
+      batch,
+      is_padding_example=is_padding_example,
+      rng=rngs,
+      param_specs=specs,
+      direction=direction,
+    )
+    grads, seen = watched.seen(grads)
+    stats = stats_lib.count(self.mechanism, grads, is_padding_example)
+    # The leading axis has one entry a device, here this device's own.
+    more, low, stats = jax.tree.map(
+      lambda x: x[None], (grads.sum, grads.low, stats)
+    )
+    before = compensated.Sum(accumulator.clipped_sum, accumulator.low)
+    total = compensated.add(before, more, low)
+    stats = jax.tree.map(jnp.add, accumulator.stats, stats)
+    after = Accumulator(total.high, stats, total.low)
+    return after if seen is None else (after, seen)
 
   @functools.cached_property
   def accumulate(self) -> Callable[..., Any]:
@@ -240,7 +251,6 @@ class Step:
         randomness belongs to an example and not to a device.
       frozen: the frozen parameters, None where one is trained; None: all are
         trained. Which are must be what `mechanism.clipped_grad` was told.
-
       direction: for a step that is watched, which is another program; see
         `dpdist.clipping.watched`. None: nobody watches.
 
@@ -248,36 +258,6 @@ class Step:
       The accumulator with the chunk's clipped sum; with a direction, that and
       what was seen.
     """
-
-    def local(
-      specs: PyTree,
-      params: PyTree,
-      frozen: PyTree | None,
-      direction: PyTree | None,
-      accumulator: Accumulator,
-      batch: PyTree,
-      is_padding_example: jax.Array,
-      rngs: jax.Array,
-    ) -> Any:
-      grads = self.mechanism.clipped_grad(
-        whole(params, frozen),
-        batch,
-        is_padding_example=is_padding_example,
-        rng=rngs,
-        param_specs=specs,
-        direction=direction,
-      )
-      grads, seen = watched.seen(grads)
-      stats = count(self.mechanism, grads, is_padding_example)
-      # The leading axis has one entry a device, here this device's own.
-      more, low, stats = jax.tree.map(
-        lambda x: x[None], (grads.sum, grads.low, stats)
-      )
-      before = compensated.Sum(accumulator.clipped_sum, accumulator.low)
-      total = compensated.add(before, more, low)
-      stats = jax.tree.map(jnp.add, accumulator.stats, stats)
-      after = Accumulator(total.high, stats, total.low)
-      return after if seen is None else (after, seen)
 
     def accumulate(
       params: PyTree,
@@ -300,7 +280,7 @@ class Step:
         stacked, self.accumulator_specs({}).stats, stacked
       )
       run = jax.shard_map(
-        functools.partial(local, whole(specs, frozen_specs)),
+        functools.partial(self._add_chunk, whole(specs, frozen_specs)),
         mesh=self.mesh,
         in_specs=(specs, frozen_specs, None if direction is None else specs)
         + (sums,)
@@ -421,24 +401,6 @@ def whole(params: PyTree, frozen: PyTree | None) -> PyTree:
     frozen: the others, None where one is trained; None: there are none.
   """
   return params if frozen is None else clipping.merge(params, frozen)
-
-
-def count(
-  mechanism: mechanism_lib.Mechanism,
-  grads: clipping.ClippedGrads,
-  is_padding_example: jax.Array,
-) -> Stats:
-  """Stats, scalars, of the examples whose gradients are given."""
-  real = ~is_padding_example
-  finite = jnp.isfinite(grads.grad_norms)
-  clipped = grads.grad_norms > mechanism.clipped_grad.l2_clip_norm
-  loss = jnp.where(real & jnp.isfinite(grads.loss), grads.loss, 0)
-  return Stats(
-    num_examples=jnp.sum(real, dtype=jnp.int32),
-    num_clipped=jnp.sum(real & finite & clipped, dtype=jnp.int32),
-    num_nonfinite=jnp.sum(real & ~finite, dtype=jnp.int32),
-    loss=jnp.sum(loss, dtype=jnp.float32),
-  )
 
 
 def update(

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 import numpy as np
 
 from dpdist.distributed import collectives
@@ -52,32 +53,21 @@ def check_step(
 
   Raises:
     dpdist.errors.SensitivityError: names what is wrong, the
-      parameter and
-      its rule.
+      parameter and its rule.
   """
   clipped_grad = step.mechanism.clipped_grad
-  mesh, sharding = step.mesh, mesh_lib.examples(step.mesh)
+  mesh, put = step.mesh, _putter(step.mesh)
   replicated = mesh_lib.replicated(mesh)
   measure = _on_one_device(comparison.measurer(clipped_grad), replicated)
   key = noise.as_key(keys.prng_words(keys.insecure_secret(0)))
   drawn = drawer(step)(params, key)
   along = drawn if is_watched else None
-  specs = step.specs(params)
-  move = lambda *args: mesh_lib.constrain(trials.moved(*args), specs, mesh)
-  both = params, jax.jit(move)(params, drawn)
+  both = params, _moved(step, params, drawn)
   at = jax.jit(lambda x, row: x[row], out_shardings=replicated)
   fold = functools.partial(jax.random.fold_in, key)
+  averaged = _averager(step)
   # A step that nobody watches does not say its norms.
   unknown = [mesh_lib.replicate(jnp.array(jnp.nan, jnp.float32), mesh)]
-
-  def put(x: np.ndarray) -> jax.Array:
-    return jax.make_array_from_callback(x.shape, sharding, lambda i: x[i])
-
-  @jax.jit
-  def averaged(params: PyTree, total: PyTree, count: int) -> PyTree:
-    return mesh_lib.constrain(
-      sentinel_lib.mean(total, count), step.specs(params), mesh
-    )
 
   def run(
     number: int, batch: PyTree, is_padding: np.ndarray, row: int
@@ -99,9 +89,6 @@ def check_step(
     total = averaged(params, step.total(params, after), count)
     yield measure(params, frozen, example, fold(row), total, norms)
 
-  # One device after the other, and each row of them.
-  shards = mesh_lib.num_example_shards(mesh)
-  size = chunk_size // shards
   wholes = [step_lib.whole(x, frozen) for x in both]
   program = trials.Program(
     clipped_grad,
@@ -110,12 +97,46 @@ def check_step(
     largest,
     chunk_size,
     step.mechanism.plan.num_units,
-    lambda number: number % shards * size + number // shards % size,
+    _rows(mesh, chunk_size),
     run,
     fold,
     collectives.any_process,
   )
   return trials.search(program)
+
+
+def _putter(mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:
+  """Divides an array of rows, the same in all processes, over the devices."""
+  sharding = mesh_lib.examples(mesh)
+  return lambda x: jax.make_array_from_callback(
+    x.shape, sharding, lambda i: x[i]
+  )
+
+
+def _moved(step: step_lib.Step, params: PyTree, drawn: PyTree) -> PyTree:
+  """Other parameters, that lie on the mesh alike; see `trials.moved`."""
+  specs, mesh = step.specs(params), step.mesh
+  move = lambda *args: mesh_lib.constrain(trials.moved(*args), specs, mesh)
+  return jax.jit(move)(params, drawn)
+
+
+def _averager(step: step_lib.Step) -> Callable[..., PyTree]:
+  """Compiled: from parameters, a sum and its number of rows to their mean."""
+
+  @jax.jit
+  def averaged(params: PyTree, total: PyTree, count: int) -> PyTree:
+    return mesh_lib.constrain(
+      sentinel_lib.mean(total, count), step.specs(params), step.mesh
+    )
+
+  return averaged
+
+
+def _rows(mesh: Mesh, chunk_size: int) -> Callable[[int], int]:
+  """Which row each trial is of: one device after the other, and all of each."""
+  shards = mesh_lib.num_example_shards(mesh)
+  size = chunk_size // shards
+  return lambda number: number % shards * size + number // shards % size
 
 
 def _on_one_device(

@@ -17,11 +17,11 @@ from dpdist.privacy import rounding as rounding_lib
 from dpdist.privacy import statement
 from dpdist.reporting import console
 from dpdist.tasks import chance
-from dpdist.training import setup
+from dpdist.training import job as job_lib
 
 
 def start_rows(
-  job: setup.Job,
+  job: job_lib.Job,
   planned: Sequence[plan_lib.Part],
   *,
   epsilon: float,
@@ -80,7 +80,7 @@ def start_rows(
   return rows
 
 
-def rounding(job: setup.Job) -> rounding_lib.Bound:
+def rounding(job: job_lib.Job) -> rounding_lib.Bound:
   """What float rounding can add to the sensitivity of a run's steps."""
   mechanism, mesh = job.step.mechanism, job.mesh
   is_exact = mechanism.exact_group_size is not None
@@ -101,7 +101,7 @@ def rounding(job: setup.Job) -> rounding_lib.Bound:
 
 
 def result(
-  job: setup.Job,
+  job: job_lib.Job,
   ledger: ledger_lib.Ledger,
   *,
   num_steps: int,
@@ -191,7 +191,7 @@ def end_rows(
   ]
 
 
-def _frozen_rows(job: setup.Job) -> list[tuple[str, str]]:
+def _frozen_rows(job: job_lib.Job) -> list[tuple[str, str]]:
   rows = []
   if job.frozen is not None:
     count = console.human_count(_size(job.frozen))
@@ -203,7 +203,7 @@ def _frozen_rows(job: setup.Job) -> list[tuple[str, str]]:
   return rows
 
 
-def _num_params(job: setup.Job) -> int:
+def _num_params(job: job_lib.Job) -> int:
   return _size(job.params)
 
 
@@ -211,7 +211,7 @@ def _size(params: Any) -> int:
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _memory(job: setup.Job) -> int:
+def _memory(job: job_lib.Job) -> int:
   """Bytes of state, accumulator and per-example gradients on a device."""
   state = jax.eval_shape(job.step.initial, job.params)
   state_bytes = mesh_lib.bytes_per_device(

@@ -36,6 +36,7 @@ from dpdist.reporting import run_reporter
 from dpdist.reporting import telemetry
 from dpdist.training import data_checks
 from dpdist.training import dry_run
+from dpdist.training import job as job_lib
 from dpdist.training import loop as loop_lib
 from dpdist.training import setup
 from dpdist.training import step_sentinel
@@ -109,7 +110,7 @@ def train(
       ledger = stack.enter_context(resume.open_ledger(config, workdir))
 
     collectives.run_on_primary(open_ledger)
-    job = setup.prepare(
+    job = job_lib.prepare(
       config,
       workdir,
       ledger,
@@ -130,7 +131,7 @@ def train(
 def _run(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
-  job: setup.Job,
+  job: job_lib.Job,
   checkpoints: checkpoints_lib.Checkpoints,
   stop: preemption.Notice,
   progress: progress_lib.Progress,
@@ -198,7 +199,7 @@ def _run(
 def _resume(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
-  job: setup.Job,
+  job: job_lib.Job,
   start: int,
   ledger_head: str,
   environment: dict[str, Any],
@@ -249,7 +250,7 @@ def _resume(
   return session_lib.Position(*position), epsilon
 
 
-def _notices(job: setup.Job) -> list[str]:
+def _notices(job: job_lib.Job) -> list[str]:
   """What a reader of any figure from this run has to know."""
   notices = [*job.notices, *job.found.rejected]
   if job.changes:
@@ -259,7 +260,7 @@ def _notices(job: setup.Job) -> list[str]:
 
 def _show_start(
   config: ml_collections.ConfigDict,
-  job: setup.Job,
+  job: job_lib.Job,
   start: int,
   last: int,
   epsilon_planned: float,
@@ -286,7 +287,7 @@ def _show_start(
 def _finish(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
-  job: setup.Job,
+  job: job_lib.Job,
   epsilon_planned: float,
   loop: loop_lib.Loop,
   environment: dict[str, Any],

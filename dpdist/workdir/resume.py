@@ -16,6 +16,7 @@ from dpdist import config as config_lib
 from dpdist import errors
 from dpdist.distributed import collectives
 from dpdist.keys import keys
+from dpdist.ledger import budgets
 from dpdist.ledger import data_budget
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
@@ -228,7 +229,7 @@ def shared_budget(
         f" its stake, {ledger.stakes[-1]['root']!r}, got ''"
       )
     return None
-  budget = data_budget.open_or_make(
+  budget = budgets.open_or_make(
     settings.location,
     train_digest,
     epsilon=settings.epsilon,

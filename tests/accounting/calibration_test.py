@@ -14,6 +14,7 @@ from scipy import stats
 
 from dpdist.accounting import accountants
 from dpdist.accounting import calibration
+from dpdist.accounting import loss_grid
 from dpdist.accounting import pld as pld_lib
 from dpdist.accounting import rdp as rdp_lib
 
@@ -196,7 +197,7 @@ def test_queries_leave_each_other_alone():
   for cache in (
     accountants._epsilon,
     rdp_lib.step_divergences,
-    pld_lib._sum,
+    loss_grid.summed,
     pld_lib._roughly,
     pld_lib._rough_moments,
   ):

@@ -18,7 +18,7 @@ from scipy import special
 
 from dpdist.accounting import calibration
 from dpdist.accounting import gaussian
-from dpdist.accounting import pld
+from dpdist.accounting import loss_grid
 from dpdist.privacy import plan as plan_lib
 
 _SIZE = 2**16
@@ -433,15 +433,15 @@ def test_no_run_takes_more_memory_than_a_grid_may(
   noise_multiplier, sampling_probability, num_steps, changes, monkeypatch
 ):
   sizes = []
-  on_grid = pld._on_grid
+  on_grid = loss_grid._on_grid
 
   def noting(atoms, cell, order, size):
     sizes.append(size)
-    assert size <= 2.01 * pld._MOST_CELLS
+    assert size <= 2.01 * loss_grid._MOST_CELLS
     return on_grid(atoms, cell, order, size)
 
-  monkeypatch.setattr(pld, "_on_grid", noting)
-  pld._sum.cache_clear()
+  monkeypatch.setattr(loss_grid, "_on_grid", noting)
+  loss_grid.summed.cache_clear()
   stated = calibration.epsilon(
     delta=1e-12,
     noise_multiplier=noise_multiplier,

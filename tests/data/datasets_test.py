@@ -12,7 +12,7 @@ from pyarrow import parquet
 import pytest
 
 from dpdist.assets import fetch
-from dpdist.data import sources
+from dpdist.data import array_record
 from dpdist.data.datasets import datasets
 from dpdist.data.features import scattering
 
@@ -300,7 +300,7 @@ FILES = {
 def test_array_record(tmp_path):
   for name, (start, stop) in FILES.items():
     arrays = rows(start, stop)
-    sources.write_array_record(
+    array_record.write_array_record(
       tmp_path / f"{name}.array_record",
       [{n: a[i] for n, a in arrays.items()} for i in range(stop - start)],
     )

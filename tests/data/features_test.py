@@ -10,6 +10,7 @@ import dpdist
 from dpdist import config as config_lib
 from dpdist import sampling
 from dpdist.assets import fetch
+from dpdist.data import arrays as arrays_lib
 from dpdist.data import sources
 from dpdist.data.features import features
 from dpdist.data.features import scattering
@@ -21,7 +22,7 @@ from dpdist.workdir import session
 def source(tmp_path, monkeypatch):
   monkeypatch.setenv("DPDIST_CACHE", str(tmp_path))
   rng = np.random.default_rng(0)
-  return sources.ArraySource(
+  return arrays_lib.ArraySource(
     {
       "inputs": rng.random((5, 8, 8, 1), np.float32),
       "targets": rng.integers(0, 10, 5, np.int32),
@@ -65,7 +66,7 @@ def test_other_examples_have_other_features(source):
   features.of(source, "scattering")
   batch = source.read(np.arange(5))
   batch["inputs"] = 1 - batch["inputs"]
-  other = features.of(sources.ArraySource(batch), "scattering")
+  other = features.of(arrays_lib.ArraySource(batch), "scattering")
   expected = scattering.transform(batch["inputs"]).astype(np.float16)
   got = other.read(np.arange(5))["inputs"]
   np.testing.assert_array_equal(got, expected)
@@ -178,7 +179,7 @@ def test_what_features_are_read_from_is_watched(source, tmp_path):
   np.save(path, source.read(np.arange(5))["inputs"])
   mapped = np.load(path, mmap_mode="r")
   targets = np.zeros(5, np.int32)
-  examples = sources.ArraySource({"inputs": mapped, "targets": targets})
+  examples = arrays_lib.ArraySource({"inputs": mapped, "targets": targets})
   got = features.of(examples, "scattering")
   assert sources.changed_files(got) == []
   (kept,) = tmp_path.glob("scattering-*/inputs.npy")

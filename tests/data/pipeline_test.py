@@ -9,8 +9,9 @@ import pytest
 
 from dpdist import errors
 from dpdist import sampling
+from dpdist.data import array_record
+from dpdist.data import arrays as arrays_lib
 from dpdist.data import pipeline
-from dpdist.data import sources
 from dpdist.distributed import mesh as mesh_lib
 
 NUM_EXAMPLES = 40
@@ -34,7 +35,7 @@ def fixed_sampler(step):
 def numbered_source():
   """No example is zero in any array, so that padding can be told from data."""
   numbers = np.arange(1, NUM_EXAMPLES + 1)
-  return sources.ArraySource(
+  return arrays_lib.ArraySource(
     {
       "inputs": np.stack([numbers, numbers * 10], 1).astype(np.float32),
       "targets": numbers.astype(np.int32),
@@ -139,11 +140,11 @@ def on_disk(directory):
   """The numbered examples in a file, from which each host reads for itself."""
   path = directory / "train.array_record"
   whole = numbered_source().read(np.arange(NUM_EXAMPLES))
-  sources.write_array_record(
+  array_record.write_array_record(
     path,
     [{k: a[i] for k, a in whole.items()} for i in range(NUM_EXAMPLES)],
   )
-  return sources.ArrayRecordSource(path)
+  return array_record.ArrayRecordSource(path)
 
 
 def uneven(step):
@@ -340,7 +341,7 @@ def test_an_iterator_that_is_never_used_draws_nothing():
 # Errors.
 
 
-class FailingSource(sources.ArraySource):
+class FailingSource(arrays_lib.ArraySource):
   """Raises when it is asked for example 2, that is in step 3."""
 
   def __init__(self, error):
@@ -411,7 +412,7 @@ def test_a_bad_draw_is_refused(draw):
 
 @pytest.mark.parametrize("surplus", [-1, 1])
 def test_a_source_that_returns_other_than_asked_is_refused(surplus):
-  class Wrong(sources.ArraySource):
+  class Wrong(arrays_lib.ArraySource):
     def read(self, indices):
       size = len(indices) + surplus
       return {"targets": np.ones(size), "inputs": np.ones((size, 2))}

@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 
 from dpdist import errors
+from dpdist.data import arrays as arrays_lib
 from dpdist.data import retry as retry_lib
-from dpdist.data import sources
 
 NUM_EXAMPLES = 12
 FOREVER = 3600  # Seconds; nothing that is right ever waits for it.
@@ -133,7 +133,7 @@ def test_changed_files_are_waited_for_and_passed_on(tmp_path):
     told.append(line)
     (tmp_path / "away").rename(tmp_path / "y.npy")
 
-  source = waiting(sources.ArraySource({"inputs": mapped}), tell=back)
+  source = waiting(arrays_lib.ArraySource({"inputs": mapped}), tell=back)
   assert source.changed_files() == []
   (tmp_path / "y.npy").rename(tmp_path / "away")
   assert source.changed_files() == []
@@ -309,7 +309,7 @@ def test_only_reads_that_touch_a_file_have_threads(tmp_path, in_memory):
 
   array = np.load(tmp_path / "x.npy", mmap_mode=None if in_memory else "r")
   source = waiting(
-    sources.ArraySource({"x": array}, convert=convert), stall=FOREVER
+    arrays_lib.ArraySource({"x": array}, convert=convert), stall=FOREVER
   )
   assert source.read(np.array([3]))["x"].tolist() == [3]
   assert (threads == [threading.current_thread()]) == in_memory

@@ -16,6 +16,9 @@ import pyarrow
 from pyarrow import parquet
 import pytest
 
+from dpdist.data import array_record
+from dpdist.data import arrays as arrays_lib
+from dpdist.data import parquet as parquet_lib
 from dpdist.data import sources
 
 
@@ -39,16 +42,16 @@ def write_parquet(path, arrays, **options):
 
 def array_source(directory):
   np.savez(directory / "data.npz", **examples())
-  return sources.ArraySource.from_npz(directory / "data.npz")
+  return arrays_lib.ArraySource.from_npz(directory / "data.npz")
 
 
 def array_record_source(directory):
   rows = to_rows(examples())
   # Two files of unequal length, so that the numbering runs across them.
   paths = [directory / "a.array_record", directory / "b.array_record"]
-  sources.write_array_record(paths[0], rows[:5])
-  sources.write_array_record(paths[1], rows[5:])
-  return sources.ArrayRecordSource(paths)
+  array_record.write_array_record(paths[0], rows[:5])
+  array_record.write_array_record(paths[1], rows[5:])
+  return array_record.ArrayRecordSource(paths)
 
 
 def parquet_source(directory):
@@ -66,7 +69,7 @@ def parquet_source(directory):
     )
     # Small row groups, so that a column comes in several pieces.
     parquet.write_table(table, path, row_group_size=2)
-  return sources.ParquetSource(paths, {"inputs": "x", "targets": "label"})
+  return parquet_lib.ParquetSource(paths, {"inputs": "x", "targets": "label"})
 
 
 MAKERS = [array_source, array_record_source, parquet_source]
@@ -135,7 +138,7 @@ def test_manifest_depends_on_content_alone(make, tmp_path):
 
 
 def test_array_manifest_is_what_it_always_was():
-  source = sources.ArraySource(
+  source = arrays_lib.ArraySource(
     {
       "targets": np.array([1, 2], "<i4"),
       "inputs": np.array([[0.5], [1.5]], "<f4"),
@@ -163,7 +166,7 @@ def test_array_manifest_changes_with_any_byte_name_dtype_or_shape():
     {**arrays, "inputs": arrays["inputs"].reshape(12, 2, 3)},
     {name: array[::-1] for name, array in arrays.items()},
   ]
-  manifests = {sources.ArraySource(v).content_digest() for v in variants}
+  manifests = {arrays_lib.ArraySource(v).content_digest() for v in variants}
   assert len(manifests) == len(variants)
 
 
@@ -173,32 +176,32 @@ def test_array_manifest_ignores_layout_and_order_of_names():
     "targets": arrays["targets"],
     "inputs": np.asfortranarray(arrays["inputs"]),
   }
-  manifest = sources.ArraySource(arrays).content_digest()
-  assert sources.ArraySource(same).content_digest() == manifest
+  manifest = arrays_lib.ArraySource(arrays).content_digest()
+  assert arrays_lib.ArraySource(same).content_digest() == manifest
 
 
 @pytest.mark.parametrize("block_bytes", [1, 50])
 def test_array_manifest_does_not_depend_on_the_block(monkeypatch, block_bytes):
-  manifest = sources.ArraySource(examples()).content_digest()
-  monkeypatch.setattr(sources, "_HASH_BLOCK_BYTES", block_bytes)
-  assert sources.ArraySource(examples()).content_digest() == manifest
+  manifest = arrays_lib.ArraySource(examples()).content_digest()
+  monkeypatch.setattr(sources, "HASH_BLOCK_BYTES", block_bytes)
+  assert arrays_lib.ArraySource(examples()).content_digest() == manifest
 
 
 def test_arrays_on_disk_stay_there(tmp_path):
   inputs = examples()["inputs"]
   np.save(tmp_path / "inputs.npy", inputs)
   mapped = np.load(tmp_path / "inputs.npy", mmap_mode="r")
-  source = sources.ArraySource({"inputs": mapped})
+  source = arrays_lib.ArraySource({"inputs": mapped})
   assert np.shares_memory(source._arrays["inputs"], mapped)
   batch = source.read(np.array([3, 1]))["inputs"]
   np.testing.assert_array_equal(batch, inputs[[3, 1]])
   batch[:] = 0  # What was read is the reader's own.
-  expected = sources.ArraySource({"inputs": inputs}).content_digest()
+  expected = arrays_lib.ArraySource({"inputs": inputs}).content_digest()
   assert source.content_digest() == expected
 
 
 def test_convert_applies_to_what_is_read():
-  source = sources.ArraySource(
+  source = arrays_lib.ArraySource(
     {"x": np.arange(5)}, convert=lambda batch: {"y": batch["x"] * 10}
   )
   np.testing.assert_array_equal(source.read(np.array([1, 4]))["y"], [10, 40])
@@ -217,7 +220,7 @@ def test_convert_applies_to_what_is_read():
 )
 def test_bad_arrays_are_refused(arrays):
   with pytest.raises(ValueError, match=r"^arrays"):
-    sources.ArraySource(arrays)
+    arrays_lib.ArraySource(arrays)
 
 
 # ArrayRecord.
@@ -229,14 +232,14 @@ def _array_record(path, arrays, *parts):
   paths = []
   for start, stop in itertools.pairwise(cuts):
     paths.append(path.with_name(f"{path.name}-{start}"))
-    sources.write_array_record(paths[-1], rows[start:stop])
-  return sources.ArrayRecordSource(paths)
+    array_record.write_array_record(paths[-1], rows[start:stop])
+  return array_record.ArrayRecordSource(paths)
 
 
 def test_array_record_manifest_is_of_the_examples_alone(tmp_path):
   """Not of how they are stored: a budget is kept under it."""
   arrays = examples()
-  expected = sources.ArraySource(arrays).content_digest()
+  expected = arrays_lib.ArraySource(arrays).content_digest()
   one = _array_record(tmp_path / "a", arrays)
   assert one.content_digest() == expected
   # Files that have other names, sizes and bytes.
@@ -252,14 +255,15 @@ def test_array_record_manifest_is_of_the_examples_alone(tmp_path):
     np.savez_compressed(buffer, **dict(reversed(row.items())))
     writer.write(buffer.getvalue())
   writer.close()
-  packed = sources.ArrayRecordSource(tmp_path / "packed")
+  packed = array_record.ArrayRecordSource(tmp_path / "packed")
   assert packed.content_digest() == expected
   # And not of what files hold beside them.
   data = bytearray((tmp_path / "a-0").read_bytes())
   data[-1] ^= 1
   (tmp_path / "a-0").write_bytes(data)
   assert (
-    sources.ArrayRecordSource(tmp_path / "a-0").content_digest() == expected
+    array_record.ArrayRecordSource(tmp_path / "a-0").content_digest()
+    == expected
   )
 
 
@@ -283,7 +287,7 @@ def test_array_record_manifest_changes_with_any_example(tmp_path):
 
 def test_array_record_manifest_changes_with_the_order_of_files(tmp_path):
   source = array_record_source(tmp_path)
-  other = sources.ArrayRecordSource(source._paths[::-1])
+  other = array_record.ArrayRecordSource(source._paths[::-1])
   assert other.content_digest() != source.content_digest()
 
 
@@ -292,9 +296,9 @@ def test_array_record_manifest_does_not_depend_on_blocks_or_room(
   tmp_path, monkeypatch, held_bytes
 ):
   arrays = examples() | {"z": np.arange(24, dtype=np.uint8).reshape(12, 2)}
-  expected = sources.ArraySource(arrays).content_digest()
-  monkeypatch.setattr(sources, "_HASH_BLOCK_BYTES", 100)
-  monkeypatch.setattr(sources, "_HELD_BYTES", held_bytes)
+  expected = arrays_lib.ArraySource(arrays).content_digest()
+  monkeypatch.setattr(sources, "HASH_BLOCK_BYTES", 100)
+  monkeypatch.setattr(array_record, "_HELD_BYTES", held_bytes)
   assert _array_record(tmp_path / "a", arrays, 5).content_digest() == expected
 
 
@@ -341,7 +345,7 @@ def mapped_source(directory):
     np.save(directory / f"{name}.npy", array)
   load = lambda name: np.load(directory / f"{name}.npy", mmap_mode="r")
   arrays = {"inputs": load("inputs")[:], "targets": load("targets")}
-  return sources.ArraySource({k: np.asarray(a) for k, a in arrays.items()})
+  return arrays_lib.ArraySource({k: np.asarray(a) for k, a in arrays.items()})
 
 
 @pytest.mark.parametrize("change", [_touched, _overwritten, _longer])
@@ -407,8 +411,8 @@ def test_a_file_whose_time_was_set_back_is_found(lazy, names, tmp_path):
   else:
     rows = [source.read(np.array([i])) for i in range(len(source))]
     rows = [{name: 1 + array[0] for name, array in row.items()} for row in rows]
-    count = len(sources.ArrayRecordSource(other / names[0]))
-    sources.write_array_record(other / names[1], rows[count:])
+    count = len(array_record.ArrayRecordSource(other / names[0]))
+    array_record.write_array_record(other / names[1], rows[count:])
   source = lazy(tmp_path)
   source.content_digest()
   assert not sources.is_touched(source)
@@ -482,10 +486,10 @@ def test_what_is_in_memory_is_what_was_hashed(eager, tmp_path):
 def test_records_that_differ_are_refused(tmp_path, odd):
   plain = {"inputs": np.zeros(2, np.float32)}
   with pytest.raises(ValueError, match="examples must all be like the first"):
-    sources.write_array_record(tmp_path / "mixed", [plain, odd])
-  sources.write_array_record(tmp_path / "a", [plain])
-  sources.write_array_record(tmp_path / "b", [odd])
-  source = sources.ArrayRecordSource([tmp_path / "a", tmp_path / "b"])
+    array_record.write_array_record(tmp_path / "mixed", [plain, odd])
+  array_record.write_array_record(tmp_path / "a", [plain])
+  array_record.write_array_record(tmp_path / "b", [odd])
+  source = array_record.ArrayRecordSource([tmp_path / "a", tmp_path / "b"])
   assert source.read(np.array([0]))["inputs"].shape == (1, 2)
   with pytest.raises(ValueError, match="names, shapes and dtypes"):
     source.read(np.array([0, 1]))
@@ -493,23 +497,23 @@ def test_records_that_differ_are_refused(tmp_path, odd):
 
 def test_array_record_refuses_objects(tmp_path):
   with pytest.raises(ValueError, match="allow_pickle"):
-    sources.write_array_record(
+    array_record.write_array_record(
       tmp_path / "a", [{"inputs": np.array([None, 1])}]
     )
 
 
 def test_array_record_without_records_is_refused(tmp_path):
-  sources.write_array_record(tmp_path / "empty", [])
+  array_record.write_array_record(tmp_path / "empty", [])
   with pytest.raises(ValueError, match="paths must hold records"):
-    sources.ArrayRecordSource(tmp_path / "empty")
+    array_record.ArrayRecordSource(tmp_path / "empty")
 
 
 @pytest.mark.parametrize("paths", [[], "nowhere", ["nowhere"]])
 def test_missing_files_are_refused(paths):
   with pytest.raises(ValueError, match="paths must name files"):
-    sources.ArrayRecordSource(paths)
+    array_record.ArrayRecordSource(paths)
   with pytest.raises(ValueError, match="paths must name files"):
-    sources.ParquetSource(paths, {"inputs": "x"})
+    parquet_lib.ParquetSource(paths, {"inputs": "x"})
 
 
 # Parquet.
@@ -523,7 +527,8 @@ def test_parquet_manifest_is_over_values_not_encoding(tmp_path):
   write_parquet(tmp_path / "b", arrays, compression="none", row_group_size=3)
   write_parquet(tmp_path / "c", changed)
   a, b, c = (
-    sources.ParquetSource(tmp_path / n, columns).content_digest() for n in "abc"
+    parquet_lib.ParquetSource(tmp_path / n, columns).content_digest()
+    for n in "abc"
   )
   assert a == b
   assert a != c
@@ -546,7 +551,7 @@ def test_parquet_manifest_is_over_values_not_encoding(tmp_path):
 )
 def test_parquet_types(tmp_path, values, expected):
   parquet.write_table(pyarrow.table({"x": values}), tmp_path / "a")
-  source = sources.ParquetSource(tmp_path / "a", {"inputs": "x"})
+  source = parquet_lib.ParquetSource(tmp_path / "a", {"inputs": "x"})
   batch = source.read(np.array([1, 0]))["inputs"]
   np.testing.assert_array_equal(batch, expected[::-1])
   assert batch.dtype == expected.dtype
@@ -568,7 +573,7 @@ def test_parquet_types(tmp_path, values, expected):
 def test_bad_parquet_columns_are_refused(tmp_path, values, message):
   parquet.write_table(pyarrow.table({"x": values}), tmp_path / "a")
   with pytest.raises(ValueError, match=message) as caught:
-    sources.ParquetSource(tmp_path / "a", {"inputs": "x"})
+    parquet_lib.ParquetSource(tmp_path / "a", {"inputs": "x"})
   assert "'x'" in str(caught.value)
 
 
@@ -576,19 +581,19 @@ def test_parquet_files_of_different_widths_are_refused(tmp_path):
   write_parquet(tmp_path / "a", {"x": np.zeros((2, 3))})
   write_parquet(tmp_path / "b", {"x": np.zeros((2, 4))})
   with pytest.raises(ValueError, match=r"'x' with shapes \[\(3,\), \(4,\)\]"):
-    sources.ParquetSource([tmp_path / "a", tmp_path / "b"], {"inputs": "x"})
+    parquet_lib.ParquetSource([tmp_path / "a", tmp_path / "b"], {"inputs": "x"})
 
 
 def test_unknown_parquet_column_is_refused(tmp_path):
   write_parquet(tmp_path / "a", {"x": np.zeros(2)})
   with pytest.raises(ValueError, match=r"one of \['x'\] of .* got 'y'"):
-    sources.ParquetSource(tmp_path / "a", {"inputs": "y"})
+    parquet_lib.ParquetSource(tmp_path / "a", {"inputs": "y"})
 
 
 def test_parquet_without_pyarrow_says_what_to_install(monkeypatch):
   monkeypatch.setitem(sys.modules, "pyarrow", None)
   with pytest.raises(ModuleNotFoundError, match=r"dpdist\[parquet\]"):
-    sources.ParquetSource("a", {"inputs": "x"})
+    parquet_lib.ParquetSource("a", {"inputs": "x"})
 
 
 # Trouble.
@@ -627,11 +632,11 @@ def test_a_record_that_holds_no_example_is_refused(tmp_path, record):
   writer.write(record)
   writer.close()
   with pytest.raises(ValueError, match=r"must hold records that are \.npz"):
-    sources.ArrayRecordSource(path)
+    array_record.ArrayRecordSource(path)
 
 
 def test_a_file_that_is_no_array_record_is_an_os_error(tmp_path):
   path = tmp_path / "data.array_record"
   path.write_text("none" * 30_000)
   with pytest.raises(OSError, match=r"riegeli|Riegeli|ArrayRecord"):
-    sources.ArrayRecordSource(path)
+    array_record.ArrayRecordSource(path)

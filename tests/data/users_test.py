@@ -9,6 +9,8 @@ from pyarrow import parquet
 import pytest
 
 from dpdist import sampling
+from dpdist.data import array_record
+from dpdist.data import arrays as arrays_lib
 from dpdist.data import pipeline
 from dpdist.data import sources
 from dpdist.data import users as users_lib
@@ -23,7 +25,7 @@ KEY = bytes(range(32))
 def examples():
   """No example is zero, so that an empty slot can be told from one."""
   numbers = np.arange(1, len(OWNERS) + 1)
-  return sources.ArraySource({"inputs": np.stack([numbers, -numbers], 1)})
+  return arrays_lib.ArraySource({"inputs": np.stack([numbers, -numbers], 1)})
 
 
 def users(source=None, slots=SLOTS):
@@ -143,7 +145,7 @@ def test_hosts_read_the_examples_of_their_own_users_alone():
 def test_manifest_covers_whose_an_example_is():
   def of(owners, num_units=6, slots=SLOTS, numbers=1):
     array = np.arange(len(owners)) + numbers
-    source = sources.ArraySource({"inputs": array})
+    source = arrays_lib.ArraySource({"inputs": array})
     return users_lib.UnitSource(
       source, owners, num_units, slots
     ).content_digest()
@@ -158,7 +160,7 @@ def test_manifest_covers_whose_an_example_is():
 
 
 def test_units_pass_on_what_is_asked_of_their_examples(tmp_path):
-  class Source(sources.ArraySource):
+  class Source(arrays_lib.ArraySource):
     def earlier_digests(self):
       return ["e" * 64]
 
@@ -175,7 +177,7 @@ def test_units_pass_on_what_is_asked_of_their_examples(tmp_path):
   other = Source(arrays)
   other._manifest = "e" * 64
   assert sources.earlier_digests(source) == [of(other).content_digest()]
-  plain = of(sources.ArraySource(arrays))
+  plain = of(arrays_lib.ArraySource(arrays))
   assert sources.earlier_digests(plain) == []
   assert sources.changed_files(plain) == []
 
@@ -225,7 +227,7 @@ def _write(directory, name, parts):
     else:
       part = dict(part)
       np.save(directory / f"{prefix}_user.npy", part.pop("user"))
-      sources.write_array_record(
+      array_record.write_array_record(
         directory / f"{prefix}.array_record",
         [
           {k: x[i] for k, x in part.items()} for i in range(len(part["inputs"]))
@@ -297,7 +299,7 @@ def test_bad_units_are_refused(changes, message):
 
 def test_an_array_with_the_name_of_the_mask_is_refused():
   array = np.zeros(len(OWNERS))
-  source = sources.ArraySource({users_lib.EMPTY_SLOT: array})
+  source = arrays_lib.ArraySource({users_lib.EMPTY_SLOT: array})
   with pytest.raises(ValueError, match="no array named 'is_empty_slot'"):
     users(source).read(np.array([1]))
 

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow
 from pyarrow import parquet
 
-from dpdist.data import sources
+from dpdist.data import array_record
 from dpdist.data.datasets import chitchat
 from dpdist.data.datasets import datasets
 from dpdist.keys import keys
@@ -132,7 +132,7 @@ def _write_array_record(folder: pathlib.Path, rng: np.random.Generator) -> None:
   for part, count in (("train", 6), ("test", 4)):
     arrays = _arrays(rng, count, 100 * (part == "test"))
     np.save(folder / f"{part}_user.npy", arrays.pop("user"))
-    sources.write_array_record(
+    array_record.write_array_record(
       folder / f"{part}.array_record",
       [{k: v[i] for k, v in arrays.items()} for i in range(count)],
     )

@@ -7,6 +7,7 @@ import random
 from typing import Any
 
 from dpdist.files import sealed_json
+from dpdist.ledger import budgets
 from dpdist.ledger import data_budget
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.ledger import records
@@ -270,7 +271,7 @@ def head(folder: pathlib.Path) -> outcomes.Kind:
 
 
 def _all_budgets(root: pathlib.Path) -> list[Any]:
-  found = data_budget.all_below(root)
+  found = budgets.all_below(root)
   for budget in found:
     if budget.terms is not None:
       repr([budget.reserved, budget.epsilon, budget.reservations])

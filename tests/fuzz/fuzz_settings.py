@@ -309,7 +309,7 @@ _NAMES = (
 def job(folder: pathlib.Path) -> outcomes.Kind:
   """All other settings: refused before anything is charged, or a job."""
   from configs import digits
-  from dpdist.training import setup
+  from dpdist.training import job as job_lib
 
   def one(rng: random.Random) -> str:
     config = digits.get_config()
@@ -332,14 +332,14 @@ def job(folder: pathlib.Path) -> outcomes.Kind:
     workdir = folder / f"run{rng.randrange(10**9)}"
     ledger = ledger_lib.Ledger(workdir / "ledger")
 
-    def check(made: setup.Job) -> None:
+    def check(made: job_lib.Job) -> None:
       made.close()
       if ledger.spent_steps:
         raise outcomes.FaultError("steps were charged")
 
     with ledger:
       outcome = outcomes.tried(
-        lambda: setup.prepare(config, workdir, ledger), check
+        lambda: job_lib.prepare(config, workdir, ledger), check
       )
     if outcome == "refused" and not ledger.is_new:
       raise outcomes.FaultError("refused, and the ledger was written to")

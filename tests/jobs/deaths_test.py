@@ -23,7 +23,7 @@ pytestmark = pytest.mark.cluster
 # The first call in a process is on zeros, before its first step.
 _APPLY = "dpdist.training.exact_step:ExactStep:apply"
 _CONFIRM = "dpdist.ledger.ledger:Ledger:confirm"
-_READ = "dpdist.data.sources:ArraySource:read"
+_READ = "dpdist.data.arrays:ArraySource:read"
 _HASTE = "--config.stuck_after=4"
 
 

@@ -15,7 +15,7 @@ import ml_collections
 import numpy as np
 import pytest
 
-from dpdist.data import sources
+from dpdist.data import array_record
 from dpdist.data.datasets import datasets
 from tests.support import jobs
 from tests.support import training
@@ -38,7 +38,7 @@ def digits(tmp_path_factory):
     ("test", splits.test, 0, len(splits.test)),
   ):
     whole = source.read(np.arange(start, stop))
-    sources.write_array_record(
+    array_record.write_array_record(
       directory / f"{name}.array_record",
       [{k: a[i] for k, a in whole.items()} for i in range(stop - start)],
     )
@@ -78,7 +78,7 @@ def _take_away(file):
 def _clog(file):
   """What reads it from now on never hears of it again; it looks as it did."""
   shutil.copy(file, f"{file}.away")
-  sources.ArrayRecordSource.read = lambda self, indices: (
+  array_record.ArrayRecordSource.read = lambda self, indices: (
     threading.Event().wait()
   )
 

@@ -24,9 +24,9 @@ _ARGS = (
 
 def _note_reads(path):
   """In a process: writes down what it reads of the training set."""
-  from dpdist.data import sources
+  from dpdist.data import arrays as arrays_lib
 
-  read = sources.ArraySource.read
+  read = arrays_lib.ArraySource.read
 
   def noted(self, indices):
     if len(self) == _NUM_TRAIN:
@@ -34,7 +34,7 @@ def _note_reads(path):
         file.write(json.dumps(indices.tolist()) + "\n")
     return read(self, indices)
 
-  sources.ArraySource.read = noted
+  arrays_lib.ArraySource.read = noted
 
 
 def _reads(directory, count):

@@ -36,7 +36,7 @@ from dpdist.mechanism import mechanism
 from dpdist.noise import noise
 from dpdist.privacy import plan as plan_lib
 from dpdist.reporting import tensorboard
-from dpdist.training import setup
+from dpdist.training import job as job_lib
 from dpdist.workdir import checkpoints as checkpoints_lib
 from tests.keys import needles
 from tests.support import training
@@ -372,12 +372,12 @@ def _command(name, workdir):
 def test_nothing_that_holds_a_key_shows_it(searched):
   plan = plan_lib.PrivacyPlan.from_dict(_plan().to_dict())
   streams = mechanism.Streams(_SECRET, "b")
-  fields = dict.fromkeys(setup.Job._fields)
+  fields = dict.fromkeys(job_lib.Job._fields)
   source = users.UnitSource(_Rows(), np.arange(4), 4, 1)
   drawing = source.drawing(keys.derive(_SECRET, "unit_examples", branch="b"))
   held = [
     streams,
-    setup.Job(**{**fields, "secret": _SECRET, "plan": plan}),
+    job_lib.Job(**{**fields, "secret": _SECRET, "plan": plan}),
     drawing,
     drawing(3),
   ]

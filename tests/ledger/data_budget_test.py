@@ -17,7 +17,9 @@ from dpdist import errors
 from dpdist import sampling
 from dpdist.accounting import rdp
 from dpdist.accounting import step_events
+from dpdist.data import array_record
 from dpdist.data import sources
+from dpdist.ledger import budgets
 from dpdist.ledger import data_budget
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
@@ -325,7 +327,7 @@ def test_each_data_set_has_its_own(tmp_path):
   assert other.terms is None
   with pytest.raises(ValueError, match="no budget for data set eeeeeeeeeeee"):
     other.check(0.1)
-  assert [b.data for b in data_budget.all_below(tmp_path)] == [_DATA]
+  assert [b.data for b in budgets.all_below(tmp_path)] == [_DATA]
   (tmp_path / _DATA).rename(tmp_path / ("e" * 64))
   with pytest.raises(errors.LedgerError, match="another data set"):
     data_budget.DataBudget(tmp_path, "e" * 64)
@@ -433,7 +435,7 @@ def test_at_each_start_a_run_reserves_its_past_and_its_plan(
 
 
 def _make(root, data, **kwargs):
-  return data_budget.open_or_make(
+  return budgets.open_or_make(
     root,
     data,
     epsilon=3.0,
@@ -463,7 +465,7 @@ def test_a_budget_of_an_earlier_release_is_found_and_stays_found(tmp_path):
   renamed = _make(root, "e" * 64, earlier=lambda: ["f" * 64])
   assert renamed.data == _DATA
   assert not told
-  made = [b.data for b in data_budget.all_below(root) if b.terms]
+  made = [b.data for b in budgets.all_below(root) if b.terms]
   assert made == [_DATA]
   with pytest.raises(errors.RefusedError, match="has a budget"):
     data_budget.DataBudget(root, "e" * 64).refer_to("f" * 64)
@@ -493,7 +495,7 @@ def test_a_data_set_with_two_budgets_spends_from_neither(tmp_path, first):
     )
   # One of other data is no second one.
   _make(tmp_path, "a" * 64)
-  before = {b.data: b.reserved for b in data_budget.all_below(tmp_path)}
+  before = {b.data: b.reserved for b in budgets.all_below(tmp_path)}
   if not made:
     assert _make(tmp_path, today, earlier=lambda: [old]).data == today
     return
@@ -502,7 +504,7 @@ def test_a_data_set_with_two_budgets_spends_from_neither(tmp_path, first):
   for part in ("has 2 budgets", made[0][:12], made[1][:12], "keep one"):
     assert part in str(refused.value)
   assert "\n" not in str(refused.value)
-  after = {b.data: b.reserved for b in data_budget.all_below(tmp_path)}
+  after = {b.data: b.reserved for b in budgets.all_below(tmp_path)}
   assert after == before
   # Once one of them was taken away, the other is the data set's.
   shutil.rmtree(tmp_path / made[1])
@@ -557,8 +559,8 @@ def test_a_budget_that_is_gone_is_not_made_anew(tmp_path):
 def test_renamed_files_spend_the_same_budget(tmp_path):
   rows = [{"inputs": np.float32([i])} for i in range(5)]
   for name in ("train.array_record", "renamed.array_record"):
-    sources.write_array_record(tmp_path / name, rows)
-    source = sources.ArrayRecordSource(tmp_path / name)
+    array_record.write_array_record(tmp_path / name, rows)
+    source = array_record.ArrayRecordSource(tmp_path / name)
     budget = _make(
       tmp_path / "budgets",
       source.content_digest(),
@@ -654,7 +656,7 @@ def test_runs_share_a_budget_and_give_back_what_they_leave(
   root, one, two = tmp_path / "budgets", tmp_path / "one", tmp_path / "two"
   dpdist.train(_config(root), one)
   assert not _problems(one)
-  (budget,) = data_budget.all_below(root)
+  (budget,) = budgets.all_below(root)
   assert [stake.label for stake in budget.stakes.values()] == [str(one)]
   assert 0 < budget.epsilon <= 1.5
   # It was told of every charge, so that a copy could not go on for nothing.
@@ -674,14 +676,14 @@ def test_runs_share_a_budget_and_give_back_what_they_leave(
     patch.setattr(sampling.PoissonSampler, "__call__", _stop)
     with pytest.raises(_StopError):
       dpdist.train(_config(root, **{"privacy.num_steps": 30}), two)
-  before = data_budget.all_below(root)[0].reserved
+  before = budgets.all_below(root)[0].reserved
   facts = json.loads(_command(f"--workdir={two}", "--end", "--json").stdout)
   assert facts["steps_spent"] == 2
   (given_back,) = (v for k, v in facts.items() if k.startswith("share"))
   assert given_back > 0
   with pytest.raises(ValueError, match="run that was ended"):
     dpdist.train(_config(root), two)
-  (budget,) = data_budget.all_below(root)
+  (budget,) = budgets.all_below(root)
   given = 28 / 34 * before
   assert before - budget.reserved == pytest.approx(given)
   done = _command(f"--dataset={root}")
@@ -714,7 +716,7 @@ def test_a_run_cannot_leave_the_budget_that_it_has_its_stake_in(
   (tmp_path / "kept").rename(one)
   monkeypatch.chdir("/")
   dpdist.train(_config(one), tmp_path / "run")
-  (budget,) = data_budget.all_below(one)
+  (budget,) = budgets.all_below(one)
   assert len(budget.stakes) == 1
 
 
@@ -742,10 +744,10 @@ def test_a_stake_that_the_ledger_was_not_told_of_is_given_back(
     patch.setattr(ledger_lib.Ledger, "record_stake", killed)
     with pytest.raises(_StopError):
       dpdist.train(_config(tmp_path / "budgets"), tmp_path / "run")
-  (budget,) = data_budget.all_below(tmp_path / "budgets")
+  (budget,) = budgets.all_below(tmp_path / "budgets")
   assert budget.reserved > 0
   _command(f"--workdir={tmp_path / 'run'}", "--end")
-  (budget,) = data_budget.all_below(tmp_path / "budgets")
+  (budget,) = budgets.all_below(tmp_path / "budgets")
   assert budget.reserved == 0
 
 

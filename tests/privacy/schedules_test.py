@@ -12,7 +12,7 @@ import pytest
 from configs import digits
 import dpdist
 from dpdist import sampling
-from dpdist.data import sources
+from dpdist.data import arrays as arrays_lib
 from dpdist.data import users
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.ledger import history
@@ -175,7 +175,7 @@ def test_a_group_is_one_gradient_in_training(tmp_path):
 
 def test_one_row_moves_a_groups_sum_by_two_clip_norms_at_most():
   """On eight devices, with the step's own sums."""
-  source = sources.ArraySource(
+  source = arrays_lib.ArraySource(
     {"x": np.random.default_rng(0).normal(size=(30, 5)).astype(np.float32)}
   )
   grouped = users.in_groups(source, 4)

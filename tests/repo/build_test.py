@@ -6,7 +6,8 @@ the import stands. A command or an example is a `py_binary` beside it; a folder
 of tests is one `dp_tests`. What a test starts as a program is `data`.
 
 Arrows between packages go down only, those between modules in no circle, and
-what is private can be seen by those alone that BUILD names.
+what is private can be seen by those alone that BUILD names. No module, function
+or folder is too long to be read at one go.
 """
 
 import ast
@@ -48,6 +49,10 @@ LAYERS = (
 )
 STRANGERS = ("accounting", "clipping", "noise", "sampling")
 
+# What is read at one go: lines of a module and of a function, its docstring
+# included, and modules of a folder.
+LINES_OF_A_MODULE, LINES_OF_A_FUNCTION, MODULES_OF_A_FOLDER = 450, 80, 12
+
 # What must answer on a machine without an accelerator's stack: modules.
 WITHOUT_JAX = (
   "dpdist/accounting/calibration",
@@ -55,6 +60,7 @@ WITHOUT_JAX = (
   "dpdist/config",
   "dpdist/frontends/dp_config",
   "dpdist/keys/keys",
+  "dpdist/ledger/budgets",
   "dpdist/ledger/data_budget",
   "dpdist/ledger/ledger",
   "dpdist/privacy/composition",
@@ -346,6 +352,32 @@ def find_strangers_met(root: pathlib.Path) -> list[str]:
   ]
 
 
+def find_too_long(root: pathlib.Path) -> list[str]:
+  """Modules, functions and folders of the product that are too long to read."""
+  found = []
+  folders: dict[str, int] = {}
+  for name, path in read_files(root).items():
+    if name.partition("/")[0] not in ("dpdist", "launch"):
+      continue
+    text = path.read_text()
+    num_lines = len(text.splitlines())
+    if num_lines > LINES_OF_A_MODULE:
+      found.append(f"{name} has {num_lines} lines")
+    if path.stem != "__init__":
+      folder = path.parent.relative_to(root).as_posix()
+      folders[folder] = folders.get(folder, 0) + 1
+    for node in ast.walk(ast.parse(text)):
+      if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        num_lines = (node.end_lineno or 0) - node.lineno + 1
+        if num_lines > LINES_OF_A_FUNCTION:
+          found.append(f"{name}.{node.name} has {num_lines} lines")
+  return found + [
+    f"{folder} has {number} modules"
+    for folder, number in folders.items()
+    if number > MODULES_OF_A_FOLDER
+  ]
+
+
 # For the tree as it is, which no test changes.
 _read_once = functools.cache(read_imports)
 
@@ -376,6 +408,10 @@ def test_no_module_imports_itself_by_way_of_others() -> None:
 
 def test_strangers_never_meet() -> None:
   assert not find_strangers_met(ROOT)
+
+
+def test_nothing_is_too_long_to_read() -> None:
+  assert not find_too_long(ROOT)
 
 
 def test_the_top_is_a_map_and_the_whole_is_short() -> None:
@@ -525,6 +561,27 @@ def test_notices_strangers_meeting(copy: pathlib.Path) -> None:
   assert find_strangers_met(copy) == [
     "dpdist/noise/noise imports dpdist/accounting/rdp"
   ]
+
+
+def test_notices_a_module_that_is_too_long(copy: pathlib.Path) -> None:
+  _append(copy / "dpdist" / "keys" / "keys.py", "#\n" * LINES_OF_A_MODULE)
+  (problem,) = find_too_long(copy)
+  assert problem.startswith("dpdist/keys/keys has ")
+
+
+def test_notices_a_function_that_is_too_long(copy: pathlib.Path) -> None:
+  signature, line = "\nclass C:\n  async def f(self):\n", "    pass\n"
+  most = line * (LINES_OF_A_FUNCTION - 1)
+  _append(copy / "launch" / "verify.py", signature + most)
+  assert not find_too_long(copy)
+  _append(copy / "launch" / "verify.py", signature + most + line)
+  assert find_too_long(copy) == ["launch/verify.f has 81 lines"]
+
+
+def test_notices_a_folder_of_too_many_modules(copy: pathlib.Path) -> None:
+  for number in range(MODULES_OF_A_FOLDER):
+    (copy / "dpdist" / "keys" / f"more_{number}.py").write_text("")
+  assert find_too_long(copy) == ["dpdist/keys has 13 modules"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 _DATASET = """
 import numpy as np
-from dpdist.data import sources as arrays
+from dpdist.data import arrays
 from dpdist.data.datasets import datasets
 
 

@@ -42,7 +42,7 @@ ARGS = (
 _IMPORTED = (
   *(
     "dpdist.workdir.checkpoints",
-    "dpdist.training.setup",
+    "dpdist.training.job",
     "dpdist.reporting.report",
     "dpdist.reporting.console",
   ),

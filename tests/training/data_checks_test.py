@@ -9,7 +9,7 @@ import pytest
 from configs import digits
 import dpdist
 from dpdist import models
-from dpdist.data import sources
+from dpdist.data import arrays as arrays_lib
 from dpdist.data.datasets import datasets
 from dpdist.tasks import classification
 from dpdist.training import data_checks
@@ -40,7 +40,7 @@ def _arrays(count, **changed):
 
 
 def _fit(config, train, test):
-  splits = datasets.Splits(*map(sources.ArraySource, (train, test)))
+  splits = datasets.Splits(*map(arrays_lib.ArraySource, (train, test)))
   model = models.make(config.model)
   return data_checks.fit(config, splits, model, setup.PUBLIC_WORDS)
 
@@ -254,14 +254,14 @@ def test_of_a_sequence_labels_that_no_class_has_count_for_nothing():
 
 def test_rows_in_both_parts_are_counted():
   train, test = _arrays(5000), _arrays(10)
-  assert data_checks.shared_rows(sources.ArraySource(train), test) == ""
+  assert data_checks.shared_rows(arrays_lib.ArraySource(train), test) == ""
   for name in train:
     train[name][4321] = test[name][3]
     train[name][17] = test[name][5]
     train[name][18] = test[name][5]
   # The same inputs with another target are another example.
   train["inputs"][7], train["targets"][7] = test["inputs"][6], 0
-  said = data_checks.shared_rows(sources.ArraySource(train), test)
+  said = data_checks.shared_rows(arrays_lib.ArraySource(train), test)
   assert "2 of the first 10 held-out" in said
   assert "the first 5,000 that are trained on" in said
   assert "for its owner alone" in said
@@ -270,7 +270,7 @@ def test_rows_in_both_parts_are_counted():
 def test_of_a_large_data_set_a_part_is_compared_and_said(monkeypatch):
   monkeypatch.setattr(data_checks, "_MOST_ROWS", 100)
   arrays = _arrays(500)
-  said = data_checks.shared_rows(sources.ArraySource(arrays), arrays)
+  said = data_checks.shared_rows(arrays_lib.ArraySource(arrays), arrays)
   assert "100 of the first 100 held-out" in said
   assert "one of the first 100 that are" in said
 

@@ -15,7 +15,7 @@ from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import plan as plan_lib
 from dpdist.training import dry_run
-from dpdist.training import setup
+from dpdist.training import job as job_lib
 from dpdist.training import step as step_lib
 from dpdist.workdir import checkpoints
 from dpdist.workdir import manifest
@@ -183,7 +183,7 @@ def test_nor_does_one_whose_second_half_fails(tmp_path, monkeypatch, half):
     _patched(monkeypatch, step_lib.Step, "apply", lambda compiled: fails)
   else:
     monkeypatch.setattr(
-      setup.classification, "evaluator", lambda model, test, mesh: fails
+      job_lib.classification, "evaluator", lambda model, test, mesh: fails
     )
   with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
     dpdist.train(_config(), tmp_path)

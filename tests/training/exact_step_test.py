@@ -18,6 +18,7 @@ import dpdist
 from dpdist.clipping import watched
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.mechanism import mechanism
+from dpdist.mechanism import stats as stats_lib
 from dpdist.models import cnn
 from dpdist.models import decoder
 from dpdist.sums import fixed_point
@@ -525,7 +526,7 @@ def test_a_group_of_microbatches_is_summed_without_rounding():
   params = jnp.zeros(64)
   form = made.sum_format(params)
   empty = step_lib.Accumulator(
-    fixed_point.zeros(form, (1, 64)), step_lib.no_stats(1)
+    fixed_point.zeros(form, (1, 64)), stats_lib.no_stats(1)
   )
   after = exact_step.add_group(
     made, params, empty, x, np.zeros(_GROUP, bool), jax.random.key(0), 0

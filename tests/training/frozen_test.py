@@ -32,8 +32,8 @@ from dpdist.models import bert
 from dpdist.models import lora
 from dpdist.tasks import classification
 from dpdist.training import exact_step
+from dpdist.training import job as job_lib
 from dpdist.training import parameters
-from dpdist.training import setup
 from dpdist.training import step as step_lib
 from dpdist.workdir import checkpoints
 from dpdist.workdir import fingerprint
@@ -371,7 +371,7 @@ def test_a_crashed_run_ends_with_the_same_parameters(
 def test_a_frozen_parameter_stays_and_is_in_no_checkpoint(finished):
   workdir, result = finished
   with resume.open_ledger(_config(), workdir) as ledger:
-    job = setup.prepare(_config(), workdir, ledger)
+    job = job_lib.prepare(_config(), workdir, ledger)
   assert fingerprint.params_sha256(job.frozen) == result["frozen_sha256"]
   assert result["weights_sha256"] == job.weights_sha256
   path = next((workdir / "checkpoints").glob("writer_*/8"))
@@ -390,7 +390,7 @@ def test_other_frozen_parameters_are_refused(finished, tmp_path):
   workdir, _ = finished
   saved = ledger_lib.Ledger(workdir / "ledger").checkpoints[-1]
   with resume.open_ledger(_config(), workdir) as ledger:
-    like = setup.prepare(_config(), workdir, ledger).init()
+    like = job_lib.prepare(_config(), workdir, ledger).init()
   with (
     checkpoints.Checkpoints(
       workdir / "checkpoints", writer=99, frozen_sha256="ab" * 32

@@ -25,7 +25,7 @@ from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
 from dpdist.privacy import composition
 from dpdist.reporting import metrics
-from dpdist.training import setup
+from dpdist.training import job as job_lib
 from dpdist.training import step as step_lib
 from dpdist.training import step_sentinel
 from dpdist.workdir import fingerprint
@@ -114,7 +114,7 @@ def _change_environment(monkeypatch):
 
 def _prepare(config, workdir):
   with resume.open_ledger(config, workdir) as ledger:
-    return setup.prepare(config, workdir, ledger)
+    return job_lib.prepare(config, workdir, ledger)
 
 
 def test_a_run_leaves_its_result_and_report(finished):

@@ -16,7 +16,7 @@ import dpdist
 from dpdist import config as config_lib
 from dpdist import errors
 from dpdist import sampling
-from dpdist.data import sources
+from dpdist.data import array_record
 from dpdist.distributed import collectives
 from dpdist.distributed import preemption
 from dpdist.keys import keys
@@ -24,7 +24,7 @@ from dpdist.ledger import data_budget
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import plan as plan_lib
 from dpdist.reporting import metrics
-from dpdist.training import setup
+from dpdist.training import job as job_lib
 from dpdist.training import step as step_lib
 from dpdist.training import step_sentinel
 from dpdist.workdir import fingerprint
@@ -43,7 +43,7 @@ def data(tmp_path_factory):
       {"inputs": rng.random(4, np.float32), "targets": np.int32(i % 2)}
       for i in range(32)
     ]
-    sources.write_array_record(folder / f"{part}.array_record", rows)
+    array_record.write_array_record(folder / f"{part}.array_record", rows)
   return folder
 
 
@@ -150,13 +150,13 @@ def test_a_run_is_told_apart_by_all_that_its_steps_are_made_of(
   """By settings, plan, data, every process and every digest of the job."""
   made_of = {
     name: name
-    for name in setup.Job._fields
+    for name in job_lib.Job._fields
     if name in {"weights_sha256", "frozen_sha256", "features_sha256"}
   }
   assert len(made_of) == 3
-  prepare, given = setup.prepare, []
+  prepare, given = job_lib.prepare, []
   monkeypatch.setattr(
-    setup,
+    job_lib,
     "prepare",
     lambda *args, **kwargs: prepare(*args, **kwargs)._replace(**made_of),
   )

@@ -15,7 +15,7 @@ from dpdist import errors
 from dpdist import models
 from dpdist import sampling
 from dpdist.assets import fetch
-from dpdist.data import sources
+from dpdist.data import arrays as arrays_lib
 from dpdist.data import users as users_lib
 from dpdist.data.datasets import chitchat
 from dpdist.data.datasets import datasets
@@ -246,14 +246,14 @@ def _config(directory, **changes):
 def _note_reads(monkeypatch):
   """Of the examples to train on, all that are read from now on."""
   reads = []
-  read = sources.ArraySource.read
+  read = arrays_lib.ArraySource.read
 
   def noted(self, indices):
     if len(self) > 100:
       reads.extend(indices.tolist())
     return read(self, indices)
 
-  monkeypatch.setattr(sources.ArraySource, "read", noted)
+  monkeypatch.setattr(arrays_lib.ArraySource, "read", noted)
   return reads
 
 

@@ -16,7 +16,7 @@ from configs import digits
 import dpdist
 from dpdist import config as config_lib
 from dpdist.distributed import mesh as mesh_lib
-from dpdist.training import setup
+from dpdist.training import job as job_lib
 from dpdist.workdir import fingerprint
 
 
@@ -401,9 +401,9 @@ def test_what_steps_are_made_of_changes_the_fingerprint(given):
 
 
 def test_a_job_names_all_digests_that_a_step_depends_on():
-  names = [x for x in setup.Job._fields if x.endswith("_sha256")]
+  names = [x for x in job_lib.Job._fields if x.endswith("_sha256")]
   assert {"weights_sha256", "frozen_sha256", "features_sha256"} <= {*names}
-  empty = setup.Job(**dict.fromkeys(setup.Job._fields, ""))
+  empty = job_lib.Job(**dict.fromkeys(job_lib.Job._fields, ""))
   assert empty.made_of == {}
   for name in names:
     assert empty._replace(**{name: "w"}).made_of == {name: "w"}

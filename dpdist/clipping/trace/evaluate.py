@@ -108,13 +108,7 @@ def forward(
         read_data(x) if kind == Kind.DATA else read_part(x)
         for x, kind in zip(eqn.invars, inner.kinds, strict=True)
       ]
-      keys = [site.key for site in inner.all_sites() if site.key in taps]
-      inner_taps = {key: taps[key] for key in keys}
-      run = _loop if inner.loop is not None else _rematerialised
-      outs, more = run(
-        *(eqn, inner, arguments, inner_taps),
-        *(product, gather, promote),
-      )
+      outs, more = _inner(eqn, inner, arguments, taps, product, gather, promote)
       operands.update(more)
     else:
       outs = program.bind(eqn, [read_data(x) for x in eqn.invars])
@@ -122,6 +116,22 @@ def forward(
   n = block.num_data_outs
   outs = [read_data(x) for x in jaxpr.outvars[:n]]
   return outs + [read(x) for x in jaxpr.outvars[n:]], operands
+
+
+def _inner(
+  eqn: Any,
+  block: Block,
+  values: Sequence[Any],
+  taps: Mapping[Key, Any],
+  product: Product,
+  gather: Gather,
+  promote: Promote,
+) -> tuple[list[Any], dict[Key, jax.Array]]:
+  """Runs a block inside of another one, with the taps that are its own."""
+  keys = [site.key for site in block.all_sites() if site.key in taps]
+  run = _loop if block.loop is not None else _rematerialised
+  mine = {key: taps[key] for key in keys}
+  return run(eqn, block, values, mine, product, gather, promote)
 
 
 def _loop(
@@ -239,26 +249,7 @@ def to_parameters(
     if not keys:
       continue
     eqn = jaxpr.eqns[number]
-    fixed = [
-      x
-      for x, kind in zip(eqn.invars, inner.kinds, strict=True)
-      if kind != Kind.DATA and not isinstance(x, core.Literal)
-    ]
-    env = _weights(
-      block,
-      constants
-      | {x: value.astype(x.aval.dtype) for x, value in inputs.items()},
-      fixed,
-      wide=False,
-    )
-    arguments = [
-      None
-      if kind == Kind.DATA
-      else x.val
-      if isinstance(x, core.Literal)
-      else env[x]
-      for x, kind in zip(eqn.invars, inner.kinds, strict=True)
-    ]
+    arguments = _arguments(block, eqn, inner, inputs, constants)
     back = to_parameters if inner.loop is None else _back_through_loop
     found = back(inner, arguments, {k: cotangents[k] for k in keys})
     for x, cotangent in zip(eqn.invars, found, strict=True):
@@ -268,34 +259,75 @@ def to_parameters(
   result = {x: sums[x] for x in inputs if x in sums}
   derived = [x for x in sums if x not in inputs]
   if derived:
-    names = list(inputs)
-    narrow = {x for x in derived if block.weights[x].narrow}
-
-    def run(values: list[Any]) -> list[Any]:
-      given = constants | dict(zip(names, values, strict=True))
-      wide = _weights(block, given, set(derived) - narrow, wide=True)
-      # What cannot be widened is computed from what the program rounds.
-      plain = _weights(
-        block,
-        constants | {x: given[x].astype(x.aval.dtype) for x in names},
-        narrow,
-        wide=False,
-      )
-      return [(plain if x in narrow else wide)[x] for x in derived]
-
-    outputs, pull = jax.vjp(run, list(inputs.values()))
-    (found,) = pull(
-      [
-        sums[x].astype(out.dtype)
-        for x, out in zip(derived, outputs, strict=True)
-      ]
+    more = _back_to_inputs(
+      block, inputs, constants, {x: sums[x] for x in derived}
     )
-    for x, cotangent in zip(names, found, strict=True):
-      result[x] = result[x] + cotangent if x in result else cotangent
+    for x, gradient in zip(inputs, more, strict=True):
+      result[x] = result[x] + gradient if x in result else gradient
   return [
     result.get(x, jnp.zeros_like(inputs[x])) if x in inputs else None
     for x in jaxpr.invars
   ]
+
+
+def _arguments(
+  block: Block,
+  eqn: Any,
+  inner: Block,
+  inputs: Mapping[Any, jax.Array],
+  constants: Mapping[Any, Any],
+) -> list[Any]:
+  """The values of an inner block's inputs; None where one is of data."""
+  fixed = [
+    x
+    for x, kind in zip(eqn.invars, inner.kinds, strict=True)
+    if kind != Kind.DATA and not isinstance(x, core.Literal)
+  ]
+  plain = {x: value.astype(x.aval.dtype) for x, value in inputs.items()}
+  env = _weights(block, {**constants, **plain}, fixed, wide=False)
+  return [
+    None
+    if kind == Kind.DATA
+    else x.val
+    if isinstance(x, core.Literal)
+    else env[x]
+    for x, kind in zip(eqn.invars, inner.kinds, strict=True)
+  ]
+
+
+def _back_to_inputs(
+  block: Block,
+  inputs: Mapping[Any, jax.Array],
+  constants: Mapping[Any, Any],
+  sums: Mapping[Any, jax.Array],
+) -> list[jax.Array]:
+  """Takes gradients of what is computed from weights back to these.
+
+  Args:
+    block: what computes it.
+    inputs: the weights, widened.
+    constants: the other inputs.
+    sums: the gradients, by what they are of.
+
+  Returns:
+    What is added to the gradient of each input.
+  """
+  names, derived = list(inputs), list(sums)
+  narrow = {x for x in derived if block.weights[x].narrow}
+
+  def run(values: list[Any]) -> list[Any]:
+    given = {**constants, **dict(zip(names, values, strict=True))}
+    wide = _weights(block, given, set(derived) - narrow, wide=True)
+    # What cannot be widened is computed from what the program rounds.
+    plain = {x: given[x].astype(x.aval.dtype) for x in names}
+    env = _weights(block, {**constants, **plain}, narrow, wide=False)
+    return [(env if x in narrow else wide)[x] for x in derived]
+
+  outputs, pull = jax.vjp(run, list(inputs.values()))
+  (found,) = pull(
+    [sums[x].astype(out.dtype) for x, out in zip(derived, outputs, strict=True)]
+  )
+  return found
 
 
 def _back_through_loop(

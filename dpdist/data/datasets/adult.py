@@ -14,6 +14,7 @@ import csv
 
 import numpy as np
 
+from dpdist.data import arrays as arrays_lib
 from dpdist.data import sources
 
 # Column, and its categories in the order of the description (adult.names).
@@ -54,7 +55,7 @@ _NUM_COLUMNS = 15
 _LABELS = {"<=50K": 0, ">50K": 1}
 
 
-def load(path: sources.Path) -> sources.ArraySource:
+def load(path: sources.Path) -> arrays_lib.ArraySource:
   """Reads adult.data or adult.test.
 
   Args:
@@ -102,7 +103,7 @@ def load(path: sources.Path) -> sources.ArraySource:
   for column, text in _CATEGORIES.items():
     names = np.array(text.split(", "))
     parts.append((np.array(columns[column])[:, None] == names).astype(float))
-  return sources.ArraySource(
+  return arrays_lib.ArraySource(
     {
       "inputs": np.concatenate(parts, axis=1).astype(np.float32),
       "targets": np.array(targets, np.int32),

@@ -12,6 +12,7 @@ import json
 import numpy as np
 
 from dpdist.assets import tokenizers
+from dpdist.data import arrays as arrays_lib
 from dpdist.data import sources
 from dpdist.data import users
 
@@ -24,7 +25,7 @@ def load(
   sequence_length: int,
   examples_per_unit: int,
   tokenizer: str = "",
-) -> tuple[users.UnitSource, sources.ArraySource]:
+) -> tuple[users.UnitSource, arrays_lib.ArraySource]:
   """Reads the data set, with about a fifth of its users held out.
 
   Messages of a user are joined by line breaks, and cut into pieces that do not
@@ -120,7 +121,7 @@ def _is_held_out(user: str) -> bool:
   return int.from_bytes(digest[:8], "big") % _PARTS == _PARTS - 1
 
 
-def _source(pieces: list[np.ndarray]) -> sources.ArraySource:
+def _source(pieces: list[np.ndarray]) -> arrays_lib.ArraySource:
   def convert(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     piece = batch["text"].astype(np.int32)
     inputs = np.maximum(piece[..., :-1], 0)
@@ -129,6 +130,6 @@ def _source(pieces: list[np.ndarray]) -> sources.ArraySource:
   text = np.concatenate(pieces)
   # As it is known by its manifest: bytes are kept as bytes.
   is_bytes = text.min(initial=0) >= 0 and text.max(initial=0) < 256
-  return sources.ArraySource(
+  return arrays_lib.ArraySource(
     {"text": text.astype(np.uint8 if is_bytes else np.int32)}, convert=convert
   )

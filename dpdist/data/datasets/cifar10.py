@@ -5,6 +5,7 @@ import pathlib
 
 import numpy as np
 
+from dpdist.data import arrays as arrays_lib
 from dpdist.data import sources
 
 _SIDE = 32
@@ -15,7 +16,7 @@ _PARTS = {
 }
 
 
-def load(directory: sources.Path, part: str) -> sources.ArraySource:
+def load(directory: sources.Path, part: str) -> arrays_lib.ArraySource:
   """One part of the data set.
 
   Args:
@@ -55,7 +56,7 @@ def load(directory: sources.Path, part: str) -> sources.ArraySource:
     pixels -= np.float32(1)
     return {"inputs": pixels, "targets": batch["targets"]}
 
-  return sources.ArraySource(
+  return arrays_lib.ArraySource(
     {"inputs": images, "targets": targets.astype(np.int32)}, convert=convert
   )
 

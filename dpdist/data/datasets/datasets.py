@@ -13,6 +13,9 @@ import numpy as np
 from dpdist import errors
 from dpdist import registry
 from dpdist.assets import fetch
+from dpdist.data import array_record
+from dpdist.data import arrays as arrays_lib
+from dpdist.data import parquet
 from dpdist.data import sources
 from dpdist.data import users
 from dpdist.data.datasets import adult
@@ -75,7 +78,7 @@ def load(config: ml_collections.ConfigDict) -> Splits:
       * "adult": see `dpdist.data.datasets.adult`; likewise.
       * "npz": a directory with train.npz and test.npz.
       * "array_record": a directory with train*.array_record and
-        test*.array_record, as `sources.write_array_record` makes them.
+        test*.array_record, as `array_record.write_array_record` makes them.
       * "parquet": a directory with train*.parquet and test*.parquet;
         `inputs_column`, `targets_column`.
       * "chitchat": see `dpdist.data.datasets.chitchat`. Of users.
@@ -158,7 +161,7 @@ def read_idx(path: sources.Path) -> np.ndarray:
 
 def idx(
   images_path: sources.Path, labels_path: sources.Path
-) -> sources.ArraySource:
+) -> arrays_lib.ArraySource:
   """Images and labels from a pair of idx files.
 
   Pixels stay uint8 in memory; the manifest is over the decoded arrays, so a
@@ -191,7 +194,7 @@ def idx(
       "targets": batch["targets"].astype(np.int32),
     }
 
-  return sources.ArraySource(
+  return arrays_lib.ArraySource(
     {"inputs": images, "targets": labels}, convert=convert
   )
 
@@ -209,10 +212,10 @@ def _digits(config: ml_collections.ConfigDict) -> Splits:
   targets = targets.astype(np.int32)
   held_out = np.arange(len(targets)) % 5 == 4
   return Splits(
-    sources.ArraySource(
+    arrays_lib.ArraySource(
       {"inputs": inputs[~held_out], "targets": targets[~held_out]}
     ),
-    sources.ArraySource(
+    arrays_lib.ArraySource(
       {"inputs": inputs[held_out], "targets": targets[held_out]}
     ),
   )
@@ -245,8 +248,12 @@ def _text(config: ml_collections.ConfigDict) -> Splits:
     return {"inputs": piece[:, :-1], "targets": piece[:, 1:]}
 
   return Splits(
-    sources.ArraySource({"text": pieces[: config.num_train]}, convert=convert),
-    sources.ArraySource({"text": pieces[-config.num_test :]}, convert=convert),
+    arrays_lib.ArraySource(
+      {"text": pieces[: config.num_train]}, convert=convert
+    ),
+    arrays_lib.ArraySource(
+      {"text": pieces[-config.num_test :]}, convert=convert
+    ),
   )
 
 
@@ -254,7 +261,7 @@ def _text(config: ml_collections.ConfigDict) -> Splits:
 def _idx(config: ml_collections.ConfigDict) -> Splits:
   path = config.path if config.name == "idx" else _fetched(config)
 
-  def split(prefix: str) -> sources.ArraySource:
+  def split(prefix: str) -> arrays_lib.ArraySource:
     return idx(
       _idx_file(path, f"{prefix}-images-idx3-ubyte"),
       _idx_file(path, f"{prefix}-labels-idx1-ubyte"),
@@ -343,15 +350,15 @@ def _npz(config: ml_collections.ConfigDict) -> Splits:
   def split(prefix: str) -> _Part:
     (path,) = _files(config.path, f"{prefix}.npz")
     if not _slots(config):
-      return _Part(sources.ArraySource.from_npz(path), None)
-    arrays = sources.load_npz(path)
+      return _Part(arrays_lib.ArraySource.from_npz(path), None)
+    arrays = arrays_lib.load_npz(path)
     ids = arrays.pop(config.unit_column, None)
     if ids is None:
       raise ValueError(
         f"data.unit_column must be one of {sorted(arrays)} of {path}, got"
         f" {config.unit_column!r}"
       )
-    return _Part(sources.ArraySource(arrays), ids)
+    return _Part(arrays_lib.ArraySource(arrays), ids)
 
   return _splits(config, split("train"), split("test"))
 
@@ -360,11 +367,11 @@ def _npz(config: ml_collections.ConfigDict) -> Splits:
 def _array_record(config: ml_collections.ConfigDict) -> Splits:
   def split(prefix: str) -> _Part:
     paths = _files(config.path, f"{prefix}*.array_record")
-    source = sources.ArrayRecordSource(paths)
+    source = array_record.ArrayRecordSource(paths)
     if not _slots(config):
       return _Part(source, None)
     (path,) = _files(config.path, f"{prefix}_{config.unit_column}.npy")
-    return _Part(source, sources.load_npy(path))
+    return _Part(source, arrays_lib.load_npy(path))
 
   return _splits(config, split("train"), split("test"))
 
@@ -375,7 +382,7 @@ def _parquet(config: ml_collections.ConfigDict) -> Splits:
 
   def split(prefix: str) -> _Part:
     paths = _files(config.path, f"{prefix}*.parquet")
-    source = sources.ParquetSource(paths, columns)
+    source = parquet.ParquetSource(paths, columns)
     if not _slots(config):
       return _Part(source, None)
     return _Part(source, users.parquet_ids(paths, config.unit_column))

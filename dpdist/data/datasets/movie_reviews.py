@@ -10,6 +10,7 @@ import hashlib
 import numpy as np
 
 from dpdist.assets import tokenizers
+from dpdist.data import arrays as arrays_lib
 from dpdist.data import sources
 
 CORPORA = ("rotten_tomatoes", "imdb")
@@ -22,7 +23,7 @@ _CHARACTERS = 10
 
 def load(
   path: sources.Path, corpus: str, *, sequence_length: int, tokenizer: str
-) -> tuple[sources.ArraySource, sources.ArraySource]:
+) -> tuple[arrays_lib.ArraySource, arrays_lib.ArraySource]:
   """Reads a corpus, with about an eighth of its reviews held out.
 
   Which are held out depends on a hash of each one's text, and on no other, so
@@ -56,9 +57,9 @@ def load(
   inputs = tokenizers.padded(marked, sequence_length, fill=words.padding)
   is_held_out = np.array([_is_held_out(text) for text in texts])
 
-  def part(chosen: np.ndarray) -> sources.ArraySource:
+  def part(chosen: np.ndarray) -> arrays_lib.ArraySource:
     arrays = {"inputs": inputs[chosen], "targets": targets[chosen]}
-    return sources.ArraySource(arrays)
+    return arrays_lib.ArraySource(arrays)
 
   return part(~is_held_out), part(is_held_out)
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from dpdist.assets import tokenizers
+from dpdist.data import arrays as arrays_lib
 from dpdist.data import sources
 from dpdist.data import users
 
@@ -31,7 +32,7 @@ def load(
   sequence_length: int,
   examples_per_unit: int,
   tokenizer: str = "",
-) -> tuple[sources.Source, sources.ArraySource]:
+) -> tuple[sources.Source, arrays_lib.ArraySource]:
   """Reads the data set, with the years from 2001 on held out.
 
   A speech is cut into pieces that do not overlap; what is left over at its end,
@@ -111,11 +112,13 @@ def _read(path: sources.Path) -> list[_Speech]:
   return [speech for _, speech in sorted(found.items())]
 
 
-def _source(pieces: np.ndarray) -> sources.ArraySource:
+def _source(pieces: np.ndarray) -> arrays_lib.ArraySource:
   def convert(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     piece = batch["text"].astype(np.int32)
     return {"inputs": piece[..., :-1], "targets": piece[..., 1:]}
 
   # As small as tokens allow: there are many.
   narrow = np.min_scalar_type(int(pieces.max(initial=0)))
-  return sources.ArraySource({"text": pieces.astype(narrow)}, convert=convert)
+  return arrays_lib.ArraySource(
+    {"text": pieces.astype(narrow)}, convert=convert
+  )

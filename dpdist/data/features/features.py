@@ -19,6 +19,7 @@ import numpy as np
 
 from dpdist import errors
 from dpdist.assets import fetch
+from dpdist.data import arrays as arrays_lib
 from dpdist.data import sources
 from dpdist.data.features import minilm
 from dpdist.data.features import scaled_scattering
@@ -53,7 +54,7 @@ def blocks_ahead(name: str) -> int:
   return int(match[1]) if match else 0
 
 
-class FeatureSource(sources.ArraySource):
+class FeatureSource(arrays_lib.ArraySource):
   """Examples whose inputs are features, on disk.
 
   The manifest is that of the examples the features were made of: it names whose

@@ -1,0 +1,101 @@
+"""The arguments of a call, checked and laid out before a gradient is taken."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpdist.clipping import checks
+from dpdist.clipping import freezing
+from dpdist.clipping import tracing
+from dpdist.clipping import watched
+from dpdist.clipping.trace import shards
+from dpdist.clipping.trace import varying_axes
+
+PyTree = Any
+
+
+class Call(NamedTuple):
+  """What a call was given, in the shape that the engines take it in.
+
+  Attributes:
+    params: as arrays, which vary along the axes of the batch.
+    parts: the trained ones, as shards where they are divided, and the frozen.
+    examples: the batch, and a key for each example if there are any.
+    keep: [B] bool, False for padding.
+    along: the direction, an array for each trained parameter; or None.
+    axes: of the mesh, those that the examples vary along.
+    given: by name what is of examples, as it came.
+  """
+
+  params: PyTree
+  parts: freezing.Split
+  examples: tuple[PyTree, ...]
+  keep: jax.Array
+  along: list[Any] | None
+  axes: frozenset[str]
+  given: dict[str, Any]
+
+  @property
+  def batch_size(self) -> int:
+    """The number of examples, padding included."""
+    return self.keep.shape[0]
+
+
+def lay_out(
+  params: PyTree,
+  batch: PyTree,
+  *,
+  is_padding_example: jax.Array | None,
+  rng: jax.Array | None,
+  param_specs: PyTree | None,
+  direction: PyTree | None,
+  frozen: freezing.Frozen,
+) -> Call:
+  """Checks the arguments of a `ClippedGrad`, and lays them out.
+
+  Raises:
+    ValueError: as a call does.
+  """
+  batch_size = checks.batch_size(batch)
+  axes = varying_axes.varying_axes((batch, is_padding_example, rng))
+  keep = ~checks.padding(is_padding_example, batch_size)
+  rng = checks.per_example_keys(rng, batch_size, axes)
+  given = {
+    "batch": batch,
+    "is_padding_example": is_padding_example,
+    "rng": rng,
+  }
+  checks.sharding(**given)
+  checks.params(freezing.partition(params, frozen)[0])
+  # Python's and NumPy's numbers are like any others, also as constants of a
+  # program.
+  params, batch = jax.tree.map(jnp.asarray, (params, batch))
+  params = varying_axes.cast_to_varying(params, axes)
+  keep = varying_axes.cast_to_varying(keep, axes)
+  parts = freezing.split(
+    params,
+    frozen,
+    shards.wrap(params, param_specs, varying_axes.varying_axes(batch)),
+  )
+  # After the specs' own check, which says more.
+  checks.whole(params, axes)
+  along = watched.laid_out(direction, parts.trainable, axes)
+  examples = (batch,) if rng is None else (batch, rng)
+  return Call(params, parts, examples, keep, along, axes, given)
+
+
+def check_traced(call: Call, traced: tracing.Traced) -> None:
+  """Checks what the loss does with the arguments.
+
+  Raises:
+    ValueError: it is no scalar, or mixes the examples of several devices.
+  """
+  checks.sharding_inside_jit(traced.block, **call.given)
+  checks.loss(traced.block, traced.shapes[0], call.axes)
+  divided = call.axes | varying_axes.untold_axes(call.axes)
+  if divided:
+    one = jax.tree.map(lambda x: x[0], jax.tree.leaves(call.examples))
+    trained, fixed = call.parts.trainable, call.parts.frozen
+    values = [shards.whole(x) for x in [*trained, *fixed]]
+    checks.derivatives(traced.block, [*values, *one], len(trained), divided)

@@ -1,0 +1,168 @@
+"""Examples held in arrays, in memory or mapped from a file."""
+
+from collections.abc import Callable, Mapping
+import hashlib
+import json
+import math
+import os
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from dpdist.data import sources
+from dpdist.files import stamps
+
+
+class ArraySource:
+  """Examples held in arrays of equal leading length.
+
+  The arrays are not copied, so those of `np.load(..., mmap_mode="r")` stay on
+  disk and a read touches only the rows that it asks for. They must not be
+  changed afterwards: the manifest is computed once.
+
+  Args:
+    arrays: by name, arrays of shape (num_examples, ...). No object dtypes.
+    convert: applied to what `read` selects, so that compact arrays (uint8
+      pixels, say) become what the model takes only when they are read. The
+      manifest covers `arrays`, not `convert`.
+
+  Raises:
+    ValueError: no arrays, unequal lengths, or an object dtype.
+  """
+
+  def __init__(
+    self,
+    arrays: Mapping[str, np.ndarray],
+    *,
+    convert: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]
+    | None = None,
+  ):
+    self._arrays = {name: np.asarray(a) for name, a in arrays.items()}
+    self._convert = convert
+    self._manifest: str | None = None
+    mapped = {_mapped_file(array) for array in self._arrays.values()} - {None}
+    # One that was removed by now is nobody's to change.
+    self._stamps = stamps.FileStamps(
+      path for path in mapped if path and os.path.exists(path)
+    )
+    shapes = {name: a.shape for name, a in self._arrays.items()}
+    if len({shape[:1] for shape in shapes.values()}) != 1 or () in (
+      shapes.values()
+    ):
+      raise ValueError(
+        "arrays must be at least one array, all of the same leading length,"
+        f" got shapes {shapes}"
+      )
+    for name, array in self._arrays.items():
+      if array.dtype.hasobject:
+        raise ValueError(
+          f"arrays[{name!r}] must have a plain dtype, got {array.dtype}"
+        )
+
+  @classmethod
+  def from_npz(cls, path: sources.Path) -> "ArraySource":
+    """Reads every array of an .npz file into memory.
+
+    Raises:
+      ValueError: it is no such file, or damaged.
+    """
+    return cls(load_npz(path))
+
+  def __len__(self) -> int:
+    return len(next(iter(self._arrays.values())))
+
+  @property
+  def is_in_memory(self) -> bool:
+    """Whether no read touches a file."""
+    return not any(_is_mapped(array) for array in self._arrays.values())
+
+  def changed_files(self) -> list[str]:
+    """Those of mapped arrays; see `dpdist.data.sources.changed_files`."""
+    return self._stamps.changed(self._is_same)
+
+  def is_touched(self) -> bool:
+    """See `dpdist.data.sources.is_touched`."""
+    return self._stamps.is_touched()
+
+  def _is_same(self) -> bool:
+    # Before there is a manifest nothing was said of the content.
+    return self._manifest is None or self._hashed() == self._manifest
+
+  def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """See `dpdist.data.sources.Source.read`."""
+    indices = sources.check_indices(indices, len(self))
+    batch = {name: array[indices] for name, array in self._arrays.items()}
+    return self._convert(batch) if self._convert else batch
+
+  def content_digest(self) -> str:
+    """SHA-256 over names, dtypes, shapes and bytes, in order of name."""
+    if self._manifest is None:
+      self._manifest = self._hashed()
+    return self._manifest
+
+  def _hashed(self) -> str:
+    """The manifest of what the arrays hold now."""
+    arrays = sorted(self._arrays.items())
+    header = [[name, a.dtype.str, a.shape] for name, a in arrays]
+    digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
+    for _, array in arrays:
+      # In blocks of rows, so that an array on disk never enters memory whole.
+      row_bytes = max(1, array.dtype.itemsize * math.prod(array.shape[1:]))
+      block = max(1, sources.HASH_BLOCK_BYTES // row_bytes)
+      for start in range(0, len(array), block):
+        digest.update(array[start : start + block].tobytes())
+    return digest.hexdigest()
+
+
+def load_npz(
+  file: sources.Path | BinaryIO, what: str = ""
+) -> dict[str, np.ndarray]:
+  """Reads every array of an .npz archive.
+
+  Args:
+    file: a path, or the archive itself.
+    what: it is, for messages; "": the path.
+
+  Raises:
+    ValueError: it is none, or damaged.
+  """
+  if isinstance(file, str | os.PathLike):
+    # Given a path, NumPy leaves a damaged file open.
+    with open(file, "rb") as opened:
+      return load_npz(opened, os.fspath(file))
+  with sources.reading(what), np.load(file, allow_pickle=False) as archive:
+    return {name: archive[name] for name in archive.files}
+
+
+def load_npy(path: sources.Path) -> np.ndarray:
+  """Reads an .npy file.
+
+  Raises:
+    ValueError: it is none, or damaged.
+  """
+  with sources.reading(path):
+    array = np.load(path, allow_pickle=False)
+    if not isinstance(array, np.ndarray):
+      raise TypeError("an archive")
+    return array
+
+
+def _is_mapped(array: np.ndarray) -> bool:
+  """Whether an array, or what it is a view of, is a file's content."""
+  return _map_of(array) is not None
+
+
+def _mapped_file(array: np.ndarray) -> str | None:
+  """The file that an array is the content of, where its name is known."""
+  owner = _map_of(array)
+  name = None if owner is None else owner.filename
+  return None if name is None else os.fspath(name)
+
+
+def _map_of(array: np.ndarray) -> np.memmap | None:
+  owner: Any = array
+  while isinstance(owner, np.ndarray):
+    if isinstance(owner, np.memmap):
+      return owner
+    owner = owner.base
+  return None

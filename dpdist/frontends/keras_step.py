@@ -1,0 +1,92 @@
+"""The functions that a Keras fit compiles: of a chunk, and of an update."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dpdist import clipping
+from dpdist.clipping import watched
+from dpdist.frontends import keras_loss
+from dpdist.mechanism import mechanism as mechanism_lib
+from dpdist.noise import noise
+from dpdist.privacy import plan as plan_lib
+from dpdist.sums import compensated
+
+PyTree = Any
+
+
+class Functions(NamedTuple):
+  """What an update is made of; the last two are compiled.
+
+  Attributes:
+    clipped_grad: from what is not trained.
+    accumulate: adds a chunk's clipped sum, and returns its loss and what a
+      watched step saw.
+    update: draws the noise and lets the optimizer step.
+  """
+
+  clipped_grad: Callable[[list[jax.Array]], clipping.ClippedGrad]
+  accumulate: Callable[..., Any]
+  update: Callable[..., Any]
+
+
+def of(
+  model: Any, plan: plan_lib.PrivacyPlan, options: dict[str, Any]
+) -> Functions:
+  """The functions of a model.
+
+  Args:
+    model: of Keras.
+    plan: the numbers.
+    options: for `dpdist.clipped_grad`.
+  """
+  sensitivity = clipping.clipped_grad(lambda: None, **options).sensitivity(
+    plan.neighboring_relation
+  )
+  stddev = plan.noise_multiplier * sensitivity
+
+  def clipped_grad(non_trainable: list[jax.Array]) -> clipping.ClippedGrad:
+    loss = keras_loss.per_example_loss(model, non_trainable)
+    return clipping.clipped_grad(loss, **options)
+
+  def mechanism(clipped: clipping.ClippedGrad) -> mechanism_lib.Mechanism:
+    return mechanism_lib.Mechanism(plan, clipped, sensitivity, stddev)
+
+  def accumulate(
+    trainable: list[jax.Array],
+    non_trainable: list[jax.Array],
+    total: compensated.Sum,
+    batch: tuple[PyTree, PyTree],
+    is_padding_example: jax.Array,
+    key: jax.Array,
+    first_row: jax.Array,
+    direction: list[jax.Array] | None = None,
+  ) -> tuple[compensated.Sum, jax.Array, watched.Seen | None]:
+    rows = first_row + jnp.arange(is_padding_example.shape[0])
+    got = clipped_grad(non_trainable)(
+      trainable,
+      batch,
+      is_padding_example=is_padding_example,
+      rng=jax.vmap(jax.random.fold_in, (None, 0))(key, rows),
+      direction=direction,
+    )
+    got, seen = watched.seen(got)
+    loss = jnp.sum(jnp.where(is_padding_example, 0, got.loss))
+    return compensated.add(total, got.sum, got.low), loss, seen
+
+  def update(
+    trainable: list[jax.Array],
+    optimizer: list[jax.Array],
+    total: compensated.Sum,
+    key: jax.Array,
+    step: jax.Array,
+  ) -> tuple[list[jax.Array], list[jax.Array]]:
+    bound = mechanism(clipped_grad([]))
+    noisy, _ = bound.add_noise(total, noise.GaussianNoiseState(step), key)
+    return model.optimizer.stateless_apply(
+      optimizer, bound.mean(noisy), trainable
+    )
+
+  return Functions(clipped_grad, jax.jit(accumulate), jax.jit(update))

@@ -1,0 +1,123 @@
+"""What a data set's budget consists of, and the records that it is read from.
+
+Imports no jax.
+"""
+
+from collections.abc import Mapping
+import dataclasses
+from typing import Any
+
+from dpdist.accounting import rdp
+
+_FORMAT = 1
+_MAKE = {"epsilon": float, "delta": float, "neighboring_relation": str}
+_GROW = {"stake": str, "cost": float, "head": str}
+# What a record of each kind must say.
+FIELDS: dict[str, dict[str, type]] = {
+  "make": {
+    **{"format": int, "data": str, **_MAKE, "order": int, "divergence": float}
+  },
+  # The budget of this data set is the one that was made under another manifest
+  # of the same content.
+  "same": {"data": str},
+  "reserve": {"label": str, "cost": float, "count": int},
+  "cancel": {"label": str},
+  "admit": {**_GROW, "label": str, "reservation": str},
+  "grow": _GROW,
+  "follow": {"stake": str, "head": str},
+  "end": _GROW,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Terms:
+  """What a data set may spend.
+
+  Attributes:
+    epsilon: of all runs together, above 0.
+    delta: in (0, 1).
+    neighboring_relation: of every run.
+    order: the Renyi order at which costs are added up.
+    divergence: their largest sum.
+  """
+
+  epsilon: float
+  delta: float
+  neighboring_relation: str
+  order: int
+  divergence: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Stake:
+  """What one run has reserved.
+
+  Attributes:
+    label: for people.
+    cost: the divergence that its plan can come to, or did if it was ended.
+    head: of its ledger, as told last.
+    is_ended: whether the rest was given back.
+  """
+
+  label: str
+  cost: float
+  head: str
+  is_ended: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Reservation:
+  """Room for runs to come.
+
+  Attributes:
+    label: for people, and for runs to refer to it; unique.
+    cost: the divergence of each.
+    free: how many may still come.
+  """
+
+  label: str
+  cost: float
+  free: int
+
+
+def write_terms(terms: Terms, data: str) -> dict[str, Any]:
+  """What the record says that makes the budget of a data set."""
+  return {"format": _FORMAT, "data": data, **dataclasses.asdict(terms)}
+
+
+def read_terms(record: Mapping[str, Any], data: str) -> Terms:
+  """The terms of such a record, once they were checked.
+
+  Raises:
+    ValueError: it is of another format or data set, or says what cannot be.
+  """
+  if record["format"] != _FORMAT or record["data"] != data:
+    raise ValueError("another format, or another data set")
+  if not (
+    0 < record["delta"] < 1
+    and record["epsilon"] > 0
+    and record["divergence"] > 0
+    and record["order"] in rdp.WHOLE_ORDERS
+  ):
+    raise ValueError("terms that are none")
+  names = [field.name for field in dataclasses.fields(Terms)]
+  return Terms(**{name: record[name] for name in names})
+
+
+def best_order(epsilon: float, delta: float) -> tuple[int, float]:
+  """The order that leaves most room, and the divergence that fits in it.
+
+  A step's divergence grows about in proportion to the order, so the most steps
+  fit where the budget's divergence over the order is largest.
+  """
+  room = {
+    order: rdp.largest_divergence(order, epsilon, delta)
+    for order in rdp.WHOLE_ORDERS
+  }
+  order = max(room, key=lambda order: room[order] / order)
+  if room[order] <= 0:
+    raise ValueError(
+      f"data_budget.epsilon must be large enough for data_budget.delta={delta},"
+      f" got {epsilon}"
+    )
+  return order, room[order]

@@ -1,0 +1,133 @@
+"""The budgets under one root: finds a data set's, or makes it.
+
+Imports no jax.
+"""
+
+from collections.abc import Callable, Sequence
+import os
+
+from dpdist import errors
+from dpdist.ledger import data_budget
+from dpdist.ledger import records
+
+
+def find(
+  root: str | os.PathLike[str],
+  data: str,
+  earlier: Callable[[], Sequence[str]] = tuple,
+) -> data_budget.DataBudget:
+  """The budget of a data set, also if it was made by an earlier release.
+
+  That one may have called the data by another manifest, in which the names of
+  files had a part. So that they may change from now on, it is written down that
+  the two are the same. Where earlier releases made several for one content, as
+  for an .npz and an ArrayRecord of it, nothing holds the sum of what they
+  allow: then nothing is spent from any.
+
+  Args:
+    root: as in `dpdist.ledger.data_budget.DataBudget`.
+    data: as in `dpdist.ledger.data_budget.DataBudget`.
+    earlier: returns other manifests of the same content, as
+      `dpdist.data.sources.earlier_digests` does; called only if it matters.
+
+  Returns:
+    The budget; its terms are None if there is none yet.
+
+  Raises:
+    RefusedError: what was written down as the same is gone; or the data set has
+      several budgets.
+  """
+  budget = data_budget.DataBudget(root, data)
+  if budget.same_as:
+    kept = data_budget.DataBudget(root, budget.same_as)
+    if kept.terms is None:
+      raise errors.RefusedError(
+        f"the budget of data set {data[:12]} is kept in {kept.root} as that of"
+        f" {budget.same_as[:12]}, and is not there: bring it back"
+      )
+  else:
+    kept = budget
+  found = {} if kept.terms is None else {kept.data: kept}
+  # Reading all of the data can be spared where no other budget is there.
+  if {*records.folders(root)} - {data, kept.data}:
+    for other in {*earlier()} - {data, *found}:
+      if (made := data_budget.DataBudget(root, other)).terms is not None:
+        found[other] = made
+  if len(found) > 1:
+    names = sorted(name[:12] for name in found)
+    raise errors.RefusedError(
+      f"data set {data[:12]} has {len(found)} budgets in {budget.root},"
+      f" {' and '.join(names)}, made by releases that called it otherwise,"
+      " which together allow more than each: keep one, take the other's folder"
+      " away, and reserve in the one that stays (launch.reserve) what it had"
+      " reserved"
+    )
+  if not found:
+    return budget
+  (only,) = found.values()
+  if only is not kept:
+    budget.refer_to(only.data)
+  return only
+
+
+def open_or_make(
+  root: str | os.PathLike[str],
+  data: str,
+  *,
+  epsilon: float | None,
+  delta: float | None,
+  neighboring_relation: str,
+  earlier: Callable[[], Sequence[str]] = tuple,
+  tell: Callable[[str], None] = lambda line: None,
+) -> data_budget.DataBudget:
+  """Opens a data set's budget; makes it if both numbers are given.
+
+  Args:
+    root: as in `dpdist.ledger.data_budget.DataBudget`.
+    data: as in `dpdist.ledger.data_budget.DataBudget`.
+    epsilon: as in `dpdist.ledger.data_budget.DataBudget.make`; None: the
+      budget must be there.
+    delta: likewise.
+    neighboring_relation: as in `dpdist.ledger.data_budget.DataBudget.make`.
+    earlier: as in `find`.
+    tell: is called with a line of text where a budget is made beside others: it
+      may be that the data set has one, and was changed since.
+
+  Raises:
+    ValueError: the budget is not there, and a number is missing.
+    RefusedError: it has other terms.
+    dpdist.errors.LedgerError: it is damaged.
+  """
+  budget = find(root, data, earlier)
+  is_new = budget.terms is None
+  if budget.terms is not None:
+    epsilon = budget.terms.epsilon if epsilon is None else epsilon
+    delta = budget.terms.delta if delta is None else delta
+  if epsilon is not None and delta is not None:
+    budget.make(
+      epsilon=epsilon, delta=delta, neighboring_relation=neighboring_relation
+    )
+  else:
+    raise ValueError(
+      "data_budget.epsilon and data_budget.delta must be given where the data"
+      f" set has no budget yet, as in {os.fspath(root)!r}, got {epsilon} and"
+      f" {delta}"
+    )
+  others = [name for name in records.folders(root) if name != budget.data]
+  if is_new and others:
+    tell(
+      f"data set {budget.data[:12]} had no budget in {budget.root} and has a"
+      f" new one now, beside those of {len(others)} other data sets: if it is"
+      " one of these and was changed, count the two together"
+    )
+  return budget
+
+
+def all_below(root: str | os.PathLike[str]) -> list[data_budget.DataBudget]:
+  """The budgets of all data sets under a root.
+
+  Raises:
+    ValueError: root is no place for them.
+    dpdist.errors.LedgerError: one of them is damaged.
+  """
+  return [data_budget.DataBudget(root, data) for data in records.folders(root)]
