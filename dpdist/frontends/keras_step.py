@@ -42,17 +42,10 @@ def of(
     plan: the numbers.
     options: for `dpdist.clipped_grad`.
   """
-  sensitivity = clipping.clipped_grad(lambda: None, **options).sensitivity(
-    plan.neighboring_relation
-  )
-  stddev = plan.noise_multiplier * sensitivity
 
   def clipped_grad(non_trainable: list[jax.Array]) -> clipping.ClippedGrad:
     loss = keras_loss.per_example_loss(model, non_trainable)
     return clipping.clipped_grad(loss, **options)
-
-  def mechanism(clipped: clipping.ClippedGrad) -> mechanism_lib.Mechanism:
-    return mechanism_lib.Mechanism(plan, clipped, sensitivity, stddev)
 
   def accumulate(
     trainable: list[jax.Array],
@@ -83,7 +76,7 @@ def of(
     key: jax.Array,
     step: jax.Array,
   ) -> tuple[list[jax.Array], list[jax.Array]]:
-    bound = mechanism(clipped_grad([]))
+    bound = mechanism_lib.of(plan, clipped_grad([]))
     noisy, _ = bound.add_noise(total, noise.GaussianNoiseState(step), key)
     return model.optimizer.stateless_apply(
       optimizer, bound.mean(noisy), trainable

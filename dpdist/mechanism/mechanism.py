@@ -205,6 +205,18 @@ class Mechanism:
     )
 
 
+def of(
+  plan: plan_lib.PrivacyPlan, clipped_grad: clipping.ClippedGrad
+) -> Mechanism:
+  """Binds a plan to a clipped gradient, whose sensitivity the noise follows.
+
+  That of a group, too: what one example of it can do is in the accounting.
+  """
+  sensitivity = clipped_grad.sensitivity(plan.neighboring_relation)
+  stddev = plan.noise_multiplier * sensitivity
+  return Mechanism(plan, clipped_grad, sensitivity, stddev)
+
+
 def make(
   plan: plan_lib.PrivacyPlan,
   loss_fn: Callable[..., Any],
@@ -259,15 +271,16 @@ def make(
     platform=platform,
     frozen=frozen,
   )
-  sensitivity = clipped_grad.sensitivity(plan.neighboring_relation)
-  noise_stddev = plan.noise_multiplier * sensitivity
+  made = of(plan, clipped_grad)
   if exact_group_size is not None:
-    clipped_grad = dataclasses.replace(
-      clipped_grad, l2_clip_norm=(1 - _ROOM) * plan.l2_clip_norm
+    # Noise is for the whole clip norm; examples are clipped a little earlier.
+    made = dataclasses.replace(
+      made,
+      clipped_grad=dataclasses.replace(
+        clipped_grad, l2_clip_norm=(1 - _ROOM) * plan.l2_clip_norm
+      ),
+      exact_group_size=exact_group_size,
     )
-  made = Mechanism(
-    plan, clipped_grad, sensitivity, noise_stddev, exact_group_size
-  )
   if exact_group_size is not None and not made.largest_sum < _LARGEST_FLOAT:
     raise ValueError(
       "l2_clip_norm and noise_multiplier must keep a sum of all examples below"

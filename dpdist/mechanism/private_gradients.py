@@ -58,12 +58,29 @@ class PrivateGradients(NamedTuple):
 class PrivateGradientFn:
   """See `private_gradients`, which makes it. The secret is not in its repr."""
 
-  plan: plan_lib.PrivacyPlan
-  clipped_grad: clipping.ClippedGrad
-  sensitivity: float
-  noise_stddev: float
+  mechanism: mechanism_lib.Mechanism
   _key: jax.Array = dataclasses.field(repr=False)
   _is_public: bool = False
+
+  @property
+  def plan(self) -> plan_lib.PrivacyPlan:
+    """The numbers."""
+    return self.mechanism.plan
+
+  @property
+  def clipped_grad(self) -> clipping.ClippedGrad:
+    """What clips and sums."""
+    return self.mechanism.clipped_grad
+
+  @property
+  def sensitivity(self) -> float:
+    """Of the clipped sum, in the l2 norm."""
+    return self.mechanism.sensitivity
+
+  @property
+  def noise_stddev(self) -> float:
+    """Of the noise on an entry of that sum; of the first step's."""
+    return self.mechanism.noise_stddev
 
   def init(self, params: PyTree) -> noise.GaussianNoiseState:
     """The state before the first step: a counter, which is all there is."""
@@ -130,12 +147,12 @@ class PrivateGradientFn:
       params, batch, is_padding_example=is_padding_row, rng=rng
     )
     release = state.draws
-    noisy, state = self._mechanism.add_noise(
+    noisy, state = self.mechanism.add_noise(
       compensated.of(got.sum, got.low), state, self._key, release
     )
     gradient = jax.tree.map(
       lambda x: jnp.where(left, x, jnp.nan),
-      self._mechanism.mean(noisy, release),
+      self.mechanism.mean(noisy, release),
     )
     num_in_row = jnp.sum(is_real.reshape(is_padding_row.shape[0], -1), axis=1)
     aux = got.aux
@@ -148,15 +165,6 @@ class PrivateGradientFn:
         jax.tree.map(lambda x: _mean(x, is_real), aux),
       ),
       state,
-    )
-
-  @property
-  def _mechanism(self) -> mechanism_lib.Mechanism:
-    return mechanism_lib.Mechanism(
-      plan=self.plan,
-      clipped_grad=self.clipped_grad,
-      sensitivity=self.sensitivity,
-      noise_stddev=self.noise_stddev,
     )
 
 
@@ -220,34 +228,11 @@ def private_gradients(
     rescale_to_unit_norm=rescale_to_unit_norm,
     frozen=frozen,
   )
-  # That of a group, too: what one example of it can do is in the accounting.
-  sensitivity = clipped_grad.sensitivity(plan.neighboring_relation)
   return PrivateGradientFn(
-    plan=plan,
-    clipped_grad=clipped_grad,
-    sensitivity=sensitivity,
-    noise_stddev=plan.noise_multiplier * sensitivity,
+    mechanism_lib.of(plan, clipped_grad),
     _key=noise.key_of(seed),
     _is_public=isinstance(seed, int),
   )
-
-
-def _check_arguments(
-  plan: plan_lib.PrivacyPlan, rows_are_fixed: bool, batch_axis: int
-) -> None:
-  """Refuses what the plan's accounting is not of."""
-  if isinstance(batch_axis, bool) or batch_axis != 0:
-    raise ValueError(
-      f"batch_axis must be 0, got {batch_axis!r}: move the examples' axis first"
-    )
-  if not isinstance(plan, plan_lib.PrivacyPlan):
-    raise ValueError(f"plan must come from dpdist.make_plan, got {plan!r}")
-  if plan.group_size > 1 and rows_are_fixed is not True:
-    raise ValueError(
-      f"group_size must be 1, got {plan.group_size}, unless"
-      " rows_are_fixed=True: in a draw that is closed up, one more example"
-      " moves all later ones to other groups"
-    )
 
 
 def _mean(x: jax.Array, weight: jax.Array) -> jax.Array:
