@@ -235,6 +235,24 @@ def private_gradients(
   )
 
 
+def _check_arguments(
+  plan: plan_lib.PrivacyPlan, rows_are_fixed: bool, batch_axis: int
+) -> None:
+  """Refuses what the plan's accounting is not of."""
+  if isinstance(batch_axis, bool) or batch_axis != 0:
+    raise ValueError(
+      f"batch_axis must be 0, got {batch_axis!r}: move the examples' axis first"
+    )
+  if not isinstance(plan, plan_lib.PrivacyPlan):
+    raise ValueError(f"plan must come from dpdist.make_plan, got {plan!r}")
+  if plan.group_size > 1 and rows_are_fixed is not True:
+    raise ValueError(
+      f"group_size must be 1, got {plan.group_size}, unless"
+      " rows_are_fixed=True: in a draw that is closed up, one more example"
+      " moves all later ones to other groups"
+    )
+
+
 def _mean(x: jax.Array, weight: jax.Array) -> jax.Array:
   """The mean over the first axis; rows of weight 0 may hold anything."""
   dtype = jnp.promote_types(x.dtype, jnp.float32)
