@@ -68,7 +68,7 @@ def resolve(kind: str, name: str, *, setting: str) -> Any:
     ValueError: there is none of that name, or it does not say where its code
       is.
   """
-  thing = _find(kind, name)
+  thing = _find(kind, name, setting)
   if thing is None:
     raise errors.ArgumentError(
       f"{setting} must be one of {names(kind)}, or package.module:attribute,"
@@ -88,7 +88,7 @@ def resolve(kind: str, name: str, *, setting: str) -> Any:
   return thing
 
 
-def _find(kind: str, name: str) -> Any:
+def _find(kind: str, name: str, setting: str) -> Any:
   if name in _things.get(kind, {}):
     return _things[kind][name]
   module, has_attribute, attribute = name.partition(":")
@@ -97,8 +97,8 @@ def _find(kind: str, name: str) -> Any:
       return getattr(importlib.import_module(module), attribute)
     except (AttributeError, ImportError, ValueError) as error:
       raise errors.ArgumentError(
-        f"{kind} {name!r} must be package.module:attribute of what can be"
-        f" imported, got {error}"
+        f"{setting} must be package.module:attribute of what can be imported,"
+        f" got {name!r}: {error}"
       ) from error
   for point in metadata.entry_points(group=_group(kind), name=name):
     return point.load()

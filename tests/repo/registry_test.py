@@ -157,7 +157,10 @@ def test_what_hides_its_code_is_refused(outside):
   ("name", "message"),
   [
     ("nothing", r"data.name must be one of \['adult', .*got 'nothing'"),
-    ("no.such:thing", "must be package.module:attribute .*No module named"),
+    (
+      "no.such:thing",
+      "data.name must be package.module:attribute .*No module named",
+    ),
     ("json:nothing", "must be package.module:attribute .*nothing"),
   ],
 )
