@@ -204,7 +204,8 @@ def test_accelerators_are_not_divided():
 # own, since it forks.
 _POD = """
 import json, os, sys
-from launch import local, pod
+from launch import local
+from launch.engines import local_processes as pod
 script, count, grace, term = json.loads(sys.argv[1])
 pod._TERM_SECONDS = term
 running = pod.Pod(

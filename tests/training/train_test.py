@@ -200,7 +200,7 @@ import sys
 import pytest
 
 import dpdist
-from tests.support.training import train_test
+from tests.training import train_test
 
 with pytest.MonkeyPatch.context() as patch:
   if sys.argv[2]:
