@@ -785,7 +785,7 @@ def _reference(name):
 # for every device, and those of other devices. Each kind of layer is held in
 # one pass and on one device in every run; its variants, two passes and eight
 # devices come in turn, but for those that stand for the kinds of rules.
-_FOR_ALL = ("dense", "convolution", "tied_embedding", "dropout", "layer_norm")
+_FOR_ALL = ("dense", "tied_embedding", "dropout")
 _VARIANTS = (
   *("convolution_negative_padding", "convolution_3d", "convolution_dilation"),
   *("convolution_channels_first", "convolution_many_channels_stride"),

@@ -199,11 +199,19 @@ def _compiled(way, method):
 @pytest.mark.parametrize(
   ("way", "method"),
   [
-    # A gradient that is kept is formed as one that is dropped is.
+    # A gradient that is kept is formed as one that is dropped is, and both ways
+    # over positions are of inner products.
     pytest.param(
       *rule,
       marks=[pytest.mark.slow]
-      * (rule in (("keep", "bookkeeping"), ("drop", "two_pass"))),
+      * (
+        rule
+        in (
+          ("keep", "bookkeeping"),
+          ("diagonal", "bookkeeping"),
+          ("drop", "two_pass"),
+        )
+      ),
     )
     for rule in _RULES
   ],
