@@ -195,10 +195,9 @@ def summed_axes(spec: PartitionSpec) -> tuple[str, ...]:
 
 
 def stacked(spec: PartitionSpec) -> PartitionSpec:
-  """Returns the spec of an array's partial sums, stacked along a new first axis.
+  """Returns the spec of an array's partial sums, stacked on a new first axis.
 
-  The new axis is the first. There is one partial sum for each device along
-  `summed_axes`.
+  There is one partial sum for each device along `summed_axes`.
   """
   return PartitionSpec(summed_axes(spec), *spec)
 
