@@ -1,4 +1,4 @@
-"""Fingerprints what decides a step's bits: versions, code, devices, settings."""
+"""Fingerprints what decides a step's bits: code, devices, settings."""
 
 from collections.abc import Mapping, Sequence
 import hashlib
