@@ -61,7 +61,7 @@ def opened(path: str | os.PathLike[str], member: str) -> Iterator[IO[bytes]]:
 
 
 def _installed_files(package: IO[bytes], path: object) -> IO[bytes]:
-  """The tar archive data.tar.* of a Debian package, deb(5).
+  """Opens the tar archive data.tar.* of a Debian package, see deb(5).
 
   Args:
     package: a file, positioned after its magic bytes.

@@ -144,7 +144,7 @@ def cache() -> pathlib.Path:
 
 
 def folder(name: str) -> pathlib.Path:
-  """Where a data set is, once it is fetched.
+  """Returns the folder of a data set, once it is fetched.
 
   Raises:
     ValueError: there is no such name.

@@ -1,4 +1,4 @@
-"""The short way to a plan, in the words of Keras users.
+"""A short way to a plan, in the terms of Keras users.
 
     config = dpdist.DPConfig(
       epsilon=2.0, delta=1e-6, clipping_norm=1.0, batch_size=32,

@@ -1,4 +1,4 @@
-"""The loss of one example of an Equinox module.
+"""Makes the loss of one example of an Equinox module.
 
     loss_fn, params = equinox.per_example_loss(
       model, lambda model, example, key: cross_entropy(

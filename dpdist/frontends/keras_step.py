@@ -35,7 +35,7 @@ class Functions(NamedTuple):
 def of(
   model: Any, plan: plan_lib.PrivacyPlan, options: dict[str, Any]
 ) -> Functions:
-  """The functions of a model.
+  """Makes the functions of a model.
 
   Args:
     model: the Keras model.

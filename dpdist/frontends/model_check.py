@@ -1,4 +1,4 @@
-"""What in a model is unsafe to train privately, found before a step is spent.
+"""Finds what in a model is unsafe to train privately, before a step is spent.
 
     for finding in dpdist.check_model(
       model, loss_fn=loss_fn, params=params, batch=batch

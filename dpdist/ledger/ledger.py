@@ -183,10 +183,10 @@ class Ledger(history.History):
     """Opens a segment under another plan; `resume` must then open a branch.
 
     Args:
-      config: as in `open`.
+      config: see `open`.
       plan: what remains of the run; see
         `dpdist.privacy.composition.plan_after`.
-      data: as in `open`.
+      data: see `open`.
       start_step: updates made so far.
     """
     self._append(

@@ -64,7 +64,7 @@ class Collective:
 
 
 def collectives(text: str) -> list[Collective]:
-  """Of a compiled program.
+  """Returns the collectives of a compiled program.
 
   Args:
     text: from `jax.stages.Compiled.as_text()`.

@@ -84,7 +84,7 @@ def of(
 def make_params(
   model: nn.Module, words: jax.Array, example: jax.Array
 ) -> PyTree:
-  """A model's initial parameters.
+  """Returns a model's initial parameters.
 
   Args:
     model: maps the inputs of one example to logits.

@@ -72,7 +72,7 @@ class Experiment:
     return chunk_size(self.config, self.plan, self.mesh)
 
   def parameters(self, words: Any, inputs: Any) -> parameters.Parameters:
-    """What the parameters begin as.
+    """Returns the initial parameters.
 
     Args:
       words: uint32 [2], the key of the stream "init".

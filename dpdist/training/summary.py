@@ -28,7 +28,7 @@ def start_rows(
   start_step: int,
   sentinel_every: int,
 ) -> list[tuple[str, str]]:
-  """The table shown before the first step and in the report.
+  """Returns the table shown before the first step and in the report.
 
   Args:
     job: the run.
@@ -111,7 +111,7 @@ def result(
   params_sha256: str,
   environment: dict[str, Any],
 ) -> dict[str, Any]:
-  """What `result.json` holds.
+  """Returns the contents of `result.json`.
 
   Args:
     job: the run.

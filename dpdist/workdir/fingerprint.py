@@ -146,7 +146,7 @@ def environment(mesh: Mesh) -> dict[str, Any]:
 
 
 def public(environment: Mapping[str, Any]) -> dict[str, Any]:
-  """The part of `environment` that may be released.
+  """Returns the part of `environment` that may be released.
 
   Variables and flags may hold credentials and paths. Not even a digest of those
   may be released: a short value can be guessed from it.

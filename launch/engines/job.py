@@ -76,7 +76,7 @@ class Job:
         )
 
   def train(self, python: str, secret_file: str = "") -> list[str]:
-    """The command of one process.
+    """Returns the command of one process.
 
     Args:
       python: the interpreter.

@@ -17,7 +17,7 @@ _PARTS = {
 
 
 def load(directory: sources.Path, part: str) -> arrays_lib.ArraySource:
-  """One part of the data set.
+  """Reads one part of the data set.
 
   Args:
     directory: the one that `dpdist.assets.fetch` made for "cifar10".

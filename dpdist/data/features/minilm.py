@@ -26,7 +26,7 @@ _ROWS = 64
 
 
 def transform(inputs: np.ndarray) -> np.ndarray:
-  """The features of texts; MiniLM must have been fetched.
+  """Returns the features of texts; MiniLM must have been fetched.
 
   Args:
     inputs: integers (n, length), of MiniLM's own tokenizer.

@@ -21,7 +21,7 @@ VERSION = 100 * scattering.VERSION + 1
 
 
 def transform(images: np.ndarray) -> np.ndarray:
-  """Scaled scattering coefficients.
+  """Returns scaled scattering coefficients.
 
   Args:
     images: see `scattering.transform`; of 1 or 3 channels.

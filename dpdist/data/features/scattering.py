@@ -39,7 +39,7 @@ _SLANT = 4 / _ORIENTATIONS
 
 
 def transform(images: np.ndarray) -> np.ndarray:
-  """Scattering coefficients.
+  """Returns scattering coefficients.
 
   Args:
     images: floats (n, height, width, channels); height and width are multiples
@@ -197,7 +197,7 @@ def _gabor(
 
 @functools.cache
 def _averaging(size: int, level: int) -> np.ndarray:
-  """The averages along one axis, as a float32 matrix.
+  """Returns the averaging along one axis, as a float32 matrix.
 
   Args:
     size: of the padded image along the axis.
