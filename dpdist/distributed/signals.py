@@ -14,7 +14,7 @@ ECHO_SECONDS = 1.0
 
 
 def that_ask_to_stop() -> tuple[signal.Signals, ...]:
-  """Returns SIGTERM and SIGINT; under Slurm also an early signal's names.
+  """Returns the signals that ask to stop: SIGTERM, SIGINT, Slurm's early ones.
 
   Slurm sends SIGTERM when the grace time of a preemption begins. To learn of
   its time limit in advance, a job asks for a signal of its own choice, as in

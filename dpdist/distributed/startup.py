@@ -74,7 +74,7 @@ def find(
   for engine, variable in _ENGINES.items():
     if (_number(environment.get(variable)) or 0) > 1:
       return Meeting(None, None, None, engine)
-  # A pod of TPUs lists its workers here; so does Kubernetes.
+  # A pod of TPUs lists its workers here, by itself or through Kubernetes.
   workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
   if len(workers) > 1:
     return Meeting(None, None, None, "gketpu")

@@ -1,9 +1,9 @@
 """The shapes of a step's arguments on a mesh, without any arrays.
 
-The step that is compiled for these shapes is the step that runs. Users are the
-forecast for a pod that is not at hand (`dpdist.profiling.forecast`), the
-measurements on this machine (`dpdist.profiling.measure`), and the restoring of
-checkpoints (`dpdist.export.load_run`).
+The step that is compiled for these shapes is the step that runs. The shapes
+serve to forecast a pod that is not at hand (`dpdist.profiling.forecast`), to
+measure on this machine (`dpdist.profiling.measure`), and to restore checkpoints
+(`dpdist.export.load_run`).
 """
 
 import functools

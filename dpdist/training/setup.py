@@ -67,7 +67,7 @@ class Experiment:
     """Returns how many examples, or users, the whole mesh computes at once.
 
     Raises:
-      ValueError: the set size cannot be divided evenly.
+      ValueError: the configured chunk_size cannot be divided evenly.
     """
     return chunk_size(self.config, self.plan, self.mesh)
 
@@ -203,7 +203,7 @@ def chunk_size(
   """Returns how many examples the whole mesh computes at once, set or chosen.
 
   Raises:
-    ValueError: the set size cannot be divided evenly.
+    ValueError: the configured chunk_size cannot be divided evenly.
   """
   multiple, name = mesh_lib.chunk_multiple(config.clipping, mesh)
   if config.chunk_size:

@@ -236,8 +236,7 @@ class Sentinel:
     return accumulator
 
   def end(self) -> list[int]:
-    """Returns the numbers of trained parameters along which examples were too
-    long.
+    """Returns the numbers of parameters along which examples were too long.
 
     The result is the same in all processes.
     """

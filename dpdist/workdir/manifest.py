@@ -76,7 +76,7 @@ def ledger_heads(directory: pathlib.Path) -> dict[str, str]:
 
 
 def write(path: pathlib.Path) -> str:
-  """Writes the manifest of a directory, and syncs every file in it.
+  """Writes the manifest of a directory, and syncs everything in it.
 
   Returns:
     SHA-256 of the manifest, hex.

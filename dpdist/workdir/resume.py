@@ -255,7 +255,7 @@ def secret(
   """Returns the run's secret; makes it if the run is new and there is none.
 
   Raises:
-    ValueError: it does not exist, or its file's permissions are wrong.
+    ValueError: it does not exist, or is not stored as a secret must be.
   """
   if config.insecure_seed is not None:
     return keys.insecure_secret(config.insecure_seed)
