@@ -305,7 +305,7 @@ def observe(
 def worlds(plan: plan_lib.PrivacyPlan) -> tuple[float, float]:
   """Returns where a drawn canary puts the sum if it is out, and if it is in.
 
-  The unit is the distance between the two.
+  Both are multiples of the distance between the two.
   """
   is_replaced = plan.neighboring_relation == "replace_one"
   return (-0.5, 0.5) if is_replaced else (0.0, 1.0)

@@ -95,8 +95,7 @@ class RetryingSource:
     return self._get(lambda: self._source.read(indices), self._stall_seconds)
 
   def content_digest(self) -> str:
-    """Returns the source's digest; see
-    `dpdist.data.sources.Source.content_digest`.
+    """Returns the source's digest; see `sources.Source.content_digest`.
 
     Failures are retried, but there is no limit for a stall: it may take long.
     """

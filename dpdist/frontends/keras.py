@@ -194,7 +194,7 @@ class PrivateModel:
     return self._run.epsilon()
 
   def epsilon_spent(self) -> float:
-    """Returns what these steps cost if their number was fixed before."""
+    """Returns the cost of the steps so far, had their number been fixed."""
     return self._run.epsilon_spent()
 
   def fit(

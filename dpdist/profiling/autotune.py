@@ -91,7 +91,7 @@ def search(
 def _try(
   bench: measure.Bench, size: int, free: int
 ) -> tuple[int | None, Callable[[], float] | None]:
-  """Returns the bytes needed, if known, and what runs the size, if it fits."""
+  """Returns the bytes needed (None: unknown), and a runner if it fits."""
   needed = None
   try:
     needed, run = measure.trial(bench, size)

@@ -92,7 +92,7 @@ def load(
 
 
 def _read(path: sources.Path) -> list[_Speech]:
-  """Returns the speeches in order of their file names: of the year."""
+  """Returns the speeches by file name, which begins with the year."""
   found: dict[str, _Speech] = {}
   try:
     with tarfile.open(path) as archive:

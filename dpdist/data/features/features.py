@@ -92,16 +92,16 @@ class FeatureSource(arrays_lib.ArraySource):
     self.sha256 = sha256
 
   def earlier_digests(self) -> list[str]:
-    """Returns the examples' `sources.earlier_digests`."""
+    """See `sources.earlier_digests`; returns those of the examples."""
     return sources.earlier_digests(self._source)
 
   def changed_files(self) -> list[str]:
-    """Returns `sources.changed_files`, also those of the examples."""
+    """See `sources.changed_files`; includes the examples' files."""
     own = self._stamps.changed(self._is_same)
     return own + sources.changed_files(self._source)
 
   def is_touched(self) -> bool:
-    """Returns `sources.is_touched`, also for the examples."""
+    """See `sources.is_touched`; includes the examples' files."""
     return self._stamps.is_touched() or sources.is_touched(self._source)
 
   def _is_same(self) -> bool:
