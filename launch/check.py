@@ -7,7 +7,7 @@ The step is compiled for this machine's devices and the config's mesh, and run
 on made-up examples of every size, as `launch.train` does before it charges
 anything. No budget is spent, and nothing is written.
 
-Exit codes: 0 it does; 1 it does not, or there is no sum; 2 wrong usage.
+Exit codes: 0 it does; 1 it does not, or the sum fails; 2 wrong usage.
 """
 
 from collections.abc import Callable, Sequence

@@ -174,7 +174,8 @@ class Progress:
     Args:
       step: steps made so far.
       epsilon: spent so far; None keeps the last value.
-      examples_per_second: in expected batch sizes; None keeps the last value.
+      examples_per_second: counted by the expected batch size; None keeps the
+        last value.
       metrics: name to scalar, the names from `metrics.RELEASED`.
 
     Raises:
