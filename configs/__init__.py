@@ -1,1 +1,1 @@
-"""One file an experiment."""
+"""The settings of experiments, one file for each."""

@@ -5,15 +5,15 @@
 
 32,561 people to train on, 16,281 held out, 76.4% of whom earn less. Epsilon
 1.0, delta 1e-5: held-out accuracy 0.8505 (mean of seeds 1 to 3 given as
---config.insecure_seed, so that anyone can repeat them; 0.8503 to 0.8508), where
+--config.insecure_seed, so that anyone can repeat them; 0.8503 to 0.8508), while
 scikit-learn's logistic regression has 0.8520 on the same inputs without privacy
-(C=1, no intercept, nothing tuned). 10 s of CPU a run; on two cores with a dozen
-other jobs, 2 to 8 minutes.
+(C=1, no intercept, nothing tuned). A run takes 10 s of CPU time; on two cores
+with a dozen other jobs, 2 to 8 minutes.
 
 Nothing was searched for: clip norm 1, learning rate 1 and momentum 0.9 were set
-beforehand. One run of 400 steps was looked at on the held-out people and stood
-still from step 120 on, so that the steps were set to 200; that look is not
-accounted for, and the data is public. Inputs use no statistic of the data.
+beforehand. One run of 400 steps was measured on the held-out people and no
+longer improved from step 120 on, so the steps were set to 200; this is not
+accounted for, but the data is public. Inputs use no statistic of the data.
 """
 
 import ml_collections

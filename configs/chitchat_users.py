@@ -4,20 +4,20 @@
   python -m launch.train --config=configs/chitchat_users.py --workdir=/tmp/chat
 
 1,315 people wrote 258,145 messages, one of them 25,272; 1,068 are trained on
-and 247 held out, which leaves 816 pieces of 65 bytes to measure by. At a step
-each drawn user lends at most four such pieces, chosen anew, and 81 users who
-wrote less than one lend none.
+and 247 held out, which gives 816 held-out pieces of 65 bytes. At a step each
+drawn user contributes at most four such pieces, chosen anew; 81 users who wrote
+less than one piece contribute none.
 
 Epsilon 8, delta 1e-4, for all that a person wrote: held-out users' next bytes
 0.271 right, loss 2.57 nats a byte, perplexity 13.0 (means of three runs; 0.267
 to 0.277 right), 5 minutes on 2 busy cores. Before training it is 0.004 right
 and loss 5.97, perplexity 393; trained as long without privacy, with Adam at
-3e-3 and untuned, 0.438 and 1.97, perplexity 7.2 (one run): so few users cost
-much. Four settings were tried, and chosen between by these held-out users,
-which is not accounted for: the data is public.
+3e-3 and untuned, 0.438 and 1.97, perplexity 7.2 (one run): with so few users,
+privacy costs much. Four settings were tried, and the best on these held-out
+users was chosen, which is not accounted for: the data is public.
 
-What one person writes about another, or repeats of theirs, is protected as the
-writer's alone.
+What one person writes about another person, or repeats of their words, is
+protected only as the writer's.
 """
 
 import ml_collections

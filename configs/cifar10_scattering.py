@@ -8,16 +8,16 @@ Epsilon 3.0, delta 1e-5. Tramer & Boneh 2021, "Differentially Private Learning
 Needs Better Features (or Much More Data)", report 0.670 for a linear model, and
 0.693 for a small network on the same features. Batch, learning rate, momentum,
 clip norm and epochs are theirs for the linear one; they spend a part of epsilon
-on private means and deviations of the features, where the features are put here
-on the scale of public pictures, which costs none, and normalised over each
-image as one group.
+on private means and deviations of the features, while here the features are
+scaled by public images, which costs none, and normalized over each image as one
+group.
 
 0.661 of the held-out images are right (mean of seeds 1 to 3 given as
 --config.insecure_seed; 0.658 to 0.665), 0.664 with averaged parameters (0.661
 to 0.667). Channels in groups, scaled by each image's own statistics alone, had
-0.650; how the features are scaled was chosen between these two in a simulation,
-by held-out images. 11 minutes of one core's time a run beside
-another one, and 5 to make the features, once.
+0.650; the better of these two scalings was chosen in a simulation, by held-out
+images. A run takes 11 minutes of one core's time beside another run, and the
+features take 5, once.
 """
 
 import ml_collections

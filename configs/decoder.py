@@ -3,8 +3,8 @@
   python -m launch.train --config=configs/decoder.py --workdir=/tmp/decoder
 
 Trains on the text of Python's own help topics, which every CPython carries;
-give --config.data.path=FILE for a text of yours. The unit of privacy is one
-piece of 65 bytes: 64 to read, and each one's next to predict.
+give --config.data.path=FILE for another text. The unit of privacy is one piece
+of 65 bytes: 64 are inputs, and the byte after each is its target.
 
 Epsilon 8, delta 1e-5: 0.442 of the held-out text's next bytes right, loss 2.18
 nats a byte (one run, with Python 3.11's text), 9 minutes on 2 cores. The

@@ -8,8 +8,8 @@ model published so far (Google 2025, "VaultGemma: A Differentially Private Gemma
 Model"): 26 layers of width 1,152, sequences of 1,024 tokens, about 518,000 of
 them a step, 100,000 steps with noise multiplier 0.614, of 13 trillion tokens.
 The unit of privacy is one sequence. Its learning rate is not known here, and
-nothing was trained: what this config states is what it needs, which is in
-docs/profiling.md under "Compile before you pay".
+nothing was trained: this config is for a forecast of what such a step needs,
+which is in docs/profiling.md under "Compile before you pay".
 
 To train, give --config.data.path=DIR with array_record files of tokens.
 """
@@ -40,7 +40,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.privacy.target_delta = 1.1e-10
   config.optimizer.name = "adam"
   config.optimizer.learning_rate = 1e-3
-  # Sixteen neighbours divide the parameters; four sequences a chip at once.
+  # Sixteen neighbors divide the parameters; four sequences a chip at once.
   config.mesh.fsdp = 16
   config.clipping.microbatch_size = 4
   config.chunk_size = 8192

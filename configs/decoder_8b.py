@@ -4,8 +4,9 @@
 
 32 layers of width 4,096 with grouped-query attention, a vocabulary of 262,144,
 sequences of 1,024 tokens. A chip holds a 64th of parameters, optimizer, noise
-and sums; all 512 divide the examples. Data, batch and noise are those of no
-published run: the numbers say what such a step needs, and nothing was trained.
+and sums; all 512 divide the examples. Data, batch and noise are not those of a
+published run: the config is for a forecast of what such a step needs, and
+nothing was trained.
 """
 
 import ml_collections

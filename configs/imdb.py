@@ -10,15 +10,15 @@ seeds 1 to 3 given as --config.insecure_seed, so that anyone can repeat them;
 --config.privacy.target_epsilon=3. The private linear classifier of
 `imdb_probe.py` has 0.767 and 0.765, and ridge regression without privacy 0.772.
 
-11 minutes of one core's time a run, and 12 to make the states that the last
-block begins from, once; all beside another run on the other core.
+A run takes 11 minutes of one core's time, and the inputs of the last block take
+12, once; all beside another run on the other core.
 
 Five settings of batch, steps, learning rate and `lora_alpha` were tried on one
-seed or more and chosen between by the very reviews that are held out here, none
-of it accounted for: the data is public. What told is that a linear classifier
-alone needs a higher rate or more steps than 60 at 0.003 to come to its end, and
-noise is not what limits it. Larger adapters (alpha 16) with 60 steps of 1,024
-had 0.756 to 0.776.
+seed or more, and the best on the very reviews that are held out here was
+chosen, none of it accounted for: the data is public. The trials showed that a
+linear classifier alone needs a higher rate or more steps than 60 at 0.003 to
+converge, and that noise is not its limit. Larger adapters (alpha 16) with 60
+steps of 1,024 had 0.756 to 0.776.
 """
 
 import ml_collections
@@ -32,7 +32,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.name = "imdb"
   config.data.tokenizer = "minilm"
   config.data.sequence_length = 64
-  # Five of the six blocks stay as they are, and are run once.
+  # Five of the six blocks are frozen, and are run once.
   config.data.features = "minilm_5"
   config.model.name = "bert"
   config.model.num_outputs = 2

@@ -7,12 +7,12 @@ r"""A private linear classifier on MiniLM-L6's features of IMDb.
 
 Epsilon 8.0, delta 1e-5: 0.767 of 3,154 held-out reviews are right (mean of
 seeds 1 to 3 given as --config.insecure_seed; 0.765 to 0.768), and 0.765 (0.762
-to 0.767) at --config.privacy.target_epsilon=3. Of a review, its last 64 tokens
+to 0.767) at --config.privacy.target_epsilon=3. The last 64 tokens of a review
 are read. Without privacy, ridge regression on the same features has 0.772 of
-all 21,846 reviews, and about 0.75 of 2,000. 20 seconds of one core's time a
-run; the features are made once, in 17 minutes of a core that had another run to
-do. The settings are those of Rotten Tomatoes; nothing was searched for on these
-reviews.
+all 21,846 reviews, and about 0.75 of 2,000. A run takes 20 seconds of one
+core's time; the features are made once, in 17 minutes of a core that had
+another run to do. The settings are those of Rotten Tomatoes; nothing was
+searched for on these reviews.
 """
 
 import ml_collections

@@ -9,8 +9,8 @@ kind. Momentum, clip norm, epochs (40) and learning rate over batch are those
 that Tramer & Boneh 2021 published for it, with twice their batch and half the
 steps. Held-out accuracy 0.9813 (mean of seeds 1 to 3 given as
 --config.insecure_seed, so that anyone can repeat them; 0.9808 to 0.9817). A run
-takes 9 minutes of one core's time, 13 to 17 where the core had other work to
-do. Nothing was searched for here.
+takes 9 minutes of one core's time, 13 to 17 if the core had other work to do.
+Nothing was searched for here.
 """
 
 import ml_collections

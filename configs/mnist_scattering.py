@@ -13,8 +13,8 @@ core's time, and one more to make the features, once.
 
 Batch, learning rate, momentum and clip norm are theirs. They spend a part of
 epsilon on private means and deviations of the features; here, those of public
-digits scale them, and groups of channels are normalised in each image. Groups
-(1, 9, 27, 81), learning rate, batch and scale were chosen between some fifteen
+digits scale them, and groups of channels are normalized in each image. Groups
+(1, 9, 27, 81), learning rate, batch and scale were chosen among some fifteen
 trials, most of them of the same recipe in numpy, by the held-out images, which
 is not accounted for: the data is public. Without the scale and with 27 groups,
 the last parameters of three runs had 0.9856, 0.9861 and 0.9878.

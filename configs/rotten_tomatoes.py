@@ -12,12 +12,12 @@ seeds 1 to 3 given as --config.insecure_seed, so that anyone can repeat them;
 regression on the same features has 0.762 of all 7,467 sentences, and about 0.74
 of 2,000; one of the trials, without noise, had 0.776 after 80 steps of 512.
 
-7 minutes of one core's time a run, and 1.5 to make the states that the last
-block begins from, once. The rank, the learning rate, the head's share of it and
-which layers get adapters were chosen between some ten trial runs, most of them
-of fewer examples a step and apart from this program, by the very sentences that
-are held out here; those of the probe between two. None of that is accounted
-for: the data is public.
+A run takes 7 minutes of one core's time, and the inputs of the last block take
+1.5, once. The rank, the learning rate, the head's share of it and which layers
+get adapters were chosen among some ten trial runs, most of them with fewer
+examples a step and outside this program, by the very sentences that are held
+out here; those of the probe were chosen between two runs. None of that is
+accounted for: the data is public.
 """
 
 import ml_collections
@@ -31,7 +31,7 @@ def get_config() -> ml_collections.ConfigDict:
   config.data.name = "rotten_tomatoes"
   config.data.tokenizer = "minilm"
   config.data.sequence_length = 40
-  # Five of the six blocks stay as they are, and are run once.
+  # Five of the six blocks are frozen, and are run once.
   config.data.features = "minilm_5"
   config.model.name = "bert"
   config.model.num_outputs = 2

@@ -5,17 +5,17 @@ r"""Private LoRA fine-tuning of SmolLM2-135M on chat, a user at a time.
   python -m launch.train --config=configs/smollm2_chitchat.py \
     --workdir=/tmp/smol
 
-Epsilon 8.0, delta 1e-4, of a user. It wants a GPU, and none was to be had: no
-run of it has come to its end. On one core of a CPU, five steps of eight users
-on average,
+Epsilon 8.0, delta 1e-4, of a user. It needs a GPU, and none was available: no
+run of it has been finished. On one core of a CPU, five steps of eight users on
+average,
 
   --config.privacy.expected_batch_size=8 --config.privacy.num_steps=5 \
   --config.optimizer.warmup_steps=1 --config.eval_every=5 --config.chunk_size=4
 
 took 12 minutes (insecure_seed 1), 70 seconds a step and 5 minutes to measure
 736 held-out pieces: 0.278 of next tokens right, loss 4.13 nats a token,
-perplexity 62.2, at the same epsilon. So few steps say that it runs, and not how
-well it learns.
+perplexity 62.2, at the same epsilon. So few steps show that it runs, and not
+how well it learns.
 """
 
 import ml_collections

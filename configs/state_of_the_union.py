@@ -8,7 +8,7 @@ Epsilon 3.0, delta 1e-6, for a piece of 65 bytes. The 1,024 pieces held out are
 of the speeches from 2001 on, by four presidents who are not among those that
 are trained on: 0.336 of their next bytes are right, loss 2.36 nats a byte,
 perplexity 10.6 (means of seeds 1 to 3 given as --config.insecure_seed; 0.334 to
-0.338, and 10.6 to 10.7), where who only knew how often each byte is would have
+0.338, and 10.6 to 10.7), while a model of byte frequencies alone would have
 21.8. 5 minutes of one core's time. The settings were chosen once and not
 searched.
 """

@@ -5,15 +5,15 @@ r"""A private language model of 39 presidents, each of them a unit of privacy.
     --workdir=/tmp/authors
 
 1,024 pieces of the speeches from 2001 on, by four presidents who are not among
-the 39, are held out. At a step each author lends 16 pieces of 65 bytes, chosen
-anew.
+the 39, are held out. At a step each author contributes 16 pieces of 65 bytes,
+chosen anew.
 
 Epsilon 8, delta 1e-3, for all that an author ever said: held-out bytes 0.174
 right (0.173 to 0.174), loss 3.50 nats a byte (3.43 to 3.59), perplexity 33.0
 (30.8 to 36.1): means of seeds 1 to 3 given as --config.insecure_seed, 85
 seconds of a core a run. That is no language yet: 0.171 of these bytes are
-blanks, and who only knew how often each byte is would have perplexity 21.8. So
-few units cannot hide among each other at such an epsilon and be learned from;
+blanks, and a model of byte frequencies alone would have perplexity 21.8. So few
+units cannot be both protected at such an epsilon and learned from;
 `configs/state_of_the_union.py` protects a piece. The settings were chosen once
 and not searched.
 """

@@ -1,1 +1,1 @@
-"""The commands: flags in, exit codes out."""
+"""The commands: they parse flags, run, and return exit codes."""

@@ -1,14 +1,14 @@
-r"""Attacks a config's own step, and says what epsilon it can show.
+r"""Attacks a config's own step, and prints a lower bound on epsilon.
 
   python -m launch.audit --config=configs/digits.py
   python -m launch.audit --config=configs/digits.py --mode=one_run
   python -m launch.audit --config=configs/digits.py --plot=/tmp/audit.svg
 
-The step is compiled for the devices that are there and run on canaries, units
-that are as easy to find as any can be, in place of the data, of which only the
-shapes are looked at. Its keys are thrown away: no budget is spent, and nothing
-is released that means anything. A bound above the claim says that the claim is
-wrong; one below says that this attack did not show it.
+The step is compiled for this machine's devices and run on canaries, units that
+are as easy to detect as possible, instead of the data; only the data's shapes
+are used. Its keys are thrown away: no budget is spent, and nothing meaningful
+is released. A bound above the claim shows that the claim is wrong; a bound
+below it shows only that this attack did not refute it.
 
   worst_case  canaries that are tried apart; --canaries_per_run=1 gives each a
               run of its own, which takes long, and --canary=example makes them

@@ -1,21 +1,21 @@
-r"""What a config's private step costs: on this machine, or on a pod of TPUs.
+r"""Measures a config's private step here, or forecasts it on a pod of TPUs.
 
   python -m launch.bench --config=configs/digits.py
   python -m launch.bench --config=configs/digits.py --autotune
 
-measures the private step against the same step without privacy, on this
-machine and the config's mesh: time, memory, examples a second, how each layer
-is clipped, and whether the chunk is of a good size; --autotune finds the
-largest chunk that fits by trying. With --topology, the step is compiled for a
-pod, and nothing is run:
+measure the private step against the same step without privacy, on this machine
+and the config's mesh: time, memory, examples a second, how each layer is
+clipped, and whether the chunk size is good; --autotune finds the largest chunk
+that fits by trying. With --topology, the step is compiled for a pod, and
+nothing is run:
 
   python -m launch.bench --config=configs/decoder_1b.py \
     --topology=v6e:16x16 --num_slices=8
 
-needs no device, no data for models of tokens; wants libtpu (pip install -e
-'.[tpu]'). Topologies are a kind of chip (v4, v5e, v5p, v6e) and the shape of a
-slice. None of these spends budget; any setting of the config can be changed, as
---config.mesh.fsdp=32.
+needs no device and, for models of tokens, no data; it needs libtpu (pip install
+-e '.[tpu]'). A topology is a kind of chip (v4, v5e, v5p, v6e) and the shape of
+a slice. None of these spends budget; any setting of the config can be changed,
+as --config.mesh.fsdp=32.
 
 Exit codes: 0 it fits; 1 it does not; 2 wrong usage.
 """

@@ -6,15 +6,16 @@ r"""Shows what a run, or all runs on a data set, may spend and have spent.
   python -m launch.budget --dataset=/data/budgets
 
 Before training: what would epsilon 3 cost, which noise does each batch size
-need, and how does epsilon go with noise, batch and steps?
+need, and how does epsilon depend on noise, batch and steps?
 
   python -m launch.budget --config=configs/digits.py --target_epsilon=3
   python -m launch.budget --config=configs/digits.py --table
   python -m launch.budget --config=configs/digits.py --plot=budget.png
 
 Runs that share a budget keep it under a root, their
---config.data_budget.location. What a run left that shall never go on, and the
-room of a search whose runs never came (see launch.reserve), can be given back:
+--config.data_budget.location. What a run that will never go on did not spend,
+and the reservation of a search whose runs never came (see launch.reserve), can
+be given back:
 
   python -m launch.budget --workdir=/tmp/digits --end
   python -m launch.budget --dataset=/data/budgets --cancel=search
@@ -112,7 +113,7 @@ def _facts() -> dict[str, Any]:
   if _CURVE.value:
     curve = zip(_DELTAS, plan.curve(_DELTAS), strict=True)
     facts["curve"] = [{"delta": x, "epsilon": epsilon} for x, epsilon in curve]
-  # Here, since its numbers take an accountant.
+  # Imported here, since its numbers take an accountant.
   from dpdist.privacy import planning
   from dpdist.privacy import statement as statement_lib
 
@@ -121,7 +122,7 @@ def _facts() -> dict[str, Any]:
   if _TABLE.value:
     facts["batches"] = planning.batches(config, _TARGET.value)
   if _PLOT.value is not None:
-    # Here, since loading matplotlib takes longer than all else.
+    # Imported here, since loading matplotlib takes longer than all else.
     from dpdist.reporting import planning_plot
 
     planning_plot.draw(_PLOT.value, plan, planning.curves(plan), _TARGET.value)
@@ -172,7 +173,7 @@ def _spent(workdir: str) -> dict[str, Any]:
   }
 
 
-# As `dpdist.privacy.statement.stopped_early` says at length.
+# A short form of `dpdist.privacy.statement.stopped_early`.
 _NOTE = (
   "epsilon is the guarantee, that of the whole plan, wherever the run stops;"
   " epsilon_spent is a reading of its odometer, which bounds nothing once"
@@ -183,19 +184,19 @@ _NOTE = (
 def _guaranteed(
   ledger: ledger_lib.Ledger, planned: float | None
 ) -> float | None:
-  """What holds for the run wherever it stops; see `composition.guaranteed`."""
+  """Returns the run's epsilon, wherever it stops: `composition.guaranteed`."""
   if not ledger.spent_steps:
     return 0.0
   if len(ledger.segments) == 1:
     return planned
-  # Here, since loading the accountants takes longer than all else.
+  # Imported here, since loading the accountants takes longer than all else.
   from dpdist.privacy import composition
 
   return composition.guaranteed(ledger.bounds)
 
 
 def _computed(ledger: ledger_lib.Ledger) -> dict[str, dict[str, float | None]]:
-  # Here, since loading the accountants takes longer than all else.
+  # Imported here, since loading the accountants takes longer than all else.
   from dpdist.privacy import composition
 
   return {
@@ -223,7 +224,7 @@ def _ended(workdir: str) -> dict[str, Any]:
 
 
 def _shared(root: str, cancel: str | None) -> dict[str, Any]:
-  """What the runs on each data set under a root have reserved."""
+  """Returns what the runs on each data set under a root have reserved."""
   from dpdist.ledger import budgets as budgets_lib
 
   budgets = budgets_lib.all_below(root)
@@ -269,7 +270,7 @@ def _of_data(budget: Any) -> dict[str, Any]:
 
 
 def _show(facts: dict[str, Any], indent: str = "") -> None:
-  """Prints names and values; what belongs to a name is set in below it."""
+  """Prints names and values; nested values are indented below their name."""
   facts = dict(facts)
   statement = facts.pop("statement", "")
   answers, batches = facts.pop("answers", None), facts.pop("batches", None)

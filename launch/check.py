@@ -1,13 +1,13 @@
-r"""Holds a config's own step against `jax.grad`: does it clip as it must?
+r"""Compares a config's own step with `jax.grad`: does it clip correctly?
 
   python -m launch.check --config=configs/digits.py
 
-Of the data only shapes are looked at; weights are read where the config names
-some. The step is compiled for the devices and the mesh that are there, and run
+Only the shapes of the data are used; weights are read if the config names some.
+The step is compiled for this machine's devices and the config's mesh, and run
 on made-up examples of every size, as `launch.train` does before it charges
 anything. No budget is spent, and nothing is written.
 
-Exit codes: 0 it does; 1 it does not, or the sum cannot be had; 2 wrong usage.
+Exit codes: 0 it does; 1 it does not, or the sum fails; 2 wrong usage.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _prepared(config: Any) -> Callable[[], sentinel.Report]:
-  """What is left to do when all settings are known to be right."""
+  """Returns the check to run, once all settings are known to be right."""
   experiment = setup.build(config)
   step, example = experiment.step, abstract_step.example(config)
   inputs = example["inputs"]

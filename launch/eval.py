@@ -1,11 +1,11 @@
-r"""Held-out metrics of any checkpoint of a run, and of its average.
+r"""Prints held-out metrics of any checkpoint of a run, and of its average.
 
   python -m launch.eval --workdir=/tmp/digits
   python -m launch.eval --workdir=/tmp/digits --step=360
 
 Spends nothing: reads the ledger, which must be sound, and computes nothing from
-an example that was trained on. Settings are those that the run left; --config
-with --config.a.b gives others, as where the data now are.
+an example that was trained on. The settings are those in the run directory;
+--config with --config.a.b gives others, such as the data's new path.
 
 Exit codes: 0 done; 1 the record is not sound; 2 wrong usage.
 """

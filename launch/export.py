@@ -2,8 +2,8 @@ r"""Writes the parameters of a run as safetensors, with a model card.
 
   python -m launch.export --workdir=/tmp/digits --output=/tmp/digits_model
 
-The card, README.md, says what the parameters cost (or that there is no
-guarantee), how they were made and how well they do. Spends nothing: reads the
+The card, README.md, states the parameters' privacy (or that there is no
+guarantee), how they were made and how good they are. Spends nothing: reads the
 ledger, which must be sound, and computes nothing from an example that was
 trained on.
 

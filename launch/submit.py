@@ -6,7 +6,7 @@ r"""Writes a job for an engine that has many machines, and submits it.
 --to is slurm, jobset, tpu-vm or ray; docs/engines/ has a page for each. With
 --dry_run the files are printed, and the command that would submit them; --out
 names a folder to keep them in. The config is loaded and its plan made first, so
-that one that is wrong is refused here.
+that a wrong config is refused here.
 
 Exit codes: 0 done; 2 wrong usage; anything else is a failure.
 """
@@ -91,7 +91,7 @@ _HELP = {
 
 
 def _fields() -> dict[str, dataclasses.Field[Any]]:
-  """The fields of all engines' jobs that are flags, by name."""
+  """Returns the fields of all engines' jobs that are flags, by name."""
   return {
     field.name: field
     for engine in _ENGINES.values()
@@ -145,10 +145,10 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _job(engine: Any) -> Any:
-  """The engine's job, of the flags that were given.
+  """Makes the engine's job from the flags that were given.
 
   Raises:
-    JobError: one does not fit.
+    JobError: a flag does not fit the engine, or its value cannot be used.
   """
   fields = {field.name for field in dataclasses.fields(engine.Job)}
   given = {}
@@ -167,7 +167,7 @@ def _job(engine: Any) -> Any:
 
 
 def _settings() -> list[str]:
-  """The config and its changes, as launch.train takes them."""
+  """Returns the config and its changes, as arguments of launch.train."""
   path = config_flags.get_config_filename(flags.FLAGS["config"])
   changes = config_flags.get_override_values(flags.FLAGS["config"])
   return [

@@ -71,7 +71,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _main() -> int:
-  # Who may write there can rewrite the whole record.
+  # Whoever may write there can rewrite the whole record.
   os.umask(os.umask(0o077) | 0o002)
   try:
     if _CONFIG.value.clipping.exact_sum:
@@ -81,9 +81,9 @@ def _main() -> int:
       {name: flags.FLAGS[name].value for name in names},
       timeout=_START_TIMEOUT.value,
     )
-    # For after the run, until this process has ended, since the others may be
-    # waited for: one that is asked to stop when all have stopped for another
-    # one's sake would be taken for killed.
+    # For the time after the run, until this process has ended, since the others
+    # may be waited for: a process that is asked to stop when all have stopped
+    # because of another would count as killed.
     signals.Signals(lambda name: None).__enter__()
     dpdist.train(_CONFIG.value, str(_WORKDIR.value))
   except (

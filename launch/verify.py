@@ -1,4 +1,4 @@
-r"""Checks the record of a run from the ground up. Imports no jax.
+r"""Checks the whole record of a run. Imports no jax.
 
   python -m launch.verify --workdir=/tmp/digits
 

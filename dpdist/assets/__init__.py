@@ -1,1 +1,1 @@
-"""Files that others publish: fetched, pinned and read."""
+"""Fetches, pins and reads files that others publish."""

@@ -1,7 +1,7 @@
-"""Members of package files: wheels, npm's tarballs and Debian's packages.
+"""Reads members of package files: wheels, npm's tarballs, Debian's packages.
 
-They are read where they lie. Nothing is unpacked under a path that an archive
-names, and nothing in it is run.
+They are read inside the archive. Nothing is unpacked under a path that an
+archive names, and nothing in it is run.
 """
 
 from collections.abc import Iterator
@@ -23,14 +23,14 @@ def opened(path: str | os.PathLike[str], member: str) -> Iterator[IO[bytes]]:
 
   Args:
     path: of the package: a zip file such as a wheel, a tar archive, compressed
-      or not, or a Debian package, of which the installed files are meant.
-    member: as the archive names it.
+      or not, or a Debian package, whose installed files are the members.
+    member: its name in the archive.
 
   Yields:
     A binary file.
 
   Raises:
-    ValueError: no such member, or no such archive.
+    ValueError: there is no such member, or no such archive.
   """
   if zipfile.is_zipfile(path):
     with zipfile.ZipFile(path) as archive:
@@ -61,10 +61,10 @@ def opened(path: str | os.PathLike[str], member: str) -> Iterator[IO[bytes]]:
 
 
 def _installed_files(package: IO[bytes], path: object) -> IO[bytes]:
-  """The tar archive data.tar.* of a Debian package, deb(5).
+  """Opens the tar archive data.tar.* of a Debian package, see deb(5).
 
   Args:
-    package: behind its magic bytes.
+    package: a file, positioned after its magic bytes.
     path: for the message.
   """
   while len(header := package.read(_AR_HEADER)) == _AR_HEADER:

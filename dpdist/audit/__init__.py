@@ -1,1 +1,1 @@
-"""Attacks on the step that runs, and lower bounds on epsilon from them."""
+"""Attacks the step that runs, and derives lower bounds on epsilon."""

@@ -1,10 +1,10 @@
-"""Plays the game of privacy against the step that runs, and bounds epsilon.
+"""Attacks the step that runs, and bounds epsilon from below.
 
-What is played with is in `dpdist.audit.canaries`, what is concluded in
-`dpdist.audit.bounds`. A canary is scored by the likelihood ratio of what was
-seen of it, which is the best that an attacker can do.
+`dpdist.audit.canaries` runs the step on canaries, and `dpdist.audit.bounds`
+derives the bounds. A canary is scored by the likelihood ratio of its
+observations, which is the best that an attacker can do.
 
-Whatever comes out is about keys that are thrown away, and about no data: it
+The result is about keys that are thrown away, and about no data: an audit
 spends no budget.
 """
 
@@ -23,27 +23,27 @@ from dpdist.privacy import plan as plan_lib
 MODES = ("worst_case", "one_run")
 
 _TRIALS = 4000
-# Of the plan's noise: the least and the most that is tried, and into how many
-# parts a doubling is divided, as a power of 2.
+# The least and the most multiple of the plan's noise that is tried, and into
+# how many parts a doubling is divided, as a power of 2.
 _SCALES = (1 / 4, 16.0)
 _HALVINGS = 5
 
 
 class Result(NamedTuple):
-  """What an audit came to.
+  """The result of an audit.
 
   Attributes:
     mode: "worst_case" or "one_run".
-    epsilon_claimed: what the plan says of so many steps.
-    delta: at which both epsilons are.
-    bounds: by name, lower bounds on epsilon; all of them hold together with
-      the confidence, if what is in `assumed` does.
+    epsilon_claimed: the plan's epsilon after so many steps.
+    delta: the delta of both epsilons.
+    bounds: by name, lower bounds on epsilon; with the confidence all of them
+      hold together, if the assumptions do.
     confidence: of the bounds.
     num_steps: of each run.
-    num_runs: how many.
+    num_runs: how many runs there were.
     num_canaries: in each run.
     sampling_probability: of a canary, at step 0.
-    assumed: lines to read with the bounds.
+    assumed: the assumptions, as lines to show with the bounds.
     scores: [n] float64, larger where a canary is likelier to be in.
     is_in: [n] bool.
   """
@@ -63,16 +63,16 @@ class Result(NamedTuple):
 
   @property
   def epsilon_lower_bound(self) -> float:
-    """The largest of the bounds."""
+    """Returns the largest of the bounds."""
     return max(self.bounds.values())
 
   @property
   def is_refuted(self) -> bool:
-    """Whether the claim cannot hold, with the confidence."""
+    """Returns whether the claim cannot hold, with the confidence."""
     return self.epsilon_lower_bound > self.epsilon_claimed
 
   def facts(self) -> dict[str, Any]:
-    """All but the scores, JSON-able, with a verdict."""
+    """Returns all but the scores, JSON-able, with the conclusion."""
     facts = self._asdict()
     del facts["scores"], facts["is_in"]
     facts["epsilon_lower_bound"] = self.epsilon_lower_bound
@@ -97,17 +97,17 @@ def audit(
   """Audits a step.
 
   Args:
-    program: of `dpdist.audit.canaries.prepare`.
-    mode: "worst_case": trials that are independent; or "one_run": one run for
-      all canaries, and a bound that holds however they hang together (Steinke,
-      Nasr & Jagielski 2023, arXiv:2305.08846).
-    num_trials: canaries in all, or some more in "worst_case", where each run
-      has as many; 0: 4,000, or as many as a run takes in "one_run".
-    canaries_per_run: side by side, in "worst_case"; 0: as many as may be. With
-      1, each canary has a run to itself.
+    program: from `dpdist.audit.canaries.prepare`.
+    mode: "worst_case": independent trials; or "one_run": one run for all
+      canaries, and a bound that holds however they depend on one another
+      (Steinke, Nasr & Jagielski 2023, arXiv:2305.08846).
+    num_trials: canaries in all; in "worst_case" rounded up, so that all runs
+      have the same number. 0: 4,000; in "one_run" no more than a run can take.
+    canaries_per_run: canaries in one run, in "worst_case"; 0: as many as
+      allowed. With 1, each canary has a run of its own.
     num_steps: of each run; 0: the plan's.
     confidence: in (0, 1).
-    seed: fixes all that is random, for tests; None: nothing does.
+    seed: fixes all randomness, for tests; None: nothing is fixed.
 
   Raises:
     ValueError: names the setting, its value and what would be right.
@@ -200,24 +200,24 @@ def _assumed(mode: str, canaries_per_run: int) -> list[str]:
 def log_likelihood_ratios(
   plan: plan_lib.PrivacyPlan, sums: np.ndarray
 ) -> np.ndarray:
-  """How much likelier what was seen of a canary is if it is in.
+  """Returns how much likelier a canary's observations are if it is in.
 
-  The most powerful test there is of a mechanism that is as the plan says.
+  This is the most powerful test of a mechanism that follows the plan.
 
   Args:
     plan: the numbers.
-    sums: [n, steps] float64, as `dpdist.audit.canaries.Observed` has them.
+    sums: [n, steps] float64, from `dpdist.audit.canaries.Observed`.
 
   Returns:
-    [n] float64; infinite where what was seen is not a number.
+    [n] float64, logarithms; infinite where an observation is not a number.
   """
   total = np.zeros(len(sums))
   for t, seen in enumerate(sums.T):
     setting = plan.setting(t)
-    # The two worlds are one sensitivity apart.
+    # The sums with and without the canary are one sensitivity apart.
     sigma = setting.noise_multiplier
     q = plan.probability(setting)
-    # With parts in turn, a canary's own steps are not told from the others.
+    # If parts take turns, the test does not distinguish a canary's own steps.
     q /= plan.cycle_length
     out, into = (
       np.logaddexp(
@@ -251,7 +251,8 @@ def _worst_case(
   half = len(scores) // 2
   threshold = bounds_lib.best_threshold(scores[:half], is_in[:half], by_rates)
   held_back = bounds_lib.count(scores[half:], is_in[half:], threshold)
-  # Where both worlds are equally likely: chosen before anything was seen.
+  # The threshold where both cases are equally likely: chosen before any
+  # observation.
   errors = bounds_lib.count(scores, is_in, 0.0)
   return {
     "clopper_pearson": by_rates(held_back),
@@ -265,23 +266,24 @@ def trade_off(
   errors: bounds_lib.Errors,
   confidence: float,
 ) -> float:
-  """Epsilon of the plan with the least noise that errors contradict.
+  """Returns epsilon of the plan with the least noise that errors contradict.
 
-  Where every unit takes part in every step that is mu-GDP; else what the plan's
-  own pairs compose to (Nasr et al. 2023, arXiv:2302.07956, section 5). It is
-  above the plan's own only if the plan's noise is contradicted, and then it
-  tells what that much less noise would spend, whatever it was that was wrong.
+  If every unit takes part in every step, that plan is mu-GDP; otherwise it is
+  the composition of the plan's own pairs (Nasr et al. 2023, arXiv:2302.07956,
+  section 5). The result is above the plan's own epsilon only if the plan's
+  noise is contradicted; then it says what that much less noise would spend,
+  whatever the actual fault is.
 
   Returns:
-    At the plan's delta; at most that of a quarter of its noise, and 0 where not
-    even 16 times its noise is contradicted.
+    Epsilon at the plan's delta; at most that of a quarter of its noise, and 0
+    if not even 16 times its noise is contradicted.
   """
 
   def is_contradicted(scale: float) -> bool:
     profile = _profile(_scaled(plan, scale), num_steps)
     return bounds_lib.contradicts(errors, profile, confidence=confidence)
 
-  scale = 1.0  # In the end, the least that is known to be contradicted.
+  scale = 1.0  # At the end, the smallest that is known to be contradicted.
   if is_contradicted(scale):
     while scale > _SCALES[0] and is_contradicted(scale / 2):
       scale /= 2
@@ -302,17 +304,18 @@ def trade_off(
 def _profile(
   plan: plan_lib.PrivacyPlan, num_steps: int
 ) -> Callable[[float], float]:
-  """From an epsilon to the plan's delta after so many steps."""
+  """Returns a function from epsilon to the plan's delta after so many steps."""
   steps = plan.steps(num_steps)
   if all(pair.q == 1 and pair.has_renyi for pair, _ in steps):
-    # Gaussians that are not mixed make one (Dong, Roth & Su 2022, corollary 2).
+    # Gaussians that are not mixed compose to one (Dong, Roth & Su 2022,
+    # corollary 2).
     mu = math.sqrt(sum(count / pair.sigma**2 for pair, count in steps))
     return lambda epsilon: bounds_lib.gaussian_delta(mu, epsilon)
   return lambda epsilon: accountants.delta(steps, epsilon, plan.accountant)
 
 
 def _scaled(plan: plan_lib.PrivacyPlan, scale: float) -> plan_lib.PrivacyPlan:
-  """The plan with so many times its noise."""
+  """Returns the plan with its noise multiplied by scale."""
   return dataclasses.replace(
     plan,
     noise_multiplier=scale * plan.noise_multiplier,
@@ -358,9 +361,10 @@ def _num_guesses(
   num_canaries: int,
   confidence: float,
 ) -> int:
-  """How many guesses do best against a mechanism that is as the plan says.
+  """Returns the best number of guesses against a mechanism like the plan.
 
-  On simulated scores, so that it does not depend on those that were seen.
+  It is found on simulated scores, so that it does not depend on the observed
+  ones.
   """
   rng = np.random.default_rng(0)
   is_in = rng.integers(0, 2, num_canaries).astype(bool)
@@ -368,7 +372,7 @@ def _num_guesses(
   place = np.where(is_in, *canaries.worlds(plan)[::-1])
   for t in range(num_steps):
     setting = plan.setting(t)
-    # The two worlds are one sensitivity apart.
+    # The sums with and without the canary are one sensitivity apart.
     sigma = setting.noise_multiplier
     q = plan.probability(setting) / plan.cycle_length
     drawn = rng.random(num_canaries) < q

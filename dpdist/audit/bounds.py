@@ -1,12 +1,12 @@
-"""Lower bounds on epsilon from what was observed.
+"""Lower bounds on epsilon from observed guesses.
 
-An audit plays a game: a unit, the canary, is or is not in the data, and someone
-who sees what was released says which. Whoever wins more often than (epsilon,
-delta)-differential privacy allows has shown that it does not hold. Each bound
-here is above the true epsilon with a probability of at most 1 - confidence,
-over the trials.
+In an audit a unit, the canary, is or is not in the data, and an attacker who
+sees the releases guesses which. An attacker who is right more often than
+(epsilon, delta)-differential privacy allows has shown that it does not hold.
+Each bound here is above the true epsilon with a probability of at most 1 -
+confidence, over the trials.
 
-Knows nothing of mechanisms and imports no jax.
+Independent of mechanisms; imports no jax.
 """
 
 from collections.abc import Callable
@@ -16,20 +16,21 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
-# Beyond it no number of trials that anyone runs could show a difference.
+# Beyond it, no feasible number of trials could show a difference.
 _LARGEST_EPSILON = 64.0
-# Places at which a privacy profile is looked at, and thresholds that are tried.
+# The number of places at which a privacy profile is evaluated, and of
+# thresholds that are tried.
 _NUM_PLACES = 20
 _NUM_THRESHOLDS = 64
 
 
 class Errors(NamedTuple):
-  """How often someone was wrong, in independent trials.
+  """Numbers of wrong guesses, in independent trials.
 
   Attributes:
-    false_positives: canaries that were out, and said to be in.
+    false_positives: canaries that were out, and guessed to be in.
     num_out: canaries that were out.
-    false_negatives: canaries that were in, and said to be out.
+    false_negatives: canaries that were in, and guessed to be out.
     num_in: canaries that were in.
   """
 
@@ -40,7 +41,7 @@ class Errors(NamedTuple):
 
 
 def count(scores: np.ndarray, is_in: np.ndarray, threshold: float) -> Errors:
-  """Errors of saying that a canary is in where its score is above a threshold.
+  """Counts errors of guessing "in" where a score is above a threshold.
 
   Args:
     scores: [n] float; larger where "in" is likelier.
@@ -57,12 +58,13 @@ def count(scores: np.ndarray, is_in: np.ndarray, threshold: float) -> Errors:
 
 
 def largest_rates(errors: Errors, confidence: float) -> tuple[float, float]:
-  """Upper bounds on both error rates that hold together.
+  """Returns upper bounds on both error rates that hold together.
 
-  Of Clopper & Pearson 1934, one-sided, each at half of 1 - confidence.
+  They are those of Clopper & Pearson 1934, one-sided, each at half of 1 -
+  confidence.
 
   Returns:
-    Of false positives, and of false negatives; 1 without a trial.
+    The bound for false positives, and for false negatives; 1 without a trial.
   """
   _check_confidence(confidence)
   level = 1 - (1 - confidence) / 2
@@ -83,11 +85,11 @@ def _largest_rate(count: int, trials: int, level: float) -> float:
 def clopper_pearson(
   errors: Errors, *, delta: float, confidence: float
 ) -> float:
-  """Epsilon from two error rates alone, whatever the mechanism.
+  """Bounds epsilon by two error rates alone, whatever the mechanism.
 
   Kairouz, Oh & Viswanath 2015 (arXiv:1311.0776): with error rates a and b, 1 -
-  delta <= b + e^epsilon a, and the same with a and b exchanged. At best about
-  the logarithm of the number of trials.
+  delta <= b + e^epsilon a, and the same with a and b exchanged. The bound is at
+  best about the logarithm of the number of trials.
 
   Args:
     errors: of independent trials.
@@ -106,11 +108,11 @@ def clopper_pearson(
 
 
 def gaussian_mu(errors: Errors, *, confidence: float) -> float:
-  """The mu of Gaussian differential privacy from two error rates.
+  """Bounds mu of Gaussian differential privacy by two error rates.
 
   Under mu-GDP (Dong, Roth & Su 2022, arXiv:1905.02383, definition 3) b >=
   Phi(Phi^-1(1 - a) - mu), and so mu >= Phi^-1(1 - a) - Phi^-1(b) (Nasr et al.
-  2023, arXiv:2302.07956, section 4). At least 0.
+  2023, arXiv:2302.07956, section 4). The result is at least 0.
   """
   a, b = largest_rates(errors, confidence)
   if a >= 1 or b >= 1:
@@ -119,7 +121,7 @@ def gaussian_mu(errors: Errors, *, confidence: float) -> float:
 
 
 def gaussian_delta(mu: float, epsilon: float) -> float:
-  """The delta of mu-GDP at epsilon; Dong, Roth & Su 2022, corollary 1."""
+  """Returns mu-GDP's delta at epsilon; Dong, Roth & Su 2022, corollary 1."""
   if mu <= 0:
     return 0.0
   # In logarithms, since e^epsilon overflows where the other factor underflows.
@@ -128,8 +130,7 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
 
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
-  """The epsilon of mu-GDP at delta in (0, 1); the same with the two
-  exchanged."""
+  """Returns mu-GDP's epsilon at delta in (0, 1): the inverse of the above."""
   _check_delta(delta, above=0)
   if gaussian_delta(mu, 0.0) <= delta:
     return 0.0
@@ -142,17 +143,18 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
 def contradicts(
   errors: Errors, profile: Callable[[float], float], *, confidence: float
 ) -> bool:
-  """Whether errors are too few for a mechanism with a privacy profile.
+  """Returns whether errors are too few for a mechanism with a privacy profile.
 
-  It must be (epsilon, profile(epsilon))-private at every epsilon, and so its
-  error rates at or above all those lines: the dual of its trade-off function
-  (Dong, Roth & Su 2022, proposition 6). What the lines between those looked at
-  would say is left out, which can only let errors pass.
+  Such a mechanism is (epsilon, profile(epsilon))-private at every epsilon, so
+  its error rates lie on or above all those lines: the dual of its trade-off
+  function (Dong, Roth & Su 2022, proposition 6). Only some of the lines are
+  checked, which can only let errors pass.
 
   Args:
     errors: of independent trials.
-    profile: from epsilon >= 0 to a delta, an upper bound.
-    confidence: with which it is not said of a mechanism that has the profile.
+    profile: maps epsilon >= 0 to a delta, an upper bound.
+    confidence: the probability with which the answer is no for a mechanism that
+      has the profile.
   """
   rates = largest_rates(errors, confidence)
   if max(rates) >= 1:
@@ -171,7 +173,7 @@ def best_threshold(
   is_in: np.ndarray,
   bound: Callable[[Errors], float],
 ) -> float:
-  """The threshold at which a bound is largest; not for the same scores."""
+  """Returns the threshold that maximizes a bound; use it on other scores."""
   places = np.quantile(
     scores, np.linspace(0, 1, _NUM_THRESHOLDS), method="lower"
   )
@@ -188,17 +190,18 @@ def one_run_p_value(
   epsilon: float,
   delta: float,
 ) -> float:
-  """How likely so many right guesses are under (epsilon, delta)-DP, at most.
+  """Bounds the chance of so many right guesses under (epsilon, delta)-DP.
 
-  The main theorem of Steinke, Nasr & Jagielski 2023 (arXiv:2305.08846) for
+  By the main theorem of Steinke, Nasr & Jagielski 2023 (arXiv:2305.08846) for
   approximate differential privacy: with F(v) the probability that a Binomial(r,
   e^epsilon / (1 + e^epsilon)) is at least v, the chance of v right guesses
   among r is at most F(v) + 2 m delta max over i of (F(v - i) - F(v)) / i.
 
   Args:
     num_canaries: m, each included by a fair coin of its own.
-    num_guesses: r, said to be in or out; of the others nothing is said.
-    num_correct: v, those that were right.
+    num_guesses: r, canaries guessed to be in or out; about the others nothing
+      is guessed.
+    num_correct: v, guesses that were right.
     epsilon: at least 0.
     delta: in [0, 1).
 
@@ -214,7 +217,7 @@ def one_run_p_value(
   rate = 1 / (1 + math.exp(-epsilon))
   tail, steepest = 1.0, 0.0
   if num_correct:
-    # F(v - i) for i from 0; F(0) = 1, and further ones only divide by more.
+    # F(v - i) for i from 0. F(0) = 1, and further terms only divide by more.
     places = np.arange(num_correct, 0, -1)
     above = special.betainc(places, num_guesses - places + 1, rate)
     above = np.append(above, 1.0)
@@ -232,10 +235,10 @@ def one_run(
   delta: float,
   confidence: float,
 ) -> float:
-  """Epsilon from the guesses about the canaries of a single run.
+  """Bounds epsilon by the guesses about the canaries of a single run.
 
-  The canaries may depend on one another in every way but their coins. See
-  `one_run_p_value`, which says what the arguments are.
+  The canaries may depend on one another in every way except by their coins. See
+  `one_run_p_value` for the arguments.
   """
   _check_confidence(confidence)
 
@@ -255,7 +258,7 @@ def one_run(
 
 
 def _bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
-  """Where a condition that holds at first ends, from below."""
+  """Returns where a condition that holds at first ends, from below."""
   for _ in range(50):
     middle = (low + high) / 2
     if holds(middle):

@@ -1,12 +1,12 @@
-"""Canaries in the step that runs: what an attacker sees of them.
+"""Runs the step on canaries, and records what an attacker sees of them.
 
 The step is the config's own: its mechanism, clipping, mesh, chunks and sampler,
 compiled as they are for training. Its data are canaries: units whose gradient
-is far longer than the clip norm, and has a direction that the attacker knows.
-All other units have gradients of zero, and the parameters stay as they are:
-both are the attacker's to choose, and make it easiest (Nasr et al. 2021,
-arXiv:2101.04535, "gradient canaries"). Each canary is in the data or not, as a
-coin of its own says. The attacker sees every noised mean that is released.
+is far longer than the clip norm, in a direction that the attacker knows. All
+other units have zero gradients, and the parameters stay the same: the attacker
+may choose both, and these choices make the attack easiest (Nasr et al. 2021,
+arXiv:2101.04535, "gradient canaries"). A coin of its own decides whether a
+canary is in the data. The attacker sees every noisy mean that is released.
 """
 
 from collections.abc import Callable, Iterator
@@ -36,29 +36,30 @@ PyTree = Any
 
 KINDS = ("entry", "example")
 
-# What a unit of the audit has besides its arrays: a factor for the model's
-# loss, one for the entry of the parameters that is the canary's, and which.
+# The fields that a unit of the audit has besides its arrays: a factor of the
+# model's loss, a factor of the parameters' entry that is the canary's, and the
+# entry's index.
 _FACTOR, _PULL, _ENTRY = "audit_factor", "audit_pull", "audit_entry"
-# The length of a canary's gradient, in clip norms. Large, so that a clip that
-# leaves a part of it shows.
+# The norm of a canary's gradient, in clip norms. Large, so that a clip that
+# leaves a part of it is detected.
 _LENGTH = 100.0
 
 
 class Program(NamedTuple):
-  """What is audited.
+  """The step that is audited.
 
   Attributes:
     plan: the numbers that are claimed.
-    step: the config's, but that its loss can be a canary's, and that its state
-      keeps the mean that it released in place of an optimizer's state.
+    step: the config's, except that its loss can be a canary's, and that its
+      state keeps the released mean instead of an optimizer's state.
     state: before the first step.
-    chunk_size: units over the mesh at once.
+    chunk_size: units that the whole mesh computes at once.
     unit: one unit, NumPy arrays.
     num_entries: of the parameters.
-    direction: of the unit's own gradient, of length 1, where that is the
-      canary; None where a canary is an entry of the parameters.
-    length: of that gradient.
-    num_threads: reading ahead.
+    direction: of the unit's own gradient, of norm 1, if that is the canary;
+      None if a canary is an entry of the parameters.
+    length: the norm of that gradient.
+    num_threads: threads that read ahead.
     prefetch: steps read ahead.
   """
 
@@ -75,11 +76,11 @@ class Program(NamedTuple):
 
 
 class Observed(NamedTuple):
-  """What an attacker saw of canaries, apart for each run and canary.
+  """What an attacker saw of canaries, separately for each run and canary.
 
   Attributes:
-    sums: [n, steps] float64, the noised sums in the canary's direction, in the
-      distance between the two worlds.
+    sums: [n, steps] float64, the noisy sums in the canary's direction, in units
+      of the distance between the sums with and without it.
     is_in: [n] bool, the coins.
   """
 
@@ -90,7 +91,7 @@ class Observed(NamedTuple):
 def prepare(
   config: ml_collections.ConfigDict, *, canary: str = "entry"
 ) -> Program:
-  """Makes the step of a config, for canaries, on all devices.
+  """Makes a config's step on all devices, for canaries.
 
   Raises:
     ValueError: names the setting, its value and what would be right.
@@ -163,7 +164,7 @@ def _random(rng: np.random.Generator, most: int, x: Any) -> np.ndarray:
 def _canary_loss(
   loss_fn: Callable[..., Any], *, has_entry: bool
 ) -> Callable[..., Any]:
-  """The loss times a unit's factor, and its pull on one entry."""
+  """Returns the loss times a unit's factor, plus its pull on one entry."""
 
   def loss(
     params: PyTree, unit: dict[str, jax.Array], rng: jax.Array
@@ -181,11 +182,11 @@ def _canary_loss(
 
 
 def _entry(params: PyTree, index: jax.Array) -> jax.Array:
-  """One entry of all parameters, in their order."""
+  """Returns one entry of all parameters, in their order."""
   value = jnp.zeros(())
   for leaf in jax.tree.leaves(params):
     is_here = (index >= 0) & (index < leaf.size)
-    # Not by indexing, which on parameters that are divided would send them.
+    # Not by indexing, which would send the parameters if they are divided.
     chosen = jnp.arange(leaf.size) == jnp.where(is_here, index, -1)
     value += jnp.sum(
       jnp.where(chosen.reshape(leaf.shape), leaf, 0), dtype=jnp.float32
@@ -195,9 +196,9 @@ def _entry(params: PyTree, index: jax.Array) -> jax.Array:
 
 
 def recording() -> optax.GradientTransformation:
-  """Keeps what it is given, and leaves the parameters as they are.
+  """Keeps the updates it gets, and leaves the parameters unchanged.
 
-  What an optimizer makes of a released mean is post-processing. So is this.
+  An optimizer post-processes the released mean, and so does this.
   """
 
   def init(params: PyTree) -> PyTree:
@@ -213,18 +214,18 @@ def recording() -> optax.GradientTransformation:
   return optax.GradientTransformation(init, update)
 
 
-# The game.
+# The attack.
 
 
 @dataclasses.dataclass(frozen=True)
 class _Units:
-  """The data of one run: every unit there is, canaries among them.
+  """The data of one run: all units, canaries among them.
 
   Attributes:
-    unit: what every unit holds.
+    unit: the arrays of every unit.
     factors: [units] float32.
     pulls: [units] float32.
-    entries: [units] int32, -1 of those that are no canary.
+    entries: [units] int32, -1 for units that are no canary.
   """
 
   unit: dict[str, np.ndarray]
@@ -236,7 +237,7 @@ class _Units:
     return len(self.entries)
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """As `dpdist.data.sources.Source`."""
+    """See `dpdist.data.sources.Source`."""
     rows = {
       name: np.broadcast_to(x, (len(indices), *x.shape))
       for name, x in self.unit.items()
@@ -248,7 +249,7 @@ class _Units:
     }
 
   def content_digest(self) -> str:
-    """Names no content: there is none to name."""
+    """Returns "": there is no content to identify."""
     return ""
 
 
@@ -263,11 +264,11 @@ def observe(
   """Runs the step on canaries, with a new secret for each run.
 
   Args:
-    program: of `prepare`.
+    program: from `prepare`.
     num_runs: how many runs.
     num_canaries: in each, on entries of their own.
     num_steps: of each.
-    seed: of everything that is random; None: nothing is fixed.
+    seed: fixes all randomness; None: nothing is fixed.
   """
   plan = program.plan
   rng = np.random.default_rng(seed)
@@ -280,12 +281,12 @@ def observe(
     entries = rng.choice(program.num_entries, num_canaries, replace=False)
     is_in[run] = rng.integers(0, 2, num_canaries).astype(bool)
     pulls = np.zeros(plan.num_units, np.float32)
-    # Times the sign of each world's place: the gradient is clipped anyway.
+    # Times the sign of the sum in each case: the gradient is clipped anyway.
     signs = np.sign(np.where(is_in[run], places[1], places[0]))
     pulls[units] = _LENGTH * plan.l2_clip_norm * signs
     where = np.full(plan.num_units, -1, np.int32)
     where[units] = entries
-    # One of the two pulls, and the other is 0.
+    # One of the two is the canary's, and the other is 0.
     is_entry = program.direction is None
     factors = np.zeros_like(pulls) if is_entry else pulls / program.length
     data_of_run = _Units(program.unit, factors, pulls, where)
@@ -302,23 +303,23 @@ def observe(
 
 
 def worlds(plan: plan_lib.PrivacyPlan) -> tuple[float, float]:
-  """Where a drawn canary puts the sum if it is out, and if it is in.
+  """Returns where a drawn canary puts the sum if it is out, and if it is in.
 
-  In the distance between the two.
+  Both are multiples of the distance between the two.
   """
   is_replaced = plan.neighboring_relation == "replace_one"
   return (-0.5, 0.5) if is_replaced else (0.0, 1.0)
 
 
 def _distance(plan: plan_lib.PrivacyPlan) -> float:
-  """The distance between the two worlds' sums."""
+  """Returns the distance between the sums with and without a canary."""
   out, into = worlds(plan)
   # One of the two is a clip norm away from 0, or both are.
   return plan.l2_clip_norm / max(abs(out), abs(into))
 
 
 def _looker(program: Program) -> Callable[[PyTree, np.ndarray], np.ndarray]:
-  """Finds the canaries' directions in a released mean, float64 [canaries]."""
+  """Returns the canaries' components of a released mean, float64 [canaries]."""
 
   def look(mean: PyTree, entries: jax.Array) -> jax.Array:
     if program.direction is not None:
@@ -331,7 +332,7 @@ def _looker(program: Program) -> Callable[[PyTree, np.ndarray], np.ndarray]:
 
 
 def _with_direction(program: Program) -> Program:
-  """With the gradient of its unit, by JAX alone, without what clips."""
+  """Sets the direction to the unit's gradient, by JAX alone, unclipped."""
   unit: dict[str, Any] = {k: jnp.asarray(x) for k, x in program.unit.items()}
   unit |= {_FACTOR: jnp.ones(()), _PULL: jnp.zeros(()), _ENTRY: jnp.array(-1)}
   loss_fn = program.step.mechanism.clipped_grad.loss_fn
@@ -351,7 +352,7 @@ def _with_direction(program: Program) -> Program:
 def _releases(
   program: Program, units: _Units, secret: bytes, num_steps: int
 ) -> Iterator[tuple[PyTree, float]]:
-  """Yields what each step of a run released, and what it was divided by."""
+  """Yields each step's release, and the number it was divided by."""
   plan, step = program.plan, program.step
   streams = mechanism.Streams(secret, "audit")
   noise_key = streams.key("noise")
@@ -361,7 +362,7 @@ def _releases(
     shape = (program.chunk_size, *x.shape[1:])
     return jax.make_array_from_process_local_data(sharding, x, shape)
 
-  # A copy, since steps reuse the memory of the state that they are given.
+  # A copy, since steps reuse the memory of the state that they get.
   state = jax.tree.map(jnp.copy, program.state)
   for t, chunks in pipeline.steps(
     units,

@@ -1,4 +1,4 @@
-"""A picture of an audit: the canaries' scores, and the bounds and the claim."""
+"""Draws an audit: the canaries' scores, the bounds and the claim."""
 
 import os
 import pathlib
@@ -10,12 +10,12 @@ from dpdist.audit import audit
 
 _SUFFIXES = (".pdf", ".png", ".svg")
 _IN, _OUT, _CLAIM = "#c2410c", "#0369a1", "#1f2937"
-# Of the scores; a single one beyond would leave no room for the others.
+# Percentiles of the scores; a single outlier would compress all the others.
 _SHOWN = (0.5, 99.5)
 
 
 def check(path: str | os.PathLike[str]) -> None:
-  """Raises ValueError where no picture can be written."""
+  """Raises ValueError if no picture can be written."""
   path = pathlib.Path(path)
   if path.suffix not in _SUFFIXES or not path.absolute().parent.is_dir():
     raise ValueError(
@@ -39,7 +39,7 @@ def draw(result: audit.Result, path: str | os.PathLike[str]) -> None:
   if len(scores):
     low, high = np.percentile(scores, _SHOWN)
     edges = np.linspace(low, max(high, low + 1e-9), 40)
-    # What lies beyond is shown at the edge, and not left out.
+    # Values beyond are shown at the edge, and not left out.
     scores = np.clip(scores, edges[0], edges[-1])
     for name, color, chosen in (("in", _IN, is_in), ("out", _OUT, ~is_in)):
       left.hist(

@@ -1,1 +1,1 @@
-"""Examples by index, and the padded chunks that a step is fed with."""
+"""Data sets, read by index into the padded chunks of a step."""

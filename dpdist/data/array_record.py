@@ -1,4 +1,4 @@
-"""Examples that stay in ArrayRecord files, one record each."""
+"""Reads examples that stay in ArrayRecord files, one record each."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 import contextlib
@@ -17,7 +17,7 @@ from dpdist.data import arrays as arrays_lib
 from dpdist.data import sources
 from dpdist.files import stamps
 
-# Of columns that are held back while those before them are hashed.
+# Bytes of columns that are kept in memory while earlier columns are hashed.
 _HELD_BYTES = 1 << 28
 
 
@@ -32,7 +32,7 @@ class ArrayRecordSource:
     paths: one path or several.
 
   Raises:
-    ValueError: no such file, or no records.
+    ValueError: there is no such file, or it has no records.
     OSError: a file cannot be read, or is no ArrayRecord file.
   """
 
@@ -58,7 +58,7 @@ class ArrayRecordSource:
     """See `dpdist.data.sources.Source.read`.
 
     Raises:
-      ValueError: also where records differ in shape.
+      ValueError: also if records differ in shape.
     """
     indices = sources.check_indices(indices, len(self))
     batch = {
@@ -69,7 +69,7 @@ class ArrayRecordSource:
       records = self._fetch(indices.tolist())
       for row, record in enumerate(records):
         example = _decode_record(record)
-        # Without this check, NumPy would broadcast or cast without a word.
+        # Without this check, NumPy would broadcast or cast silently.
         if _spec(example) != self._spec:
           raise ValueError(
             "paths must hold records of the same names, shapes and dtypes as"
@@ -85,17 +85,18 @@ class ArrayRecordSource:
       with _array_record_errors():
         found = records.__getitems__(indices)
       if b"" in found:
-        # So it returns what lies behind the end of a file (array_record 0.8.6).
+        # It returns b"" for records behind the end of a file (array_record
+        # 0.8.6).
         raise OSError(errno.EIO, "a file of it is cut short")
     except OSError:
-      # A reader that failed would fail for ever: a copy has none, and opens
-      # what it needs.
+      # A reader that failed once would always fail: a copy has no reader, and
+      # opens what it needs.
       self._records = copy.copy(records)
       raise
     return found
 
   def content_digest(self) -> str:
-    """That of an `ArraySource` of the same examples, however they are stored.
+    """Returns the digest of an `ArraySource` of the same examples.
 
     Raises:
       ValueError: records differ in shape.
@@ -113,7 +114,7 @@ class ArrayRecordSource:
     return self._manifest
 
   def _columns(self) -> Iterator[np.ndarray]:
-    """All examples in blocks of rows, one column after the other."""
+    """Yields all examples in blocks of rows, column by column."""
     sizes = {
       name: dtype.itemsize * math.prod(shape)
       for name, (shape, dtype) in sorted(self._spec.items())
@@ -121,8 +122,8 @@ class ArrayRecordSource:
     rows = max(1, sources.HASH_BLOCK_BYTES // max(1, sum(sizes.values())))
     left = list(sizes)
     while left:
-      # All are read at once; what is not this column's turn is held back, as
-      # far as there is room for it, and else read again.
+      # All columns are read at once. Those whose turn comes later are kept as
+      # far as memory allows, and otherwise read again.
       first, room = left.pop(0), _HELD_BYTES
       held: dict[str, list[np.ndarray]] = {}
       for name in left:
@@ -145,11 +146,11 @@ class ArrayRecordSource:
 
   def _is_same(self) -> bool:
     if self._manifest is None:
-      return True  # Nothing was said of the content yet.
+      return True  # There is no digest yet that could have changed.
     try:
-      # Opened anew, so that nothing comes out of a reader's memory.
+      # Opened anew, so that nothing comes from a reader's memory.
       return ArrayRecordSource(self._paths).content_digest() == self._manifest
-    except ValueError:  # Records of other shapes, or none at all.
+    except ValueError:  # Other shapes, or no records.
       return False
 
   def is_touched(self) -> bool:
@@ -157,7 +158,7 @@ class ArrayRecordSource:
     return self._stamps.is_touched()
 
   def earlier_digests(self) -> list[str]:
-    """SHA-256 over base names, sizes and bytes of the files, in order."""
+    """Returns the SHA-256 over base names, sizes and bytes of the files."""
     header = [[os.path.basename(p), os.path.getsize(p)] for p in self._paths]
     digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
     for path in self._paths:
@@ -173,7 +174,7 @@ def write_array_record(
   """Writes examples as a file that `ArrayRecordSource` reads.
 
   Args:
-    path: where; an existing file is replaced.
+    path: of the file; an existing one is replaced.
     examples: by name, the arrays of one example, without a batch axis. All
       examples must have the same names, shapes and dtypes.
 
@@ -205,11 +206,11 @@ def write_array_record(
 
 @contextlib.contextmanager
 def _array_record_errors() -> Iterator[None]:
-  """Makes OSErrors of the RuntimeErrors that ArrayRecord raises for them."""
+  """Turns RuntimeErrors that ArrayRecord raises into OSErrors."""
   try:
     yield
   except (EOFError, RuntimeError) as error:
-    # What follows the reason tells the file, and the place in it.
+    # The rest of the message contains the file, and the place in it.
     reason = re.split(r"; | \(|, ", str(error))[0]
     raise OSError(errno.EIO, reason) from error
 

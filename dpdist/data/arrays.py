@@ -1,4 +1,4 @@
-"""Examples held in arrays, in memory or mapped from a file."""
+"""Examples in arrays, in memory or mapped from a file."""
 
 from collections.abc import Callable, Mapping
 import hashlib
@@ -22,9 +22,9 @@ class ArraySource:
 
   Args:
     arrays: by name, arrays of shape (num_examples, ...). No object dtypes.
-    convert: applied to what `read` selects, so that compact arrays (uint8
-      pixels, say) become what the model takes only when they are read. The
-      manifest covers `arrays`, not `convert`.
+    convert: applied to the rows that `read` selects, so that compact arrays
+      (uint8 pixels, say) are turned into the model's inputs only when they are
+      read. The manifest covers `arrays`, not `convert`.
 
   Raises:
     ValueError: no arrays, unequal lengths, or an object dtype.
@@ -41,7 +41,7 @@ class ArraySource:
     self._convert = convert
     self._manifest: str | None = None
     mapped = {_mapped_file(array) for array in self._arrays.values()} - {None}
-    # One that was removed by now is nobody's to change.
+    # A file that was removed by now cannot be changed by anyone.
     self._stamps = stamps.FileStamps(
       path for path in mapped if path and os.path.exists(path)
     )
@@ -64,7 +64,7 @@ class ArraySource:
     """Reads every array of an .npz file into memory.
 
     Raises:
-      ValueError: it is no such file, or damaged.
+      ValueError: it is no .npz file, or damaged.
     """
     return cls(load_npz(path))
 
@@ -73,11 +73,11 @@ class ArraySource:
 
   @property
   def is_in_memory(self) -> bool:
-    """Whether no read touches a file."""
+    """Returns whether no read touches a file."""
     return not any(_is_mapped(array) for array in self._arrays.values())
 
   def changed_files(self) -> list[str]:
-    """Those of mapped arrays; see `dpdist.data.sources.changed_files`."""
+    """Returns changed files of mapped arrays; see `sources.changed_files`."""
     return self._stamps.changed(self._is_same)
 
   def is_touched(self) -> bool:
@@ -85,7 +85,7 @@ class ArraySource:
     return self._stamps.is_touched()
 
   def _is_same(self) -> bool:
-    # Before there is a manifest nothing was said of the content.
+    # Without a manifest there is nothing that could have changed.
     return self._manifest is None or self._hashed() == self._manifest
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -95,13 +95,13 @@ class ArraySource:
     return self._convert(batch) if self._convert else batch
 
   def content_digest(self) -> str:
-    """SHA-256 over names, dtypes, shapes and bytes, in order of name."""
+    """Returns the SHA-256 of names, dtypes, shapes and bytes, by name."""
     if self._manifest is None:
       self._manifest = self._hashed()
     return self._manifest
 
   def _hashed(self) -> str:
-    """The manifest of what the arrays hold now."""
+    """Returns the manifest of what the arrays hold now."""
     arrays = sorted(self._arrays.items())
     header = [[name, a.dtype.str, a.shape] for name, a in arrays]
     digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
@@ -121,10 +121,10 @@ def load_npz(
 
   Args:
     file: a path, or the archive itself.
-    what: it is, for messages; "": the path.
+    what: what the archive is, for messages; "": the path.
 
   Raises:
-    ValueError: it is none, or damaged.
+    ValueError: it is no .npz archive, or damaged.
   """
   if isinstance(file, str | os.PathLike):
     # Given a path, NumPy leaves a damaged file open.
@@ -138,7 +138,7 @@ def load_npy(path: sources.Path) -> np.ndarray:
   """Reads an .npy file.
 
   Raises:
-    ValueError: it is none, or damaged.
+    ValueError: it is no .npy file, or damaged.
   """
   with sources.reading(path):
     array = np.load(path, allow_pickle=False)
@@ -148,12 +148,12 @@ def load_npy(path: sources.Path) -> np.ndarray:
 
 
 def _is_mapped(array: np.ndarray) -> bool:
-  """Whether an array, or what it is a view of, is a file's content."""
+  """Returns whether an array, or the base of a view, is mapped from a file."""
   return _map_of(array) is not None
 
 
 def _mapped_file(array: np.ndarray) -> str | None:
-  """The file that an array is the content of, where its name is known."""
+  """Returns the file that an array is mapped from, if its name is known."""
   owner = _map_of(array)
   name = None if owner is None else owner.filename
   return None if name is None else os.fspath(name)

@@ -1,4 +1,4 @@
-"""Random changes of an image that leave its class."""
+"""Random changes of an image that keep its class."""
 
 from collections.abc import Callable
 
@@ -10,12 +10,12 @@ import ml_collections
 def flip_and_crop(
   *, flip: bool, crop: int
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """Makes a random change of one image.
+  """Makes a function that randomly changes one image.
 
   Args:
-    flip: mirrors left and right, in one half of the cases.
-    crop: shifts by up to so many pixels each way; what comes in is the image's
-      own reflection.
+    flip: whether to mirror left and right, with probability 1/2.
+    crop: the largest shift in pixels each way; the image's own reflection fills
+      the border.
 
   Returns:
     A function (key, image [height, width, channels]) -> an image of that shape.
@@ -38,10 +38,10 @@ def flip_and_crop(
 
 
 def check(config: ml_collections.ConfigDict, shape: tuple[int, ...]) -> None:
-  """Raises ValueError for settings that are wrong, or would be without effect.
+  """Raises ValueError for settings that are wrong, or would have no effect.
 
   Args:
-    config: all settings, of which `augmentation` is meant.
+    config: all settings; `augmentation` is checked.
     shape: of an example's inputs.
   """
   wanted = config.augmentation

@@ -1,4 +1,4 @@
-"""Examples that come from the columns of Parquet files."""
+"""Examples from the columns of Parquet files."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -37,8 +37,8 @@ class ParquetSource(arrays_lib.ArraySource):
       raise errors.missing("Parquet", "pyarrow", "parquet") from error
     pieces: dict[str, list[np.ndarray]] = {name: [] for name in columns}
     for path in sources.check_paths(paths):
-      # Opened by hand: given a path, pyarrow would also read a "key=value"
-      # in a folder's name as one more column.
+      # Opened here: given a path, pyarrow would also read a "key=value" in a
+      # folder's name as one more column.
       with sources.reading(path), parquet.ParquetFile(path) as file:
         available = file.schema_arrow.names
       for name, column in columns.items():
@@ -49,7 +49,7 @@ class ParquetSource(arrays_lib.ArraySource):
           )
       with sources.reading(path), parquet.ParquetFile(path) as file:
         table = file.read(columns=list(columns.values()))
-        # What it does not look at until it is used.
+        # Otherwise pyarrow checks the contents only when they are used.
         table.validate(full=True)
       for name, column in columns.items():
         for chunk in table[column].chunks:
@@ -66,7 +66,10 @@ class ParquetSource(arrays_lib.ArraySource):
 
 
 def _arrow_to_numpy(array: Any, where: str) -> np.ndarray:
-  """An Arrow array as NumPy; lists become axes. `where` is for the error."""
+  """Converts an Arrow array to NumPy; lists become axes.
+
+  `where` is for error messages.
+  """
   from pyarrow import compute
   from pyarrow import types
 

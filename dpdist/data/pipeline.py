@@ -1,9 +1,9 @@
-"""From index sets to padded chunks, through Grain.
+"""Turns index sets into padded chunks, through Grain.
 
-The sampler decides which examples a step sees; here they are read and laid out
-in chunks of one fixed shape, so that nothing recompiles when the size of the
-draw changes. A draw larger than a chunk makes more chunks. It is never cut: a
-cut would break the accounting.
+The sampler decides which examples a step sees. This module reads them and lays
+them out in chunks of one fixed shape, so that nothing recompiles when the size
+of the draw changes. A draw larger than a chunk makes more chunks. It is never
+cut: a cut would break the accounting.
 
 Grain runs the reads ahead of the training loop. Its own state is not saved:
 step t is a function of t alone, so a run resumes at any step, on any number of
@@ -19,15 +19,15 @@ import numpy as np
 from dpdist import errors
 from dpdist.data import sources
 
-# Where rows are read; or, where what they hold depends on the step, a function
-# from a step to that.
+# Where rows are read; if their contents depend on the step, a function from a
+# step to the source.
 Rows = sources.Source | Callable[[int], sources.Source]
 
 
 class Chunk(NamedTuple):
   """This host's rows of one chunk of a draw.
 
-  PRIVATE: which rows are padding tells how many examples were drawn, and the
+  PRIVATE: which rows are padding reveals how many examples were drawn, and the
   batch is the data itself. Neither may leave the process unprotected.
 
   Attributes:
@@ -59,8 +59,9 @@ def steps(
   all the rows of a host are padding; an empty draw yields the step with no
   chunk.
 
-  Which examples are drawn, and how many, is private (see `Chunk`): so is the
-  number of chunks. Errors raised here name the step, never an index or a count.
+  Which examples are drawn, and how many, is private (see `Chunk`), and so is
+  the number of chunks. Errors raised here name the step, never an index or a
+  count.
 
   Close the iterator (or drop the last reference to it) to cancel the reads that
   have not begun. Reads under way end in the background.
@@ -68,12 +69,12 @@ def steps(
   Guarantees:
     Every drawn example is in exactly one row of one chunk of one host, provided
     that the hosts' `rows` partition range(chunk_size), and nothing else is in
-    any row. A draw is never cut: a step that cannot be had raises.
+    any row. A draw is never cut: a step that cannot be read raises.
 
   Args:
-    source: where examples, or whole units of several (see `dpdist.data.users`),
-      are read; called from `num_threads` threads.
-    sampler: from a step to strictly increasing integer indices (k,) below
+    source: of examples, or of whole units of several (see `dpdist.data.users`);
+      called from `num_threads` threads.
+    sampler: maps a step to strictly increasing integer indices (k,) below
       len(source), the same on every host. Called from the same threads.
     start_step: first step to yield.
     num_steps: the step after the last: the run's length, not a count from
@@ -90,9 +91,9 @@ def steps(
   Raises:
     ValueError: on the call, an argument is out of range; on iteration, a draw
       or the source breaks its contract.
-    dpdist.errors.ReadError: the source raised it; the step is named then.
-      Other errors of the source and the sampler surface unchanged, at the step
-      that they belong to.
+    dpdist.errors.ReadError: the source raised it; the message names the step.
+      Other errors of the source and the sampler come through unchanged, at the
+      step that they belong to.
   """
   _check_numbers(start_step, num_steps, chunk_size, num_threads, prefetch)
   rows = _checked_rows(rows, chunk_size)
@@ -124,7 +125,7 @@ def _check_numbers(
   num_threads: int,
   prefetch: int,
 ) -> None:
-  """Refuses those that are out of their range."""
+  """Raises ValueError for numbers out of their range."""
   if not 0 <= start_step <= num_steps:
     raise ValueError(
       f"start_step must be in [0, num_steps={num_steps}], got {start_step}"
@@ -137,7 +138,7 @@ def _check_numbers(
 
 
 def _checked_rows(rows: np.ndarray, chunk_size: int) -> np.ndarray:
-  """A host's rows as an array, once each was found to be one of a chunk."""
+  """Returns a host's rows as an array, checked to be rows of a chunk."""
   rows = np.asarray(rows)
   if (
     rows.ndim != 1
@@ -154,7 +155,7 @@ def _checked_rows(rows: np.ndarray, chunk_size: int) -> np.ndarray:
 
 
 class _Draws:
-  """The plan of a run as a Grain source: record t is the draw of step t."""
+  """The draws of a run as a Grain source: record t is the draw of step t."""
 
   def __init__(self, sampler: Callable[[int], np.ndarray], num_steps: int):
     self._sampler = sampler
@@ -173,8 +174,8 @@ def _iterate(
 ) -> Iterator[tuple[int, list[Chunk]]]:
   iterator = iter(dataset)
   try:
-    # By count, not until it ends: a StopIteration that escapes from a source
-    # looks like the end of the run to Grain, but here it is a RuntimeError.
+    # By count, not until it ends: Grain takes a StopIteration that escapes from
+    # a source for the end of the run, but here it becomes a RuntimeError.
     for _ in range(count):
       yield next(iterator)
   finally:

@@ -1,12 +1,12 @@
-"""A source that is waited for where it fails or does not answer.
+"""Retries a source that fails or does not answer.
 
-Disks over a network and object stores are away for seconds and come back. A
-read that fails is tried again, and one that does not come back is waited for,
-until patience is at its end; then there is one error that says what to do. What
-is read late is what would have been read at once.
+Network disks and object stores may fail for seconds and come back. A read that
+fails is tried again, and one that does not return is waited for, until a time
+limit; then one error says what to do. A late read returns what it would have
+returned at once.
 
-What is said on the way names the data set, never a file or a place in one:
-which examples a step reads is private.
+Messages name the data set, never a file or a place in one: which examples a
+step reads is private.
 """
 
 from collections.abc import Callable, Iterator
@@ -23,17 +23,18 @@ from dpdist.data import sources
 # Waits between attempts double from the first to the longest.
 _FIRST_DELAY_SECONDS = 0.1
 _LONGEST_DELAY_SECONDS = 10.0
-# How often a read that is under way is looked at.
+# How often a read that is under way is checked.
 _TICK_SECONDS = 0.1
 
 
 class RetryingSource:
-  """A source whose reads are tried again, and not waited for without end.
+  """A source whose reads are tried again, up to a time limit.
 
   Seconds are counted in waits, not by the clock: a process that was stopped and
-  wakes up has lost none of its patience. Each attempt has a thread, which does
-  not keep the interpreter from ending; those that a source starts itself may.
-  Where nothing can stall, or no limit is set, there is none, which is cheaper.
+  wakes up has used none of its limit. Each attempt has a thread, which does not
+  keep the interpreter from ending; threads that a source starts itself may.
+  Where nothing can stall, or no limit is set, there is no thread, which is
+  cheaper.
 
   Guarantees:
     A read returns what one attempt returned as a whole.
@@ -42,10 +43,11 @@ class RetryingSource:
     source: to read from. An OSError of it means that it may work later; no
       other error is tried again.
     name: of the data set, for messages.
-    retry_seconds: how long a source in trouble is waited for; 0: not at all.
-    stall_seconds: an attempt that takes as long is trouble too; 0: none is.
-    tell: is called with a line of text when trouble begins, from any thread; a
-      second read in trouble at the same time is not told.
+    retry_seconds: how long a failing source is retried; 0: not at all.
+    stall_seconds: an attempt that takes so long counts as a failure too; 0: no
+      limit.
+    tell: is called with a line of text when failures begin, from any thread; a
+      second read that fails at the same time is not reported.
 
   Raises:
     ValueError: a number of seconds is negative or not finite.
@@ -84,38 +86,39 @@ class RetryingSource:
     return len(self._source)
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """See `dpdist.data.sources.Source.read`.
+    """Reads examples; see `dpdist.data.sources.Source.read`.
 
     Raises:
-      dpdist.errors.ReadError: patience is at its end, or the source
-        raised a
-        ValueError: what it holds is not what it should be.
+      dpdist.errors.ReadError: the time limit is reached, or the source raised a
+        ValueError because its content is wrong.
     """
     return self._get(lambda: self._source.read(indices), self._stall_seconds)
 
   def content_digest(self) -> str:
-    """See `dpdist.data.sources.Source.content_digest`; may take long, but not
-    fail."""
+    """Returns the source's digest; see `sources.Source.content_digest`.
+
+    Failures are retried, but there is no limit for a stall: it may take long.
+    """
     return self._get(self._source.content_digest, 0)
 
   def earlier_digests(self) -> list[str]:
-    """See `dpdist.data.sources.earlier_digests`; as long as `manifest`."""
+    """See `sources.earlier_digests`; may take as long as the manifest."""
     return list(self._get(lambda: sources.earlier_digests(self._source), 0))
 
   def changed_files(self) -> list[str]:
     """See `dpdist.data.sources.changed_files`.
 
     Raises:
-      dpdist.errors.ReadError: patience is at its end.
+      dpdist.errors.ReadError: the time limit is reached.
     """
     limit = self._stall_seconds
-    # As long as `manifest`, where content has to be looked at again.
+    # It may take as long as `manifest`, if content has to be hashed again.
     if self._get(lambda: sources.is_touched(self._source), limit):
       limit = 0
     return list(self._get(lambda: sources.changed_files(self._source), limit))
 
   def close(self) -> None:
-    """Ends the waiting in all threads, soon, with an error."""
+    """Makes all waiting threads raise an error soon."""
     self._closed.set()
 
   def _get(self, make: Callable[[], Any], stall_seconds: float) -> Any:
@@ -182,7 +185,7 @@ class RetryingSource:
 
 
 class _Attempt(threading.Thread):
-  """One attempt, to be started or run.
+  """One attempt; to be started as a thread, or run.
 
   Attributes:
     value: what was returned.
@@ -203,13 +206,13 @@ class _Attempt(threading.Thread):
       self.error = error
 
   def ends_within(self, seconds: float) -> bool:
-    """Waits for the end."""
+    """Waits for the end, and returns whether it came within so many seconds."""
     self.join(seconds)
     return not self.is_alive()
 
 
 def _delays() -> Iterator[float]:
-  """Seconds between attempts, the same in every run."""
+  """Yields the seconds between attempts, the same in every run."""
   delay = _FIRST_DELAY_SECONDS
   while True:
     yield delay

@@ -1,11 +1,11 @@
 """Example sources: random access to examples by index.
 
 A source knows how many examples it has, reads any of them by index, and can
-say, by a hash, what its content is. It neither shuffles nor batches: which
-examples a step sees is the sampler's choice alone, and `dpdist.data.pipeline`
-turns that choice into padded chunks.
+identify its content by a hash. It neither shuffles nor batches: the sampler
+alone decides which examples a step sees, and `dpdist.data.pipeline` turns its
+decision into padded chunks.
 
-An example is one unit of privacy. By convention it is named
+An example is one unit of privacy. By convention its arrays are named
 `{"inputs": ..., "targets": ...}`, but any names will do.
 """
 
@@ -21,24 +21,24 @@ from dpdist import errors
 
 Path = str | os.PathLike[str]
 
-# Of content that is hashed, so much is in memory at once.
+# How many bytes of the content are in memory at once while it is hashed.
 HASH_BLOCK_BYTES = 1 << 24
 
-# For the record of a run: it names no file.
+# For the ledger of a run: it names no file.
 CHANGED = "files of the training data were changed while the run read them"
 
 
 class Source(Protocol):
-  """What the data pipeline asks of a data set.
+  """The interface of a data set for the data pipeline.
 
   `read` is called from several threads at once and must be thread-safe.
 
-  A source may have three methods more; see `changed_files`, `is_touched` and
-  `earlier_digests`, which ask them.
+  A source may have three more methods; see `changed_files`, `is_touched` and
+  `earlier_digests`, which call them.
   """
 
   def __len__(self) -> int:
-    """The number of examples."""
+    """Returns the number of examples."""
     ...
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
@@ -52,51 +52,52 @@ class Source(Protocol):
       beyond the first axis, and dtypes, are the same at every call.
 
     Raises:
-      ValueError: an index is out of range, or what is there is no example. The
+      ValueError: an index is out of range, or the data there is no example. The
         message does not repeat the index, because which examples are read is
         private.
-      OSError: they cannot be had now, but perhaps later.
+      OSError: they cannot be read now, but perhaps later.
     """
     ...
 
   def content_digest(self) -> str:
-    """SHA-256 of the content, 64 hex digits; safe to record beside a run.
+    """Returns the SHA-256 of the content, 64 hex digits; safe to record.
 
-    Of the examples in their order, and of nothing that can change without them,
-    such as the names of files: what a data set may spend is kept under it.
+    It depends on the examples in their order, and on nothing that can change
+    without them, such as the names of files: the data set's budget is kept
+    under it.
     """
     ...
 
 
 def changed_files(source: Source) -> list[str]:
-  """The files that a source still reads from and that were changed since.
+  """Returns the files that a source reads from and that have changed since.
 
-  Once this is empty, all that was read so far is what the manifest is of, but
-  for what was changed and changed back in between, and for what a program
-  writes through a memory map of its own, which moves no time of the file. A
-  source that reads from files after it was made has a method of this name. It
-  may take as long as the manifest did; see `is_touched`.
+  If this is empty, all that was read so far is what the manifest was computed
+  on. Two exceptions: what was changed and changed back in between, and what a
+  program writes through a memory map of its own, which changes no time of the
+  file. A source that reads from files after it was made has a method of this
+  name. It may take as long as the manifest did; see `is_touched`.
 
   Raises:
-    OSError: they cannot be looked at now, but perhaps later.
+    OSError: the files cannot be checked now, but perhaps later.
   """
   return list(getattr(source, "changed_files", list)())
 
 
 def is_touched(source: Source) -> bool:
-  """Whether `changed_files` has to hash content again; looks at none itself.
+  """Returns whether `changed_files` must hash content again; reads none itself.
 
-  A source whose files can be renamed, or have another mode, and be what they
-  were has a method of this name.
+  A source whose files can be renamed, or get another mode, and still have the
+  same content has a method of this name.
 
   Raises:
-    OSError: as in `changed_files`.
+    OSError: see `changed_files`.
   """
   return bool(getattr(source, "is_touched", bool)())
 
 
 def changed_error(changed: Sequence[str]) -> errors.ChangedError:
-  """What to raise where files were changed, of which some may be known here."""
+  """Returns the error to raise if files changed; names those known here."""
   where = f", here {', '.join(changed)}" if changed else ""
   return errors.ChangedError(
     f"{CHANGED}{where}: the run stops, since it cannot vouch for its data; what"
@@ -106,24 +107,25 @@ def changed_error(changed: Sequence[str]) -> errors.ChangedError:
 
 
 def earlier_digests(source: Source) -> list[str]:
-  """What earlier releases called the same content, and may have recorded.
+  """Returns digests that earlier releases may have recorded instead.
 
-  A source whose manifest was once made otherwise has a method of this name.
+  A source whose manifest was once computed differently has a method of this
+  name.
   """
   return list(getattr(source, "earlier_digests", list)())
 
 
 @contextlib.contextmanager
 def reading(what: object) -> Iterator[None]:
-  """Makes one ValueError of all that readers of formats raise.
+  """Turns all that readers of file formats raise into one ValueError.
 
-  Of a damaged file NumPy, zipfile and Arrow may raise nearly anything. Errors
+  For a damaged file NumPy, zipfile and Arrow may raise nearly anything. Errors
   of the operating system come through.
   """
   try:
     yield
   except Exception as error:
-    # A place before a file's beginning is what a damaged one asks for.
+    # A damaged file may ask for a position before its beginning.
     if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
       raise
     raise ValueError(
@@ -133,7 +135,7 @@ def reading(what: object) -> Iterator[None]:
 
 
 def check_indices(indices: np.ndarray, num_examples: int) -> np.ndarray:
-  """Indices as int64. Negative ones are refused: they would wrap around."""
+  """Returns indices as int64; refuses negative ones, that would wrap around."""
   indices = np.asarray(indices)
   if indices.ndim != 1 or (indices.size and indices.dtype.kind not in "iu"):
     raise ValueError(

@@ -1,15 +1,16 @@
-"""Units of privacy that hold several examples: a user and all that is theirs.
+"""Units of privacy that hold several examples: a user with all of theirs.
 
 The mechanism draws units, and a unit is one row of a chunk. Its examples are
-read into a fixed number of slots. A unit that has more lends a few of them,
-chosen anew at each step, so that all are used over time; what a unit has less
-than slots is left empty. The loss of a unit is the mean over its slots that are
-not (see `dpdist.tasks.classification.mean_over_unit`), and is clipped as one.
+read into a fixed number of slots. If a unit has more examples than slots, some
+are chosen anew at each step, so that all are used over time; if it has fewer,
+the remaining slots stay empty. The loss of a unit is the mean over its slots
+that are not empty (see `dpdist.tasks.classification.mean_over_unit`), and its
+gradient is clipped as one.
 
-How many examples a unit has, and which of them are chosen, costs no privacy: no
-matter what it holds, its one clipped gradient moves the sum by no more than the
-clip norm. All that is asked is that the choice within a unit looks at no other
-unit, and that no example belongs to two.
+How many examples a unit has, and which of them are chosen, costs no privacy:
+whatever it holds, its one clipped gradient moves the sum by no more than the
+clip norm. Two conditions must hold: the choice within a unit depends on no
+other unit, and no example belongs to two units.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,7 +23,7 @@ import numpy as np
 
 from dpdist.data import sources
 
-# Beside a unit's examples: bool (num_units, slots), True where none lies.
+# Among a unit's arrays: bool (num_units, slots), True for an empty slot.
 EMPTY_SLOT = "is_empty_slot"
 
 _CHOICE = b"dpdist.units/choice/v1\0"
@@ -30,11 +31,12 @@ _CHOICE = b"dpdist.units/choice/v1\0"
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class UnitSource:
-  """A source whose rows are units, made of a source of examples.
+  """A source whose rows are units, made from a source of examples.
 
   Attributes:
-    examples: what the units are made of.
-    unit_of_example: integers (len(examples),) in [0, num_units), whose it is.
+    examples: the source of the units' examples.
+    unit_of_example: integers (len(examples),) in [0, num_units), the unit of
+      each example.
     num_units: how many there are; a unit may have no example.
     examples_per_unit: slots of a unit, K: at most as many of its examples are
       used at a step.
@@ -72,14 +74,14 @@ class UnitSource:
       )
 
   def __len__(self) -> int:
-    """The number of units."""
+    """Returns the number of units."""
     return self.num_units
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """Reads units, with the first examples of each that its slots can hold.
 
     Args:
-      indices: as in `dpdist.data.sources.Source.read`, of units.
+      indices: of units; see `dpdist.data.sources.Source.read`.
 
     Returns:
       By name, arrays (k, examples_per_unit, ...), zeros in empty slots, which
@@ -91,22 +93,22 @@ class UnitSource:
     return self._read(indices, lambda unit, count: np.arange(self._used(count)))
 
   def drawing(self, key: bytes) -> Callable[[int], sources.Source]:
-    """The same, with examples that are chosen anew at each step.
+    """Returns sources of these units, with examples chosen anew at each step.
 
     Args:
-      key: of the choice. Every set of a unit's examples that fill its slots is
-        as likely as any other, apart from all other units and steps.
+      key: of the choice. Every set of a unit's examples that fills its slots is
+        equally likely, independently of all other units and steps.
 
     Returns:
-      A function from a step to a source that reads as `read` does.
+      A function from a step to a source with the interface of this one.
     """
     # No functools.partial, which would show the key where it is printed.
     return lambda step: _Drawn(self, key, step)
 
   def content_digest(self) -> str:
-    """SHA-256 of the examples and of whose they are, 64 hex digits.
+    """Returns the SHA-256 of the examples and of their units, 64 hex digits.
 
-    How many slots there are does not count: the data is the same.
+    The number of slots does not count: the data is the same.
     """
     return self._manifest_of(self.examples.content_digest())
 
@@ -131,7 +133,7 @@ class UnitSource:
 
   @functools.cached_property
   def _groups(self) -> tuple[np.ndarray, np.ndarray]:
-    """Examples in order of their units, and where each unit's begin."""
+    """Returns the examples in order of units, and where each unit begins."""
     order = np.argsort(self.unit_of_example, kind="stable")
     counts = np.bincount(self.unit_of_example, minlength=self.num_units)
     return order, np.concatenate([[0], np.cumsum(counts)])
@@ -142,7 +144,7 @@ class UnitSource:
   def _read(
     self, indices: np.ndarray, choose: Callable[[int, int], np.ndarray]
   ) -> dict[str, np.ndarray]:
-    """`choose` is from (unit, examples it has) to places among them."""
+    """Reads units; `choose` maps (unit, its number of examples) to places."""
     indices = sources.check_indices(indices, len(self))
     order, starts = self._groups
     is_empty = np.ones((len(indices), self.examples_per_unit), np.bool_)
@@ -189,8 +191,8 @@ class _Drawn:
     message = self._step.to_bytes(8, "big") + unit.to_bytes(8, "big")
     stream = hashlib.shake_256(_CHOICE + self._key + message)
     words = np.frombuffer(stream.digest(8 * used), ">u8").tolist()
-    # The first `used` swaps of a Fisher-Yates shuffle; of the places that no
-    # swap has touched, none is written down.
+    # The first `used` swaps of a Fisher-Yates shuffle; only places that a swap
+    # has touched are stored.
     moved: dict[int, int] = {}
     for i, word in enumerate(words):
       j = i + word % (count - i)
@@ -199,14 +201,14 @@ class _Drawn:
 
 
 def in_groups(examples: sources.Source, size: int) -> UnitSource:
-  """A source whose rows are groups of examples that follow one another.
+  """Returns a source whose rows are groups of consecutive examples.
 
-  Groups are the same at every step, whoever is drawn. If they were cut from
-  what was drawn, one example more would move all that follow it into other
-  groups, and so change many gradients and not one.
+  Groups are the same at every step, whatever is drawn. If they were cut from
+  what was drawn, one more example would move all that follow it into other
+  groups, and so change many gradients instead of one.
 
   Args:
-    examples: what the groups are made of.
+    examples: the source of the groups' examples.
     size: of a group, at least 1; the last one may be smaller.
 
   Raises:
@@ -230,7 +232,7 @@ def number(ids: np.ndarray, *, name: str) -> tuple[np.ndarray, int]:
     count. Units are in order of their identities.
 
   Raises:
-    ValueError: there are no rows, or they are no such identities.
+    ValueError: there are no rows, or they are neither integers nor strings.
   """
   ids = np.asarray(ids)
   if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iuUS":
@@ -246,7 +248,7 @@ def parquet_ids(paths: Sequence[sources.Path], column: str) -> np.ndarray:
   """Reads a column of identities, integers or strings, of Parquet files.
 
   Raises:
-    ValueError: there is no such column, or it holds nulls or something else.
+    ValueError: there is no such column, or it holds nulls or other types.
   """
   from pyarrow import parquet
   from pyarrow import types

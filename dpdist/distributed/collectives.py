@@ -1,8 +1,8 @@
-"""The processes of a job: how they meet, and how they agree.
+"""How the processes of a job exchange values and agree on them.
 
 A job is one process, or several that run the same program on a mesh of all
-their devices. One of them, the primary process, writes the ledger and what a
-run leaves; the others are told what it found, and stop if it does.
+their devices. One of them, the primary process, writes the ledger and the run
+directory; the others receive what it found, and stop if it stops.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,20 +19,20 @@ from dpdist import errors
 
 
 def is_primary() -> bool:
-  """Whether this process is the one that writes."""
+  """Returns whether this process is the primary process."""
   return jax.process_index() == 0
 
 
 def run_on_primary(make: Callable[[], Any]) -> Any:
-  """What a function returns in the primary process, in every process.
+  """Runs `make` in the primary process and returns its result everywhere.
 
   Args:
     make: called in the primary process alone; returns something JSON-able.
 
   Raises:
-    PeerError: in the other processes, if it raised; in the primary process what
-      it raised comes through.
-    LostError: the others could not be reached.
+    PeerError: in the other processes, if `make` raised. In the primary process
+      its own exception comes through.
+    LostError: the other processes could not be reached.
   """
   if jax.process_count() == 1:
     return make()
@@ -46,19 +46,19 @@ def run_on_primary(make: Callable[[], Any]) -> Any:
   except Exception as error:
     _broadcast({"problem": str(error) or repr(error)})
     raise
-  # As the others will see it: tuples become lists.
+  # As the other processes will get it: tuples become lists.
   return _broadcast({"value": value})["value"]
 
 
 def run_on_all(make: Callable[[], Any]) -> Any:
-  """What a function returns, in each process its own.
+  """Runs `make` in every process and returns each process its own result.
 
   Args:
     make: called in every process.
 
   Raises:
-    PeerError: it raised in another process; where it did, what it raised comes
-      through.
+    PeerError: it raised in another process. Where it raised, its own exception
+      comes through.
   """
   problem: Exception | None = None
   value = None
@@ -76,7 +76,7 @@ def run_on_all(make: Callable[[], Any]) -> Any:
 
 
 def gather(text: str) -> list[str]:
-  """The texts of all processes, in their order."""
+  """Returns the texts of all processes, in the order of the processes."""
   if jax.process_count() == 1:
     return [text]
   value = text.encode()
@@ -91,10 +91,10 @@ def gather(text: str) -> list[str]:
 
 
 def assert_equal(**facts: Any) -> None:
-  """Makes sure that all processes were started alike.
+  """Raises an error unless all processes were started alike.
 
   Args:
-    **facts: JSON-able, by what they are called.
+    **facts: JSON-able values, by name.
 
   Raises:
     DisagreementError: names the first fact that differs, and where.
@@ -111,7 +111,7 @@ def assert_equal(**facts: Any) -> None:
 
 
 def any_process(flag: bool) -> bool:
-  """Whether a flag is set in any process."""
+  """Returns whether a flag is set in any process."""
   if jax.process_count() == 1:
     return flag
   return bool(np.any(_all_gather(np.bool_(flag))))
@@ -123,7 +123,7 @@ def _all_gather(value: Any) -> np.ndarray:
 
 
 def _broadcast(value: Any) -> Any:
-  """Sends the primary process's value to all; the others' is not looked at."""
+  """Sends the primary process's value to all; other values are ignored."""
   data = json.dumps(value).encode()
   with _reaching():
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(data))))
@@ -136,7 +136,7 @@ def _broadcast(value: Any) -> Any:
 
 @contextlib.contextmanager
 def _reaching() -> Iterator[None]:
-  """Tells a lost process from a mistake: JAX has a ValueError for both."""
+  """Tells a lost process from a mistake: JAX raises ValueError for both."""
   try:
     yield
   except (ValueError, RuntimeError) as error:

@@ -1,15 +1,15 @@
-"""Notices that Google's cloud gives a machine before it takes it away.
+"""Watches for Google Cloud's notices that it will stop this machine.
 
-A machine of Compute Engine, a TPU host among them, asks a server that only it
-can reach. What is used of it
-(https://cloud.google.com/compute/docs/metadata):
+A Compute Engine machine, a TPU host among them, asks a server that only it can
+reach (https://cloud.google.com/compute/docs/metadata). Three of its features
+are used:
   * `instance/maintenance-event` turns to TERMINATE_ON_HOST_MAINTENANCE before a
-    machine with an accelerator is stopped, a minute to an hour ahead. One that
-    is moved while it runs (MIGRATE_...) has nothing to do.
+    machine with an accelerator is stopped, a minute to an hour ahead. A machine
+    that is moved while it runs (MIGRATE_...) need not do anything.
   * `instance/preempted` turns to TRUE when a spot machine is about to be
     stopped, 30 seconds ahead.
-  * With `wait_for_change` the server holds its answer back until the value is
-    another than that of `last_etag`, or for `timeout_sec` at most.
+  * With `wait_for_change` the server holds its answer back until the value
+    differs from that of `last_etag`, or for `timeout_sec` at most.
 """
 
 from collections.abc import Callable
@@ -23,17 +23,17 @@ import urllib.parse
 _PRODUCT = pathlib.Path("/sys/class/dmi/id/product_name")
 _HOST = "metadata.google.internal"
 _WAIT_SECONDS = 60
-# Between two questions, whatever the server does.
+# The pause between two requests, whatever the server does.
 _PAUSE_SECONDS = 1.0
 _LONGEST_PAUSE_SECONDS = 60.0
 
 
 def server() -> str:
-  """The server's host, with a port if it has one; "" on any other machine.
+  """Returns the server's host, with its port if any; "" on any other machine.
 
-  Reads a file that Linux keeps in memory, and touches no network.
+  Reads a file that Linux keeps in memory, and does not touch the network.
   """
-  # As Google's own libraries have it.
+  # The variable is the one that Google's own libraries read.
   named = os.environ.get("GCE_METADATA_HOST", "")
   if named:
     return named
@@ -45,14 +45,14 @@ def server() -> str:
 
 
 class Maintenance:
-  """Tells when this machine is to be taken away; a context manager.
+  """Reports that this machine will be stopped; a context manager.
 
-  Does nothing on a machine that is not Google's. A server that does not answer
-  is asked again, without a word.
+  Does nothing on a machine that is not Google's. If the server does not answer,
+  it is asked again, without a message.
   """
 
   def __init__(self, receive: Callable[[str], None]):
-    """Asks nothing yet.
+    """Stores the callback; sends no request yet.
 
     Args:
       receive: is called in a thread of its own, with what is to happen.
@@ -64,7 +64,7 @@ class Maintenance:
     host = server()
     if host:
       for ask in (self._ask_for_maintenance, self._ask_for_preemption):
-        # Daemons: an answer may take a minute, and nobody waits for it.
+        # Daemon threads: an answer may take a minute, and nobody waits for it.
         threading.Thread(target=ask, args=(host,), daemon=True).start()
     return self
 
@@ -73,8 +73,8 @@ class Maintenance:
 
   def _ask_for_maintenance(self, host: str) -> None:
     values = _Values(host, "maintenance-event", self._left)
-    # A job that was started again on a machine which has an hour left uses it:
-    # only a change is a notice.
+    # Only a change is a notice: a job that was started again on a machine with
+    # an hour left uses that hour.
     previous = values.next()
     while previous is not None:
       value = values.next()
@@ -91,7 +91,7 @@ class Maintenance:
 
 
 class _Values:
-  """The values that a key of the server takes."""
+  """Reads the values of a key of the server, one after another."""
 
   def __init__(self, host: str, key: str, left: threading.Event):
     self._host = host
@@ -101,7 +101,7 @@ class _Values:
     self._pause = 0.0
 
   def next(self) -> str | None:
-    """The first value, then each that the server answers; None at the end."""
+    """Returns the first value, then each new one; None at the end."""
     while not self._left.wait(self._pause):
       try:
         value = self._get()
@@ -132,7 +132,7 @@ class _Values:
       connection.request("GET", path, headers={"Metadata-Flavor": "Google"})
       answer = connection.getresponse()
       text = answer.read().decode("ascii", "replace").strip()
-      # Any other server that happens to be there knows nothing of this.
+      # Any other server that happens to have this name sends no such header.
       if (
         answer.status != http.HTTPStatus.OK
         or answer.getheader("Metadata-Flavor") != "Google"

@@ -1,9 +1,9 @@
-"""The device mesh, and how arrays lie on it.
+"""The device mesh, and how arrays are laid out on it.
 
-Three axes. `data` and `fsdp` divide the examples of a chunk; `fsdp` divides
-each parameter as well, and all that is kept beside it. `model` divides the
-parameters that a model has rules for, and with them single operations; there
-XLA's partitioner decides what is sent when.
+The mesh has three axes. `data` and `fsdp` divide the examples of a chunk;
+`fsdp` also divides each parameter and everything that is kept beside it.
+`model` divides the parameters that a model has rules for, and single operations
+with them; along it XLA's partitioner decides what is sent when.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,9 +35,9 @@ _ALL_DEVICES = errors.Hint(
   )
 )
 
-# How a model's parameters are divided over `model`: a pattern, searched for in
-# the parameter's path, as "blocks/up/kernel", and which of its last dimensions
-# is divided, as (None, "model").
+# How a model's parameters are divided over `model`: a pattern that is searched
+# for in the parameter's path, as "blocks/up/kernel", and which of its last
+# dimensions is divided, as (None, "model").
 Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 
 
@@ -47,9 +47,9 @@ def make(
   """Makes the mesh.
 
   Args:
-    sizes: an int for each of "data", "fsdp" and "model"; one of them may be -1,
-      whatever remains.
-    devices: to use all of; None: those of the job.
+    sizes: an int for each of "data", "fsdp" and "model"; one of them may be -1
+      and takes the devices that remain.
+    devices: the devices to use, all of them; None: those of the job.
 
   Returns:
     A mesh with the axes `AXES`.
@@ -80,8 +80,11 @@ def make(
 def _arranged(
   shape: Sequence[int], devices: Sequence[jax.Device]
 ) -> np.ndarray:
-  """Neighbours on the mesh are neighbours in the machine; slices, which only
-  the data center's network joins, are whole along `data`."""
+  """Arranges devices so that neighbors in the machine are mesh neighbors.
+
+  TPU slices, which only the data center's network joins, stay whole along
+  `data`.
+  """
   slices: dict[int, list[jax.Device]] = {}
   for device in devices:
     slices.setdefault(getattr(device, "slice_index", 0), []).append(device)
@@ -101,30 +104,30 @@ def _arranged(
 
 
 def num_example_shards(mesh: Mesh) -> int:
-  """Into how many parts the examples of a chunk are divided."""
+  """Returns the number of parts that a chunk's examples are divided into."""
   return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def examples(mesh: Mesh) -> NamedSharding:
-  """Leading axis over the devices that divide the examples."""
+  """Returns the sharding with the leading axis over the example shards."""
   return NamedSharding(mesh, EXAMPLES)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-  """The whole array on every device."""
+  """Returns the sharding with the whole array on every device."""
   return NamedSharding(mesh, REPLICATED)
 
 
 def manual_axes(mesh: Mesh) -> frozenset[str]:
-  """The axes along which shard_map works by hand; the others are XLA's."""
+  """Returns the axes that shard_map handles by hand; XLA has the others."""
   return frozenset(EXAMPLE_AXES if mesh.shape["model"] > 1 else AXES)
 
 
 def partition(params: Any, mesh: Mesh, rules: Rules = ()) -> Any:
-  """How parameters are divided.
+  """Chooses how each parameter is divided.
 
-  Over `model` by the first rule that fits; over `fsdp` along the longest
-  dimension that is left and can be divided evenly, the last of equals. What
+  Over `model` the first rule that fits decides. Over `fsdp` the longest
+  dimension is divided that is left and divides evenly, the last of equals. What
   cannot be divided is whole on every device.
 
   Args:
@@ -182,23 +185,25 @@ def _model_axes(
 
 
 def without_model(spec: PartitionSpec) -> PartitionSpec:
-  """What a spec says of the axes that are not `model`."""
+  """Returns a spec without its `model` axis."""
   return PartitionSpec(*(None if axis == "model" else axis for axis in spec))
 
 
 def summed_axes(spec: PartitionSpec) -> tuple[str, ...]:
-  """The axes that divide the examples and not an array of that spec."""
+  """Returns the axes that divide the examples but not an array of this spec."""
   return tuple(axis for axis in EXAMPLE_AXES if axis not in spec)
 
 
 def stacked(spec: PartitionSpec) -> PartitionSpec:
-  """Of partial sums, one for each device along `summed_axes`, stacked along a
-  new first axis of the array."""
+  """Returns the spec of an array's partial sums, stacked on a new first axis.
+
+  There is one partial sum for each device along `summed_axes`.
+  """
   return PartitionSpec(summed_axes(spec), *spec)
 
 
 def constrain(tree: Any, specs: Any, mesh: Mesh) -> Any:
-  """Says how a traced pytree lies."""
+  """Constrains the layout of a traced pytree."""
   return jax.tree.map(
     lambda x, spec: jax.lax.with_sharding_constraint(
       x, NamedSharding(mesh, spec)
@@ -209,7 +214,7 @@ def constrain(tree: Any, specs: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
-  """Divides a pytree of whole arrays of this process.
+  """Divides a pytree of whole arrays of this process over the mesh.
 
   All processes must have the same values.
   """
@@ -234,7 +239,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
   devices = sharding.addressable_devices_indices_map(())
 
   # Device by device: jax.device_put to a mesh of processes with one device each
-  # makes arrays whose shards cannot be had (jax 0.10.2).
+  # makes arrays whose shards cannot be read (jax 0.10.2).
   def copy(x: jax.Array) -> jax.Array:
     parts = [jax.device_put(x, device) for device in devices]
     return jax.make_array_from_single_device_arrays(x.shape, sharding, parts)
@@ -243,9 +248,9 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def whole(x: jax.Array | np.ndarray) -> np.ndarray:
-  """An array in this process's memory, wherever its parts are.
+  """Copies an array to this process's memory, wherever its parts are.
 
-  To be called in all processes.
+  Must be called in all processes.
   """
   if isinstance(x, jax.Array) and not (
     x.is_fully_addressable or x.is_fully_replicated
@@ -255,22 +260,22 @@ def whole(x: jax.Array | np.ndarray) -> np.ndarray:
 
 
 def chunk_multiple(clipping: Any, mesh: Mesh) -> tuple[int, str]:
-  """What a chunk is a multiple of, and by which setting of `clipping`."""
+  """Returns the divisor of a chunk's size, and the setting it comes from."""
   size, name = clipping.microbatch_size, "microbatch_size"
   if clipping.exact_sum:
-    # A group is worked on at once, or in microbatches that divide it.
+    # A group is computed at once, or in microbatches that divide it.
     size, name = clipping.exact_group_size, "exact_group_size"
   return num_example_shards(mesh) * max(1, size), name
 
 
 def put_rows(rows: np.ndarray, chunk_size: int, mesh: Mesh) -> jax.Array:
-  """Puts this process's rows of a chunk, see `local_rows`, on the mesh."""
+  """Puts this process's rows of a chunk (see `local_rows`) on the mesh."""
   shape = (chunk_size, *rows.shape[1:])
   return jax.make_array_from_process_local_data(examples(mesh), rows, shape)
 
 
 def bytes_per_device(tree: Any, specs: Any, mesh: Mesh) -> int:
-  """What arrays or shapes take on one device."""
+  """Returns the bytes that arrays or shapes take on one device."""
   sizes = jax.tree.map(
     lambda x, spec: (
       math.prod(NamedSharding(mesh, spec).shard_shape(x.shape))
@@ -285,11 +290,11 @@ def bytes_per_device(tree: Any, specs: Any, mesh: Mesh) -> int:
 def local_rows(
   mesh: Mesh, chunk_size: int, devices: Sequence[jax.Device] | None = None
 ) -> np.ndarray:
-  """The rows of a chunk that a process holds, ascending, int64.
+  """Returns the rows of a chunk that a process holds, ascending, int64.
 
   Args:
     mesh: of the job.
-    chunk_size: examples over the mesh at once.
+    chunk_size: examples that the whole mesh computes at once.
     devices: of the process; None: those of this one.
   """
   devices = mesh.local_devices if devices is None else devices

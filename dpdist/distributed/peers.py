@@ -1,4 +1,4 @@
-"""Lines of JSON between two processes of a job."""
+"""Exchanges lines of JSON between two processes of a job."""
 
 import contextlib
 import json
@@ -19,19 +19,19 @@ class Peer:
   """Another process, at the other end of a connection.
 
   Attributes:
-    connection: the socket; the peer's to close.
-    number: the process's; -1 until it said so.
-    name: for people; "" until then.
-    is_excused: it said that it will end.
-    is_closed: it has ended.
+    connection: the socket; this object closes it.
+    number: the process's number; -1 until it has sent it.
+    name: for messages to people; "" until then.
+    is_excused: whether it said that it will end.
+    is_closed: whether the connection has ended.
   """
 
   def __init__(self, connection: socket.socket, token: str = ""):
-    """A peer of which nothing is known.
+    """Wraps a connection to a process that has not said who it is.
 
     Args:
       connection: to it.
-      token: that it has to know; "" if this process called it.
+      token: that it has to know; "" if this process made the connection.
     """
     connection.settimeout(_SEND_SECONDS)
     self.connection = connection
@@ -46,12 +46,15 @@ class Peer:
     self._last: tuple[int, str, float] = (-1, "starting", 0.0)
 
   def send(self, message: dict[str, Any]) -> None:
-    """Sends a message; one that cannot be sent shows where it is received."""
+    """Sends a message; a failure to send shows up at the next receive."""
     with self._lock, contextlib.suppress(OSError):
       self.connection.sendall(json.dumps(message).encode() + b"\n")
 
   def receive(self) -> list[dict[str, Any]] | None:
-    """What came since the last call; None if it is the end, or no peer's."""
+    """Returns the messages since the last call; None at the end.
+
+    None also if what came is not from a process of this job.
+    """
     try:
       data = self.connection.recv(_LONGEST_LINE)
     except OSError:
@@ -76,7 +79,7 @@ class Peer:
     return messages
 
   def sign(self, now: float) -> stalls.Sign:
-    """What it last told."""
+    """Returns what the process last reported."""
     return stalls.Sign(*self._last, silence=now - self._heard)
 
   def _greet(self, message: dict[str, Any]) -> None:
@@ -87,26 +90,26 @@ class Peer:
 
 
 def greeting(token: str, number: int, host: str) -> dict[str, Any]:
-  """The first message to whoever was called."""
+  """Returns the first message on a new connection."""
   return {"hello": token, "number": number, "host": host}
 
 
 def name(number: int, host: str) -> str:
-  """What people call a process."""
+  """Returns the name of a process for messages to people."""
   return f"process {number} ({host})"
 
 
 def host_of(address: str) -> str:
-  """The host of HOST:PORT."""
+  """Returns the host of HOST:PORT."""
   return address.rpartition(":")[0].strip("[]")
 
 
 def listen(address: str = "") -> socket.socket:
-  """A server on a port that was free.
+  """Opens a server socket on a free port.
 
   Args:
-    address: that it is called at; "": any of this machine, by IPv4 and, where
-      it is had, IPv6.
+    address: where to listen; "": on all addresses of this machine, by IPv4 and,
+      where there is one, IPv6.
   """
   if address:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET

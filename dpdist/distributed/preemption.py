@@ -1,4 +1,4 @@
-"""Being asked to stop, by whoever may."""
+"""Turns any request to stop this process into a flag."""
 
 import contextlib
 from typing import Self
@@ -11,12 +11,12 @@ class Notice:
   """Turns the first request to stop into a flag; a context manager.
 
   Requests are signals (see `dpdist.distributed.signals`) and, on Google's
-  machines, what comes before one is taken away (see
+  machines, the notice that the machine will be stopped (see
   `dpdist.distributed.gce_maintenance`).
 
   Attributes:
-    received: whether one came.
-    reason: which; "" until then.
+    received: whether a request came.
+    reason: what the request was; "" until then.
   """
 
   def __init__(self) -> None:

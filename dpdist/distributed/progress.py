@@ -1,8 +1,8 @@
-"""What a process is doing: which phase of which step, and for how long.
+"""Records which phase of which step a process is in, and for how long.
 
-The training loop says so here, for less than a microsecond a time. Others
-read it: `dpdist.distributed.watchdog` to find who holds a job up,
-`dpdist.reporting.telemetry` to tell where the time goes.
+The training loop records it here, in less than a microsecond each time.
+`dpdist.distributed.watchdog` reads it to find the process that stalls a job,
+and `dpdist.reporting.telemetry` to show where the time goes.
 """
 
 import collections
@@ -29,12 +29,12 @@ of computing a process needs no other one.
 
 
 class Now(NamedTuple):
-  """A moment of a process.
+  """What a process is doing at a moment.
 
   Attributes:
-    step: that it is in, from 0; -1 before the first.
+    step: the step that it is in, from 0; -1 before the first.
     phase: one of `PHASES`.
-    since: when it came to the phase, on the clock of `time.monotonic`.
+    since: when the phase began, on the clock of `time.monotonic`.
   """
 
   step: int
@@ -43,7 +43,7 @@ class Now(NamedTuple):
 
 
 class Progress:
-  """What this process is doing.
+  """Tracks what this process is doing.
 
   Attributes:
     now: may be read in any thread.
@@ -54,13 +54,13 @@ class Progress:
     self._seconds: dict[str, float] = collections.defaultdict(float)
 
   def enter(self, step: int, phase: str) -> None:
-    """Says that a phase begins, and the one before it ends."""
+    """Records that a phase begins, and that the one before it ends."""
     before, now = self.now, time.monotonic()
     self._seconds[before.phase] += now - before.since
     self.now = Now(step, phase, now)
 
   def take(self) -> dict[str, float]:
-    """Seconds by phase in those that ended since the last call."""
+    """Returns seconds by phase, of phases that ended since the last call."""
     seconds = dict(self._seconds)
     self._seconds.clear()
     return seconds

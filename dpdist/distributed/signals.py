@@ -1,4 +1,4 @@
-"""Signals that ask a process to stop, told once."""
+"""Reports the first signal that asks a process to stop."""
 
 from collections.abc import Callable
 import os
@@ -8,17 +8,17 @@ import time
 from types import FrameType
 from typing import Any, Self
 
-# Within this time of the first signal another one is the same request: a
+# Within this time after the first signal, another one is the same request: a
 # launcher, a shell and a scheduler may each pass on what they were sent.
 ECHO_SECONDS = 1.0
 
 
 def that_ask_to_stop() -> tuple[signal.Signals, ...]:
-  """SIGTERM and SIGINT; under Slurm also what `--signal` may send early.
+  """Returns the signals that ask to stop: SIGTERM, SIGINT, Slurm's early ones.
 
-  Slurm sends SIGTERM when the grace time of a preemption begins. A job that
-  wants to know before its time limit asks for a signal of its own choice, as in
-  `sbatch --signal=USR1@60`; elsewhere SIGUSR1 and SIGUSR2 keep their meaning.
+  Slurm sends SIGTERM when the grace time of a preemption begins. To learn of
+  its time limit in advance, a job asks for a signal of its own choice, as in
+  `sbatch --signal=USR1@60`. Elsewhere SIGUSR1 and SIGUSR2 keep their meaning.
   """
   always = (signal.SIGTERM, signal.SIGINT)
   if "SLURM_JOB_ID" in os.environ:
@@ -27,15 +27,15 @@ def that_ask_to_stop() -> tuple[signal.Signals, ...]:
 
 
 class Signals:
-  """Tells of the first signal that asks to stop; a context manager.
+  """Reports the first signal that asks to stop; a context manager.
 
-  A later one acts as it would have without this, so that a run which hangs in
-  saving can still be ended. Outside the main thread, where Python delivers no
-  signals, nothing is installed.
+  A later signal acts as it would have without this class, so that a run which
+  hangs while saving can still be ended. Outside the main thread, where Python
+  delivers no signals, nothing is installed.
   """
 
   def __init__(self, receive: Callable[[str], None]):
-    """Nothing is installed yet.
+    """Stores the callback; installs nothing yet.
 
     Args:
       receive: is called in the main thread with the signal's name.

@@ -1,7 +1,7 @@
-"""Who holds a job up, judged by what its processes last told.
+"""Finds the processes that stall a job, from what each last reported.
 
-In a job that hangs nearly all processes wait for others. Those that are behind
-all others, in step and phase, are the ones that are waited for.
+In a job that hangs, nearly all processes wait for others. The ones that the
+others wait for are those behind all others, in step and phase.
 """
 
 from collections.abc import Mapping
@@ -9,8 +9,8 @@ from typing import NamedTuple
 
 from dpdist.distributed import progress
 
-# A process that lives tells so every few seconds. JAX aborts a job of which it
-# has not heard for 100 seconds, and does not say it as clearly.
+# A live process reports every few seconds. JAX aborts a job when it has not
+# heard from a process for 100 seconds, with a less clear message.
 SILENT_SECONDS = 60.0
 # These take as long as models, file systems and held-out data make them.
 _UNLIMITED = ("starting", "compiling", "evaluating", "saving", "finishing")
@@ -18,13 +18,13 @@ _MOST_NAMED = 4
 
 
 class Sign(NamedTuple):
-  """What a process last told.
+  """What a process last reported.
 
   Attributes:
-    step: that it was in.
+    step: the step that it was in.
     phase: one of `dpdist.distributed.progress.PHASES`.
-    seconds: how long it had been there.
-    silence: seconds since it told that.
+    seconds: how long it had been in the phase.
+    silence: seconds since that report.
   """
 
   step: int
@@ -34,10 +34,10 @@ class Sign(NamedTuple):
 
 
 def silent(signs: Mapping[str, Sign], stuck_after: float) -> str:
-  """Names the processes that have told nothing for long.
+  """Names the processes that have not reported for too long.
 
   Args:
-    signs: of processes, by their names.
+    signs: last reports of processes, by name.
     stuck_after: see `stuck`.
 
   Returns:
@@ -57,10 +57,10 @@ def silent(signs: Mapping[str, Sign], stuck_after: float) -> str:
 
 
 def stuck(signs: Mapping[str, Sign], stuck_after: float) -> str:
-  """Names the processes that a job waits for, if it waits too long.
+  """Names the processes that a job waits for, if it has waited too long.
 
   Args:
-    signs: of all processes, by their names.
+    signs: last reports of all processes, by name.
     stuck_after: seconds that a phase of a step may take; 0 for any time.
 
   Returns:
@@ -90,7 +90,7 @@ def _position(sign: Sign) -> tuple[int, int]:
 def _place(sign: Sign) -> str:
   if sign.step < 0:
     return sign.phase
-  # People count steps from 1, as the screen does.
+  # People count steps from 1, and so does the console.
   return f"step {sign.step + 1} ({sign.phase})"
 
 

@@ -1,8 +1,8 @@
-"""How the processes of a job meet, before any of them touches a device.
+"""Connects the processes of a job, before any of them touches a device.
 
-What says where and how many they are, in this order: the flags, JAX's own
-variables, the engine that started them. Without any of these, the job is this
-process alone.
+The address and number of processes come from the first of these that gives
+them: the flags, JAX's own environment variables, the engine that started them.
+If none does, the job is this process alone.
 """
 
 from collections.abc import Mapping
@@ -18,16 +18,16 @@ import jax
 
 from dpdist import errors
 
-# How long a process that stops waits for the others to do so.
+# How long a process that stops waits for the others to stop.
 _SHUTDOWN_SECONDS = 10
-# How much longer JAX may wait for the others than we do.
+# How much longer JAX may wait for the others than this module does.
 _MARGIN_SECONDS = 60
 _VARIABLES = {
   "coordinator_address": "JAX_COORDINATOR_ADDRESS",
   "num_processes": "JAX_NUM_PROCESSES",
   "process_id": "JAX_PROCESS_ID",
 }
-# An engine, as JAX knows it, and the variable that counts its processes.
+# By JAX's name of an engine, the variable that counts its processes.
 _ENGINES = {
   "slurm": "SLURM_STEP_NUM_TASKS",
   "ompi": "OMPI_COMM_WORLD_SIZE",
@@ -35,13 +35,13 @@ _ENGINES = {
 
 
 class Meeting(NamedTuple):
-  """Where and how a process meets the others.
+  """How a process connects to the others.
 
   Attributes:
     address: host and port of process 0; None where the engine knows it.
-    num_processes: of the job; None likewise.
-    process_id: of this one; None likewise.
-    engine: by JAX's name for it; None where the three are given.
+    num_processes: of the job; None where the engine knows it.
+    process_id: of this process; None where the engine knows it.
+    engine: JAX's name of the engine; None where the other three are given.
   """
 
   address: str | None
@@ -53,18 +53,18 @@ class Meeting(NamedTuple):
 def find(
   flags: Mapping[str, object], environment: Mapping[str, str]
 ) -> Meeting | None:
-  """Finds what says how the processes meet.
+  """Finds out how to connect to the other processes.
 
   Args:
-    flags: "coordinator_address", "num_processes" and "process_id", None where
+    flags: "coordinator_address", "num_processes" and "process_id"; None where
       they are not given.
-    environment: variables.
+    environment: environment variables.
 
   Returns:
     None for a job of one process.
 
   Raises:
-    StartError: names what makes no sense, its value and what would be right.
+    StartError: names the value that makes no sense, and what would be right.
   """
   given = {name: value for name, value in flags.items() if value is not None}
   if given:
@@ -74,7 +74,7 @@ def find(
   for engine, variable in _ENGINES.items():
     if (_number(environment.get(variable)) or 0) > 1:
       return Meeting(None, None, None, engine)
-  # A pod of TPUs names its workers, by itself or through Kubernetes.
+  # A pod of TPUs lists its workers here, by itself or through Kubernetes.
   workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
   if len(workers) > 1:
     return Meeting(None, None, None, "gketpu")
@@ -110,17 +110,17 @@ def _number(value: object) -> int | None:
 
 
 def start(flags: Mapping[str, object], *, timeout: int = 300) -> None:
-  """Meets the other processes, if there are any.
+  """Connects to the other processes, if there are any.
 
   Args:
     flags: see `find`.
     timeout: seconds to wait, for the coordinator's name and for the others.
 
   Raises:
-    StartError: what is given makes no sense, or this host would tell the others
-      an address at which they cannot reach it.
-    MeetError: they could not be met. Where time runs out inside JAX, the
-      process says so and ends with 1.
+    StartError: the flags or variables make no sense, or this host would give
+      the others an address at which they cannot reach it.
+    MeetError: the processes could not be connected. Where time runs out inside
+      JAX, the process prints that and exits with 1.
   """
   if timeout < 1:
     raise errors.StartError(
@@ -143,7 +143,7 @@ def start(flags: Mapping[str, object], *, timeout: int = 300) -> None:
     " that all were started, that process 0 runs there and that no firewall is"
     " between"
   )
-  # Out of time, JAX would abort the process, with a page of its own.
+  # At its timeout JAX would abort the process and print a page of text.
   timer = threading.Timer(left, _give_up, [problem])
   timer.daemon = True
   timer.start()
@@ -153,7 +153,7 @@ def start(flags: Mapping[str, object], *, timeout: int = 300) -> None:
       meeting.num_processes,
       meeting.process_id,
       cluster_detection_method=meeting.engine,
-      # Process 0's. JAX's own choice is all networks.
+      # Process 0 listens here alone. JAX's default is all networks.
       coordinator_bind_address=(
         meeting.address if loopback(meeting.address) else None
       ),
@@ -173,14 +173,14 @@ def _give_up(problem: str) -> None:
 
 
 def resolve(host: str, timeout: float) -> list[str]:
-  """The addresses of a host, waiting for its name to come up.
+  """Returns the addresses of a host, and waits until its name can be resolved.
 
-  JAX would wait for it for minutes without a word. In Kubernetes a pod's name
-  comes up seconds after the pod.
+  JAX would wait for minutes without a message. In Kubernetes a pod's name can
+  be resolved only seconds after the pod starts.
 
   Raises:
-    MeetError: it has none within timeout seconds.
-    StartError: it never will.
+    MeetError: the name has no address within timeout seconds.
+    StartError: it never will have one.
   """
   end = time.monotonic() + timeout
   while True:
@@ -202,10 +202,10 @@ def resolve(host: str, timeout: float) -> list[str]:
 
 
 def loopback(address: str | None) -> str:
-  """The host of HOST:PORT if it is a loopback address; "" if it is not.
+  """Returns the host of HOST:PORT if it is a loopback address; else "".
 
-  All processes are on one machine then. A name proves nothing: other machines
-  may know it by another address.
+  All processes are on one machine then. A host name proves nothing: other
+  machines may resolve it to another address.
   """
   host = (address or "").rpartition(":")[0].strip("[]")
   try:
@@ -215,9 +215,9 @@ def loopback(address: str | None) -> str:
 
 
 def check_own_name(name: str, coordinator: list[str]) -> None:
-  """Refuses a host that would tell others on other hosts that it is 127.0.0.1.
+  """Refuses a host that would give other hosts 127.0.0.1 as its address.
 
-  Gloo tells them the address that the host's own name has.
+  Gloo sends the others the address that the host's own name resolves to.
 
   Args:
     name: of this host.
@@ -242,7 +242,7 @@ def check_own_name(name: str, coordinator: list[str]) -> None:
 
 
 def _is_own(address: str) -> bool:
-  """Whether an address is one of this machine."""
+  """Returns whether an address is one of this machine."""
   family = socket.AF_INET6 if ":" in address else socket.AF_INET
   with socket.socket(family, socket.SOCK_STREAM) as probe:
     try:

@@ -1,14 +1,16 @@
-"""The processes of a job look out for one another.
+"""Ends all processes of a job when one of them is lost or stalls.
 
-Each process other than the primary process holds a connection to it. The kernel
-closes that of a process which is killed; one that fails says so; and all tell
-every few seconds where they are (`dpdist.distributed.progress`). From that the
-primary process finds out what became of a job that does not go on, and tells
-all. A process that is told ends, with one line that names the cause, even where
-it hangs in a collective.
+Each process other than the primary process holds a connection to it. When a
+process is killed, the kernel closes its connection; a process that fails sends
+a message; and all report every few seconds where they are
+(`dpdist.distributed.progress`). From that the primary process finds out why a
+job does not go on, and sends the cause to all. A process that receives it
+prints one line that names the cause and ends, even where it hangs in a
+collective.
 
-JAX's own service aborts processes too, of which it names none, and at once only
-where the primary process died. That waits for the line; see `_abort_slowly`.
+JAX's own service aborts processes too, but it names none, and acts at once only
+where the primary process died. Its abort is delayed until the line is printed;
+see `_abort_slowly`.
 """
 
 from collections.abc import Callable
@@ -27,7 +29,7 @@ from typing import Any, NamedTuple, NoReturn, Self
 
 import jax
 from jax._src import (
-  distributed,  # Who the primary process is, is told nowhere else.
+  distributed,  # The only place that names the primary process.
 )
 
 from dpdist import errors
@@ -42,13 +44,13 @@ _BEAT_SECONDS = 2.0
 _TICK_SECONDS = 0.5
 _CALL_SECONDS = 30.0
 _LONGEST_TEXT = 1000
-# A process that dies takes the collectives of others with it, and they may say
-# so before its own end is seen.
+# A process that dies makes the collectives of others fail, and their errors may
+# arrive before its own end is seen.
 _SETTLE_SECONDS = 0.5
-# For a process to end by itself, with its files closed, once it knows; then its
-# watch ends it. Together less than an abort waits.
+# How long a process that knows the cause has to end by itself, with its files
+# closed; then its watchdog ends it. Together less than an abort waits.
 _GRACE_SECONDS = 2.0
-# That an error of this process waits for the cause.
+# How long an error of this process waits for its cause.
 _PATIENCE_SECONDS = 5.0
 
 
@@ -57,7 +59,7 @@ class _Cause(NamedTuple):
 
   Attributes:
     text: names the process.
-    number: the process that failed, and said so; -1 if one was lost.
+    number: the process that failed and reported it; -1 if one was lost.
   """
 
   text: str
@@ -65,13 +67,14 @@ class _Cause(NamedTuple):
 
 
 class Watch:
-  """Ends a process in good time when others are lost; a context manager.
+  """Ends this process in good time when others are lost; a context manager.
 
-  Does nothing in a job of one process. Of several, all have to enter together.
+  Does nothing in a job of one process. In a job of several, all processes must
+  enter it together.
 
-  Where another process failed, died, is silent or stuck, the block raises
-  `dpdist.errors.PeerError`, whatever error that caused here;
-  where it hangs, the process prints the same line and ends with exit code 1.
+  When another process fails, dies, is silent or stalls, the block raises
+  `dpdist.errors.PeerError`, whatever error that caused here. If this process
+  hangs in the block, it prints the same line and exits with code 1.
   """
 
   def __init__(
@@ -81,13 +84,13 @@ class Watch:
     *,
     own: tuple[type[Exception], ...] = (),
   ):
-    """Nothing is watched yet.
+    """Stores the arguments; watches nothing yet.
 
     Args:
       progress: of this process.
       stuck_after: seconds that a phase of a step may take, or a process be
         silent; 0 for any time.
-      own: errors that all processes come to by themselves. They come through,
+      own: errors that all processes reach by themselves. They come through,
         unless a process was lost.
     """
     self._progress = progress
@@ -117,7 +120,7 @@ class Watch:
         self._stack.enter_context(end)
       self._selector.register(waked, selectors.EVENT_READ, lambda: None)
       self._stack.callback(_abort_slowly())
-      # Before the thread begins, which adds what it accepts.
+      # Before the thread starts, which adds the connections that it accepts.
       self._stack = self._stack.pop_all()
     self._thread = threading.Thread(target=self._look_out, daemon=True)
     self._thread.start()
@@ -133,7 +136,7 @@ class Watch:
       return
     self._left.set()
     if error is None or isinstance(error, (errors.Preempted, errors.PeerError)):
-      # All come to it at once, and need no watch from here.
+      # All processes reach it at once, and need no watchdog from here on.
       self._is_over = True
       self._wake_up()
       self._thread.join()
@@ -142,7 +145,8 @@ class Watch:
       return
     self._fail(error)
     self._known.wait(_PATIENCE_SECONDS)
-    # An abort is to wait until this process has ended: nothing is undone.
+    # The abort must wait until this process has ended, so its delay is not
+    # undone.
     cause = self._cause
     if (
       cause is not None
@@ -152,7 +156,7 @@ class Watch:
       raise errors.PeerError(cause.text) from error
 
   def _fail(self, error: BaseException) -> None:
-    """Tells what this process fails of."""
+    """Reports the error that this process fails with."""
     lines = str(error).splitlines() or [""]
     text = lines[0][:_LONGEST_TEXT] or repr(error)[:_LONGEST_TEXT]
     if collectives.is_primary():
@@ -162,7 +166,7 @@ class Watch:
       self._tell({"failed": text})
 
   def _meet(self) -> None:
-    """Connects the other processes with the primary process."""
+    """Connects the other processes to the primary process."""
     token = secrets.token_hex(16)
 
     def call() -> dict[str, Any]:
@@ -183,7 +187,7 @@ class Watch:
     def connect() -> None:
       if collectives.is_primary():
         return
-      # Where this process met JAX's service, it meets the primary process.
+      # This process reaches the primary process at the host of JAX's service.
       host = peers.host_of(distributed.global_state.coordinator_address or "")
       leader = self._add(
         socket.create_connection((host, told["port"]), _CALL_SECONDS)
@@ -203,7 +207,7 @@ class Watch:
     )
     return peer
 
-  # What follows runs in the watch's own thread.
+  # The methods below run in the watchdog's own thread.
 
   def _look_out(self) -> None:
     next_beat = 0.0
@@ -223,8 +227,8 @@ class Watch:
         return
 
   def _judge(self, now: float) -> _Cause | None:
-    """Why the job ends, if it does."""
-    if self._cause is not None:  # The primary process said so.
+    """Returns why the job ends; None if it goes on."""
+    if self._cause is not None:  # The primary process reported it.
       return self._cause
     if self._due is not None:
       if now < self._due:
@@ -249,7 +253,7 @@ class Watch:
     if collectives.is_primary():
       self._tell({"cause": cause})
     else:
-      # A leader that was only slow learns why this process ended.
+      # A primary process that was only slow learns why this process ended.
       self._tell({"failed": cause.text})
     self._known.set()
     if not self._left.wait(_GRACE_SECONDS):
@@ -262,7 +266,7 @@ class Watch:
         peer.send(message)
 
   def _accept(self, server: socket.socket, token: str) -> None:
-    with contextlib.suppress(OSError):  # It went away before it was met.
+    with contextlib.suppress(OSError):  # It disconnected before its greeting.
       self._add(server.accept()[0], token)
 
   def _shut(self, peer: peers.Peer) -> None:
@@ -271,7 +275,7 @@ class Watch:
     peer.is_closed = True
 
   def _shut_door(self) -> None:
-    """Once all are there, who else calls or called is a stranger."""
+    """Stops accepting connections once all processes are connected."""
     named = {peer.number for peer in self._peers if peer.name}
     if self._server is None or len(named) < jax.process_count() - 1:
       return
@@ -305,7 +309,7 @@ class Watch:
       elif "bye" in message:
         peer.is_excused = True
         if peer.number == 0:
-          # No cause will be told by a leader that has left.
+          # A primary process that has ended sends no cause.
           self._known.set()
 
   def _note_failure(self, number: int, name: str, text: str) -> None:
@@ -325,8 +329,8 @@ class Watch:
 def leave(code: int) -> NoReturn:
   """Ends this process at once.
 
-  For where others may be lost: JAX, at Python's ordinary end, waits for them
-  and then aborts.
+  For use where other processes may be lost: at Python's ordinary end, JAX waits
+  for them and then aborts.
   """
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):
@@ -335,15 +339,16 @@ def leave(code: int) -> NoReturn:
 
 
 def _abort_slowly() -> Callable[[], None]:
-  """Has an abort of this process wait for six seconds, then go on.
+  """Delays an abort of this process by six seconds.
 
   JAX's client aborts a process, in a thread, as soon as the primary process is
-  gone, and can be told nothing else (jax 0.10.2). Meanwhile the watch says what
-  happened and ends the process properly. The handler is the C library's
-  `sleep`, which a signal may call; its argument is the signal's number, 6.
+  gone, and cannot be configured otherwise (jax 0.10.2). Meanwhile the watchdog
+  reports what happened and ends the process properly. The handler is the C
+  library's `sleep`, which a signal may call; its argument is the signal's
+  number, 6.
 
   Returns:
-    What undoes it.
+    A function that undoes it.
   """
   library = ctypes.CDLL(None)
   set_handler = library.signal

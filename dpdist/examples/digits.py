@@ -1,4 +1,4 @@
-"""What the examples share: data, padding, the last line.
+"""The parts that the examples share: data, padding, the last line.
 
 The digits of scikit-learn are 1,438 images to train on and 359 held out.
 """
@@ -15,7 +15,7 @@ _CHUNK = 128
 
 
 def load() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-  """Images [n, 8, 8, 1] in [0, 1] and labels [n]: train, then held out."""
+  """Returns images [n, 8, 8, 1] in [0, 1] and labels [n]: train, held out."""
   images, labels = datasets.load_digits(return_X_y=True)
   images = images.reshape(-1, 8, 8, 1).astype(np.float32) / 16
   order = np.random.default_rng(0).permutation(len(labels))
@@ -24,13 +24,13 @@ def load() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def padded(indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """A draw of any size as one of few shapes, so that little is compiled.
+  """Pads a draw of any size to one of few shapes, so that little is compiled.
 
   Args:
     indices: [n], drawn; it may be empty, and is never cut.
 
   Returns:
-    Indices [m], m >= n, and is_padding_example [m]: what was added.
+    Indices [m], m >= n, and is_padding_example [m]: True for what was added.
   """
   size = max(1, -(-len(indices) // _CHUNK)) * _CHUNK
   rows = np.pad(indices, (0, size - len(indices)))

@@ -17,7 +17,7 @@ import dpdist
 from dpdist.examples import digits
 from dpdist.frontends import keras as private_keras
 
-# From there, so that it is on the JAX backend.
+# Imported from there, so that it uses the JAX backend.
 keras = private_keras.keras
 
 

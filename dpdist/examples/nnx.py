@@ -21,7 +21,7 @@ from dpdist.frontends import nnx as frontend
 
 
 class MLP(nnx.Module):
-  """Logits [10] of one image [8, 8, 1]."""
+  """Computes logits [10] of one image [8, 8, 1]."""
 
   def __init__(self, rngs: nnx.Rngs):
     self.hidden = nnx.Linear(64, 64, rngs=rngs)
@@ -77,7 +77,7 @@ def main(num_steps: int = 200) -> float:
     updates, opt_state = optimizer.update(got.gradient, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, noise_state
 
-  # Of the operating system's, like the seeds: jax.random.key keeps 32 bits.
+  # From the operating system, like the seeds: jax.random.key keeps 32 bits.
   words = jnp.asarray(np.frombuffer(secrets.token_bytes(8), np.uint32))
   dropout = jax.random.wrap_key_data(words)
   for t in range(plan.num_steps):

@@ -18,7 +18,7 @@ from dpdist.examples import digits
 
 
 def init(key: jax.Array) -> dict[str, jax.Array]:
-  """Parameters of two dense layers."""
+  """Makes the parameters of two dense layers."""
   first, second = jax.random.split(key)
   return {
     "w1": jax.random.normal(first, (64, 64)) / 8,
@@ -29,7 +29,7 @@ def init(key: jax.Array) -> dict[str, jax.Array]:
 
 
 def predict(params: dict[str, jax.Array], image: jax.Array) -> jax.Array:
-  """Logits [10] of one image."""
+  """Returns logits [10] of one image."""
   h = jnp.tanh(image.reshape(-1) @ params["w1"] + params["b1"])
   return h @ params["w2"] + params["b2"]
 
@@ -38,7 +38,7 @@ def main(num_steps: int = 200) -> float:
   """Trains, prints, and returns the held-out accuracy."""
   x, y, x_test, y_test = digits.load()
 
-  # Of one example, without a batch axis.
+  # The loss of one example, without a batch axis.
   def loss_fn(params, example):
     image, label = example
     return optax.softmax_cross_entropy_with_integer_labels(

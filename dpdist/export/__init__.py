@@ -1,4 +1,4 @@
-"""A released checkpoint, looked at from outside or written as safetensors."""
+"""Loads a released checkpoint, and writes it as safetensors."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

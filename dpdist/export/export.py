@@ -1,9 +1,9 @@
-"""Parameters as safetensors, with a card that says what they cost.
+"""Exports parameters as safetensors, with a card that states their privacy.
 
-A folder of three files, as the field hands models on: `model.safetensors`,
-`README.md` (see `dpdist.export.model_card`) and `config.json`, from which
-`load` makes the model again. Nothing is computed from a protected example, and
-no budget is spent.
+The export is a folder of three files, as is usual in the field:
+`model.safetensors`, `README.md` (see `dpdist.export.model_card`) and
+`config.json`, from which `load` makes the model again. Nothing is computed from
+a protected example, and no budget is spent.
 """
 
 import json
@@ -37,14 +37,14 @@ def write(
   name: str,
   use_ema: bool = False,
 ) -> dict[str, Any]:
-  """Writes the folder.
+  """Writes the export folder of a checkpoint.
 
   Args:
-    released: a checkpoint; see `dpdist.export.load_run.load`.
-    scores: of `dpdist.export.load_run.evaluate` on it.
+    released: the checkpoint; see `dpdist.export.load_run.load`.
+    scores: the result of `dpdist.export.load_run.evaluate` on it.
     output: a directory that is new or empty.
     name: of the model, for its card.
-    use_ema: writes the average of the parameters.
+    use_ema: whether to write the average of the parameters.
 
   Returns:
     JSON-able: scores, with "params_sha256", "num_parameters", "uses_ema" and
@@ -76,22 +76,24 @@ def write(
     "output": str(output),
   }
   output.mkdir(parents=True, exist_ok=True)
-  # Not where weights were read from: all are here, and a path is the owner's.
+  # Without the path of the weights: all parameters are here, and a path is
+  # private.
   model = released.config.model.to_dict() | {"weights": ""}
   (output / _CONFIG).write_text(json.dumps({"model": model}, indent=2) + "\n")
   (output / _CARD).write_text(model_card.text(released, facts, name))
-  # Last, and renamed, so that no parameters are there without their card.
+  # Written last, and renamed, so that parameters never exist without their
+  # card.
   temporary = output / (_PARAMS + ".tmp")
   safetensors.save_file(flat, temporary, metadata=_metadata(facts))
-  # safetensors makes files for their owner alone; this one is as open as its
-  # siblings.
+  # safetensors makes files that only their owner can read; give this one the
+  # mode of the other files.
   temporary.chmod((output / _CARD).stat().st_mode & 0o777)
   os.replace(temporary, output / _PARAMS)
   return facts
 
 
 def load(directory: str | os.PathLike[str]) -> tuple[nn.Module, PyTree]:
-  """Reads what `write` wrote.
+  """Loads a model that `write` wrote.
 
   Returns:
     The model, which maps the inputs of one example to logits, and its
@@ -105,9 +107,9 @@ def load(directory: str | os.PathLike[str]) -> tuple[nn.Module, PyTree]:
 
 
 def _metadata(facts: dict[str, Any]) -> dict[str, str]:
-  """Kept in the file itself, since cards get lost; safetensors takes strings.
+  """Returns metadata for the file itself, since cards get lost.
 
-  Where there is no guarantee there is no number to quote.
+  safetensors takes strings. Without a guarantee there is no number to quote.
   """
   kept = {
     "format": "flax",

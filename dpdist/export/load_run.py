@@ -1,8 +1,8 @@
-"""What a run has released, looked at from outside: settings and parameters.
+"""Loads what a run has released, from outside: settings and parameters.
 
-Looking spends nothing. The ledger is read and never written, nothing is
-computed from an example that is protected, and a run whose record is not sound
-is refused, since nothing could be said of what its parameters cost.
+This spends nothing. The ledger is read and never written, and nothing is
+computed from a protected example. A run whose record is not sound is refused,
+since nothing could be said of the privacy of its parameters.
 """
 
 import json
@@ -40,14 +40,14 @@ class Released(NamedTuple):
   Attributes:
     config: the run's settings.
     ledger: its ledger, which is sound.
-    saved: which checkpoint.
+    saved: the checkpoint's record.
     model: maps inputs to logits.
     mesh: of this machine's devices.
-    state: the checkpoint, with all parameters of the model, the frozen ones
-      too; `ema_params` is None where the run keeps no average.
+    state: the checkpoint, with all parameters of the model, also the frozen
+      ones; `ema_params` is None if the run keeps no average.
     test: all held-out examples, arrays "inputs" and "targets".
-    environment: versions, code and devices that the run ended with; empty for
-      one that has not ended.
+    environment: versions, code and devices that the run ended with; empty if it
+      has not ended.
   """
 
   config: ml_collections.ConfigDict
@@ -71,8 +71,8 @@ def load(
 
   Args:
     workdir: the run's directory.
-    ledger: its ledger, to be read.
-    config: the run's settings; None: as the run left them.
+    ledger: its ledger, which is only read.
+    config: the run's settings; None: those in the run directory.
     step: of the checkpoint; None: the newest that is whole.
 
   Raises:
@@ -132,15 +132,15 @@ def check_sound(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> None:
 
 
 def evaluate(released: Released) -> dict[str, Any]:
-  """Held-out metrics of a checkpoint, and what the run has spent by now.
+  """Computes a checkpoint's held-out metrics, and what the run has spent.
 
   Returns:
-    JSON-able: "step", "test" and, of the average where there is one,
-    "test_ema"; "held_out_problems", by these names, where they are no better
-    than a constant guess's (see `dpdist.tasks.chance`); "num_test"; "epsilon",
-    "delta" and "guarantee" of the run, wherever it stops, which is not less
-    than of this checkpoint; and "epsilon_spent", the odometer's reading of what
-    it may have released so far.
+    JSON-able: "step", "test" and, for the average if there is one, "test_ema";
+    "held_out_problems", by these names, if they are no better than a constant
+    guess (see `dpdist.tasks.chance`); "num_test"; "epsilon", "delta" and
+    "guarantee" of the run, wherever it stops, which is not less than that of
+    this checkpoint; and "epsilon_spent", the odometer's value for what it may
+    have released so far.
   """
   _, ledger, saved, model, mesh, state, test, _ = released
   run = classification.evaluator(model, test, mesh)
@@ -164,7 +164,7 @@ def evaluate(released: Released) -> dict[str, Any]:
 def _find(
   workdir: pathlib.Path, ledger: ledger_lib.Ledger, step: int | None
 ) -> history.Saved:
-  """The newest checkpoint of a step that is there and whole."""
+  """Returns the newest whole checkpoint of a step."""
   folder = workdir / "checkpoints"
   there = [
     saved
@@ -204,7 +204,7 @@ def _check_settings(
 
 
 def _mesh(config: ml_collections.ConfigDict) -> Mesh:
-  """That of the run where it fits; looking may happen on another machine."""
+  """Returns the run's mesh if it fits this machine, which may be another."""
   try:
     return mesh_lib.make(config.mesh)
   except ValueError:

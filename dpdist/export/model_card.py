@@ -1,6 +1,6 @@
-"""The card of a model: what it is, what its privacy is, where it came from.
+"""Writes a model's card: what it is, its privacy, and where it came from.
 
-Markdown with YAML in front, the form that hubs of models read.
+The card is Markdown with YAML in front, the form that model hubs read.
 """
 
 import json
@@ -16,11 +16,11 @@ _TASKS = {1: "text-generation", 3: "image-classification"}
 
 
 def text(released: load_run.Released, facts: dict[str, Any], name: str) -> str:
-  """Returns the card.
+  """Returns the card of a model.
 
   Args:
     released: the checkpoint.
-    facts: as of `dpdist.export.load_run.evaluate`, with "params_sha256",
+    facts: from `dpdist.export.load_run.evaluate`, with "params_sha256",
       "num_parameters" and "uses_ema".
     name: of the model.
   """
@@ -47,7 +47,8 @@ def text(released: load_run.Released, facts: dict[str, Any], name: str) -> str:
     _table(
       [
         ("SHA-256 of the parameters", f"`{facts['params_sha256']}`"),
-        # Not of the data: who knows all examples but one could try for it.
+        # Not the data's digest: an attacker who knows all examples but one
+        # could test guesses.
         ("head of the ledger", f"`{released.ledger.head}`"),
         *_environment(released),
       ]
@@ -160,7 +161,7 @@ def _result_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _warning(facts: dict[str, Any]) -> str:
-  """What is wrong with the held-out metrics; "" if nothing is."""
+  """Returns what is wrong with the held-out metrics; "" if nothing is."""
   which = "test_ema" if facts["uses_ema"] else "test"
   found = facts.get("held_out_problems", {}).get(which, "")
   if not found:
@@ -172,7 +173,7 @@ def _warning(facts: dict[str, Any]) -> str:
 
 
 def _environment(released: load_run.Released) -> list[tuple[str, str]]:
-  """What the model was trained with, as far as is fit to be told."""
+  """Returns what the model was trained with, as far as it may be released."""
   told = released.environment
   if not told:
     return []

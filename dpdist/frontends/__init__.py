@@ -1,8 +1,8 @@
-"""Glue for the frameworks that models are written in, one module for each.
+"""Adapters for the frameworks of models, one module for each.
 
-The core knows none of them. Each module here is imported by its own name, and
-only then its framework: `from dpdist.frontends import keras`.
+The core imports none of the frameworks. Each module here is imported by its own
+name, and only then its framework: `from dpdist.frontends import keras`.
 
-Models that are plain functions need no glue: `dpdist.clipped_grad` and
+Models that are plain functions need no adapter: `dpdist.clipped_grad` and
 `dpdist.private_gradients` take any loss_fn(params, example[, rng]).
 """

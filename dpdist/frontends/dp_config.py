@@ -1,4 +1,4 @@
-"""The short way to a plan, in the words of Keras users.
+"""A short way to a plan, in the terms of Keras users.
 
     config = dpdist.DPConfig(
       epsilon=2.0, delta=1e-6, clipping_norm=1.0, batch_size=32,
@@ -6,8 +6,8 @@
     plan = config.make_plan()
 
 A step is a noisy update, however many mini-batches its gradients were added up
-from, and its examples are one draw of `effective_batch_size` on average: that
-is what is accounted. Imports no jax.
+from, and its examples are one draw of `effective_batch_size` on average: this
+is what the accountant counts. Imports no jax.
 """
 
 from collections.abc import Callable
@@ -23,7 +23,7 @@ _COUNT = (numbers.Integral, lambda x: x >= 1, "an int >= 1")
 _POSITIVE = (numbers.Real, lambda x: 0 < x < math.inf, "finite and > 0")
 _FLAG = (bool, lambda x: True, "True or False")
 
-# What an attribute is, what holds of it, and how to say so.
+# By attribute: what it is, its condition, and the words for the condition.
 _RULES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
   "epsilon": _POSITIVE,
   "delta": (
@@ -46,7 +46,7 @@ _RULES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DPConfig:
-  """What `fit` should do, and never overspend.
+  """The settings and the budget of a `fit`.
 
   Attributes:
     epsilon: the budget of all of train_steps, above 0.
@@ -56,13 +56,16 @@ class DPConfig:
     gradient_accumulation_steps: mini-batches of an update.
     train_steps: updates: not mini-batches.
     train_size: examples in the training set, a public number.
-    poisson_sampling_in_fit: whether each example is drawn for each update apart
-      from all others; else as many as effective_batch_size are, without
-      replacement, and the guarantee is for replacing one example by another.
+    poisson_sampling_in_fit: whether each example is drawn for each update
+      independently of all others. Otherwise exactly effective_batch_size
+      examples are drawn without replacement, and the guarantee is for replacing
+      one example by another.
     noise_multiplier: noise standard deviation over l2 sensitivity. None: the
-      least that epsilon allows. A given one that spends more is an error.
-    rescale_to_unit_norm: divide gradients and noise by clipping_norm.
-    microbatch_size: how many gradients are worked on at once. None: chosen.
+      least that epsilon allows. A given value that spends more is an error.
+    rescale_to_unit_norm: whether to divide gradients and noise by
+      clipping_norm.
+    microbatch_size: how many per-example gradients are computed at once. None:
+      chosen automatically.
     seed: fixes all randomness, for tests: a guarantee needs a secret. None: a
       secret from the operating system. Not shown in the repr.
 
@@ -114,11 +117,11 @@ class DPConfig:
 
   @property
   def effective_batch_size(self) -> int:
-    """Examples of an update on average."""
+    """Returns the examples of an update on average."""
     return self.batch_size * self.gradient_accumulation_steps
 
   def to_privacy_config(self) -> plan_lib.PrivacyConfig:
-    """The same in dpdist's terms."""
+    """Returns the same settings as a PrivacyConfig."""
     given = self.noise_multiplier
     return plan_lib.PrivacyConfig(
       num_examples=self.train_size,
@@ -132,7 +135,7 @@ class DPConfig:
     )
 
   def make_plan(self) -> plan_lib.PrivacyPlan:
-    """The numbers of a run, which spend at most epsilon.
+    """Returns the plan of a run, which spends at most epsilon.
 
     Raises:
       ValueError: no noise is enough.
@@ -140,8 +143,10 @@ class DPConfig:
     return plan_lib.make_plan(self.to_privacy_config())
 
   def clipping_options(self) -> dict[str, Any]:
-    """The rest of the settings, for `dpdist.clipped_grad` and for
-    `dpdist.private_gradients`."""
+    """Returns the other settings.
+
+    They are options of `dpdist.clipped_grad` and `dpdist.private_gradients`.
+    """
     return {
       "l2_clip_norm": self.clipping_norm,
       "rescale_to_unit_norm": self.rescale_to_unit_norm,
@@ -150,7 +155,7 @@ class DPConfig:
 
 
 def _sampling(is_poisson: bool) -> dict[str, Any]:
-  """What of a PrivacyConfig says how examples are drawn."""
+  """Returns the fields of a PrivacyConfig that say how examples are drawn."""
   if is_poisson:
     return {}
   return {"sampling": "fixed_size", "neighboring_relation": "replace_one"}

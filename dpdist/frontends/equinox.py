@@ -1,4 +1,4 @@
-"""The loss of one example of an Equinox module.
+"""Makes the loss of one example of an Equinox module.
 
     loss_fn, params = equinox.per_example_loss(
       model, lambda model, example, key: cross_entropy(
@@ -8,7 +8,7 @@
     ...
     model = eqx.combine(params, model)     # when training is over
 
-Importing this imports equinox, which is no requirement of dpdist.
+Importing this module imports equinox, which is no requirement of dpdist.
 """
 
 from collections.abc import Callable
@@ -35,7 +35,7 @@ def per_example_loss(
 
   Returns:
     loss_fn for `dpdist.clipped_grad` and `dpdist.private_gradients`, and the
-    parameters: the module with None in all other places.
+    parameters: the module with None in place of everything else.
 
   Raises:
     ValueError: the module has stateful layers, such as batch norm.

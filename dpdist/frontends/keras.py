@@ -15,9 +15,9 @@
     history = private.fit(x, y, validation_data=(x_test, y_test))
     print(private.epsilon(), private.plan.delta)
 
-`fit` is not Keras's: batches are drawn from the arrays by the plan's sampler
-and never shuffled, what counts is the noisy update and not the piece of a
-batch, and no update is made that the plan does not cover.
+This `fit` differs from Keras's: the plan's sampler draws batches from the
+arrays, and nothing is shuffled; steps count noisy updates and not parts of a
+batch; and no update is made that the plan does not cover.
 """
 
 from collections.abc import Sequence
@@ -64,35 +64,38 @@ def make_private(
 ) -> "PrivateModel":
   """Binds a Keras model to a privacy budget.
 
-  From here on the model's own `fit` and `train_on_batch` refuse to run. If
-  workdir holds the run already, the model and its optimizer take the state of
+  From then on the model's own `fit` and `train_on_batch` refuse to run. If
+  workdir holds the run already, the model and its optimizer get the state of
   its newest checkpoint.
 
   Args:
     model: a built and compiled keras.Model, on one device. The compiled metrics
       are computed on validation data alone.
-    config: the budget; equal to the one that the run in workdir began with. A
-      DPConfig brings microbatch_size, rescale_to_unit_norm and the seed, too.
+    config: the budget; must equal the one that the run in workdir began with. A
+      DPConfig also sets microbatch_size, rescale_to_unit_norm and the seed.
     workdir: a local directory for secret, ledger and checkpoints. It is a part
       of the guarantee: do not delete it to begin again on the same data.
-    chunk_size: examples on the device at once; a larger draw is worked on in
-      several chunks, with one update at the end. None: most draws fit into one.
+    chunk_size: examples on the device at once; a larger draw is computed in
+      several chunks, with one update at the end. None: a size that most draws
+      fit in.
     microbatch_size: see `dpdist.clipped_grad`; divides chunk_size.
-    rescale_to_unit_norm: divide gradients by the clip norm, noise included.
+    rescale_to_unit_norm: whether to divide gradients by the clip norm, noise
+      included.
     method: see `dpdist.clipped_grad`.
-    unsafe_metrics: also show the training loss, which is private. It voids the
-      guarantee, and the ledger says so.
-    sentinel_every: of so many updates one, by a secret choice, and the first of
-      each fit look for examples that are longer than their norms say; 0: none
-      does. See `dpdist.sensitivity.sentinel`.
-    insecure_seed: fixes every random stream, for tests; likewise.
+    unsafe_metrics: whether to show also the training loss, which is private. It
+      voids the guarantee, and the ledger says so.
+    sentinel_every: one update in so many, by a secret choice, and the first of
+      each fit check for examples whose gradients are longer than their computed
+      norms; 0: none does. See `dpdist.sensitivity.sentinel`.
+    insecure_seed: fixes every random stream, for tests. It voids the guarantee,
+      and the ledger says so.
 
   Returns:
     A PrivateModel.
 
   Raises:
-    ValueError: the model, the config or another argument cannot be used; it
-      says why, and what to use instead.
+    ValueError: the model, the config or another argument cannot be used; the
+      message says why, and what to use instead.
     dpdist.errors.LedgerError: the ledger in workdir is damaged.
     dpdist.errors.MismatchError: the run in workdir is of another
       model.
@@ -132,7 +135,7 @@ def _chunk_size(
   chunk_size: int | None,
   microbatch_size: int | None,
 ) -> int:
-  """Examples on the device at once, as given or chosen."""
+  """Returns the examples on the device at once, as given or chosen."""
   if chunk_size is None:
     batch = plan.expected_batch_size
     chunk_size = min(math.ceil(batch + 3 * math.sqrt(batch)), plan.num_examples)
@@ -150,7 +153,7 @@ def _chunk_size(
 
 
 class PrivateModel:
-  """A Keras model with a privacy budget; see `make_private`, which makes it.
+  """A Keras model with a privacy budget, made by `make_private`.
 
   Attributes:
     model: the Keras model: evaluate, predict and save it as usual.
@@ -179,18 +182,19 @@ class PrivateModel:
 
   @property
   def step(self) -> int:
-    """Updates made in the model, over all calls of `fit`."""
+    """Returns the updates made in the model, over all calls of `fit`."""
     return self._run.step
 
   def epsilon(self) -> float:
-    """What holds at plan.delta, wherever training stops: 0 before it begins.
+    """Returns the guarantee's epsilon at plan.delta; 0 before training begins.
 
-    Whoever stops early may have looked, and has the whole plan's epsilon.
+    It holds wherever training stops: whoever stops early may have looked at
+    results, and has the whole plan's epsilon.
     """
     return self._run.epsilon()
 
   def epsilon_spent(self) -> float:
-    """What the steps so far would have cost, had their number been fixed."""
+    """Returns the cost of the steps so far, had their number been fixed."""
     return self._run.epsilon_spent()
 
   def fit(
@@ -204,42 +208,40 @@ class PrivateModel:
     callbacks: Sequence[Any] | None = None,
     verbose: int = 0,
   ) -> Any:
-    """Trains on, under the budget.
+    """Trains further, under the budget.
 
-    The state is saved after every epoch, and when an error or Ctrl-C ends it.
-    A killed process loses, and has spent, the steps since, and those that were
-    charged ahead, up to a hundredth of the plan; an error or Ctrl-C gives those
-    back, but for the one that it came in.
+    The state is saved after every epoch, and when an error or Ctrl-C ends it. A
+    killed process loses the steps since then, and has spent them as well as
+    those that were charged ahead, up to a hundredth of the plan; an error or
+    Ctrl-C gives the latter back, except the step that it interrupted.
 
     Arrays that stay on disk (`numpy.load(..., mmap_mode="r")`) must not be
     changed meanwhile. If they are, the steps since the last epoch are neither
-    saved nor taken into the model, and the record is void.
+    saved nor kept in the model, and the record is void.
 
     Args:
       x: all private examples: an array, or a pytree of arrays, of leading axis
-        plan.num_examples. The same in every call.
-      y: their targets, likewise.
-      epochs: how many. None: until the budget is spent.
-      steps_per_epoch: updates in each. None: as many as draw num_examples
+        plan.num_examples. It must be the same in every call.
+      y: their targets, in the same form.
+      epochs: how many epochs. None: until the budget is spent.
+      steps_per_epoch: updates in each epoch. None: as many as draw num_examples
         examples on average.
       validation_data: (x, y) of public or held-out examples, evaluated after
-        each epoch. Its metrics are released as they are.
-      callbacks: of Keras, told of the begin and end of training and epochs.
-        They get the held-out metrics; training has none that may be shown.
+        each epoch. Its metrics are released without noise.
+      callbacks: Keras callbacks, called at the begin and end of training and
+        epochs. They get the held-out metrics; no training metric may be shown.
       verbose: 1 prints a line for each epoch.
 
     Returns:
       keras.callbacks.History of the held-out metrics ("val_...").
 
     Raises:
-      ValueError: epochs * steps_per_epoch is more than the budget has left; x
-        or y is not what was planned for; nothing is spent then.
-      dpdist.errors.LedgerError: another process trains, or has trained
-        on.
+      ValueError: epochs * steps_per_epoch is more than the budget has left, or
+        x or y does not fit the plan. Nothing is spent then.
+      dpdist.errors.LedgerError: another process trains, or has trained further.
       dpdist.errors.ChangedError: files of x or y were changed meanwhile.
-      dpdist.errors.SensitivityError: clipping does not bound what
-        an example
-        can do; before an update is charged, or after one that is saved.
+      dpdist.errors.SensitivityError: clipping does not bound what an example
+        can do; raised before an update is charged, or after one that is saved.
     """
     data = keras_data.Arrays(x, y, self.plan.num_examples)
     ends = self._ends(epochs, steps_per_epoch)
@@ -275,7 +277,7 @@ class PrivateModel:
     return self.model.history
 
   def _zeros(self) -> compensated.Sum:
-    """An empty sum of gradients."""
+    """Returns an empty sum of gradients."""
     return compensated.zeros_like(
       [
         jax.ShapeDtypeStruct(v.shape, jnp.promote_types(v.dtype, jnp.float32))
@@ -286,7 +288,7 @@ class PrivateModel:
   def _check_sensitivity(
     self, data: keras_data.Arrays, zeros: compensated.Sum
   ) -> None:
-    """Looks at what an example can do, once for all fits."""
+    """Checks what an example can do, once for all fits."""
     if self._is_checked:
       return
     keras_sentinel.check(
@@ -299,12 +301,12 @@ class PrivateModel:
     self._is_checked = True
 
   def _rehearse(self, data: keras_data.Arrays, zeros: compensated.Sum) -> None:
-    """Makes a step of made-up zeros: what fails, fails before it is charged."""
+    """Makes a step of zeros, so that failures come before a charge."""
     chunk, padding = next(data.chunks(np.zeros(0, np.int64), self._chunk_size))
     chunk = jax.tree.map(np.zeros_like, chunk)
     state, key = self._state(), jax.random.key(0)
     total: compensated.Sum = zeros
-    for row in range(2):  # Other programs run at a second call than at a first.
+    for row in range(2):  # A second call runs other programs than the first.
       total, *_ = self._accumulate(
         *(state["trainable"], state["non_trainable"], total),
         *(chunk, padding, key, jnp.int32(row)),
@@ -316,7 +318,7 @@ class PrivateModel:
     )
 
   def _ends(self, epochs: int | None, steps_per_epoch: int | None) -> list[int]:
-    """The step at which each epoch ends."""
+    """Returns the step at which each epoch ends."""
     for name, value in (
       ("epochs", epochs),
       ("steps_per_epoch", steps_per_epoch),
@@ -342,7 +344,7 @@ class PrivateModel:
     zeros: compensated.Sum,
     stop: int,
   ) -> float:
-    """Makes the updates before stop; returns the mean loss, not private."""
+    """Makes the updates before stop; returns the mean loss, still private."""
     sampler = session.streams.sampler(self.plan)
     noise_key = session.streams.key("noise")
     # Few durable records, and little lost if the process is killed.
@@ -392,7 +394,7 @@ class PrivateModel:
             )
           )
     finally:
-      # Also after an error or Ctrl-C: what was computed is paid for.
+      # Also after an error or Ctrl-C: what was computed is charged.
       session.check_data(data.source.changed_files)
       self._assign(trainable, optimizer)
       if step > self.step:

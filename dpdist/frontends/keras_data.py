@@ -1,4 +1,4 @@
-"""The private examples of a Keras fit, in memory or mapped."""
+"""Holds the private examples of a Keras fit, in memory or mapped."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +16,7 @@ class Arrays:
   """The private examples, in memory or mapped.
 
   Attributes:
-    source: the same examples; knows of changes of their files.
+    source: the same examples; detects changes of their files.
   """
 
   def __init__(self, x: PyTree, y: PyTree, num_examples: int):
@@ -35,11 +35,11 @@ class Arrays:
     )
 
   def example(self) -> tuple[PyTree, PyTree]:
-    """One example's shapes."""
+    """Returns the shapes of one example."""
     return jax.eval_shape(lambda t: jax.tree.map(lambda a: a[0], t), self._tree)
 
   def largest(self) -> tuple[PyTree, PyTree]:
-    """Of each array's integers."""
+    """Returns the largest integers of each array."""
     largest: tuple[PyTree, PyTree] = jax.tree.map(
       sentinel.largest_integer, self._tree
     )

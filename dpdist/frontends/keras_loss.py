@@ -1,6 +1,6 @@
-"""The loss of one example of a Keras 3 model.
+"""Makes the loss of one example of a Keras 3 model.
 
-Importing this imports keras, on its JAX backend.
+Importing this module imports keras, on its JAX backend.
 """
 
 from collections.abc import Callable
@@ -38,10 +38,10 @@ keras = _import_keras()
 def per_example_loss(
   model: Any, non_trainable: list[jax.Array]
 ) -> Callable[..., jax.Array]:
-  """The loss of one example, without its batch axis.
+  """Returns the loss of one example, without its batch axis.
 
-  An example goes through the model alone, as a batch of one, so that no layer
-  can mix it with others. Its randomness (dropout and the like) is a function of
+  The model is applied to each example alone, as a batch of one, so that no
+  layer can mix examples. Its randomness (dropout and the like) is a function of
   its own key.
 
   Args:
@@ -69,14 +69,14 @@ def per_example_loss(
 def changed_state(
   model: Any, example: tuple[PyTree, PyTree]
 ) -> list[tuple[str, str]]:
-  """State that a training call of the model changes, seeds left out.
+  """Lists the state that a training call changes, without seeds.
 
   Args:
     model: compiled and built.
     example: arrays or shapes of one example (x, y), without the batch axis.
 
   Returns:
-    (path of the variable, its shape) of each.
+    (path, shape) of each variable.
   """
   variables = model.non_trainable_variables
   trainable = [jax.typeof(v.value) for v in model.trainable_variables]
@@ -95,7 +95,7 @@ def changed_state(
 
 
 def is_seed(variable: Any) -> bool:
-  """Whether a variable is the state of a keras.random.SeedGenerator."""
+  """Returns whether a variable is the state of a keras.random.SeedGenerator."""
   return (
     variable.name == "seed_generator_state"
     and tuple(variable.shape) == (2,)
@@ -106,7 +106,7 @@ def is_seed(variable: Any) -> bool:
 def _seeded(
   non_trainable: list[jax.Array], seeds: list[bool], rng: jax.Array
 ) -> list[jax.Array]:
-  """The state with seeds that belong to one example."""
+  """Returns the state with seeds that belong to one example."""
   return [
     jax.random.key_data(jax.random.fold_in(rng, i)) if is_one else value
     for i, (value, is_one) in enumerate(zip(non_trainable, seeds, strict=True))

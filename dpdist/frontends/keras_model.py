@@ -1,4 +1,4 @@
-"""Which Keras 3 models can be trained privately, and what the others lack."""
+"""Checks which Keras 3 models can be trained privately, and says why not."""
 
 from typing import Any
 import warnings
@@ -13,10 +13,10 @@ keras = keras_loss.keras
 
 
 def check(model: Any) -> None:
-  """Refuses a model that cannot be trained privately, and builds the rest.
+  """Refuses a model that cannot be trained privately, and builds the others.
 
   Raises:
-    ValueError: says what is wrong, and what to use instead.
+    ValueError: the message says what is wrong, and what to use instead.
   """
   if not isinstance(model, keras.Model):
     raise ValueError(f"model must be a keras.Model, got {model!r}")
@@ -64,7 +64,7 @@ def check(model: Any) -> None:
 
 
 def refuse_changing_state(model: Any, example: tuple[PyTree, PyTree]) -> None:
-  """Refuses state that a training call changes.
+  """Refuses a model whose training calls change its state.
 
   Args:
     model: checked.
@@ -82,7 +82,7 @@ def refuse_changing_state(model: Any, example: tuple[PyTree, PyTree]) -> None:
 
 
 def refuse(name: str, *unused: Any, **also_unused: Any) -> None:
-  """What stands in the place of a method that would train without privacy."""
+  """Replaces a method that would train without privacy."""
   raise RuntimeError(
     f"model.{name} would train without privacy: use fit of what"
     " dpdist.frontends.keras.make_private returned"
@@ -90,7 +90,7 @@ def refuse(name: str, *unused: Any, **also_unused: Any) -> None:
 
 
 def _take_metrics_from_loss_weights(model: Any) -> None:
-  """Compiles anew where metrics came in the place that they had in Keras 2."""
+  """Recompiles a model that got metrics in their Keras 2 place."""
   # model.get_compile_config() would write all of it out as text.
   settings = getattr(getattr(model, "_compile_config", None), "config", {})
   names = jax.tree.leaves(settings.get("loss_weights"))

@@ -1,5 +1,4 @@
-"""A Keras fit that watches its own sensitivity; see
-`dpdist.sensitivity.sentinel`."""
+"""Checks the sensitivity of a Keras fit; see `dpdist.sensitivity.sentinel`."""
 
 from collections.abc import Callable, Iterator
 import functools
@@ -34,17 +33,17 @@ def check(
   most: int,
   is_watched: bool,
 ) -> None:
-  """Holds the sums that a fit will make against `jax.grad`.
+  """Compares the sums that a fit will make with `jax.grad`.
 
   Args:
-    model: of Keras.
-    clipped_grad: from what is not trained.
-    accumulate: as compiled.
+    model: the Keras model.
+    clipped_grad: maps the non-trainable values to the clipped gradient.
+    accumulate: the compiled function.
     state: of the model.
     zeros: an empty sum.
-    data: of which shapes and the largest integers are looked at.
-    chunk_size: examples at once.
-    most: examples that there are.
+    data: the examples, of which only shapes and largest integers are used.
+    chunk_size: examples that are computed at once.
+    most: the number of examples.
     is_watched: whether watched updates will be made too.
 
   Raises:
@@ -96,7 +95,7 @@ def fault(
   data: keras_data.Arrays,
   found: np.ndarray,
 ) -> str:
-  """What to say of what a watched update found, a number a parameter."""
+  """Describes what a watched update found, one number for each parameter."""
   return sentinel.fault(
     clipped_grad(state["non_trainable"]),
     state["trainable"],

@@ -1,4 +1,4 @@
-"""The functions that a Keras fit compiles: of a chunk, and of an update."""
+"""The functions that a Keras fit compiles, for a chunk and for an update."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,10 +18,10 @@ PyTree = Any
 
 
 class Functions(NamedTuple):
-  """What an update is made of; the last two are compiled.
+  """The functions of an update; the last two are compiled.
 
   Attributes:
-    clipped_grad: from what is not trained.
+    clipped_grad: maps the non-trainable values to the clipped gradient.
     accumulate: adds a chunk's clipped sum, and returns its loss and what a
       watched step saw.
     update: draws the noise and lets the optimizer step.
@@ -35,10 +35,10 @@ class Functions(NamedTuple):
 def of(
   model: Any, plan: plan_lib.PrivacyPlan, options: dict[str, Any]
 ) -> Functions:
-  """The functions of a model.
+  """Makes the functions of a model.
 
   Args:
-    model: of Keras.
+    model: the Keras model.
     plan: the numbers.
     options: for `dpdist.clipped_grad`.
   """

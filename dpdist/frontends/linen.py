@@ -1,4 +1,4 @@
-"""The loss of one example of a Flax Linen module.
+"""Makes the loss of one example of a Flax Linen module.
 
 loss_fn = linen.per_example_loss(
   model, lambda logits, example: cross_entropy(logits, example["label"]),
@@ -27,23 +27,23 @@ def per_example_loss(
   has_batch_axis: bool = False,
   **call: Any,
 ) -> Callable[..., jax.Array]:
-  """Makes loss_fn(params, example, rng=None) of a module.
+  """Makes loss_fn(params, example, rng=None) from a module.
 
   Args:
     model: a module whose only variables are "params".
     loss: (outputs, example) -> a number, for one example.
-    inputs: from an example to what the module is called with.
-    rngs: names of the random streams that it uses; each gets a key of its own,
-      from the example's. Without an rng it gets none.
-    has_batch_axis: whether the module expects one; it then sees a batch of one,
-      and loss its only row.
-    **call: handed on to the module, such as train=True.
+    inputs: maps an example to the module's arguments.
+    rngs: names of the random streams that the module uses; each gets a key of
+      its own, from the example's. Without an rng it gets no keys.
+    has_batch_axis: whether the module expects a batch axis; it then gets a
+      batch of one, and loss gets its only row.
+    **call: passed to the module, such as train=True.
 
   Returns:
     loss_fn for `dpdist.clipped_grad` and `dpdist.private_gradients`.
 
   Raises:
-    ValueError: on a call, if the module has, or changes, variables other than
+    ValueError: on a call, if the module has or changes variables other than
       parameters, as batch norm does.
   """
 

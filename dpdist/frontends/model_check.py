@@ -1,16 +1,16 @@
-"""What in a model is unsafe to train privately, found before a step is spent.
+"""Finds what in a model is unsafe to train privately, before a step is spent.
 
     for finding in dpdist.check_model(
       model, loss_fn=loss_fn, params=params, batch=batch
     ):
       print(finding)
 
-The loss is looked at as a traced program, whatever framework it was written in,
-and the model by walking through its modules, where its framework is known:
-Flax Linen, Flax NNX, Equinox or Keras. None of them is imported for it.
+The loss is checked as a traced program, whatever framework it was written in.
+The model is checked module by module, if its framework is known: Flax Linen,
+Flax NNX, Equinox or Keras. None of them is imported for it.
 
-An empty list is no proof. What bounds an example's influence is the clipping,
-which takes one example at a time; here is found what would raise an error
+An empty list is no proof. Only the clipping bounds an example's influence, as
+it takes one example at a time. This check finds what would raise an error
 there, or train badly without one.
 """
 
@@ -47,12 +47,12 @@ _DRAWS = ("random_bits", "threefry2x32", "rng_bit_generator")
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-  """One thing that is unsafe.
+  """One unsafe part of a model or loss.
 
   Attributes:
-    what: is there.
-    where: in the model, its parameters or its loss.
-    why: it matters.
+    what: what was found.
+    where: its place in the model, its parameters or its loss.
+    why: why it matters.
     instead: what would be right.
   """
 
@@ -77,12 +77,12 @@ def check_model(
   """Lists what is unsafe in a model, in its loss, or in both.
 
   Args:
-    model: a module of Flax Linen, Flax NNX, Equinox or Keras. None: the loss
-      alone is looked at.
-    *inputs: what a Linen module is called with for one example, since it is
-      only known by a call; shapes are enough. Other modules need none.
-    loss_fn: as for `dpdist.clipped_grad`: (params, example[, rng]) -> loss.
-      None: the model alone is looked at.
+    model: a module of Flax Linen, Flax NNX, Equinox or Keras. None: only the
+      loss is checked.
+    *inputs: arguments of a Linen module for one example, since it can only be
+      checked in a call; shapes are enough. Other modules need none.
+    loss_fn: (params, example[, rng]) -> loss, for `dpdist.clipped_grad`. None:
+      only the model is checked.
     params: with loss_fn, the initial parameters.
     batch: with loss_fn, some examples; only their shapes matter.
     rng: with loss_fn, a PRNG key if it takes one.
@@ -92,7 +92,7 @@ def check_model(
     Findings; none if nothing was found.
 
   Raises:
-    ValueError: there is nothing to look at.
+    ValueError: there is nothing to check.
   """
   if model is None and loss_fn is None:
     raise ValueError("model or loss_fn must be given, got neither")
@@ -106,7 +106,7 @@ def check_model(
 
 
 def of_params(params: PyTree) -> Iterator[Finding]:
-  """Findings on values: what is no number, or not finite."""
+  """Yields findings on values: what is no number, or not finite."""
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     where = f"params{jax.tree_util.keystr(path)}"
     dtype = jnp.result_type(leaf)
@@ -252,7 +252,7 @@ def _of_linen(
     variables = jax.eval_shape(model.init, keys, *inputs)
   for path in batch_norms:
     yield _batch_norm("flax.linen", "BatchNorm", path)
-  # Of what every call may change; sown intermediates are thrown away.
+  # Collections that any call may change; sown intermediates are dropped.
   for name in sorted({*variables} - {"params", "batch_stats", "intermediates"}):
     yield Finding(
       f"a mutable collection {name!r}",

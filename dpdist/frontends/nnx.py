@@ -1,4 +1,4 @@
-"""The loss of one example of a Flax NNX module.
+"""Makes the loss of one example of a Flax NNX module.
 
 loss_fn, params = nnx.per_example_loss(
   model, lambda model, example: cross_entropy(model(example[0]), example[1])
@@ -24,8 +24,8 @@ def per_example_loss(
   """Splits a module into loss_fn(params, example, rng=None) and parameters.
 
   Args:
-    model: a module whose only state are nnx.Params and random streams. It is
-      left as it is.
+    model: a module whose only state is nnx.Params and random streams. It is not
+      changed.
     loss: (model, example) -> a number, for one example without a batch axis.
 
   Returns:
@@ -33,8 +33,8 @@ def per_example_loss(
     parameters. Random streams begin anew for each example, from its rng.
 
   Raises:
-    ValueError: the module has other state, as batch norm does. On a call: the
-      module has random streams, and no rng came.
+    ValueError: the module has other state, as batch norm does; or, on a call,
+      it has random streams and no rng was given.
   """
   graph, *states = nnx.split(model, nnx.Param, nnx.RngState, ...)
   params, streams, others = states
@@ -66,7 +66,7 @@ def per_example_loss(
 
 
 def _reseeded(streams: nnx.State, rng: jax.Array) -> nnx.State:
-  """The streams' keys, each from rng; their counts at 0."""
+  """Returns streams with keys made from rng, and counts at 0."""
   numbers = iter(range(len(jax.tree.leaves(streams))))
 
   def fresh(path: Any, variable: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a data set's budget consists of, and the records that it is read from.
+"""The terms of a data set's budget, and the records that it is read from.
 
 Imports no jax.
 """
@@ -12,7 +12,7 @@ from dpdist.accounting import rdp
 _FORMAT = 1
 _MAKE = {"epsilon": float, "delta": float, "neighboring_relation": str}
 _GROW = {"stake": str, "cost": float, "head": str}
-# What a record of each kind must say.
+# The fields that a record of each kind must have.
 FIELDS: dict[str, dict[str, type]] = {
   "make": {
     **{"format": int, "data": str, **_MAKE, "order": int, "divergence": float}
@@ -38,7 +38,7 @@ class Terms:
     delta: in (0, 1).
     neighboring_relation: of every run.
     order: the Renyi order at which costs are added up.
-    divergence: their largest sum.
+    divergence: the largest sum of costs.
   """
 
   epsilon: float
@@ -54,8 +54,9 @@ class Stake:
 
   Attributes:
     label: for people.
-    cost: the divergence that its plan can come to, or did if it was ended.
-    head: of its ledger, as told last.
+    cost: the largest divergence of its plan; for a run that was ended, what it
+      spent.
+    head: of its ledger, as last recorded here.
     is_ended: whether the rest was given back.
   """
 
@@ -67,12 +68,12 @@ class Stake:
 
 @dataclasses.dataclass(frozen=True)
 class Reservation:
-  """Room for runs to come.
+  """Budget that is kept for runs to come.
 
   Attributes:
     label: for people, and for runs to refer to it; unique.
-    cost: the divergence of each.
-    free: how many may still come.
+    cost: the divergence of each run.
+    free: how many runs may still come.
   """
 
   label: str
@@ -81,15 +82,15 @@ class Reservation:
 
 
 def write_terms(terms: Terms, data: str) -> dict[str, Any]:
-  """What the record says that makes the budget of a data set."""
+  """Returns the record that makes the budget of a data set."""
   return {"format": _FORMAT, "data": data, **dataclasses.asdict(terms)}
 
 
 def read_terms(record: Mapping[str, Any], data: str) -> Terms:
-  """The terms of such a record, once they were checked.
+  """Checks the record that makes a budget, and returns its terms.
 
   Raises:
-    ValueError: it is of another format or data set, or says what cannot be.
+    ValueError: it is of another format or data set, or has an impossible value.
   """
   if record["format"] != _FORMAT or record["data"] != data:
     raise ValueError("another format, or another data set")
@@ -105,10 +106,10 @@ def read_terms(record: Mapping[str, Any], data: str) -> Terms:
 
 
 def best_order(epsilon: float, delta: float) -> tuple[int, float]:
-  """The order that leaves most room, and the divergence that fits in it.
+  """Returns the order at which most steps fit, and the divergence that fits.
 
-  A step's divergence grows about in proportion to the order, so the most steps
-  fit where the budget's divergence over the order is largest.
+  A step's divergence grows about in proportion to the order, so most steps fit
+  where the budget's divergence over the order is largest.
   """
   room = {
     order: rdp.largest_divergence(order, epsilon, delta)

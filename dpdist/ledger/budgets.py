@@ -1,4 +1,4 @@
-"""The budgets under one root: finds a data set's, or makes it.
+"""Finds or makes a data set's budget, among the budgets under one root.
 
 Imports no jax.
 """
@@ -16,26 +16,26 @@ def find(
   data: str,
   earlier: Callable[[], Sequence[str]] = tuple,
 ) -> data_budget.DataBudget:
-  """The budget of a data set, also if it was made by an earlier release.
+  """Finds the budget of a data set, also if an earlier release made it.
 
-  That one may have called the data by another manifest, in which the names of
-  files had a part. So that they may change from now on, it is written down that
-  the two are the same. Where earlier releases made several for one content, as
-  for an .npz and an ArrayRecord of it, nothing holds the sum of what they
-  allow: then nothing is spent from any.
+  An earlier release may have identified the data by another manifest, one that
+  depends on the names of files. So that files may be renamed from now on, a
+  record says that the two are the same. Earlier releases may have made several
+  budgets for one content, as for an .npz and an ArrayRecord of it. Then nothing
+  bounds the sum of what they allow, and nothing is spent from any of them.
 
   Args:
-    root: as in `dpdist.ledger.data_budget.DataBudget`.
-    data: as in `dpdist.ledger.data_budget.DataBudget`.
-    earlier: returns other manifests of the same content, as
-      `dpdist.data.sources.earlier_digests` does; called only if it matters.
+    root: see `dpdist.ledger.data_budget.DataBudget`.
+    data: see `dpdist.ledger.data_budget.DataBudget`.
+    earlier: returns other manifests of the same content, like
+      `dpdist.data.sources.earlier_digests`; called only if it matters.
 
   Returns:
     The budget; its terms are None if there is none yet.
 
   Raises:
-    RefusedError: what was written down as the same is gone; or the data set has
-      several budgets.
+    RefusedError: the budget that was recorded as the same is gone, or the data
+      set has several budgets.
   """
   budget = data_budget.DataBudget(root, data)
   if budget.same_as:
@@ -48,7 +48,7 @@ def find(
   else:
     kept = budget
   found = {} if kept.terms is None else {kept.data: kept}
-  # Reading all of the data can be spared where no other budget is there.
+  # If there is no other budget, the data need not all be read.
   if {*records.folders(root)} - {data, kept.data}:
     for other in {*earlier()} - {data, *found}:
       if (made := data_budget.DataBudget(root, other)).terms is not None:
@@ -80,21 +80,22 @@ def open_or_make(
   earlier: Callable[[], Sequence[str]] = tuple,
   tell: Callable[[str], None] = lambda line: None,
 ) -> data_budget.DataBudget:
-  """Opens a data set's budget; makes it if both numbers are given.
+  """Opens a data set's budget; makes it if epsilon and delta are given.
 
   Args:
-    root: as in `dpdist.ledger.data_budget.DataBudget`.
-    data: as in `dpdist.ledger.data_budget.DataBudget`.
-    epsilon: as in `dpdist.ledger.data_budget.DataBudget.make`; None: the
-      budget must be there.
-    delta: likewise.
-    neighboring_relation: as in `dpdist.ledger.data_budget.DataBudget.make`.
-    earlier: as in `find`.
-    tell: is called with a line of text where a budget is made beside others: it
-      may be that the data set has one, and was changed since.
+    root: see `dpdist.ledger.data_budget.DataBudget`.
+    data: see `dpdist.ledger.data_budget.DataBudget`.
+    epsilon: see `dpdist.ledger.data_budget.DataBudget.make`; None: the budget
+      must exist.
+    delta: see `dpdist.ledger.data_budget.DataBudget.make`; None: the budget
+      must exist.
+    neighboring_relation: see `dpdist.ledger.data_budget.DataBudget.make`.
+    earlier: see `find`.
+    tell: is called with a line of text if a budget is made beside others: the
+      data set may have one of them, and have been changed since.
 
   Raises:
-    ValueError: the budget is not there, and a number is missing.
+    ValueError: the budget does not exist, and a number is missing.
     RefusedError: it has other terms.
     dpdist.errors.LedgerError: it is damaged.
   """
@@ -124,10 +125,10 @@ def open_or_make(
 
 
 def all_below(root: str | os.PathLike[str]) -> list[data_budget.DataBudget]:
-  """The budgets of all data sets under a root.
+  """Returns the budgets of all data sets under a root.
 
   Raises:
-    ValueError: root is no place for them.
+    ValueError: root cannot hold budgets.
     dpdist.errors.LedgerError: one of them is damaged.
   """
   return [data_budget.DataBudget(root, data) for data in records.folders(root)]

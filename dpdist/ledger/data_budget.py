@@ -1,26 +1,27 @@
 """One privacy budget for a data set, shared by all runs on it.
 
-What people whose data it is care about is what all runs on it release together,
-not what one of them does. A data set's budget is a log that these runs share,
-under a common root and the SHA-256 of the training set's content.
+The people that the data is about are affected by what all runs on it release
+together, not by one run alone. A data set's budget is a log that these runs
+share, under a common root and the SHA-256 of the training set's content.
 
 Guarantees:
   * All or nothing. Before its first step a run reserves all that its plan can
-    spend, or is refused. So does a search: `reserve` keeps room for its runs,
-    all of them or none.
-  * What is reserved adds up. Which run comes next is chosen after a look at
-    those before, so costs are Renyi divergences at one order, fixed when the
-    budget is made (see `dpdist.privacy.composition`), and their sum is held
-    against it.
-  * Copies are charged. A run follows its ledger's head into the budget at every
-    start and every charge. A copy of its directory that goes on by itself lacks
-    the head that was told last, and reserves for itself; so does the original
-    once a copy went on in its place, before its next step.
-  * Given back is only what can never be released: what a run left that was
-    ended for good, and room for runs that never came.
+    spend, or is refused. So does a search over settings: `reserve` keeps budget
+    for its runs, for all of them or none.
+  * Reserved costs add up. Each run may be chosen after a look at the runs
+    before it, so costs are Renyi divergences at one order, fixed when the
+    budget is made (see `dpdist.privacy.composition`), and their sum may not
+    exceed the budget's.
+  * Copies are charged. A run records its ledger's head in the budget at every
+    start and every charge. If a copy of its directory goes on by itself, the
+    copy lacks the head that was recorded last, and must reserve for itself;
+    once a copy has gone on in its place, so must the original, before its next
+    step.
+  * Only what can never be released is given back: what a run that was ended for
+    good did not spend, and budget kept for runs that never came.
 
-Other data has another budget. Where two data sets share examples, it is for
-their owner to count them together.
+Other data has another budget. If two data sets share examples, their owner must
+count the two budgets together.
 
 Imports no jax.
 """
@@ -41,10 +42,10 @@ from dpdist.ledger import ledger as ledger_lib
 from dpdist.ledger import records
 from dpdist.privacy import plan as plan_lib
 
-# What rounding may make a sum of costs that fits look like.
+# How far rounding may raise a sum of costs that fits.
 _ROUNDING = 1e-9
-# How much dearer a run may be than the one its room is kept for: some units in
-# the last digit of a noise multiplier that another machine calibrated.
+# How much more a run may cost than its reservation: some units in the last
+# digit of a noise multiplier that another machine calibrated.
 _CALIBRATION = 1e-4
 
 
@@ -52,8 +53,8 @@ class DataBudget:
   """The budget of one data set. Any process may read and write it.
 
   Attributes:
-    terms: None before it is made.
-    same_as: the manifest that the budget was made under, if that is another.
+    terms: None before the budget is made.
+    same_as: the manifest that the budget was made under, if it is another.
     stakes: by a random name.
     reservations: by label.
   """
@@ -67,26 +68,26 @@ class DataBudget:
       data: the manifest of the training set, hex.
 
     Raises:
-      ValueError: root is neither.
+      ValueError: root is neither a local path nor a URL.
       dpdist.errors.LedgerError: a record is missing, altered or out of
         order.
     """
     self.root = os.fspath(root)
     if "://" not in self.root:
-      # So that a run finds it from wherever it is started.
+      # Absolute, so that a run finds it from any working directory.
       self.root = os.path.abspath(self.root)
     self.data = data
     self.terms: budget_records.Terms | None = None
     self.same_as = ""
     self.stakes: dict[str, budget_records.Stake] = {}
     self.reservations: dict[str, budget_records.Reservation] = {}
-    # The stake of this process's run, and the head that it told last.
+    # The stake of this process's run, and the head that it last recorded.
     self._mine, self._told = "", ""
     self._log = records.Log(self.root.rstrip("/") + "/" + data, self._take)
 
   @property
   def reserved(self) -> float:
-    """The sum of all costs, a divergence."""
+    """Returns the sum of all costs, a divergence."""
     return math.fsum(
       [
         *(stake.cost for stake in self.stakes.values()),
@@ -96,20 +97,21 @@ class DataBudget:
 
   @property
   def epsilon(self) -> float:
-    """What all that is reserved comes to."""
+    """Returns the epsilon of all that is reserved."""
     terms, cost = self._terms, self.reserved
     return rdp.epsilon_at(terms.order, cost, terms.delta) if cost else 0.0
 
   def share(self, cost: float) -> float:
-    """A cost as a part of the whole budget.
+    """Returns a cost as a part of the whole budget.
 
-    Shares add up. Epsilons do not: most of that of a single small run is what
-    turning a divergence into an epsilon takes, which is paid once for all.
+    Shares add up. Epsilons do not: most of the epsilon of a single small run
+    comes from turning a divergence into an epsilon, which is paid once for all
+    runs.
     """
     return cost / self._terms.divergence
 
   def cost(self, parts: Sequence[plan_lib.Part]) -> float:
-    """The divergence of parts of a run, at the budget's order."""
+    """Returns the divergence of parts of a run, at the budget's order."""
     for plan, _ in parts:
       if plan.neighboring_relation != self._terms.neighboring_relation:
         raise errors.RefusedError(
@@ -130,7 +132,7 @@ class DataBudget:
   def make(
     self, *, epsilon: float, delta: float, neighboring_relation: str
   ) -> None:
-    """Makes the budget, or holds these terms against the one that there is.
+    """Makes the budget, or compares these terms with those it already has.
 
     Args:
       epsilon: of all runs together, above 0.
@@ -155,7 +157,8 @@ class DataBudget:
     def decide() -> tuple[str, Mapping[str, Any]] | None:
       if self.terms is None:
         return "make", budget_records.write_terms(terms, self.data)
-      # Not what was computed: another machine may round otherwise.
+      # Compares what was given, not what was computed from it: another machine
+      # may round otherwise.
       if (epsilon, delta, neighboring_relation) != (
         self.terms.epsilon,
         self.terms.delta,
@@ -172,10 +175,10 @@ class DataBudget:
     self._log.propose(decide)
 
   def refer_to(self, data: str) -> None:
-    """Writes down that the budget is the one of another manifest.
+    """Records that this budget is the one of another manifest.
 
     Raises:
-      RefusedError: there is one of this.
+      RefusedError: this manifest has a budget of its own.
     """
 
     def decide() -> tuple[str, Mapping[str, Any]] | None:
@@ -192,14 +195,14 @@ class DataBudget:
     self._slot(cost, reservation)
 
   def reserve(self, label: str, cost: float, count: int) -> None:
-    """Keeps room for runs to come, for all of them or for none.
+    """Keeps budget for runs to come, for all of them or for none.
 
-    With a little to spare for each, as calibrations differ.
+    Keeps a little more for each, since calibrations differ.
 
     Args:
       label: a name that no reservation has yet.
       cost: the divergence of each run.
-      count: how many there are, at least 1.
+      count: how many runs there are, at least 1.
 
     Raises:
       ValueError: an argument is not as described.
@@ -222,7 +225,7 @@ class DataBudget:
     self._log.propose(decide)
 
   def cancel(self, label: str) -> None:
-    """Gives back the room of a reservation whose runs never came.
+    """Gives back a reservation whose runs never came.
 
     Raises:
       ValueError: there is no such reservation.
@@ -242,16 +245,16 @@ class DataBudget:
     label: str,
     reservation: str = "",
   ) -> str:
-    """Reserves all that a run may spend; called at its every start.
+    """Reserves all that a run may spend; must be called at its every start.
 
-    The run is this process's from then on.
+    From then on, it is the run that this process writes.
 
     Args:
       ledger: of the run, acquired by this process.
-      parts: what it will have spent when its plan is.
+      parts: what it will have spent at the end of its plan.
       label: of the run, for people.
-      reservation: the label of one to take the room from; "": none. A run that
-        has its room already asks for none.
+      reservation: the label of a reservation to take the cost from; "": none. A
+        run that has a stake already does not use it.
 
     Returns:
       The name of the run's stake.
@@ -271,18 +274,18 @@ class DataBudget:
       more = cost - self.stakes[name].cost
       if more > 0:
         self._check_fits(more, f"what changed in {label!r}")
-      # Less where the plan is smaller now: it holds all that was charged, and
-      # who would charge more has to be admitted again.
+      # The plan may be smaller now, and the reserved cost with it: it still
+      # covers all that was charged, and charging more needs another admission.
       return "grow", {"stake": name, "cost": cost, "head": ledger.head}
 
     self._log.propose(decide)
     name = self._find(ledger)
-    assert name is not None  # Its head was just told.
+    assert name is not None  # Its head was just recorded.
     self._mine, self._told = name, ledger.head
     return name
 
   def follow(self, ledger: ledger_lib.Ledger) -> None:
-    """Tells of a ledger's new head, before anything it charged is released.
+    """Records a ledger's new head, before anything it charged is released.
 
     Args:
       ledger: of the run that was admitted.
@@ -305,11 +308,11 @@ class DataBudget:
   def give_back(self, ledger: ledger_lib.Ledger) -> float:
     """Gives back what a run that was ended had reserved and did not spend.
 
-    Of a run whose clipping did not bound what an example can do, or whose
-    record is not sound, nobody knows what it spent: it gives nothing back.
+    A run whose clipping did not bound what an example can do, or whose record
+    is not sound, gives nothing back: what it spent is unknown.
 
     Args:
-      ledger: of the run, ended; so no step can be charged any more.
+      ledger: of the run, ended, so no step can be charged any more.
 
     Returns:
       The divergence that was given back.
@@ -341,7 +344,7 @@ class DataBudget:
     return given
 
   def holds(self, ledger: ledger_lib.Ledger) -> bool:
-    """Whether a run has a stake here, and is not a copy of one that has."""
+    """Returns whether a run, and not a copy of it, has a stake here."""
     return self._find(ledger) is not None
 
   @property
@@ -353,14 +356,14 @@ class DataBudget:
     return self.terms
 
   def _find(self, ledger: ledger_lib.Ledger) -> str | None:
-    """The stake of the run that this ledger is of, and not a copy of."""
+    """Returns the name of the ledger's stake; None for a copy or a new run."""
     for name, stake in self.stakes.items():
       if ledger.has_been_at(stake.head):
         return name
     return None
 
   def _slot(self, cost: float, reservation: str) -> str:
-    """The reservation that a new run takes its room from, if it fits there."""
+    """Returns the reservation that a new run of this cost fits in, or ""."""
     if not reservation:
       self._check_fits(cost, "this run")
       return ""
@@ -394,11 +397,11 @@ class DataBudget:
       )
 
   def _take(self, record: dict[str, Any]) -> None:
-    """Takes one record into account; the only way state changes."""
+    """Updates the state by one record; the only way state changes."""
     kind = record["kind"]
     if kind == "lost":
-      # It reserved nothing that a run could have relied on: the process that
-      # wrote it saw it fail.
+      # The record reserved nothing that a run could have relied on: the process
+      # that wrote it saw it fail.
       return
     if kind not in budget_records.FIELDS:
       raise ValueError(f"kind {kind!r}")

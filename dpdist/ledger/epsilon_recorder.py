@@ -1,8 +1,8 @@
-"""Records a running job's epsilon in its ledger, without holding it up.
+"""Records a running job's epsilon in its ledger, without delaying steps.
 
-Accountants take tenths of a second, so they work in a thread beside the steps.
-What they found is recorded by whoever writes the ledger, in between two steps,
-if nothing was charged meanwhile.
+Accountants take tenths of a second, so they run in a thread beside the steps.
+The process that writes the ledger records their results between two steps, if
+nothing was charged meanwhile.
 """
 
 from concurrent import futures
@@ -16,7 +16,7 @@ from dpdist.privacy import plan as plan_lib
 class EpsilonRecorder:
   """Keeps a ledger's `epsilons` up to date; a context manager.
 
-  Not to be used by two threads.
+  Must not be used by two threads.
   """
 
   def __init__(self, ledger: ledger_lib.Ledger):
@@ -33,7 +33,7 @@ class EpsilonRecorder:
     self._pool.shutdown(wait=False, cancel_futures=True)
 
   def on_step(self, done: int) -> None:
-    """Records what is known by now."""
+    """Records the results that are there by now."""
     del done
     self.poll()
 
@@ -41,10 +41,10 @@ class EpsilonRecorder:
     """Does nothing: epsilon is no measurement."""
 
   def poll(self, *, wait: bool = False) -> None:
-    """Records what is known by now.
+    """Records the results that are there by now.
 
     Args:
-      wait: until all that is charged is recorded.
+      wait: whether to wait until all that is charged is recorded.
     """
     if self._seen == self._ledger.head:
       return  # As after most steps: nothing was written.

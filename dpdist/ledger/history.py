@@ -1,4 +1,4 @@
-"""What the records of a ledger say, taken in one after the other.
+"""The state of a run, built from the records of its ledger one by one.
 
 A run is a list of segments, each under one plan. In a segment there are
 branches, each a line of steps under one set of keys. Steps are charged to a
@@ -15,16 +15,17 @@ from dpdist.files import json_fields
 from dpdist.privacy import plan as plan_lib
 
 FORMAT = 3
-# What ends a run for good, of its notices: what has happened, nothing of data.
+# The notice that ends a run for good. It says what happened, and nothing of the
+# data.
 TOO_LONG = (
   "the sentinel found an example that was longer than its norm said, so that"
   " clipping did not bound what one example can do"
 )
-# How the identity of a new branch is made; see `_identity`. A branch whose
-# record names no version is of version 1.
+# The version of the rule by which a new branch's identity is made; see
+# `_identity`. A branch whose record names no version is of version 1.
 IDENTITY_VERSION = 2
 _SEGMENT = {"config": dict, "plan": dict, "data": str, "start_step": int}
-# What a record of each kind must say.
+# The fields that a record of each kind must have.
 _FIELDS: dict[str, dict[str, type]] = {
   "writer": {},
   "lost": {},
@@ -32,17 +33,17 @@ _FIELDS: dict[str, dict[str, type]] = {
   "segment": _SEGMENT,
   "branch": {"branch": int, "start_step": int, "fingerprint": str, "base": str},
   "reserve": {"branch": int, "stop_step": int},
-  # Charged by the same writer, and begun by none: the steps from stop_step on.
+  # The steps from stop_step on: charged by the same writer, and never begun.
   "unstarted": {"branch": int, "stop_step": int},
   "checkpoint": {"branch": int, "step": int, "digest": str, "writer": int},
-  "notice": {"text": str},  # And perhaps "unsound": true.
+  "notice": {"text": str},  # A record may also say "unsound": true.
   "stake": {"root": str, "data": str, "stake": str},
   "epsilons": {"spent": dict, "planned": dict},
   "end": {},
 }
-# After these, what was computed of the charges before does not hold.
+# After these records, epsilons computed from the charges before are outdated.
 _CHARGING = ("open", "segment", "reserve", "unstarted", "lost")
-# A record charges at most this part of a plan, and at least one step.
+# A record charges at most this fraction of a plan, and at least one step.
 _PARTS = 100
 
 
@@ -52,7 +53,7 @@ class Saved(NamedTuple):
   Attributes:
     step: updates made in it.
     digest: SHA-256 of its manifest, hex.
-    writer: the number of the process that wrote it, in whose folder it is.
+    writer: the number of the process that wrote it, whose folder it is in.
   """
 
   step: int
@@ -66,16 +67,16 @@ class Branch:
 
   Attributes:
     number: counts from 0.
-    segment: the number of the one it is in.
+    segment: the number of its segment.
     identity: what its keys depend on. Of all branches of all runs and copies of
       runs, those with the same secret and identity make the same releases.
     start_step: updates made before its first step.
     stop_step: its steps [start_step, stop_step) are charged.
     fingerprint: of everything that decides the bits of a step.
-    bases: digests of the checkpoints it may go on from: the one it started
-      from ("" for the initial parameters) and its own.
+    bases: digests of the checkpoints that it may go on from: the one that it
+      started from ("" for the initial parameters) and its own.
     charged: steps that were charged in its segment before it.
-    version: of the rule by which its identity was made.
+    version: version of the rule by which its identity was made.
   """
 
   number: int
@@ -89,10 +90,11 @@ class Branch:
   version: int = IDENTITY_VERSION
 
   def release(self, step: int) -> int:
-    """The place of a step among all that are charged in its segment, from 0.
+    """Returns a step's place among all charged steps of its segment, from 0.
 
-    No two steps of a segment have the same, and none has one that is not
-    charged: so schedules and turns, which go by it, are what is accounted for.
+    No two steps of a segment have the same place, and no step has a place that
+    is not charged. So schedules and turns, which depend on the place, are what
+    is accounted for.
     """
     return self.charged + step - self.start_step
 
@@ -102,7 +104,7 @@ class Segment:
   """The steps of a run under one plan.
 
   Attributes:
-    plan: the numbers that its steps are bound to; their number counts from the
+    plan: the numbers that its steps are bound to; it counts steps from the
       segment's start.
     config: the privacy settings that it came from, as the user gave them.
     data: the manifest of the training set, hex.
@@ -118,7 +120,7 @@ class Segment:
 
 
 class History:
-  """What a run did, as far as its records tell.
+  """What a run did, according to its records.
 
   Attributes:
     records: the bodies of all records, in order.
@@ -126,12 +128,13 @@ class History:
     branches: the branches of the run, in order.
     checkpoints: every recorded checkpoint, in order.
     num_writers: processes that have written so far.
-    given_back: steps that were charged ahead, never begun, and charged no more.
+    given_back: steps that were charged ahead, never begun, and are no longer
+      charged.
     secret_hash: see `dpdist.keys.secret_hash`; "" before a run is opened.
     is_ended: whether nothing can be charged any more.
     places: where the run has, or was about to take, a stake in a data set's
-      budget, in order: dicts of "root", "data" and "stake", "" before it is
-      taken.
+      budget, in order: dicts of "root", "data" and "stake", which is "" before
+      it is taken.
   """
 
   def __init__(self) -> None:
@@ -145,7 +148,7 @@ class History:
     self.is_ended = False
     self.places: list[dict[str, str]] = []
     self._run = ""
-    # What opened the current segment, as it was written.
+    # The record that opened the current segment, as it was written.
     self._opened: dict[str, Any] = {}
     # Steps of the current branch before this one stay charged: another writer
     # may have begun them, or a checkpoint has them.
@@ -153,26 +156,27 @@ class History:
 
   @property
   def is_new(self) -> bool:
-    """Whether no run was ever opened."""
+    """Returns whether no run was ever opened."""
     return not self.segments
 
   @property
   def segment(self) -> Segment:
-    """The current one."""
+    """Returns the current segment."""
     if self.is_new:
       raise ValueError("no run was opened in this ledger")
     return self.segments[-1]
 
   @property
   def plan(self) -> plan_lib.PrivacyPlan:
-    """The plan that the run is bound to at present."""
+    """Returns the plan that the run is bound to at present."""
     return self.segment.plan
 
   @property
   def spent(self) -> list[plan_lib.Part]:
-    """Steps that may have been released, by plan, the current one's last.
+    """Returns the steps that may have been released, by plan, in order.
 
-    Segments that ended before a step was charged are left out.
+    The current plan's are last. Segments that ended before a step was charged
+    are left out.
     """
     ended = [segment for segment in self.segments[:-1] if segment.charged]
     return [
@@ -182,15 +186,15 @@ class History:
 
   @property
   def planned(self) -> list[plan_lib.Part]:
-    """What `spent` will be at most."""
+    """Returns the most that `spent` can become under the current plan."""
     return [*self.spent[:-1], plan_lib.Part(self.plan, self.plan.num_steps)]
 
   @property
   def bounds(self) -> list[list[plan_lib.Part]]:
-    """What `planned` was under each plan, with what was spent before it.
+    """Returns `planned` as it was under each plan, with what was spent before.
 
-    Whoever may stop, shorten or change a run after a look has what the dearest
-    of these spends, and not what the way that was taken does.
+    Whoever may stop, shorten or change a run after a look at it spends what the
+    dearest of these does, not what the path that was taken does.
     """
     found = []
     before: list[plan_lib.Part] = []
@@ -202,7 +206,7 @@ class History:
     return found
 
   def spent_through(self, step: int) -> list[plan_lib.Part]:
-    """What `spent` was when the current branch had just made update `step`."""
+    """Returns `spent` as of the current branch's update `step`."""
     branch = self.branches[-1]
     ahead = branch.stop_step - max(step, branch.start_step)
     charged = self.segment.charged - ahead
@@ -210,23 +214,23 @@ class History:
 
   @property
   def spent_steps(self) -> int:
-    """Steps that may have been released, over all segments and branches."""
+    """Returns how many steps may have been released, over all branches."""
     return sum(segment.charged for segment in self.segments)
 
   @property
   def last_step(self) -> int:
-    """Where the current branch must end for the plan to hold."""
+    """Returns where the current branch must end to keep to the plan."""
     remaining = self.plan.num_steps - self.segment.charged
     return self.branches[-1].stop_step + remaining
 
   @property
   def stakes(self) -> list[dict[str, str]]:
-    """Those of `places` that were taken."""
+    """Returns those of `places` whose stake was taken."""
     return [place for place in self.places if place["stake"]]
 
   @property
   def epsilons(self) -> dict[str, Any] | None:
-    """What was recorded last by `record_epsilons`, if it still holds."""
+    """Returns what `record_epsilons` last recorded, if it still holds."""
     for record in reversed(self.records):
       if record["kind"] == "epsilons":
         return {k: record[k] for k in ("spent", "planned")}
@@ -236,23 +240,23 @@ class History:
 
   @property
   def notices(self) -> list[str]:
-    """What a reader of any figure from this run has to be told."""
+    """Returns the notices that must be shown with any figure from this run."""
     found = [r["text"] for r in self.records if r["kind"] == "notice"]
     return list(dict.fromkeys(found))
 
   @property
   def unsound(self) -> list[str]:
-    """Those of `notices` by which the record is not sound, whole as it is."""
+    """Returns those of `notices` that make even a whole record unsound."""
     found = [r["text"] for r in self.records if r.get("unsound") is True]
     return list(dict.fromkeys(found))
 
   @property
   def guarantee(self) -> str:
-    """Either "holds", or "void: " and why."""
+    """Returns either "holds", or "void: " and why."""
     return "void: " + "; ".join(self.notices) if self.notices else "holds"
 
   def take(self, record: dict[str, Any]) -> None:
-    """Takes one record into account; the only way state changes."""
+    """Updates the state by one record; the only way state changes."""
     self.check(record)
     self.records.append(record)
     kind = record["kind"]
@@ -262,7 +266,7 @@ class History:
       self.num_writers += 1
     elif kind == "lost":
       # Before a run is opened and after its end nothing can be charged; in
-      # between, the most.
+      # between, a lost record counts as the most that one can charge.
       if not self.is_new and not self.is_ended:
         remaining = self.plan.num_steps - self.segment.charged
         self._charge(min(most_steps(self.plan), remaining))
@@ -359,7 +363,7 @@ class History:
         raise ValueError("an epsilon that is no number")
 
   def _identity(self, record: Mapping[str, Any]) -> str:
-    """What the keys of a new branch depend on: all that decides its releases.
+    """Returns what a new branch's keys depend on: all that decides releases.
 
     A copy of a run directory could open another branch under the same number,
     from the same checkpoint: under another plan, by other code, or after other
@@ -374,7 +378,7 @@ class History:
       "branch": {name: record[name] for name in _FIELDS["branch"]},
     }
     if record.get("identity", 1) == 1:
-      # How it was before; some runs have such branches.
+      # The rule of version 1; some runs have such branches.
       names = ("branch", "start_step", "fingerprint", "base")
       facts = [self._run, *(record[name] for name in names)]
     text = json.dumps(facts, sort_keys=True)
@@ -394,5 +398,5 @@ class History:
 
 
 def most_steps(plan: plan_lib.PrivacyPlan) -> int:
-  """How many steps one record may charge."""
+  """Returns how many steps one record may charge."""
   return -(-plan.num_steps // _PARTS)

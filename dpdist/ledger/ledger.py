@@ -15,15 +15,16 @@ Guarantees:
     secret, delta or neighboring relation is refused.
   * Forks add up. What a run charges after it went back to an older checkpoint,
     or to a copy of one, comes on top of what it had charged.
-  * Given back is only what was never begun. A writer that ends in an orderly
-    way takes back the charge of steps that it charged itself, and neither it
-    nor anyone else began; see `give_back`. Who dies takes back nothing.
+  * Only what was never begun is given back. A writer that ends in an orderly
+    way takes back the charge of steps that it charged itself and that neither
+    it nor anyone else began; see `give_back`. A writer that dies takes back
+    nothing.
   * Never past the plan. The steps charged in a segment, on all its branches,
     are at most its plan's num_steps.
-  * A record that was altered, removed or reordered is found, and so is a ledger
-    that was rolled back, unless its head was too and no checkpoint, which
-    carries the head it was saved under, is newer.
-  * The newest record, if it was torn, counts as spent: as the most that one
+  * A record that was altered, removed or reordered is detected. So is a ledger
+    that was rolled back, unless its head was rolled back too and no checkpoint
+    is newer; each checkpoint carries the head that it was saved under.
+  * The newest record, if it was only half written, counts as the most that one
     record can charge.
   * One writer; see `dpdist.ledger.records`, which holds the records.
 
@@ -39,7 +40,7 @@ from dpdist.ledger import history
 from dpdist.ledger import records
 from dpdist.privacy import plan as plan_lib
 
-# What every guarantee of a run is about.
+# Settings that cannot change: every guarantee of a run depends on them.
 _FIXED = ("neighboring_relation", "target_delta")
 Saved = history.Saved
 
@@ -47,8 +48,8 @@ Saved = history.Saved
 class Ledger(history.History):
   """An open ledger. One process writes, any may read.
 
-  A context manager; the writer calls `acquire` before it writes. What its
-  records say is in the attributes of `dpdist.ledger.history.History`.
+  A context manager; the writer calls `acquire` before it writes. The attributes
+  of `dpdist.ledger.history.History` hold what its records say.
   """
 
   def __init__(self, location: str | os.PathLike[str]):
@@ -72,14 +73,14 @@ class Ledger(history.History):
     self.close()
 
   def close(self) -> None:
-    """Lets another process write."""
+    """Closes the ledger, so that another process may write."""
     self._log.close()
 
   def acquire(self) -> None:
-    """Makes this process the one that writes.
+    """Makes this process the writer.
 
     Raises:
-      LedgerError: another process does.
+      LedgerError: another process is writing.
     """
     self._log.acquire()
 
@@ -89,16 +90,16 @@ class Ledger(history.History):
 
   @property
   def head(self) -> str:
-    """SHA-256 of the last record, hex."""
+    """Returns the SHA-256 of the last record, hex."""
     return self._log.head
 
   def has_been_at(self, head: str) -> bool:
-    """Whether a head is that of the ledger, now or before."""
+    """Returns whether a head is the ledger's, now or at an earlier record."""
     return head in self._log.heads
 
   @property
   def writer(self) -> int:
-    """The number of the latest process to write, from 1."""
+    """Returns the number of the latest process to write, from 1."""
     return self.num_writers
 
   def open(
@@ -114,11 +115,11 @@ class Ledger(history.History):
 
     Args:
       config: the privacy settings as the user gave them, JSON-able.
-      plan: what they came to.
+      plan: made from the settings.
       data: the manifest of the training set, hex.
       secret_hash: see `dpdist.keys.secret_hash`.
       run: a random name of the run, so that runs with one secret do not share
-        keys; "" for a run that is to be repeatable, and has no guarantee.
+        keys; "" for a run that must be repeatable, and has no guarantee.
     """
     self._append(
       "open",
@@ -134,19 +135,19 @@ class Ledger(history.History):
   def changes(
     self, *, config: Mapping[str, Any], data: str, secret_hash: str
   ) -> dict[str, str]:
-    """Holds a restart against the current segment.
+    """Compares the settings of a restart with those of the current segment.
 
     Args:
-      config: as in `open`.
-      data: as in `open`.
-      secret_hash: as in `open`.
+      config: see `open`.
+      data: see `open`.
+      secret_hash: see `open`.
 
     Returns:
-      What changed, a line for each name, "data" among them; a segment has to
-      be opened if there is any.
+      What changed, a line for each name, "data" among them. If anything did, a
+      segment must be opened.
 
     Raises:
-      RefusedError: something changed that no segment can take up.
+      RefusedError: something changed that must stay the same in a run.
     """
     before = self.segment
     changes = {
@@ -179,13 +180,13 @@ class Ledger(history.History):
     data: str,
     start_step: int,
   ) -> None:
-    """Goes on under another plan, on a branch that `resume` must open.
+    """Opens a segment under another plan; `resume` must then open a branch.
 
     Args:
-      config: as in `open`.
+      config: see `open`.
       plan: what remains of the run; see
         `dpdist.privacy.composition.plan_after`.
-      data: as in `open`.
+      data: see `open`.
       start_step: updates made so far.
     """
     self._append(
@@ -213,8 +214,8 @@ class Ledger(history.History):
       again, are the same release; a new one otherwise.
 
     Raises:
-      LedgerError: the checkpoint knows records that this ledger lacks; or the
-        sentinel stopped the run for good.
+      LedgerError: the checkpoint was saved under records that this ledger
+        lacks, or the sentinel stopped the run for good.
     """
     if history.TOO_LONG in self.notices:
       raise errors.LedgerError(
@@ -234,7 +235,8 @@ class Ledger(history.History):
         and branch.version == history.IDENTITY_VERSION
         and branch.fingerprint == fingerprint
         and digest in branch.bases
-        # Else nobody knows that its data is what its steps had.
+        # Else it is unknown whether the data is what its steps were computed
+        # on.
         and not self.unsound
       ):
         return branch
@@ -280,13 +282,13 @@ class Ledger(history.History):
   def give_back(self, begun: int) -> int:
     """Takes back the charge of the current branch's steps that nobody began.
 
-    To be called at this process's end, or where it must charge them again. What
-    was charged before it became the writer is never given back: an earlier
-    process may have begun that, and may go on with it when it wakes.
+    Must be called at this process's end, or where it must charge them again.
+    What was charged before it became the writer is never given back: an earlier
+    process may have begun those steps, and may go on with them when it wakes.
 
     Args:
-      begun: exclusive; no computation on data of a step from here on was begun
-        by this process, or by one that it shares its charges with.
+      begun: this process, and any that it shares its charges with, has begun no
+        computation on data of a step from this one on.
 
     Returns:
       How many steps were given back.
@@ -304,7 +306,7 @@ class Ledger(history.History):
     return branch.stop_step - stop_step
 
   def record_checkpoint(self, step: int, digest: str) -> None:
-    """Makes a checkpoint one that the current branch may go on from."""
+    """Records a checkpoint that the current branch may go on from."""
     self._append(
       "checkpoint",
       branch=self.branches[-1].number,
@@ -328,15 +330,16 @@ class Ledger(history.History):
   def end(self) -> None:
     """Ends the run for good: nothing can be charged any more.
 
-    What its plan leaves may then be given back; see
+    What its plan did not spend may then be given back; see
     `dpdist.ledger.data_budget`.
     """
     if not self.is_ended:
       self._append("end")
 
   def record_stake(self, *, root: str, data: str, stake: str) -> None:
-    """Records where the run's budget is shared; see
-    `dpdist.ledger.data_budget`.
+    """Records the run's stake in a data set's budget.
+
+    See `dpdist.ledger.data_budget`.
 
     Args:
       root: of the budgets.
@@ -356,17 +359,17 @@ class Ledger(history.History):
     spent: Mapping[str, float | None],
     planned: Mapping[str, float | None],
   ) -> None:
-    """Records what the charged steps come to, for those who read it.
+    """Records the epsilon of the charged steps, for those who read the ledger.
 
-    The record is a convenience: what counts are the charges.
+    The record is a convenience: only the charges count.
 
     Args:
       spent: epsilon of `spent`, by accountant; None: not valid.
-      planned: likewise of `planned`.
+      planned: epsilon of `planned`, by accountant; None: not valid.
     """
     self._append("epsilons", spent=dict(spent), planned=dict(planned))
 
   def _append(self, kind: str, **body: Any) -> None:
-    # Nothing may be written that could not be read again.
+    # A record that could not be read again must not be written.
     self.check({"kind": kind, **body})
     self._log.append(kind, **body)

@@ -1,4 +1,4 @@
-"""Whether a process of this machine still lives, told without a clock."""
+"""Finds out, without a clock, whether a process of this machine is alive."""
 
 from collections.abc import Mapping
 import os
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def card() -> dict[str, Any]:
-  """What names this process, for others to look out for it, JSON-able."""
+  """Returns a JSON-able card by which others can recognize this process."""
   return {
     "pid": os.getpid(),
     "started": _started(os.getpid()),
@@ -18,7 +18,7 @@ def card() -> dict[str, Any]:
 
 
 def is_gone(card: Mapping[str, Any]) -> bool:
-  """Whether the process that a card names is known to have ended."""
+  """Returns whether the process that a card names is known to have ended."""
   return (
     bool(card["host"])
     and card["host"] == _host()
@@ -27,7 +27,7 @@ def is_gone(card: Mapping[str, Any]) -> bool:
 
 
 def _host() -> str:
-  """Names this boot of this machine, and the space of its process numbers."""
+  """Names this boot of this machine, and its namespace of process numbers."""
   try:
     boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -36,11 +36,12 @@ def _host() -> str:
 
 
 def _started(pid: int) -> str:
-  """When a process of this machine began; "" if it has ended."""
+  """Returns when a process of this machine began; "" if it has ended."""
   try:
     stat = pathlib.Path(f"/proc/{pid}/stat").read_text()
   except OSError:
     return ""
-  # After the name, which may hold anything but ends with the last parenthesis.
+  # After the process's name, which may hold anything but ends with the last
+  # parenthesis.
   state, *rest = stat.rpartition(")")[2].split()
   return "" if state in "ZX" else rest[18]

@@ -6,27 +6,27 @@ not exist, so nothing is appended to, renamed or overwritten, and two processes
 cannot both write record n. Each record holds a SHA-256 of itself and of the one
 before it.
 
-One value changes, the head. It says how far the log had come at least, and who
-writes it; it is written after each record and, as a sign of life, every few
-seconds.
+One value changes, the head. It says how far the log has come at least, and
+which process writes it. It is written after each record and also, as a
+heartbeat, every few seconds.
 
-A log has one writer for long (`acquire`, then `append`), or many for a moment
-each (`propose`).
+A log has one writer for a long time (`acquire`, then `append`), or many, each
+for one record (`propose`).
 
 Guarantees:
   * Durable when `append` returns. On a local disk tensorstore writes and syncs
     the file, renames it and syncs the directory; on an object store the write
     has been committed.
-  * One writer. A writer begins with a record of its own. Whoever wrote before
-    can then write nothing more, since the key it would create exists: a process
-    that was paused and wakes finds itself shut out. This rests on conditional
-    writes and on no clock; the sign of life only keeps a second process from
+  * One writer. A writer begins with a record of its own. The writer before it
+    can then write nothing more, since the key that it would create exists: a
+    process that was paused and wakes cannot write. This rests on conditional
+    writes and on no clock; the heartbeat only keeps a second process from
     taking over while the first one lives.
-  * A record that is altered, missing, exchanged or repeated is found when the
-    log is read, and named; so is the loss of the newest records, by the head.
-  * A newest record that is damaged, and that the head does not speak of yet,
-    was being written when the machine stopped. It is kept as a lost one, for
-    its reader to assume the worst. The next record says that it was lost.
+  * A record that is altered, missing, exchanged or repeated is detected when
+    the log is read, and named. The head reveals the loss of the newest records.
+  * If the newest record is damaged and the head does not count it yet, it was
+    being written when the machine stopped. It is kept as a lost record, and its
+    reader must assume the worst. The next record says that it was lost.
   * Without its head, or with a damaged one, a log is not read: nothing could
     tell whether it was rolled back.
 """
@@ -49,8 +49,8 @@ from dpdist.ledger import liveness
 from dpdist.ledger import stores
 
 FIRST = "0" * 64
-# How often a writer shows that it lives, and how long the next one looks out
-# for that; by the process's own clock. Nothing unsafe comes of either.
+# How often a writer sends a heartbeat, and how long the next one waits for it,
+# by the process's own clock. Safety depends on neither.
 BEAT_SECONDS = 5.0
 PATIENCE_SECONDS = 20.0
 
@@ -67,8 +67,8 @@ class Log:
   """An open log. One process writes, any may read.
 
   Attributes:
-    records: the bodies of all records, in order. Beside those of its user there
-      are the kinds "writer", a process that began to write, and "lost".
+    records: the bodies of all records, in order. Beside the user's kinds there
+      are "writer", for a process that began to write, and "lost".
     heads: heads[n] is the SHA-256, hex, of the record before record n.
   """
 
@@ -102,7 +102,7 @@ class Log:
 
   @property
   def head(self) -> str:
-    """SHA-256 of the last record, hex."""
+    """Returns the SHA-256 of the last record, hex."""
     return self.heads[-1]
 
   def acquire(self) -> None:
@@ -125,18 +125,18 @@ class Log:
       raise
     stores.sync_above(self._store)
     self._heart.start()
-    # A beat under way while the interpreter goes would abort the process.
+    # A heartbeat during the interpreter's exit would abort the process.
     atexit.register(self._stop_heart)
 
   def append(self, kind: str, **body: Any) -> None:
     """Writes a record durably.
 
     Args:
-      kind: what it is about.
-      **body: the rest of it, JSON-able.
+      kind: the kind of record.
+      **body: its fields, JSON-able.
 
     Raises:
-      RecordError: this process is not, or no longer, the writer; or the store
+      RecordError: this process is not the writer, or no longer; or the store
         failed, and the record may have been written or not.
     """
     if not self._token:
@@ -153,9 +153,9 @@ class Log:
     """Writes a record durably, in a log that any process may write.
 
     Args:
-      decide: returns the record's kind and the rest of it, or None if there is
-        nothing to write; called again, after `take` has been shown their
-        records, whenever others were faster. What it raises comes through.
+      decide: returns the record's kind and its fields, or None if there is
+        nothing to write. If other processes wrote first, it is called again
+        after `take` was called with their records. Its exceptions come through.
 
     Raises:
       RecordError: the store failed, and the record may have been written or
@@ -168,7 +168,8 @@ class Log:
         stores.sync_above(self._store)
       while (decided := decide()) is not None:
         kind, body = decided
-        # Two processes that decide alike must not take one record for both's.
+        # Two processes that write equal records must not both take one record
+        # for their own.
         nonce = secrets.token_hex(16)
         try:
           self._write_record(kind, {**body, "nonce": nonce})
@@ -185,7 +186,7 @@ class Log:
         raise errors.ShutOutError(_shut_out(len(self.records)))
 
   def close(self) -> None:
-    """Lets the next process write at once."""
+    """Closes the log, so that the next process can write at once."""
     self._stop_heart()
     atexit.unregister(self._stop_heart)
     with self._lock, contextlib.suppress(errors.LedgerError):
@@ -194,8 +195,8 @@ class Log:
     self._token = ""
 
   def _read(self) -> None:
-    """Reads what is there beyond the records that were read before."""
-    # The head first: what is written meanwhile then comes on top.
+    """Reads the records that were written since the last read."""
+    # The head first: what is written meanwhile then comes after it.
     head = self._read_head()
     names = sorted(
       name
@@ -219,7 +220,7 @@ class Log:
       if sealed_json.is_whole(value):
         self._add(value)
         continue
-      # Several in a row may be lost; what follows them knows of each.
+      # Several in a row may be lost; the record after them lists each.
       after = next((v for v in values[i:] if sealed_json.is_whole(v)), None)
       covered = head is not None and head["seq"] > seq
       if _acknowledges(after, value) or (after is None and not covered):
@@ -227,7 +228,7 @@ class Log:
       else:
         raise errors.LedgerError(f"ledger record {seq} was altered")
     if head is None:
-      # The first writer may have begun just after we looked.
+      # The first writer may have begun just after the first read of the head.
       if values and self._read_head() is None:
         raise errors.LedgerError(f"the ledger's {_HEAD} is missing")
     elif head["seq"] > len(self.records):
@@ -324,7 +325,7 @@ class Log:
     self._put_head(found, is_open=is_open)
 
   def _advance_head(self) -> None:
-    """Makes the head speak of all records that were read, or of more."""
+    """Makes the head count at least all records that were read."""
     while True:
       found = _result(self._store.read(_HEAD))
       if _head_of(found)["seq"] >= len(self.records):
@@ -332,7 +333,7 @@ class Log:
       self._put_head(found, is_open=False)
 
   def _put_head(self, found: Any, *, is_open: bool) -> None:
-    """Writes the head where it is still the one that was found."""
+    """Writes the head if it is still the one that was found."""
     self._beats += 1
     value = {
       "seq": len(self.records),
@@ -349,7 +350,7 @@ class Log:
     )
 
   def _watch(self, before: dict[str, Any]) -> None:
-    """Waits for a sign of life of the writer that `before` names."""
+    """Waits for a heartbeat of the writer that `before` names."""
     deadline = time.monotonic() + PATIENCE_SECONDS
     while time.monotonic() < deadline:
       now = self._read_head()
@@ -369,7 +370,7 @@ class Log:
 
   def _live(self) -> None:
     while not self._stopped.wait(BEAT_SECONDS):
-      # Nobody depends on a single beat.
+      # No single heartbeat is essential.
       with self._lock, contextlib.suppress(errors.LedgerError):
         if self._is_shut_out():
           return
@@ -377,10 +378,10 @@ class Log:
 
 
 def folders(root: str | os.PathLike[str]) -> list[str]:
-  """Names of the logs below a place.
+  """Returns the names of the logs below a root.
 
   Raises:
-    ValueError: root is no place for logs.
+    ValueError: root cannot hold logs.
     RecordError: the store failed.
   """
   keys = _result(_result(stores.opening(root)).list())
@@ -413,7 +414,7 @@ def _key(seq: int) -> str:
 
 
 def _acknowledges(after: bytes | None, value: bytes) -> bool:
-  """Whether a writer began after a lost record, and knew that it was lost."""
+  """Returns whether a later writer recorded that this record was lost."""
   if after is None or not sealed_json.is_whole(after):
     return False
   torn = json.loads(after).get("torn", [])

@@ -1,4 +1,4 @@
-"""Key-value stores that keep what they were given: local disks and buckets."""
+"""Opens durable key-value stores: local disks and buckets."""
 
 import contextlib
 import json
@@ -20,14 +20,14 @@ def opening(location: str | os.PathLike[str]) -> ts.Future:
     A future of a `tensorstore.KvStore`.
 
   Raises:
-    ValueError: location is none of these, or a store that may forget.
+    ValueError: location is none of these, or a store that is not durable.
   """
   try:
     spec = ts.KvStore.Spec(_spec(location))
     _check_durable(spec.to_json())
     return ts.KvStore.open(spec)
   except (ValueError, RuntimeError, TypeError, OverflowError) as error:
-    # tensorstore says much, in several lines.
+    # tensorstore's message has several lines; the first is enough.
     reason = (str(error).splitlines() or [""])[0]
     raise ValueError(
       "location must be a path, a URL such as gs://bucket/path or the JSON of"
@@ -48,7 +48,7 @@ def _spec(location: str | os.PathLike[str]) -> Any:
 
 
 def _check_durable(spec: dict[str, Any]) -> None:
-  """Refuses stores that forget, and options that switch safety off."""
+  """Refuses stores that are not durable, and options that weaken durability."""
   if spec["driver"] not in ("file", "gcs", "s3"):
     raise ValueError(f"driver must be file, gcs or s3, got {spec['driver']!r}")
   unsafe = {"context", "file_io_locking", "file_io_sync"} & spec.keys()
@@ -57,12 +57,12 @@ def _check_durable(spec: dict[str, Any]) -> None:
 
 
 def sync_above(store: ts.KvStore) -> None:
-  """Makes the names of directories durable that were made for a store."""
+  """Syncs the directories above a store, so that their names are durable."""
   spec = store.spec().to_json()
   if spec["driver"] != "file":
     return
   for folder in pathlib.Path(spec["path"]).parents:
-    with contextlib.suppress(OSError):  # It is another's, or no disk's.
+    with contextlib.suppress(OSError):  # Another user's, or not on disk.
       descriptor = os.open(folder, os.O_RDONLY)
       try:
         os.fsync(descriptor)

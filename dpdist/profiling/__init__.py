@@ -1,1 +1,1 @@
-"""What the private step costs, measured here or compiled for TPUs."""
+"""Measures the costs of the private step here, or forecasts them for TPUs."""

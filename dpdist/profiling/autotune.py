@@ -1,12 +1,11 @@
-"""The largest chunk that fits this machine, found by trying.
+"""Finds the largest chunk that fits this machine, by trying.
 
 Sizes are doubled until one does not fit or holds nearly every draw, and then
-halved in between. Whether
-one fits is tried: it is compiled, and its program's memory is held against what
-is free; if that is enough, it is run. (On a CPU, whose memory the system
-stretches until it kills somebody, what is free is the bound.) Those that fit
-then take turns, so that their speeds can be compared on a machine whose own
-speed drifts.
+bisected. To try a size, its program is compiled, and its memory compared with
+what is free; if that is enough, it is run. (On a CPU, whose memory the system
+overcommits until it kills a process, the free memory is the bound.) The sizes
+that fit then take turns, so that their speeds can be compared on a machine
+whose own speed drifts.
 """
 
 from collections.abc import Callable
@@ -19,20 +18,20 @@ from dpdist.distributed import mesh as mesh_lib
 from dpdist.profiling import measure
 
 _ROUNDS = 3
-# The answer is within this part of the largest that fits.
+# The answer is within this fraction of the largest that fits.
 _PRECISION = 1 / 8
-# The first try is this part of a chunk that holds nearly every draw.
+# The first try is this fraction of a chunk that holds nearly every draw.
 _FIRST = 32
 
 
 def search(
   bench: measure.Bench, *, free_bytes: int | None = None
 ) -> dict[str, Any]:
-  """Finds it.
+  """Finds the largest chunk that fits.
 
   Args:
-    bench: what is measured.
-    free_bytes: of a device; None: what is free.
+    bench: the step that is measured.
+    free_bytes: free memory of a device; None: measured.
 
   Returns:
     JSON-able: "tries", each with "chunk_size", "bytes", "fits" and, if it fits,
@@ -92,7 +91,7 @@ def search(
 def _try(
   bench: measure.Bench, size: int, free: int
 ) -> tuple[int | None, Callable[[], float] | None]:
-  """Bytes needed, if they could be told, and what runs it if it fits."""
+  """Returns the bytes needed (None: unknown), and a runner if it fits."""
   needed = None
   try:
     needed, run = measure.trial(bench, size)

@@ -1,4 +1,4 @@
-"""TPUs that need not be there: what they can do, and their topologies."""
+"""TPU chips and topologies, for machines that are not at hand."""
 
 import os
 from typing import Any, NamedTuple
@@ -7,17 +7,17 @@ from dpdist import errors
 
 
 class Chip(NamedTuple):
-  """What a chip can do at most, as Google publishes it.
+  """A chip's peak numbers, as Google publishes them.
 
   Attributes:
-    flops_per_second: of bfloat16 products, which float32 ones become too by
+    flops_per_second: of bfloat16 products; float32 products become these by
       default.
     memory_bytes: of high-bandwidth memory.
     memory_bandwidth: bytes a second.
     link_bandwidth: bytes a second to other chips of a slice, in one direction:
       half of the bidirectional figure.
-    network_bandwidth: bytes a second to other slices, of a host's network cards
-      shared by its chips.
+    network_bandwidth: bytes a second to other slices, a chip's share of its
+      host's network cards.
   """
 
   flops_per_second: float
@@ -40,11 +40,11 @@ CHIPS = {
 def devices(topology: str, num_slices: int = 1) -> list[Any]:
   """Describes the devices of a topology, to compile for.
 
-  Wants libtpu. The process must not use a TPU of its own.
+  Needs libtpu. The process must not use a TPU of its own.
 
   Args:
     topology: a kind of chip and the shape of a slice, as "v6e:16x16".
-    num_slices: so many slices, joined by the data center's network.
+    num_slices: the number of slices, joined by the data center's network.
 
   Returns:
     jax.Device-like descriptions, slice by slice.
@@ -60,12 +60,12 @@ def devices(topology: str, num_slices: int = 1) -> list[Any]:
     )
   if num_slices < 1:
     raise ValueError(f"num_slices must be at least 1, got {num_slices}")
-  # The plugin asks the cloud which machine this is, unless it is told.
+  # Otherwise the plugin asks the cloud which machine this is.
   os.environ |= {
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_WORKER_HOSTNAMES": "localhost",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
-    # Otherwise one process at a time.
+    # Otherwise only one process at a time may load it.
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
   }
   import jax

@@ -1,7 +1,7 @@
-"""What a compiled program sends: its collectives, read from XLA's text.
+"""Lists what a compiled program sends: its collectives, from XLA's text.
 
-Loops count as often as they run, where their condition compares a counter with
-a constant, as those of `jax.lax.scan` do.
+The body of a loop counts as often as it runs, if the loop's condition compares
+a counter with a constant, as those of `jax.lax.scan` do.
 """
 
 import dataclasses
@@ -34,15 +34,15 @@ _WHILE = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One place of a program that sends.
+  """One place in a program that sends.
 
   Attributes:
     kind: one of `KINDS`.
-    num_bytes: of its result on one device; of a reduce-scatter, whose result is
-      a part, of its operand.
+    num_bytes: of its result on one device; for a reduce-scatter, whose result
+      is a part, of its operand.
     group_size: devices that take part together.
     num_runs: in one run of the program.
-    is_between_slices: whether it goes over the data center's network, as XLA
+    is_between_slices: whether it uses the data center's network, since XLA
       sends between slices of TPUs through their hosts.
   """
 
@@ -54,17 +54,20 @@ class Collective:
 
   @property
   def bytes_sent(self) -> float:
-    """By one device in all runs, in a ring: the least that any way takes."""
+    """Returns the bytes that one device sends in all runs, in a ring.
+
+    No algorithm needs fewer.
+    """
     share = (self.group_size - 1) / self.group_size
     turns = 2 if self.kind == "all-reduce" else 1
     return self.num_runs * self.num_bytes * share * turns
 
 
 def collectives(text: str) -> list[Collective]:
-  """Of a compiled program.
+  """Returns the collectives of a compiled program.
 
   Args:
-    text: of `jax.stages.Compiled.as_text()`.
+    text: from `jax.stages.Compiled.as_text()`.
 
   Returns:
     Each place that sends to other devices, in the order of the text.
@@ -124,7 +127,7 @@ def _computations(text: str) -> dict[str, list[str]]:
 
 
 def _runs(bodies: dict[str, list[str]]) -> dict[str, int]:
-  """How often each computation runs."""
+  """Returns how often each computation runs."""
   runs = dict.fromkeys(bodies, 0)
 
   def visit(name: str, times: int) -> None:
@@ -143,7 +146,7 @@ def _runs(bodies: dict[str, list[str]]) -> dict[str, int]:
 
 
 def _trips(condition: list[str]) -> int:
-  """How often a loop runs; once where its condition does not tell."""
+  """Returns how often a loop runs; 1 if its condition does not show it."""
   text = "\n".join(condition)
   limits = re.findall(r"s32\[\]\S* constant\((\d+)\)", text)
   return int(limits[0]) if len(limits) == 1 else 1
@@ -155,12 +158,12 @@ def _group_size(line: str, num_devices: int) -> int:
   # [groups,size]<=[...]
   if match := re.search(r"replica_groups=\[(\d+),(\d+)\]<=", line):
     return int(match[2])
-  # A permutation names pairs; where no group is named, it is one of all.
+  # A permutation lists pairs; if no group is listed, all devices are one.
   return 2 if "source_target_pairs" in line else num_devices
 
 
 def _bytes(shape: str, *, is_pair: bool) -> int:
-  """Of all arrays of a shape; a started one has its operands in front."""
+  """Returns the bytes of all arrays of a shape, without a start's operands."""
   sizes = [
     math.prod(int(n) for n in dims.split(",") if n) * _BITS.get(dtype, 32) // 8
     for dtype, dims in _ARRAY.findall(shape)

@@ -1,10 +1,9 @@
-"""What a config would need on a pod of TPUs, told without one.
+"""Forecasts what a config needs on a pod of TPUs, without one.
 
-The step that runs is the step that is compiled here, by the pod's own
-compiler, for shapes alone: no device, no data, no budget. What the compiler
-tells (memory, collectives) is exact for its version. Times are bounds from
-below: the busiest of arithmetic, memory and network at its published peak, with
-all else hidden behind it.
+The step that would run is compiled here, by the pod's own compiler, for shapes
+alone: no device, no data, no budget. The compiler's facts (memory, collectives)
+are exact for its version. Times are lower bounds: the busiest of arithmetic,
+memory and network at its published peak, if it hides all the others.
 """
 
 import dataclasses
@@ -30,16 +29,16 @@ def forecast(
   """Compiles a config's step for a pod.
 
   Args:
-    config: settings; its data need not be there for models of tokens.
+    config: settings; for models of tokens its data need not exist.
     topology: see `dpdist.profiling.chips.devices`.
-    num_slices: the same.
+    num_slices: see `dpdist.profiling.chips.devices`.
 
   Returns:
     JSON-able: "epsilon" of the plan, "num_chips", "parameters", "chunk_size",
     "chunks_per_step"; "memory", bytes a chip by kind, with "peak" and
     "capacity"; "fits"; "accumulate" and "apply", each with "flops", "bytes",
     "seconds" and "collectives"; "step_seconds"; "scaling", a row for each
-    number of chips. What a program does that does not fit is left out.
+    number of chips. For a program that does not fit, its work is left out.
 
   Raises:
     ValueError: names the setting, its value and what would be right.
@@ -101,7 +100,7 @@ def forecast(
 
 
 def _of_run(experiment: setup.Experiment, params: PyTree) -> dict[str, Any]:
-  """What does not depend on the chips."""
+  """Returns the facts that do not depend on the chips."""
   plan, chunk_size = experiment.plan, experiment.chunk_size
   return {
     "mesh": dict(experiment.mesh.shape),
@@ -119,7 +118,7 @@ def _of_run(experiment: setup.Experiment, params: PyTree) -> dict[str, Any]:
 def _work(
   name: str, traced: Any, program: Any, chip: chips.Chip, num_model: int
 ) -> dict[str, Any]:
-  """What a compiled program does, and how long that takes a chip."""
+  """Returns what a compiled program does, and how long a chip takes for it."""
   work = products.count(traced.jaxpr.jaxpr).times(1 / num_model)
   # Nothing loops in `apply`, which touches all of the state.
   num_bytes = work.num_bytes
@@ -154,7 +153,7 @@ def _seconds(
 
 
 def scaling(facts: dict[str, Any]) -> list[dict[str, float]]:
-  """Of fewer chips, that divide the examples among fewer, up to all.
+  """Returns forecasts for fewer chips, which divide the examples among fewer.
 
   A chunk takes as long on fewer chips and holds fewer examples.
   """
@@ -185,7 +184,7 @@ def scaling(facts: dict[str, Any]) -> list[dict[str, float]]:
 
 
 def _reason(error: Exception) -> str:
-  """What the compiler says of its memory, on one line."""
+  """Returns what the compiler says of its memory, on one line."""
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
   told = [line for line in lines if "Used" in line or "exceed" in line.lower()]
   return (told or lines)[0]

@@ -1,9 +1,9 @@
-"""A config's private step against the same step without privacy, measured here.
+"""Measures a config's private step against the same step without privacy.
 
-On this machine, its devices and the config's mesh. Numbers of the right shapes
-are made up, so that nothing private is read, nothing is released and no budget
-is spent. Both steps work on the same chunks, take turns, and are compared
-within a turn, so that a ratio holds on a machine whose speed drifts.
+It runs on this machine, its devices and the config's mesh. Arrays of the right
+shapes are made up, so that nothing private is read, nothing is released and no
+budget is spent. Both steps process the same chunks, take turns, and are
+compared within a turn, so that a ratio holds on a machine whose speed drifts.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ _MEMINFO = pathlib.Path("/proc/meminfo")
 
 
 class Bench(NamedTuple):
-  """What is measured, made once for all chunk sizes.
+  """The step that is measured, made once for all chunk sizes.
 
   Attributes:
     config: settings.
@@ -57,7 +57,8 @@ class Program(NamedTuple):
 
   Attributes:
     run: the compiled program.
-    temp_bytes: a device needs beside what it holds throughout a step.
+    temp_bytes: bytes that a device needs beside what it holds throughout a
+      step.
   """
 
   run: Callable[..., Any]
@@ -93,8 +94,8 @@ def compare(bench: Bench, *, rounds: int = 5) -> dict[str, Any]:
   """Measures both steps.
 
   Args:
-    bench: what is measured.
-    rounds: turns of each; medians are told.
+    bench: the step that is measured.
+    rounds: turns of each step; medians are returned.
 
   Returns:
     JSON-able: "chunk_size" and "chunks_per_step"; "private" and "ordinary",
@@ -102,7 +103,7 @@ def compare(bench: Bench, *, rounds: int = 5) -> dict[str, Any]:
     "examples_per_second" (of the expected batch) and "bytes", of a device;
     "time_ratio" and "memory_ratio", private over ordinary; "free_bytes", for a
     device, and "fits"; "clipping", how each layer is clipped; "advice", in
-    sentences; and what names the machine and the run.
+    sentences; and facts that identify the machine and the run.
 
   Raises:
     ValueError: rounds is not at least 1, or chunk_size does not fit the mesh.
@@ -146,7 +147,7 @@ def compare(bench: Bench, *, rounds: int = 5) -> dict[str, Any]:
 
 
 def advice(bench: Bench, facts: dict[str, Any]) -> list[str]:
-  """What the measurements say about the chunk size, in sentences."""
+  """Returns what the measurements say about the chunk size, in sentences."""
   size, chunks = facts["chunk_size"], facts["chunks_per_step"]
   used, free = facts["private"]["bytes"], facts["free_bytes"]
   whole = most_useful(bench)
@@ -174,7 +175,7 @@ def advice(bench: Bench, facts: dict[str, Any]) -> list[str]:
 
 
 def most_useful(bench: Bench) -> int:
-  """The chunk size that holds nearly every draw."""
+  """Returns the chunk size that holds nearly every draw."""
   config = ml_collections.ConfigDict(bench.config.to_dict())
   config.chunk_size = 0
   return setup.chunk_size(config, bench.plan, bench.step.mesh)
@@ -184,8 +185,8 @@ def trial(bench: Bench, size: int) -> tuple[int, Callable[[], float]]:
   """Compiles the private step for a chunk size.
 
   Returns:
-    Bytes that a device needs, and what runs a step of one chunk: seconds that
-    the chunk took, after one that is not told.
+    Bytes that a device needs, and a function that runs a step of one chunk and
+    returns the seconds of the chunk, after a chunk that is not measured.
   """
   given = _arguments(bench, size)
   accumulate = _compiled(bench.step.accumulate, given)
@@ -201,7 +202,7 @@ def trial(bench: Bench, size: int) -> tuple[int, Callable[[], float]]:
       start = time.perf_counter()
       args[1] = jax.block_until_ready(accumulate.run(*args))
       seconds = time.perf_counter() - start
-    # What a run needs too, at its end.
+    # A run needs this too, at its end.
     jax.block_until_ready(update.run(state, args[1], args[4]))
     return seconds
 
@@ -209,9 +210,9 @@ def trial(bench: Bench, size: int) -> tuple[int, Callable[[], float]]:
 
 
 def free_bytes(bench: Bench) -> int:
-  """Memory that is free for one device of the mesh; a lower bound on a CPU.
+  """Returns the free memory for one device of the mesh; a lower bound on a CPU.
 
-  CPU devices share the machine's.
+  CPU devices share the machine's memory.
   """
   device = bench.step.mesh.devices.flat[0]
   told = device.memory_stats() or {}
@@ -242,7 +243,7 @@ def _machine(bench: Bench) -> dict[str, Any]:
 def _both(
   bench: Bench, size: int
 ) -> tuple[dict[tuple[str, str], Program], tuple[PyTree, ...], int]:
-  """All four programs, shapes of the first one's arguments, bytes held."""
+  """Returns all four programs, the first one's argument shapes, bytes held."""
   step, state = bench.step, bench.state
   given = _arguments(bench, size)
   held = sum(abstract_step.memory(step, state, given).values())
@@ -261,7 +262,7 @@ def _both(
 
 
 def _ordinary(bench: Bench) -> tuple[Any, Any]:
-  """A step without clipping and noise: sums of mean gradients, an update."""
+  """Returns a step without clipping and noise: mean gradients, an update."""
   step = bench.step
   specs = step.specs(bench.state.params)
   shardings = jax.tree.map(functools.partial(NamedSharding, step.mesh), specs)
@@ -315,7 +316,10 @@ def _interleaved(
   bench: Bench,
   rounds: int,
 ) -> dict[tuple[str, str], list[float]]:
-  """Seconds of each program in each round, after one that is not told."""
+  """Returns the seconds of each program in each round.
+
+  A first round is not counted.
+  """
   params, accumulator, *rest = jax.tree.map(_made_up, given)
   batch, key, frozen = rest[0], rest[2], rest[4]
   del params
@@ -347,7 +351,7 @@ def _interleaved(
 
 
 def _made_up(shape: Any) -> jax.Array:
-  """An array of a shape: small numbers of a floating type, else zeros."""
+  """Makes an array of a shape: small numbers of a floating type, else zeros."""
   if jnp.issubdtype(shape.dtype, jax.dtypes.prng_key):
     key = jax.random.key(0)
     return jax.device_put(key, shape.sharding)
@@ -363,7 +367,7 @@ def _made_up(shape: Any) -> jax.Array:
 
 
 def _clipping(bench: Bench, given: tuple[PyTree, ...]) -> list[str]:
-  """How each layer is clipped, as lines to read."""
+  """Returns how each layer is clipped, as lines to read."""
   batch, key = given[2], given[4]
   plain = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
   text = bench.step.mechanism.clipped_grad.explanation(

@@ -1,7 +1,7 @@
-"""The matrix products of a traced program, counted.
+"""Counts the matrix products of a traced program.
 
-Compilers count what a loop does once. Here loops count as often as they run,
-and what `jax.shard_map` runs counts for one device.
+Compilers count a loop's body once. Here it counts as often as it runs, and what
+`jax.shard_map` runs counts for one device.
 """
 
 import math
@@ -11,7 +11,7 @@ from jax.extend import core
 
 
 class Work(NamedTuple):
-  """What products take.
+  """The cost of products.
 
   Attributes:
     flops: floating-point operations, two for each multiplication.
@@ -25,12 +25,12 @@ class Work(NamedTuple):
     return Work(self.flops + other.flops, self.num_bytes + other.num_bytes)
 
   def times(self, n: float) -> "Work":
-    """Done n times."""
+    """Returns the work of n repetitions."""
     return Work(self.flops * n, self.num_bytes * n)
 
 
 def count(jaxpr: Any) -> Work:
-  """The work of a jaxpr and all that it calls; of the dearest branch."""
+  """Returns the work of a jaxpr and all it calls; of the dearest branch."""
   total = Work(0, 0)
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
@@ -39,7 +39,8 @@ def count(jaxpr: Any) -> Work:
       shape = eqn.invars[0].aval.shape
       total += _product(eqn, math.prod(shape[i] for i in summed))
     elif name == "conv_general_dilated":
-      # All of a kernel but its output channels meets each entry of the result.
+      # Each entry of the result sums over all of the kernel but its output
+      # channels.
       kernel = eqn.invars[1].aval.shape
       out = eqn.params["dimension_numbers"].rhs_spec[0]
       total += _product(eqn, math.prod(kernel) // kernel[out])

@@ -1,1 +1,1 @@
-"""What a run shows to a person, or may release: metrics, pages, screens."""
+"""What a run shows or releases: metrics, reports, console output."""

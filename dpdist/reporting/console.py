@@ -1,8 +1,8 @@
-"""What a person sees while a run goes: a plan, its progress, where it ended.
+"""Shows a run on the console: its plan, its progress, and how it ended.
 
 On a terminal these are tables and a bar; anywhere else (a file, a cluster's
-log) plain lines that no width can wrap. What is printed is released like any
-other output, so metrics pass the same wall here as in
+log) they are plain lines that are never wrapped. Console output counts as
+released like any other output, so metrics pass the same check here as in
 `dpdist.reporting.metrics`.
 """
 
@@ -48,7 +48,7 @@ def show_start(
   *,
   console: rich.console.Console | None = None,
 ) -> None:
-  """Prints what the run is bound to, then what its reader must not miss.
+  """Prints what the run is bound to, then notices that must not be missed.
 
   Args:
     rows: (name, value) pairs, shown in this order.
@@ -91,13 +91,13 @@ def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
 
 
 def show_text(text: str) -> None:
-  """Prints a paragraph, in lines that can be read."""
+  """Prints a paragraph, wrapped to a readable width."""
   print("\n" + textwrap.fill(text, 80), flush=True)
 
 
 def warn(line: str) -> None:
-  """Prints a warning, from any thread and whatever else is shown."""
-  # Not by rich: a bar that is shown lets lines pass above it.
+  """Prints a warning; works in any thread and while a bar is shown."""
+  # Not with rich: a bar that is shown lets lines pass above it.
   print(f"WARNING: {line}", file=sys.stderr, flush=True)
 
 
@@ -114,8 +114,8 @@ class _Bar(rich.progress.Progress):
 class Progress:
   """Shows how far a run is; a context manager.
 
-  On a terminal, a bar that is drawn at most five times a second. Elsewhere one
-  line for each `update` that brings metrics.
+  On a terminal it is a bar that is drawn at most five times a second;
+  elsewhere, one line for each `update` with metrics.
 
   Args:
     total_steps: steps of the whole run.
@@ -144,7 +144,7 @@ class Progress:
         rich.progress.MofNCompleteColumn(),
         rich.progress.TimeRemainingColumn(compact=True),
         console=self._console,
-        # Drawn from `update`: no thread to take the interpreter from a step.
+        # Drawn from `update`: no thread takes the interpreter from a step.
         auto_refresh=False,
         expand=True,
       )
@@ -169,12 +169,13 @@ class Progress:
     examples_per_second: float | None = None,
     metrics: Mapping[str, float] | None = None,
   ) -> None:
-    """Says that `step` steps are taken; cheap enough for every step.
+    """Shows that `step` steps are made; cheap enough for every step.
 
     Args:
-      step: steps taken so far.
-      epsilon: spent so far; None keeps what was last given.
-      examples_per_second: of the expected batch size; None likewise.
+      step: steps made so far.
+      epsilon: spent so far; None keeps the last value.
+      examples_per_second: counted by the expected batch size; None keeps the
+        last value.
       metrics: name to scalar, the names from `metrics.RELEASED`.
 
     Raises:
@@ -206,7 +207,8 @@ class Progress:
 
   def _print_line(self, step: int, metrics: Mapping[str, float]) -> None:
     shown = (_show_metric(name, value) for name, value in metrics.items())
-    # No speed: these lines are kept, and it tells of the draws.
+    # Without the speed: logs are kept, and the speed reveals how many were
+    # drawn.
     parts = (f"step {step}/{self._total_steps}", self._spent)
     _print_plain(self._console, "  ".join(filter(None, (*parts, *shown))))
 
@@ -216,8 +218,8 @@ def _show_metric(name: str, value: float) -> str:
 
 
 def _console() -> rich.console.Console:
-  # Asking the stream itself: FORCE_COLOR, common in CI, would otherwise turn
-  # a log file into a terminal and fill it with redrawn bars.
+  # Ask the stream itself: FORCE_COLOR, common in CI, would otherwise turn a log
+  # file into a terminal and fill it with redrawn bars.
   return rich.console.Console(force_terminal=sys.stdout.isatty())
 
 
@@ -248,5 +250,5 @@ def _show_table(
 
 
 def _print_plain(console: rich.console.Console, line: str) -> None:
-  """Prints a line as it is: no markup, no colours, no wrapping."""
+  """Prints a line as it is: no markup, no colors, no wrapping."""
   console.print(rich.text.Text(line), soft_wrap=True)

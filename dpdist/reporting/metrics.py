@@ -1,13 +1,13 @@
-"""The wall between what a private run may say and what it must keep.
+"""Writes a private run's metrics, and refuses those that must stay private.
 
-A private run spends its budget on the noised gradients. Whatever follows from
-those, from public numbers or from held-out data may be written down freely;
-whatever is a function of the true batch may not, however harmless it looks.
-The two sets of names are closed: a name in neither is refused, so a new
-metric has to be thought about once, here.
+A private run spends its budget on the noisy gradients. Whatever is computed
+from those, from public numbers or from held-out data may be released freely; a
+function of the true batch may not, however harmless it looks. The two sets of
+names are closed: a name in neither is refused, so every new metric must be
+classified here.
 
 Rows go to `metrics.jsonl`, one JSON object a line, and to TensorBoard. JSON has
-no word for a number that is not finite, so those are written as the strings
+no notation for numbers that are not finite, so they are written as the strings
 `"NaN"`, `"Infinity"` and `"-Infinity"`, and `read` turns them back into floats.
 """
 
@@ -26,13 +26,13 @@ _HELD_OUT = ("accuracy", "loss", "perplexity")
 
 RELEASED: frozenset[str] = frozenset(
   (
-    # Public numbers, and what is computed from the noised gradient.
+    # Public numbers, and numbers computed from the noisy gradient.
     "epsilon",
     "learning_rate",
     "noisy_gradient_norm",
-    # Of the noise in that gradient, by the plan alone.
+    # The norm of the noise in that gradient, from the plan alone.
     "noise_norm",
-    # Data that was not trained on, seen through released parameters.
+    # Metrics of data that was not trained on, under released parameters.
     *(f"test/{name}" for name in _HELD_OUT),
     *(f"test_ema/{name}" for name in _HELD_OUT),
   )
@@ -77,17 +77,17 @@ def check_sensitive(names: Iterable[str]) -> None:
 
 
 class Writer:
-  """Writes rows of metrics; a context manager, one a run.
+  """Writes rows of metrics; a context manager, one for each run.
 
-  In a run of many processes one of them writes. On construction the rows of
-  steps after `start_step` are dropped from `metrics.jsonl`, and hidden in
+  In a run of many processes one of them writes. The constructor drops the rows
+  of steps after `start_step` from `metrics.jsonl`, and hides them in
   TensorBoard, since a resumed run writes them again. That keeps the curves
-  single-valued; it unspends nothing, because what was once written may have
+  single-valued. It gives no budget back, because what was once written may have
   been seen.
 
   Guarantees:
     Without `unsafe_metrics`, no name outside `RELEASED` is ever written. A call
-    that names one writes nothing at all.
+    with such a name writes nothing at all.
 
   Args:
     workdir: a directory on a file system; made if missing.
@@ -114,7 +114,8 @@ class Writer:
     self._unsafe_metrics = unsafe_metrics
     self._last_step = start_step
     kept = [row for row in read(workdir) if row["step"] <= start_step]
-    # Rewriting also heals a torn last line, which an append would bury.
+    # Rewriting also repairs a half-written last line, which an append would
+    # bury.
     _replace(workdir / _FILE, "".join(map(_line, kept)))
     with contextlib.ExitStack() as stack:
       self._file = stack.enter_context(
@@ -133,7 +134,7 @@ class Writer:
     """Writes released metrics.
 
     Args:
-      step: steps taken so far; may repeat, may not go back.
+      step: steps made so far; may repeat, but not go back.
       values: name to scalar; names from `RELEASED`.
 
     Raises:
@@ -148,7 +149,7 @@ class Writer:
     TensorBoard shows them under `PRIVATE/`.
 
     Args:
-      step: steps taken so far; may repeat, may not go back.
+      step: steps made so far; may repeat, but not go back.
       values: name to scalar; names from `SENSITIVE`.
 
     Raises:
@@ -234,12 +235,12 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-  """Gives the line of a row; strict JSON whatever the values."""
+  """Returns the line of a row; strict JSON whatever the values."""
   return json.dumps(json_fields.strict(row), allow_nan=False) + "\n"
 
 
 def _replace(path: pathlib.Path, text: str) -> None:
-  """Puts `text` at `path`: after a crash either all of it is there or none."""
+  """Puts `text` at `path`; after a crash all of it is there, or none."""
   temporary = path.with_name(path.name + ".tmp")
   with open(temporary, "w", encoding="ascii") as file:
     file.write(text)

@@ -1,4 +1,4 @@
-"""Epsilon against noise, batch and steps, drawn."""
+"""Draws epsilon against noise multiplier, batch size and steps."""
 
 from collections.abc import Mapping
 import os
@@ -23,7 +23,7 @@ def draw(
   curves: Mapping[str, tuple[list[float], list[float]]],
   target_epsilon: float | None = None,
 ) -> None:
-  """Writes a picture, in the format that its name's ending says.
+  """Writes a picture, in the format that its file name's suffix says.
 
   Args:
     path: as "budget.png", .svg or .pdf.
@@ -32,7 +32,7 @@ def draw(
     target_epsilon: drawn as a line; None: the plan's own, if it has one.
 
   Raises:
-    ValueError: an ending that is no format.
+    ValueError: the suffix names no format.
   """
   fig = figure.Figure(figsize=(11, 3.8), layout="constrained", dpi=150)
   endings = fig.canvas.get_supported_filetypes()
@@ -57,7 +57,7 @@ def draw(
       f"{value:,.4g}: epsilon {epsilon:.3g}",
       (value, epsilon),
       textcoords="offset points",
-      # To where the curve does not go.
+      # Towards the side where the curve does not go.
       xytext=(8, 8) if name == "noise_multiplier" else (8, -16),
       fontsize=9,
     )

@@ -1,8 +1,8 @@
-"""What a run wrote over its steps, as drawings inside a page.
+"""Draws what a run wrote over its steps, as drawings inside a page.
 
-Letters are the reader's own and colours follow the page's, light or dark, so
-that nothing is fetched. `plots` draws released metrics alone; `speed` draws
-what is as private as the data.
+Fonts are the reader's own and colors follow the page's, light or dark, so that
+nothing is fetched. `plots` draws released metrics alone; `speed` draws values
+that are as private as the data.
 """
 
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,8 @@ from dpdist.privacy import statement
 
 _MAX_POINTS = 400
 
-# Matplotlib writes fixed colours; each stands for one that follows the
-# reader's light or dark scheme, and is exchanged in the finished drawing.
+# Matplotlib writes fixed colors. Each is replaced in the finished drawing by a
+# color that follows the reader's light or dark scheme.
 _COLORS = {
   "text": "#010203",
   "grid": "#010204",
@@ -34,7 +34,7 @@ _Rows = Sequence[Mapping[str, Any]]
 
 
 def plots(rows: _Rows, epsilon_budget: float) -> str:
-  """The drawings, each a <figure>; "" where nothing was written.
+  """Returns the drawings, each a <figure>; "" if nothing was written.
 
   Args:
     rows: of `dpdist.reporting.metrics.read`.
@@ -66,7 +66,9 @@ def plots(rows: _Rows, epsilon_budget: float) -> str:
 
 
 def speed(rows: _Rows) -> str:
-  """The drawings of times and memory, likewise. PRIVATE: not to be released.
+  """Returns drawings of times and memory. PRIVATE: not to be released.
+
+  Each is a <figure>; "" if nothing was written.
 
   Args:
     rows: {"step", "examples_per_second", "step_seconds", "input_wait_seconds",
@@ -105,10 +107,10 @@ def _grid(drawings: Sequence[str]) -> str:
 
 
 def _signal(rows: _Rows) -> str:
-  """How much of the noised gradient is no noise, from what was released.
+  """Tells how much of the noisy gradient is signal, from released values.
 
-  Noise and clipped mean are nearly at right angles, so that the squares of
-  their lengths add up. Taken over the last quarter of the rows.
+  Noise and clipped mean are nearly at right angles, so the squares of their
+  norms add up. The last quarter of the rows is used.
   """
   pairs = np.array(
     [
@@ -151,7 +153,8 @@ def _plot(
     points = points[np.isfinite(points).all(axis=-1)] if len(points) else points
     if not len(points):
       continue
-    # A page for reading, not an archive: thin long runs, keep the last point.
+    # The page is for reading and not an archive: thin out long runs, but keep
+    # the last point.
     stride = -(-len(points) // _MAX_POINTS)
     steps, values = points[::-1][::stride][::-1].T
     marker = "o" if len(steps) == 1 else None
@@ -184,7 +187,7 @@ def _text(value: object) -> str:
 
 
 def _svg(fig: figure.Figure, axes: Any, title: str) -> str:
-  """Gives the drawing as an <svg> element that fits into a page."""
+  """Returns the drawing as an <svg> element that fits into a page."""
   fig.patch.set_visible(False)
   axes.patch.set_visible(False)
   axes.margins(y=0.1)
@@ -199,8 +202,8 @@ def _svg(fig: figure.Figure, axes: Any, title: str) -> str:
     spine.set_visible(side == "bottom")
     spine.set_color(_COLORS["grid"])
   stream = io.StringIO()
-  # Letters stay letters, in the page's font; the salt makes names of clip
-  # paths a function of the drawing, and no date is written.
+  # Text stays text, in the page's font; the salt makes names of clip paths a
+  # function of the drawing, and no date is written.
   with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
     backend_svg.FigureCanvasSVG(fig).print_svg(
       stream,
@@ -208,7 +211,7 @@ def _svg(fig: figure.Figure, axes: Any, title: str) -> str:
     )
   svg = stream.getvalue()
   svg = svg[svg.index("<svg") :]
-  # Group names repeat from one drawing to the next; in one page they clash.
+  # Group names repeat from one drawing to the next, and would clash in a page.
   svg = re.sub(r'<g id="[^"]*"', "<g", svg)
   svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
   for name, color in _COLORS.items():

@@ -1,8 +1,8 @@
-"""One page that says what a run learned and what it spent; one of its speed.
+"""Writes one page of what a run learned and spent, and one of its speed.
 
-Pages open without a network: styles and plots are inside, letters are the
-reader's own, and nothing is fetched. Only released metrics are drawn on the
-first, so it may be shown wherever the result may. The second is its owner's.
+Pages open without a network: styles and plots are inside, fonts are the
+reader's own, and nothing is fetched. The first draws released metrics alone, so
+it may be shown wherever the result may. The second is for the run's owner only.
 """
 
 from collections.abc import Mapping, Sequence
@@ -113,12 +113,11 @@ def write(
 
   Args:
     workdir: the run's directory; its metrics are drawn.
-    result: what `result.json` holds: held_out_problem ("" or what is wrong
+    result: the contents of `result.json`: held_out_problem ("" or what is wrong
       with the held-out metrics; may be missing), epsilon, delta,
-      noise_multiplier,
-      sampling_probability, num_steps, accountant, params_sha256, test,
-      test_ema, ledger_head and environment (may be missing) and guarantee
-      ("holds" or "void: why").
+      noise_multiplier, sampling_probability, num_steps, accountant,
+      params_sha256, test, test_ema, ledger_head and environment (may be
+      missing) and guarantee ("holds" or "void: why").
     statement: what the run guarantees, in plain text.
     rows: (name, value) pairs of the plan.
     notices: warnings, shown first.
@@ -167,7 +166,7 @@ def write_speed(folder: pathlib.Path) -> pathlib.Path:
     name = name.rpartition("/")[-1]
     if name.endswith("_bytes"):
       name, value = name.removesuffix("_bytes") + "_gib", value / 2**30
-    # Of several processes.
+    # Of several processes, the largest value.
     row[name] = max(value, row.get(name, value))
   body = (
     "<header><h1>Speed of a private training run</h1>"
@@ -199,7 +198,7 @@ def _text(value: object) -> str:
 
 
 def _is_void(result: Mapping[str, Any]) -> bool:
-  # Anything but the one good word is bad news.
+  # Anything but "holds" counts as void.
   return result["guarantee"] != "holds"
 
 
@@ -264,7 +263,7 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
 
 
 def _origin(result: Mapping[str, Any]) -> list[tuple[str, str]]:
-  """What the result came from, as far as it was told."""
+  """Returns what the result came from, as far as it is recorded."""
   told = dict(result.get("environment", {}))
   packages = told.get("packages", {})
   rows = [
@@ -284,7 +283,7 @@ def _origin(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 
 def _numbers(result: Mapping[str, Any]) -> str:
-  """All of the result but the machines, whose paths are nobody's business."""
+  """Returns the result without the machines, whose paths are private."""
   kept = {k: v for k, v in result.items() if k != "environment"}
   return (
     "<details><summary>All numbers, for programs</summary>"

@@ -1,4 +1,4 @@
-"""What the primary process shows of a run while it trains."""
+"""Shows a run in the primary process while it trains."""
 
 from collections.abc import Iterator
 import contextlib
@@ -20,8 +20,8 @@ class Row(NamedTuple):
     done: steps that were made.
     values: released values, and "examples_per_second", by name.
     scores: held-out metrics.
-    sensitive: private; shown where the guarantee is void anyway.
-    machines: of each process, as `telemetry.measure` gives it; private.
+    sensitive: private; shown only where the guarantee is void.
+    machines: of each process, from `telemetry.measure`; private.
   """
 
   done: int
@@ -67,7 +67,7 @@ class Display:
     self._progress.update(done)
 
   def on_row(self, row: Row) -> None:
-    """Writes and shows a row of metrics; of the speed, on a terminal alone."""
+    """Writes and shows a row of metrics; shows speed on a terminal only."""
     done, values, scores, sensitive, machines = row
     values = dict(values)
     speed = values.pop("examples_per_second")
@@ -84,9 +84,9 @@ class Display:
 
 
 class Clock:
-  """Training speed since the last look, without evaluation and saving.
+  """Measures training speed between reports, without evaluation and saving.
 
-  Counted in expected examples: how many were really drawn is private.
+  Counts expected examples: how many were really drawn is private.
   """
 
   def __init__(self, expected_batch_size: float):
@@ -111,7 +111,7 @@ class Clock:
     self._since = time.monotonic()
 
   def examples_per_second(self) -> float:
-    """The speed while paused; starts anew."""
+    """Returns the speed since the last call; to be called while paused."""
     speed = self._steps * self._expected_batch_size / (self._seconds or 1.0)
     self._steps, self._seconds = 0, 0.0
     return speed

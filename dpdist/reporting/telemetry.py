@@ -1,7 +1,7 @@
-"""How the machines of a job are doing: times and memory, process by process.
+"""Records times and memory of a job's machines, process by process.
 
-PRIVATE, as the data is: a step takes longer when more examples were drawn, and
-how many were is covered by no noise. None of this is among the released metrics
+PRIVATE, like the data: a step takes longer when more examples were drawn, and
+no noise covers how many were. None of this is among the released metrics
 (`dpdist.reporting.metrics`); it goes to TensorBoard in a directory of its own,
 `operations`, that only its owner can enter.
 """
@@ -22,7 +22,7 @@ from dpdist.reporting import tensorboard
 FOLDER = "operations"
 """In the run's directory."""
 
-# What a step waits for; evaluating and saving come on top of it.
+# The phases that a step waits for; evaluating and saving are extra.
 _STEP = ("reading", "charging", "computing", "reducing", "agreeing")
 _STATM = pathlib.Path("/proc/self/statm")
 
@@ -53,7 +53,7 @@ class Writer:
   def write(
     self, step: int, rows: Sequence[str], job: Mapping[str, float] | None = None
   ) -> None:
-    """Writes what `measure` gave in each process, in their order.
+    """Writes what `measure` returned in each process, in their order.
 
     Args:
       step: updates made.
@@ -65,10 +65,10 @@ class Writer:
 
 
 def measure(progress: progress_lib.Progress, num_steps: int) -> str:
-  """What this process has to tell since it was last asked.
+  """Returns this process's times and memory since the last call.
 
   Args:
-    progress: its own.
+    progress: of this process.
     num_steps: steps in that time, without one that compiled.
 
   Returns:
@@ -81,7 +81,7 @@ def measure(progress: progress_lib.Progress, num_steps: int) -> str:
   row = {
     "step_seconds": mean(*_STEP),
     "input_wait_seconds": mean("reading"),
-    # Before it needs the others.
+    # Before it needs the other processes.
     "own_seconds": mean("reading", "computing"),
     "host_bytes": _resident(),
   }
@@ -100,7 +100,7 @@ def _scalars(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def _resident() -> int:
-  """Bytes of memory that this process holds; 0 where that cannot be told."""
+  """Returns the bytes of memory that this process holds; 0 if unknown."""
   with contextlib.suppress(OSError):
     pages = int(_STATM.read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE")
@@ -108,7 +108,7 @@ def _resident() -> int:
 
 
 def _device_memory() -> dict[str, float]:
-  """Of the fullest device of this process; nothing where that is not told."""
+  """Returns the memory of this process's fullest device; {} if unknown."""
   told = [device.memory_stats() or {} for device in jax.local_devices()]
   memory = {}
   for name, key in (

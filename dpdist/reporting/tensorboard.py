@@ -1,4 +1,4 @@
-"""Files of scalars for TensorBoard: written, and read back as it does."""
+"""Writes files of scalars for TensorBoard, and reads them as it does."""
 
 from collections.abc import Mapping
 import contextlib
@@ -18,21 +18,21 @@ _FLUSH_SECONDS = 10.0
 class Events:
   """A file for TensorBoard; a context manager.
 
-  Not `tensorboardX.SummaryWriter`: it writes in a thread, and where that dies,
-  of a full disk or of a clock set back, the run waits for it for ever.
+  Not `tensorboardX.SummaryWriter`: it writes in a thread, and if that dies, of
+  a full disk or of a clock set back, the run waits for it forever.
   """
 
   def __init__(
     self, folder: pathlib.Path, *, purge_step: int, tells_time: bool
   ):
-    """Begins a file of its own in a folder, which is made if it is missing.
+    """Creates a new file in a folder, which is made if it is missing.
 
     Args:
-      folder: for TensorBoard to look into.
-      purge_step: what other files hold of this step and later is hidden.
+      folder: a log directory for TensorBoard.
+      purge_step: hides what other files hold of this step and later.
       tells_time: whether a row has the time at which it was written, or that of
-        the file's beginning: how long a step takes tells how many examples were
-        drawn, which what is released must not.
+        the file's creation. The time that a step takes reveals how many
+        examples were drawn, which released files must not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Files are named by the second: a quick restart would overwrite one.
@@ -65,16 +65,17 @@ class Events:
     return self
 
   def __exit__(self, kind: object, *unused: object) -> None:
-    # A full disk is full here too; what it spoilt first is what to tell.
+    # A full disk fails here too; the first error is the one to report.
     with contextlib.suppress(*[OSError] if kind else []):
       self._writer.close()
 
 
 def read(folder: pathlib.Path) -> list[event_pb2.Event]:
-  """The records of all files of a folder, in the order of the files.
+  """Returns the records of all files of a folder, in the order of the files.
 
-  A record is its length (8 bytes), a checksum (4), itself, and a checksum (4).
-  One that a kill or a power cut spoilt is left out, with what follows it.
+  A record is its length (8 bytes), a checksum (4), its content, and a checksum
+  (4). A record that a kill or a power cut damaged is left out, with what
+  follows it in its file.
   """
   found = []
   for path in sorted(folder.glob("events*")):
@@ -93,7 +94,7 @@ def read(folder: pathlib.Path) -> list[event_pb2.Event]:
 
 
 def scalars(folder: pathlib.Path) -> dict[tuple[str, int], float]:
-  """What TensorBoard shows of a folder: values by name and step.
+  """Returns what TensorBoard shows of a folder: values by name and step.
 
   A file hides what those before it hold of its first step and later.
   """

@@ -1,1 +1,1 @@
-"""The training step, the run around it, and what is checked before."""
+"""The training step, the run around it, and the checks before it."""

@@ -1,8 +1,9 @@
-"""The shapes of all that a step takes, on a mesh, without any of it.
+"""The shapes of a step's arguments on a mesh, without any arrays.
 
-What is compiled for shapes alone is the step that runs: for a pod without one
-(`dpdist.profiling.forecast`), for this machine (`dpdist.profiling.measure`), or
-to know how a checkpoint is to be restored (`dpdist.export.load_run`).
+The step that is compiled for these shapes is the step that runs. The shapes
+serve to forecast a pod that is not at hand (`dpdist.profiling.forecast`), to
+measure on this machine (`dpdist.profiling.measure`), and to restore checkpoints
+(`dpdist.export.load_run`).
 """
 
 import functools
@@ -28,7 +29,7 @@ PyTree = Any
 
 
 def example(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """One example; of tokens, without the data."""
+  """Returns the shapes of one example; for tokens, without loading the data."""
   if config.model.name in ("decoder", "stacked_decoder"):
     tokens = jax.ShapeDtypeStruct((config.data.sequence_length,), jnp.int32)
     return {"inputs": tokens, "targets": tokens}
@@ -41,8 +42,8 @@ def example(config: ml_collections.ConfigDict) -> dict[str, Any]:
 def unit(
   config: ml_collections.ConfigDict, one: dict[str, Any]
 ) -> dict[str, Any]:
-  """One unit of privacy, which is a row of a chunk, of such examples."""
-  # As `dpdist.training.setup` makes units: of users, or of groups of rows.
+  """Returns the shapes of one unit of privacy, which is a row of a chunk."""
+  # `dpdist.training.setup` makes the same units: users, or groups of rows.
   slots = config.data.examples_per_unit
   if config.privacy.group_size > 1:
     slots = config.privacy.group_size
@@ -56,7 +57,7 @@ def unit(
 
 
 def placed(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
-  """Arrays or shapes, as shapes that lie on a mesh by their specs."""
+  """Returns arrays or shapes as shapes that are laid out on a mesh by specs."""
   return jax.tree.map(
     lambda x, spec: jax.ShapeDtypeStruct(
       x.shape, x.dtype, sharding=NamedSharding(mesh, spec)
@@ -67,13 +68,13 @@ def placed(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
 
 
 def state(step: step_lib.Step, model: Any, inputs: Any) -> PyTree:
-  """A state, on the mesh, of a model of such inputs."""
+  """Returns the shapes of a state, on the mesh, of a model of such inputs."""
   found = jax.eval_shape(step.initial, _parts(step, model, inputs)[0])
   return placed(found, step.state_specs(found), step.mesh)
 
 
 def frozen(step: step_lib.Step, model: Any, inputs: Any) -> PyTree | None:
-  """The frozen parameters, on the mesh; None without any."""
+  """Returns the frozen parameters' shapes on the mesh; None without any."""
   if step.mechanism.clipped_grad.frozen is None:
     return None
   found = _parts(step, model, inputs)[1]
@@ -83,7 +84,7 @@ def frozen(step: step_lib.Step, model: Any, inputs: Any) -> PyTree | None:
 def _parts(
   step: step_lib.Step, model: Any, inputs: Any
 ) -> tuple[PyTree, PyTree]:
-  """Of trained parameters and of frozen ones."""
+  """Returns the shapes of trained parameters and of frozen ones."""
   words = jax.ShapeDtypeStruct((2,), jnp.uint32)
   make = functools.partial(parameters.make_params, model)
   params = jax.eval_shape(make, words, inputs)
@@ -97,7 +98,7 @@ def arguments(
   chunk_size: int,
   frozen: PyTree | None = None,
 ) -> tuple[PyTree, ...]:
-  """What `accumulate` takes, on the mesh, for chunks of such rows."""
+  """Returns the shapes that `accumulate` takes for chunks of such rows."""
   zeros = jax.eval_shape(step.zeros, state.params)
   accumulator = placed(zeros, step.accumulator_specs(state.params), step.mesh)
   over = lambda x: jax.ShapeDtypeStruct(
@@ -121,7 +122,7 @@ def arguments(
 def memory(
   step: step_lib.Step, state: PyTree, given: tuple[PyTree, ...]
 ) -> dict[str, int]:
-  """Bytes that a device holds throughout a step, by kind."""
+  """Returns the bytes that a device holds throughout a step, by kind."""
 
   def size(tree: PyTree) -> int:
     specs = jax.tree.map(lambda x: x.sharding.spec, tree)

@@ -1,9 +1,9 @@
-"""What is public of a data set, held against the model before any charge.
+"""Compares what is public of a data set with the model, before any charge.
 
-Public are the names, shapes and dtypes of all arrays, and the held-out part,
-whose metrics are released as they are. What the training part holds is private:
-no value of it decides here. A label there that no class has is none, and its
-loss 0; see `dpdist.tasks.classification`.
+Public are the names, shapes and dtypes of all arrays, and the held-out set,
+whose metrics are released without noise. The training set's contents are
+private: no check here depends on a value of it. A label there that no class has
+counts as no label, with loss 0; see `dpdist.tasks.classification`.
 """
 
 from collections.abc import Mapping
@@ -23,7 +23,7 @@ from dpdist.data.datasets import datasets
 from dpdist.training import parameters
 
 _NAMES = ("inputs", "targets")
-# Of each part, what is compared at most.
+# The most rows of each part that are compared.
 _MOST_ROWS = 65_536
 _MOST_BYTES = 1 << 28
 _BLOCK = 1024
@@ -39,12 +39,12 @@ def fit(
   dict[str, jax.ShapeDtypeStruct],
   parameters.Parameters,
 ]:
-  """Makes sure that data and model fit one another.
+  """Checks that data and model fit one another.
 
   Args:
     config: all settings.
     splits: the data.
-    model: of the config.
+    model: the config's model.
     words: for `parameters.of`.
 
   Returns:
@@ -72,7 +72,10 @@ def fit(
 
 
 def one_example(source: sources.Source) -> dict[str, np.ndarray]:
-  """An example, for its shapes; of units, one without the axis of slots."""
+  """Returns one example, for its shapes.
+
+  Of a source of units, it is one example without the axis of slots.
+  """
   row = {k: x[0] for k, x in source.read(np.zeros(1, np.int64)).items()}
   if isinstance(source, users.UnitSource):
     del row[users.EMPTY_SLOT]
@@ -85,15 +88,15 @@ def check(
   example: Mapping[str, np.ndarray],
   test: Mapping[str, np.ndarray],
 ) -> None:
-  """Holds a data set against the settings.
+  """Checks a data set against the settings.
 
   Args:
     config: all settings.
-    example: one of the training part, of which no value is looked at.
+    example: an example of the training set, whose values are not read.
     test: all held-out examples.
 
   Raises:
-    ValueError: names the array, what it is like and what would be right.
+    ValueError: names the array, what it has and what would be right.
   """
   parts = {
     "training": {name: (x.dtype, x.shape) for name, x in example.items()},
@@ -120,7 +123,7 @@ def check(
         f" {len(inputs)} examples with NaN or infinity"
       )
   classes = config.model.num_outputs
-  # Below 0 a sequence has none, and is padded.
+  # In a sequence, a target below 0 means none: the place is padding.
   low, high = int(targets.min()), int(targets.max())
   if high >= classes or (low < 0 and targets.ndim == 1):
     raise ValueError(
@@ -141,15 +144,15 @@ def check_model(
   example: Mapping[str, np.ndarray],
   logits: Any,
 ) -> None:
-  """Holds the targets' shape against the model's logits.
+  """Checks the targets' shape against that of the model's logits.
 
   Args:
     config: all settings.
-    example: one of the training part, of which no value is looked at.
-    logits: from no argument to them; traced.
+    example: an example of the training set, whose values are not read.
+    logits: a function without arguments that returns the logits; traced.
 
   Raises:
-    ValueError: the model does not take such inputs, or has other targets.
+    ValueError: the model does not take such inputs, or needs other targets.
   """
   inputs, targets = example["inputs"], example["targets"]
   name = config.model.name
@@ -171,7 +174,7 @@ def check_model(
   try:
     shape = jax.eval_shape(logits).shape
   except Exception as error:
-    # Of a model that is handed what it does not take, nearly anything.
+    # A model that gets inputs it does not take may raise nearly anything.
     lines = str(error).strip().splitlines() or [""]
     raise ValueError(
       f"{problem}: {type(error).__name__}: {lines[0]}"
@@ -188,15 +191,15 @@ def check_model(
 def shared_rows(train: sources.Source, test: Mapping[str, np.ndarray]) -> str:
   """Compares the first rows of both parts.
 
-  PRIVATE: that a held-out row equals one that is trained on tells of the
-  training data. What is returned is for its owner's screen alone.
+  PRIVATE: that a held-out row equals a training row reveals something of the
+  training data. Show the returned text on its owner's screen alone.
 
   Args:
-    train: examples that are trained on, or units of them.
+    train: the training set: examples, or units of them.
     test: all held-out examples.
 
   Returns:
-    A sentence, if rows are in both parts; else "".
+    A sentence if rows are in both parts; else "".
   """
   if isinstance(train, users.UnitSource):
     train = train.examples
@@ -221,7 +224,7 @@ def shared_rows(train: sources.Source, test: Mapping[str, np.ndarray]) -> str:
 
 
 def _hashes(arrays: Mapping[str, np.ndarray]) -> list[bytes]:
-  """One for each row, over all arrays in order of name."""
+  """Returns a hash of each row, over all arrays in order of name."""
   names = sorted(arrays)
   columns = [np.ascontiguousarray(arrays[name]) for name in names]
   return [
@@ -267,7 +270,7 @@ def _check_arrays(
 
 
 def _vocabulary(config: ml_collections.ConfigDict) -> int:
-  """Of a model that takes tokens; 0 of another."""
+  """Returns the vocabulary size of a model of tokens; 0 of another model."""
   model = config.model
   if model.name in ("decoder", "stacked_decoder"):
     return model.num_outputs

@@ -1,14 +1,14 @@
-"""A step on made-up zeros, before anything is written or charged.
+"""Runs a step on zeros, before anything is written or charged.
 
-What fails on its first step would otherwise have been charged for, at every
-start anew: a loss that does not take the data's dtypes, or a chunk that does
-not fit the memory. So the functions that the run will use, and no others, are
+A step that fails when it first runs would otherwise be charged anew at every
+start: because of a loss that does not take the data's dtypes, or a chunk that
+does not fit the memory. So exactly the functions that the run will use are
 compiled and run once, on zeros of the data's shapes and dtypes, in every
 process and on the run's mesh.
 
 Guarantees:
-  * No example is in it, and no key of the run: its key is a public constant,
-    and what it computes is dropped. A run's key is made of its secret, and is
+  * It uses no example and no key of the run: its key is a public constant, and
+    what it computes is dropped. A run's key is made of its secret, and equals
     that constant with a probability of 2**-64.
   * Nothing compiles again in the run's steps.
   * Where it fails in one process, all stop, and nothing is spent.
@@ -38,18 +38,18 @@ def run(
   progress: progress_lib.Progress,
   job: job_lib.Job,
 ) -> int:
-  """Compiles and runs a step; to be called in all processes.
+  """Compiles and runs a step; must be called in all processes.
 
-  A chunk that was not set, and is too large for the memory, is halved until it
-  fits.
+  If no chunk size was set and a chunk is too large for the memory, it is halved
+  until it fits.
 
   Args:
     config: settings.
     progress: of this process.
-    job: not begun: its state is made with `job_lib.PUBLIC_WORDS`.
+    job: not begun; its state is made with `job_lib.PUBLIC_WORDS`.
 
   Returns:
-    Examples, or users, over the mesh at once.
+    The number of examples, or users, that the mesh computes at once.
 
   Raises:
     ValueError: chunk_size is too large for the memory.
@@ -63,7 +63,7 @@ def run(
   size = job.chunk_size
   while True:
     accumulator, problem = _accumulated(job, state, size)
-    # Before a collective, in which the others would wait for one that failed.
+    # Before a collective, in which the others would wait for a failed process.
     problems = [text for text in collectives.gather(problem) if text]
     if not problems:
       break
@@ -75,13 +75,13 @@ def run(
 
 
 def _is_to_train(job: job_lib.Job) -> bool:
-  """Whether a step is left, as the primary process sees it."""
+  """Returns whether a step is left; for the primary process."""
   ledger, saved = job.ledger, job.found.saved
   assert ledger is not None
   if job.changes or saved is None or not ledger.branches:
     return True
-  # On the branch that there is, or on a new one: which of them it will be is
-  # decided later, and a new one begins at the checkpoint's step.
+  # Whether the run uses the present branch or a new one is decided later; a new
+  # one begins at the checkpoint's step.
   is_charged = saved.step < ledger.branches[-1].stop_step
   return is_charged or ledger.segment.charged < ledger.plan.num_steps
 
@@ -89,12 +89,12 @@ def _is_to_train(job: job_lib.Job) -> bool:
 def _accumulated(
   job: job_lib.Job, state: step_lib.TrainState, size: int
 ) -> tuple[step_lib.Accumulator | None, str]:
-  """A step's sum, or why there was no memory for one."""
+  """Returns a step's sum, or why there was not enough memory for one."""
 
   def accumulate() -> tuple[step_lib.Accumulator | None, str]:
     try:
       accumulator = job.step.zeros(state.params)
-      # As the run does, where a draw takes more chunks than one.
+      # Two chunks, like a draw of the run that needs more than one.
       for first_row in (0, size):
         accumulator = job.step.accumulate(
           state.params,
@@ -123,7 +123,7 @@ def _finish(
   state: step_lib.TrainState,
   accumulator: Any,
 ) -> None:
-  """What the run does with a step's sum."""
+  """Does what the run does with a step's sum."""
   if config.unsafe_metrics:
     jax.block_until_ready(job.step.stats(accumulator))
   release = [np.int32(0)] if len(job.plan.settings) > 1 else []
@@ -137,7 +137,7 @@ def _finish(
 
 
 def _zeros(job: job_lib.Job, size: int) -> tuple[PyTree, jax.Array]:
-  """A chunk of the data's shapes, none of whose rows is padding."""
+  """Makes a chunk of zeros in the data's shapes, without padding."""
   rows = len(mesh_lib.local_rows(job.mesh, size))
 
   def zeros(x: Any) -> jax.Array:
@@ -156,7 +156,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _smaller(
   config: ml_collections.ConfigDict, size: int, multiple: int, problem: str
 ) -> int:
-  """The chunk to try next.
+  """Returns the chunk size to try next.
 
   Raises:
     ValueError: there is none, or the size was set.

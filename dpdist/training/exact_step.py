@@ -1,13 +1,13 @@
 """A training step whose bits do not depend on how many devices share it.
 
-Floating point enters in two compiled programs, and both are for one device,
-whatever the mesh: one adds a group of examples, of fixed size and cut by their
-places in the step's list, to a device's integers; the other turns the total and
-the noise into an update, on one device of each process. Between them integers
-meet in one reduction, and integers may be added in any order.
+Floating point is used in two compiled programs only, and both are for one
+device, whatever the mesh. One adds a group of examples, of fixed size and cut
+by their places in the step's list, to a device's integers. The other turns the
+total and the noise into an update, on one device of each process. Between them
+one reduction adds integers, which may be added in any order.
 
-A program over several devices would not do: XLA compiles it otherwise for one
-partition than for more, and rounds otherwise.
+A program over several devices would not do: XLA compiles it differently for one
+partition than for several, and it then rounds differently.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,8 +33,7 @@ PyTree = Any
 
 @dataclasses.dataclass(frozen=True)
 class ExactStep(step_lib.Step):
-  """`dpdist.training.step.Step` with exact sums; mechanism.exact_group_size is
-  set.
+  """A `dpdist.training.step.Step` with exact sums.
 
   Guarantees:
     * The state after a step has the same bits on any mesh and any number of
@@ -49,7 +48,8 @@ class ExactStep(step_lib.Step):
 
   Every device has all parameters, whatever the mesh.
 
-  The clipped sum of an Accumulator has a tuple of limbs for each parameter.
+  Needs mechanism.exact_group_size. The clipped sum of an Accumulator has a
+  tuple of limbs for each parameter.
   """
 
   def __post_init__(self) -> None:
@@ -61,12 +61,12 @@ class ExactStep(step_lib.Step):
       )
 
   def specs(self, params: PyTree) -> PyTree:
-    """As `dpdist.training.step.Step.specs`; nothing is divided."""
+    """Returns specs by which nothing is divided."""
     return jax.tree.map(lambda x: mesh_lib.REPLICATED, params)
 
   @functools.cached_property
   def zeros(self) -> Callable[..., Any]:
-    """Compiled (params) -> an empty Accumulator."""
+    """Returns the compiled function (params) -> an empty Accumulator."""
     shards = mesh_lib.num_example_shards(self.mesh)
 
     def zeros(params: PyTree) -> step_lib.Accumulator:
@@ -80,7 +80,7 @@ class ExactStep(step_lib.Step):
 
   @functools.cached_property
   def reduce(self) -> jax.stages.Wrapped:
-    """Compiled (accumulator) -> limbs over all devices, examples drawn."""
+    """Returns the compiled (accumulator) -> limbs of all devices, examples."""
     axes = tuple(mesh_lib.EXAMPLES[0])
 
     @functools.partial(
@@ -106,7 +106,7 @@ class ExactStep(step_lib.Step):
     frozen: PyTree | None = None,
     direction: PyTree | None = None,
   ) -> Any:
-    """Adds one chunk; as `dpdist.training.step.Step.accumulate`.
+    """Adds one chunk; see `dpdist.training.step.Step.accumulate`.
 
     A device's rows must be a multiple of the group size.
     """
@@ -130,7 +130,7 @@ class ExactStep(step_lib.Step):
     rows = _split((batch, is_padding_example), devices)
     parts = _split(accumulator, devices)
     seen: list[list[watched.Seen]] = [[] for _ in devices]
-    # One group on every device before the next, so that all are at work.
+    # One group on every device before the next, so that all devices are busy.
     for row in range(0, num_rows, size):
       for i in range(len(devices)):
         group = _cut(rows[i], row, size)
@@ -154,7 +154,7 @@ class ExactStep(step_lib.Step):
 
   @functools.cached_property
   def total(self) -> Callable[..., Any]:
-    """Compiled (params, accumulator) -> the clipped sum over all devices."""
+    """Returns the compiled (params, accumulator) -> sum over all devices."""
 
     def total(params: PyTree, accumulator: step_lib.Accumulator) -> PyTree:
       form = self.mechanism.sum_format(params)
@@ -175,9 +175,9 @@ class ExactStep(step_lib.Step):
     accumulator: step_lib.Accumulator,
     noise_key: jax.Array,
   ) -> tuple[step_lib.TrainState, dict[str, jax.Array]]:
-    """Ends a step; as `dpdist.training.step.Step.apply`."""
+    """Ends a step; see `dpdist.training.step.Step.apply`."""
     devices = _devices(state.step)
-    # On one device, and copied: so it is compiled once a process.
+    # On one device, and copied: so it is compiled once for each process.
     mine, total = _split((state, self.reduce(accumulator)), devices[:1])[0]
     after = finish(
       self.mechanism, self.optimizer, self.ema_decay, mine, *total, noise_key
@@ -197,9 +197,9 @@ def add_group(
   frozen: PyTree | None = None,
   direction: PyTree | None = None,
 ) -> Any:
-  """Compiled, for one device: adds one group to the device's accumulator.
+  """Adds one group to the device's accumulator; compiled for one device.
 
-  With a direction: that, and what was seen.
+  With a direction, it also returns what was seen.
   """
   form = mechanism.sum_format(params)
   rows = first_row + jnp.arange(is_padding_example.shape[0])
@@ -212,9 +212,9 @@ def add_group(
     direction=direction,
   )
   grads, seen = watched.seen(grads)
-  # The leading axis has one entry a device.
+  # The leading axis has one entry for each device.
   total = accumulator.clipped_sum
-  # What rounding left out of the sum of microbatches counts as well.
+  # What rounding left out of the sum of microbatches counts too.
   for part in (grads.sum,) if grads.low is None else (grads.sum, grads.low):
     total = jax.tree.map(
       lambda x, limbs: fixed_point.add(
@@ -232,7 +232,7 @@ def add_group(
 
 @jax.jit
 def _together(groups: Sequence[watched.Seen]) -> watched.Seen:
-  """What a device's groups showed, as of its whole part of a chunk."""
+  """Combines what a device's groups showed, for its part of a chunk."""
   found = jnp.sum(jnp.stack([group.found for group in groups]), axis=0)
   return watched.Seen(found, jnp.concatenate([x.norms for x in groups]))
 
@@ -247,7 +247,7 @@ def finish(
   num_examples: jax.Array,
   noise_key: jax.Array,
 ) -> tuple[step_lib.TrainState, dict[str, jax.Array]]:
-  """Compiled, for one device: noise and update, from the reduced sum."""
+  """Adds noise and updates; compiled for one device, from the reduced sum."""
   form = mechanism.sum_format(state.params)
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
@@ -256,7 +256,7 @@ def finish(
   noise, noise_state = mechanism.noise(noise_key).update(
     zeros, state.noise_state
   )
-  # More examples than there are would break the bounds of the format.
+  # More examples than plan.num_examples would break the format's bounds.
   is_sound = num_examples <= mechanism.plan.num_examples
 
   def add(noise: jax.Array, limbs: fixed_point.Limbs) -> jax.Array:
@@ -276,20 +276,20 @@ def finish(
 
 @functools.partial(jax.jit, static_argnums=(2,))
 def _cut(rows: PyTree, start: int, size: int) -> PyTree:
-  # Apart from the program that computes, which must not know how many rows the
-  # device has.
+  # Separate from the program that computes, which must not depend on how many
+  # rows the device has.
   return jax.tree.map(
     lambda x: jax.lax.dynamic_slice_in_dim(x, start, size), rows
   )
 
 
 def _devices(x: jax.Array) -> list[jax.Device]:
-  """This process's, in the order of its shards."""
+  """Returns this process's devices, in the order of an array's shards."""
   return [shard.device for shard in x.addressable_shards]
 
 
 def _split(tree: PyTree, devices: Sequence[jax.Device]) -> list[PyTree]:
-  """For each device its own part of every array."""
+  """Returns each device's own part of every array."""
   leaves, structure = jax.tree.flatten(tree)
   on_device = [
     {shard.device: shard.data for shard in leaf.addressable_shards}
@@ -298,8 +298,8 @@ def _split(tree: PyTree, devices: Sequence[jax.Device]) -> list[PyTree]:
 
   def part(data: jax.Array, device: jax.Device) -> jax.Array:
     sharding = SingleDeviceSharding(device)
-    # The shard of a mesh of one device is still that mesh's, and would make a
-    # program of its own. No copy is made.
+    # The shard of a mesh of one device has that mesh's sharding, and would make
+    # another program. No copy is made.
     return data if data.sharding == sharding else jax.device_put(data, sharding)
 
   return [
@@ -311,7 +311,7 @@ def _split(tree: PyTree, devices: Sequence[jax.Device]) -> list[PyTree]:
 
 
 def _join(parts: Sequence[PyTree], mesh: Mesh) -> PyTree:
-  """The arrays over the mesh whose rows the devices have."""
+  """Joins the devices' rows to arrays over the mesh."""
   shards = mesh_lib.num_example_shards(mesh)
 
   def join(*arrays: jax.Array) -> jax.Array:

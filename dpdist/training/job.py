@@ -1,4 +1,4 @@
-"""A run that is ready to start or to go on, checked before any charge."""
+"""Prepares a run to start or to go on, and checks it before any charge."""
 
 from collections.abc import Callable
 import dataclasses
@@ -46,37 +46,37 @@ class Job(NamedTuple):
 
   Attributes:
     plan: the numbers it is bound to from now on.
-    changes: what changed since the run's segment began, a line each; a segment
-      with `plan` is to be opened if there is any.
+    changes: what changed since the run's segment began, a line each; if
+      anything did, a segment with `plan` must be opened.
     settings: the privacy settings, as the ledger records them.
-    ledger: in agreement with the settings, and this process's to write; None
-      in the processes that are not the primary process.
+    ledger: in agreement with the settings, and written by this process; None in
+      the processes that are not the primary process.
     budget: the data set's, in which the run's stake covers `plan`; or None.
     writer: the number of the process that writes.
-    notices: what a reader of any figure from this run has to be told.
+    notices: what must be shown with any figure from this run.
     found: the checkpoint to go on from.
-    secret: what all its randomness comes from.
+    secret: the source of all its randomness.
     mesh: all devices.
-    train_source: the private examples or users; `close` when all is over.
-    train_digest: names their content, hex.
-    own_digest: how this release names it, if the run began under another.
+    train_source: the private examples or users; call its `close` at the end.
+    train_digest: SHA-256 that names their content, hex.
+    own_digest: this release's name of it, if the run began under another.
     earlier: returns its other names; see `admission.known_as`.
-    features_sha256: of the features in their inputs' place; "" without any.
+    features_sha256: of the features that replace inputs; "" without any.
     test: all held-out examples, arrays "inputs" and "targets".
     evaluate: from parameters to held-out metrics; see `losses.evaluator`.
     model: maps inputs to logits.
-    row: the shapes and dtypes of what is clipped as one: example, user, group.
+    row: shapes and dtypes of what is clipped as one: example, user, group.
     params: the trained parameters' shapes.
     init: makes the state before the first step, on the mesh; before a run
-      begins, of `dpdist.training.setup.PUBLIC_WORDS`.
+      begins, with `dpdist.training.setup.PUBLIC_WORDS`.
     frozen: the frozen parameters, on the mesh, None where one is trained; None
-      without any.
-    frozen_sha256: of those; "" without any.
-    weights_sha256: of the parameters that were read from disk; "" of none.
+      if there are none.
+    frozen_sha256: of the frozen parameters; "" if there are none.
+    weights_sha256: of the parameters that were read from disk; "" if none.
     step: the two halves of a step.
     learning_rate: as a function of the step.
-    chunk_size: examples, or users, over the mesh at once.
-    close: ends the waiting for data that does not come.
+    chunk_size: examples, or users, that the whole mesh computes at once.
+    close: stops waiting for data that does not come.
   """
 
   plan: plan_lib.PrivacyPlan
@@ -110,12 +110,12 @@ class Job(NamedTuple):
 
   @property
   def made_of(self) -> dict[str, str]:
-    """By name, SHA-256 of what a step depends on beside settings and data."""
+    """Returns, by name, the SHA-256 of weights, features, outside code."""
     facts = self._asdict() | {"outside_sha256": registry.outside_sha256()}
     return {k: v for k, v in facts.items() if k.endswith("_sha256") and v}
 
   def __repr__(self) -> str:
-    # It may end up in a log, and the secret must not.
+    # The repr may end up in a log, and the secret must not.
     return f"Job(plan={self.plan!r}, writer={self.writer!r}, ...)"
 
 
@@ -126,16 +126,16 @@ def prepare(
   *,
   try_out: Callable[[Job], int] | None = None,
 ) -> Job:
-  """Makes a job, and the primary process its ledger's writer.
+  """Makes a job, and makes the primary process the writer of its ledger.
 
-  All that can fail on settings or data comes before anything is written.
+  Everything that can fail on settings or data comes before any write.
 
   Args:
     config: settings; see `dpdist.config.default`.
     workdir: the run's directory; made if missing.
-    ledger: of the run; opened if it is new, else held against the settings.
+    ledger: of the run; opened if it is new, else compared with the settings.
       None in the processes that are not the primary process.
-    try_out: from the job, not begun, to its chunk size; see
+    try_out: maps the job, not begun, to its chunk size; see
       `dpdist.training.dry_run`.
 
   Returns:
@@ -152,7 +152,7 @@ def prepare(
       job = job._replace(chunk_size=try_out(job))
     return _begun(config, workdir, job)
   except ValueError as error:
-    # So that a command can tell a user's mistake from a fault further on.
+    # So that a command can tell a user's mistake from a later failure.
     raise errors.SettingsError(
       str(error), hint=getattr(error, "hint", None)
     ) from error
@@ -163,7 +163,7 @@ def _prepared(
   workdir: pathlib.Path,
   ledger: ledger_lib.Ledger | None,
 ) -> Job:
-  """The job, not begun; nothing is written."""
+  """Returns the job, not begun; writes nothing."""
   mesh, splits, train_digest, earlier, features_sha256, close = (
     collectives.run_on_all(lambda: _load(config))
   )
@@ -190,7 +190,7 @@ def _prepared(
   )
   collectives.assert_equal(model_weights=start.weights_sha256)
   for shapes in (start.shapes, start.frozen_shapes):
-    step.specs(shapes)  # The mesh must fit them.
+    step.specs(shapes)  # Raises if the mesh does not fit them.
   frozen = start.frozen(step)
   return Job(
     plan,
@@ -227,7 +227,7 @@ def _prepared(
 def _begun(
   config: ml_collections.ConfigDict, workdir: pathlib.Path, job: Job
 ) -> Job:
-  """Makes a job the one that is paid for, with the run's secret."""
+  """Begins a job: reserves its budget, and loads the run's secret."""
   ledger, plan = job.ledger, job.plan
   budget: data_budget.DataBudget | None = None
 
@@ -236,7 +236,7 @@ def _begun(
     assert ledger is not None
     budget = resume.shared_budget(config, ledger, job.own_digest, job.earlier)
     if budget is not None and ledger.is_new:
-      # Here too, so that a run that does not fit leaves nothing behind.
+      # Checked here too, so that a run that does not fit leaves nothing behind.
       whole = plan_lib.Part(plan, plan.num_steps)
       budget.check(budget.cost([whole]), config.data_budget.reservation)
     return keys.secret_hash(
@@ -280,7 +280,7 @@ def _load(
 ) -> tuple[
   Mesh, datasets.Splits, str, Callable[[], list[str]], str, Callable[[], None]
 ]:
-  """What may be found, or not, by each process: devices and data."""
+  """Loads what any single process may fail to find: devices and data."""
   setup.check(config)  # Before features are computed, which may take long.
   mesh = mesh_lib.make(config.mesh)
   name, path = config.data.name, config.data.path

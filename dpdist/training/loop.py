@@ -1,7 +1,7 @@
 """The loop of a run: each step is charged, computed, shown and saved.
 
-It promises the order of `dpdist.training.train`. What only looks on is an
-`Observer`: the display, the record of epsilon.
+It keeps the order that `dpdist.training.train` promises. What only observes, as
+the display and the recorder of epsilon, is an `Observer`.
 """
 
 from collections.abc import Iterator, Sequence
@@ -34,7 +34,7 @@ Chunks = Iterator[tuple[int, Any, jax.Array]]
 
 
 class Observer(Protocol):
-  """What looks on in its process; it decides nothing."""
+  """Observes the loop in its process; it decides nothing."""
 
   def on_step(self, done: int) -> None:
     """Is called when `done` steps were made."""
@@ -44,14 +44,14 @@ class Observer(Protocol):
 
 
 class _Made(NamedTuple):
-  """A step that was made: all but `released` is private."""
+  """The results of a step; all but `released` is private."""
 
   accumulator: step_lib.Accumulator
   released: dict[str, jax.Array]
 
 
 class Loop:
-  """The steps of a session; to be made and run in all processes alike.
+  """Runs the steps of a session; all processes must make and run it together.
 
   Attributes:
     state: after the last step that was made.
@@ -69,11 +69,11 @@ class Loop:
     stop: preemption.Notice,
     observers: Sequence[Observer] = (),
   ):
-    """Makes no step yet.
+    """Stores the arguments; makes no step yet.
 
     Args:
       config: all settings.
-      job: what is trained.
+      job: the run that is trained.
       session: charges the steps, and saves them.
       state: where the steps begin.
       progress: of this process.
@@ -99,18 +99,18 @@ class Loop:
     """Makes all steps that are left.
 
     Raises:
-      dpdist.errors.Preempted: it was asked to stop; the steps
-        so far are saved.
+      dpdist.errors.Preempted: a request to stop came; the steps so far are
+        saved.
       dpdist.errors.ChangedError: files of the data were changed.
-      dpdist.errors.SensitivityError: an example of the last step,
-        which is saved, was longer than its norm says.
+      dpdist.errors.SensitivityError: an example's gradient in the last step,
+        which is saved, was longer than its computed norm.
     """
     start, last = int(self.state.step), self._session.position.last_step
     eval_every, save_every, charge_every = self._intervals()
     self._progress.enter(start, "reading")
     for t, chunks in self._steps(start, last):
-      # All wait for it: a sum may pass between the others before the primary
-      # process takes part in it.
+      # All processes wait for the charge: the others might reduce a sum before
+      # the primary process takes part.
       if t == start or t % charge_every == 0:
         self._progress.enter(t, "charging")
         self._session.charge(min(last, t - t % charge_every + charge_every))
@@ -126,12 +126,12 @@ class Loop:
         observer.on_step(done)
       if done % eval_every == 0 or done == last:
         self._measure(t, made)
-      # Nor does the next step need room for two sums: what was tried out had
+      # The next step then needs no memory for two sums; the dry run had only
       # one.
       del made
       if done % save_every == 0 or done == last or is_stopped or found:
         self._save(t)
-        # A signal during the save need not cost another one.
+        # A signal during the save then needs no second save.
         is_stopped = collectives.any_process(self._stop.received)
       if found:
         raise errors.SensitivityError(self._fault(found))
@@ -140,21 +140,21 @@ class Loop:
       self._progress.enter(done, "reading")
 
   def measured_scores(self) -> dict[str, float]:
-    """Held-out metrics of the last state, and of its average."""
+    """Returns held-out metrics of the last state, and of its average."""
     return self.scores or self._scores()
 
   def _intervals(self) -> tuple[int, int, int]:
-    """After how many steps to evaluate, to save and to charge."""
+    """Returns after how many steps to evaluate, to save and to charge."""
     config, num_steps = self._config, self._config.privacy.num_steps
     eval_every = config.eval_every or max(1, num_steps // 20)
     save_every = config.checkpoint_every or max(1, num_steps // 10)
-    # Steps are kept or lost together with a checkpoint, so one charge serves
-    # all that come before it; and no run needs more than a hundred.
+    # Steps are kept or lost together with a checkpoint, so one charge covers
+    # all that come before it; and no run needs more than a hundred charges.
     charge_every = max(save_every, history.most_steps(self._job.plan))
     return eval_every, save_every, charge_every
 
   def _make(self, t: int, chunks: Chunks) -> _Made:
-    """Makes a step of what was drawn for it."""
+    """Makes a step from the chunks that were drawn for it."""
     step, state, streams = self._job.step, self.state, self._session.streams
     self._progress.enter(t, "computing")
     accumulator = step.zeros(state.params)
@@ -171,10 +171,10 @@ class Loop:
         first_row,
       )
     if jax.process_count() > 1:
-      # So that who is slow can be told from who waits.
+      # So that a slow process can be told from one that waits.
       jax.block_until_ready(accumulator.stats)
       self._progress.enter(t, "reducing")
-    # Given only where it is used, so that other programs stay as they are.
+    # Passed only where it is used, so that other programs stay the same.
     release: list[np.int32] = []
     if len(self._job.plan.settings) > 1:
       release = [np.int32(self._session.position.first_release + t)]
@@ -186,7 +186,7 @@ class Loop:
     return _Made(accumulator, released)
 
   def _measure(self, t: int, made: _Made) -> None:
-    """Evaluates the state, and hands the observers a row."""
+    """Evaluates the state, and passes a row to the observers."""
     done, job = t + 1, self._job
     self._progress.enter(t, "evaluating")
     machines = collectives.gather(

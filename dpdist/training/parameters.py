@@ -1,12 +1,12 @@
-"""What a run's parameters begin as, and which of them are trained.
+"""A run's initial parameters, and which of them are trained.
 
-Weights from disk take the place of initial ones. Where `model.trainable` is
-given, what it does not name is frozen: it has no gradient, and so no part in
-norms, sums and noise, and nothing is kept beside it. All that is frozen comes
-from disk, so that who has the weights and a checkpoint has the model.
+Weights from disk replace initial ones. If `model.trainable` is set, parameters
+that it does not name are frozen: they have no gradient, and so no part in
+norms, sums and noise, and nothing is kept beside them. All frozen parameters
+come from disk, so the weights and a checkpoint together are the whole model.
 
-Weights from disk are taken for public: what they tell of the data that they
-were made from is no part of the guarantee.
+Weights from disk count as public: what they reveal of the data that they were
+trained on is no part of the guarantee.
 """
 
 from collections.abc import Callable, Mapping
@@ -34,7 +34,9 @@ PyTree = Any
 def frozen_paths(
   config: ml_collections.ConfigDict,
 ) -> Callable[[str], bool] | None:
-  """From a parameter's path to whether it is frozen; None: none is.
+  """Returns a function from a parameter's path to whether it is frozen.
+
+  Returns None if no parameter is frozen.
 
   Args:
     config: `config.model`.
@@ -64,9 +66,11 @@ def of(
 
   Args:
     config: `config.model`.
-    model: of the config.
-    words: see `Parameters`; likewise example. Shapes are enough for all but
-      `Parameters.init`.
+    model: the config's model.
+    words: see `Parameters`.
+    example: see `Parameters`.
+
+  Shapes of words and example are enough for all but `Parameters.init`.
 
   Raises:
     ValueError, ModuleNotFoundError: see `Parameters` and `models.from_disk`.
@@ -80,37 +84,40 @@ def of(
 def make_params(
   model: nn.Module, words: jax.Array, example: jax.Array
 ) -> PyTree:
-  """A model's initial parameters.
+  """Returns a model's initial parameters.
 
   Args:
     model: maps the inputs of one example to logits.
-    words: uint32 [2], of the key of the stream "init".
+    words: uint32 [2], the key of the stream "init".
     example: inputs of one example, of which only the shape matters.
   """
   return model.init(noise.as_key(words), example)["params"]
 
 
 def frozen_sha256(frozen: PyTree | None) -> str:
-  """Of frozen parameters; "" without any. To be called in all processes."""
+  """Returns the SHA-256 of frozen parameters; "" without any.
+
+  Must be called in all processes.
+  """
   return "" if frozen is None else fingerprint.params_sha256(frozen)
 
 
 # Without a repr, which would show the key.
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Parameters:
-  """Of one run.
+  """The parameters of one run.
 
   Attributes:
     make: (words, example) -> initial parameters of the whole model; traced.
-    words: uint32 [2], of the key of the stream "init".
+    words: uint32 [2], the key of the stream "init".
     example: inputs of one example, of which only the shape matters.
-    weights: from disk, by path; in the place of initial ones.
-    trainable: what `model.trainable` says, for messages.
+    weights: from disk, by path; they replace initial ones.
+    trainable: the setting `model.trainable`, for messages.
     is_frozen: from `frozen_paths`.
 
   Raises:
-    ValueError: weights that do not fit, or frozen parameters that would stay
-      as random as they begin.
+    ValueError: weights do not fit, or frozen parameters would keep their random
+      initial values.
   """
 
   make: Callable[[Any, Any], PyTree]
@@ -147,24 +154,27 @@ class Parameters:
 
   @functools.cached_property
   def shapes(self) -> PyTree:
-    """Of the trained parameters; None where one is frozen."""
+    """Returns the trained parameters' shapes; None where one is frozen."""
     return self._part(self._whole, is_frozen=False)
 
   @functools.cached_property
   def frozen_shapes(self) -> PyTree | None:
-    """Of the frozen ones, None where one is trained; None: there are none."""
+    """Returns the frozen parameters' shapes, None where one is trained.
+
+    None if there are none.
+    """
     if self.is_frozen is None:
       return None
     return self._part(self._whole, is_frozen=True)
 
   def init(self, step: step_lib.Step) -> step_lib.TrainState:
-    """The state before the first step, on the step's mesh."""
+    """Returns the state before the first step, on the step's mesh."""
     return self.initializer(step)(self.words)
 
   def initializer(
     self, step: step_lib.Step
   ) -> Callable[[Any], step_lib.TrainState]:
-    """The same, of other words: one function, which compiles once."""
+    """Returns `init` as a function of the words, which compiles once."""
 
     def make(
       words: Any, example: Any, weights: Mapping[str, jax.Array]
@@ -178,15 +188,15 @@ class Parameters:
     return lambda words: run(words, self.example, trained)
 
   def frozen(self, step: step_lib.Step) -> PyTree | None:
-    """The frozen parameters, on the step's mesh; None without any."""
+    """Returns the frozen parameters, on the step's mesh; None without any."""
     if self.is_frozen is None:
       return None
-    # Each process hands over what its devices hold, and no more.
+    # Each process passes what its devices hold, and no more.
     return step.placed(_replaced(self.frozen_shapes, self.weights))
 
   @functools.cached_property
   def weights_sha256(self) -> str:
-    """Of all weights from disk; "" without any."""
+    """Returns the SHA-256 of all weights from disk; "" without any."""
     return weights_lib.sha256(self.weights)
 
   @functools.cached_property
@@ -207,7 +217,7 @@ class Parameters:
 
 
 def _replaced(params: PyTree, weights: Mapping[str, Any]) -> PyTree:
-  """Params with the weights at their paths."""
+  """Returns params with the weights at their paths."""
   leaves, treedef = jax.tree.flatten(params)
   # mypy takes JAX's own class of tree structures for a mere name.
   structure: Any = treedef

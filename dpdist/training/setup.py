@@ -1,4 +1,4 @@
-"""From settings to what a run trains, checked before any charge."""
+"""Builds what a run trains from its settings, checked before any charge."""
 
 from collections.abc import Callable
 import dataclasses
@@ -26,14 +26,14 @@ from dpdist.training import exact_step
 from dpdist.training import parameters
 from dpdist.training import step as step_lib
 
-# Of the key of a state that is made before the run's secret is.
+# The key of a state that is made before the run's secret exists.
 PUBLIC_WORDS = np.zeros(2, np.uint32)
 
 
 def largest_integers(
   config: ml_collections.ConfigDict, row: dict[str, Any]
 ) -> dict[str, int]:
-  """What each array's integers are at most, by the settings alone."""
+  """Returns the largest integers of each array, from the settings alone."""
   inputs = max(config.model.num_outputs, config.model.vocabulary) - 1
   others = config.model.num_outputs - 1
   return {name: inputs if name == "inputs" else others for name in row}
@@ -59,23 +59,23 @@ class Experiment:
 
   @property
   def mesh(self) -> Mesh:
-    """All devices."""
+    """Returns the mesh of all devices."""
     return self.step.mesh
 
   @property
   def chunk_size(self) -> int:
-    """Examples, or users, over the mesh at once, as set or chosen.
+    """Returns how many examples, or users, the whole mesh computes at once.
 
     Raises:
-      ValueError: what is set cannot be divided evenly.
+      ValueError: the configured chunk_size cannot be divided evenly.
     """
     return chunk_size(self.config, self.plan, self.mesh)
 
   def parameters(self, words: Any, inputs: Any) -> parameters.Parameters:
-    """What the parameters begin as.
+    """Returns the initial parameters.
 
     Args:
-      words: uint32 [2], of the key of the stream "init".
+      words: uint32 [2], the key of the stream "init".
       inputs: of one example; shapes are enough for all but `Parameters.init`.
 
     Raises:
@@ -95,9 +95,9 @@ def build(
 
   Args:
     config: all settings.
-    mesh: None: of this machine's devices, as the config divides them.
-    plan: None: made from the config.
-    platform: what it is compiled for; see `dpdist.clipped_grad`.
+    mesh: None: a mesh of this machine's devices, as the config divides them.
+    plan: None: a plan made from the config.
+    platform: the platform it is compiled for; see `dpdist.clipped_grad`.
 
   Raises:
     ValueError: names the setting, its value and what would be right.
@@ -156,7 +156,7 @@ def _step(
 def loss_fn(
   config: ml_collections.ConfigDict, model: nn.Module
 ) -> Callable[..., Any]:
-  """The loss of what is clipped as one: of an example, or a mean."""
+  """Returns the loss of what is clipped as one: of an example, or a mean."""
   loss = classification.cross_entropy(model)
   copies = config.augmentation
   if copies.multiplicity:
@@ -168,7 +168,7 @@ def loss_fn(
 
 
 def check(config: ml_collections.ConfigDict) -> None:
-  """Raises ValueError for a setting that nothing else looks at so early."""
+  """Raises ValueError for settings that are otherwise checked too late."""
   if not 0 <= config.ema_decay < 1:
     raise ValueError(
       f"ema_decay must be at least 0 and below 1, got {config.ema_decay}"
@@ -200,10 +200,10 @@ def check(config: ml_collections.ConfigDict) -> None:
 def chunk_size(
   config: ml_collections.ConfigDict, plan: plan_lib.PrivacyPlan, mesh: Mesh
 ) -> int:
-  """Examples over the mesh at once, as set or chosen.
+  """Returns how many examples the whole mesh computes at once, set or chosen.
 
   Raises:
-    ValueError: what is set cannot be divided evenly.
+    ValueError: the configured chunk_size cannot be divided evenly.
   """
   multiple, name = mesh_lib.chunk_multiple(config.clipping, mesh)
   if config.chunk_size:

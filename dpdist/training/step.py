@@ -2,20 +2,20 @@
 
 `accumulate` adds a chunk's clipped sum to each device's own accumulator, which
 keeps what float32 rounds away (`dpdist.sums.compensated`), and touches no
-network where every device has all parameters. `apply` reduces the
-accumulators over the mesh, draws noise once, divides by the expected batch size
-and updates the parameters. A step may have any number of chunks, none included,
-so that a draw of any size fits any memory and nothing recompiles.
+network where every device has all parameters. `apply` reduces the accumulators
+over the mesh, draws noise once, divides by the expected batch size and updates
+the parameters. A step may have any number of chunks, also none, so that a draw
+of any size fits any memory and nothing recompiles.
 
 Where the mesh divides parameters (see `dpdist.distributed.mesh.partition`),
-everything that
-is kept beside them is divided likewise: accumulator, noise, optimizer's state,
-average. `accumulate` then puts a parameter together where the loss uses it, and
-adds up over `fsdp` at once, so that only `data` is left for `apply`.
+everything that is kept beside them is divided in the same way: accumulator,
+noise, the optimizer's state, average. `accumulate` then gathers a parameter
+where the loss uses it, and reduces over `fsdp` at once, so that only `data` is
+left for `apply`.
 
-Frozen parameters are no part of the state: nothing is ever made like them, and
-`accumulate` alone is handed them. In the state None stands in their place; see
-`dpdist.clipping.freezing`.
+Frozen parameters are not part of the state: no sum, noise or average is made of
+their shapes, and only `accumulate` takes them. In the state None stands in
+their place; see `dpdist.clipping.freezing`.
 """
 
 from collections.abc import Callable
@@ -43,12 +43,12 @@ PyTree = Any
 
 
 class TrainState(NamedTuple):
-  """What a checkpoint keeps; all of it is released.
+  """The contents of a checkpoint; all of it is released.
 
   Attributes:
     step: int32 scalar, updates made so far.
     params: the model's parameters; None where one is frozen.
-    opt_state: the optimizer's.
+    opt_state: the optimizer's state.
     ema_params: exponential moving average of params; None without one.
     noise_state: the noise mechanism's counter.
   """
@@ -61,14 +61,14 @@ class TrainState(NamedTuple):
 
 
 class Accumulator(NamedTuple):
-  """A step's sums so far, apart for each device that divides the examples.
+  """A step's sums so far, separate for each device that divides the examples.
 
   Attributes:
     clipped_sum: pytree like params, float32 or wider, with a leading axis over
-      those devices; of what `fsdp` divides, over those along `data`.
+      those devices; where `fsdp` divides an array, over those along `data`.
     stats: Stats of [devices] arrays.
-    low: like clipped_sum, what rounding left out of it: the sum of both is
-      meant. (): nothing, as of integers.
+    low: like clipped_sum, what rounding left out of it: the true sum is
+      clipped_sum + low. (): nothing, as for integers.
   """
 
   clipped_sum: PyTree
@@ -81,11 +81,11 @@ class Step:
   """The two halves of a step, compiled once for a mesh.
 
   Attributes:
-    mechanism: what the guarantee rests on.
+    mechanism: the mechanism that the guarantee depends on.
     optimizer: applied to the noisy mean.
     mesh: with the axes of `dpdist.distributed.mesh`.
     ema_decay: of the moving average of the parameters; 0 keeps none.
-    rules: by which the model's parameters are divided over `model`.
+    rules: how the model's parameters are divided over `model`.
   """
 
   mechanism: mechanism_lib.Mechanism
@@ -95,13 +95,13 @@ class Step:
   rules: mesh_lib.Rules = ()
 
   def specs(self, params: PyTree) -> PyTree:
-    """How parameters lie on the mesh: pytree like params of PartitionSpecs."""
+    """Returns the parameters' layout: pytree like params of PartitionSpecs."""
     return mesh_lib.partition(params, self.mesh, self.rules)
 
   def state_specs(self, state: TrainState) -> PyTree:
-    """How a state lies on the mesh.
+    """Returns the layout of a state.
 
-    What an optimizer keeps for a parameter, of the same shape, lies like it.
+    What an optimizer keeps for a parameter, in the same shape, has its layout.
     """
     specs, whole = self.specs(state.params), mesh_lib.REPLICATED
     like = jax.tree.map(lambda x, spec: (x.shape, spec), state.params, specs)
@@ -120,18 +120,20 @@ class Step:
     )
 
   def accumulator_specs(self, params: PyTree) -> PyTree:
-    """How an accumulator lies on the mesh: of PartitionSpecs."""
+    """Returns the layout of an accumulator: of PartitionSpecs."""
     sums = jax.tree.map(mesh_lib.stacked, self.specs(params))
     stats = jax.tree.map(lambda x: mesh_lib.EXAMPLES, stats_lib.no_stats(1))
     return Accumulator(sums, stats, sums)
 
   def init(self, params: PyTree) -> TrainState:
-    """The state before the first step, on the mesh, from whole parameters."""
+    """Returns the state before the first step, from whole parameters."""
     state = self.initial(params)
     return mesh_lib.place(state, self.state_specs(state), self.mesh)
 
   def init_from(self, make: Callable[..., PyTree], *args: Any) -> TrainState:
-    """The same, where no device need ever have all parameters.
+    """Returns the state before the first step, made on the mesh.
+
+    No device need ever have all parameters.
 
     Args:
       make: from args to parameters; traced.
@@ -142,7 +144,7 @@ class Step:
   def initializer(
     self, make: Callable[..., PyTree], *args: Any
   ) -> Callable[..., TrainState]:
-    """The function of `init_from`, compiled once for args of such shapes."""
+    """Returns `init_from` as a function, compiled once for such args."""
 
     def initial(*args: Any) -> TrainState:
       return self.initial(make(*args))
@@ -160,7 +162,7 @@ class Step:
     return mesh_lib.place(params, self.specs(params), self.mesh)
 
   def initial(self, params: PyTree) -> TrainState:
-    """The same, where params are; may be traced."""
+    """Returns the state before the first step, where params are; traceable."""
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
@@ -172,7 +174,7 @@ class Step:
 
   @functools.cached_property
   def zeros(self) -> Callable[..., Any]:
-    """Compiled (params) -> an empty Accumulator."""
+    """Returns the compiled function (params) -> an empty Accumulator."""
     shards = mesh_lib.num_example_shards(self.mesh)
 
     def zeros(params: PyTree) -> Accumulator:
@@ -198,7 +200,7 @@ class Step:
   def _constrained(
     self, params: PyTree, accumulator: Accumulator
   ) -> Accumulator:
-    """Says how a traced accumulator lies."""
+    """Constrains the layout of a traced accumulator."""
     specs = self.accumulator_specs(params)
     return mesh_lib.constrain(accumulator, specs, self.mesh)
 
@@ -213,7 +215,7 @@ class Step:
     is_padding_example: jax.Array,
     rngs: jax.Array,
   ) -> Any:
-    """What a device does of `accumulate`, with its part of the chunk."""
+    """Does a device's part of `accumulate`, with its part of the chunk."""
     grads = self.mechanism.clipped_grad(
       whole(params, frozen),
       batch,
@@ -224,7 +226,7 @@ class Step:
     )
     grads, seen = watched.seen(grads)
     stats = stats_lib.count(self.mechanism, grads, is_padding_example)
-    # The leading axis has one entry a device, here this device's own.
+    # The leading axis has one entry for each device, here this device's own.
     more, low, stats = jax.tree.map(
       lambda x: x[None], (grads.sum, grads.low, stats)
     )
@@ -236,27 +238,28 @@ class Step:
 
   @functools.cached_property
   def accumulate(self) -> Callable[..., Any]:
-    """Compiled function that adds one chunk.
+    """Returns the compiled function that adds one chunk.
 
-    No collective, but for what puts divided parameters together and adds up
-    their sums.
+    It has no collectives, except those that gather divided parameters and
+    reduce their sums.
 
     Args of the function:
-      params: as in the state.
+      params: the state's.
       accumulator: of the same step; its memory is reused.
-      batch: pytree; leading axis the chunk, sharded over the examples' devices.
-      is_padding_example: [chunk] bool, sharded alike.
+      batch: pytree; its leading axis is the chunk, divided like
+        `mesh.examples`.
+      is_padding_example: [chunk] bool, divided like batch.
       key: the step's key for dropout and the like.
       first_row: where the chunk begins in the step's list of examples, so that
         randomness belongs to an example and not to a device.
       frozen: the frozen parameters, None where one is trained; None: all are
-        trained. Which are must be what `mechanism.clipped_grad` was told.
-      direction: for a step that is watched, which is another program; see
-        `dpdist.clipping.watched`. None: nobody watches.
+        trained. They must be those that `mechanism.clipped_grad` freezes.
+      direction: for a step that the sentinel watches, which is another program;
+        see `dpdist.clipping.watched`. None: it is not watched.
 
     Returns of the function:
-      The accumulator with the chunk's clipped sum; with a direction, that and
-      what was seen.
+      The accumulator with the chunk's clipped sum; with a direction, also what
+      was seen.
     """
 
     def accumulate(
@@ -300,7 +303,7 @@ class Step:
 
   @functools.cached_property
   def total(self) -> Callable[..., Any]:
-    """Compiled (params, accumulator) -> the clipped sum over all devices."""
+    """Returns the compiled (params, accumulator) -> sum over all devices."""
 
     def total(params: PyTree, accumulator: Accumulator) -> PyTree:
       summed = jax.tree.map(
@@ -314,7 +317,9 @@ class Step:
 
   @functools.cached_property
   def apply(self) -> Callable[..., Any]:
-    """Compiled function that ends a step: one reduction, one draw, one update.
+    """Returns the compiled function that ends a step.
+
+    It makes one reduction, draws noise once and makes one update.
 
     Args of the function:
       state: before the step; its memory is reused.
@@ -331,8 +336,8 @@ class Step:
       specs = self.specs(params)
       both = compensated.Sum(specs, specs)
       if mesh_lib.num_example_shards(self.mesh) == 1:
-        # Nothing to add up. XLA fails on a sum over axes of size 1 where others
-        # are its own to divide (jax 0.10.2).
+        # There is nothing to add up. XLA fails on a sum over axes of size 1
+        # where it divides other axes itself (jax 0.10.2).
         alone = jax.tree.map(lambda x: x[0], total)
         return mesh_lib.constrain(alone, both, self.mesh)
       manual = jax.tree.map(mesh_lib.without_model, specs)
@@ -386,7 +391,7 @@ class Step:
 
   @functools.cached_property
   def stats(self) -> Callable[..., Any]:
-    """Compiled (accumulator) -> Stats over all devices. Sensitive."""
+    """Returns the compiled (accumulator) -> Stats of all devices. Sensitive."""
     return jax.jit(
       lambda accumulator: jax.tree.map(jnp.sum, accumulator.stats),
       out_shardings=mesh_lib.replicated(self.mesh),
@@ -394,11 +399,11 @@ class Step:
 
 
 def whole(params: PyTree, frozen: PyTree | None) -> PyTree:
-  """All parameters, as a model takes them.
+  """Merges trained and frozen parameters to all that a model takes.
 
   Args:
-    params: as in the state.
-    frozen: the others, None where one is trained; None: there are none.
+    params: the state's.
+    frozen: the frozen ones, None where one is trained; None: there are none.
   """
   return params if frozen is None else clipping.merge(params, frozen)
 
@@ -412,7 +417,7 @@ def update(
   noise_state: noise.GaussianNoiseState,
   release: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
-  """What follows the noise: the state after the step, and released metrics."""
+  """Returns the state after the step, and released metrics, from noisy sums."""
   gradient = mechanism.mean(noisy_sum, release)
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
@@ -431,6 +436,6 @@ def _ema(
 ) -> PyTree | None:
   if ema_params is None:
     return None
-  # Early on the average follows closely, so that it forgets the init.
+  # Early on the average follows closely, so that it forgets the initial values.
   decay = jnp.minimum(ema_decay, (1.0 + step) / (10.0 + step))
   return optax.incremental_update(params, ema_params, 1.0 - decay)

@@ -1,6 +1,6 @@
-"""The sentinel of `dpdist.train`: its step is tried, and watched as it runs.
+"""The sentinel of `dpdist.train`: tests a step before the run, then watches it.
 
-See `dpdist.sensitivity.sentinel` for why, and for what both mean.
+See `dpdist.sensitivity.sentinel` for the reasons and the terms.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,21 +35,21 @@ def check_step(
   chunk_size: int,
   is_watched: bool = True,
 ) -> trials.Report:
-  """Holds the step that will run, on its mesh, against `jax.grad`.
+  """Compares the step that will run, on its mesh, with `jax.grad`.
 
-  To be called in all processes.
+  Must be called in all processes.
 
   Args:
-    step: what will run.
+    step: the step that will run.
     params: of its state.
-    frozen: as `step.accumulate` takes it.
+    frozen: the frozen parameters; see `step.accumulate`.
     row: shapes of a row of a chunk.
-    largest: pytree like row: what its integers are at most, publicly.
-    chunk_size: rows over the mesh at once.
+    largest: pytree like row: public upper bounds of its integers.
+    chunk_size: rows that the whole mesh computes at once.
     is_watched: whether watched steps will run too.
 
   Returns:
-    What was tried.
+    A report of the trials.
 
   Raises:
     dpdist.errors.SensitivityError: names what is wrong, the
@@ -66,7 +66,7 @@ def check_step(
   at = jax.jit(lambda x, row: x[row], out_shardings=replicated)
   fold = functools.partial(jax.random.fold_in, key)
   averaged = _averager(step)
-  # A step that nobody watches does not say its norms.
+  # A step that is not watched does not return its norms.
   unknown = [mesh_lib.replicate(jnp.array(jnp.nan, jnp.float32), mesh)]
 
   def run(
@@ -114,14 +114,14 @@ def _putter(mesh: Mesh) -> Callable[[np.ndarray], jax.Array]:
 
 
 def _moved(step: step_lib.Step, params: PyTree, drawn: PyTree) -> PyTree:
-  """Other parameters, that lie on the mesh alike; see `trials.moved`."""
+  """Returns other parameters in the same layout; see `trials.moved`."""
   specs, mesh = step.specs(params), step.mesh
   move = lambda *args: mesh_lib.constrain(trials.moved(*args), specs, mesh)
   return jax.jit(move)(params, drawn)
 
 
 def _averager(step: step_lib.Step) -> Callable[..., PyTree]:
-  """Compiled: from parameters, a sum and its number of rows to their mean."""
+  """Returns the compiled (params, sum, number of rows) -> mean."""
 
   @jax.jit
   def averaged(params: PyTree, total: PyTree, count: int) -> PyTree:
@@ -133,7 +133,10 @@ def _averager(step: step_lib.Step) -> Callable[..., PyTree]:
 
 
 def _rows(mesh: Mesh, chunk_size: int) -> Callable[[int], int]:
-  """Which row each trial is of: one device after the other, and all of each."""
+  """Returns a function from a trial's number to its row in the chunk.
+
+  It goes through one device after the other, and through all rows of each.
+  """
   shards = mesh_lib.num_example_shards(mesh)
   size = chunk_size // shards
   return lambda number: number % shards * size + number // shards % size
@@ -142,7 +145,10 @@ def _rows(mesh: Mesh, chunk_size: int) -> Callable[[int], int]:
 def _on_one_device(
   measure: Callable[..., comparison.Measured], replicated: Any
 ) -> Callable[..., comparison.Measured]:
-  """Compiled; for one device of each process where it has all that is given."""
+  """Compiles `measure` for one device of each process, if it can run on one.
+
+  It can where one device has all arguments.
+  """
   alone = jax.jit(measure)
   together = jax.jit(measure, out_shardings=replicated)
 
@@ -157,7 +163,7 @@ def _on_one_device(
 
 
 def drawer(step: step_lib.Step) -> Callable[[PyTree, jax.Array], PyTree]:
-  """Compiled (params, key) -> normal numbers like params, on the mesh."""
+  """Returns the compiled (params, key) -> normal numbers like params."""
 
   def draw(params: PyTree, key: jax.Array) -> PyTree:
     found = sentinel_lib.normal(params, key)
@@ -182,13 +188,13 @@ class Sentinel:
     every: int,
     first_step: int,
   ):
-    """Nothing is watched yet.
+    """Stores the arguments; watches nothing yet.
 
     Args:
-      step: what runs.
-      frozen: as `step.accumulate` takes it.
+      step: the step that runs.
+      frozen: the frozen parameters; see `step.accumulate`.
       streams: of the branch.
-      every: on average one step of so many is watched; 0: none is.
+      every: one step in `every` is watched on average; 0: none is.
       first_step: of the branch, which is watched too.
     """
     self._step, self._frozen, self._streams = step, frozen, streams
@@ -202,13 +208,13 @@ class Sentinel:
     self._found: jax.Array | None = None
 
   def is_watched(self, t: int) -> bool:
-    """Whether a step is one of those."""
+    """Returns whether a step is watched."""
     return sentinel_lib.is_watched(
       self._streams, t, every=self._every, first_step=self._first_step
     )
 
   def begin(self, t: int, params: PyTree) -> None:
-    """Says that a step begins."""
+    """Begins a step."""
     self._direction = self._found = None
     if self.is_watched(t):
       key = self._streams.key("sentinel_direction", t)
@@ -217,10 +223,9 @@ class Sentinel:
   def accumulate(
     self, params: PyTree, accumulator: PyTree, *chunk: Any
   ) -> PyTree:
-    """Adds a chunk; as `dpdist.training.step.Step.accumulate` without
-    frozen."""
+    """Adds a chunk, like the step's `accumulate` without frozen."""
     if self._direction is None:
-      # Given only where there are any.
+      # Passed only if there are any.
       more = [] if self._frozen is None else [self._frozen]
       return self._step.accumulate(params, accumulator, *chunk, *more)
     accumulator, seen = self._step.accumulate(
@@ -231,9 +236,9 @@ class Sentinel:
     return accumulator
 
   def end(self) -> list[int]:
-    """The numbers of the trained parameters that examples were too long along.
+    """Returns the numbers of parameters along which examples were too long.
 
-    The same in all processes.
+    The result is the same in all processes.
     """
     self._direction = None
     if self._found is None:

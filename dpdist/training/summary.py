@@ -1,4 +1,4 @@
-"""What a run tells a person at its start and its end."""
+"""The tables and results that a run shows at its start and its end."""
 
 from collections.abc import Sequence
 import os
@@ -28,14 +28,14 @@ def start_rows(
   start_step: int,
   sentinel_every: int,
 ) -> list[tuple[str, str]]:
-  """The table shown before the first step and in the report.
+  """Returns the table shown before the first step and in the report.
 
   Args:
     job: the run.
-    planned: what it will have spent at its end.
-    epsilon: what holds for it; see `dpdist.privacy.composition.guaranteed`.
+    planned: what the run will have spent at its end.
+    epsilon: the run's guarantee; see `dpdist.privacy.composition.guaranteed`.
     start_step: updates that the restored state has.
-    sentinel_every: of so many steps one is watched; 0: none.
+    sentinel_every: one step in so many is watched; 0: none.
 
   Returns:
     (name, value) pairs.
@@ -81,7 +81,7 @@ def start_rows(
 
 
 def rounding(job: job_lib.Job) -> rounding_lib.Bound:
-  """What float rounding can add to the sensitivity of a run's steps."""
+  """Returns what float rounding can add to the sensitivity of a run's steps."""
   mechanism, mesh = job.step.mechanism, job.mesh
   is_exact = mechanism.exact_group_size is not None
   shards = mesh_lib.num_example_shards(mesh)
@@ -93,7 +93,8 @@ def rounding(job: job_lib.Job) -> rounding_lib.Bound:
     rows_per_device=rows,
     num_entries=_num_params(job),
     num_devices=shards,
-    # Of divided parameters, all devices of the axis add up at once.
+    # Where parameters are divided, all devices of the axis are added up at
+    # once.
     num_sharing=1 if is_exact else mesh.shape["fsdp"],
     is_cut=mesh.devices.flat[0].platform != "cpu",
     is_exact=is_exact,
@@ -110,15 +111,15 @@ def result(
   params_sha256: str,
   environment: dict[str, Any],
 ) -> dict[str, Any]:
-  """What `result.json` holds.
+  """Returns the contents of `result.json`.
 
   Args:
     job: the run.
     ledger: its ledger.
     num_steps: updates in the final parameters.
-    sentinel_every: as in `start_rows`.
+    sentinel_every: see `start_rows`.
     scores: held-out metrics, "test/NAME" and perhaps "test_ema/NAME".
-    params_sha256: of the final parameters, those that were trained.
+    params_sha256: of the final trained parameters.
     environment: versions, code and devices.
 
   Returns:
@@ -169,7 +170,7 @@ def write_result(path: pathlib.Path, values: dict[str, Any]) -> None:
 def end_rows(
   values: dict[str, Any], workdir: pathlib.Path
 ) -> list[tuple[str, str]]:
-  """The table shown at the end."""
+  """Returns the table that is shown at the end."""
   rows = [
     (
       "epsilon",
@@ -212,7 +213,7 @@ def _size(params: Any) -> int:
 
 
 def _memory(job: job_lib.Job) -> int:
-  """Bytes of state, accumulator and per-example gradients on a device."""
+  """Returns bytes of state, accumulator and example gradients on a device."""
   state = jax.eval_shape(job.step.initial, job.params)
   state_bytes = mesh_lib.bytes_per_device(
     state, job.step.state_specs(state), job.mesh
@@ -224,5 +225,5 @@ def _memory(job: job_lib.Job) -> int:
   mechanism = job.step.mechanism
   rows = min(rows, mechanism.exact_group_size or rows)
   size = mechanism.clipped_grad.microbatch_size
-  gradients = min(rows, size or rows) + 2  # and the sum, of two floats
+  gradients = min(rows, size or rows) + 2  # plus the sum, of two floats
   return state_bytes + gradients * _num_params(job) * np.dtype("f4").itemsize

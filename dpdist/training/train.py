@@ -1,13 +1,13 @@
-"""A private training run, in the order in which things happen.
+"""Runs private training from start to end, in a fixed order.
 
 Promises of that order:
   * Every check that can fail on bad settings comes before a step is charged, so
     that a mistake costs no budget.
-  * The ledger has charged a step before the step is computed, and the budget
-    that the data set's runs share, if there is one, has been told. What was
-    charged and never begun is given back; see `dpdist.workdir.session`.
-  * A checkpoint is saved when all steps in it are charged, and recorded in the
-    ledger when it is durable.
+  * The ledger has charged a step before the step is computed, and the data
+    set's budget, if there is one, has recorded it. What was charged and never
+    begun is given back; see `dpdist.workdir.session`.
+  * A checkpoint is saved only when all steps in it are charged, and recorded in
+    the ledger only when it is durable.
   * Only released values reach a writer or the screen; see
     `dpdist.reporting.metrics`.
 """
@@ -46,7 +46,7 @@ from dpdist.workdir import fingerprint
 from dpdist.workdir import resume
 from dpdist.workdir import session as session_lib
 
-# What each process of a job comes to by itself, about its settings or its run.
+# Errors that each process reaches by itself, about its settings or its run.
 _OWN_ERRORS = (
   errors.SettingsError,
   errors.MismatchError,
@@ -68,27 +68,22 @@ def train(
     workdir: a local directory for everything the run writes; made if missing.
 
   Returns:
-    What `result.json` holds.
+    The contents of `result.json`.
 
   Raises:
-    dpdist.errors.SettingsError: a ValueError; a setting is wrong, or
-      differs from the run that workdir holds.
-    dpdist.errors.MismatchError: likewise; the model or optimizer
-      differs.
-    dpdist.errors.LedgerError: the ledger is damaged or has another
-      writer.
-    dpdist.errors.PeerError: another of the job's processes
-      raised one of these,
-      failed or was lost. Where this one cannot raise, because it hangs in a
+    dpdist.errors.SettingsError: a ValueError; a setting is wrong, or differs
+      from the run that workdir holds.
+    dpdist.errors.MismatchError: a ValueError; the model or optimizer differs.
+    dpdist.errors.LedgerError: the ledger is damaged or has another writer.
+    dpdist.errors.PeerError: another of the job's processes raised one of these,
+      failed or was lost. If this process cannot raise, because it hangs in a
       collective, it ends.
-    dpdist.errors.ReadError: the data could not be read, for long; what is
-      saved and charged so far is gone on with.
+    dpdist.errors.ReadError: the data could not be read for a long time. A new
+      start goes on from what is saved and charged so far.
     dpdist.errors.ChangedError: files of the data were changed meanwhile.
-    dpdist.errors.Preempted: a signal asked to stop; all is
-      saved.
-    dpdist.errors.SensitivityError: clipping does not bound what
-      an example
-      can do; before a step is charged, or after one that is saved.
+    dpdist.errors.Preempted: a signal asked to stop; everything is saved.
+    dpdist.errors.SensitivityError: clipping does not bound what an example can
+      do; raised before a step is charged, or after one that is saved.
   """
   try:
     config_lib.check(config)
@@ -136,7 +131,7 @@ def _run(
   stop: preemption.Notice,
   progress: progress_lib.Progress,
 ) -> dict[str, Any]:
-  """Makes the steps that are left, and writes what came of them."""
+  """Makes the steps that are left, and writes the results."""
   environment = fingerprint.environment(job.mesh)
   state, ledger_head = job.init(), ""
   if job.found.saved is not None:
@@ -186,8 +181,8 @@ def _run(
       stop=stop,
       observers=observers,
     )
-    # The loop alone holds it: a device that did not give its part away would
-    # keep the first one to the end.
+    # Only the loop holds the state: otherwise a device that did not donate its
+    # part would keep the first state to the end.
     del state
     loop.run()
     progress.enter(last, "finishing")
@@ -207,7 +202,7 @@ def _resume(
   """Goes on with the branch that the ledger holds, or begins another one.
 
   Returns:
-    Where it stands; and the run's epsilon at its end.
+    The branch's position, and the run's epsilon at its end.
   """
   environments = collectives.gather(json.dumps(environment))
   saved, rejected = job.found
@@ -215,7 +210,7 @@ def _resume(
   def resume_branch() -> tuple[session_lib.Position, float]:
     ledger = job.ledger
     assert ledger is not None
-    # Now that nothing can fail any more on settings that do not fit.
+    # From here on nothing can fail on settings that do not fit.
     if job.changes:
       ledger.open_segment(
         config=job.settings,
@@ -228,7 +223,7 @@ def _resume(
       digest=saved.digest if saved else "",
       ledger_head=ledger_head,
       fingerprint=fingerprint.fingerprint(
-        # As it was chosen: sums of other chunks round otherwise.
+        # The chosen size: sums over chunks of another size round differently.
         config.to_dict() | {"chunk_size": job.chunk_size},
         job.plan.fingerprint(),
         job.train_digest,
@@ -251,7 +246,7 @@ def _resume(
 
 
 def _notices(job: job_lib.Job) -> list[str]:
-  """What a reader of any figure from this run has to know."""
+  """Returns what must be shown with any figure from this run."""
   notices = [*job.notices, *job.found.rejected]
   if job.changes:
     notices.append("settings changed: " + "; ".join(job.changes))
@@ -277,7 +272,7 @@ def _show_start(
   )
   console.show_start(rows, _notices(job))
   if job.found.saved is None and start < last:
-    # Among no notices, which are in the report as well.
+    # Not among the notices, which are in the report as well.
     shared = data_checks.shared_rows(job.train_source, job.test)
     if shared:
       console.warn(shared)
@@ -295,7 +290,7 @@ def _finish(
 ) -> dict[str, Any]:
   """Writes and shows the result; returns it in all processes."""
   scores = loop.measured_scores()
-  # In all processes, each of which may have a part alone.
+  # In all processes: each may have only a part of the parameters.
   params_sha256 = fingerprint.params_sha256(loop.state.params)
 
   def finish() -> dict[str, Any]:

@@ -1,1 +1,1 @@
-"""A run's directory: how it is resumed, saved, and verified."""
+"""The run directory: resuming, saving and verifying a run."""

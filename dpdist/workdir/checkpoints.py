@@ -1,14 +1,15 @@
-"""Checkpoints: Orbax, with a manifest that is verified before restore.
+"""Checkpoints: Orbax, with a manifest that is verified before a restore.
 
 Every checkpoint gets a manifest (see `dpdist.workdir.manifest`), written and
 synced after Orbax has finished; its digest is recorded in the ledger. A run
-goes on from the newest one that the ledger knows and whose every file matches.
+goes on from the newest checkpoint that the ledger knows and whose files all
+match.
 
-Frozen parameters are in none: they are made anew at every start, and a
-checkpoint says by their SHA-256 which ones it belongs to.
+Frozen parameters are not in checkpoints: they are made anew at every start, and
+a checkpoint holds the SHA-256 of those it belongs to.
 
-Each process that writes has a folder of its own. One that was taken for dead
-and goes on writing does so where nobody looks.
+Each process that writes has a folder of its own. If a process was taken for
+dead and goes on writing, it writes where no other process reads.
 
 Nothing random is stored: keys are functions of the secret and the step.
 """
@@ -51,8 +52,8 @@ class Checkpoints:
       directory: a local path.
       writer: the number of this process; see
         `dpdist.ledger.ledger.Ledger.writer`.
-      max_to_keep: older checkpoints are deleted.
-      frozen_sha256: of the frozen parameters; "" without any.
+      max_to_keep: how many checkpoints to keep; older ones are deleted.
+      frozen_sha256: of the frozen parameters; "" if there are none.
     """
     self._directory = pathlib.Path(directory).absolute()
     self._folder = manifest.folder(self._directory, writer)
@@ -77,7 +78,8 @@ class Checkpoints:
     Args:
       state: pytree of arrays.
       step: updates made in it.
-      ledger_head: the ledger's head; every step in state must be charged by it.
+      ledger_head: the ledger's head; the ledger up to it must charge every step
+        in state.
 
     Returns:
       The digest, to be recorded in the ledger.
@@ -115,14 +117,14 @@ class Checkpoints:
     Args:
       like: pytree of arrays with the shapes, dtypes and shardings to restore
         to.
-      saved: which; see `dpdist.workdir.manifest.newest`.
+      saved: the checkpoint; see `dpdist.workdir.manifest.newest`.
 
     Returns:
       The pytree that was saved, and the head of the ledger at that time.
 
     Raises:
-      MismatchError: it has other parameters than like, or was trained beside
-        other frozen ones.
+      MismatchError: the checkpoint has other parameters than like, or was
+        trained with other frozen ones.
     """
     path = manifest.location(self._directory, saved)
     with _fitting(path, saved):
@@ -150,7 +152,8 @@ class Checkpoints:
     }
     for path in self._directory.glob("writer_*/*"):
       if path not in keep and path.parent <= self._folder:
-        # Renamed first: half of a checkpoint, after a kill, is no damaged one.
+        # Renamed first: if the process is killed, what is left is not taken for
+        # a damaged checkpoint.
         gone = path.with_suffix(_DELETED)
         with contextlib.suppress(OSError):
           path.rename(gone)
@@ -168,25 +171,26 @@ def read(
   *,
   frozen_sha256: str = "",
 ) -> PyTree:
-  """Restores a checkpoint and changes nothing in the run's directory.
+  """Restores a checkpoint and changes nothing in the run directory.
 
   Args:
     directory: of the run's checkpoints.
     like: as for `Checkpoints.restore`; shapes with shardings are enough.
-    saved: which; its manifest must have been verified.
-    frozen_sha256: of the frozen parameters; "" without any.
+    saved: the checkpoint; its manifest must have been verified.
+    frozen_sha256: of the frozen parameters; "" if there are none.
 
   Returns:
     The pytree that was saved.
 
   Raises:
-    MismatchError: it has other parameters than like, or was trained beside
-      other frozen ones.
+    MismatchError: the checkpoint has other parameters than like, or was trained
+      with other frozen ones.
   """
   path = manifest.location(pathlib.Path(directory).absolute(), saved)
   meta = json.loads((path / "meta" / "metadata").read_text())
   _check_frozen(path, meta, frozen_sha256)
-  # Without a manager, which would tidy up what a run is writing.
+  # Without a manager, which would delete what it takes for leftovers of a run
+  # that is writing.
   with ocp.StandardCheckpointer() as checkpointer, _fitting(path, saved):
     return checkpointer.restore(path / "state", _shapes(like))
 
@@ -213,7 +217,7 @@ def _fitting(path: pathlib.Path, saved: history.Saved) -> Iterator[None]:
   try:
     yield
   except (KeyError, TypeError, ValueError) as error:
-    # Its bytes are right, so it is the settings that changed.
+    # Its bytes are right, so the settings must have changed.
     raise errors.MismatchError(
       f"the checkpoint of step {saved.step} in {path} does not fit the model,"
       " optimizer and ema_decay of these settings; go on with those that the"

@@ -1,4 +1,4 @@
-"""What decides the bits of a step: versions, code, devices, settings."""
+"""Fingerprints what decides a step's bits: code, devices, settings."""
 
 from collections.abc import Mapping, Sequence
 import hashlib
@@ -19,9 +19,9 @@ import numpy as np
 from dpdist.distributed import mesh as mesh_lib
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "ml_dtypes")
-# Of those that are installed: the libraries that a GPU computes with.
+# Prefixes of the installed packages that a GPU computes with.
 _GPU_PACKAGES = ("jax-cuda", "jax-rocm", "nvidia-")
-# Those of JAX's own options that change what a program computes.
+# JAX's own options that change what a program computes.
 _JAX_CONFIG = (
   "eager_constant_folding",
   "jax_allow_f16_reductions",
@@ -55,8 +55,7 @@ _JAX_CONFIG = (
   "jax_use_shardy_partitioner",
   "jax_use_simplified_jaxpr_constants",
 )
-# Of the environment's variables, those that may change it too and whose values
-# are nobody's secret.
+# Environment variables that may change it too, and whose values are not secret.
 _VARIABLES = (
   *("CUBLAS_WORKSPACE_CONFIG", "JAX_DEFAULT_MATMUL_PRECISION"),
   *("JAX_DEFAULT_PRNG_IMPL", "JAX_DISABLE_MOST_OPTIMIZATIONS"),
@@ -65,21 +64,21 @@ _VARIABLES = (
   *("JAX_THREEFRY_PARTITIONABLE", "NCCL_ALGO", "NCCL_PROTO", "NPROC"),
   *("NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "PJRT_NPROC"),
 )
-# Others that begin so may change it. What is in them nobody knows, and so they
-# are compared by a digest. Not all of TF_: Terraform's begin so as well, and
-# TF_VAR_ and TF_TOKEN_ hold credentials.
+# Other variables with these prefixes may change it. Their contents are unknown,
+# so they are compared by a digest. Not all of TF_: Terraform's variables begin
+# so as well, and TF_VAR_ and TF_TOKEN_ hold credentials.
 _COMPARED = (
   *("CUBLAS", "CUDA_", "CUDNN_", "DNNL_", "FLAX_", "JAX_", "LIBTPU_", "NCCL_"),
   *("NVIDIA_TF32", "OMP_", "ONEDNN_", "TF_CUBLAS", "TF_CUDNN"),
   *("TF_DETERMINISTIC", "TF_DISABLE", "TF_ENABLE", "TF_FORCE", "TF_GPU"),
   *("TF_USE", "TF_XLA", "XLA_"),
 )
-# Values of flags that say no more than they seem to.
+# Values of flags that are too plain to hold anything private.
 _PLAIN = re.compile(r"[\w.,+-]{0,32}")
 _FLAG = re.compile(r"--\w+")
-# Digests of what is nobody else's business.
+# Digests that are compared but never released.
 _COMPARED_ALONE = ("other_variables_sha256", "xla_files")
-# As many devices of one process can come and go without a change of bits.
+# A process may have up to so many devices without a change of bits.
 _THREADS = 32
 # Settings that no bit of a step depends on.
 _HARMLESS = (
@@ -96,15 +95,16 @@ _HARMLESS_DATA = (
   *("changed_to", "num_threads", "path", "prefetch"),
   *("retry_seconds", "stall_seconds"),
 )
-# What they are read from; what they are counts.
+# The path that weights are read from; their contents do count.
 _HARMLESS_MODEL = ("weights",)
-# Which process this is, and where it meets the others.
+# Variables that number this process, or say how to reach the others.
 _WHO = (
   *("CUDA_VISIBLE_DEVICES", "JAX_COORDINATOR_ADDRESS"),
   *("JAX_COORDINATOR_BIND_ADDRESS", "JAX_LOCAL_DEVICE_IDS"),
   *("JAX_PARTITION_INDEX", "JAX_PROCESS_ID", "JAX_SLICE_INDEX"),
 )
-# What exact sums make harmless too: how many devices and processes there are.
+# Settings that exact sums make harmless too: the number of devices and
+# processes.
 _TOPOLOGY = ("chunk_size", "mesh")
 _TOPOLOGY_ENVIRONMENT = ("local_devices", "mesh", "num_processes")
 _TOPOLOGY_FLAG = "--xla_force_host_platform_device_count"
@@ -112,10 +112,10 @@ _TOPOLOGY_VARIABLES = ("JAX_NUM_CPU_DEVICES", "JAX_NUM_PROCESSES")
 
 
 def environment(mesh: Mesh) -> dict[str, Any]:
-  """Versions, code and devices, JSON-able. Not to be released; see `public`."""
+  """Returns versions, code and devices, JSON-able. Not to be released."""
   devices = jax.local_devices()
   device = devices[0]
-  # One for all where they are alike, else one for each.
+  # One entry for all devices if they are alike, else one for each.
   kinds = [x.device_kind for x in devices]
   kinds = kinds[:1] if len(set(kinds)) == 1 else kinds
   xla_flags = os.environ.get("XLA_FLAGS", "")
@@ -146,16 +146,16 @@ def environment(mesh: Mesh) -> dict[str, Any]:
 
 
 def public(environment: Mapping[str, Any]) -> dict[str, Any]:
-  """The part of `environment` that may be released.
+  """Returns the part of `environment` that may be released.
 
   Variables and flags may hold credentials and paths. Not even a digest of those
-  may leave: what is short can be guessed from it.
+  may be released: a short value can be guessed from it.
   """
   kept = {k: v for k, v in environment.items() if k not in _COMPARED_ALONE}
   flags = [
     (name, value if _PLAIN.fullmatch(value) else "not told")
     for name, value in _flags(environment["xla_flags"])
-    if _FLAG.fullmatch(name)  # A file of flags, or a value by itself, is not.
+    if _FLAG.fullmatch(name)  # Not a file of flags, nor a value alone.
   ]
   return kept | {
     "xla_flags": " ".join("=".join(filter(None, flag)) for flag in flags),
@@ -183,10 +183,10 @@ def fingerprint(
   environments: Sequence[Mapping[str, Any]],
   made_of: Mapping[str, str] | None = None,
 ) -> str:
-  """A digest that is equal only if a step run again gives the same bits.
+  """Returns a digest that is equal only if a replayed step has the same bits.
 
-  With exact sums, on machines of one kind, neither the number of devices and
-  processes nor chunks count.
+  With exact sums, on machines of one kind, the number of devices and processes
+  and the chunk size do not count.
 
   Args:
     config: all settings, JSON-able.
@@ -194,8 +194,8 @@ def fingerprint(
     data_manifest: of the training set.
     environments: from `environment`, of every process in order.
     made_of: by name, SHA-256 of the parameters that were read from disk or are
-      frozen, and of the features in the place of inputs, if there are any;
-      their paths do not count.
+      frozen, and of the features that replace inputs, if there are any; their
+      paths do not count.
 
   Returns:
     SHA-256, hex.
@@ -209,7 +209,7 @@ def fingerprint(
   }
   if config["clipping"]["exact_sum"]:
     kinds = {_canonical(_without_topology(e)) for e in environments}
-    # Between machines of several kinds it matters which one computes what.
+    # With machines of several kinds it matters which one computes what.
     if len(kinds) == 1:
       environments = [json.loads(kind) for kind in kinds]
       numbers = {k: v for k, v in numbers.items() if k not in _TOPOLOGY}
@@ -222,10 +222,10 @@ def fingerprint(
 
 
 def unrepeatable(platform: str, xla_flags: str) -> str:
-  """Something unique where a step run twice may differ; "" where it may not.
+  """Returns a random text if a step run twice may differ; "" if it may not.
 
-  A GPU sums in the order in which its threads finish, unless XLA is told
-  otherwise. The noise of a replay that differs in a single bit could be
+  A GPU sums in the order in which its threads finish, unless a flag of XLA
+  forbids it. The noise of a replay that differs in a single bit could be
   subtracted, so there every start has a fingerprint of its own.
 
   Args:
@@ -234,7 +234,7 @@ def unrepeatable(platform: str, xla_flags: str) -> str:
   """
   if platform in ("cpu", "tpu"):
     return ""
-  # Of flags given twice XLA takes the last.
+  # If a flag is given twice, XLA takes the last.
   flags = dict(_flags(xla_flags))
   if flags.get("--xla_gpu_deterministic_ops") == "true":
     return ""
@@ -242,9 +242,9 @@ def unrepeatable(platform: str, xla_flags: str) -> str:
 
 
 def params_sha256(params: Any) -> str:
-  """SHA-256 over the paths, dtypes, shapes and bytes of all parameters.
+  """Returns the SHA-256 of the paths, dtypes, shapes and bytes of parameters.
 
-  To be called in all processes: it may be that none has all parameters.
+  Must be called in all processes: it may be that none has all parameters.
   """
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
@@ -260,13 +260,13 @@ def _canonical(value: Any) -> str:
 
 
 def _flags(xla_flags: str) -> list[tuple[str, str]]:
-  """Names and values; "" where there is none."""
+  """Returns names and values of flags; "" for a missing one."""
   parts = [flag.partition("=") for flag in xla_flags.split()]
   return [(name, value) for name, _, value in parts]
 
 
 def _files(xla_flags: str) -> dict[str, str]:
-  """SHA-256 of the files that flags name: what is in them decides too."""
+  """Returns the SHA-256 of files that flags name: their contents count too."""
   # A name without a value may be a file of flags.
   names = {value or name for name, value in _flags(xla_flags)}
   paths = {name.strip("\"'") for name in names}
@@ -278,7 +278,7 @@ def _files(xla_flags: str) -> dict[str, str]:
 
 
 def _without_topology(environment: Mapping[str, Any]) -> dict[str, Any]:
-  """An environment without what exact sums do not depend on."""
+  """Removes what exact sums do not depend on from an environment."""
 
   def flags(text: str) -> str:
     kept = [x for x in text.split() if x.split("=")[0] != _TOPOLOGY_FLAG]
@@ -302,7 +302,7 @@ _CODE = ("dpdist", "launch")
 
 
 def code_digest() -> str:
-  """SHA-256 of the source of dpdist and launch, hex."""
+  """Returns the SHA-256 of the source of dpdist and launch, hex."""
   digest = hashlib.sha256()
   root = pathlib.Path(__file__).parents[2]
   for file in sorted(
@@ -317,9 +317,10 @@ _CODE_AT_IMPORT = code_digest()
 
 
 def check_code() -> None:
-  """Raises ValueError if what runs may not be what `code_digest` reads.
+  """Raises ValueError if the code on disk has changed since it was imported.
 
-  To be called before anything is charged under a fingerprint.
+  `code_digest` reads the code on disk. Must be called before anything is
+  charged under a fingerprint.
   """
   if code_digest() != _CODE_AT_IMPORT:
     raise ValueError(
@@ -331,9 +332,9 @@ def check_code() -> None:
 def pin_threads() -> None:
   """Gives XLA's CPU back end as many threads on any number of devices.
 
-  It would take as many as there are processors or devices, and cuts the sums of
-  convolutions by their number. To be called before a device is touched; a
-  number that is given (NPROC) stays.
+  By default it takes as many as there are processors or devices, and cuts the
+  sums of convolutions by their number. Must be called before a device is
+  touched. A number that the user set (NPROC) stays.
   """
   os.environ.setdefault("NPROC", str(max(_THREADS, _processors())))
 
@@ -343,7 +344,7 @@ def _processors() -> int:
 
 
 def _threads() -> int:
-  """How many threads XLA's CPU back end takes."""
+  """Returns how many threads XLA's CPU back end takes."""
   given = os.environ.get("NPROC") or os.environ.get("PJRT_NPROC") or ""
   wanted = int(given) if given.isdecimal() else _processors()
   return max(wanted, jax.local_device_count())
@@ -359,7 +360,7 @@ def _versions() -> dict[str, str]:
 
 
 def _host() -> dict[str, Any]:
-  """What XLA's CPU code, hence rounding, depends on."""
+  """Returns what XLA's CPU code, and so its rounding, depends on."""
   lines: set[str] = set()
   cpuinfo = pathlib.Path("/proc/cpuinfo")
   if cpuinfo.exists():

@@ -1,8 +1,8 @@
 """The SHA-256 of every file of a checkpoint, and its own digest.
 
-Orbax restores flipped bits without an error, and takes a directory whose commit
-marker is gone. A manifest tells. Imports no jax, so that checkpoints can be
-verified anywhere.
+Orbax restores flipped bits without an error, and accepts a directory whose
+commit marker is gone. A manifest detects both. Imports no jax, so that
+checkpoints can be verified anywhere.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ class Found(NamedTuple):
   """The checkpoint that a run can go on from.
 
   Attributes:
-    saved: the newest that is whole; None if there is none.
-    rejected: why newer ones were passed over; one line each.
+    saved: the newest whole checkpoint; None if there is none.
+    rejected: why newer checkpoints were passed over; one line each.
   """
 
   saved: history.Saved | None
@@ -32,7 +32,7 @@ class Found(NamedTuple):
 
 
 def newest(directory: pathlib.Path, known: Sequence[history.Saved]) -> Found:
-  """Finds the newest checkpoint that is whole and known.
+  """Finds the newest checkpoint that is whole and in the ledger.
 
   Args:
     directory: of the run's checkpoints; it need not exist.
@@ -48,23 +48,23 @@ def newest(directory: pathlib.Path, known: Sequence[history.Saved]) -> Found:
 
 
 def location(directory: pathlib.Path, saved: history.Saved) -> pathlib.Path:
-  """Where a checkpoint is, below those of the run."""
+  """Returns a checkpoint's directory, below the run's checkpoints."""
   return folder(directory, saved.writer) / str(saved.step)
 
 
 def folder(directory: pathlib.Path, writer: int) -> pathlib.Path:
-  """Where the checkpoints of a writer are, below those of the run."""
+  """Returns the folder of a writer's checkpoints, below the run's."""
   return directory / f"writer_{writer:06d}"
 
 
 def ledger_heads(directory: pathlib.Path) -> dict[str, str]:
-  """The ledger's head that each checkpoint of a run was saved under.
+  """Returns the ledger's head that each checkpoint of a run was saved under.
 
   Args:
     directory: of the run's checkpoints; it need not exist.
 
   Returns:
-    By path; those that cannot be read are left out.
+    Heads by path of the checkpoint; those that cannot be read are left out.
   """
   found = {}
   for file in sorted(directory.glob("writer_*/*/meta/metadata")):
@@ -76,13 +76,13 @@ def ledger_heads(directory: pathlib.Path) -> dict[str, str]:
 
 
 def write(path: pathlib.Path) -> str:
-  """Writes the manifest of a directory, and syncs all that is in it.
+  """Writes the manifest of a directory, and syncs everything in it.
 
   Returns:
     SHA-256 of the manifest, hex.
   """
   text = json.dumps(_file_digests(path), sort_keys=True, indent=1).encode()
-  # Orbax does not sync its files; a manifest must not outlive what it names.
+  # Orbax does not sync its files, and a manifest must not outlive them.
   for file in _files(path):
     sync(file)
   temporary = path / (_MANIFEST + ".tmp")
@@ -96,7 +96,7 @@ def write(path: pathlib.Path) -> str:
 
 
 def problem(path: pathlib.Path, digest: str) -> str | None:
-  """What is wrong with a directory; None if it is whole.
+  """Returns what is wrong with a directory; None if it is whole.
 
   Args:
     path: of the directory.
@@ -116,7 +116,7 @@ def problem(path: pathlib.Path, digest: str) -> str | None:
   except ValueError as error:
     return str(error)
   except OSError as error:
-    # Not the whole text, which has the path, and goes into reports.
+    # Not the error's whole text, which holds the path, and goes into reports.
     return f"it cannot be read: {error.strerror or type(error).__name__}"
   for name in sorted({*expected, *found}):
     if expected.get(name) != found.get(name):

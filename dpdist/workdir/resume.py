@@ -1,8 +1,8 @@
-"""Decides whether a run may start or go on, and by which numbers.
+"""Decides whether a run may start or go on, and under which plan.
 
-What is decided here rests on the ledger, the data set's budget and the
-checkpoints that are there. `begin` writes; all that `decide` leaves is a note,
-in the directory of a new run, that none has begun there yet.
+The decisions depend on the ledger, the data set's budget and the checkpoints
+that exist. `begin` writes; `decide` only leaves a note, in the directory of a
+new run, that no run has begun there yet.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,10 +35,10 @@ _NOTE = "No run has begun here, and nothing is spent.\n"
 def open_ledger(
   config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> ledger_lib.Ledger:
-  """Opens the ledger of a run, to be read.
+  """Opens the ledger of a run for reading.
 
   Raises:
-    SettingsError: config.ledger is no place for one.
+    SettingsError: config.ledger cannot hold a ledger.
     dpdist.errors.LedgerError: it is damaged, or older than a checkpoint.
   """
   # Before the ledger, which another process may be writing.
@@ -61,9 +61,9 @@ def known_as(
   train_digest: str,
   earlier: Callable[[], Sequence[str]],
 ) -> str:
-  """The manifest by which a run's data is called, in every process.
+  """Returns the manifest that names a run's data, in every process.
 
-  A run that began under an earlier release goes on under the one it has.
+  A run that began under an earlier release keeps the manifest it has.
 
   Args:
     ledger: of the run; None in the processes that are not the primary process.
@@ -88,7 +88,7 @@ def decide(
   ledger: ledger_lib.Ledger | None,
   train_digest: str,
 ) -> tuple[plan_lib.PrivacyPlan, list[str], manifest.Found]:
-  """Returns the plan, what changed, and where to go on from, in all processes.
+  """Returns the plan, what changed, and the checkpoint, in all processes.
 
   Raises:
     ValueError: the run cannot go on with these settings.
@@ -132,7 +132,7 @@ def begin(
   secret_hash: str,
   is_changed: bool,
 ) -> None:
-  """Makes this process the writer, and the run one that is paid for."""
+  """Makes this process the writer, and reserves the run's budget."""
   is_void = config.insecure_seed is not None or config.unsafe_metrics
   if budget is not None and is_void:
     raise ValueError(
@@ -151,7 +151,8 @@ def begin(
     )
   (workdir / NOT_BEGUN).unlink(missing_ok=True)
   if budget is not None:
-    # Before the stake, so that none is without a run that knows where it is.
+    # Recorded before the stake is taken, so that no stake exists without a run
+    # that knows of it.
     ledger.record_stake(root=budget.root, data=budget.data, stake="")
     ended = ledger.spent if is_changed else ledger.spent[:-1]
     stake = budget.admit(
@@ -180,7 +181,7 @@ def _plan(
   found: manifest.Found,
   train_digest: str,
 ) -> tuple[plan_lib.PrivacyPlan, list[str]]:
-  """The plan to go on by, and what changed since the last one was made."""
+  """Returns the plan to go on under, and what changed since the last one."""
   privacy = config_lib.privacy_config(config)
   if ledger.is_new:
     return plan_lib.make_plan(privacy), []
@@ -199,8 +200,8 @@ def _plan(
       f" --config.data.changed_to={train_digest[:12]}; got {declared!r}"
     )
   if not changes:
-    # Taken as it stands: another machine could calibrate the last digit
-    # differently.
+    # The recorded plan, unchanged: another machine could calibrate the last
+    # digit differently.
     return ledger.plan, []
   plan = composition.plan_after(
     privacy,
@@ -217,9 +218,9 @@ def shared_budget(
   train_digest: str,
   earlier: Callable[[], Sequence[str]],
 ) -> data_budget.DataBudget | None:
-  """The data set's budget, made if it is missing.
+  """Returns the data set's budget; makes it if it is missing.
 
-  `earlier` is as in `known_as`.
+  For `earlier` see `known_as`.
   """
   settings = config.data_budget
   if not settings.location:
@@ -251,10 +252,10 @@ def shared_budget(
 def secret(
   config: ml_collections.ConfigDict, workdir: pathlib.Path, *, is_new: bool
 ) -> bytes:
-  """The run's secret; made if the run is new and there is none.
+  """Returns the run's secret; makes it if the run is new and there is none.
 
   Raises:
-    ValueError: it is not there, or not kept as a secret should be.
+    ValueError: it does not exist, or is not stored as a secret must be.
   """
   if config.insecure_seed is not None:
     return keys.insecure_secret(config.insecure_seed)

@@ -1,4 +1,4 @@
-"""A run's directory, for a training loop that is not `dpdist.train`.
+"""A run directory for a training loop that is not `dpdist.train`.
 
     run = Run(workdir, config)
     state = run.restore(state)
@@ -14,9 +14,9 @@
 It keeps the secret, the ledger and the checkpoints where `dpdist.train` keeps
 them, so that `launch.budget` and `launch.verify` read them too.
 
-A loop of someone else's cannot be proved to compute the same bits again. So
-every session opens a branch of its own, with new keys: what was charged but not
-saved when a process died is spent, and the steps are charged again.
+Nothing can prove that a user's own loop computes the same bits again. So every
+session opens a branch of its own, with new keys: what was charged but not saved
+when a process died is spent, and the steps are charged again.
 """
 
 from collections.abc import Iterator
@@ -45,12 +45,12 @@ PyTree = Any
 
 
 class Run:
-  """A directory with a budget.
+  """A run directory with a privacy budget.
 
   Attributes:
     workdir: its path.
     plan: the numbers that the run is bound to.
-    saved: the newest whole checkpoint; None without any.
+    saved: the newest whole checkpoint; None if there is none.
     saved_head: the ledger's head that it was saved under, once restored.
   """
 
@@ -66,13 +66,14 @@ class Run:
 
     Args:
       workdir: a local directory; made when the run begins.
-      config: of the run; equal to the one it began with.
+      config: of the run; must equal the one that the run began with.
       insecure_seed: fixes every random stream, for tests. It voids the
         guarantee, and the ledger says so.
-      notices: what else voids it, for the ledger.
+      notices: what else voids the guarantee, for the ledger.
 
     Raises:
-      ValueError: config is neither; or the run began with another one.
+      ValueError: config is neither a config nor a plan, or the run began with
+        another one.
       dpdist.errors.LedgerError: the ledger is damaged, or was rolled
         back.
     """
@@ -114,7 +115,7 @@ class Run:
           self.plan = config
       else:
         self._refuse_changes(ledger, ledger.segment.data, ledger.secret_hash)
-        # As it stands: another machine might calibrate the last digit
+        # The recorded plan: another machine might calibrate the last digit
         # differently.
         self.plan = ledger.plan
         found = manifest.newest(self._directory, ledger.checkpoints)
@@ -125,27 +126,27 @@ class Run:
 
   @property
   def spent_steps(self) -> int:
-    """Steps that may have been released."""
+    """Returns the number of steps that may have been released."""
     with self._open() as ledger:
       return 0 if ledger.is_new else ledger.spent_steps
 
   @property
   def step(self) -> int:
-    """Updates made in what `restore` gives back."""
+    """Returns the number of updates made in what `restore` returns."""
     return self.saved.step if self.saved else 0
 
   def epsilon(self) -> float:
-    """What holds for the run wherever it stops, at the plan's delta."""
+    """Returns the epsilon of the run wherever it stops, at the plan's delta."""
     with self._open() as ledger:
       return composition.guaranteed(ledger.bounds)
 
   def epsilon_spent(self) -> float:
-    """What its odometer reads; no guarantee once someone has looked."""
+    """Returns the odometer's epsilon; no guarantee once someone has looked."""
     with self._open() as ledger:
       return 0.0 if ledger.is_new else composition.epsilon(ledger.spent)
 
   def restore(self, like: PyTree) -> PyTree:
-    """The newest checkpoint's state; `like` itself if there is none.
+    """Returns the newest checkpoint's state; `like` itself if there is none.
 
     Args:
       like: pytree of arrays, as they were saved.
@@ -178,16 +179,15 @@ class Run:
 
   @contextlib.contextmanager
   def session(self, data: str) -> Iterator[session_lib.Session]:
-    """Opens a session for the steps after the saved one.
+    """Opens a session for the steps after the newest checkpoint.
 
     Args:
-      data: a digest of the training set, hex; a run sees one data set.
+      data: a digest of the training set, hex; a run has one data set.
 
     Raises:
       ValueError: the data or the secret is not the one that the run began with.
-      dpdist.errors.LedgerError: another process writes the ledger, or
-        has gone
-        on with the run since this object last looked.
+      dpdist.errors.LedgerError: another process writes the ledger, or has gone
+        on with the run since this object last read it.
     """
     with self._open() as ledger:
       if ledger.head != self._head:
@@ -227,7 +227,7 @@ class Run:
       ) as checkpoints:
 
         def note(saved: history.Saved, head: str) -> None:
-          # What is in memory is the newest checkpoint now.
+          # The state in memory is the newest checkpoint now.
           self.saved, self.saved_head, self._head = saved, head, ledger.head
 
         session = session_lib.Session(
@@ -245,11 +245,11 @@ class Run:
             try:
               yield session
             finally:
-              # Who failed to save has lost track of the ledger, and is refused
-              # next time.
+              # A process that failed to save no longer knows the ledger's head,
+              # and is refused next time.
               is_known = self._head == ledger.head
         finally:
-          if is_known:  # What was given back since is no news.
+          if is_known:  # What was given back since changes nothing here.
             self._head = ledger.head
 
   @property

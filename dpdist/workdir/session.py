@@ -1,28 +1,29 @@
-"""The life of a run, for `dpdist.train` and for loops of one's own.
+"""Charges and saves the steps of a run, for `dpdist.train` and other loops.
 
-A `Session` is a stretch of a run's steps: the keys that they are drawn with,
+A `Session` is a range of a run's steps: the keys that they are drawn with,
 their charges, and the checkpoints that they end in.
 
 Steps are charged several at a time, before the first of them is computed. A
-stretch that ends in an orderly way in between, by a request to stop or by an
-error, has charged steps of which it computed nothing on data. A session gives
-their charge back as it is left.
+session that ends early but in an orderly way, by a request to stop or by an
+error, has charged steps of which it computed nothing on data. It gives their
+charge back at its end.
 
-What it takes for begun is never too little: a step counts as begun from just
-before its first computation on data. A step whose computation failed is begun,
-since what of it was computed cannot be known. Nothing is given back
+It never counts too few steps as begun: a step counts as begun from just before
+its first computation on data. A step whose computation failed counts as begun,
+since how much of it was computed cannot be known. Nothing is given back
 
   * that was charged before this process wrote the ledger, which another process
     may have begun (see `dpdist.ledger.ledger.Ledger.give_back`);
   * by a job of several processes, of which one may be further on than another;
   * by a process that dies: it has no time to.
 
-A copy of a whole process, memory and all, such as a snapshot of a virtual
+A copy of a whole process with its memory, such as a snapshot of a virtual
 machine, takes the charges for its own, and may compute what the other copy gave
-back; it is stopped as soon as it saves or charges. Nothing here sees it before.
+back; it is stopped as soon as it saves or charges. Nothing here detects it
+earlier.
 
-The ledger comes first and the data set's budget after it. A process that dies
-between the two leaves a budget that holds too much.
+The ledger is written first and the data set's budget second. A process that
+dies between the two leaves a budget that has too much reserved.
 """
 
 from collections.abc import Callable
@@ -46,12 +47,13 @@ PyTree = Any
 
 
 class Position(NamedTuple):
-  """Where a run's newest branch begins and must end; the same everywhere.
+  """Where a run's newest branch begins and must end; equal in all processes.
 
   Attributes:
     branch: the identity of its keys.
     first_step: of the branch.
-    first_release: that of step 0; see `dpdist.ledger.history.Branch.release`.
+    first_release: the release number of step 0; see
+      `dpdist.ledger.history.Branch.release`.
     last_step: where the steps must end for the plan to hold.
   """
 
@@ -62,7 +64,7 @@ class Position(NamedTuple):
 
   @classmethod
   def of(cls, ledger: ledger_lib.Ledger) -> Self:
-    """Reads it from a ledger that holds a branch."""
+    """Reads the position of the newest branch from a ledger."""
     branch = ledger.branches[-1]
     return cls(
       branch.identity, branch.start_step, branch.release(0), ledger.last_step
@@ -70,10 +72,10 @@ class Position(NamedTuple):
 
 
 class Session:
-  """A stretch of a run's steps; a context manager.
+  """A range of a run's steps; a context manager.
 
-  To be entered and asked in all processes of a job alike. What only the primary
-  process can do, whose the ledger is, happens there, and the others wait.
+  All processes of a job must enter it and call its methods together. What needs
+  the ledger happens in the primary process, and the others wait.
 
   Attributes:
     streams: all randomness of the steps.
@@ -92,19 +94,19 @@ class Session:
     on_save: Callable[[history.Saved, str], None] | None = None,
     warn: Callable[[str], None] = console.warn,
   ):
-    """Charges nothing yet.
+    """Stores the arguments; charges nothing yet.
 
     Args:
       ledger: of the run; None in the processes that do not write it.
       checkpoints: of the run.
       secret: of the run.
       position: of the branch that the ledger was resumed on.
-      start_step: the first step that will be computed. None: of a loop that
-        nobody has read; nothing is given back before it has called `begin`.
-      budget: of the data set, in which the run was admitted; or None.
-      on_save: is handed each new checkpoint, and the ledger's head that it was
-        saved under.
-      warn: shows a sentence.
+      start_step: the first step that will be computed. None: for a loop of
+        unknown code; nothing is given back before it has called `begin`.
+      budget: of the data set, in which the run has a stake; or None.
+      on_save: is called with each new checkpoint, and the ledger's head that it
+        was saved under.
+      warn: is called with a sentence to show.
     """
     self.streams = mechanism.Streams(secret, position.branch)
     self.position = position
@@ -116,7 +118,7 @@ class Session:
     self._warn = warn
 
   def __repr__(self) -> str:
-    # Without the secret.
+    # Leaves out the secret.
     return f"Session(position={self.position!r})"
 
   def __enter__(self) -> Self:
@@ -134,13 +136,14 @@ class Session:
       if self._ledger.give_back(self._begun):
         self._update_budget()
     except errors.LedgerError as problem:
-      # As when another process went on with the run. Too much stays charged.
+      # For example, another process went on with the run. Too much stays
+      # charged.
       self._warn(f"what was charged ahead stays charged: {problem}")
 
   def charge(self, stop_step: int) -> None:
     """Charges the steps before stop_step, durably, unless they are charged.
 
-    To be called before the first of them is computed.
+    Must be called before the first of them is computed.
 
     Raises:
       dpdist.errors.RefusedError: the plan would be exceeded.
@@ -155,10 +158,10 @@ class Session:
     collectives.run_on_primary(charge)
 
   def begin(self, step: int) -> None:
-    """To be called before a step's first computation on data.
+    """Marks a step as begun; must precede its first computation on data.
 
     Raises:
-      dpdist.errors.LedgerError: it is not charged.
+      dpdist.errors.LedgerError: the step is not charged.
     """
     if self._ledger is not None:
       charged = self._ledger.branches[-1].stop_step
@@ -171,12 +174,13 @@ class Session:
   def check_data(self, changed: Callable[[], list[str]]) -> None:
     """Stops the run if files of its data were changed while it read them.
 
-    To be called before anything is saved or shown of steps that may have read
-    them. That their noise hides what it should cannot be said any more, so the
+    Must be called before anything is saved or shown of steps that may have read
+    them. Whether their noise still hides what it should is unknown then, so the
     record says so, and is void and not sound.
 
     Args:
-      changed: returns them; see `dpdist.data.sources.changed_files`.
+      changed: returns the changed files; see
+        `dpdist.data.sources.changed_files`.
 
     Raises:
       dpdist.errors.ChangedError: names them.
@@ -226,7 +230,7 @@ class Session:
       self._on_save(self._ledger.checkpoints[-1], head)
 
   def epsilon(self, step: int) -> float:
-    """What the steps before `step` spent; for the primary process alone."""
+    """Returns what the steps before `step` spent; primary process only."""
     assert self._ledger is not None
     return composition.epsilon(self._ledger.spent_through(step))
 

@@ -1,4 +1,4 @@
-"""Whether the record of a run is whole and agrees with what the run left.
+"""Verifies that a run's record is whole and agrees with what the run left.
 
 Everything is recomputed from the records; nothing that a run wrote about itself
 is believed. Imports no jax, so that a record can be verified anywhere.
@@ -22,16 +22,17 @@ from dpdist.workdir import manifest
 
 # Two machines may differ in the last digits of an epsilon.
 _TOLERANCE = 1e-6
-# An older version cut losses into other cells, to an upper bound as well.
+# An older version discretized losses into other cells; its epsilons are upper
+# bounds as well.
 _CELLS = 1e-4
 
 
 class Finding(NamedTuple):
-  """One thing that was checked.
+  """The result of one check.
 
   Attributes:
-    what: was checked.
-    found: what there is.
+    what: what was checked.
+    found: what was found.
     problem: what is wrong with it; "" if nothing is.
   """
 
@@ -43,7 +44,7 @@ class Finding(NamedTuple):
 def verify(
   workdir: str | os.PathLike[str], ledger: ledger_lib.Ledger
 ) -> list[Finding]:
-  """Checks a run.
+  """Checks the record of a run.
 
   Args:
     workdir: its directory.
@@ -74,7 +75,7 @@ def verify(
 
 
 def _found(what: str, check: Callable[[], Finding]) -> Finding:
-  """What a check finds; that it cannot be made is a finding as well."""
+  """Returns a check's finding; a check that fails to run is a finding too."""
   try:
     return check()
   except (ValueError, OSError, errors.LedgerError) as error:
@@ -107,9 +108,9 @@ def _steps(ledger: ledger_lib.Ledger) -> Finding:
   )
   if ledger.given_back:
     found += f"; {ledger.given_back} charged ahead were given back"
-  # That each plan holds, and each checkpoint is of steps that were charged, was
-  # checked when the records were read; so was that nothing was given back that
-  # another writer charged, or that a checkpoint has.
+  # When the records were read, it was checked that each plan holds, that each
+  # checkpoint is of steps that were charged, and that nothing was given back
+  # that another writer charged or that a checkpoint has.
   return Finding("steps", found, "")
 
 
@@ -123,9 +124,9 @@ def _epsilon(ledger: ledger_lib.Ledger) -> Finding:
 
 
 def _recorded_epsilons(ledger: ledger_lib.Ledger) -> Finding:
-  """Recomputes every epsilon that the ledger told of on the way.
+  """Recomputes every epsilon that the ledger recorded during the run.
 
-  An older version may have told of more, for want of a tighter bound.
+  An older version may have recorded a larger one, with a looser bound.
   """
   count, problems = 0, []
   for by_one_order in (False, True):
@@ -155,7 +156,7 @@ def _recorded_epsilons(ledger: ledger_lib.Ledger) -> Finding:
 
 
 def _data_budget(ledger: ledger_lib.Ledger) -> Finding:
-  """Whether what the run spent was reserved of the data set's budget."""
+  """Checks that what the run spent was reserved in the data set's budget."""
   what, found, problem = "data budget", [], ""
   for place in ledger.stakes:
     budget = data_budget.DataBudget(place["root"], place["data"])
@@ -182,7 +183,7 @@ def _checkpoints(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
   for i, saved in enumerate(reversed(ledger.checkpoints)):
     path = manifest.location(workdir / "checkpoints", saved)
     if i and not path.exists():
-      continue  # In time older ones are deleted.
+      continue  # Older checkpoints are deleted in time.
     wrong = manifest.problem(path, saved.digest)
     if wrong is None:
       whole += 1
@@ -243,10 +244,10 @@ def _result(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
 
 
 def _epsilons(ledger: ledger_lib.Ledger, result: dict[str, Any]) -> list[str]:
-  """What is wrong with the epsilons of a result."""
+  """Returns what is wrong with the epsilons of a result."""
   spent = ("spent", [ledger.spent])
   checked = {"epsilon": ("planned", ledger.bounds), "epsilon_spent": spent}
-  if "epsilon_spent" not in result:  # Before 2026-12 there was the one number.
+  if "epsilon_spent" not in result:  # Before 2026-12 there was one number.
     checked = {"epsilon": spent}
   problems = []
   for name, (recorded, ways) in checked.items():
@@ -263,7 +264,7 @@ def _epsilons(ledger: ledger_lib.Ledger, result: dict[str, Any]) -> list[str]:
 
 
 def _told(ledger: ledger_lib.Ledger, name: str) -> list[float]:
-  """What the ledger recorded; by an older version that may be more.
+  """Returns the epsilons in the ledger; an older version's may be larger.
 
   Args:
     ledger: the run's.
@@ -279,7 +280,7 @@ def _told(ledger: ledger_lib.Ledger, name: str) -> list[float]:
 
 
 def _least(parts: list[plan_lib.Part]) -> float:
-  """Epsilon, by the filter of whichever version planned it."""
+  """Returns the least epsilon that the filter of any version gives."""
   return min(
     composition.epsilon(parts, by_one_order=by_one_order)
     for by_one_order in (False, True)
@@ -287,7 +288,7 @@ def _least(parts: list[plan_lib.Part]) -> float:
 
 
 def _is_bound(told: Any, right: float | None) -> bool:
-  """Whether an epsilon is no less than it should be."""
+  """Returns whether an epsilon is no less than it should be."""
   if right is None or not isinstance(told, float):
     return told is right
   return told >= right * (1 - _CELLS)

@@ -1,1 +1,1 @@
-"""What the launch commands share: flags, errors, exit codes."""
+"""The parts that all commands share: flags, errors, exit codes."""

@@ -1,4 +1,4 @@
-"""absl flags with the exit codes of this project's commands."""
+"""Parses absl flags, with the exit codes of this project's commands."""
 
 from collections.abc import Callable, Sequence
 import functools
@@ -22,11 +22,12 @@ from launch.cli import messages
 def run(
   main: Callable[[Sequence[str]], int], *, passes_on: bool = False
 ) -> NoReturn:
-  """Runs a command's main under absl; bad flags end with `exit_codes.USAGE`.
+  """Runs a command's main under absl; bad flags exit with `exit_codes.USAGE`.
 
   Args:
-    main: gets the program's name, and returns an exit code.
-    passes_on: whether it must be given `--`, and gets what follows too.
+    main: takes the program's name, and returns an exit code.
+    passes_on: whether the command line must have `--`; main then also takes
+      what follows.
   """
   # Libraries log each file they write; --verbosity=0 shows it.
   logging.set_verbosity(logging.WARNING)
@@ -38,11 +39,11 @@ def run(
 
 
 def usage_error(message: object, hint: errors.Hint | None = None) -> int:
-  """Prints one line, and what to try, to standard error.
+  """Prints an error in one line, and a hint, to standard error.
 
   Args:
-    message: an error, or what it would say.
-    hint: what to try; None: what the error knows.
+    message: an error, or its text.
+    hint: what to try; None: the error's own hint.
 
   Returns:
     The exit code.
@@ -52,7 +53,7 @@ def usage_error(message: object, hint: errors.Hint | None = None) -> int:
 
 
 def _guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
-  """Runs a command; what a person can do something about ends in a sentence."""
+  """Runs a command; errors that the user can mend end in a sentence."""
   try:
     code = main(argv)
     sys.stdout.flush()
@@ -67,9 +68,9 @@ def _guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
 
 
 def _nobody_reads() -> bool:
-  """Whether standard output goes to a program that has ended, as in `| head`.
+  """Returns whether standard output's reader has ended, as in `| head`.
 
-  What is left to be printed is dropped then.
+  What remains to be printed is dropped then.
   """
   poll = select.poll()
   poll.register(sys.stdout.fileno(), 0)  # Errors are reported in any case.
@@ -80,7 +81,7 @@ def _nobody_reads() -> bool:
 
 
 def _last_line(text: object) -> str:
-  """What is said at the end of a traceback, without it."""
+  """Returns the last line of a traceback."""
   return (str(text).strip().splitlines() or [""])[-1].strip()
 
 
@@ -95,7 +96,7 @@ def _parse(passes_on: bool, argv: Sequence[str]) -> list[str]:
       argv, unset = _unset(argv)
     rest = flags.FLAGS(argv)
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-      # Where a file could not be loaded, any attribute raises what was wrong.
+      # If a file could not be loaded, any attribute raises the error.
       hasattr(flags.FLAGS.config, "to_dict")
       config.check(flags.FLAGS.config)
       changes = config_flags.get_override_values(flags.FLAGS["config"])
@@ -131,14 +132,14 @@ def _not_loaded(reason: str) -> int:
 
 
 def _unset(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-  """Takes out the flags that unset a setting, which its parser would refuse.
+  """Removes the flags that unset a setting, which its parser would refuse.
 
   Args:
     argv: the command line.
 
   Returns:
-    The rest of it, and the settings that are to be None: those that may be,
-    and whose last flag is "None", "none" or empty.
+    The other arguments, and the settings to set to None. These are the settings
+    that may be None and whose last flag is "None", "none" or empty.
   """
   argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
   optional = config.optional()

@@ -1,9 +1,9 @@
-"""What a command says when it fails: one sentence, and the next command.
+"""Explains a command's failure in one sentence, and suggests the next command.
 
-What a person can do something about is said so, without a traceback; what is
-nobody's fault but this program's keeps it. --traceback shows it in any case.
-Which command helps, an error says itself: see `dpdist.errors.Hint`. Imports no
-jax, and knows its errors by their words.
+An error that the user can mend gets a sentence without a traceback; a fault of
+this program keeps its traceback. --traceback shows it in any case. An error
+itself says which command helps: see `dpdist.errors.Hint`. Imports no jax, and
+so recognizes jax's errors by their text.
 """
 
 import errno
@@ -26,12 +26,12 @@ _TRACEBACK = flags.DEFINE_bool(
 
 
 class Message(NamedTuple):
-  """What is said of an error.
+  """The explanation of an error.
 
   Attributes:
     sentence: what is wrong.
-    code: to exit with.
-    hint: what most likely helps; None where nothing is known to.
+    code: the exit code.
+    hint: what most likely helps; None if nothing is known to help.
   """
 
   sentence: str
@@ -40,11 +40,11 @@ class Message(NamedTuple):
 
 
 def explain(error: BaseException) -> Message | None:
-  """What to say of an error of any command; None where the fault is ours."""
+  """Explains an error of any command; None if it is this program's fault."""
   text, hint = str(error), getattr(error, "hint", None)
   if isinstance(error, KeyboardInterrupt):
     return Message("stopped by Ctrl-C", exit_codes.INTERRUPTED, errors.Hint())
-  # By which tensorstore means a full disk as well.
+  # tensorstore uses this code for a full disk as well.
   exhausted = "RESOURCE_EXHAUSTED" in text and _NO_SPACE not in text
   if isinstance(error, MemoryError) or exhausted:
     wanted = re.search(r"[Aa]llocat\w+ (\d+) bytes", text)
@@ -71,7 +71,7 @@ def explain(error: BaseException) -> Message | None:
 
 
 def _hint_of_files(error: OSError, text: str) -> errors.Hint | None:
-  """What helps where a file or a folder is in the way, or a disk is full."""
+  """Returns a hint if a file or folder is in the way, or a disk is full."""
   if _NO_SPACE in text:
     return errors.Hint(text=f"df -h {shlex.quote(_workdir() or '.')}")
   if _workdir() and (
@@ -83,7 +83,7 @@ def _hint_of_files(error: OSError, text: str) -> errors.Hint | None:
 
 
 def _is_without_backend(error: BaseException) -> bool:
-  """JAX fails by assertion where there is no plugin for what is asked for."""
+  """Detects JAX's assertion error for a missing plugin."""
   frames = traceback.extract_tb(error.__traceback__)
   return (
     isinstance(error, AssertionError)
@@ -105,7 +105,7 @@ def show(message: Message) -> int:
 
 
 def _command(hint: errors.Hint) -> str:
-  """The command that a hint means; "" where it would not help here."""
+  """Returns the command of a hint; "" if it would not help here."""
   if hint.text:
     return hint.text
   if hint == errors.VERIFY:
@@ -114,16 +114,16 @@ def _command(hint: errors.Hint) -> str:
 
 
 def name() -> str:
-  """The name of the command that runs, as "train"."""
+  """Returns the name of the running command, as "train"."""
   return pathlib.Path(sys.argv[0]).stem if sys.argv else ""
 
 
 def again(*more: str, command: str = "") -> str:
-  """This command, as it is typed, with flags that are added or changed.
+  """Returns this command line, with flags added or changed.
 
   Args:
-    *more: as "--name=value".
-    command: another one, which takes the flags of the config alone.
+    *more: flags, as "--name=value".
+    command: another command, which gets only the flags of the config.
   """
   given = sys.argv[1:]
   if command:
@@ -135,7 +135,7 @@ def again(*more: str, command: str = "") -> str:
 
 
 def _workdir() -> str:
-  """The last one that is given, as absl takes it; "" if none is."""
+  """Returns the last --workdir, which absl uses; "" if none is given."""
   found = ""
   for flag, after in zip(sys.argv, [*sys.argv[1:], ""], strict=True):
     if re.fullmatch("--?workdir", flag):
@@ -150,7 +150,7 @@ _ELSEWHERE = (errno.EACCES, errno.ENOTDIR, errno.EEXIST, errno.EROFS)
 
 
 def _verify() -> str:
-  """How to look at the run of --workdir; "" if none is given."""
+  """Returns the command that verifies --workdir's run; "" if none is given."""
   place = _workdir()
   if place and os.path.exists(place) and not os.path.isdir(place):
     return again("--workdir=ANOTHER")

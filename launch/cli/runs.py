@@ -1,4 +1,4 @@
-"""The ledger that a command's flags name."""
+"""Opens the ledger that a command's flags name."""
 
 import os
 import shlex
@@ -6,24 +6,24 @@ import shlex
 from dpdist import errors
 from dpdist.ledger import ledger as ledger_lib
 
-# As `dpdist.workdir.resume.NOT_BEGUN`, which takes long to import.
+# The same as `dpdist.workdir.resume.NOT_BEGUN`, which takes long to import.
 _NOT_BEGUN = "not_begun"
 
 
 def open_begun(workdir: str, location: str | None) -> ledger_lib.Ledger:
-  """Opens the ledger of a run that has begun, to be read.
+  """Opens the ledger of a run that has begun, for reading.
 
   Args:
     workdir: the run's directory.
     location: of its ledger; None: in the directory.
 
   Raises:
-    ValueError: there is none.
+    ValueError: there is no such run.
     dpdist.errors.LedgerError: it is damaged.
   """
   if location is None:
     location = os.path.join(workdir, "ledger")
-    # Looking must not leave a ledger behind.
+    # Reading must not create a ledger.
     if not os.path.isdir(location):
       raise errors.ArgumentError(
         "workdir must be the directory of a run, with a ledger, got"
@@ -47,9 +47,9 @@ def _first_run(workdir: str) -> errors.Hint:
 
 
 def none_began(workdir: str, location: str | None) -> bool:
-  """Whether a run was started in a directory, and none has begun there.
+  """Returns whether a run was started in a directory but none has begun there.
 
-  So it was refused, for its data or for what a step on zeros showed.
+  It was refused then, for its data or by the dry run.
 
   Args:
     workdir: the directory.

@@ -1,1 +1,1 @@
-"""Job files for engines that run several processes: one module an engine."""
+"""Writes job files for engines that run several processes, a module each."""

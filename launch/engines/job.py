@@ -1,4 +1,4 @@
-"""What every engine is told about a job."""
+"""The settings of a job that every engine needs."""
 
 import dataclasses
 import re
@@ -6,24 +6,25 @@ from typing import Any
 
 # A DNS label, and short enough for what engines append to it.
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
-# Words that stand in files where nothing can be quoted.
+# Words for files in which nothing can be quoted.
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/@+-]*")
 
 
 class JobError(ValueError):
-  """A value that no job file can be made of; names it."""
+  """A value that cannot be put into a job file; names it."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-  """A job; each engine adds what it needs.
+  """A job; each engine adds attributes of its own.
 
   Attributes:
     name: of the job, a DNS label of at most 40 characters.
     workdir: the run's directory, absolute, the same for all processes.
-    arguments: of launch.train: its settings, without the directory.
-    nodes: machines.
-    max_restarts: after failures; a stop that saved is not counted.
+    arguments: of launch.train: its settings, without the run directory.
+    nodes: how many machines.
+    max_restarts: how many restarts after failures; a stop that saved is not
+      counted.
 
   Raises:
     JobError: a value cannot be used.
@@ -66,7 +67,7 @@ class Job:
         )
 
   def check_words(self, *names: str) -> None:
-    """Raises JobError if a text that is given is more than a plain word."""
+    """Raises JobError if a given text is more than a plain word."""
     for name in names:
       value: Any = getattr(self, name)
       if value and not _WORD.fullmatch(value):
@@ -75,7 +76,7 @@ class Job:
         )
 
   def train(self, python: str, secret_file: str = "") -> list[str]:
-    """The command of one process.
+    """Returns the command of one process.
 
     Args:
       python: the interpreter.

@@ -1,4 +1,4 @@
-"""Kubernetes: a JobSet, its service account and its volume."""
+"""Writes Kubernetes files: a JobSet, its service account and its volume."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -14,7 +14,7 @@ TOOL = ("kubectl", "kubectl, and JobSet in the cluster")
 _PORT = 8476
 _GROUP = "train"
 _SECRET_FOLDER = "/run/secrets/dpdist"
-# Processes save in less, and are killed after it.
+# Processes save in less time, and are killed after it.
 _GRACE_SECONDS = 60
 
 
@@ -23,20 +23,21 @@ class Job(job_lib.Job):
   """A job under Kubernetes; a node is a pod of one process.
 
   Attributes:
-    image: that has dpdist installed, and the config at its path.
+    image: an image that has dpdist installed, and the config at its path.
     namespace: of all objects.
-    service_account: one that exists; "": one of the job's name, made here.
+    service_account: an existing account; "": one with the job's name, made
+      here.
     secret: the Kubernetes Secret with the run's secret under the key `secret`;
       "": the job's name and `-secret`.
-    claim: a ReadWriteMany volume claim that exists; "": one of the job's name,
+    claim: an existing ReadWriteMany volume claim; "": one with the job's name,
       made here.
-    storage: size of the one made here.
-    storage_class: of the one made here; "": the cluster's.
+    storage: size of the claim made here.
+    storage_class: of the claim made here; "": the cluster's.
     cpus: processors of a pod.
     memory: of a pod.
     gpus: GPUs of a pod.
-    accelerator: on GKE, of TPUs: "tpu-v6e-slice".
-    topology: of TPUs: "4x4".
+    accelerator: on GKE, the kind of TPU, as "tpu-v6e-slice".
+    topology: of the TPUs, as "4x4".
     chips_per_node: TPU chips of a pod.
     python: the interpreter in the image.
   """
@@ -75,7 +76,7 @@ class Job(job_lib.Job):
 
 
 def files(job: Job) -> Mapping[str, str]:
-  """The objects in one file, by its name."""
+  """Returns all objects in one file, by its name."""
   objects = []
   if not job.service_account:
     objects.append(_service_account(job))
@@ -87,7 +88,7 @@ def files(job: Job) -> Mapping[str, str]:
 
 
 def command(job: Job, folder: str) -> list[str]:
-  """What submits the files in a folder."""
+  """Returns the command that submits the files in a folder."""
   return ["kubectl", "apply", f"--filename={folder}/{job.name}.yaml"]
 
 
@@ -96,7 +97,7 @@ def _metadata(job: Job) -> dict[str, str]:
 
 
 def _service_account(job: Job) -> dict[str, Any]:
-  """Bound to no role: the processes ask nothing of Kubernetes."""
+  """Makes an account without roles: the processes never call Kubernetes."""
   return {
     "apiVersion": "v1",
     "kind": "ServiceAccount",
@@ -126,15 +127,15 @@ def _jobset(job: Job) -> dict[str, Any]:
     "kind": "JobSet",
     "metadata": _metadata(job),
     "spec": {
-      # The headless service's: where the pods find process 0, by a name that
-      # is there before it is ready.
+      # The headless service, where the pods find process 0 by a name that
+      # exists before it is ready.
       "network": {
         "enableDNSHostnames": True,
         "subdomain": job.name,
         "publishNotReadyAddresses": True,
       },
-      # A failed Job fails at once where its settings were refused; else all of
-      # its pods are made anew, so many times.
+      # If its settings were refused, the job fails at once; else all of its
+      # pods are made anew, up to so many times.
       "failurePolicy": {
         "maxRestarts": job.max_restarts,
         "rules": [
@@ -157,12 +158,12 @@ def _job(job: Job) -> dict[str, Any]:
     "completionMode": "Indexed",
     "completions": job.nodes,
     "parallelism": job.nodes,
-    # No pod comes back alone after a failure: the others cannot go on.
+    # No pod restarts alone after a failure: the others cannot go on.
     "backoffLimit": 0,
     "podFailurePolicy": {
       "rules": [
         _on_exit(exit_codes.USAGE, "FailJob"),
-        # All have saved and stopped together, and come back so.
+        # All have saved and stopped together, and are restarted together.
         _on_exit(exit_codes.PREEMPTED, "Ignore"),
       ]
     },

@@ -1,4 +1,4 @@
-"""Several processes of this machine as one: they start and end together."""
+"""Runs several processes of this machine, which start and end together."""
 
 from collections.abc import Mapping, Sequence
 import contextlib
@@ -17,7 +17,7 @@ import rich.text
 
 from dpdist.distributed import signals
 
-# How long after SIGTERM comes SIGKILL.
+# The time from SIGTERM to SIGKILL.
 _TERM_SECONDS = 10.0
 _LOOK_SECONDS = 0.1
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -30,9 +30,9 @@ class Exit(NamedTuple):
   """The end of one process.
 
   Attributes:
-    rank: which one.
-    code: its exit code; a signal that ended it is negative.
-    forced: whether it had been told to end here, since it did not by itself.
+    rank: of the process.
+    code: its exit code; negative for a signal that ended it.
+    forced: whether it was made to end here, since it did not by itself.
   """
 
   rank: int
@@ -44,16 +44,16 @@ class Pod:
   """Processes that end together.
 
   Each leads a process group of its own, so that Ctrl-C in a terminal reaches
-  them through here alone. SIGTERM, SIGINT or SIGHUP is passed on as one SIGTERM
-  to each; one more, a second or more later, kills them. Once one has ended with
-  another code than 0, the others have a time of grace to end by themselves;
-  then they get SIGTERM, and ten seconds later SIGKILL.
+  them only through this object. SIGTERM, SIGINT or SIGHUP is passed on as one
+  SIGTERM to each; one more, a second or more later, kills them. Once one has
+  ended with another code than 0, the others have a grace time to end by
+  themselves; then they get SIGTERM, and ten seconds later SIGKILL.
 
   If this process is killed, Linux kills them at once. Elsewhere they end at the
   next line that they print, since nobody reads it.
 
   Attributes:
-    exits: in the order of the ends.
+    exits: in the order in which the processes ended.
     signals: those that came from outside.
   """
 
@@ -63,12 +63,12 @@ class Pod:
     environments: Sequence[Mapping[str, str]],
     grace_seconds: float,
   ):
-    """Starts nothing yet.
+    """Stores the arguments; starts nothing yet.
 
     Args:
       command: what each process runs.
       environments: of each process, by rank.
-      grace_seconds: for the others, when one has failed.
+      grace_seconds: how long the others may run on when one has failed.
     """
     self.exits: list[Exit] = []
     self.signals: list[int] = []
@@ -83,15 +83,15 @@ class Pod:
     self._deadline: float | None = None
 
   def run(self) -> None:
-    """Starts them, shows what they print, and returns when all have ended.
+    """Starts the processes, shows their output, and waits until all have ended.
 
     Raises:
-      OSError: one could not be started; none is left.
+      OSError: a process could not be started; none is left running.
     """
     previous = {
       number: signal.signal(number, self._receive)
       for number in _SIGNALS
-      # nohup's wish.
+      # nohup has made this process ignore SIGHUP.
       if signal.getsignal(number) is not signal.SIG_IGN
     }
     try:
@@ -157,7 +157,7 @@ class Pod:
       if code is None:
         continue
       del self._alive[rank]
-      # What it may have started holds its pipes open.
+      # A process that it started may still hold its pipes open.
       _send_group(process, signal.SIGKILL)
       self.exits.append(Exit(rank, code, self._forced))
       if code and self._deadline is None:
@@ -191,24 +191,24 @@ class Pod:
     if not self.signals:
       self._first = now
     elif now <= self._first + signals.ECHO_SECONDS:
-      # A closed terminal hangs up twice, by itself and by its shell.
+      # A closed terminal sends SIGHUP twice, by itself and by its shell.
       return
     self.signals.append(number)
 
 
 class _Lines:
-  """Prints a stream line by line, each with the rank that it is from."""
+  """Prints a stream line by line, each with its process's rank."""
 
   def __init__(self, rank: int, width: int, stream: Any):
     self._prefix = (f"[{rank:>{width}}] ", _COLOURS[rank % len(_COLOURS)])
-    # Asking the stream itself, as dpdist.reporting.console does.
+    # Ask the stream itself, as dpdist.reporting.console does.
     self._console = rich.console.Console(
       file=stream, force_terminal=stream.isatty()
     )
     self._rest = b""
 
   def print(self, data: bytes) -> None:
-    """Prints what is whole; at the end, when data is empty, what is left."""
+    """Prints whole lines; prints the rest at the end, when data is empty."""
     *lines, self._rest = (self._rest + data).split(b"\n")
     if not data and self._rest:
       lines.append(self._rest)
@@ -225,7 +225,7 @@ def _send_group(process: Any, number: signal.Signals) -> None:
 
 
 def _die_with(parent: int) -> None:
-  """In a new process: makes it end when its parent does."""
+  """Makes a new process end when its parent does."""
   if _C is not None:
     _C.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

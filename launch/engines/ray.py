@@ -1,5 +1,4 @@
-"""Ray: a job whose driver, `launch.engines.ray_driver`, places one process a
-node."""
+"""Writes a Ray job: `launch.engines.ray_driver`, with one process a node."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -18,7 +17,7 @@ class Job(job_lib.Job):
   """A job under Ray.
 
   Attributes:
-    address: of the dashboard, "http://HOST:8265"; "": RAY_ADDRESS.
+    address: of the dashboard, as "http://HOST:8265"; "": RAY_ADDRESS.
     directory: the checkout, which Ray sends to the nodes.
     cpus: processors of a process.
     gpus: GPUs of a process.
@@ -36,7 +35,7 @@ class Job(job_lib.Job):
     self.check_at_least(1, "cpus")
     self.check_at_least(0, "gpus")
     self.check_words("address")
-    # Anything else would be taken for a cluster's own port, and waited for.
+    # Ray would take anything else for a cluster's own port, and wait for it.
     if self.address and not self.address.startswith(("http://", "https://")):
       raise job_lib.JobError(
         f"address must begin with http:// or https://, got {self.address!r}"
@@ -44,14 +43,14 @@ class Job(job_lib.Job):
 
 
 def files(job: Job) -> Mapping[str, str]:
-  """The runtime environment, by its name."""
+  """Returns the runtime environment, by its file name."""
   environment = {
     "working_dir": job.directory,
     "excludes": [".git", "tests"],
     "env_vars": {
-      # Lines come when they are printed.
+      # Lines appear when they are printed.
       "PYTHONUNBUFFERED": "1",
-      # `ray job stop` would kill the driver after three.
+      # `ray job stop` would kill the driver after three seconds.
       "RAY_JOB_STOP_WAIT_TIME_S": str(_SAVE_SECONDS),
     },
   }
@@ -59,7 +58,7 @@ def files(job: Job) -> Mapping[str, str]:
 
 
 def command(job: Job, folder: str) -> list[str]:
-  """What submits the files in a folder."""
+  """Returns the command that submits the files in a folder."""
   address = [f"--address={job.address}"] if job.address else []
   driver = [
     *(job.python, "-m", "launch.engines.ray_driver"),

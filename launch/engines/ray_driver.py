@@ -1,15 +1,15 @@
-r"""Trains on a Ray cluster, one process a node; starts all again where needed.
+r"""Trains on a Ray cluster, one process a node; restarts all if needed.
 
   python -m launch.engines.ray_driver --nodes=2 -- \
     --config=configs/digits.py --workdir=/shared/digits
 
-is what `launch.submit --to=ray` submits. What follows `--` goes to each
-`python -m launch.train`. All processes are started again when they were
-stopped and saved, and when one failed or a node was lost, until
---max_restarts such failures. SIGTERM, as by `ray job stop`, is passed on once:
-all save the same step, and nothing starts again.
+is what `launch.submit --to=ray` submits. Arguments after `--` go to each
+`python -m launch.train`. All processes are started again when they were stopped
+and saved, and when one failed or a node was lost, until --max_restarts such
+failures. SIGTERM, as by `ray job stop`, is passed on once: all save the same
+step, and nothing starts again.
 
-Exit codes: as of launch.train.
+Exit codes: those of launch.train.
 """
 
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ class _Process:
     self._stopped = False
 
   def address(self) -> str:
-    """A host and port of this node where process 0 can be met."""
+    """Returns a host and free port of this node, for process 0."""
     import ray
 
     with socket.socket() as server:
@@ -65,7 +65,7 @@ class _Process:
     return f"{ray.util.get_node_ip_address()}:{port}"
 
   def run(self, arguments: list[str], variables: dict[str, str]) -> int:
-    """Trains; returns the exit code. Ray shows what it prints."""
+    """Trains, and returns the exit code. Ray shows what it prints."""
     # Ray ends what an actor started together with the actor.
     self._process = subprocess.Popen(
       [sys.executable, "-u", "-m", "launch.train", *arguments],
@@ -77,7 +77,7 @@ class _Process:
     return self._process.wait()
 
   def stop(self) -> None:
-    """Asks it to save and stop."""
+    """Asks the process to save and stop."""
     self._stopped = True
     if self._process is not None:
       self._process.terminate()
@@ -99,7 +99,7 @@ def main(argv: Sequence[str]) -> int:
     return flag_parsing.usage_error(
       "no Ray cluster runs here: `ray start --head`, or set RAY_ADDRESS"
     )
-  # Ray has set its own by now.
+  # Ray has installed its own handler by now.
   signal.signal(signal.SIGTERM, stop.receive)
   signal.signal(signal.SIGINT, stop.receive)
   failures = 0
@@ -116,7 +116,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 class _Stop:
-  """Whether SIGTERM or SIGINT came."""
+  """Records whether SIGTERM or SIGINT came."""
 
   asked = False
 
@@ -129,7 +129,8 @@ def _attempt(arguments: list[str], stop: _Stop) -> list[int]:
   """Starts all processes once.
 
   Returns:
-    Their exit codes; -1 for one that was lost with its node, or made to end.
+    Their exit codes; -1 for a process that was lost with its node, or made to
+    end.
   """
   import ray
   from ray.util import scheduling_strategies
@@ -164,7 +165,7 @@ def _attempt(arguments: list[str], stop: _Stop) -> list[int]:
     ]
     return _run(actors, arguments, stop)
   finally:
-    # With the actors in it.
+    # Also removes the actors.
     ray.util.remove_placement_group(group)
 
 
@@ -217,7 +218,7 @@ def _code(task: Any) -> int:
 
 
 def _worst(codes: Sequence[int]) -> int:
-  """The exit code of all; a refusal is no failure that could pass."""
+  """Returns the exit code of all; a refusal counts before other failures."""
   if exit_codes.USAGE in codes:
     return exit_codes.USAGE
   failed = [

@@ -1,4 +1,4 @@
-"""Slurm: a batch script that requeues itself."""
+"""Writes a Slurm batch script that requeues itself."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -8,9 +8,9 @@ from launch.engines import job as job_lib
 
 TOOL = ("sbatch", "Slurm's client (Debian: slurm-client)")
 
-# Between the signal and the end of the time limit.
+# From the signal to the end of the time limit.
 _SAVE_SECONDS = 60
-# What processes have to save or to give up when one of them has ended.
+# How long processes have to save or to give up when one of them has ended.
 _WAIT_SECONDS = 120
 
 
@@ -22,7 +22,7 @@ class Job(job_lib.Job):
     processes_per_node: processes of a node.
     cpus: processors of each process.
     gpus: GPUs of each process.
-    memory: of a node, as Slurm writes it: "16G"; "": the partition's.
+    memory: of a node, in Slurm's form, as "16G"; "": the partition's.
     time_limit: minutes; 0: the partition's.
     partition: "": the cluster's.
     account: "": the user's.
@@ -46,12 +46,12 @@ class Job(job_lib.Job):
 
 
 def files(job: Job) -> Mapping[str, str]:
-  """The batch script, by its name."""
+  """Returns the batch script, by its file name."""
   return {f"{job.name}.sbatch": _script(job)}
 
 
 def command(job: Job, folder: str) -> list[str]:
-  """What submits the files in a folder."""
+  """Returns the command that submits the files in a folder."""
   return ["sbatch", f"{folder}/{job.name}.sbatch"]
 
 

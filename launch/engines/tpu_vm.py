@@ -1,4 +1,4 @@
-"""Cloud TPU: a queued resource, and what its machines run when they start."""
+"""Requests Cloud TPU machines, and writes the script that they start with."""
 
 from collections.abc import Mapping
 import dataclasses
@@ -13,20 +13,20 @@ _SECRET_FILE = "/run/dpdist/secret"
 
 @dataclasses.dataclass(frozen=True)
 class Job(job_lib.Job):
-  """A job on the machines of one TPU slice; the slice says how many.
+  """A job on the machines of one TPU slice, which determines their number.
 
   Attributes:
     image: a container image that has dpdist and libtpu installed, and the
       config at its path.
-    accelerator: "v6e-16".
-    runtime_version: of the machines: "v2-alpha-tpuv6e".
+    accelerator: as "v6e-16".
+    runtime_version: of the machines, as "v2-alpha-tpuv6e".
     zone: of Google Cloud.
     project: "": gcloud's.
-    nfs: a share that is mounted at the directory, "SERVER:/share".
-    secret: in Secret Manager, with the run's secret; "": the run makes its own
-      in the directory.
+    nfs: a share that is mounted at the run directory, as "SERVER:/share".
+    secret: name in Secret Manager of the run's secret; "": the run makes its
+      own in the run directory.
     service_account: of the machines; "": the project's.
-    spot: whether the slice may be taken away, for less money.
+    spot: whether the slice is cheaper but may be preempted.
     python: the interpreter in the image.
   """
 
@@ -58,12 +58,12 @@ class Job(job_lib.Job):
 
 
 def files(job: Job) -> Mapping[str, str]:
-  """The start-up script, by its name."""
+  """Returns the start-up script, by its file name."""
   return {f"{job.name}.startup.sh": _script(job)}
 
 
 def command(job: Job, folder: str) -> list[str]:
-  """What submits the files in a folder."""
+  """Returns the command that submits the files in a folder."""
   words = ["gcloud", "compute", "tpus", "queued-resources", "create", job.name]
   words += [
     f"--node-id={job.name}",

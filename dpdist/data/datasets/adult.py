@@ -4,10 +4,10 @@ Records of 48,842 people from the census of the United States of 1994 (Kohavi
 1996, "Scaling Up the Accuracy of Naive-Bayes Classifiers"). A person is one
 record, and the unit of privacy.
 
-What is done to a record looks at that record alone: categories are those that
-the data set's own description lists, and numbers are scaled by constants that
-were chosen without the data. The survey's weight of a record (fnlwgt), which
-tells of others, is left out.
+Each record is processed by itself: categories are those that the data set's own
+description lists, and numbers are scaled by constants that were chosen without
+the data. The survey's weight of a record (fnlwgt), which depends on other
+records, is left out.
 """
 
 import csv
@@ -17,7 +17,7 @@ import numpy as np
 from dpdist.data import arrays as arrays_lib
 from dpdist.data import sources
 
-# Column, and its categories in the order of the description (adult.names).
+# By column, its categories in the order of the description (adult.names).
 _CATEGORIES = {
   1: "Private, Self-emp-not-inc, Self-emp-inc, Federal-gov, Local-gov,"
   " State-gov, Without-pay, Never-worked",
@@ -40,8 +40,8 @@ _CATEGORIES = {
   " Columbia, Hungary, Guatemala, Nicaragua, Scotland, Thailand, Yugoslavia,"
   " El-Salvador, Trinadad&Tobago, Peru, Hong, Holand-Netherlands",
 }
-# Column, the number that becomes 1, and whether logarithms are taken: of
-# dollars, whose files end at 99,999.
+# By column, the number that becomes 1, and whether to take logarithms: of
+# dollars, whose values end at 99,999.
 _NUMBERS = {
   0: (100, False),  # age
   4: (16, False),  # years of education, as a code
@@ -64,10 +64,10 @@ def load(path: sources.Path) -> arrays_lib.ArraySource:
   Returns:
     A source of {"inputs": float32 (125,) in [0, 1], "targets": int32 ()}, 1 for
     more than 50,000 dollars. Inputs are a 1, the numbers, steps of age and of
-    hours, and a 1 for each category that holds; one that is unknown has none.
+    hours, and a 1 for each category that holds; an unknown category has no 1.
 
   Raises:
-    ValueError: no such file, or a record that is not as described.
+    ValueError: there is no such file, or a record is not as described.
   """
   try:
     with open(path, newline="") as file:
@@ -79,7 +79,7 @@ def load(path: sources.Path) -> arrays_lib.ArraySource:
       ]
   except OSError as error:
     raise ValueError(f"{path} must be a file of Adult: {error}") from error
-  # No row in a message: it is a person's.
+  # No row in the message: it is a person's record.
   if not rows or any(len(row) != _NUM_COLUMNS for row in rows):
     raise ValueError(f"{path} must hold records of {_NUM_COLUMNS} columns")
   columns = list(zip(*rows, strict=True))
@@ -89,7 +89,7 @@ def load(path: sources.Path) -> arrays_lib.ArraySource:
       number = np.array(columns[column], np.float64)
       if takes_log:
         number, largest = np.log1p(number), np.log1p(largest)
-      # Inside [0, 1] whatever the file says.
+      # Inside [0, 1] whatever the file holds.
       parts.append(np.clip(number / largest, 0, 1)[:, None])
     for column, steps in ((0, _AGES), (12, _HOURS)):
       number = np.array(columns[column], np.float64)

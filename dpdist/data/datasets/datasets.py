@@ -1,4 +1,4 @@
-"""Named data sets: from a configuration to a train and a test source."""
+"""Loads named data sets: from a configuration to a train and a test source."""
 
 import glob
 import gzip
@@ -36,7 +36,7 @@ _IDX_DTYPES = {
 }
 
 
-# Of ours, those that know whose an example is.
+# Data sets of this project whose examples have users.
 _OF_USERS = ("array_record", "chitchat", "npz", "parquet", "sotu")
 
 
@@ -44,8 +44,8 @@ class Splits(NamedTuple):
   """The two parts of a data set.
 
   Attributes:
-    train: what the mechanism samples from, and all that it protects.
-    test: held out for measuring; the privacy guarantee does not cover it.
+    train: the set that the mechanism samples from; exactly this is protected.
+    test: the held-out set; the privacy guarantee does not cover it.
   """
 
   train: sources.Source
@@ -58,9 +58,8 @@ def load(config: ml_collections.ConfigDict) -> Splits:
   Args:
     config: `name` is one of the below, or finds a loader of your own as
       `dpdist.registry.resolve` does: a function of this config that returns
-      `Splits`. `path` is where the data lies ("" when
-      unused). An example, the unit of privacy, is one image, text piece,
-      record or row.
+      `Splits`. `path` is the path of the data ("" if unused). An example, the
+      unit of privacy, is one image, text piece, record or row.
 
       * "digits": the 1,797 images of 8x8 pixels inside scikit-learn. Every
         fifth is held out: 1,438 to train, 359 to test. inputs float32
@@ -72,35 +71,35 @@ def load(config: ml_collections.ConfigDict) -> Splits:
         targets int32 (sequence_length,), targets one byte ahead.
       * "idx": a directory with the four files of MNIST or Fashion-MNIST,
         gzipped or not. inputs float32 (28, 28, 1) in [0, 1], targets int32 ().
-      * "mnist", "fashion_mnist": the same, where `python -m launch.fetch` put
-        them, or in `path`.
-      * "cifar10": see `dpdist.data.datasets.cifar10`; likewise.
-      * "adult": see `dpdist.data.datasets.adult`; likewise.
+      * "mnist", "fashion_mnist": the same, from `path` or where `python -m
+        launch.fetch` puts them.
+      * "cifar10": from the same places; see `dpdist.data.datasets.cifar10`.
+      * "adult": from the same places; see `dpdist.data.datasets.adult`.
       * "npz": a directory with train.npz and test.npz.
       * "array_record": a directory with train*.array_record and
         test*.array_record, as `array_record.write_array_record` makes them.
       * "parquet": a directory with train*.parquet and test*.parquet;
         `inputs_column`, `targets_column`.
-      * "chitchat": see `dpdist.data.datasets.chitchat`. Of users.
-      * "sotu": see `dpdist.data.datasets.state_of_the_union`. Of pieces, or of
-        authors.
+      * "chitchat": see `dpdist.data.datasets.chitchat`. Its units are users.
+      * "sotu": see `dpdist.data.datasets.state_of_the_union`. Its units are
+        pieces, or authors.
       * "rotten_tomatoes", "imdb": see `dpdist.data.datasets.movie_reviews`.
 
-      Of the last three, texts become tokens by `tokenizer`.
+      The last four data sets take a `tokenizer` for their texts.
 
       With `examples_per_unit` above 0, the unit of privacy is a user, and train
-      is a `units.UnitSource`. Whose an example is, an integer or a string, is
-      told by `unit_column`: a column of the Parquet files, an array of
+      is a `units.UnitSource`. `unit_column` holds the user of each example, an
+      integer or a string: it is a column of the Parquet files, an array of
       train.npz and test.npz, or, for array_record, an array in the order of the
       records in train_{unit_column}.npy and test_{unit_column}.npy. Test stays
       a source of examples, and no user may be in both.
 
-    With `features`, inputs become public features of theirs; see
+    With `features`, public features replace the inputs; see
     `dpdist.data.features.features`.
 
   Raises:
-    ValueError: an unknown name, a path without the files, or too little text;
-      users who are not told, or are in both parts.
+    ValueError: the name is unknown, the path lacks the files, there is too
+      little text, or users are not given or are in both parts.
     ModuleNotFoundError: a package of an optional extra is missing.
   """
   loader = registry.resolve("dataset", config.name, setting="data.name")
@@ -125,13 +124,13 @@ def load(config: ml_collections.ConfigDict) -> Splits:
 
 
 def read_idx(path: sources.Path) -> np.ndarray:
-  """Reads a file of the idx format, the one MNIST came in, gzipped or not.
+  """Reads a file of the idx format, that of MNIST, gzipped or not.
 
   Returns:
     An array of the shape and type that the header names, in native byte order.
 
   Raises:
-    ValueError: not such a file, or it is cut short or too long.
+    ValueError: it is no such file, or is cut short or too long.
   """
   with open(path, "rb") as file:
     data = file.read()
@@ -162,7 +161,7 @@ def read_idx(path: sources.Path) -> np.ndarray:
 def idx(
   images_path: sources.Path, labels_path: sources.Path
 ) -> arrays_lib.ArraySource:
-  """Images and labels from a pair of idx files.
+  """Reads images and labels from a pair of idx files.
 
   Pixels stay uint8 in memory; the manifest is over the decoded arrays, so a
   file and its gzipped copy have the same.
@@ -300,7 +299,7 @@ def _adult(config: ml_collections.ConfigDict) -> Splits:
 
 
 def _fetched(config: ml_collections.ConfigDict) -> str:
-  """Where a data set of the registries is: as told, or in the cache."""
+  """Returns the path of a fetched data set: as configured, or in the cache."""
   return config.path or os.fspath(fetch.find(config.name))
 
 
@@ -391,7 +390,7 @@ def _parquet(config: ml_collections.ConfigDict) -> Splits:
 
 
 class _Part(NamedTuple):
-  """Examples, and whose they are."""
+  """Examples, and the user of each."""
 
   source: sources.Source
   ids: np.ndarray | None
@@ -400,7 +399,7 @@ class _Part(NamedTuple):
 def _splits(
   config: ml_collections.ConfigDict, train: _Part, test: _Part
 ) -> Splits:
-  """Makes units of the examples to train on, where ids tell whose they are."""
+  """Makes units of the training examples, if ids give their users."""
   if train.ids is None or test.ids is None:
     return Splits(train.source, test.source)
   name = f"data.unit_column={config.unit_column!r}"
@@ -412,7 +411,7 @@ def _splits(
       )
   unit_of_example, num_units = users.number(train.ids, name=name)
   users.number(test.ids, name=name)
-  # What is held out is not protected: its metrics are released as they are.
+  # The held-out set is not protected: its metrics are released without noise.
   shared = len(np.intersect1d(train.ids, test.ids))
   if shared:
     raise ValueError(
@@ -432,7 +431,7 @@ def _slots(config: ml_collections.ConfigDict) -> int:
 
 
 def _files(directory: str, pattern: str) -> list[str]:
-  """Files in order of name, which fixes the order of the examples."""
+  """Returns files in order of name, which fixes the order of the examples."""
   paths = sorted(glob.glob(os.path.join(glob.escape(directory), pattern)))
   if not paths:
     raise errors.ArgumentError(

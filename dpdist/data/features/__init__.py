@@ -1,1 +1,1 @@
-"""Features in the place of inputs."""
+"""Public features that replace inputs."""

@@ -1,9 +1,9 @@
-"""Features in the place of inputs, computed once and kept.
+"""Features that replace inputs, computed once and stored.
 
-What is kept here is a public function of one example each: nothing of it was
-learned from them, and no example has a share in the features of another. So one
-example more or less is one row of features more or less, and what is proved of
-the rows holds for the examples.
+Each row of features is a public function of one example: nothing of it was
+learned from the examples, and no example influences the features of another. So
+one example more or less is one row of features more or less, and what is proved
+of the rows holds for the examples.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ _FILE = "inputs.npy"
 _DIGEST = "sha256"
 _BLOCK = 1024  # examples
 
-# The function, and a number that changes whenever its values do.
+# The function, and a version that changes whenever its values do.
 _FEATURES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
   "minilm": (minilm.transform, minilm.VERSION),
   **{
@@ -49,7 +49,7 @@ _FEATURES: dict[str, tuple[Callable[[np.ndarray], np.ndarray], int]] = {
 
 
 def blocks_ahead(name: str) -> int:
-  """How many of a model's blocks features stand for, if it is to go on."""
+  """Returns how many of a model's first blocks the features replace."""
   match = re.fullmatch(r"minilm_(\d)", name)
   return int(match[1]) if match else 0
 
@@ -57,15 +57,15 @@ def blocks_ahead(name: str) -> int:
 class FeatureSource(arrays_lib.ArraySource):
   """Examples whose inputs are features, on disk.
 
-  The manifest is that of the examples the features were made of: it names whose
-  data is protected, so that a budget of a data set is spent by runs on its
-  features too.
+  The manifest is that of the examples that the features were made from: it
+  identifies whose data is protected, so that runs on features spend the data
+  set's budget too.
 
   Attributes:
-    sha256: of the features as they are kept, hex. Made anew, on another machine
-      or by another release of a library, they may differ in a bit; a step that
-      is run again on them is another step, so this belongs to what a run's
-      steps are told apart by (see `dpdist.workdir.fingerprint.fingerprint`).
+    sha256: of the features as they are stored, hex. Made anew, on another
+      machine or by another release of a library, they may differ in a bit. A
+      step that is run again on them is another step, so this is part of a run's
+      fingerprint (see `dpdist.workdir.fingerprint.fingerprint`).
   """
 
   def __init__(
@@ -76,14 +76,14 @@ class FeatureSource(arrays_lib.ArraySource):
     sha256: str,
     stamps: stamps_lib.FileStamps,
   ):
-    """Makes it.
+    """Makes a source of stored features.
 
     Args:
       inputs: the features.
       targets: of the examples.
       source: the examples.
-      sha256: of the features as they are kept, hex.
-      stamps: of the file that they are kept in, from before it was hashed.
+      sha256: of the features as they are stored, hex.
+      stamps: of the file that stores them, from before it was hashed.
     """
     super().__init__({"inputs": inputs, "targets": targets})
     self._manifest = source.content_digest()
@@ -92,16 +92,16 @@ class FeatureSource(arrays_lib.ArraySource):
     self.sha256 = sha256
 
   def earlier_digests(self) -> list[str]:
-    """Those of the examples; see `dpdist.data.sources.earlier_digests`."""
+    """See `sources.earlier_digests`; returns those of the examples."""
     return sources.earlier_digests(self._source)
 
   def changed_files(self) -> list[str]:
-    """Also of the examples; see `dpdist.data.sources.changed_files`."""
+    """See `sources.changed_files`; includes the examples' files."""
     own = self._stamps.changed(self._is_same)
     return own + sources.changed_files(self._source)
 
   def is_touched(self) -> bool:
-    """Also of the examples; see `dpdist.data.sources.is_touched`."""
+    """See `sources.is_touched`; includes the examples' files."""
     return self._stamps.is_touched() or sources.is_touched(self._source)
 
   def _is_same(self) -> bool:
@@ -109,12 +109,12 @@ class FeatureSource(arrays_lib.ArraySource):
 
 
 def of(source: sources.Source, name: str) -> FeatureSource:
-  """The features of a source's inputs.
+  """Returns the features of a source's inputs.
 
-  They are computed at first use, and kept as float16 below
+  They are computed at first use, and stored as float16 below
   `dpdist.assets.fetch.cache()`, in a folder named by a hash of the examples'
-  manifest, the function and its version. What is found there is held against
-  its SHA-256.
+  manifest, the function and its version. Stored features are checked against
+  their SHA-256.
 
   Args:
     source: of examples {"inputs", "targets"}; inputs are images
@@ -125,11 +125,11 @@ def of(source: sources.Source, name: str) -> FeatureSource:
       "minilm_5", of tokens; see `dpdist.data.features.minilm`.
 
   Returns:
-    A source of {"inputs": float16, "targets": as they were}.
+    A source of {"inputs": float16, "targets": unchanged}.
 
   Raises:
-    ValueError: an unknown name, inputs that the function does not take, or kept
-      features that are not as they were.
+    ValueError: the name is unknown, the function does not take the inputs, or
+      stored features have changed.
   """
   if name not in _FEATURES:
     raise ValueError(
@@ -161,7 +161,7 @@ def _keep(
   function: Callable[[np.ndarray], np.ndarray],
   folder: pathlib.Path,
 ) -> None:
-  """Computes all features; the folder appears whole or not at all."""
+  """Computes and stores all features; the folder appears whole or never."""
   folder.parent.mkdir(parents=True, exist_ok=True)
   with tempfile.TemporaryDirectory(
     dir=folder.parent, prefix=".features-"
@@ -186,7 +186,7 @@ def _keep(
     try:
       os.rename(ready, folder)
     except OSError:
-      # Where another process was first, its copy holds.
+      # If another process was first, its copy is kept.
       if not folder.is_dir():
         raise
 
@@ -199,7 +199,7 @@ def _digest(path: str | os.PathLike[str]) -> str:
 def _blocks(
   source: sources.Source, take: Callable[[dict[str, np.ndarray]], np.ndarray]
 ) -> np.ndarray:
-  """Something of every example, read in blocks."""
+  """Reads the source in blocks, and returns what `take` makes of them."""
   starts = range(0, len(source), _BLOCK)
   return np.concatenate(
     [

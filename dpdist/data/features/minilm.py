@@ -1,6 +1,6 @@
-"""What MiniLM-L6 makes of a text, to train a classifier or the rest of it on.
+"""MiniLM-L6's features of a text, to train a classifier or further blocks on.
 
-The model was trained on public texts and looks at one text alone (Wang et al.
+The model was trained on public texts and processes each text alone (Wang et al.
 2020, "MiniLM"; Reimers and Gurevych 2019, "Sentence-BERT").
 """
 
@@ -16,17 +16,17 @@ import numpy as np
 from dpdist.assets import weights
 from dpdist.models import bert
 
-# To be raised whenever a feature would change by more than rounding.
+# Raise it whenever a feature would change by more than rounding.
 VERSION = 1
 
-# Its blocks.
+# The number of its blocks.
 DEPTH = 6
 
 _ROWS = 64
 
 
 def transform(inputs: np.ndarray) -> np.ndarray:
-  """The features of texts; MiniLM must have been fetched.
+  """Returns the features of texts; MiniLM must have been fetched.
 
   Args:
     inputs: integers (n, length), of MiniLM's own tokenizer.
@@ -35,13 +35,13 @@ def transform(inputs: np.ndarray) -> np.ndarray:
     float32 (n, 384), each row of length 384 ** 0.5.
 
   Raises:
-    ValueError: inputs are no such tokens, or the model was not fetched.
+    ValueError: inputs are not its tokens, or the model was not fetched.
   """
   return _of_rows(inputs, DEPTH)
 
 
 def states(inputs: np.ndarray, *, blocks: int) -> np.ndarray:
-  """The states of tokens behind the first blocks, for a `bert.Bert` to go on.
+  """Returns token states after the first blocks, as input of a `bert.Bert`.
 
   Args:
     inputs: see `transform`.

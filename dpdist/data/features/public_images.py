@@ -1,9 +1,9 @@
-"""Public pictures, as a yardstick for features of private ones.
+"""Public images that give the scale for features of private ones.
 
-What scikit-learn carries: 1,797 digits that were written for another set
+scikit-learn carries them: 1,797 digits that were written for another set
 (Alpaydin & Kaynak 1998, "Optical Recognition of Handwritten Digits"), and two
-photographs. Statistics of them cost no privacy, where those of the training set
-would have to be paid for.
+photographs. Their statistics cost no privacy, while those of the training set
+would.
 """
 
 import numpy as np
@@ -14,16 +14,16 @@ _SQUARES = 1000  # cut from the photographs
 
 
 def like(height: int, width: int, channels: int) -> np.ndarray:
-  """Pictures of a size; always the same.
+  """Returns images of a size; always the same.
 
   Args:
     height: in pixels.
-    width: likewise.
-    channels: 1: digits, light on dark, a seventh of the way from the edges; 3:
-      squares of the photographs, of 48 to 400 pixels, made as small as that.
+    width: in pixels.
+    channels: 1: digits, light on dark, with a margin of a seventh; 3: squares
+      of the photographs, of 48 to 400 pixels, reduced to the size.
 
   Returns:
-    float32 (n, height, width, channels), in [0, 1] of digits, else in [-1, 1].
+    float32 (n, height, width, channels), in [0, 1] for digits, else in [-1, 1].
 
   Raises:
     ValueError: another number of channels.

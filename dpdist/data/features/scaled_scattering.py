@@ -1,11 +1,11 @@
 """Scattering coefficients on one scale.
 
-Those of two wavelets are far smaller than those of one, and a linear model that
-is clipped and gets noise learns little from what is small. So a mean is taken
-off each channel and it is divided by a deviation: those that it has over public
-pictures. Tramer & Boneh 2021, "Differentially Private Learning Needs Better
-Features (or Much More Data)", take those of the training set, with noise, and
-pay for them; these cost nothing, and fit a little less well.
+The coefficients of two wavelets are far smaller than those of one, and a linear
+model with clipping and noise learns little from small inputs. So each channel
+is standardized, with the mean and deviation that it has over public images.
+Tramer & Boneh 2021, "Differentially Private Learning Needs Better Features (or
+Much More Data)", use those of the training set, with noise, and spend privacy
+on them; these cost nothing, and fit a little less well.
 """
 
 import functools
@@ -15,13 +15,13 @@ import numpy as np
 from dpdist.data.features import public_images
 from dpdist.data.features import scattering
 
-# The last digits are to be raised whenever a feature would change by more than
-# rounding while those of `scattering` stay.
+# Raise the last digits whenever a feature would change by more than rounding
+# while those of `scattering` stay.
 VERSION = 100 * scattering.VERSION + 1
 
 
 def transform(images: np.ndarray) -> np.ndarray:
-  """Scaled scattering coefficients.
+  """Returns scaled scattering coefficients.
 
   Args:
     images: see `scattering.transform`; of 1 or 3 channels.
@@ -30,8 +30,9 @@ def transform(images: np.ndarray) -> np.ndarray:
     float32, of the shape of `scattering.transform`.
 
   Raises:
-    ValueError: images of another shape.
-    ModuleNotFoundError: scikit-learn, which carries the pictures, is missing.
+    ValueError: images have another shape.
+    ModuleNotFoundError: scikit-learn, which carries the public images, is
+      missing.
   """
   features = scattering.transform(images)
   mean, deviation = _scale(*images.shape[1:])
@@ -42,6 +43,6 @@ def transform(images: np.ndarray) -> np.ndarray:
 def _scale(
   height: int, width: int, channels: int
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Mean and deviation of each feature channel, over pictures and places."""
+  """Returns mean and deviation of each channel, over images and places."""
   features = scattering.transform(public_images.like(height, width, channels))
   return features.mean((0, 1, 2)), features.std((0, 1, 2))

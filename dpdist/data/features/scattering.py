@@ -1,15 +1,15 @@
-"""The scattering transform of images: features that nobody learned.
+"""The scattering transform of images: features without learning.
 
-An image is convolved with oriented wavelets, its modulus taken, and that again,
-and each result averaged over small squares (Bruna & Mallat 2013, "Invariant
-Scattering Convolution Networks"; with Morlet wavelets of 2 scales and 8
-orientations as in Oyallon & Mallat 2015, "Deep Roto-Translation Scattering for
-Object Classification"). Private linear models on them did better than private
-networks on pixels (Tramer & Boneh 2021, "Differentially Private Learning Needs
-Better Features (or Much More Data)").
+An image is convolved with oriented wavelets and its modulus is taken; both are
+repeated once; each result is averaged over small squares (Bruna & Mallat 2013,
+"Invariant Scattering Convolution Networks"; with Morlet wavelets of 2 scales
+and 8 orientations as in Oyallon & Mallat 2015, "Deep Roto-Translation
+Scattering for Object Classification"). Private linear models on them did better
+than private networks on pixels (Tramer & Boneh 2021, "Differentially Private
+Learning Needs Better Features (or Much More Data)").
 
-The filters are constants, and features of an image depend on no other image, so
-that they cost no privacy, and may be computed once.
+The filters are constants, and features of an image depend on no other image. So
+they cost no privacy, and may be computed once.
 """
 
 import functools
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Changed whenever features change by more than rounding: kept ones are then
+# Raised whenever features change by more than rounding: stored ones are then
 # computed anew.
 VERSION = 1
 
@@ -28,10 +28,10 @@ CHANNELS = (
   1 + _SCALES * _ORIENTATIONS + _ORIENTATIONS**2 * _SCALES * (_SCALES - 1) // 2
 )
 
-_BLOCK = 16  # planes at once, so that what comes between stays in caches
+_BLOCK = 16  # planes at once, so that intermediate results stay in caches
 
-# Of the finest wavelet, in pixels: the envelope's width and the frequency; and
-# how much longer than wide the envelope is. Scale j has 2**j of the width and
+# The finest wavelet, in pixels: the envelope's width and the frequency; and the
+# ratio of the envelope's length to its width. Scale j has 2**j of the width and
 # 2**-j of the frequency.
 _WIDTH = 0.8
 _FREQUENCY = 3 * np.pi / 4
@@ -39,18 +39,18 @@ _SLANT = 4 / _ORIENTATIONS
 
 
 def transform(images: np.ndarray) -> np.ndarray:
-  """Scattering coefficients.
+  """Returns scattering coefficients.
 
   Args:
     images: floats (n, height, width, channels); height and width are multiples
       of 4, at least 8.
 
   Returns:
-    float32 (n, height / 4, width / 4, channels * 81): of each channel the
+    float32 (n, height / 4, width / 4, channels * 81): for each channel the
     average, then 16 of one wavelet, the finer ones first, then 64 of two.
 
   Raises:
-    ValueError: images of another shape.
+    ValueError: images have another shape.
   """
   if images.ndim != 4 or any(
     size % _STEP or size < 2 * _STEP for size in images.shape[1:3]
@@ -73,7 +73,7 @@ def transform(images: np.ndarray) -> np.ndarray:
 
 
 def _planes(x: np.ndarray) -> np.ndarray:
-  """Of float32 (m, height, width): float32 (m, 81, height / 4, width / 4)."""
+  """Maps float32 (m, height, width) to (m, 81, height / 4, width / 4)."""
   edges = [_margin(size) for size in x.shape[1:]]
   x = np.pad(x, [(0, 0), *edges], mode="reflect")
   bank = _bank(*x.shape[1:])
@@ -97,14 +97,14 @@ def _planes(x: np.ndarray) -> np.ndarray:
 
 
 def _margin(size: int) -> tuple[int, int]:
-  """What is put around, so that the square at an edge sees no other edge."""
+  """Returns the padding that keeps the square at an edge from other edges."""
   return _STEP, _STEP + -size % _STEP
 
 
 def _modulus(spectrum: np.ndarray, factor: int) -> np.ndarray:
-  """|y|, of which every factor-th sample along both axes, from y's spectrum."""
+  """Returns |y| at every factor-th place along both axes, from y's spectrum."""
   height, width = (size // factor for size in spectrum.shape[-2:])
-  # Samples left out of a signal are its spectrum folded.
+  # Leaving out samples of a signal folds its spectrum.
   folded = np.zeros((*spectrum.shape[:-2], height, width), spectrum.dtype)
   for i, j in np.ndindex(factor, factor):
     rows = slice(i * height, (i + 1) * height)
@@ -113,7 +113,7 @@ def _modulus(spectrum: np.ndarray, factor: int) -> np.ndarray:
 
 
 def _average(x: np.ndarray, level: int) -> np.ndarray:
-  """Gaussian averages at every fourth pixel of what lies inside the margin.
+  """Returns Gaussian averages at every fourth pixel inside the margin.
 
   Args:
     x: (..., height / 2**level, width / 2**level).
@@ -149,7 +149,7 @@ def _bank(height: int, width: int) -> _Bank:
 
 
 def _low(spectrum: np.ndarray, level: int) -> np.ndarray:
-  """A filter for halved images: the frequencies that are left."""
+  """Restricts a filter to the frequencies of halved images."""
   for axis in (-2, -1):
     size = spectrum.shape[axis]
     kept = np.fft.fftfreq(size >> level, 1 / (size >> level)).astype(int)
@@ -160,10 +160,10 @@ def _low(spectrum: np.ndarray, level: int) -> np.ndarray:
 def _morlet(
   height: int, width: int, scale: int, orientation: int
 ) -> np.ndarray:
-  """The spectrum of a Morlet wavelet, float64 (height, width).
+  """Returns the spectrum of a Morlet wavelet, float64 (height, width).
 
-  A plane wave under a Gaussian, less so much of the Gaussian that the sum is 0:
-  a constant image has none of it.
+  It is a plane wave under a Gaussian, minus a multiple of the Gaussian that
+  makes the sum 0: its response to a constant image is 0.
   """
   angle = (_ORIENTATIONS // 2 - 1 - orientation) * np.pi / _ORIENTATIONS
   sigma, frequency = _WIDTH * 2**scale, _FREQUENCY / 2**scale
@@ -176,7 +176,7 @@ def _morlet(
 def _gabor(
   height: int, width: int, sigma: float, angle: float, frequency: float
 ) -> np.ndarray:
-  """exp(i frequency u) under a Gaussian of sum 1, on a torus.
+  """Returns exp(i frequency u) under a Gaussian of sum 1, on a torus.
 
   u runs along the angle from the first axis, v across; the Gaussian's standard
   deviation is sigma along u and sigma / slant along v.
@@ -197,14 +197,14 @@ def _gabor(
 
 @functools.cache
 def _averaging(size: int, level: int) -> np.ndarray:
-  """The averages along one axis, as a float32 matrix.
+  """Returns the averaging along one axis, as a float32 matrix.
 
   Args:
     size: of the padded image along the axis.
     level: how often it has been halved.
 
   Returns:
-    (size / 4 less the margin's, size / 2**level).
+    Shape (size / 4 without the margin, size / 2**level).
   """
   sigma = _WIDTH * 2 ** (_SCALES - 1)
   at = np.arange(size)[:, None] + size * np.arange(-2, 3)
