@@ -121,7 +121,7 @@ def in_turn(steps: Steps, kind: str) -> tuple[str, ...]:
 
 
 def has_renyi(steps: Steps, kind: str) -> bool:
-  """Returns whether RDP has a bound; raises ValueError if "rdp" has none."""
+  """Returns whether RDP has a bound; raises ValueError if `kind` needs it."""
   without = [pair.kind for pair, _ in steps if not pair.has_renyi]
   if without and kind == "rdp":
     what = {
