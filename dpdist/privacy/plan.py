@@ -47,8 +47,7 @@ class Sampling:
       `dpdist.accounting.step_events`.
     noise_schedule: pairs (step, noise_multiplier), each of which holds from its
       step on; steps rise. Not with a target epsilon.
-    batch_size_schedule: pairs (step, expected_batch_size), in the same way; not
-      with a target epsilon.
+    batch_size_schedule: pairs (step, expected_batch_size), in the same way.
     unit: what a row is: "example" or "user".
   """
 

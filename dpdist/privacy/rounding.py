@@ -21,15 +21,16 @@ from dpdist.privacy import schedule
 # A step has more than `most_examples` with a probability below this.
 TAIL = 2.0**-64
 
-# Of a float32 that is rounded to nearest.
+# Relative error of a float32 that is rounded to nearest.
 _ROUNDOFF = 2.0**-24
 # Matrix units of accelerators may drop the last bits instead.
 _CUT_ROUNDOFF = 2.0**-23
-# Of the rests that the devices' sums leave, in clip norms.
+# The most error of the sum of the devices' rests, in clip norms.
 _TOLERANCE = 2.0**-14
 
 
-# How much earlier, in clip norms, exact sums clip for what rounds in a group.
+# With exact sums, clip norms are smaller by this part of themselves, to leave
+# room for rounding inside a group.
 ROOM = 2.0**-11
 
 
