@@ -83,7 +83,7 @@ def delta(steps: Steps, epsilon: float, kind: str) -> float:
   # For a smaller r, e^-r is 1, of which dp_accounting takes no logarithm.
   divergences = np.maximum(divergences, 2.0**-52)
   rdp, _ = rdp_privacy_accountant.compute_delta(orders, divergences, epsilon)
-  return min(most, max(float(rdp), sys.float_info.min))  # None is 0.
+  return min(most, max(float(rdp), sys.float_info.min))  # Never 0.
 
 
 @functools.lru_cache(maxsize=4096)

@@ -52,7 +52,7 @@ def training_event(
 
   Args:
     noise_multiplier: noise standard deviation over l2 sensitivity, at least 0.
-    sampling_probability: of each example at each step, in (0, 1].
+    sampling_probability: probability of each example at each step, in (0, 1].
     num_steps: number of noisy updates, at least 0.
     **settings: see `dpdist.accounting.step_events.of`.
 
@@ -80,7 +80,7 @@ def epsilon(
 
   Args:
     noise_multiplier: noise standard deviation over l2 sensitivity, at least 0.
-    sampling_probability: of each example at each step, in (0, 1].
+    sampling_probability: probability of each example at each step, in (0, 1].
     num_steps: number of noisy updates, at least 0.
     delta: in (0, 1).
     accountant: "pld" or "rdp".
@@ -115,7 +115,7 @@ def delta(
   Args:
     epsilon: finite and at least 0.
     noise_multiplier: noise standard deviation over l2 sensitivity, at least 0.
-    sampling_probability: of each example at each step, in (0, 1].
+    sampling_probability: probability of each example at each step, in (0, 1].
     num_steps: number of noisy updates, at least 0.
     accountant: "pld" or "rdp".
     **settings: see `dpdist.accounting.step_events.of`.
@@ -146,7 +146,7 @@ def calibrate_noise_multiplier(
   Args:
     target_epsilon: the budget, above 0.
     delta: in (0, 1).
-    sampling_probability: of each example at each step, in (0, 1].
+    sampling_probability: probability of each example at each step, in (0, 1].
     num_steps: number of noisy updates, at least 0.
     accountant: "pld" or "rdp".
     **settings: see `dpdist.accounting.step_events.of`.
@@ -229,7 +229,7 @@ def calibrate_num_steps(
     target_epsilon: the budget, above 0.
     delta: in (0, 1).
     noise_multiplier: noise standard deviation over l2 sensitivity, at least 0.
-    sampling_probability: of each example at each step, in (0, 1].
+    sampling_probability: probability of each example at each step, in (0, 1].
     accountant: "pld" or "rdp".
     **settings: see `dpdist.accounting.step_events.of`.
 

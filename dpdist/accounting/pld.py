@@ -67,7 +67,7 @@ def _epsilon_one_way(way: loss_grid.Way, log: float) -> float:
 def delta(steps: Steps, epsilon: float) -> float:
   """Returns an upper bound on the delta at which steps spend epsilon."""
   log = max(_log_delta_one_way(way, epsilon) for way in _ways(steps))
-  return max(math.exp(log), sys.float_info.min)  # None is 0.
+  return max(math.exp(log), sys.float_info.min)  # Never 0.
 
 
 def _log_delta_one_way(way: loss_grid.Way, epsilon: float) -> float:

@@ -99,8 +99,8 @@ class PrivateGradientFn:
 
     Args:
       params: pytree of floating arrays.
-      batch: pytree; every leaf has the same leading axis B. All of the step's
-        examples, on one device.
+      batch: pytree of all of the step's examples, on one device; every leaf has
+        the same leading axis B.
       state: from `init` or the previous call.
       is_padding_example: [B] bool; padding contributes exactly 0.
       rng: a PRNG key, or one for each example (for each group, if there are
@@ -113,10 +113,9 @@ class PrivateGradientFn:
       gradient is NaN: nothing more may be spent.
 
     Raises:
-      ValueError: for the reasons of `dpdist.clipped_grad`; if group_size does
-        not divide the batch; inside `jax.shard_map`, where each device would
-        draw noise; and, unless compiled, if the plan is used up or rng is the
-        key of an int.
+      ValueError: as `dpdist.clipped_grad`; group_size does not divide the
+        batch; inside `jax.shard_map`, where each device would draw noise; and,
+        unless compiled, if the plan is used up or rng is the key of an int.
     """
     if not self._is_public and rng is not None and noise.is_of_an_int(rng):
       raise ValueError(

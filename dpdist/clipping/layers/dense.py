@@ -205,7 +205,7 @@ def norm(
   """Returns the norm of the sum of some factors' gradients, never too small.
 
   Args:
-    factors: of one weight, in one layout; for one example.
+    factors: factors of one weight, in one layout, for one example.
     unit_roundoff: relative error with which the summing product rounds its
       operands; 0 if it does not round them.
     precision: precision of the products.

@@ -1,4 +1,4 @@
-"""Norms from inner products that may cancel, with room for rounding.
+"""Computes norms from inner products that may cancel; adds rounding errors.
 
 The squared norm of a sum of outer products is a sum over all pairs of positions
 of the rows' inner product times the columns'. Where these terms cancel, the
@@ -79,7 +79,7 @@ def sum_of_products(
   Returns:
     [...]; and a bound on its errors.
   """
-  # No term goes through more additions than that, in any order of additions.
+  # In any order of additions, no term goes through more additions than that.
   added = sum(rows.products.shape[-2:])
   of_rows = rows.error + added * _rounding(rows.one.dtype)
   of_columns = columns.error
@@ -114,7 +114,7 @@ def from_inner_products(
   """Returns a norm from a sum of inner products, some of them negative.
 
   Args:
-    square: that sum.
+    square: the sum of inner products.
     error: by how much it may be too small.
     terms: the sum of the norms of the terms.
 

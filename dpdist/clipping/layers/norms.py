@@ -68,7 +68,7 @@ def scaled(
   """Returns vectors that can be squared, and the powers of two taken out.
 
   Args:
-    x: of any floating dtype, or of whole numbers.
+    x: array of any floating dtype, or of whole numbers.
     axes: the axes along which a vector lies; all if None.
 
   Returns:

@@ -251,7 +251,7 @@ class _Splitter:
       block.promotions[best] = number
       self._site(number, None, 0, best, best.aval)
 
-  # Where weights meet data.
+  # Sites, where weights meet data.
 
   def _is_product(self, eqn: Any, kinds: Sequence[Kind]) -> bool:
     name = eqn.primitive.name
