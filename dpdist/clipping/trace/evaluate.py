@@ -1,4 +1,4 @@
-"""Runs a split loss: forward with taps, and backward to the parameters.
+"""Runs a loss that `splitting.py` split, forward and back to its parameters.
 
 A tap is a zero that is added to the output of a site. The gradient of the loss
 with respect to all taps takes one backward pass through the activations alone,
@@ -334,7 +334,7 @@ def _back_to_inputs(
 def _back_through_loop(
   body: Block, values: Sequence[Any], cotangents: Mapping[Key, jax.Array]
 ) -> list[jax.Array | None]:
-  """Does this for a loop; inputs that differ by iteration are stacked."""
+  """Does the same for a loop; inputs that differ by iteration are stacked."""
   sites = {site.key: site for site in body.all_sites()}
   mapped = {
     key: x

@@ -1,4 +1,4 @@
-"""The data structures of a split loss: where its parameters meet its data.
+"""Data structures of a loss that is split where its parameters meet its data.
 
 A loss is traced for one example and read as a list of equations. Every value
 in it is a constant, a weight (computed from parameters and constants alone) or
@@ -26,8 +26,8 @@ import jax
 from jax.extend import core
 import jax.numpy as jnp
 
-# A call of these is replaced by its body. Not so custom_jvp or custom_vjp: that
-# would lose the custom derivative.
+# Calls of these are replaced by their bodies. Calls of custom_jvp or custom_vjp
+# are not, since that would lose the custom derivative.
 _CALLS = ("jit", "pjit", "closed_call", "core_call")
 # These do not change values: some print, one names the axis of a collective.
 _KNOWN_EFFECTS = ("DebugEffect", "OrderedDebugEffect", "NamedAxisEffect")
@@ -260,7 +260,7 @@ def has_custom_vjp(eqn: Any) -> bool:
 
 
 def uses(eqn: Any, prefix: str) -> bool:
-  """Returns whether an equation is or calls a primitive with such a name."""
+  """Returns whether an equation is or calls a primitive with this prefix."""
   return eqn.primitive.name.startswith(prefix) or any(
     uses(inner, prefix)
     for jaxpr in core.jaxprs_in_params(eqn.params)
