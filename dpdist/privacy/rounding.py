@@ -29,8 +29,8 @@ _CUT_ROUNDOFF = 2.0**-23
 _TOLERANCE = 2.0**-14
 
 
-# With exact sums, clip norms are smaller by this part of themselves, to leave
-# room for rounding inside a group.
+# With exact sums, examples are clipped to less than the clip norm. This part of
+# it is the room for rounding inside a group.
 ROOM = 2.0**-11
 
 
@@ -91,7 +91,7 @@ def bound(
   inside = _inside(plan, most, size, is_cut)
   parts = -(-rows_per_device // microbatch_size)
   if is_exact:
-    # Clip norms are smaller by ROOM; noise is added in integers.
+    # Clipping leaves ROOM for rounding inside; noise is added in integers.
     across = _sums(most, parts, 0)
     return Bound(most, size, across, max(0, inside - ROOM))
   chunks = most // (rows_per_device * num_devices) + 1
