@@ -1,7 +1,7 @@
 """dpdist: differentially private training in JAX, from a laptop to a pod.
 
-The public face. Names are resolved when they are first used, so that
-accounting, plans, ledgers and samplers can be used where jax cannot be
+This module holds the public API. Names are imported when they are first used,
+so that accounting, plans, ledgers and samplers work where jax cannot be
 imported.
 """
 

@@ -1,21 +1,22 @@
-"""The errors that a caller may meet, each with a hint of what to do next.
+"""The errors that a caller may get, each with a hint of what to do next.
 
-Each is also one of Python's own: a `ValueError` for what was asked for wrongly,
-an `OSError` for a file or a network, a `RuntimeError` for what went wrong.
-Imports nothing of the project.
+Most are also one of Python's own: a `ValueError` for a wrong request, an
+`OSError` for a file or a network, a `RuntimeError` for a failure. Imports
+nothing of the project.
 """
 
 from typing import Any, NamedTuple
 
 
 class Hint(NamedTuple):
-  """A command that most likely helps, for `launch.cli.messages` to spell out.
+  """A command that most likely helps; `launch.cli.messages` prints it in full.
 
   Attributes:
-    flags: to be given to the command that failed, or changed there.
-    command: another one that takes the settings of that one, as "bench"; "":
-      the same.
-    text: the whole of it, where it is none of ours; the rest is "" then.
+    flags: flags to add to the command that failed, or to change there.
+    command: another command that takes the same settings, such as "bench"; "":
+      the command that failed.
+    text: the whole command, if it is not one of ours; the others are empty
+      then.
   """
 
   flags: tuple[str, ...] = ()
@@ -23,26 +24,26 @@ class Hint(NamedTuple):
   text: str = ""
 
 
-class Hinted(Exception):  # noqa: N818 - a base, and no error by itself
+class Hinted(Exception):  # noqa: N818 - a base class, not an error by itself
   """An exception with a hint.
 
   Attributes:
-    hint: what to do next; None where nothing is known to help.
+    hint: what to do next; None if nothing is known to help.
   """
 
   hint: Hint | None = None
 
   def __init__(self, *args: Any, hint: Hint | None = None):
-    """Takes what an exception takes, and a hint."""
+    """Takes the arguments of an exception, and a hint."""
     super().__init__(*args)
     self.hint = hint or type(self).hint
 
 
-# What was asked for wrongly.
+# Wrong requests.
 
 
 class ArgumentError(Hinted, ValueError):
-  """An argument has a value that cannot be right; names it."""
+  """An argument, which the message names, has a value that cannot be right."""
 
 
 class SettingsError(ArgumentError):
@@ -62,7 +63,7 @@ class DisagreementError(ArgumentError):
 
 
 class StartError(ArgumentError):
-  """What says how the processes of the job meet makes no sense."""
+  """The settings by which a job's processes find each other are wrong."""
 
 
 # Records.
@@ -77,11 +78,11 @@ class LedgerError(Hinted):
 
 
 class ShutOutError(LedgerError):
-  """Another process has written the record that this one was to write."""
+  """Another process has written the record that this one was about to write."""
 
 
 class UnsoundError(Hinted):
-  """The record of a run is damaged or contradicts what the run left."""
+  """The record of a run is damaged, or contradicts the run's files."""
 
   hint = VERIFY
 
@@ -98,12 +99,12 @@ class MissingPackageError(Hinted, ModuleNotFoundError):
 
 
 def missing(what: str, package: str, extra: str) -> MissingPackageError:
-  """The error of a feature whose package is not installed.
+  """Returns the error for a feature whose package is not installed.
 
   Args:
-    what: the feature, as a reader of the config knows it.
-    package: its name on PyPI.
-    extra: of ours, that installs it.
+    what: the feature, in the words of the config.
+    package: the package's name on PyPI.
+    extra: this project's extra that installs the package.
   """
   command = f"pip install 'dpdist[{extra}]'"
   return MissingPackageError(
@@ -112,11 +113,11 @@ def missing(what: str, package: str, extra: str) -> MissingPackageError:
 
 
 class FetchError(Hinted, OSError):
-  """A data set could not be had, or is not what was pinned."""
+  """A data set could not be fetched, or is not the pinned one."""
 
 
 class ReadError(Hinted, OSError):
-  """A data set could not be read. Names no example and no file of it."""
+  """A data set could not be read. The message names no example and no file."""
 
 
 class ChangedError(ReadError):
@@ -124,26 +125,28 @@ class ChangedError(ReadError):
 
 
 class SaveError(Hinted, OSError):
-  """A checkpoint could not be saved: no room, or no right to write there."""
+  """A checkpoint could not be saved: no space, or no permission to write."""
 
 
 # The processes of a job.
 
 
 class PeerError(Hinted, RuntimeError):
-  """Another process of the job stopped; says which, and why."""
+  """Another process of the job stopped; the message says which, and why."""
 
 
 class LostError(Hinted, RuntimeError):
-  """The other processes could not be reached; `dpdist.distributed.watchdog`
-  finds out why."""
+  """The other processes could not be reached.
+
+  `dpdist.distributed.watchdog` finds out why.
+  """
 
 
 class MeetError(Hinted, RuntimeError):
-  """The other processes could not be met in time."""
+  """The other processes could not be reached in time at the start."""
 
 
-class Preempted(Exception):  # noqa: N818 - it is not an error
+class Preempted(Exception):  # noqa: N818 - not an error
   """The run stopped early, has saved, and can be resumed.
 
   Attributes:
@@ -151,11 +154,11 @@ class Preempted(Exception):  # noqa: N818 - it is not an error
   """
 
   def __init__(self, step: int, reason: str = ""):
-    """Says what to do.
+    """Makes the message, which says what to do.
 
     Args:
-      step: see above.
-      reason: what asked to stop, if this process knows.
+      step: updates in the checkpoint that was saved.
+      reason: what asked the run to stop, if this process knows.
     """
     known = f" ({reason})" if reason else ""
     super().__init__(

@@ -1,15 +1,17 @@
-"""Names of things that can be plugged in, ours or somebody else's.
+"""Finds plug-ins by name, this project's own and others.
 
-A setting names a thing of some kind: a data set, an engine. `resolve` finds it
+A setting names a plug-in of some kind: a data set, an engine. `resolve` finds
+it
 
-  * by a name that was registered, as all of ours are;
+  * by a registered name, as all plug-ins of this project have;
   * as "package.module:attribute", which is imported;
   * by an entry point of the group "dpdist.KIND" of an installed package.
 
-What is found outside of this project decides what a run computes as much as our
-own code does. So a run's fingerprint holds `outside_sha256`, and goes on under
-new keys where that code has changed. It is read from the files: who edits a
-module in a running interpreter, such as a notebook's, restarts it before a run.
+Code outside this project decides what a run computes as much as our own does.
+So a run's fingerprint contains `outside_sha256`, and the run goes on under new
+keys if that code changes. The hash is computed from files: after editing a
+module that a running interpreter has loaded, such as a notebook's, restart the
+interpreter before a run.
 """
 
 from collections.abc import Callable
@@ -30,10 +32,10 @@ _outside: set[str] = set()
 
 
 def register(kind: str, *names: str) -> Callable[[_T], _T]:
-  """Returns a decorator that registers a thing by its names.
+  """Returns a decorator that registers a plug-in by its names.
 
   Raises:
-    ValueError: another thing of the kind has a name already.
+    ValueError: another plug-in of the kind already has one of the names.
   """
 
   def put(thing: _T) -> _T:
@@ -51,22 +53,22 @@ def register(kind: str, *names: str) -> Callable[[_T], _T]:
 
 
 def names(kind: str) -> list[str]:
-  """The names that are registered, and those of entry points, sorted."""
+  """Returns registered names and those of entry points, sorted."""
   points = {point.name for point in metadata.entry_points(group=_group(kind))}
   return sorted({*_things.get(kind, {}), *points})
 
 
 def resolve(kind: str, name: str, *, setting: str) -> Any:
-  """Finds a thing.
+  """Finds a plug-in.
 
   Args:
-    kind: what it is, as "dataset".
-    name: see the module.
-    setting: what names it, for messages.
+    kind: its kind, such as "dataset".
+    name: its name; see the module's docstring.
+    setting: the setting that names it, for messages.
 
   Raises:
-    ValueError: there is none of that name, or it does not say where its code
-      is.
+    ValueError: there is no plug-in of that name, or it does not say where its
+      code is.
   """
   thing = _find(kind, name, setting)
   if thing is None:
@@ -74,7 +76,7 @@ def resolve(kind: str, name: str, *, setting: str) -> Any:
       f"{setting} must be one of {names(kind)}, or package.module:attribute,"
       f" got {name!r}"
     )
-  # A module has a name; a function and a class say where they are defined.
+  # Functions and classes name their module; a module has its own name.
   where = getattr(thing, "__module__", None) or getattr(thing, "__name__", None)
   if not isinstance(where, str) or where in sys.stdlib_module_names:
     raise errors.ArgumentError(
@@ -106,10 +108,10 @@ def _find(kind: str, name: str, setting: str) -> Any:
 
 
 def outside_sha256() -> str:
-  """SHA-256 of the code outside of this project that was resolved; "" of none.
+  """Returns SHA-256 of resolved code outside this project; "" if there is none.
 
-  Of each module all of its package's source: what it imports from elsewhere is
-  among the versions that a fingerprint holds, if it is known there.
+  For each module it covers all source of its package. What that package imports
+  from elsewhere is covered by the versions in a fingerprint, if listed there.
   """
   if not _outside:
     return ""
@@ -123,7 +125,7 @@ def outside_sha256() -> str:
 
 
 def _files(module: str) -> list[pathlib.Path]:
-  """The source of a module's top-level package, or of the module alone."""
+  """Returns source files of a module's top-level package, or of the module."""
   top = sys.modules.get(module.partition(".")[0])
   folders = [pathlib.Path(x) for x in getattr(top, "__path__", ())]
   if folders:

@@ -1,6 +1,6 @@
-"""From numbers to epsilon; imports neither jax, a sampler nor noise.
+"""Computes epsilon from a run's numbers; imports no jax, sampler or noise.
 
-The public functions are resolved when they are first used, so that a plan can
+The public functions are imported when they are first used, so that a plan can
 be read without waiting for scipy.
 """
 

@@ -1,7 +1,7 @@
-"""The two accountants, for steps that were all fixed before the first of them.
+"""The two accountants, for steps that were all fixed before the first one.
 
-See `dpdist.accounting.calibration`, which checks what people write; here it is
-taken as checked. Imports no jax.
+Arguments are not checked here: `dpdist.accounting.calibration` does that.
+Imports no jax.
 """
 
 from collections.abc import Sequence
@@ -18,21 +18,21 @@ from dpdist.accounting import rdp as rdp_lib
 from dpdist.accounting import search
 from dpdist.accounting import step_events
 
-# Beyond it a grid of losses gains nothing that anyone would use.
+# Above this epsilon, a grid of losses gains nothing that anyone would use.
 _LARGEST_PLD_EPSILON = 1e6
-# Beyond so many steps the grid has become so coarse that either may be better.
+# Beyond so many steps the grid is so coarse that the RDP bound may be better.
 _MANY_STEPS = 10**7
-# Beyond these the losses of a step overflow, or are all but rounding.
+# Outside these ranges the losses of a step overflow or drown in rounding.
 _NOISE, _LEAST_PROBABILITY = (0.02, 1e12), 1e-15
 _ROUNDING = 1e-12
 
-# Pairs, and how often each is composed.
+# Pairs of distributions, and how often each is composed.
 Steps = Sequence[tuple[step_events.Pair, int]]
 _Merged = tuple[tuple[step_events.Pair, int], ...]
 
 
 def event(steps: Steps) -> dp_accounting.DpEvent:
-  """Returns the event of steps that were all fixed before the first."""
+  """Returns dp_accounting's event for steps fixed before the first one."""
   events = [
     dp_accounting.SelfComposedDpEvent(rdp_lib.step_event(pair), count)
     for pair, count in steps
@@ -51,10 +51,10 @@ def epsilon(steps: Steps, delta: float, kind: str) -> float:
   Args:
     steps: pairs, and how often each is composed.
     delta: in (0, 1).
-    kind: "pld" or "rdp"; "rough" is quick, and good for a first look.
+    kind: "pld", "rdp", or "rough": a quick, loose bound for a first look.
 
   Raises:
-    ValueError: there is no bound by that accountant.
+    ValueError: that accountant has no bound for these steps.
   """
   return _epsilon(_merged(steps), delta, kind)
 
@@ -68,7 +68,7 @@ def delta(steps: Steps, epsilon: float, kind: str) -> float:
     kind: "pld" or "rdp".
 
   Raises:
-    ValueError: there is no bound by that accountant.
+    ValueError: that accountant has no bound for these steps.
   """
   merged = _merged(steps)
   if not merged:
@@ -80,10 +80,10 @@ def delta(steps: Steps, epsilon: float, kind: str) -> float:
   if kind == "pld" and _has_grid(merged):
     return min(most, pld.delta(merged, epsilon))
   orders, divergences = _divergences(merged)
-  # e^-r of what is smaller is 1, of which dp_accounting takes no logarithm.
+  # For a smaller r, e^-r is 1, of which dp_accounting takes no logarithm.
   divergences = np.maximum(divergences, 2.0**-52)
   rdp, _ = rdp_privacy_accountant.compute_delta(orders, divergences, epsilon)
-  return min(most, max(float(rdp), sys.float_info.min))  # None is 0.
+  return min(most, max(float(rdp), sys.float_info.min))  # Never 0.
 
 
 @functools.lru_cache(maxsize=4096)
@@ -111,18 +111,17 @@ def _epsilon(steps: _Merged, delta: float, kind: str) -> float:
 
 
 def in_turn(steps: Steps, kind: str) -> tuple[str, ...]:
-  """The kinds of epsilon to search by; see
-  `dpdist.accounting.search.calibrate`.
+  """Returns the kinds of epsilon that `search.calibrate` asks for, in order.
 
   Raises:
-    ValueError: there is no bound by that accountant.
+    ValueError: that accountant has no bound for these steps.
   """
   has_renyi(steps, kind)
   return ("rough", "pld") if kind == "pld" else (kind,)
 
 
 def has_renyi(steps: Steps, kind: str) -> bool:
-  """Whether there is an RDP bound; raises ValueError if it is all asked for."""
+  """Returns whether RDP has a bound; raises ValueError if `kind` needs it."""
   without = [pair.kind for pair, _ in steps if not pair.has_renyi]
   if without and kind == "rdp":
     what = {
@@ -134,11 +133,11 @@ def has_renyi(steps: Steps, kind: str) -> bool:
 
 
 def _total_variation(steps: Steps) -> float:
-  """An upper bound on delta at every epsilon: distances of steps add up.
+  """Bounds delta at every epsilon by adding up the steps' distances.
 
-  A step is told apart only where a row is drawn, and then no better than two
-  Gaussians: as far apart as a row can move the sum, or where a sample is cut or
-  a row is another one, twice that.
+  The two data sets differ in a step only where the row is drawn. They are then
+  no easier to tell apart than two Gaussians as far apart as a row can move the
+  sum, or twice as far where a sample is cut or a row is replaced.
   """
   found = 0.0
   for pair, count in steps:
@@ -149,7 +148,7 @@ def _total_variation(steps: Steps) -> float:
 
 
 def _has_grid(steps: Steps) -> bool:
-  """Whether losses are within a grid's reach: else the other bound is used."""
+  """Returns whether a grid can hold the losses; if not, RDP is used."""
   return all(
     (pair.q == 1 and pair.kind != "truncated")  # Nothing is convolved.
     or (
@@ -162,7 +161,7 @@ def _has_grid(steps: Steps) -> bool:
 
 
 def _divergences(steps: Steps) -> tuple[np.ndarray, np.ndarray]:
-  """Renyi orders, and a bound on what the steps come to at each."""
+  """Returns Renyi orders, and a bound on the steps' divergence at each."""
   found = [
     (*rdp_lib.step_divergences(pair.with_renyi), count) for pair, count in steps
   ]
@@ -171,7 +170,7 @@ def _divergences(steps: Steps) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _merged(steps: Steps) -> _Merged:
-  """The same steps, each pair once and those without a step left out."""
+  """Returns the same steps with each pair once, without pairs of no step."""
   counts: dict[step_events.Pair, int] = {}
   for pair, count in steps:
     if count:

@@ -1,17 +1,18 @@
-"""What a run of DP-SGD spends, and the settings that spend a given budget.
+"""Computes what a run of DP-SGD spends, and settings that spend a budget.
 
 Every function here is about `num_steps` noisy sums of clipped gradients. By
-default each of the examples is drawn at each step with `sampling_probability`,
-apart from the others (Poisson sampling), the noise's standard deviation is
-`noise_multiplier` times the l2 sensitivity, and two data sets are neighbours
-when one has exactly one example more than the other. Other ways of sampling,
-other neighbours, several examples a user and groups that are clipped as one are
-named by the further keyword arguments of `dpdist.accounting.step_events.of`,
-which say what each
-of them takes: `sampling`, `neighboring_relation`, `num_examples`,
-`truncated_batch_size`, `cycle_length`, `examples_per_user`, `group_size`.
+default each example is drawn at each step with `sampling_probability`,
+independently of the others (Poisson sampling). The noise's standard deviation
+is `noise_multiplier` times the l2 sensitivity. Two data sets are neighbours
+when one has exactly one example more than the other.
 
-Two accountants are offered:
+Further keyword arguments choose another way of sampling, another neighboring
+relation, several examples a user, or groups that are clipped as one:
+`sampling`, `neighboring_relation`, `num_examples`, `truncated_batch_size`,
+`cycle_length`, `examples_per_user`, `group_size`. They are described at
+`dpdist.accounting.step_events.of`.
+
+There are two accountants:
 
 * `"rdp"` composes Renyi divergences (see `dpdist.accounting.rdp`) and converts
   them with Proposition 12 of Canonne, Kamath & Steinke 2020 (arXiv:2004.00010).
@@ -20,7 +21,7 @@ Two accountants are offered:
 * `"pld"` convolves privacy loss distributions (see
   `dpdist.accounting.pld`), is the tighter of the two, and takes tenths of a
   second. Where it has no bound - more than 10^11 steps, or a delta below 1e-250
-  - it answers with the RDP bound, which is as valid.
+  - it returns the RDP bound, which is as valid.
 
 This module never imports jax, so that a budget can be read without it.
 """
@@ -47,11 +48,11 @@ def training_event(
   num_steps: int,
   **settings: Any,
 ) -> dp_accounting.DpEvent:
-  """Returns the event that dp_accounting's own accountants understand.
+  """Returns the run as an event for dp_accounting's own accountants.
 
   Args:
     noise_multiplier: noise standard deviation over l2 sensitivity, at least 0.
-    sampling_probability: of each example at each step, in (0, 1].
+    sampling_probability: probability of each example at each step, in (0, 1].
     num_steps: number of noisy updates, at least 0.
     **settings: see `dpdist.accounting.step_events.of`.
 
@@ -79,7 +80,7 @@ def epsilon(
 
   Args:
     noise_multiplier: noise standard deviation over l2 sensitivity, at least 0.
-    sampling_probability: of each example at each step, in (0, 1].
+    sampling_probability: probability of each example at each step, in (0, 1].
     num_steps: number of noisy updates, at least 0.
     delta: in (0, 1).
     accountant: "pld" or "rdp".
@@ -90,8 +91,8 @@ def epsilon(
     noise.
 
   Raises:
-    ValueError: if an argument is out of its range, or there is no bound by that
-      accountant.
+    ValueError: if an argument is out of its range, or that accountant has no
+      bound for these settings.
   """
   return accountants.epsilon(
     _steps(noise_multiplier, sampling_probability, num_steps, settings),
@@ -113,17 +114,18 @@ def delta(
 
   Args:
     epsilon: finite and at least 0.
-    noise_multiplier: as in `epsilon`, and so are the others.
-    sampling_probability: in (0, 1].
-    num_steps: at least 0.
+    noise_multiplier: noise standard deviation over l2 sensitivity, at least 0.
+    sampling_probability: probability of each example at each step, in (0, 1].
+    num_steps: number of noisy updates, at least 0.
     accountant: "pld" or "rdp".
     **settings: see `dpdist.accounting.step_events.of`.
 
   Returns:
-    In [0, 1].
+    Delta, in [0, 1].
 
   Raises:
-    ValueError: as `epsilon`.
+    ValueError: if an argument is out of its range, or that accountant has no
+      bound for these settings.
   """
   steps = _steps(noise_multiplier, sampling_probability, num_steps, settings)
   kind = _check("accountant", accountant)
@@ -143,26 +145,27 @@ def calibrate_noise_multiplier(
 
   Args:
     target_epsilon: the budget, above 0.
-    delta: as in `epsilon`, and so are the others.
-    sampling_probability: in (0, 1].
-    num_steps: at least 0.
+    delta: in (0, 1).
+    sampling_probability: probability of each example at each step, in (0, 1].
+    num_steps: number of noisy updates, at least 0.
     accountant: "pld" or "rdp".
     **settings: see `dpdist.accounting.step_events.of`.
 
   Returns:
     The smallest number of six significant digits for which `epsilon` is at most
-    `target_epsilon`, so that the last bits of one machine's arithmetic do not
-    change it on another. 0.0 if there is no step.
+    `target_epsilon`; 0.0 if there is no step. It has six digits so that two
+    machines whose arithmetic differs in the last bits return the same number.
 
   Raises:
-    ValueError: if an argument is out of its range, or no noise is enough.
+    ValueError: if an argument is out of its range, or no amount of noise is
+      enough.
   """
   target = _check("target_epsilon", target_epsilon)
   q = _check("sampling_probability", sampling_probability)
   count = _check("num_steps", num_steps)
   delta = _check("delta", delta)
   accountant = _check("accountant", accountant)
-  _steps(1.0, q, count, settings)  # Refuses what is no mechanism.
+  _steps(1.0, q, count, settings)  # Raises for settings of no mechanism.
   if count == 0:
     return 0.0
 
@@ -181,16 +184,16 @@ def least_noise_multiplier(
   delta: float,
   accountant: str,
 ) -> float:
-  """As `calibrate_noise_multiplier`, for steps that differ.
+  """Does what `calibrate_noise_multiplier` does, for steps that differ.
 
   Args:
-    steps: from a noise multiplier to pairs, and how often each is composed.
+    steps: maps a noise multiplier to pairs, and how often each is composed.
     target_epsilon: the budget, above 0.
     delta: in (0, 1).
     accountant: "pld" or "rdp".
 
   Raises:
-    ValueError: if no noise is enough.
+    ValueError: if no amount of noise is enough.
   """
 
   def spent(n: int, kind: str) -> float:
@@ -224,9 +227,9 @@ def calibrate_num_steps(
 
   Args:
     target_epsilon: the budget, above 0.
-    delta: as in `epsilon`, and so are the others.
-    noise_multiplier: at least 0.
-    sampling_probability: in (0, 1].
+    delta: in (0, 1).
+    noise_multiplier: noise standard deviation over l2 sensitivity, at least 0.
+    sampling_probability: probability of each example at each step, in (0, 1].
     accountant: "pld" or "rdp".
     **settings: see `dpdist.accounting.step_events.of`.
 
@@ -279,12 +282,12 @@ def calibrate_batch_size(
 
   Args:
     target_epsilon: the budget, above 0.
-    delta: as in `epsilon`, and so are the others.
-    noise_multiplier: at least 0.
-    num_steps: at least 0.
+    delta: in (0, 1).
+    noise_multiplier: noise standard deviation over l2 sensitivity, at least 0.
+    num_steps: number of noisy updates, at least 0.
     num_examples: size of the training set, at least 1.
     accountant: "pld" or "rdp".
-    **settings: see `dpdist.accounting.step_events.of`; all but `num_examples`.
+    **settings: those of `dpdist.accounting.step_events.of` but `num_examples`.
 
   Returns:
     An integer in [1, num_examples]; the sampling probability is that integer
@@ -302,7 +305,7 @@ def calibrate_batch_size(
   accountant = _check("accountant", accountant)
 
   if settings.get("sampling") == "truncated_poisson":
-    # A neighbour has a row more, or one less.
+    # A neighbour has one row more or one less.
     relation = settings.get("neighboring_relation", "add_or_remove_one")
     may_grow = relation == "add_or_remove_one"
     settings |= {"num_examples": size + may_grow, "may_grow": may_grow}
@@ -354,8 +357,8 @@ def _steps(
 
 _REAL, _WHOLE = (float, numbers.Real), (int, numbers.Integral)
 
-# What an argument is turned into and from, what holds of it, and how to say so.
-# Nothing holds of NaN.
+# For each argument: the type to convert to, the types accepted, a condition,
+# and that condition in words. NaN meets no condition.
 _RULES: dict[str, tuple[tuple[Any, Any], Callable[[Any], bool], str]] = {
   "noise_multiplier": (
     _REAL,
@@ -375,7 +378,7 @@ _RULES: dict[str, tuple[tuple[Any, Any], Callable[[Any], bool], str]] = {
 def _check(name: str, value: Any) -> Any:
   """Returns the value as a plain float, int or str."""
   (plain, kind), holds, right = _RULES[name]
-  # No float is as large as some integers.
+  # Some integers are too large for a float.
   is_small = not isinstance(value, int) or abs(value) < _LARGEST_WHOLE
   if isinstance(value, kind) and not isinstance(value, bool) and is_small:
     checked = plain(value)

@@ -1,11 +1,11 @@
-"""Privacy losses of steps on a grid, and their sum.
+"""Puts the privacy losses of steps on a grid and computes their sum.
 
-Losses of one step (see `dpdist.accounting.mixtures`) are put on a grid,
-weighted by e^(order * loss) so that those which delta is made of are the likely
-ones, and convolved by Fourier transforms (Koskela, Jalko & Honkela 2020,
-arXiv:1906.03049). The weight is taken off again, so that rounding is small
-beside delta, however small that is; what it may come to is added. Everything
-is rounded towards a larger delta.
+The losses of one step (see `dpdist.accounting.mixtures`) are put on a grid and
+convolved by Fourier transforms (Koskela, Jalko & Honkela 2020,
+arXiv:1906.03049). Before, they are weighted by e^(order * loss), which makes
+the losses that delta is made of the likely ones; the weight is divided out at
+the end. So rounding is small beside delta, however small delta is, and a bound
+on it is added. Everything is rounded towards a larger delta.
 
 Imports no jax.
 """
@@ -23,36 +23,36 @@ from dpdist.accounting import mixtures
 
 _Losses: TypeAlias = list[tuple[mixtures.Atoms, int]]
 
-# Cells of the grid in a deviation of one step's loss, as delta sees it. A cell
-# of h adds h^2 / 6 to the variance, so this costs a few millionths of epsilon,
-# or, where the grid would be large, fifty.
+# Grid cells in one standard deviation of a step's weighted loss. A cell of
+# width h adds h^2 / 6 to the variance, so this costs a few millionths of
+# epsilon, or fifty where the grid would be large.
 _FINENESS, _LEAST_FINENESS = 500, 40
 _LARGE, _MOST_CELLS = 2**18, 2**22
-# Of the weighted mass, what may lie off the grid: e^-40.
+# Logarithm of the weighted mass that may lie off the grid.
 _LOG_OFF = -40.0
-# Rounding of one step's masses, relative, and of one factor of a transform.
+# Relative rounding of one step's masses, and of one factor of a transform.
 _STEP_ROUNDING, _FACTOR_ROUNDING = 2.0**-42, 2.0**-49
-# Of delta, what may have an infinite loss.
+# The part of delta that may come from infinite losses.
 _INFINITE = 1e-7
-# Where rounding is more than such a part of delta, other orders may be better.
+# If rounding is a larger part of delta than this, other orders may be better.
 _HIDDEN = 1e-3
-# Shifts of the order to bound what lies off a grid by.
+# Shifts of the order, for the bounds on the mass off the grid.
 _DEVIATIONS = np.array([0.5, 1, 2, 4, 6, 8, 10, 15, 20, 40, 80])
 _PARTS = np.array([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2])
 
 
 class Sum(NamedTuple):
-  """Weighted losses of all steps.
+  """The distribution of the sum of all steps' losses, weighted.
 
   Attributes:
-    order: of the weight.
-    cell: of the grid of losses.
-    start: index of the first loss.
-    masses: [n] weighted, of sum 1 or a little more.
-    log_total: of the weighted mass before it was made 1.
+    order: the order of the weight e^(order * loss).
+    cell: the width of a grid cell.
+    start: the grid index of the first loss.
+    masses: [n] weighted masses, whose sum is 1 or a little more.
+    log_total: logarithm of the weighted mass before it was scaled to 1.
     infinite: mass of an infinite loss.
-    slack: what rounding may have hidden of delta, weighted.
-    growth: by which rounding may have made all of it too small.
+    slack: the weighted part of delta that rounding may have hidden.
+    growth: logarithm of the factor by which rounding may have shrunk delta.
   """
 
   order: float
@@ -65,7 +65,7 @@ class Sum(NamedTuple):
   growth: float
 
   def log_delta(self, epsilon: float) -> float:
-    """The logarithm of an upper bound on delta."""
+    """Returns the logarithm of an upper bound on delta."""
     log = self.log_total - self.order * epsilon
     log += gaussian.ROUNDING * (abs(self.log_total) + self.order * epsilon)
     log += self.growth + math.log(self._above(epsilon) + self.slack)
@@ -74,13 +74,13 @@ class Sum(NamedTuple):
     return min(log, 0.0)
 
   def is_seen(self, epsilon: float) -> bool:
-    """Whether delta is not mostly what rounding may have hidden."""
+    """Returns whether rounding has hidden only a negligible part of delta."""
     return self.slack <= _HIDDEN * self._above(epsilon)
 
   def _above(self, epsilon: float) -> float:
-    """The weighted mass that delta is made of."""
+    """Returns the weighted mass that delta is made of."""
     first = max(0, math.floor(epsilon / self.cell) + 1 - self.start)
-    # What is further out is less than the slack.
+    # The mass beyond is less than the slack.
     stop = first + math.ceil(50 / (self.order * self.cell)) + 1
     masses = self.masses[first:stop]
     above = (self.start + first + np.arange(len(masses))) * self.cell - epsilon
@@ -89,12 +89,12 @@ class Sum(NamedTuple):
     )
 
 
-# Directions, and how often each is composed.
+# Directions of pairs, and how often each is composed.
 Way: TypeAlias = tuple[tuple[mixtures.Direction, int], ...]
 
 
 def log_peak(orders: np.ndarray) -> np.ndarray:
-  """The logarithm of the most that e^(-order x) (1 - e^(-x)) can be."""
+  """Returns the logarithm of the maximum of e^(-order x) (1 - e^(-x))."""
   found: np.ndarray = -orders * np.log1p(1 / orders) - np.log1p(orders)
   return found
 
@@ -106,10 +106,10 @@ def added(terms: Sequence[tuple[int, np.ndarray]]) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4)
 def summed(way: Way, order: float, log_delta: float) -> Sum | None:
-  """What steps add up to, to be asked at a delta of about e^log_delta.
+  """Returns the sum of the steps' losses, for deltas of about e^log_delta.
 
-  None where that would take too many cells: moving the losses of very many
-  steps to a grid then spreads them further than a grid can be.
+  Returns None where that would take too many cells: moving the losses of very
+  many steps to the grid spreads them further than the largest grid.
   """
   num_steps = sum(count for _, count in way)
   tiny = max(math.exp(log_delta) * _INFINITE / num_steps, 1e-305)
@@ -136,11 +136,11 @@ def summed(way: Way, order: float, log_delta: float) -> Sum | None:
   if num_steps > 1:
     transform = _product([(fft.rfft(x), count) for x, count in factors])
     masses = fft.irfft(transform, size)
-    # Each factor is off by a little, in its own place: so much in any cell.
+    # Each factor has a small error at each frequency: at most this in a cell.
     flat = (2 * float(np.sum(np.abs(transform)))) / size
     hidden = num_steps * _FACTOR_ROUNDING * flat
   masses = np.roll(masses, (offset - start) % size)
-  # The sum over all cells of what delta is made of.
+  # The sum over all cells of each one's weight in delta.
   cells = math.expm1(-cell) / math.expm1(-order * cell)
   cells = min(size, cells / -math.expm1(-(order + 1) * cell))
   peak = math.exp(float(log_peak(np.array(order))))
@@ -161,7 +161,7 @@ def summed(way: Way, order: float, log_delta: float) -> Sum | None:
 
 
 def _product(factors: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
-  """Of powers, of which all but few places are as good as 0 for many steps."""
+  """Multiplies powers; with many steps, nearly all entries are about 0."""
   with np.errstate(divide="ignore"):
     logs = added([(count, np.log(np.abs(x))) for x, count in factors])
   places = np.flatnonzero(logs > 2 * _LOG_OFF)
@@ -172,7 +172,7 @@ def _product(factors: Sequence[tuple[np.ndarray, int]]) -> np.ndarray:
 
 
 def _cell(steps: _Losses, order: float, num_steps: int) -> float:
-  """How far the losses of the grid are apart."""
+  """Returns the distance of neighboring losses on the grid."""
   moments, squares = [], []
   for atoms, count in steps:
     (log,) = mixtures.log_moments(atoms, np.array([order]))
@@ -181,15 +181,16 @@ def _cell(steps: _Losses, order: float, num_steps: int) -> float:
     squares.append(count * float(np.sum(weights * atoms.losses**2)))
   variance = math.fsum(squares) / num_steps
   by_moment = math.fsum(moments) / num_steps
-  if by_moment > 1e-12:  # Else rounding.
+  if by_moment > 1e-12:  # A smaller one is mostly rounding.
     variance = min(variance, 2 * by_moment / (order * (order + 1)))
   cell = math.sqrt(variance) / _FINENESS
-  # One of few, so that like steps have the same and compare.
+  # Rounded to a coarse scale, so that similar steps share a cell width and
+  # their results compare.
   return 2.0 ** (math.floor(4 * math.log2(cell)) / 4)
 
 
 def _window(steps: _Losses, order: float, cell: float) -> tuple[float, float]:
-  """Between which all but e^-40 of the gridded sum lies (Chernoff)."""
+  """Returns an interval with all but e^-40 of the gridded sum (Chernoff)."""
   num_steps = sum(count for _, count in steps)
   mean, variance, least, most, base = 0.0, 0.0, 0.0, 0.0, 0.0
   for atoms, count in steps:
@@ -201,9 +202,9 @@ def _window(steps: _Losses, order: float, cell: float) -> tuple[float, float]:
     least += count * float(np.min(atoms.losses))
     most += count * float(np.max(atoms.losses))
     base += count * float(log)
-  # None at all, where the weight leaves one atom, is no deviation to go by.
+  # Where the weight leaves one atom, the deviation is 0 and cannot be used.
   deviation = max(math.sqrt(variance), 1e-9 * (most - least)) or 1.0
-  # Also parts of the order: rare large losses are no part of a deviation.
+  # Also try parts of the order: the deviation misses rare large losses.
   shifts = np.concatenate([_DEVIATIONS / deviation, _PARTS * order])
   room = 1 - _LOG_OFF
   above, below = (
@@ -219,7 +220,7 @@ def _window(steps: _Losses, order: float, cell: float) -> tuple[float, float]:
 
 
 def _spread(orders: np.ndarray, cell: float) -> np.ndarray:
-  """By how much moving a loss to the grid may raise logarithms of moments."""
+  """Bounds how much moving a loss to the grid raises logarithms of moments."""
   x = orders[:, np.newaxis] * cell
   part = np.linspace(0, 1, 33)[1:-1]
   up = np.expm1(-part * cell) / math.expm1(-cell)
@@ -230,11 +231,11 @@ def _spread(orders: np.ndarray, cell: float) -> np.ndarray:
 def _on_grid(
   atoms: mixtures.Atoms, cell: float, order: float, size: int
 ) -> tuple[int, np.ndarray, float, float]:
-  """Atoms moved to both neighbours, weighted.
+  """Splits each atom between its two neighbors on the grid, and weights it.
 
   Returns:
-    The first of them, their masses, the logarithm of what these were divided
-    by, and by how much, relative, rounding may have made them too small.
+    The first index, the masses, the logarithm of what they were divided by, and
+    by how much, relative, rounding may have made them too small.
   """
   below = np.floor(atoms.losses / cell)
   up = np.expm1(below * cell - atoms.losses) / math.expm1(-cell)

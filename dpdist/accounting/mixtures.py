@@ -1,15 +1,16 @@
-"""The two distributions that a step is told apart by, and their losses.
+"""The pair of distributions that dominates a step, and its privacy losses.
 
-A pair of `dpdist.accounting.step_events` is taken in one direction, or in two,
-if what is more in one data set is less in the other. A direction is a mixture
-of sides that anyone may tell apart, and a side is P against Q, both mixtures of
-Gaussians on a line whose likelihood ratio rises along it. What composes is the
-distribution under P of the loss log P/Q.
+A pair of `dpdist.accounting.step_events` has one direction, or two where adding
+a unit and removing it differ. A direction is a mixture of sides; an observer
+may be assumed to know which side a step is on. A side is P against Q: two
+mixtures of Gaussians on a line, whose likelihood ratio rises along it. Steps
+compose by the distribution under P of the loss log P/Q.
 
-It is made of atoms here: the line is cut into bins, and what P and Q have in a
-bin is moved to the losses at its ends, so that the mass of both stays. The
-ratio within a bin is spread thereby, which tells P from Q no worse at any order
-(Doroshenko et al. 2022, arXiv:2207.04380), so that atoms are an upper bound.
+Here that distribution is made of atoms. The line is cut into bins, and the mass
+of P and Q in a bin is moved to the losses at its ends, so that both masses are
+kept. That spreads the ratio within a bin, which makes P and Q no harder to tell
+apart at any order (Doroshenko et al. 2022, arXiv:2207.04380). So atoms are an
+upper bound.
 
 Imports no jax.
 """
@@ -24,13 +25,13 @@ from scipy import stats
 
 from dpdist.accounting import step_events
 
-# Most bins of a side. Where that is too few, losses are rounded up.
+# The most bins of a side. Where these are too few, losses are rounded up.
 _MOST_BINS = 2**18
-# Losses further apart than this are rounded up, as three nodes do not do.
+# In a bin with losses further apart, three nodes are too few: round them up.
 _FAR = 0.1
-# What is left out of a sum of so many rows: less than anyone's delta.
+# Smaller weights of "binomial" are left out: they are below anyone's delta.
 _TINY = 1e-300
-# Tails of a binomial distribution: how far off they may be, and how small.
+# SciPy's binomial tails: a bound on their relative error; the smallest used.
 _UP, _RARE = 1 + 1e-11, 1e-280
 _NODES = np.array([-math.sqrt(0.6), 0.0, math.sqrt(0.6)])
 _WEIGHTS = np.array([5.0, 8.0, 5.0]) / 18
@@ -39,15 +40,15 @@ Mixture: TypeAlias = tuple[tuple[float, float], ...]  # Weights and means.
 
 
 class Side(NamedTuple):
-  """P against Q.
+  """Two mixtures of Gaussians, P against Q.
 
   Attributes:
-    share: how probable the side is, in (0, 1].
-    p: of P; no mean is below any of Q's.
-    q: of Q.
-    sigma: standard deviation of every part.
-    is_folded: whether the larger divergence of both directions is meant at
-      every order: that of P against Q for orders above 1.
+    share: the probability of the side, in (0, 1].
+    p: weights and means of P; no mean is below any of Q's.
+    q: weights and means of Q.
+    sigma: standard deviation of every Gaussian.
+    is_folded: whether every order takes the larger divergence of the two
+      directions, which for orders above 1 is that of P against Q.
   """
 
   share: float
@@ -58,7 +59,7 @@ class Side(NamedTuple):
 
   @property
   def reach(self) -> float:
-    """The largest distance of two means."""
+    """Returns the largest distance of two means."""
     return max(m for _, m in self.p) - min(m for _, m in self.q)
 
 
@@ -66,7 +67,7 @@ Direction: TypeAlias = tuple[Side, ...]
 
 
 class Atoms(NamedTuple):
-  """A distribution of losses.
+  """A discrete distribution of losses.
 
   Attributes:
     losses: [n] float64.
@@ -81,7 +82,7 @@ class Atoms(NamedTuple):
 
 @functools.lru_cache(maxsize=256)
 def directions(pair: step_events.Pair) -> tuple[Direction, ...]:
-  """Those in which a pair may be taken; a run is in one of them throughout."""
+  """Returns a pair's directions; all steps of a run have the same one."""
   sigma, q = pair.sigma, pair.q
   if pair.kind == "exchange":
     return ((_presence(sigma, q)._replace(is_folded=True),),)
@@ -112,7 +113,7 @@ def _presence(sigma: float, q: float, mean: float = 1.0) -> Side:
 
 
 def _turned(side: Side) -> Side:
-  """Q against P, on the line the other way round."""
+  """Returns Q against P, with the line reversed."""
   p, q = (
     tuple((w, 0.0 - m) for w, m in mixture) for mixture in (side.q, side.p)
   )
@@ -120,14 +121,13 @@ def _turned(side: Side) -> Side:
 
 
 def _truncated(pair: step_events.Pair, size: int) -> tuple[Direction, ...]:
-  """See `dpdist.accounting.step_events`; size is that of the larger data
-  set."""
+  """Returns the directions of "truncated" if the larger data set has `size`."""
   whole = _presence(pair.sigma, pair.q)
-  # As many others are drawn, or more, as are kept.
+  # At least as many other rows are drawn as are kept.
   is_cut = stats.binom.sf(pair.limit - 1, size - 1, pair.q)
   if not is_cut > 0:
     return (whole,), (_turned(whole),)
-  # What is rarer than anyone's delta is not divided by: it may underflow.
+  # Do not divide by what is rarer than anyone's delta: it may underflow.
   q = pair.q
   if is_cut > _RARE:
     kept = stats.binom.sf(pair.limit, size, pair.q) * pair.limit / size
@@ -144,19 +144,19 @@ def _truncated(pair: step_events.Pair, size: int) -> tuple[Direction, ...]:
 
 
 def loss(side: Side, x: np.ndarray) -> np.ndarray:
-  """The logarithm of the ratio of the densities of P and Q."""
+  """Returns the logarithm of the ratio of the densities of P and Q."""
   p, q = (_log_ratio(mixture, side.sigma, x) for mixture in (side.p, side.q))
   return p - q
 
 
 def log_density(mixture: Mixture, sigma: float, x: np.ndarray) -> np.ndarray:
-  """Of a mixture, as a logarithm."""
+  """Returns the logarithm of a mixture's density."""
   alone = -0.5 * (x / sigma) ** 2 - math.log(sigma * math.sqrt(2 * math.pi))
   return _log_ratio(mixture, sigma, x) + alone
 
 
 def _log_ratio(mixture: Mixture, sigma: float, x: np.ndarray) -> np.ndarray:
-  """That of a mixture and its own noise around 0; also where it is tiny."""
+  """Returns the log ratio of a mixture to its noise at 0, exact where tiny."""
   if all(mean == 0 for _, mean in mixture):
     return np.zeros_like(x)
   exponents = [(m / sigma) * ((x - m / 2) / sigma) for _, m in mixture]
@@ -179,10 +179,10 @@ def atoms(
   """Returns an upper bound on a direction's losses.
 
   Args:
-    direction: whose.
-    tiny: about the mass that may be taken to have an infinite loss.
-    order: at which the bound should be tight: of e^(order * loss).
-    fineness: bins in a deviation of the noise.
+    direction: the sides.
+    tiny: about how much mass may be given an infinite loss.
+    order: the bound is tight for moments e^(order * loss) of this order.
+    fineness: bins in a standard deviation of the noise.
   """
   found = [
     (side.share, *_of_side(side, tiny, order, fineness)) for side in direction
@@ -220,7 +220,7 @@ def _of_side(side: Side, tiny: float, order: float, fineness: int) -> Atoms:
   if not side.is_folded:
     found[0] += left
     return Atoms(at_ends, found, right)
-  # The other direction's losses below 0, and what is left of the mass at 0.
+  # Losses below 0 are the other direction's; the rest of the mass goes to 0.
   masses, _, below = _masses(side.q, sigma, ends)
   up = _part_above(
     _near_density(side.q, sigma, nodes, middles),
@@ -243,7 +243,7 @@ def _of_side(side: Side, tiny: float, order: float, fineness: int) -> Atoms:
 def _masses(
   mixture: Mixture, sigma: float, ends: np.ndarray
 ) -> tuple[np.ndarray, float, float]:
-  """Of a mixture between the ends, below and above all of them."""
+  """Returns a mixture's mass in each bin, below all bins and above them."""
   masses, left, right = np.zeros(len(ends) - 1), 0.0, 0.0
   for weight, mean in mixture:
     z = (ends - mean) / sigma
@@ -259,7 +259,7 @@ def _masses(
 def _near_density(
   mixture: Mixture, sigma: float, nodes: np.ndarray, middles: np.ndarray
 ) -> np.ndarray:
-  """A mixture's density over that in the middle of the bin."""
+  """Returns a mixture's density divided by that at the middle of the bin."""
   rise = _log_ratio(mixture, sigma, nodes) - _log_ratio(mixture, sigma, middles)
   fall = (nodes - middles) * (nodes + middles) / (2 * sigma**2)
   return np.exp(rise - fall)
@@ -268,7 +268,7 @@ def _near_density(
 def _part_above(
   density: np.ndarray, losses: np.ndarray, low: np.ndarray, high: np.ndarray
 ) -> np.ndarray:
-  """How much of a bin's mass goes to its upper end, so that Q's stays too."""
+  """Returns the part of P's mass that goes to a bin's upper end to keep Q's."""
   with np.errstate(divide="ignore", invalid="ignore"):
     weights = _WEIGHTS[:, np.newaxis] * density
     fall = np.sum(weights * np.expm1(low - losses), axis=0)
@@ -278,7 +278,7 @@ def _part_above(
 
 
 def log_moments(found: Atoms, orders: np.ndarray) -> np.ndarray:
-  """Of e^(order * loss), without what is infinite, as logarithms."""
+  """Returns log moments, of e^(order * loss), without infinite losses."""
   is_there = found.masses > 0
   logs, losses = np.log(found.masses[is_there]), found.losses[is_there]
   moments = []

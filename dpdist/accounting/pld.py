@@ -1,8 +1,8 @@
-"""What the privacy losses of steps add up to.
+"""Computes epsilon and delta from the sum of the steps' privacy losses.
 
-They are added up on a grid, at an order that is chosen here; see
+The losses are added up on a grid, at an order that is chosen here; see
 `dpdist.accounting.loss_grid`. Everything is rounded towards a larger delta.
-Arguments are taken as checked; see `dpdist.accounting.calibration`.
+Arguments are not checked here: `dpdist.accounting.calibration` does that.
 
 Imports no jax.
 """
@@ -22,15 +22,15 @@ from dpdist.accounting import mixtures
 from dpdist.accounting import step_events
 
 Steps: TypeAlias = tuple[tuple[step_events.Pair, int], ...]
-# Where delta is found to be so far below, as a logarithm, too much of it may
-# have had an infinite loss.
+# If log delta is found to be so far below the guess, too much of it may come
+# from infinite losses.
 _FAR_BELOW = 4.0
-# Below it the least double is near. Beyond so many steps rounding is all.
+# Smaller deltas are near the least double. With more steps, rounding dominates.
 SMALLEST_DELTA, MOST_STEPS = 1e-250, 10**11
-# So rough a look is enough to choose an order by.
+# A rough bound at this order is enough to choose the order.
 _ROUGH_ORDER = 2.0
-# Where rounding hides delta, other orders may be better: by what factor each,
-# and how many.
+# Where rounding hides delta, other orders may be better: the factor from one to
+# the next, and how many are tried.
 _NEXT_ORDER, _MOST_ORDERS = 0.6, 4
 _ORDERS = 2.0 ** np.arange(-12, 100, 2)
 
@@ -67,7 +67,7 @@ def _epsilon_one_way(way: loss_grid.Way, log: float) -> float:
 def delta(steps: Steps, epsilon: float) -> float:
   """Returns an upper bound on the delta at which steps spend epsilon."""
   log = max(_log_delta_one_way(way, epsilon) for way in _ways(steps))
-  return max(math.exp(log), sys.float_info.min)  # None is 0.
+  return max(math.exp(log), sys.float_info.min)  # Never 0.
 
 
 def _log_delta_one_way(way: loss_grid.Way, epsilon: float) -> float:
@@ -85,7 +85,7 @@ def _log_delta_one_way(way: loss_grid.Way, epsilon: float) -> float:
     return total.log_delta(epsilon), total.is_seen(epsilon)
 
   while found < log - _FAR_BELOW and log > least:
-    log = max(min(found, 0.0), least)  # What may have an infinite loss follows.
+    log = max(min(found, 0.0), least)  # It also bounds the infinite losses.
     found = min(log, _over_orders(at, order))
   return found
 
@@ -93,11 +93,11 @@ def _log_delta_one_way(way: loss_grid.Way, epsilon: float) -> float:
 def _over_orders(
   at: Callable[[float], tuple[float, bool]], order: float
 ) -> float:
-  """The least bound over orders from one on, every one of which gives one.
+  """Returns the least bound over several orders; each of them gives a bound.
 
   Args:
-    at: from an order to a bound, and whether rounding has no part in it.
-    order: the first.
+    at: maps an order to a bound, and whether rounding is negligible in it.
+    order: the first one to try.
   """
   best, is_seen = at(order)
   for ratio in (_NEXT_ORDER, 1 / _NEXT_ORDER):
@@ -112,7 +112,7 @@ def _over_orders(
 
 
 def rough_epsilon(steps: Steps, delta: float) -> float:
-  """An upper bound on epsilon that is quick to find, and no tight one."""
+  """Returns an upper bound on epsilon that is quick to find but loose."""
   log = math.log(delta)
   found = []
   for way in _ways(steps):
@@ -127,7 +127,7 @@ def rough_epsilon(steps: Steps, delta: float) -> float:
 def _inverse(
   log_delta: Callable[[float], float], log: float, near: float
 ) -> float:
-  """The least epsilon, or a little more, with so small a delta."""
+  """Returns the least epsilon, or a little more, with so small a delta."""
   if log_delta(0.0) <= log:
     return 0.0
   high = max(near, 1e-300)
@@ -139,7 +139,7 @@ def _inverse(
     lambda e: log_delta(e) - log, 0.0, high, xtol=1e-12 * high, rtol=1e-12
   )
   step = 1e-12 * high
-  while log_delta(found) > log:  # On the other side of the root.
+  while log_delta(found) > log:  # The root may be missed on the wrong side.
     found, step = found + step, 2 * step
   return float(found)
 
@@ -148,9 +148,10 @@ def _inverse(
 
 
 def _ways(steps: Steps) -> list[loss_grid.Way]:
-  """The directions that a run may be in; in one of them are all of its steps.
+  """Returns the directions that a run may have; all of its steps share one.
 
-  Steps of several kinds have one or more in common, as those of cut samples.
+  Steps of several kinds have one or more directions in common, as those of
+  truncated samples do.
   """
   found = [(mixtures.directions(pair), count) for pair, count in steps]
   most = max(len(directions) for directions, _ in found)
@@ -163,7 +164,7 @@ def _ways(steps: Steps) -> list[loss_grid.Way]:
 def _gaussians_as_one(
   way: list[tuple[mixtures.Direction, int]],
 ) -> loss_grid.Way:
-  """Gaussians that are not mixed compose to one, whatever their order."""
+  """Composes all unmixed Gaussians into one, wherever they are in the order."""
   counts: dict[mixtures.Direction, int] = {}
   squares = []
   for direction, count in way:
@@ -199,12 +200,13 @@ def _rough_moments(direction: mixtures.Direction) -> np.ndarray:
 def _best_order(
   way: loss_grid.Way, bound: Callable[[float, float], float]
 ) -> tuple[float, float]:
-  """The order at which a bound by moments is least, and the bound.
+  """Returns the order at which a bound by moments is least, and that bound.
 
   Args:
     way: the steps.
-    bound: from the logarithm of the moment, less what delta is made of, and
-      the order: Canonne, Kamath & Steinke 2020 (arXiv:2004.00010).
+    bound: maps the logarithm of the moment, with `loss_grid.log_peak` added,
+      and the order to a bound: Canonne, Kamath & Steinke 2020
+      (arXiv:2004.00010).
   """
   logs = loss_grid.added([(count, _rough_moments(side)) for side, count in way])
   logs += loss_grid.log_peak(_ORDERS)
@@ -221,11 +223,11 @@ def _best_order(
 
 
 def _least(values: list[float]) -> int:
-  """The first of those that are all but the least, for a small order."""
+  """Returns the index of the first nearly least value, so of a small order."""
   least = min(values)
   return next(i for i, x in enumerate(values) if x <= least + 1e-3 * abs(least))
 
 
 def _rounded_log(log: float) -> float:
-  """So that queries at like deltas are of the same sum."""
+  """Rounds log delta, so that queries at similar deltas share a cached sum."""
   return 8.0 * math.floor(log / 8)

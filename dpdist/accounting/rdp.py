@@ -1,10 +1,10 @@
-"""Renyi divergences of a step of DP-SGD, and what they come to.
+"""Computes Renyi divergences of a step of DP-SGD, and epsilon from them.
 
 They are integrals over both distributions of a pair; those of "presence" are
 the sampled Gaussian mechanism's (Mironov, Talwar & Zhang 2019,
 arXiv:1908.10530). "binomial" and "truncated" have none here. Arguments are
-taken as checked; see `dpdist.accounting.calibration` and
-`dpdist.accounting.step_events`.
+not checked here: `dpdist.accounting.calibration` and
+`dpdist.accounting.step_events` do that.
 
 Imports no jax.
 """
@@ -22,34 +22,34 @@ from dpdist.accounting import mixtures
 from dpdist.accounting import search
 from dpdist.accounting import step_events
 
-# Orders that were fixed beforehand are among these. Much noise has its best
-# ones beyond a thousand.
+# Orders that are fixed beforehand are among these. With much noise the best
+# ones are above a thousand.
 WHOLE_ORDERS = (
   *range(2, 64),
   *(x for k in range(6, 30) for x in (3 * 2 ** (k - 1), 2 ** (k + 1))),
 )
 _ORDERS = np.array([*(1 + x / 10 for x in range(1, 100)), *WHOLE_ORDERS[9:]])
-_LOW = 64.0  # Orders up to it are integrated at the same places.
-# Orders over the best one, and the share of delta of each.
+_LOW = 64.0  # Orders up to it are integrated at the same nodes.
+# Ratios of orders to the best one, and the share of delta of each.
 _LADDER = {
   **{0.25: 0.1, 0.375: 0.1, 0.5: 0.1, 0.75: 0.1},
   **{1.0: 0.4, 1.5: 0.1, 2.5: 0.06, 5.0: 0.04},
 }
 _NODES, _WEIGHTS = np.polynomial.legendre.leggauss(16)
-# Beyond so many panels a Gaussian that is always drawn is a bound as good.
+# Where more panels were needed, an unsampled Gaussian is as good a bound.
 _MOST_PANELS = 2**15
-# So much, relative, may quadrature miss of a ratio to a large negative power.
+# Relative part that quadrature may miss of a ratio to a large negative power.
 _STEEP = 1e-5
 
 
 def step_event(pair: step_events.Pair) -> dp_accounting.DpEvent:
-  """One step as dp_accounting's accountants understand it.
+  """Returns one step as an event for dp_accounting's accountants.
 
-  An "opposite" is meant for one of losses under REPLACE_ONE, which takes the
-  noise to be in clip norms. An "exchange" is meant for one under REPLACE_ONE
-  that takes the noise to be in units of the exchange, as its RDP accountant
-  does; its PLD accountant takes it in units of half of that. Of a cut sample
-  it is the pair with more rows.
+  The event of "opposite" is meant for its PLD accountant under REPLACE_ONE,
+  which takes the noise in units of the clip norm. That of "exchange" is meant
+  for its RDP accountant under REPLACE_ONE, which takes the noise in units of
+  the exchange; its PLD accountant takes it in half that unit. For a truncated
+  sample the event is that of the pair with more rows.
   """
   event: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(pair.sigma)
   if pair.kind == "truncated":
@@ -76,7 +76,7 @@ def step_event(pair: step_events.Pair) -> dp_accounting.DpEvent:
 def step_divergences(pair: step_events.Pair) -> tuple[np.ndarray, np.ndarray]:
   """Returns the Renyi orders and one step's divergence at each, float64.
 
-  The pair has a Renyi bound.
+  The pair must have a Renyi bound.
   """
   is_low = _ORDERS <= _LOW
   divergences = np.concatenate(
@@ -85,8 +85,8 @@ def step_divergences(pair: step_events.Pair) -> tuple[np.ndarray, np.ndarray]:
       *(_integrals(pair, np.array([x])) for x in _ORDERS[~is_low]),
     ]
   )
-  # Rounding may leave too little of the smallest. What a mean shift of q alone
-  # costs is the true limit there, and below the others.
+  # Rounding may make the smallest divergences too small. The cost of a mean
+  # shift of q alone is their true limit, and below all others.
   shift = pair.q * (2 if pair.kind == "opposite" else 1)
   divergences = np.maximum(divergences, _ORDERS * (shift / pair.sigma) ** 2 / 2)
   divergences.setflags(write=False)  # Shared by every later query.
@@ -94,9 +94,9 @@ def step_divergences(pair: step_events.Pair) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _integrals(pair: step_events.Pair, orders: np.ndarray) -> np.ndarray:
-  """Divergences of P from Q by Gauss-Legendre quadrature.
+  """Computes divergences of P from Q by Gauss-Legendre quadrature.
 
-  For all pairs with a bound that is the larger one of both directions.
+  For every pair with a bound, this is the larger of the two directions.
   """
   ((side,), *_) = mixtures.directions(pair)
   sigma, reach = side.sigma, side.reach
@@ -105,7 +105,7 @@ def _integrals(pair: step_events.Pair, orders: np.ndarray) -> np.ndarray:
     return unsampled
   low = min(m for _, m in side.q) - 10 * sigma
   low = reach / 2 if side.is_folded else low
-  # Where the moment's last peak is, and ten deviations more.
+  # The moment's last peak plus ten standard deviations.
   high = max(m for _, m in side.p) + (max(orders) - 1) * reach + 10 * sigma
   panels = (high - low) / min(sigma, 2 * sigma * (sigma / reach))
   if not panels < _MOST_PANELS:
@@ -125,22 +125,23 @@ def _integrals(pair: step_events.Pair, orders: np.ndarray) -> np.ndarray:
 def _log_moment(
   order: float, losses: np.ndarray, logs: np.ndarray, is_folded: bool
 ) -> float:
-  """The logarithm of the ratio's mean under Q, to the power of the order."""
+  """Returns the logarithm of the mean under Q of the ratio to the order."""
   terms = logs + order * losses
   log = float(special.logsumexp(terms))
-  if log > 300:  # The rest, of 2 at most, is nothing beside it.
+  if log > 300:  # The rest, at most 2, is negligible.
     return log
   excess = float(np.sum(_excess(order, losses, logs)))
-  if is_folded:  # Here Q is P, with losses the other way.
+  if is_folded:  # The other direction: P takes the place of Q.
     excess += float(np.sum(_excess(order, -losses, logs + losses)))
     excess *= 1 + _STEEP
   return math.log1p(excess)
 
 
 def _excess(order: float, losses: np.ndarray, logs: np.ndarray) -> np.ndarray:
-  """Terms of the moment over 1: e^logs (e^(order l) - 1 - order (e^l - 1)).
+  """Returns terms that sum to the moment less 1.
 
-  What is taken off adds up to nothing, and to the first order the rest is gone.
+  They are e^logs (e^(order l) - 1 - order (e^l - 1)). The part that is
+  subtracted sums to 0, and cancels what is of first order in l.
   """
   weights = np.exp(logs)
   is_near = order * np.abs(losses) < 0.5
@@ -152,7 +153,7 @@ def _excess(order: float, losses: np.ndarray, logs: np.ndarray) -> np.ndarray:
 
 
 def _beyond(x: np.ndarray) -> np.ndarray:
-  """e^x - 1 - x."""
+  """Computes e^x - 1 - x."""
   small = x * x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6))))
   return np.where(np.abs(x) < 0.01, small, np.expm1(x) - x)
 
@@ -160,8 +161,8 @@ def _beyond(x: np.ndarray) -> np.ndarray:
 def divergence(pair: step_events.Pair, num_steps: int, order: int) -> float:
   """Returns the divergence of steps at one of `WHOLE_ORDERS`.
 
-  At an order that was fixed beforehand those of parts that were chosen one
-  after the other add up; see `dpdist.privacy.composition`.
+  At an order that was fixed beforehand, the divergences of parts that were
+  chosen one after the other add up; see `dpdist.privacy.composition`.
   """
   if num_steps == 0:
     return 0.0
@@ -172,7 +173,7 @@ def divergence(pair: step_events.Pair, num_steps: int, order: int) -> float:
 
 
 def epsilon_at(order: int, divergence: float, delta: float) -> float:
-  """Returns the epsilon that a divergence at one order comes to.
+  """Converts a divergence at one order to epsilon.
 
   By Proposition 12 of Canonne, Kamath & Steinke 2020 (arXiv:2004.00010).
   """
@@ -185,7 +186,7 @@ def epsilon_at(order: int, divergence: float, delta: float) -> float:
 def largest_divergence(order: int, epsilon: float, delta: float) -> float:
   """Returns the divergence for which `epsilon_at` gives epsilon.
 
-  Not above 0 if the order alone costs more.
+  It is not above 0 if the order alone costs more than epsilon.
   """
   return (
     epsilon
@@ -197,7 +198,7 @@ def largest_divergence(order: int, epsilon: float, delta: float) -> float:
 def best_order(
   steps: Sequence[tuple[step_events.Pair, int]], delta: float
 ) -> int:
-  """Returns the one of `WHOLE_ORDERS` at which steps spend the least."""
+  """Returns the order of `WHOLE_ORDERS` at which steps spend the least."""
   return min(
     WHOLE_ORDERS,
     key=lambda order: epsilon_at(
@@ -211,10 +212,10 @@ def best_order(
 def ladder(
   steps: Sequence[tuple[step_events.Pair, int]], delta: float
 ) -> dict[int, float]:
-  """Returns orders around the best one for steps, and a share of delta each.
+  """Returns orders around the best one for steps, each with a share of delta.
 
-  Those are for what comes instead of these steps. Less noise has lower orders,
-  at which a share costs most.
+  The others serve where other steps follow instead of these. With less noise
+  the best order is lower, and a small share of delta costs most at low orders.
   """
   best = best_order(steps, delta)
   found: dict[int, float] = {}

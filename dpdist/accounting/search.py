@@ -1,10 +1,9 @@
-"""Finding the setting that spends a budget, in few queries.
+"""Finds the setting that spends a budget, in few queries.
 
-Epsilon is dear to compute and has no inverse, so a calibration searches. What
-it searches are integers: numbers of steps, batch sizes, or the index of a noise
-multiplier among those of six significant digits. The answer is the last integer
-that fits, and both it and the one after it were queried: nothing rests on a
-tolerance.
+Epsilon is slow to compute and has no inverse in closed form, so a calibration
+searches over integers: numbers of steps, batch sizes, or the index of a noise
+multiplier among those of six significant digits. The result is the last integer
+that fits. Both it and the next one were queried, so it depends on no tolerance.
 """
 
 from collections.abc import Callable, Sequence
@@ -13,23 +12,23 @@ import functools
 import itertools
 import math
 
-# Less noise than this is none: 1 / sigma^2 is about to overflow.
+# Less noise than this counts as none: 1 / sigma^2 is about to overflow.
 NO_NOISE = 1e-100
 MOST_NOISE = 1e15
-# The longest way that one query goes, on a log scale.
+# The longest step from one query to the next, on a log scale.
 _STRIDE = math.log(4)
 
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """Consecutive integers, and the number on a log scale that each stands for.
+  """Consecutive integers, each with its place on a log scale.
 
   Attributes:
     lowest: the first integer.
     highest: the last integer.
-    start: where to look first.
-    log: of an integer, rising with it.
-    floor: the largest integer whose `log` is at most the given one, or nearly.
+    start: the integer to query first.
+    log: maps an integer to its place on the log scale; it is increasing.
+    floor: maps a place to about the largest integer whose `log` is not above.
   """
 
   lowest: int
@@ -46,7 +45,7 @@ def six_digits(index: int) -> float:
 
 
 def six_digits_index(log: float) -> int:
-  """Returns the index of the first such number whose logarithm is not below."""
+  """Returns the index of the first such number with at least this logarithm."""
   decade = math.floor(log / math.log(10))
   mantissa = math.ceil(math.exp(log - decade * math.log(10)) * 100_000)
   return 900_000 * decade + mantissa - 100_000
@@ -74,11 +73,12 @@ def calibrate(
 
   Args:
     grid: the integers to choose from.
-    spent: epsilon at an integer, by an accountant.
+    spent: maps an integer and an accountant to epsilon.
     target: the budget.
-    accountants: the last one decides. None is ever above the one before it,
-      which is cheaper to ask: where the one before ends, it begins, and fits.
-    slope: a guess at that of log epsilon over the grid's logarithm.
+    accountants: from the quickest to the one that decides. Each gives at most
+      the epsilon of the one before. So where the one before ended, it fits too,
+      and its search begins there.
+    slope: a guess at the slope of log epsilon over the grid's logarithm.
   """
   start, best = grid.start, None
   for name in accountants:
@@ -104,9 +104,9 @@ def _largest(
 ) -> int | None:
   """Returns the largest integer that does not overspend, None if none does.
 
-  Every query of `spent`, which must not fall, may take a second, so this
-  follows secants of log epsilon and turns to halving only if they gain nothing.
-  What is returned was itself queried, and so was the integer after it.
+  `spent` must not fall. A query of it may take a second, so this follows
+  secants of log epsilon, and bisects only if they gain nothing. Both the
+  integer returned and the next one were queried.
   """
   low, high = grid.lowest - 1, grid.highest + 1  # Fits; overspends.
   probe, previous = start, None
@@ -123,10 +123,10 @@ def _largest(
       rise = (y - previous[1]) / (x - previous[0])
       slope = rise if rise > 0 else slope
     previous = x, y
-    # Far corners are dear, hence short strides.
+    # Queries far away are slow, hence short steps.
     move = min(max(-y / slope, -_STRIDE), _STRIDE)
     guess = grid.floor(x + move)
-    if query > 12:  # Not a curve for secants.
+    if query > 12:  # Secants do not converge on this curve.
       if grid.lowest <= low and high <= grid.highest:
         guess = (low + high) // 2
       else:

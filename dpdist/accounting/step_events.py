@@ -1,4 +1,4 @@
-"""What one noisy step is to an accountant.
+"""Defines the pair of distributions that an accountant composes for a step.
 
 However a step samples and whatever the neighboring relation, its privacy is
 that of one pair of distributions (a dominating pair: Zhu, Dong & Wang 2022,
@@ -10,11 +10,11 @@ in no paper are in docs/accounting.md.
               one unit are in the sum, or they are not. (Mironov, Talwar & Zhang
               2019, arXiv:1908.10530.)
   "opposite"  q N(1) + (1-q) N(0) against q N(-1) + (1-q) N(0): with probability
-              q, whatever the rest of the sample is, the sum has something of a
-              unit that may be anything else in the other data set.
-  "exchange"  as "opposite", but what the sum has otherwise may depend on
-              whether the unit is in the sample, as it does where samples have
-              one size. The unit here is the l2 distance of the exchange, twice
+              q, whatever the rest of the sample is, a unit contributes to the
+              sum, and its data may be any other in the other data set.
+  "exchange"  as "opposite", but the rest of the sum may depend on whether the
+              unit is in the sample, as it does where all samples have the same
+              size. The unit here is the l2 distance of the exchange, twice
               the clip norm. Amplification by advanced joint convexity bounds
               the hockey-stick divergence of order a >= 1 by that of q N(1) +
               (1-q) N(0) against N(0), and that of order a < 1 by the same with
@@ -23,11 +23,11 @@ in no paper are in docs/accounting.md.
               adding and removing compose to need not be a bound: Lebeda et al.
               2024, arXiv:2405.20769.
   "binomial"  the sum has K of a unit's rows, K from Binomial(k, q).
-  "truncated" as "presence", but a sample of more than B of n rows is cut to B:
-              where it is cut, a unit that comes in drives out another, with a
-              probability of less than q, which moves the sum by 2 at most
-              (after "Tighter Privacy Analysis for Truncated Poisson Sampling",
-              2025, arXiv:2508.15089).
+  "truncated" as "presence", but a sample of more than B of n rows is cut to B.
+              Where it is cut, a unit that is kept takes another's place. That
+              happens with a probability of less than q and moves the sum by at
+              most 2 (after "Tighter Privacy Analysis for Truncated Poisson
+              Sampling", 2025, arXiv:2508.15089).
 
 Imports no jax, and no accountant.
 """
@@ -39,18 +39,18 @@ NEIGHBORING_RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 
 
 class Pair(NamedTuple):
-  """One step.
+  """The dominating pair of one step.
 
   Attributes:
     kind: "presence", "opposite", "exchange", "binomial" or "truncated".
     sigma: standard deviation of the noise, in the kind's unit.
-    q: with which probability a row takes part, in (0, 1].
+    q: the probability that a row takes part, in (0, 1].
     rows: k of "binomial".
-    num_examples: n of "truncated", those of the larger data set.
+    num_examples: n of "truncated", the rows of the larger data set.
     limit: B of "truncated".
     is_in_place: whether a missing row of "truncated" leaves its place empty.
-    is_either: whether num_examples may be those of the smaller data set too,
-      less one, which is worse or better, as the limit is.
+    is_either: whether the larger data set may also have one row less than
+      num_examples. Which of the two is worse depends on the limit.
   """
 
   kind: str
@@ -64,16 +64,17 @@ class Pair(NamedTuple):
 
   @property
   def has_renyi(self) -> bool:
-    """Whether there is a bound on its Renyi divergences."""
+    """Returns whether there is a bound on its Renyi divergences."""
     return self.kind in ("presence", "opposite", "exchange")
 
   @property
   def with_renyi(self) -> "Pair":
-    """A pair that has one, and dominates this one, which it may be.
+    """Returns a pair with a Renyi bound that dominates this one, or this one.
 
-    Of several rows: all of them or none, as often as any is there at most. Of
-    a cut sample, however the rest is cut: in it with probability q at most,
-    and without the unit there may be another in its place.
+    For several rows, all of them take part or none, with at least the
+    probability that any of them does. For a truncated sample, however the rest
+    is cut, the unit is kept with probability at most q, and without it another
+    may be in its place.
     """
     if self.kind == "binomial":
       q = min(1.0, self.rows * self.q)
@@ -102,26 +103,28 @@ def of(
     noise_multiplier: noise standard deviation over the l2 sensitivity of the
       clipped sum under the relation, which for "replace_one" is twice the clip
       norm; see `dpdist.clipping.ClippedGrad.sensitivity`.
-    sampling_probability: with which a row takes part in such a step; the
-      sample size over the number of examples with "fixed_size".
+    sampling_probability: the probability that a row takes part in such a step;
+      with "fixed_size" the sample size over the number of examples.
     sampling: one of `SAMPLINGS`.
     neighboring_relation: one of `NEIGHBORING_RELATIONS`.
     num_examples: rows of the larger one of two neighbouring data sets; only
       for "truncated_poisson", which needs it.
-    truncated_batch_size: to which a larger sample is cut; likewise.
-    cycle_length: into how many parts the rows are divided that take turns, by
-      their numbers; only for "cyclic_poisson". A unit takes part in one step of
-      so many. Where one is missing, its place stays empty ("zero_out").
-    examples_per_user: how many rows, drawn apart from one another, a unit has.
+    truncated_batch_size: the size to which a larger sample is cut; only for
+      "truncated_poisson", which needs it.
+    cycle_length: the number of parts that take turns; only for
+      "cyclic_poisson". Rows are divided among them by their numbers, so a unit
+      takes part in one of so many steps. Where a row is missing, its place
+      stays empty ("zero_out").
+    examples_per_user: how many rows a unit has; each is drawn independently.
     group_size: how many rows are averaged and clipped as one. The rows of a
       group are always the same, and where one is missing, its place stays
-      empty. A group is drawn as a whole, and one row of it can turn its
-      gradient over, which is an exchange.
-    may_grow: whether the data set has one row less than num_examples, and is
-      meant to be told neither from the larger one nor from a smaller one.
+      empty. A group is drawn as a whole, and one row can reverse the group's
+      gradient, which is an exchange.
+    may_grow: whether the data set has one row less than num_examples, and must
+      be hard to tell both from the larger one and from a smaller one.
 
   Raises:
-    ValueError: the settings are for no mechanism with a proof.
+    ValueError: the settings are those of no mechanism with a proof.
   """
   _check_settings(
     sampling,
@@ -147,7 +150,7 @@ def of(
       is_either=may_grow,
     )
   is_replaced = neighboring_relation == "replace_one"
-  if q == 1:  # All that a unit has is always there: one Gaussian.
+  if q == 1:  # All rows of a unit are always in the sum: one Gaussian.
     reach = examples_per_user * (1 if is_replaced or group_size == 1 else 2)
     return Pair("presence", sigma / reach, q)
   if examples_per_user > 1:
@@ -155,14 +158,14 @@ def of(
   if sampling == "fixed_size":
     return Pair("exchange", sigma, q)
   if is_replaced:
-    # Noise was measured in twice the clip norm. In a group, too, no more can be
-    # exchanged than the whole gradient.
+    # The noise multiplier is in units of twice the clip norm. A row of a group
+    # can exchange no more than the whole gradient either.
     return Pair("opposite", 2 * sigma, q)
   return Pair("opposite" if group_size > 1 else "presence", sigma, q)
 
 
 def num_turns(num_steps: int, cycle_length: int = 1) -> int:
-  """In how many of the steps a unit can take part."""
+  """Returns in how many of the steps a unit can take part."""
   return -(-num_steps // cycle_length)
 
 
@@ -175,7 +178,7 @@ def _check_settings(
   examples_per_user: int,
   group_size: int,
 ) -> None:
-  """Raises ValueError for settings that go together in no mechanism here."""
+  """Raises ValueError for combinations of settings that no mechanism has."""
   _check_one_of("sampling", sampling, SAMPLINGS)
   _check_one_of(
     "neighboring_relation", neighboring_relation, NEIGHBORING_RELATIONS

@@ -1,4 +1,4 @@
-"""Several mini-batches that make one logical batch, for one draw of noise.
+"""Adds up several mini-batches to one logical batch, for one draw of noise.
 
     step = clipping.VirtualStep(fn, "mean", expected_batch_size=256)
     for indices in parts_of(sampler(t)):  # One draw, cut into parts.
@@ -7,21 +7,20 @@
       step.add_nothing(params)  # Nobody was drawn; noise is added all the same.
     mean, sensitivity = step.finish()
 
-What makes it one step of DP-SGD, and cannot be seen from here:
+It is one step of DP-SGD only under these conditions, which cannot be checked
+here:
 
-* The mini-batches are parts of one draw. An example that comes in two of them
-  moves the sum twice; a draw of its own for each mini-batch is another
-  mechanism than one draw of all.
-* An empty draw is a step like any other, with its noise: to leave it out would
-  tell that nobody was drawn. Since nothing was computed then, it is said
-  explicitly, by `add_nothing`.
+* The mini-batches are parts of one draw. An example in two of them moves the
+  sum twice. A separate draw for each mini-batch is another mechanism.
+* An empty draw is a step like any other, with its noise: leaving it out would
+  reveal that nobody was drawn. Call `add_nothing` for it.
 * Clip norms, and so the sensitivity, are chosen without looking at the data. If
-  mini-batches have different ones, name those of which no mini-batch was drawn
-  by `add_nothing`.
+  mini-batches have different clip norms, call `add_nothing` with those norms
+  for which no example was drawn.
 
-It holds arrays between calls, and may itself be used in a function that JAX
-traces, `jax.shard_map` included. A training loop that is compiled as a whole
-needs no such object: it adds up `fn(params, batch).sum`.
+A `VirtualStep` holds arrays between calls, and may itself be used in a function
+that JAX traces, `jax.shard_map` included. A training loop that is compiled as a
+whole does not need it: it adds up `fn(params, batch).sum`.
 """
 
 import dataclasses
@@ -45,8 +44,8 @@ class LogicalBatch(NamedTuple):
   """What `VirtualStep.finish` returns; private until noise is added.
 
   Attributes:
-    value: the clipped sum, or that over the expected batch size: a pytree like
-      params, float32 or wider, None where a parameter is frozen.
+    value: the clipped sum, or that divided by the expected batch size: a pytree
+      like params, float32 or wider, None where a parameter is frozen.
     sensitivity: its l2 sensitivity.
   """
 
@@ -55,11 +54,11 @@ class LogicalBatch(NamedTuple):
 
 
 class VirtualStep:
-  """Accumulates clipped sums; see the module.
+  """Accumulates clipped sums; see the module's docstring for its conditions.
 
   Guarantees:
     `LogicalBatch.value` moves by at most `LogicalBatch.sensitivity` when one
-    example changes, of a logical batch in which no example comes twice.
+    example changes, if no example comes twice in the logical batch.
   """
 
   def __init__(
@@ -73,11 +72,11 @@ class VirtualStep:
     Args:
       fn: from `dpdist.clipped_grad`.
       reduction: "sum", or "mean" for the sum over expected_batch_size.
-      expected_batch_size: examples in a logical batch on average, a public
-        number; never the number that was drawn. For "mean", and only there.
+      expected_batch_size: mean number of examples in a logical batch, a public
+        number; never the number that was drawn. Only for "mean".
 
     Raises:
-      ValueError: names the argument, its value and what would be right.
+      ValueError: with the argument's name, its value and what would be right.
     """
     if not isinstance(fn, transform.ClippedGrad):
       raise ValueError(f"fn must come from dpdist.clipped_grad, got {fn!r}")
@@ -108,7 +107,7 @@ class VirtualStep:
 
   @property
   def num_added(self) -> int:
-    """Calls of `add` and `add_nothing` since the last `finish` or `clear`."""
+    """Counts `add` and `add_nothing` since the last `finish` or `clear`."""
     return len(self._fns)
 
   def add(
@@ -127,14 +126,14 @@ class VirtualStep:
       batch: as for fn.
       is_padding_example: as for fn.
       rng: as for fn.
-      l2_clip_norm: in place of fn's. None: fn's.
+      l2_clip_norm: the clip norm of this mini-batch. None: fn's.
 
     Returns:
-      What fn returned for the mini-batch alone. NOT private.
+      fn's result for this mini-batch alone. NOT private.
 
     Raises:
-      ValueError: as fn does, or the sum is not like the one so far. Nothing
-        has been added then.
+      ValueError: fn raised it, or the sum is not like the one so far. Then
+        nothing has been added.
     """
     fn, run = self._with_norm(l2_clip_norm)
     total = self._total_like(fn, params)
@@ -145,11 +144,11 @@ class VirtualStep:
   def add_nothing(
     self, params: PyTree, *, l2_clip_norm: PyTree | None = None
   ) -> None:
-    """Adds a mini-batch without any example: zeros, and their sensitivity.
+    """Adds a mini-batch without examples: zeros, and their sensitivity.
 
     Args:
       params: as for fn; shapes and dtypes are enough.
-      l2_clip_norm: as in `add`.
+      l2_clip_norm: the clip norm of this mini-batch. None: fn's.
 
     Raises:
       ValueError: the sum is not like the one so far.
@@ -164,16 +163,16 @@ class VirtualStep:
     """Ends the logical batch; the next `add` begins another one.
 
     Args:
-      neighboring_relation: which the sensitivity is for; see
+      neighboring_relation: the relation of the sensitivity; see
         `ClippedGrad.sensitivity`.
 
     Returns:
-      The sum or mean; and its sensitivity, which is the greatest of those of
-      the mini-batches, since an example is in one of them.
+      The sum or mean, and its sensitivity. That is the greatest one of the
+      mini-batches, since each example is in only one of them.
 
     Raises:
       RuntimeError: nothing was added.
-      ValueError: unknown relation. The logical batch goes on then.
+      ValueError: the relation is unknown. The logical batch is not ended then.
     """
     if not self._fns:
       raise RuntimeError(
@@ -186,14 +185,14 @@ class VirtualStep:
     return LogicalBatch(value, sensitivity / self._divisor)
 
   def clear(self) -> None:
-    """Forgets what was added, as after an interruption."""
+    """Discards what was added, for example after an interruption."""
     self._total = None
     self._fns = []
 
   def _with_norm(
     self, l2_clip_norm: PyTree | None
   ) -> tuple[transform.ClippedGrad, Any]:
-    """fn with another norm, alone and compiled with a sum around it."""
+    """Returns fn with this clip norm, and it compiled with the addition."""
     fn = self._fn
     if l2_clip_norm is not None:
       checks.norms(l2_clip_norm)
@@ -215,7 +214,7 @@ class VirtualStep:
   def _total_like(
     self, fn: transform.ClippedGrad, params: PyTree
   ) -> compensated.Sum:
-    """The sum so far, which must be like params; zeros if there is none."""
+    """Returns the sum so far, which must be like params, or zeros."""
     trainable, _ = freezing.partition(params, fn.frozen)
     like = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(

@@ -1,4 +1,4 @@
-"""The arguments of a call, checked and laid out before a gradient is taken."""
+"""Checks and lays out the arguments of a call of a `ClippedGrad`."""
 
 from typing import Any, NamedTuple
 
@@ -16,16 +16,16 @@ PyTree = Any
 
 
 class Call(NamedTuple):
-  """What a call was given, in the shape that the engines take it in.
+  """A call's arguments, in the form that the engines take.
 
   Attributes:
-    params: as arrays, which vary along the axes of the batch.
-    parts: the trained ones, as shards where they are divided, and the frozen.
-    examples: the batch, and a key for each example if there are any.
+    params: arrays, which vary along the mesh axes of the batch.
+    parts: trained and frozen parameters, as shards where they are divided.
+    examples: the batch, and a key for each example if there are keys.
     keep: [B] bool, False for padding.
     along: the direction, an array for each trained parameter; or None.
-    axes: of the mesh, those that the examples vary along.
-    given: by name what is of examples, as it came.
+    axes: the mesh axes along which the examples vary.
+    given: by name, the arguments with an axis over examples, unchanged.
   """
 
   params: PyTree
@@ -38,7 +38,7 @@ class Call(NamedTuple):
 
   @property
   def batch_size(self) -> int:
-    """The number of examples, padding included."""
+    """Returns the number of examples, padding included."""
     return self.keep.shape[0]
 
 
@@ -55,7 +55,7 @@ def lay_out(
   """Checks the arguments of a `ClippedGrad`, and lays them out.
 
   Raises:
-    ValueError: as a call does.
+    ValueError: an argument is wrong; see `ClippedGrad.__call__`.
   """
   batch_size = checks.batch_size(batch)
   axes = varying_axes.varying_axes((batch, is_padding_example, rng))
@@ -68,7 +68,7 @@ def lay_out(
   }
   checks.sharding(**given)
   checks.params(freezing.partition(params, frozen)[0])
-  # Python's and NumPy's numbers are like any others, also as constants of a
+  # Python's and NumPy's numbers are accepted as arrays, also as constants of a
   # program.
   params, batch = jax.tree.map(jnp.asarray, (params, batch))
   params = varying_axes.cast_to_varying(params, axes)
@@ -78,7 +78,7 @@ def lay_out(
     frozen,
     shards.wrap(params, param_specs, varying_axes.varying_axes(batch)),
   )
-  # After the specs' own check, which says more.
+  # After the check of the specs, whose message says more.
   checks.whole(params, axes)
   along = watched.laid_out(direction, parts.trainable, axes)
   examples = (batch,) if rng is None else (batch, rng)
@@ -89,7 +89,7 @@ def check_traced(call: Call, traced: tracing.Traced) -> None:
   """Checks what the loss does with the arguments.
 
   Raises:
-    ValueError: it is no scalar, or mixes the examples of several devices.
+    ValueError: the loss is not a scalar, or mixes examples of several devices.
   """
   checks.sharding_inside_jit(traced.block, **call.given)
   checks.loss(traced.block, traced.shapes[0], call.axes)

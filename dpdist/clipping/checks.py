@@ -1,4 +1,4 @@
-"""What a clipped sum refuses before anything is computed."""
+"""Checks the arguments of clipped sums, and raises ValueError for bad ones."""
 
 from collections.abc import Iterator, Sequence
 import contextlib
@@ -20,8 +20,8 @@ PyTree = Any
 _NUMBERS = (jax.Array, np.ndarray, np.generic, int, float, complex)
 _METHODS = ("auto", "bookkeeping", "two_pass", "vmap")
 _PLATFORMS = ("cpu", "gpu", "tpu")
-# What is far from both ends of float32 can be divided by a norm, and by what is
-# added to it, without underflow or overflow.
+# Between these, dividing by a norm, or by a norm plus gamma, neither underflows
+# nor overflows in float32.
 _SMALLEST_NORM, _LARGEST_NORM = 1e-12, 1e18
 _SHARDED = (
   "{} is sharded outside jax.shard_map, where per-example gradients cannot be"
@@ -38,7 +38,7 @@ def arguments(
   platform: str | None,
   normalize_gamma: float | None,
 ) -> None:
-  """Those of `clipped_grad`."""
+  """Checks the arguments of `clipped_grad`."""
   norms(l2_clip_norm)
   if method not in _METHODS:
     raise ValueError(f"method must be one of {_METHODS}, got {method!r}")
@@ -64,7 +64,7 @@ def arguments(
 
 
 def norms(l2_clip_norm: PyTree) -> None:
-  """Clip norms that are none."""
+  """Raises ValueError for clip norms that are invalid or missing."""
   for norm in jax.tree.leaves(l2_clip_norm):
     if not _is_number(norm) or not _SMALLEST_NORM <= norm <= _LARGEST_NORM:
       raise ValueError(
@@ -82,7 +82,7 @@ def _is_number(x: Any) -> bool:
 
 
 def whole(tree: PyTree, axes: frozenset[str]) -> None:
-  """Parameters that a device holds a part of, and nobody says so."""
+  """Raises ValueError for parameters that are divided without param_specs."""
   found = varying_axes.varying_axes(tree) - axes
   if found:
     raise ValueError(
@@ -93,7 +93,7 @@ def whole(tree: PyTree, axes: frozenset[str]) -> None:
 
 
 def params(tree: PyTree) -> None:
-  """Parameters that nothing can be differentiated by."""
+  """Raises ValueError for parameters that are not floating arrays."""
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
     if not isinstance(leaf, _NUMBERS):
       raise ValueError(
@@ -109,7 +109,7 @@ def params(tree: PyTree) -> None:
 
 
 def loss(block: Block, shape: Any, axes: frozenset[str]) -> None:
-  """A loss that is no number, or looks at other examples."""
+  """Raises ValueError for a loss that is no number or uses other examples."""
   if shape.shape or not jnp.issubdtype(shape.dtype, jnp.floating):
     raise ValueError(
       "loss_fn must return one floating number for one example, got shape"
@@ -136,13 +136,13 @@ def loss(block: Block, shape: Any, axes: frozenset[str]) -> None:
 def derivatives(
   block: Block, values: list[Any], num_params: int, axes: frozenset[str]
 ) -> None:
-  """A derivative of the user's that looks at other examples.
+  """Raises ValueError for custom derivatives that use other examples.
 
   Args:
     block: the loss of one example.
-    values: of its inputs; the first num_params are differentiated by.
-    num_params: likewise.
-    axes: along which the batch is divided.
+    values: its inputs, of which the first num_params are the parameters.
+    num_params: the number of parameters.
+    axes: the mesh axes along which the batch is divided.
   """
   closed = block.jaxpr
   if not any(program.uses(eqn, "custom_") for eqn in closed.jaxpr.eqns):
@@ -162,9 +162,9 @@ def derivatives(
 
 
 def randomness(jaxpr: Any) -> None:
-  """Random numbers that are others each time that a loss is run.
+  """Raises ValueError for random numbers that differ each time a loss runs.
 
-  A norm and a sum could then be of two different gradients.
+  With them, norm and sum could be those of two different gradients.
   """
   if any(program.uses(eqn, "rng_uniform") for eqn in jaxpr.eqns):
     raise ValueError(
@@ -175,7 +175,7 @@ def randomness(jaxpr: Any) -> None:
 
 @contextlib.contextmanager
 def effects(names: Sequence[str]) -> Iterator[None]:
-  """Says of what a loss with effects fails, if it fails, where it is run."""
+  """Names the loss's effects in the error if running it fails."""
   try:
     yield
   except Exception as error:
@@ -199,13 +199,13 @@ def batch_size(batch: PyTree) -> int:
 
 
 def group_size(size: int) -> None:
-  """One of `groups.into_groups`."""
+  """Checks the group size of `into_groups`."""
   if isinstance(size, bool) or not isinstance(size, int) or size < 1:
     raise ValueError(f"group_size must be an int above 0, got {size!r}")
 
 
 def padding(is_padding_example: Any, batch_size: int) -> jax.Array:
-  """As an array [batch_size] of bool; all False for None."""
+  """Returns the mask as an array [batch_size] of bool; all False for None."""
   if is_padding_example is None:
     return jnp.zeros((batch_size,), bool)
   if jnp.shape(is_padding_example) != (batch_size,):
@@ -217,16 +217,16 @@ def padding(is_padding_example: Any, batch_size: int) -> jax.Array:
 
 
 def sharding(**arguments: PyTree) -> None:
-  """What has an axis over examples and is known to be sharded along some.
+  """Raises ValueError for arrays of examples that are known to be sharded.
 
-  Left to the partitioner, convolutions with a kernel or a kernel's gradient for
-  each example come out wrong without an error if anything of the examples is
-  sharded outside shard_map, padding's mask too. On a mesh of Explicit axes,
-  which `jax.make_mesh` makes, the type of a value says how it is sharded,
-  inside a jit too.
+  If anything with an axis over examples, even the padding mask, is sharded
+  outside shard_map, XLA's partitioner computes convolutions with a kernel or a
+  kernel's gradient for each example wrongly, without an error. On a mesh of
+  Explicit axes, which `jax.make_mesh` makes, the type of a value says how it is
+  sharded, inside a jit too.
 
   Args:
-    **arguments: trees of arrays, by the name to show.
+    **arguments: trees of arrays, by the name to show in the message.
   """
   for name, leaf in _outside_shard_map(arguments):
     if varying_axes.is_divided_explicitly(leaf):
@@ -236,7 +236,7 @@ def sharding(**arguments: PyTree) -> None:
 
 
 def sharding_inside_jit(block: Block, **arguments: PyTree) -> None:
-  """The same where the compiler alone knows how something is sharded."""
+  """Does what `sharding` does where only the compiler knows the sharding."""
   if not block.convolves() or jax.device_count() == 1:
     return
   for name, leaf in _outside_shard_map(arguments):

@@ -5,20 +5,20 @@
     groups, is_padding_group = clipping.into_groups(batch, 8)
     fn(params, groups, is_padding_example=is_padding_group)
 
-There are fewer gradients, so that less is computed, and averages are shorter,
-so that less is cut off. It costs privacy: where one example of a group of
-several is another one, or is missing, the group's clipped gradient may turn
-over, from C in one direction to C in the other. The sum moves by 2 C where it
-moves by C with each example clipped alone: as much as noise of half the
-multiplier would hide.
+There are fewer gradients, so less is computed, and averages are shorter, so
+less is clipped. But it costs privacy: if one example of a group of several is
+replaced or missing, the group's clipped gradient may reverse, from C in one
+direction to C in the other. The sum moves by 2 C, where it moves by C if each
+example is clipped alone. That is like having half the noise multiplier.
 
-That holds only if no other group changes. Groups are made of rows in order, so
-a row must stay where it is whoever else is there: a missing example leaves a
-padding row behind. Where the examples of a Poisson draw are closed up, as by
-`dpdist.PoissonSampler`, one more of them shifts all that follow, and every
-group may turn over: no noise that is made for one group covers it. So groups
-are fixed beforehand (rows 0 to m-1 of the data set, m to 2m-1, ...) and drawn
-whole, and a plan with `group_size` accounts for what one of their rows can do.
+This bound holds only if no other group changes. Groups are made of rows in
+order, so a row must stay in its place whatever the other rows are: a missing
+example leaves a padding row behind. If the examples of a Poisson draw are
+packed without gaps, as by `dpdist.PoissonSampler`, one more of them shifts all
+that follow, and every group may reverse: noise that is made for one group does
+not cover that. So groups are fixed beforehand (rows 0 to m-1 of the data set, m
+to 2m-1, ...) and drawn as a whole. A plan with `group_size` accounts for what
+one of their rows can do.
 """
 
 from collections.abc import Callable
@@ -38,17 +38,17 @@ def into_groups(
   *,
   is_padding_example: jax.Array | None = None,
 ) -> tuple[tuple[PyTree, jax.Array], jax.Array]:
-  """Turns a batch of examples into one of groups of neighbouring rows.
+  """Turns a batch of examples into a batch of groups of neighbouring rows.
 
   Args:
     batch: pytree; every leaf has the same leading axis B.
     group_size: m, at least 1; must divide B.
     is_padding_example: [B] bool; padding has no share in its group's mean.
-      None: there is none.
+      None: there is no padding.
 
   Returns:
     A batch for `mean_of_group`: (pytree of [B / m, m, ...], [B / m, m] bool);
-    and [B / m] bool, True of groups that are all padding.
+    and [B / m] bool, True for groups that are all padding.
 
   Raises:
     ValueError: group_size does not divide the batch, or is_padding_example does
@@ -69,7 +69,7 @@ def into_groups(
 def mean_of_group(
   loss_fn: Callable[..., Any], *, has_aux: bool = False
 ) -> Callable[..., Any]:
-  """The loss of a group: the mean of those of its examples.
+  """Returns the loss of a group: the mean of the losses of its examples.
 
   Args:
     loss_fn: (params, example[, rng]) -> loss, or (loss, aux) with has_aux; for
@@ -78,17 +78,17 @@ def mean_of_group(
 
   Returns:
     A function (params, group[, rng]) -> loss, or (loss, aux), where group is
-    one of `into_groups`. Padding has no share in the mean, whatever it holds,
-    and the loss of padding alone is 0, with gradient 0. rng is split over the
-    group's examples. aux has a leading axis over them; of padding it is another
-    example's.
+    one of `into_groups`. Padding has no share in the mean, whatever it holds;
+    the loss of padding alone is 0, with gradient 0. rng is split over the
+    group's examples. aux has a leading axis over them; for padding it is that
+    of another example.
   """
 
   def loss(params: PyTree, group: Any, *rng: jax.Array) -> Any:
     examples, is_padding = group
-    # Another example, or zeros if there is none, stands in for padding, which
-    # may hold NaN: that would come back through a loss that is multiplied
-    # with 0.
+    # Replace padding by another example, or by zeros if there is none. Padding
+    # may hold NaN, which would reach the gradient even if its loss is
+    # multiplied by 0.
     num_real = jnp.sum(~is_padding)
     stand_in = jnp.argmin(is_padding)
 

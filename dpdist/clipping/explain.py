@@ -1,4 +1,4 @@
-"""What the engines do with each parameter, as a table to read."""
+"""Describes in a table what the engines do with each parameter."""
 
 from collections.abc import Sequence
 import math
@@ -61,7 +61,7 @@ def table(
 def ways(
   method: str, rules: Sequence[Rule], names: Sequence[str]
 ) -> dict[str, str]:
-  """For each of the named parameters how it is clipped, in a phrase."""
+  """Returns a phrase for each named parameter that says how it is clipped."""
   if method == "vmap":
     return dict.fromkeys(names, "every gradient formed and kept (vmap)")
   found = dict.fromkeys(names, "not used by the loss")

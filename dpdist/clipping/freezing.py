@@ -1,9 +1,9 @@
-"""Parameters that are not trained: which they are, and the others without them.
+"""Separates frozen parameters from those that are trained.
 
 A frozen parameter is a constant of the loss. It has no gradient, and so no part
 in norms, sums and noise. In a tree of trainable parameters, in a clipped sum
-and in everything that is made like them, None stands in its place, which JAX
-and Optax take for nothing at all:
+and in everything with their structure, None is in its place. JAX and Optax
+treat None as an empty subtree:
 
     trainable, rest = clipping.partition(params, frozen)
     opt_state = optimizer.init(trainable)
@@ -25,13 +25,13 @@ Frozen = PyTree | Callable[[str], bool] | None
 
 
 class Split(NamedTuple):
-  """The leaves of params, told apart.
+  """The leaves of params, separated.
 
   Attributes:
-    structure: of params.
-    is_frozen: for each leaf of params.
-    trainable: those that are trained, in order.
-    frozen: the others, in order.
+    structure: the tree structure of params.
+    is_frozen: for each leaf of params, whether it is frozen.
+    trainable: the leaves that are trained, in order.
+    frozen: the other leaves, in order.
   """
 
   structure: Any
@@ -40,17 +40,17 @@ class Split(NamedTuple):
   frozen: list[Any]
 
   def join(self, trainable: Sequence[Any], frozen: Sequence[Any]) -> PyTree:
-    """A tree like params with these leaves."""
+    """Returns a tree like params with these leaves."""
     sources = {False: iter(trainable), True: iter(frozen)}
     return self.structure.unflatten([next(sources[f]) for f in self.is_frozen])
 
   def of_trainable(self, leaves: Sequence[Any]) -> PyTree:
-    """A tree like params with None where a parameter is frozen."""
+    """Returns a tree like params with None where a parameter is frozen."""
     return self.join(leaves, [None] * len(self.frozen))
 
 
 def names(params: PyTree) -> list[str]:
-  """The paths of the leaves of params, as "encoder/0/kernel"."""
+  """Returns the paths of the leaves of params, such as "encoder/0/kernel"."""
   return [
     jax.tree_util.keystr(path, simple=True, separator="/")
     for path, _ in jax.tree_util.tree_flatten_with_path(params)[0]
@@ -60,13 +60,13 @@ def names(params: PyTree) -> list[str]:
 def split(
   params: PyTree, frozen: Frozen, leaves: Sequence[Any] | None = None
 ) -> Split:
-  """Tells frozen parameters from those that are trained.
+  """Separates frozen parameters from those that are trained.
 
   Args:
     params: pytree.
-    frozen: None: none is. A bool for all of them, or a prefix pytree of params
-      of bools; or a predicate on a leaf's path, as in `names`.
-    leaves: what to take in place of the leaves of params.
+    frozen: None if no parameter is frozen; a bool for all of them; a prefix
+      pytree of params of bools; or a predicate on a leaf's path, as in `names`.
+    leaves: used in place of the leaves of params.
 
   Raises:
     ValueError: frozen does not fit params, or leaves nothing to train.
@@ -85,14 +85,14 @@ def split(
 
 
 def partition(params: PyTree, frozen: Frozen) -> tuple[PyTree, PyTree]:
-  """Two trees like params: the trained ones, and the frozen ones.
+  """Returns two trees like params: the trained and the frozen parameters.
 
   Args:
     params: pytree.
     frozen: as in `dpdist.clipped_grad`.
 
   Returns:
-    The trees; None stands where a parameter is in the other one.
+    The trees. Each has None where a parameter is in the other one.
 
   Raises:
     ValueError: frozen does not fit params, or leaves nothing to train.
@@ -105,7 +105,7 @@ def partition(params: PyTree, frozen: Frozen) -> tuple[PyTree, PyTree]:
 
 
 def merge(trainable: PyTree, frozen: PyTree) -> PyTree:
-  """Params again, from what `partition` returned."""
+  """Puts the two trees that `partition` returned together again."""
   return jax.tree.map(
     lambda mine, other: other if mine is None else mine,
     trainable,
@@ -115,7 +115,7 @@ def merge(trainable: PyTree, frozen: PyTree) -> PyTree:
 
 
 def check(frozen: Frozen) -> None:
-  """What can be said of frozen before there are params."""
+  """Checks frozen as far as that is possible without params."""
   if frozen is None or callable(frozen):
     return
   for leaf in jax.tree.leaves(frozen):
@@ -132,7 +132,7 @@ def _flags(params: PyTree, frozen: Frozen, structure: Any) -> list[bool]:
   if callable(frozen):
     return _told(names(params), frozen)
   flags, of_flags = jax.tree.flatten(frozen)
-  # mypy takes JAX's own class of tree structures for a mere name.
+  # mypy does not accept JAX's class of tree structures as a type.
   prefix: Any = of_flags
   try:
     subtrees = prefix.flatten_up_to(params)
@@ -155,7 +155,7 @@ def _told(paths: list[str], frozen: Callable[[str], bool]) -> list[bool]:
       raise ValueError(
         f"frozen must return True or False, got {flag!r} for {path!r}"
       )
-  # A misspelt name would train what should stay as it is.
+  # A misspelt name would train parameters that should stay frozen.
   if paths and not any(flags):
     raise ValueError(
       f"frozen must be True of some parameter, got False for all of {paths}:"

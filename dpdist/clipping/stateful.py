@@ -11,12 +11,12 @@
     network_state = got.network_state
 
 A state that is carried from step to step and released with the parameters must
-not tell of the examples. The clipped sum is made private; a running mean of
-activations, as batch norm keeps it, is not, and besides makes an example's
-gradient depend on others. So a new state may be computed from the old one and
-the parameters, which are released anyway: a counter, a decay, the vectors of
-spectral normalisation. One that is computed from an example or its randomness
-is refused, by the flow of data through the traced loss.
+not reveal the examples. The clipped sum is made private. A running mean of
+activations, such as that of batch norm, is not; it also makes an example's
+gradient depend on others. So a new state may be computed only from the old one
+and the parameters, which are released anyway: a counter, a decay, the vectors
+of spectral normalisation. A state that is computed from an example or its
+randomness is refused; the flow of data through the traced loss shows it.
 """
 
 from collections.abc import Callable, Mapping
@@ -38,17 +38,17 @@ _AGGREGATIONS = ("stack", "mean", "sum")
 
 
 class StatefulGrads(NamedTuple):
-  """As `dpdist.ClippedGrads`, with what comes of state and metrics.
+  """A `dpdist.ClippedGrads` with the new state and the metrics.
 
   Attributes:
     sum: pytree like params, float32 or wider; the clipped sum.
     loss: [B], the loss of every example, padding included. NOT private.
     grad_norms: as in ClippedGrads. NOT private.
-    network_state: the new one, which does not depend on any example.
-    metrics: by name: stacked [B, ...], padding included; or the mean or sum
-      over the examples that are no padding (a mean over none is NaN). Inside
-      `jax.shard_map` means and sums are over all devices, unlike `sum`, which
-      is one device's own. NOT private.
+    network_state: the new state, which does not depend on any example.
+    metrics: by name, either stacked [B, ...], padding included; or the mean or
+      sum over the examples that are not padding (a mean over none is NaN).
+      Inside `jax.shard_map` means and sums are over all devices, unlike `sum`,
+      which is that of one device. NOT private.
   """
 
   sum: PyTree
@@ -69,7 +69,7 @@ class StatefulGrad:
   def sensitivity(
     self, neighboring_relation: str = "add_or_remove_one"
   ) -> float:
-    """The l2 sensitivity of `StatefulGrads.sum`."""
+    """Returns the l2 sensitivity of `StatefulGrads.sum`."""
     return self.clipped_grad.sensitivity(neighboring_relation)
 
   def __call__(
@@ -92,8 +92,8 @@ class StatefulGrad:
 
     Raises:
       ValueError: the new state depends on an example, or is not like the old
-        one; a metric is not told how to be aggregated; or as
-        `dpdist.clipped_grad`.
+        one; `aggregate` does not name a metric; or for the reasons of
+        `dpdist.ClippedGrad.__call__`.
     """
     size = checks.batch_size(batch)
     axes = varying_axes.varying_axes((batch, is_padding_example, rng))
@@ -133,8 +133,8 @@ class StatefulGrad:
   def _new_state(
     self, params: PyTree, network_state: PyTree, batch: PyTree
   ) -> PyTree:
-    """The state after a step, once it is known to be of no example."""
-    # Any example and key will do, for a state that depends on neither.
+    """Returns the new state after checking that it depends on no example."""
+    # Any example and key will do, since the state may depend on neither.
     example = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), batch)
     key = jax.random.key(0)
     arguments = (params, network_state, key, example)
@@ -156,7 +156,7 @@ class StatefulGrad:
     public = len(jax.tree.leaves((params, network_state)))
     marked = [i >= public for i in range(len(closed.jaxpr.invars))]
     flags = dependence.dependent(closed.jaxpr, marked)
-    # The loss comes first.
+    # The first output is the loss.
     paths = freezing.names(state)
     mixed = [
       path
@@ -188,14 +188,14 @@ def with_state(
     l2_clip_norm: as for `dpdist.clipped_grad`.
     aggregate: for each metric "stack", "mean" or "sum".
     frozen: as for `dpdist.clipped_grad`.
-    **options: its other options.
+    **options: further arguments of `dpdist.clipped_grad`.
 
   Returns:
     A callable fn(params, network_state, batch, *, rng, is_padding_example=None)
     -> StatefulGrads, with fn.sensitivity(neighboring_relation).
 
   Raises:
-    ValueError: names the argument, its value and what would be right.
+    ValueError: with the argument's name, its value and what would be right.
   """
   for name, how in aggregate.items():
     if how not in _AGGREGATIONS:
@@ -208,7 +208,7 @@ def with_state(
     value, (_, metrics) = loss_fn(params, network_state, rng, example)
     return value, dict(metrics)
 
-  # The state takes the place of a frozen parameter.
+  # The state is passed as a frozen parameter.
   is_frozen: Any
   if callable(frozen):
     is_frozen = lambda path: path[:1] == "1" or frozen(path[2:])

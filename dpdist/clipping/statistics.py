@@ -1,6 +1,6 @@
-"""What clipping does to each example's gradient, for a look at one's own data.
+"""Shows what clipping does to each example's gradient, for your own eyes.
 
-Nothing here is private: whoever sees a number of one example learns about it.
+Nothing here is private: whoever sees an example's numbers learns about it.
 """
 
 from collections.abc import Callable
@@ -23,20 +23,20 @@ PyTree = Any
 
 
 class UnsafeStatistics(NamedTuple):
-  """Of one parameter, or of all together. NOT private.
+  """The statistics of one parameter, or of all together. NOT private.
 
   Attributes:
-    name: the parameter's path, as "encoder/0/kernel"; "" for the whole.
-    clip_factor: [B] float32, what the example's gradient is multiplied with; 0
-      for padding and where a norm is not finite. For the whole a pytree of such
+    name: the parameter's path, such as "encoder/0/kernel"; "" for the whole.
+    clip_factor: [B] float32, the factor of the example's gradient; 0 for
+      padding and where a norm is not finite. For the whole, a pytree of such
       arrays shaped like l2_clip_norm.
-    threshold: the clip norm of the parameter's group; for the whole all of
+    threshold: the clip norm of the parameter's group; for the whole, all of
       l2_clip_norm.
-    grad_norms: [B] float32, the norm of this gradient before clipping. That of
-      a group, which the factor comes from, is in `ClippedGrads.grad_norms`.
+    grad_norms: [B] float32, the norm of this gradient before clipping. The norm
+      of a group, which gives the factor, is in `ClippedGrads.grad_norms`.
     before: [B, ...] float32 or wider, the gradient before clipping; for the
-      whole a pytree like params, None where one is frozen.
-    after: the same after clipping. Its sum over B is that of fn.
+      whole, a pytree like params, None where a parameter is frozen.
+    after: the gradient after clipping. Its sum over B is that of fn.
   """
 
   name: str
@@ -58,23 +58,23 @@ def unsafe_statistics(
 ) -> transform.ClippedGrads:
   """Calls a hook for each trained parameter, and then once for the whole.
 
-  NOT private, none of it. The factors are those that fn goes by, whatever its
-  method; the gradients are formed one by one, in the memory of B of them.
+  None of it is private. The factors are those that fn uses, whatever its
+  method. All B gradients are formed and held in memory.
 
   Args:
     fn: from `dpdist.clipped_grad`.
     params: as for fn.
     batch: as for fn.
-    hook: is given an `UnsafeStatistics`.
+    hook: called with an `UnsafeStatistics`.
     is_padding_example: as for fn.
-    rng: as for fn; the same randomness is used for both.
+    rng: as for fn; fn and the statistics use the same randomness.
 
   Returns:
     fn's own result.
 
   Raises:
-    ValueError: as fn does, or inside `jax.shard_map`, where a hook would see
-      one device's examples.
+    ValueError: fn raised it; or this is called inside `jax.shard_map`, where a
+      hook would see only one device's examples.
   """
   axes = varying_axes.divided_axes((batch, is_padding_example, rng))
   if axes:
@@ -132,7 +132,7 @@ def unsafe_statistics(
 def _gradients(
   fn: transform.ClippedGrad, parts: freezing.Split, examples: tuple[PyTree, ...]
 ) -> list[jax.Array]:
-  """Every example's gradient, apart for each trained parameter."""
+  """Returns every example's gradient, an array for each trained parameter."""
 
   def loss_fn(trainable: list[Any], *example: Any) -> Any:
     out = fn.loss_fn(parts.join(trainable, parts.frozen), *example)

@@ -1,4 +1,4 @@
-"""A loss of one example, traced, taken apart, and how it can be clipped."""
+"""Traces the loss of one example, analyzes it and chooses a clipping method."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -17,13 +17,13 @@ PyTree = Any
 
 
 class Traced(NamedTuple):
-  """The loss of one example.
+  """The traced loss of one example.
 
   Attributes:
     loss_fn: (trainable leaves, frozen leaves, *example) -> (loss, aux).
-    block: it taken apart.
-    shapes: of (loss, aux).
-    effects: names of those that it cannot be taken apart with.
+    block: the loss as a block of equations and sites.
+    shapes: the shapes of (loss, aux).
+    effects: names of the effects that prevent such an analysis.
   """
 
   loss_fn: Callable[..., tuple[jax.Array, Any]]
@@ -34,19 +34,19 @@ class Traced(NamedTuple):
   def of_trainable(
     self, parts: freezing.Split
   ) -> Callable[..., tuple[jax.Array, Any]]:
-    """The function with its frozen leaves, whole."""
+    """Returns the function with its frozen leaves filled in, whole."""
     frozen = [shards.whole(x) for x in parts.frozen]
     return lambda trainable, *example: self.loss_fn(trainable, frozen, *example)
 
   def method(self, wanted: str, axes: frozenset[str]) -> tuple[str, str]:
-    """Which method to take, and why.
+    """Returns the method to use, and why.
 
     Args:
       wanted: a method, or "auto".
       axes: the mesh axes that the examples vary over.
 
     Raises:
-      ValueError: wanted cannot be had.
+      ValueError: the wanted method cannot be used.
     """
     other = varying_axes.axes_in(self.block.jaxpr.jaxpr) - axes
     if other and wanted in ("auto", "vmap"):
@@ -86,13 +86,13 @@ def trace(
 
   Args:
     loss_fn: (params, *example) -> loss, or (loss, aux) with has_aux.
-    has_aux: likewise.
+    has_aux: whether loss_fn returns (loss, aux).
     parts: the parameters.
     examples: pytrees with a leading axis; shapes are enough.
 
   Raises:
-    ValueError: the loss looks at other examples, or draws its randomness from
-      nowhere.
+    ValueError: the loss uses other examples, or random numbers that do not come
+      from its rng.
   """
   with_aux = loss_fn if has_aux else _with_aux(loss_fn)
 
@@ -123,7 +123,7 @@ def trace(
   checks.randomness(closed.jaxpr)
   num_leaves, num_constants = len(parts.trainable), len(parts.frozen)
   effects = program.effects(closed.jaxpr)
-  if effects:  # It is not taken apart: all of it is data.
+  if effects:  # It is not analyzed: all of it counts as data.
     num_leaves = num_constants = 0
   block = splitting.split(closed, num_leaves, num_constants)
   return Traced(joined, block, shapes, effects)

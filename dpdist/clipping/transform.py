@@ -27,7 +27,7 @@ from dpdist.clipping.trace import varying_axes
 PyTree = Any
 
 # How far the clipped sum can move, in clip norms, when one example is added or
-# taken away, is replaced by any other, or is replaced by one that contributes
+# removed, is replaced by any other, or is replaced by one that contributes
 # nothing.
 _SENSITIVITY_FACTOR = {
   "add_or_remove_one": 1.0,
@@ -37,24 +37,24 @@ _SENSITIVITY_FACTOR = {
 
 
 class ClippedGrads(NamedTuple):
-  """The clipped sum and what was seen on the way.
+  """The clipped sum, and values of the single examples.
 
-  Only `sum`, or it and `low` together, has bounded sensitivity, and even it is
-  private until noise is added. `loss`, `grad_norms` and `aux` are per example
-  and NOT private.
+  Only `sum`, or `sum` and `low` together, has bounded sensitivity, and even it
+  must be kept secret until noise is added. `loss`, `grad_norms` and `aux` are
+  per example and NOT private.
 
   Attributes:
     sum: pytree like params, float32 or wider; None where a parameter is frozen.
     loss: [B], the loss of every example, padding included.
-    grad_norms: [B] float32, the norm before clipping; with per-layer clipping a
-      pytree shaped like l2_clip_norm of such arrays.
+    grad_norms: [B] float32, the norm before clipping; with per-layer clipping,
+      a pytree of such arrays shaped like l2_clip_norm.
     aux: what loss_fn returned beside the loss, stacked along B; None without
       has_aux.
-    low: what rounding left out of `sum` where microbatches of a given size were
-      added up: a pytree like it, to be added to the same total; None: nothing.
-      As private.
-    found: of a call with a direction, [B, trained parameters] bool: of an
-      example that was left out, the parameter that it is longest along.
+    low: what rounding left out of `sum` when microbatches of a given size were
+      added up: a pytree like `sum`, to be added to the same total; None:
+      nothing. Keep it as secret as `sum`.
+    found: for a call with a direction, [B, trained parameters] bool: for each
+      example that was left out, True at the parameter with its longest part.
   """
 
   sum: PyTree
@@ -65,7 +65,7 @@ class ClippedGrads(NamedTuple):
   found: jax.Array | None = None
 
 
-# Compared by identity, so that it can be handed to jax.jit whatever it holds.
+# Compared by identity, so that it can be passed to jax.jit whatever it holds.
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClippedGrad:
   """See `clipped_grad`, which makes it."""
@@ -83,20 +83,20 @@ class ClippedGrad:
   def sensitivity(
     self, neighboring_relation: str = "add_or_remove_one"
   ) -> float:
-    """The l2 sensitivity of `ClippedGrads.sum`.
+    """Returns the l2 sensitivity of `ClippedGrads.sum`.
 
     Args:
-      neighboring_relation: "add_or_remove_one", "replace_one" (twice as far) or
-        "zero_out" (one example is replaced by one that contributes nothing).
+      neighboring_relation: "add_or_remove_one", "replace_one" (twice as much)
+        or "zero_out" (one example is replaced by one that contributes nothing).
 
     Returns:
-      With clip norms C_1..C_g of g groups, the root of the sum of C_i^2 (of g,
-      when rescaled to unit norm), doubled for replace_one. A group that is
-      wholly frozen has no norm and is not counted; a call refuses anything
-      else.
+      With clip norms C_1..C_g of g groups, the square root of the sum of C_i^2
+      (of g, when rescaled to unit norm), doubled for replace_one. A group that
+      is wholly frozen must have no norm, which a call checks, and does not
+      count.
 
     Raises:
-      ValueError: unknown relation.
+      ValueError: the relation is unknown.
     """
     if neighboring_relation not in _SENSITIVITY_FACTOR:
       raise ValueError(
@@ -126,22 +126,22 @@ class ClippedGrad:
       batch: pytree; every leaf has the same leading axis B.
       is_padding_example: [B] bool; where True the example contributes exactly
         0, whatever it holds. None: no padding.
-      rng: a PRNG key, or keys of shape [B]; handed to loss_fn as its third
+      rng: a PRNG key, or keys of shape [B], passed to loss_fn as its third
         argument. None: loss_fn takes two arguments. One key is split over the
-        rows, not the examples: take a row away, and those behind it have other
-        keys. The sensitivity holds all the same if the key is secret and new at
-        each step, as in `dpdist.train`, since such keys are as good as drawn
-        again. With a key that is known, or used twice, it does not hold: hand
-        in a key for each example that depends on nothing but it and the step.
-      param_specs: inside shard_map, for parameters of which a device holds a
-        part: pytree like params of PartitionSpecs, those that params came in
-        by, each with one mesh axis at most, along which the batch is divided
-        too. The loss sees the whole parameter; its entry of the sum is a part
-        again, of the sum over the devices of that axis. None: all are whole.
-      direction: pytree like params, None where one is frozen, of the same
-        dtypes and laid out alike: secret normal numbers, by which an example
-        that is longer than its norm says is found and left out; see
-        `dpdist.clipping.watched`. None: nobody is looked for.
+        rows, not the examples: if a row is removed, those behind it get other
+        keys. The sensitivity still holds if the key is secret and new at each
+        step, as in `dpdist.train`, since such keys are as good as drawn again.
+        It does not hold with a key that is known, or used twice: then pass a
+        key for each example that depends only on the example and the step.
+      param_specs: inside shard_map, for parameters of which each device holds a
+        part: pytree like params of the PartitionSpecs with which params entered
+        shard_map. Each has at most one mesh axis, along which the batch is
+        divided too. The loss sees the whole parameter; its entry of the sum is
+        this device's part of the sum over that axis. None: all are whole.
+      direction: pytree like params, None where a parameter is frozen, with the
+        same dtypes and layout: secret normal numbers, by which examples that
+        are longer than their norms say are found and left out; see
+        `dpdist.clipping.watched`. None: no example is checked.
 
     Returns:
       ClippedGrads.
@@ -165,7 +165,7 @@ class ClippedGrad:
     """Computes the clipped sum of a call."""
     parts, leaves = call.parts, call.parts.trainable
     scaling, groups, norm_def = self._scaling(call.params, parts.is_frozen)
-    # Only for its shapes; nobody uses what is gathered here.
+    # Only shapes are needed; the gathered values are unused.
     traced = tracing.trace(self.loss_fn, self.has_aux, parts, call.examples)
     arguments.check_traced(call, traced)
     method, _ = traced.method(self.method, call.axes)
@@ -206,11 +206,11 @@ class ClippedGrad:
       call.batch_size,
       size,
       call.axes,
-      # XLA on a CPU is many times slower at convolutions inside a loop; for a
-      # TPU it plans the use of fast memory better without one.
+      # XLA for CPUs is many times slower at convolutions inside a loop; for
+      # TPUs it plans the use of fast memory better without a loop.
       unroll=(self._platform == "cpu" and traced.block.convolves())
       or (self._platform == "tpu" and self.microbatch_size is None),
-      # What was chosen for speed is fast, and promises nothing.
+      # A size that was chosen for speed makes no promise about rounding.
       keep_low=self.microbatch_size is not None,
     )
     return ClippedGrads(
@@ -223,7 +223,7 @@ class ClippedGrad:
     )
 
   def explain(self, params: PyTree, batch: PyTree, *, rng: Any = None) -> str:
-    """Prints what would be done with each parameter, and why.
+    """Prints how each parameter would be clipped, and why.
 
     Args:
       params: as for a call; shapes are enough.
@@ -231,10 +231,10 @@ class ClippedGrad:
       rng: as for a call.
 
     Returns:
-      What was printed: the method, and for each rule its parameters, what its
-      gradients are seen as, the way to their norms, and what that costs for one
-      example beyond the clipped sum: floating-point operations, bytes read and
-      written, bytes kept.
+      The printed text: the method, and for each rule its parameters, the form
+      of its gradients, the way to their norms, and its cost for one example
+      beyond the clipped sum: floating-point operations, bytes read and written,
+      bytes kept.
     """
     text = self.explanation(params, batch, rng=rng)
     print(text)
@@ -243,7 +243,7 @@ class ClippedGrad:
   def explanation(
     self, params: PyTree, batch: PyTree, *, rng: Any = None
   ) -> str:
-    """What `explain` prints, with the same arguments."""
+    """Returns what `explain` prints, with the same arguments."""
     method, reason, chosen, named = self._explained(params, batch, rng)
     return explain.table(
       method, reason, self._platform, chosen, named[False], named[True]
@@ -252,7 +252,7 @@ class ClippedGrad:
   def ways(
     self, params: PyTree, batch: PyTree, *, rng: Any = None
   ) -> dict[str, str]:
-    """By each trained parameter's path how it is clipped, in a phrase."""
+    """Returns, by each trained parameter's path, how it is clipped."""
     method, _, chosen, _ = self._explained(params, batch, rng)
     is_frozen = freezing.split(params, self.frozen).is_frozen
     names = zip(freezing.names(params), is_frozen, strict=True)
@@ -261,7 +261,7 @@ class ClippedGrad:
     )
 
   def scaling(self, params: PyTree) -> tuple[Scaling, list[int]]:
-    """How gradients are shortened, and each trained parameter's group."""
+    """Returns how gradients are scaled, and each trained parameter's group."""
     scaling, groups, _ = self._scaling(
       params, freezing.split(params, self.frozen).is_frozen
     )
@@ -356,46 +356,46 @@ def clipped_grad(
       "vmap", so does one with activations of about 3e38, however small its
       gradient, and one that is shortened, with activations so large (a layer's
       sum above about 1e28 l2_clip_norm) that what they meet would underflow.
-    * Randomness in the loss keeps it, if `rng` is secret and new at each step,
-      or goes by the example: see `ClippedGrad.__call__`.
-    * Norms and sums are float32 or wider whatever the dtype of the model.
+    * Randomness in the loss does not weaken this, if `rng` is secret and new at
+      each step, or depends on the example: see `ClippedGrad.__call__`.
+    * Norms and sums are float32 or wider, whatever the dtype of the model.
 
   Args:
     loss_fn: (params, example[, rng]) -> loss, or (loss, aux) with has_aux. An
       example is one unit of privacy: a pytree without the batch axis.
-    l2_clip_norm: finite, at least 1e-12; or a prefix pytree of params with one
-      such norm a group, for per-layer clipping.
+    l2_clip_norm: finite, at least 1e-12; or, for per-layer clipping, a prefix
+      pytree of params with one such norm for each group.
     has_aux: whether loss_fn returns (loss, aux).
     method: "bookkeeping" takes about the time of an ordinary gradient and
       keeps activations and the gradients of layer outputs; "two_pass" takes
-      about two thirds more and the memory of an ordinary gradient; "vmap"
-      instantiates every gradient, and is the reference. "auto" takes
-      "two_pass" where the loss rematerialises, "bookkeeping" elsewhere; what it
-      does with each parameter is told by fn.explain(params, batch). A loss with
-      effects other than printing, as of jax.new_ref, goes to "vmap" whatever is
-      asked for.
+      about two thirds more time and the memory of an ordinary gradient; "vmap"
+      instantiates every gradient, and is the reference. "auto" chooses
+      "two_pass" where the loss rematerialises, and "bookkeeping" elsewhere;
+      fn.explain(params, batch) prints what is done with each parameter. A loss
+      with effects other than printing, such as those of jax.new_ref, always
+      uses "vmap".
     microbatch_size: how many examples are worked on at once; must divide the
       batch. Microbatches are added up with two floats a number. None: the whole
       batch, or fewer where that is faster.
-    rescale_to_unit_norm: divide by the clip norm, so that the learning rate
-      does not depend on it.
-    platform: "cpu", "gpu" or "tpu", whose costs and rounding the choices go
-      by; None: those of the default device.
+    rescale_to_unit_norm: whether to divide by the clip norm, so that the
+      learning rate does not depend on it.
+    platform: "cpu", "gpu" or "tpu": the platform whose costs and rounding
+      decide the choices; None: that of the default device.
     normalize_gamma: None to clip. A number, at least 1e-12, to normalise
       instead, g * C / (||g||_2 + gamma): automatic clipping (Bu et al. 2023,
       arXiv:2206.07136).
     frozen: parameters that are not trained: a bool or prefix pytree of params
       of bools, True where frozen, or a predicate on a parameter's path, such as
-      "encoder/0/kernel". No gradient of theirs is formed, and norm, sum and
-      noise are without them; in `sum` None stands for each, see
+      "encoder/0/kernel". Their gradients are not formed, and norm, sum and
+      noise do not contain them; `sum` has None for each, see
       `dpdist.clipping.partition`. In a pytree l2_clip_norm, a group that is
-      wholly frozen must have None for its norm. None: all are trained.
+      wholly frozen must have the norm None. None: all are trained.
 
   Returns:
     A `ClippedGrad`: fn(params, batch) -> ClippedGrads, and fn.sensitivity().
 
   Raises:
-    ValueError: names the argument, its value and what would be right.
+    ValueError: with the argument's name, its value and what would be right.
   """
   fn = ClippedGrad(
     loss_fn,
@@ -413,7 +413,7 @@ def clipped_grad(
 
 
 def _check(fn: ClippedGrad) -> None:
-  """Refuses an argument that is out of its range."""
+  """Raises ValueError for an argument that is out of its range."""
   checks.arguments(
     l2_clip_norm=fn.l2_clip_norm,
     method=fn.method,

@@ -1,28 +1,29 @@
-"""Whether examples are as long as their norms say, seen along one direction.
+"""Checks along one direction that gradients are as long as their norms say.
 
-The derivative of an example's loss along v ~ N(0, I) is <g, v>, for which
-forward mode needs neither a rule nor a norm of ours. It is normal with standard
+The derivative of an example's loss along v ~ N(0, I) is <g, v>. Forward mode
+computes it without any of our rules or norms. It is normal with standard
 deviation |g|, so that a scaled gradient of at most C has
 
   P(scale |<g, v>| > 6.5 C) <= P(|N(0, 1)| > 6.5) = 8.03e-11.
 
-An example beyond that is taken for one whose norm was too small: it adds 0 to
-the sum; with several groups the limit is longer, see `limit_of`. Of a scaled
-gradient of k C it is found with probability 0.32 for k =
-6.5, 0.52 for 10, 0.74 for 20 and 0.82 from 50 on, by what follows; none for k =
-1.02. An example whose derivative is not finite adds 0, too, without an alarm.
+For an example beyond that limit, the norm is taken to be too small, and the
+example adds 0 to the sum; with several groups the limit is longer, see
+`limit_of`. With the check below, a scaled gradient of length k C is found with
+probability 0.32 for k = 6.5, 0.52 for 10, 0.74 for 20 and 0.82 from 50 on; none
+is found for k = 1.02. An example whose derivative is not finite also adds 0,
+but raises no alarm.
 
 That the numbers are floats adds little:
-  * Float32 normals end at 5.42. They are normals under the condition that all
-    lie in a symmetric box, which makes {|<g, v>| <= t} no less likely (Royen
-    2014, the Gaussian correlation inequality). Their grid moves <g, v> by 1e-4
-    of |g|, rounding to bfloat16 by 2^-9: P stays below 1e-10.
-  * The derivative itself is rounded, and where large terms cancel, by more than
-    it should be; in bfloat16 that is common. So a suspect is confirmed: the
-    derivative is taken again along eight other directions, v with each entry
-    made longer or shorter by 2^-6. A true one moves by about 2^-6 of |g|; one
-    that is rounding error is drawn anew. Only where all eight are within an
-    eighth of the first is the example left out.
+  * Float32 normals are at most 5.42. They are normals under the condition that
+    all lie in a symmetric box, which makes {|<g, v>| <= t} no less likely
+    (Royen 2014, the Gaussian correlation inequality). Their grid moves <g, v>
+    by 1e-4 of |g|, rounding to bfloat16 by 2^-9: P stays below 1e-10.
+  * The derivative itself is rounded, and by much where large terms cancel; in
+    bfloat16 that is common. So a suspect is confirmed: the derivative is taken
+    again along eight other directions, v with each entry made longer or shorter
+    by 2^-6. A true derivative moves by about 2^-6 of |g|; one that is rounding
+    error is drawn anew. Only where all eight are within an eighth of the first
+    is the example left out.
 """
 
 from collections.abc import Callable, Sequence
@@ -43,25 +44,27 @@ from dpdist.clipping.trace import varying_axes
 
 PyTree = Any
 
-# Of an example of one group, in clip norms.
+# The limit for an example with one group, in clip norms.
 _LIMIT = 6.5
 _CONFIRMATIONS = 8
 _CHANGE = 2.0**-6
 _AGREES = 2.0**-3
 
-# From a direction, one array a parameter, to the derivatives [B] along it.
+# Maps a direction, an array a parameter, to the derivatives [B] along it.
 Derive = Callable[[Sequence[Any]], jax.Array]
 
 
 class Seen(NamedTuple):
-  """What a watched chunk showed; sensitive, and only asked whether it is any.
+  """What a watched chunk showed; sensitive.
+
+  The loop reads only whether any entry of `found` is not 0.
 
   Attributes:
-    found: int32 [devices, trained parameters], the examples that were left out
-      because they were longer than their norms said, by the parameter that they
-      are longest along; and a 1 for a sum that is not finite, which is left out
-      whole.
-    norms: [chunk] of the examples' gradients, before clipping.
+    found: int32 [devices, trained parameters], the number of examples that were
+      left out because they were longer than their norms said, each counted at
+      the parameter with its longest part; plus 1 for a sum that is not finite,
+      which is left out as a whole.
+    norms: [chunk], norms of the examples' gradients before clipping.
   """
 
   found: jax.Array
@@ -69,10 +72,10 @@ class Seen(NamedTuple):
 
 
 def limit_of(num_groups: int) -> float:
-  """The length, in clip norms, from which on an example is a suspect.
+  """Returns the length, in clip norms, beyond which an example is a suspect.
 
-  It is longer where an example has several groups, which are looked at apart:
-  all together pass it with the probability that one has of passing 6.5.
+  With several groups, each is checked on its own against a longer limit: the
+  probability that any passes it is at most that of one group passing 6.5.
   """
   normal = statistics.NormalDist()
   return -normal.inv_cdf(normal.cdf(-_LIMIT) / num_groups)
@@ -83,12 +86,12 @@ class Watched(Scaling):
   """Scaling that leaves out examples that are longer than their norms say.
 
   Attributes:
-    derive: the derivatives of the examples' losses along a direction.
-    direction: one array, or `shards.Shard`, of normal numbers a parameter.
+    derive: returns the derivatives of the examples' losses along a direction.
+    direction: an array, or `shards.Shard`, of normal numbers a parameter.
     groups: for each parameter the number of the group it is clipped with.
-    found: what `scales` found, [B, parameters] bool: of an example that is
-      left out, the parameter along which it is longest. For the one trace that
-      this object is made in.
+    found: what `scales` found, [B, parameters] bool: for each example that is
+      left out, True at the parameter with its longest part. It belongs to the
+      one trace that this object is made in.
   """
 
   derive: Derive
@@ -102,7 +105,7 @@ class Watched(Scaling):
     keep: jax.Array,
     lost: Sequence[jax.Array] = (),
   ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """As of `Scaling`, but exactly 0 for an example that was found out."""
+    """Computes `Scaling`'s factors, but 0 for examples that it finds."""
     scales, norms = super().scales(norms, keep, lost)
     bounds = [
       bound / more
@@ -115,8 +118,8 @@ class Watched(Scaling):
       for scale, d, bound in zip(scales, seen, bounds, strict=True)
     ]
     some = jnp.any(jnp.stack(suspects))
-    # Inside, parameters are put together: all that have parts of one must agree
-    # whether to do so.
+    # Confirming gathers parameters, so all devices with parts of one must agree
+    # whether to confirm.
     axes = {x.axis for x in self.direction if isinstance(x, shards.Shard)}
     for axis in sorted(axes):
       some = jax.lax.pmax(some.astype(jnp.int32), axis) > 0
@@ -128,7 +131,7 @@ class Watched(Scaling):
     nobody = nobody & suspects[0][:, None]
     found = jax.lax.cond(some, confirm, lambda: nobody)
     self.found.append(found)
-    # Of one without a derivative, which overflows, nothing is known: no alarm,
+    # If an example's derivative overflows, nothing is known: raise no alarm,
     # for its norm may be right.
     is_known = jnp.all(jnp.isfinite(jnp.stack(seen)), axis=0)
     out = jnp.any(found, axis=1) | ~is_known
@@ -147,7 +150,7 @@ class Watched(Scaling):
     seen: Sequence[jax.Array],
     suspects: Sequence[jax.Array],
   ) -> jax.Array:
-    """Which suspects are no rounding error, [B, parameters] bool."""
+    """Returns which suspects are no rounding error, [B, parameters] bool."""
     changed = _CONFIRMATIONS * len(seen)
 
     def one(number: jax.Array) -> jax.Array:
@@ -196,14 +199,14 @@ class Watched(Scaling):
 
 
 def seen(grads: Any) -> tuple[Any, Seen | None]:
-  """Some `ClippedGrads`, and what they showed; None where nobody watched."""
+  """Returns grads, a sum that is not finite set to 0, and a `Seen` or None."""
   if grads.found is None:
     return grads, None
   is_finite = jnp.stack(
     [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(grads.sum)]
   )
   found = jnp.sum(grads.found, axis=0, dtype=jnp.int32) + ~is_finite
-  # No example is left to blame. Of clipped gradients none could be so.
+  # A sum of clipped gradients cannot be like that, and no example can be named.
   kept = jax.tree.map(
     lambda x: jnp.where(jnp.all(is_finite), x, 0), (grads.sum, grads.low)
   )
@@ -214,7 +217,7 @@ def seen(grads: Any) -> tuple[Any, Seen | None]:
 def laid_out(
   direction: PyTree | None, leaves: Sequence[Any], axes: frozenset[str]
 ) -> list[Any] | None:
-  """The direction's leaves, as the parameters' lie; None of None.
+  """Returns the direction's leaves laid out like the parameters; None of None.
 
   Args:
     direction: pytree with an array for each of leaves.
@@ -241,20 +244,20 @@ def laid_out(
 
 
 def signs(shape: Sequence[int], seed: jax.Array | int) -> jax.Array:
-  """1 and -1 as by a coin, int32, the same for everyone.
+  """Returns public pseudorandom signs, 1 and -1, int32.
 
-  Not by `jax.random`, which takes a second to compile for eight devices.
+  Does not use `jax.random`, which takes a second to compile for eight devices.
   """
   x = jnp.arange(math.prod(shape), dtype=jnp.uint32).reshape(shape)
   x = x + jnp.asarray(seed, jnp.uint32) * jnp.uint32(0x9E3779B9)
-  # The last steps of MurmurHash3, which make each bit depend on all.
+  # The last steps of MurmurHash3, which make each bit depend on all bits.
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
   return 1 - 2 * ((x ^ (x >> 16)) & 1).astype(jnp.int32)
 
 
 def found(scaling: Scaling) -> jax.Array | None:
-  """What was found, [B, parameters] bool; None where nobody looked."""
+  """Returns what was found, [B, parameters] bool; None if unwatched."""
   if not isinstance(scaling, Watched):
     return None
   (one,) = scaling.found
@@ -269,16 +272,16 @@ def watch(
   direction: Sequence[Any] | None,
   groups: Sequence[int],
 ) -> Scaling:
-  """The same scaling, with an eye on the examples if there is a direction.
+  """Returns the same scaling, which checks examples if there is a direction.
 
   A loss with effects is not looked at: what it writes would be written again.
 
   Args:
-    scaling: how gradients are shortened.
+    scaling: how gradients are scaled.
     traced: the loss.
     parts: the parameters; some may be `shards.Shard`s.
     examples: pytrees; every leaf has the leading axis B.
-    direction: of `laid_out`.
+    direction: from `laid_out`.
     groups: for each trained parameter the number of the group it is clipped
       with.
   """
@@ -310,14 +313,14 @@ def _deriver(
     return lambda direction: nothing
 
   if traced.block.has_custom_vjp():
-    # Which has no forward mode: one gradient after the other.
+    # A custom_vjp has no forward mode: take one gradient after the other.
     whole = [shards.whole(x) for x in leaves]
     constants = [shards.whole(x) for x in frozen]
 
     def dotted(example: tuple[PyTree, ...], direction: list[Any]) -> jax.Array:
       loss = lambda leaves: traced.loss_fn(leaves, constants, *example)[0]
       parts = zip(jax.grad(loss)(whole), direction, strict=True)
-      # Not as a product, which accelerators make of rounded operands.
+      # Not a dot product, whose operands accelerators round.
       sums = [jnp.sum(wide(g) * wide(v)) for g, v in parts]
       return jnp.sum(jnp.stack(sums))
 
@@ -333,7 +336,7 @@ def _deriver(
     def loss(leaves: list[Any]) -> jax.Array:
       if not in_parts:
         return traced.loss_fn(leaves, frozen, *example)[0]
-      # No more than a block of a deep model is ever whole.
+      # Gathers no more than one block of a deep model at a time.
       values = [*leaves, *frozen, *jax.tree.leaves(example)]
       return evaluate.forward(traced.block, values, {})[0][0]
 

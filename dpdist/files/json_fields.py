@@ -1,9 +1,9 @@
-"""JSON: what comes from outside is held against what it should be.
+"""Checks JSON that is read from outside, and writes strict JSON.
 
-Python reads more than one means: an integer where a float was, True for 1, a
-list for a text, numbers that no float holds. What is read from a disk is
-therefore checked field by field, before anything is computed with it. What goes
-out is strict JSON.
+Python's parser accepts values of the wrong type: an integer where a float was
+written, True for 1, a list for a text, numbers too large for a float. So what
+is read from disk is checked field by field, before anything is computed with
+it.
 """
 
 from collections.abc import Mapping
@@ -11,7 +11,7 @@ import json
 import math
 from typing import Any
 
-# Beyond it nothing here counts anything.
+# Counts are below this number.
 _LARGEST = 2**63
 
 
@@ -19,11 +19,11 @@ def parse(data: bytes | str, what: str) -> dict[str, Any]:
   """Reads a JSON object.
 
   Args:
-    data: its text.
-    what: it is, for messages.
+    data: the text.
+    what: a name for the object in error messages.
 
   Raises:
-    ValueError: it is no JSON, or no object.
+    ValueError: the text is not JSON, or not an object.
   """
   try:
     value = json.loads(data)
@@ -35,13 +35,13 @@ def parse(data: bytes | str, what: str) -> dict[str, Any]:
 
 
 def strict(value: Any) -> Any:
-  """The same value, as JSON can hold it.
+  """Returns the same value in a form that strict JSON can hold.
 
-  JSON has no way to write NaN and infinity. They become the strings "NaN",
-  "Infinity" and "-Infinity", which Python's float reads.
+  JSON cannot write NaN and infinity. They become the strings "NaN", "Infinity"
+  and "-Infinity", which Python's float reads.
 
   Args:
-    value: of dicts, lists, tuples, strings, numbers, bools and None.
+    value: made of dicts, lists, tuples, strings, numbers, bools and None.
   """
   if isinstance(value, Mapping):
     return {name: strict(x) for name, x in value.items()}
@@ -53,20 +53,20 @@ def strict(value: Any) -> Any:
 
 
 def text(value: Any) -> str:
-  """Strict JSON for programs and people, of several lines; see `strict`."""
+  """Returns strict JSON on several lines, easy to read; see `strict`."""
   return json.dumps(strict(value), indent=2, allow_nan=False)
 
 
 def check(record: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
-  """Holds fields of a record against their kinds; others may be there.
+  """Checks the kinds of a record's fields; the record may have more fields.
 
   Args:
     record: from JSON.
-    kinds: by name, int (not negative, below 2^63), float (any finite number),
-      bool, str or dict.
+    kinds: for each field's name, int (not negative, below 2^63), float (any
+      finite number), bool, str or dict.
 
   Raises:
-    ValueError: names a field that is missing, or is of another kind.
+    ValueError: a field, which the message names, is missing or of another kind.
   """
   for name, kind in kinds.items():
     if name not in record:
@@ -78,7 +78,7 @@ def check(record: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
 
 
 def is_of(kind: type, value: Any) -> bool:
-  """Whether a value is of a kind; see `check`."""
+  """Returns whether a value is of a kind; see `check`."""
   if isinstance(value, bool):
     return kind is bool
   if kind is int:

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def digest(value: bytes) -> str:
-  """SHA-256, hex."""
+  """Returns SHA-256, hex."""
   return hashlib.sha256(value).hexdigest()
 
 
@@ -18,12 +18,12 @@ def _canonical(value: Mapping[str, Any]) -> bytes:
 
 
 def sealed(value: Mapping[str, Any]) -> bytes:
-  """Canonical JSON of a value and of its digest, under "sha256"."""
+  """Returns canonical JSON of a value with its digest, under "sha256"."""
   return _canonical({**value, "sha256": digest(_canonical(value))})
 
 
 def is_whole(value: bytes) -> bool:
-  """Whether a value is exactly what `sealed` made."""
+  """Returns whether a value is exactly what `sealed` returned."""
   try:
     body = json.loads(value)
     del body["sha256"]
@@ -33,10 +33,10 @@ def is_whole(value: bytes) -> bool:
 
 
 def written(value: bytes) -> bytes:
-  """A value, less what a killed writer may have left at its end.
+  """Returns a value without what a killed writer may have left at its end.
 
-  On a disk tensorstore writes over the file that another was writing when it
-  was killed, and does not cut off what is longer.
+  On a disk, tensorstore overwrites the file that a killed process was writing,
+  but does not shorten it if it was longer.
   """
   try:
     _, end = json.JSONDecoder().raw_decode(value.decode("latin-1"))

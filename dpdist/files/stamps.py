@@ -1,11 +1,11 @@
-"""Whether files are still those that were opened.
+"""Checks whether files are still those that were opened.
 
-What is looked at is what the file system tells of a file. Its time of change
-can be set back by anyone who may write there. The time at which anything of the
-file was changed, its ctime, cannot: but it is also another after a file was
-renamed or linked to, and after its mode, owner or labels were changed. So a
-ctime alone accuses nobody; it says whose content has to be looked at again.
-Where the platform tells no such time, as Windows, there is nothing to look at.
+The check reads the file system's metadata. Anyone who may write a file can set
+back its modification time (mtime). The time of any change to the file or its
+metadata (ctime) cannot be set back, but it also changes when a file is renamed
+or linked to, or when its mode, owner or labels change. So a new ctime alone
+proves nothing; it only says whose content has to be read again. Windows and
+other platforms without such a time have no ctime check.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,14 +14,14 @@ import threading
 
 
 class FileStamps:
-  """The size, time of change and inode of files, as they were found.
+  """The sizes, mtimes and inodes of files, as they were found.
 
-  A file that is written to, or has another in its place, has another stamp.
-  Content is looked at only where a file was touched and is otherwise as it was,
-  so that asking costs next to nothing.
+  A file that is written to or replaced has another stamp. Content is read only
+  if a file's ctime changed while its stamp did not, so checks cost next to
+  nothing.
 
   Raises:
-    OSError: a file cannot be looked at.
+    OSError: the metadata of a file cannot be read.
   """
 
   def __init__(self, paths: Iterable[str | os.PathLike[str]]):
@@ -31,33 +31,32 @@ class FileStamps:
 
   @property
   def paths(self) -> list[str]:
-    """Of the files."""
+    """Returns the paths of the files."""
     return list(self._stamps)
 
   def is_touched(self) -> bool:
-    """Whether the ctime of a file is another; looks at no content.
+    """Returns whether a file's ctime changed; reads no content.
 
     Raises:
-      OSError: as in `changed`.
+      OSError: a file cannot be checked now, but perhaps later.
     """
     return any(_ctime(path) != time for path, time in self._ctimes.items())
 
   def changed(self, is_same: Callable[[], bool]) -> list[str]:
-    """The files that are not what they were.
+    """Returns the files that changed.
 
     Args:
-      is_same: whether all of their content is what it was, by a hash of it;
-        called only where the size, time and inode of all are what they were,
-        and the ctime of one is not.
+      is_same: returns whether a hash of all their content is what it was. It is
+        called only where no stamp changed but a ctime did.
 
     Raises:
-      OSError: a file cannot be looked at now, but perhaps later.
+      OSError: a file cannot be checked now, but perhaps later.
     """
     with self._lock:
       changed = [
         path for path, stamp in self._stamps.items() if _stamp(path) != stamp
       ]
-      # Before content is read, so that no change after that is missed.
+      # Taken before content is read, so that no later change is missed.
       ctimes = {path: _ctime(path) for path in self._ctimes}
       if changed or ctimes == self._ctimes:
         return changed
@@ -68,7 +67,7 @@ class FileStamps:
 
 
 def _ctime(path: str | os.PathLike[str]) -> int:
-  # Elsewhere it is the time at which the file was made.
+  # Elsewhere st_ctime is the time at which the file was made.
   return os.stat(path).st_ctime_ns if os.name == "posix" else 0
 
 

@@ -1,18 +1,18 @@
 """Secrets and the named streams of randomness that are derived from them.
 
-One run has one secret of 32 bytes. Whatever is random in the run (which
-examples are drawn, the noise, dropout, the initial parameters) is a function of
-(secret, stream, branch, step), so there is no generator state to save, and a
-run that resumes draws what it would have drawn without the interruption.
+One run has one secret of 32 bytes. Everything random in the run (which examples
+are drawn, the noise, dropout, the initial parameters) is a function of (secret,
+stream, branch, step). So there is no generator state to save, and a resumed run
+draws what it would have drawn without the interruption.
 
 A stream is a name, such as "sampling" or "noise". A branch is the name of a
-history: steps that are run again, but not bit for bit, need randomness that is
-new, and a new branch gives it.
+history: steps that are run again, but not bit for bit, need new randomness,
+which a new branch gives them.
 
-Derivation is HMAC-SHA256 (RFC 2104) with the secret as its key; it is a
-pseudorandom function, so streams are as good as independent of one another for
-everyone who does not hold the secret. The adversary of differential privacy
-must not hold it: who knows the secret can subtract the noise.
+Keys are derived by HMAC-SHA256 (RFC 2104) with the secret as its key. That is a
+pseudorandom function, so streams are as good as independent for everyone who
+does not have the secret. The adversary of differential privacy must not have
+it: whoever knows the secret can subtract the noise.
 """
 
 import contextlib
@@ -37,16 +37,16 @@ _WORDS = b"dpdist.keys/prng_words/v1\0"
 
 
 def load_or_create_secret(path: str | os.PathLike[str]) -> bytes:
-  """Reads the secret at `path`; where there is none, makes one.
+  """Reads the secret at `path`, or makes one if there is none.
 
-  A new secret comes from the operating system. It appears under its name whole
-  and on disk, or not at all: it is written to a file beside it and then
-  hard-linked into place. So processes that start at once agree on one secret,
-  and an existing file is never overwritten.
+  A new secret comes from the operating system. It is written to another file
+  and then hard-linked into place, so that under its name it is on disk as a
+  whole or not at all. So processes that start at once agree on one secret, and
+  an existing file is never overwritten.
 
   Args:
     path: The file of the secret. Its directory must exist, on a file system
-      that has hard links.
+      with hard links.
 
   Returns:
     The secret, `SECRET_BYTES` bytes.
@@ -61,8 +61,8 @@ def load_or_create_secret(path: str | os.PathLike[str]) -> bytes:
     return _read_secret(path)
   except FileNotFoundError:
     _create_secret(path)
-  # Read back also by the process that made it: it may have lost the race, and
-  # then another process's secret is the one in place.
+  # Read it back even if this process made one: it may have lost the race, and
+  # then another process's secret is in place.
   return _read_secret(path)
 
 
@@ -70,7 +70,7 @@ def _read_secret(path: pathlib.Path) -> bytes:
   # O_NONBLOCK: opening a named pipe must fail below rather than hang here.
   descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
   with open(descriptor, "rb") as file:
-    # Ask the open file, not its name, which could be replaced in between.
+    # Ask the open file, not the path, which could be replaced in between.
     mode = os.fstat(descriptor).st_mode
     if not stat.S_ISREG(mode):
       raise ValueError(f"path must be a regular file, got {str(path)!r}")
@@ -91,17 +91,17 @@ def _read_secret(path: pathlib.Path) -> bytes:
 
 
 def _create_secret(path: pathlib.Path) -> None:
-  """Puts a new secret at `path`, unless a file has appeared there by then."""
+  """Puts a new secret at `path`, unless a file has appeared there since."""
   draft = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
   flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
   try:
     with open(os.open(draft, flags, 0o600), "wb") as file:
-      # The umask can only take bits away; this gives back the owner's.
+      # The umask may have removed the owner's permissions; this restores them.
       os.fchmod(file.fileno(), 0o600)
       file.write(os.urandom(SECRET_BYTES))
       file.flush()
       os.fsync(file.fileno())
-    # Where another process was first, its secret holds.
+    # If another process was first, its secret is used.
     with contextlib.suppress(FileExistsError):
       os.link(draft, path)
   finally:
@@ -134,8 +134,8 @@ def insecure_secret(seed: int) -> bytes:
 def secret_hash(secret: bytes) -> str:
   """Returns a name for `secret` that is safe to record and to publish.
 
-  It tells two secrets apart, does not reveal them, and is in no relation to
-  anything that `derive` gives.
+  Different secrets have different names. A name does not reveal the secret and
+  is unrelated to anything that `derive` returns.
 
   Args:
     secret: `SECRET_BYTES` bytes.
@@ -158,7 +158,8 @@ def derive(secret: bytes, stream: str, *, branch: str = "") -> bytes:
     branch: The name of the history that the key is for.
 
   Returns:
-    `SECRET_BYTES` bytes, which differ between any two (secret, stream, branch).
+    `SECRET_BYTES` bytes; different (secret, stream, branch) give different
+    ones.
 
   Raises:
     ValueError: An argument is not as described.
@@ -168,7 +169,7 @@ def derive(secret: bytes, stream: str, *, branch: str = "") -> bytes:
   if not isinstance(branch, str):
     raise ValueError(f"branch must be a str, got {branch!r}")
   name = stream.encode()
-  # With its length in front, no name can run into what follows it.
+  # With the length in front, a name cannot be confused with what follows.
   message = len(name).to_bytes(8, "big") + name + branch.encode()
   return _mac("secret", secret, _DERIVE + message)
 
@@ -176,14 +177,14 @@ def derive(secret: bytes, stream: str, *, branch: str = "") -> bytes:
 def prng_words(key: bytes, step: int | None = None) -> np.ndarray:
   """Returns the words of a JAX key, for `jax.random.wrap_key_data`.
 
-  `jax.random.key(seed)` keeps 32 bits of its seed only, hence words. There are
-  64 bits of them, so the chance that any two of T steps share their words is
-  below T^2 / 2^65: 2e-10 for 100,000 steps.
+  `jax.random.key(seed)` keeps only 32 bits of its seed, hence words. They have
+  64 bits, so the chance that any two of T steps share their words is below
+  T^2 / 2^65: 2e-10 for 100,000 steps.
 
   Args:
     key: `SECRET_BYTES` bytes, from `derive`.
-    step: The step that the words are for, in [0, 2^63), or None for words of
-      the whole stream, which are those of no step.
+    step: The step that the words are for, in [0, 2^63). None gives words for
+      the whole stream, which differ from those of any step.
 
   Returns:
     uint32[2], the same on every platform.
@@ -199,7 +200,7 @@ def prng_words(key: bytes, step: int | None = None) -> np.ndarray:
 
 def _mac(name: str, key: bytes, message: bytes) -> bytes:
   # HMAC pads short keys with zeros: a fixed length keeps keys distinct. The
-  # message of the error leaves the value out, because it is a secret.
+  # error message leaves out the value, because it is a secret.
   if not isinstance(key, bytes) or len(key) != SECRET_BYTES:
     got = f"{len(key)} bytes" if isinstance(key, bytes) else type(key).__name__
     raise ValueError(f"{name} must be {SECRET_BYTES} bytes, got {got}")

@@ -1,1 +1,1 @@
-"""Where a plan meets sampler, clipped sum and noise."""
+"""Binds a plan to its sampler, clipped sum and noise."""

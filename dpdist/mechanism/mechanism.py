@@ -1,18 +1,18 @@
-"""The one page where the plan meets sampler, clipped sum and noise.
+"""Binds a plan to its sampler, clipped sum and noise.
 
-The privacy rooms (sampling, clipping, noise, accounting) do not know each
-other. Here, and only here, the numbers of one plan are handed to all of them,
-so that what runs is what was accounted for:
+The packages sampling, clipping, noise and accounting do not import each other.
+Only this module passes the numbers of one plan to all of them, so that what
+runs is what was accounted for:
 
   sampler      draws as plan.sampling says, with plan.sampling_probability
   clipped sum  has l2 sensitivity S under plan.neighboring_relation
   noise        has standard deviation plan.noise_multiplier * S on that sum
   division     is by plan.expected_batch_size, a public number
 
-One step is then one subsampled Gaussian mechanism, plan.num_steps of which
-plan.epsilon() composes. Where a schedule changes the numbers, they are those of
-the step's place among all that were charged under the plan, its release: every
-release happens once, whatever was charged and lost on the way.
+One step is then one subsampled Gaussian mechanism, and plan.epsilon() composes
+plan.num_steps of them. Where a schedule changes the numbers, a step's numbers
+are those of its release, that is its place among all steps charged under the
+plan. Every release happens once, even if steps were charged and lost.
 """
 
 import bisect
@@ -37,24 +37,24 @@ from dpdist.sums import compensated
 from dpdist.sums import fixed_point
 
 PyTree = Any
-# `Mechanism` has a method of the module's name.
+# Inside `Mechanism` the name `noise` is a method.
 _NoiseState = noise.GaussianNoiseState
 
-# With exact sums, examples are clipped by this much, a thousandth, earlier.
+# With exact sums, the clip norm in use is smaller by this part, a thousandth.
 _ROOM = 2.0**-10
-# In standard deviations; a float32 normal ends at 5.42.
+# In standard deviations; a float32 normal is at most 5.42.
 _LARGEST_NORMAL = 6
-# Of float32, less what scaling to limbs needs.
+# The largest float32, with room for scaling to limbs.
 _LARGEST_FLOAT = 2.0**96
 _LARGEST_GROUP = 2**13
 
 
 @dataclasses.dataclass(frozen=True)
 class Mechanism:
-  """Everything in a step that the privacy guarantee rests on.
+  """Everything in a step that the privacy guarantee depends on.
 
   Attributes:
-    plan: the numbers the run is bound to.
+    plan: the plan that the run is bound to.
     clipped_grad: (params, batch, ...) -> dpdist.clipping.ClippedGrads.
     sensitivity: l2 sensitivity of the clipped sum.
     noise_stddev: standard deviation of the noise on an entry of that sum.
@@ -84,11 +84,11 @@ class Mechanism:
   def noise(
     self, key: jax.Array, release: jax.Array | None = None
   ) -> optax.GradientTransformation:
-    """The noise for sums over all devices.
+    """Returns the noise mechanism for sums over all devices.
 
     Args:
       key: a typed PRNG key.
-      release: int32 scalar, of the step; needed where there is a schedule.
+      release: int32 scalar, the step's release; needed with a schedule.
     """
     if not self.plan.noise_schedule:
       return noise.gaussian_noise(self.noise_stddev, key)
@@ -108,36 +108,35 @@ class Mechanism:
     """Adds the noise of a step to its clipped sum.
 
     Guarantees:
-      What is returned is the sum, low included, and the noise, rounded
-      together: no part of the sum is rounded by itself, which would move it.
+      The sum, low included, and the noise are rounded together: no part of the
+      sum is rounded by itself, which would move it.
 
     Args:
-      total: over all devices.
-      state: of the noise.
+      total: the sum over all devices.
+      state: the state of the noise.
       key: as for `noise`.
       release: as for `noise`.
 
     Returns:
-      The noisy sum; and the state after it.
+      The noisy sum, and the next state of the noise.
     """
     zeros = jax.tree.map(jnp.zeros_like, total.high)
     drawn, state = self.noise(key, release).update(zeros, state)
     return compensated.add_once(total, drawn).high, state
 
   def grid(self, params: PyTree, num_devices: int) -> tuple[float, ...]:
-    """Units by which the devices' sums are added up; see
-    `dpdist.privacy.rounding`."""
+    """Returns the units of the sum over devices; see `rounding.grid`."""
     return rounding.grid(
       self.plan, num_devices, sum(x.size for x in jax.tree.leaves(params))
     )
 
   def noise_norm(self, num_entries: int, release: int) -> float:
-    """The length that the noise in the mean has, as a root of mean squares.
+    """Returns the root-mean-square norm of the noise in the mean gradient.
 
-    Public: it follows from the plan.
+    It is public, since it follows from the plan.
 
     Args:
-      num_entries: of the mean gradient, all parameters together.
+      num_entries: entries of the mean gradient, all parameters together.
       release: the step's place among all that are charged under the plan.
     """
     setting = self.plan.setting(release)
@@ -146,7 +145,7 @@ class Mechanism:
     return stddev * math.sqrt(num_entries)
 
   def mean(self, noisy_sum: PyTree, release: jax.Array | None = None) -> PyTree:
-    """The noisy sum over the expected, never the drawn, number of units.
+    """Divides the noisy sum by the expected, never the drawn, number of units.
 
     Args:
       noisy_sum: pytree of arrays.
@@ -162,7 +161,7 @@ class Mechanism:
     return jax.tree.map(lambda x: x / size, noisy_sum)
 
   def _now(self, values: list[float], release: jax.Array | None) -> Any:
-    """What a schedule says at a release: float32 scalar."""
+    """Returns a schedule's value at a release, a float32 scalar."""
     if release is None:
       raise ValueError("release must be given where the plan has a schedule")
     starts = jnp.array([setting.start for setting in self.plan.settings])
@@ -171,22 +170,22 @@ class Mechanism:
 
   @property
   def largest_in_group(self) -> float:
-    """A bound on every entry of a group's sum.
+    """Returns a bound on every entry of a group's sum.
 
-    The room between the clip norms is more than float32 rounds away in groups
-    of up to 2**13 examples.
+    The room between the clip norms is more than float32 loses by rounding in
+    groups of up to 2**13 examples.
     """
     assert self.exact_group_size is not None
     return self.exact_group_size * self.plan.l2_clip_norm
 
   @property
   def largest_noise(self) -> float:
-    """A bound on every entry of the noise."""
+    """Returns a bound on every entry of the noise."""
     return _LARGEST_NORMAL * self.noise_stddev
 
   @property
   def largest_sum(self) -> float:
-    """A bound on every entry of the noisy sum."""
+    """Returns a bound on every entry of the noisy sum."""
     return self._most_groups * self.largest_in_group + self.largest_noise
 
   @property
@@ -195,10 +194,10 @@ class Mechanism:
     return -(-self.plan.num_examples // self.exact_group_size)
 
   def sum_format(self, params: PyTree) -> fixed_point.Format:
-    """The format of the exact sum of gradients of params."""
+    """Returns the format of the exact sum of gradients of params."""
     return fixed_point.choose(
       largest=self.largest_sum,
-      # A group's sum, and what rounding left out of it.
+      # Each group adds two terms: its sum, and what rounding left out of it.
       num_terms=2 * self._most_groups,
       num_entries=sum(leaf.size for leaf in jax.tree.leaves(params)),
       tolerance=(_ROOM - rounding.ROOM) * self.plan.l2_clip_norm,
@@ -208,9 +207,10 @@ class Mechanism:
 def of(
   plan: plan_lib.PrivacyPlan, clipped_grad: clipping.ClippedGrad
 ) -> Mechanism:
-  """Binds a plan to a clipped gradient, whose sensitivity the noise follows.
+  """Binds a plan to a clipped gradient, whose sensitivity scales the noise.
 
-  That of a group, too: what one example of it can do is in the accounting.
+  With groups it is a group's sensitivity; the accounting covers what one
+  example of a group can do.
   """
   sensitivity = clipped_grad.sensitivity(plan.neighboring_relation)
   stddev = plan.noise_multiplier * sensitivity
@@ -230,21 +230,21 @@ def make(
   """Binds a plan to a loss.
 
   Args:
-    plan: the numbers.
+    plan: the plan.
     loss_fn: (params, example, rng) -> (loss, aux), for one example.
     method: how gradients are clipped; see `dpdist.clipped_grad`.
     microbatch_size: how many gradients exist at once on a device.
-    exact_group_size: see `Mechanism`; a step with one is
+    exact_group_size: see `Mechanism`; it needs the step
       `dpdist.training.exact_step.ExactStep`.
-    platform: what it is compiled for; see `dpdist.clipped_grad`.
-    frozen: from a parameter's path to whether it is not trained, and so in no
+    platform: the platform to compile for; see `dpdist.clipped_grad`.
+    frozen: maps a parameter's path to whether it is not trained, and so in no
       gradient, sum or noise; None: all are trained.
 
   Returns:
     The mechanism.
 
   Raises:
-    ValueError: names the argument, its value and what would be right.
+    ValueError: with the argument's name, its value and what would be right.
   """
   if exact_group_size is not None:
     for name in ("noise_schedule", "batch_size_schedule"):
@@ -273,7 +273,7 @@ def make(
   )
   made = of(plan, clipped_grad)
   if exact_group_size is not None:
-    # Noise is for the whole clip norm; examples are clipped a little earlier.
+    # Noise is for the full clip norm; examples are clipped to a smaller one.
     made = dataclasses.replace(
       made,
       clipped_grad=dataclasses.replace(
@@ -292,11 +292,10 @@ def make(
 
 @dataclasses.dataclass(frozen=True, repr=False)
 class Streams:
-  """The random streams of one branch of a run; each depends on its secret
-  alone.
+  """The random streams of one branch of a run.
 
-  A branch is a continuation that may see other data or other numbers than the
-  one before it; its keys are all new.
+  They depend only on the secret and the branch. A branch may have other data or
+  other numbers than the one before it, so all of its keys are new.
 
   Attributes:
     secret: 32 bytes; see `dpdist.keys`.
@@ -309,11 +308,11 @@ class Streams:
   def sampler(
     self, plan: plan_lib.PrivacyPlan, first_release: int = 0
   ) -> Callable[[int], np.ndarray]:
-    """Draws the plan's units: rows, or groups of rows.
+    """Returns a sampler of the plan's units: rows, or groups of rows.
 
     Args:
-      plan: the numbers.
-      first_release: of step 0; see `dpdist.ledger.history.Branch.release`.
+      plan: the plan.
+      first_release: step 0's; see `dpdist.ledger.history.Branch.release`.
     """
     seed = keys.derive(self.secret, "sampling", branch=self.branch)
     samplers = [
@@ -324,18 +323,18 @@ class Streams:
     starts = [setting.start for setting in plan.settings]
 
     def scheduled(step: int) -> np.ndarray:
-      # One seed for all: they never draw at the same step.
+      # All settings may share a seed: they never draw at the same step.
       index = bisect.bisect_right(starts, step + first_release) - 1
       return samplers[index](step)
 
     return scheduled
 
   def key(self, stream: str, step: int | None = None) -> jax.Array:
-    """A typed PRNG key for a named stream."""
+    """Returns a typed PRNG key for a named stream."""
     return noise.as_key(self.words(stream, step))
 
   def words(self, stream: str, step: int | None = None) -> np.ndarray:
-    """The uint32 [2] that the key is made of."""
+    """Returns the words, uint32 [2], that the key is made of."""
     key = keys.derive(self.secret, stream, branch=self.branch)
     return keys.prng_words(key, step)
 
@@ -346,7 +345,7 @@ def _sampler(
   first_release: int,
   seed: bytes,
 ) -> Callable[[int], np.ndarray]:
-  """Draws as one setting of a plan says."""
+  """Returns the sampler of one setting of a plan."""
   units, q = plan.num_units, plan.probability(setting)
   if plan.sampling == "fixed_size":
     return sampling.FixedSizeSampler(
@@ -367,7 +366,7 @@ def _sampler(
       num_examples=units,
       sampling_probability=q,
       cycle_length=plan.cycle_length,
-      # Python's remainder is right for the negative ones of a later branch.
+      # A later branch's may be negative; Python's remainder is not.
       offset=first_release % plan.cycle_length,
       seed=seed,
     )

@@ -1,4 +1,4 @@
-"""Private gradients in one line, for a training loop of one's own.
+"""Private gradients for your own training loop.
 
     plan = dpdist.make_plan(dpdist.PrivacyConfig(...))
     gradients = dpdist.private_gradients(loss_fn, plan, seed=secret)
@@ -12,10 +12,10 @@
       updates, opt_state = optimizer.update(got.gradient, opt_state, params)
       return optax.apply_updates(params, updates), opt_state, noise_state
 
-What is left to the loop, and the plan's guarantee rests on: batches are the
-plan's draws (`dpdist.PoissonSampler`, padded, never cut), a draw of nobody is a
-step too (of padding alone), the state goes from call to call and into
-checkpoints, and no state is used twice. `dpdist.train` does all of that.
+The plan's guarantee depends on what the loop does. Batches must be the plan's
+draws (`dpdist.PoissonSampler`, padded, never cut). An empty draw is a step too
+(of padding alone). The state goes from call to call and into checkpoints, and
+no state is used twice. `dpdist.train` does all of that.
 """
 
 from collections.abc import Callable
@@ -41,12 +41,12 @@ class PrivateGradients(NamedTuple):
 
   Attributes:
     gradient: (clipped sum + noise) / expected batch size: a pytree like params,
-      float32 or wider, None where a parameter is frozen. With groups: over the
-      expected number of groups.
-    loss: mean loss over the examples that are no padding; NaN if there are
+      float32 or wider, None where a parameter is frozen. With groups, it is
+      divided by the expected number of groups.
+    loss: mean loss over the examples that are not padding; NaN if there are
       none. NOT private.
-    aux: what loss_fn returned beside the loss, float leaves averaged like it,
-      as float32 or wider; None without has_aux. NOT private.
+    aux: what loss_fn returned beside the loss, float leaves averaged like the
+      loss, as float32 or wider; None without has_aux. NOT private.
   """
 
   gradient: PyTree
@@ -56,7 +56,7 @@ class PrivateGradients(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class PrivateGradientFn:
-  """See `private_gradients`, which makes it. The secret is not in its repr."""
+  """See `private_gradients`, which makes it. Its repr leaves out the secret."""
 
   mechanism: mechanism_lib.Mechanism
   _key: jax.Array = dataclasses.field(repr=False)
@@ -64,26 +64,26 @@ class PrivateGradientFn:
 
   @property
   def plan(self) -> plan_lib.PrivacyPlan:
-    """The numbers."""
+    """Returns the plan."""
     return self.mechanism.plan
 
   @property
   def clipped_grad(self) -> clipping.ClippedGrad:
-    """What clips and sums."""
+    """Returns the function that clips and sums gradients."""
     return self.mechanism.clipped_grad
 
   @property
   def sensitivity(self) -> float:
-    """Of the clipped sum, in the l2 norm."""
+    """Returns the l2 sensitivity of the clipped sum."""
     return self.mechanism.sensitivity
 
   @property
   def noise_stddev(self) -> float:
-    """Of the noise on an entry of that sum; of the first step's."""
+    """Returns the first step's noise standard deviation on a sum's entry."""
     return self.mechanism.noise_stddev
 
   def init(self, params: PyTree) -> noise.GaussianNoiseState:
-    """The state before the first step: a counter, which is all there is."""
+    """Returns the state before the first step, which is only a counter."""
     return noise.gaussian_noise(self.noise_stddev, self._key).init(params)
 
   def __call__(
@@ -95,27 +95,27 @@ class PrivateGradientFn:
     is_padding_example: jax.Array | None = None,
     rng: jax.Array | None = None,
   ) -> tuple[PrivateGradients, noise.GaussianNoiseState]:
-    """One step's gradient; may be compiled.
+    """Computes one step's gradient; may be compiled.
 
     Args:
       params: pytree of floating arrays.
-      batch: pytree; every leaf has the same leading axis B. All of the step's
-        examples, on one device.
-      state: from `init` or the call before.
+      batch: pytree of all of the step's examples, on one device; every leaf has
+        the same leading axis B.
+      state: from `init` or the previous call.
       is_padding_example: [B] bool; padding contributes exactly 0.
       rng: a PRNG key, or one for each example (for each group, if there are
-        groups), if loss_fn takes one. One key goes by row, and the guarantee
-        rests on it: it must be as secret as the seed and new at each step, see
-        `dpdist.clipped_grad`.
+        groups), if loss_fn takes one. A single key is split over rows, and the
+        guarantee depends on it: it must be as secret as the seed and new at
+        each step, see `dpdist.clipped_grad`.
 
     Returns:
-      PrivateGradients, and the next state. Past the plan's last step the
+      PrivateGradients, and the next state. After the plan's last step the
       gradient is NaN: nothing more may be spent.
 
     Raises:
       ValueError: as `dpdist.clipped_grad`; group_size does not divide the
-        batch; inside `jax.shard_map`, where each device would draw noise; the
-        plan is used up, or rng is the key of an int, and this is not compiled.
+        batch; inside `jax.shard_map`, where each device would draw noise; and,
+        unless compiled, if the plan is used up or rng is the key of an int.
     """
     if not self._is_public and rng is not None and noise.is_of_an_int(rng):
       raise ValueError(
@@ -186,35 +186,36 @@ def private_gradients(
 
   Guarantees:
     Each of the plan's steps is the Gaussian mechanism with the plan's noise
-    multiplier: noise has a standard deviation of that times the l2 sensitivity
-    of the clipped sum, whatever the other arguments say.
+    multiplier: the noise's standard deviation is that multiplier times the l2
+    sensitivity of the clipped sum, whatever the other arguments are.
 
   Args:
     loss_fn: (params, example[, rng]) -> loss, or (loss, aux) with has_aux.
-    plan: the numbers; its noise multiplier, steps and expected batch size.
-    seed: of the noise; see `dpdist.gaussian_noise`. A secret with 128 bits of
-      entropy or more, such as os.urandom(32), for the guarantee to hold; an int
-      is none. It becomes a constant of programs that this is compiled into.
+    plan: gives the noise multiplier, the steps and the expected batch size.
+    seed: the seed of the noise; see `dpdist.gaussian_noise`. For the guarantee
+      to hold it must be secret, with 128 bits of entropy or more, such as
+      os.urandom(32); an int is not. It becomes a constant of programs that this
+      is compiled into.
     has_aux: whether loss_fn returns (loss, aux).
     l2_clip_norm: a number, or a prefix pytree of params for per-layer clipping;
       noise grows with the root of the sum of squares. None: the plan's.
     method: see `dpdist.clipped_grad`; "two_pass" is norm accumulation: norms
       first, then one weighted backward pass.
     microbatch_size: how many gradients are worked on at once.
-    rescale_to_unit_norm: divide by the clip norm, noise included.
+    rescale_to_unit_norm: whether to divide by the clip norm, noise included.
     frozen: parameters that are not trained; see `dpdist.clipped_grad`.
-    rows_are_fixed: says that the rows of a group are always the same examples,
-      as the groups of a plan with a group_size must be: see
-      `dpdist.clipping.example_groups`. Of a Poisson draw of examples that is
-      closed up it is not true, and no noise would do.
-    batch_axis: 0.
+    rows_are_fixed: declares that the rows of a group are always the same
+      examples, as a plan with a group_size requires: see
+      `dpdist.clipping.example_groups`. It is not true for a Poisson draw of
+      examples that is packed without gaps: no noise would be enough for that.
+    batch_axis: must be 0.
 
   Returns:
     An object with init(params) -> state, and (params, batch, state, *,
     is_padding_example=None, rng=None) -> (PrivateGradients, state).
 
   Raises:
-    ValueError: names the argument, its value and what would be right.
+    ValueError: with the argument's name, its value and what would be right.
   """
   _check_arguments(plan, rows_are_fixed, batch_axis)
   if plan.group_size > 1:
@@ -238,7 +239,7 @@ def private_gradients(
 def _check_arguments(
   plan: plan_lib.PrivacyPlan, rows_are_fixed: bool, batch_axis: int
 ) -> None:
-  """Refuses what the plan's accounting is not of."""
+  """Raises ValueError for what the plan's accounting does not cover."""
   if isinstance(batch_axis, bool) or batch_axis != 0:
     raise ValueError(
       f"batch_axis must be 0, got {batch_axis!r}: move the examples' axis first"
@@ -254,7 +255,7 @@ def _check_arguments(
 
 
 def _mean(x: jax.Array, weight: jax.Array) -> jax.Array:
-  """The mean over the first axis; rows of weight 0 may hold anything."""
+  """Averages over the first axis; rows of weight 0 may hold anything."""
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   weight = weight.reshape(weight.shape + (1,) * (x.ndim - 1)).astype(dtype)
   total = jnp.sum(jnp.where(weight > 0, x * weight, 0), axis=0)

@@ -1,4 +1,4 @@
-"""What the drawn examples of a step did; sensitive, all of it."""
+"""Statistics of a step's drawn examples, all of them sensitive."""
 
 from typing import NamedTuple
 
@@ -10,12 +10,13 @@ from dpdist.mechanism import mechanism as mechanism_lib
 
 
 class Stats(NamedTuple):
-  """What the drawn examples did; sensitive, and never released by itself.
+  """Statistics of a step's drawn examples; sensitive, never released.
 
   Attributes:
-    num_examples: examples drawn.
-    num_clipped: those whose gradient was longer than the clip norm.
-    num_nonfinite: those left out because their gradient norm was not finite.
+    num_examples: number of examples drawn.
+    num_clipped: number of those whose gradient was longer than the clip norm.
+    num_nonfinite: number of those left out because their gradient norm was not
+      finite.
     loss: sum of the finite examples' losses.
   """
 
@@ -26,7 +27,7 @@ class Stats(NamedTuple):
 
 
 def no_stats(shards: int) -> Stats:
-  """Of no example, for each device that divides the examples."""
+  """Returns the stats of no example, for each device with examples."""
   count = lambda: jnp.zeros((shards,), jnp.int32)
   return Stats(count(), count(), count(), jnp.zeros((shards,)))
 
@@ -36,7 +37,7 @@ def count(
   grads: clipping.ClippedGrads,
   is_padding_example: jax.Array,
 ) -> Stats:
-  """Stats, scalars, of the examples whose gradients are given."""
+  """Returns the stats, scalars, of the examples with these gradients."""
   real = ~is_padding_example
   finite = jnp.isfinite(grads.grad_norms)
   clipped = grads.grad_norms > mechanism.clipped_grad.l2_clip_norm

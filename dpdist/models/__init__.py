@@ -51,12 +51,12 @@ def from_disk(
   """Reads the pretrained parameters of `config.model`.
 
   Args:
-    config: `weights` is a file, or what `dpdist.assets.fetch` calls it.
-    model: of the config.
+    config: its `weights` is a file, or a name known to `dpdist.assets.fetch`.
+    model: the config's model.
 
   Returns:
-    Arrays by the paths of the parameters, as "block_0/query/kernel"; none
-    where the config names no weights.
+    Arrays by the paths of the parameters, such as "block_0/query/kernel"; empty
+    if the config names no weights.
 
   Raises:
     ValueError: there is no such file, or it does not fit the model.
@@ -74,7 +74,7 @@ def from_disk(
 
 
 def partitioning(model: nn.Module) -> mesh.Rules:
-  """A model's own rules for the mesh axis `model`; empty without any."""
+  """Returns a model's own rules for the mesh axis `model`; empty if none."""
   return getattr(model, "partitioning", ())
 
 
@@ -152,7 +152,7 @@ def _bert(config: ml_collections.ConfigDict, dtype: Any) -> nn.Module:
     )
   return bert.Bert(
     classes=_size(config, "num_outputs"),
-    # Who takes states has no embeddings.
+    # A model that takes states has no embeddings.
     vocabulary=0 if config.first_block else _size(config, "vocabulary"),
     positions=_size(config, "positions"),
     width=width,

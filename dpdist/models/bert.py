@@ -1,4 +1,4 @@
-"""A BERT encoder that tells classes apart, with adapters."""
+"""A BERT encoder for classification, with adapters."""
 
 from collections.abc import Mapping
 
@@ -9,37 +9,37 @@ import numpy as np
 
 from dpdist.models import lora
 
-# The token that fills up what is shorter than the others.
+# The token that pads shorter texts.
 PADDING = 0
 
 
 class Bert(nn.Module):
   """Logits [classes] of tokens [length] (Devlin et al. 2018, "BERT").
 
-  Tokens that are `PADDING` are seen by no other and count nowhere. The means of
-  the last layer over the others, scaled to length `width` ** 0.5, are the
+  No other token attends to `PADDING`, and it counts nowhere. The mean of the
+  last layer over the other tokens, scaled to length `width` ** 0.5, gives the
   features of a linear head, which begins at zero. Layer norm looks at one token
-  of one example, so examples never mix. No dropout.
+  of one example, so examples never mix. There is no dropout.
 
-  Lower blocks that stay as they are can be run once, ahead of all steps: a
-  model of them alone returns states, and one with `first_block` takes them.
+  Lower blocks that are not trained can be run once, before all steps: a model
+  of these blocks returns states, and one with `first_block` takes them.
 
   Attributes:
-    classes: to tell apart; 0: the features are returned.
-    vocabulary: tokens.
+    classes: number of classes; 0: the features are returned.
+    vocabulary: number of tokens in the vocabulary.
     positions: most tokens of an example.
-    width: of the residual stream.
-    depth: blocks.
-    num_heads: divides width.
+    width: width of the residual stream.
+    depth: number of blocks.
+    num_heads: number of heads; divides width.
     hidden: width of the inner layer of a block.
-    lora_rank: of the adapters of queries and values, as in section 4.2 of Hu et
-      al.; 0: none.
+    lora_rank: rank of the adapters of queries and values, as in section 4.2 of
+      Hu et al.; 0: none.
     lora_alpha: see `dpdist.models.lora`.
-    dtype: of the computation.
-    first_block: those before it, and the embeddings, were run ahead: inputs are
-      states [length, width]; 0: tokens.
-    returns_states: states of the last block [length, width] are returned, with
-      0 for padding, and there is neither mean nor head.
+    dtype: dtype of the computation.
+    first_block: blocks before it, and the embeddings, were run before: inputs
+      are states [length, width]; 0: inputs are tokens.
+    returns_states: whether to return the last block's states [length, width],
+      with 0 for padding, without mean and head.
   """
 
   classes: int
@@ -63,7 +63,7 @@ class Bert(nn.Module):
         f" model.positions, got {inputs.shape[0]}"
       )
     if self.first_block:
-      # Behind a layer norm no token's state is 0 throughout, but padding's is.
+      # After a layer norm, only the state of padding is 0 throughout.
       seen = jnp.any(inputs != 0, axis=-1)
       x = inputs.astype(self.dtype)
     else:
@@ -88,7 +88,7 @@ class Bert(nn.Module):
     if self.returns_states:
       return x
     mean = jnp.sum(x, 0)
-    # Of no token there is no direction.
+    # The mean over no token is 0, which has no direction.
     square = jnp.maximum(jnp.sum(mean**2), 1e-12)
     features = mean * jax.lax.rsqrt(square) * self.width**0.5
     if not self.classes:
@@ -100,7 +100,7 @@ class Bert(nn.Module):
   def from_disk(
     self, arrays: Mapping[str, np.ndarray]
   ) -> dict[str, np.ndarray]:
-    """Parameters by their paths, from a BertModel of Hugging Face's.
+    """Returns parameters by their paths, from a Hugging Face BertModel.
 
     Raises:
       ValueError: an array is missing.
@@ -160,7 +160,7 @@ class _Embeddings(nn.Module):
     init = nn.initializers.normal(0.02)
     word = self.param("word", init, (self.vocabulary, self.width))
     position = self.param("position", init, (self.positions, self.width))
-    # One text, the first of a pair.
+    # The only text counts as the first of a pair.
     kind = self.param("token_type", init, (2, self.width))[0]
     x = jnp.take(word, inputs, axis=0) + position[: inputs.shape[0]] + kind
     return _norm("norm", self.dtype)(x.astype(self.dtype))
@@ -192,7 +192,7 @@ class _Block(nn.Module):
       for name in ("query", "key", "value")
     )
     scores = jnp.einsum("thd,shd->hts", q, k) * heads[-1] ** -0.5
-    # Finite, so that an example of padding alone has a gradient of 0, not NaN.
+    # Finite, so that an example of only padding has a gradient of 0, not NaN.
     scores = jnp.where(seen, scores.astype(jnp.float32), -1e9)
     weights = jax.nn.softmax(scores).astype(self.dtype)
     mixed = jnp.einsum("hts,shd->thd", weights, v).reshape(x.shape)

@@ -22,7 +22,7 @@ class Decoder(nn.Module):
 
   @property
   def partitioning(self) -> mesh.Rules:
-    """Heads, the wide layer and the vocabulary are divided over `model`."""
+    """Divides heads, the wide layer and the vocabulary over `model`."""
     return (
       ("(query|key|value)/kernel$", (None, "model", None)),
       ("(query|key|value)/bias$", ("model", None)),

@@ -1,4 +1,4 @@
-"""Multinomial logistic regression on features that are given."""
+"""Multinomial logistic regression on given features."""
 
 from flax import linen as nn
 import jax
@@ -8,15 +8,15 @@ import jax.numpy as jnp
 class Linear(nn.Module):
   """Logits [classes] of inputs of any shape, channels last.
 
-  The kernel starts at 0, so that the loss is convex and needs no lucky init.
+  The kernel starts at 0. The loss is convex, so it needs no lucky init.
 
   Attributes:
-    num_outputs: classes.
-    num_groups: each of so many groups of neighbouring channels has its mean
-      taken off and is divided by its deviation, within the example alone (group
-      normalisation, Wu & He 2018, without parameters); it costs no privacy,
-      where statistics of the data set would. 0: inputs are used as they are.
-    dtype: of the computation.
+    num_outputs: number of classes.
+    num_groups: number of groups of neighbouring channels. Each is normalised to
+      mean 0 and deviation 1 within the example (group normalisation, Wu & He
+      2018, without parameters). That costs no privacy, unlike statistics of the
+      data set. 0: inputs are used unchanged.
+    dtype: dtype of the computation.
   """
 
   num_outputs: int
@@ -34,7 +34,7 @@ class Linear(nn.Module):
         use_scale=False,
         dtype=self.dtype,
       )(x[None])
-    # A bias would be lost among so many features; who wants one adds a 1.
+    # A bias would be lost among so many features; for one, add a feature 1.
     return nn.Dense(
       self.num_outputs,
       use_bias=False,

@@ -1,10 +1,11 @@
 """Low-rank adapters (Hu et al. 2021, "LoRA", equation 3).
 
-A layer x W becomes x W + (x A) B alpha / rank. B begins at zero, so that the
-model begins as it was. A name of each has "lora" in it, for model.trainable.
+A layer x W becomes x W + (x A) B alpha / rank. B begins at zero, so the model
+begins unchanged. The names of A and B contain "lora", for model.trainable.
 
-Under an optimizer that scales each entry by itself, as Adam does, noise moves
-every entry of B as far whatever alpha is, and the layer by alpha times as much.
+Under an optimizer that scales each entry by itself, such as Adam, noise moves
+every entry of B equally far for any alpha, so it moves the layer in proportion
+to alpha.
 """
 
 from collections.abc import Callable
@@ -18,11 +19,11 @@ class Dense(nn.Module):
   """A dense layer, [..., in] to [..., features], with an adapter.
 
   Attributes:
-    features: of the output.
-    rank: of the adapter; 0: there is none.
+    features: features of the output.
+    rank: rank of the adapter; 0: there is none.
     alpha: scale of the adapter, times its rank.
-    dtype: of the computation.
-    kernel_init: of the kernel.
+    dtype: dtype of the computation.
+    kernel_init: initializer of the kernel.
   """
 
   features: int

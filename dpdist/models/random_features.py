@@ -10,15 +10,15 @@ class RandomFeatures(nn.Module):
 
   cos(W x + b) with Gaussian W and uniform b approximates a Gaussian kernel
   (Rahimi & Recht 2007, "Random Features for Large-Scale Kernel Machines"). W
-  and b are public constants: only the linear layer on top is trained, so that
-  the loss is convex and needs no lucky init. Centering and scaling look at one
-  example alone and cost no privacy; features of unit norm make per-example
-  gradients of similar norms, which is what clipping likes.
+  and b are public constants: only the linear layer on top is trained, so the
+  loss is convex and needs no lucky init. Centering and scaling use only one
+  example and cost no privacy. Features of unit norm give per-example gradients
+  similar norms, with which clipping works well.
 
   Attributes:
-    num_outputs: classes.
-    width: features.
-    dtype: of the computation.
+    num_outputs: number of classes.
+    width: number of features.
+    dtype: dtype of the computation.
     bandwidth: standard deviation of W, for inputs of unit norm.
   """
 
@@ -39,8 +39,8 @@ class RandomFeatures(nn.Module):
     )
     features = jnp.cos(self.bandwidth * x @ weights + phases)
     features = features / jnp.linalg.norm(features)
-    # A bias would be a feature as long as all the others together, and take
-    # half of every clipped gradient.
+    # A bias would be a feature as long as all others together, and would take
+    # up half of every clipped gradient.
     return nn.Dense(
       self.num_outputs,
       use_bias=False,

@@ -1,8 +1,8 @@
 """A decoder-only transformer whose blocks are one loop, for large models.
 
-Compiled once for any depth, and rematerialised block by block: a backward pass
-keeps the input of each block and nothing else, and a mesh that divides the
-parameters puts one block together at a time.
+A block is compiled once for any depth, and rematerialised: a backward pass
+keeps only the input of each block. A mesh that divides the parameters gathers
+one block at a time.
 """
 
 from collections.abc import Mapping
@@ -20,23 +20,23 @@ class StackedDecoder(nn.Module):
 
   Pre-norm blocks of causal grouped-query attention (Ainslie et al. 2023, "GQA")
   with rotary positions (Su et al. 2021, "RoFormer") and a gated layer (Shazeer
-  2020, "GLU Variants Improve Transformer"), without biases; embedding and
-  output are one table. RMS norm looks at one token of one example, so examples
+  2020, "GLU Variants Improve Transformer"), without biases. Embedding and
+  output share a table. RMS norm looks at one token of one example, so examples
   never mix.
 
   Attributes:
-    vocabulary: tokens.
-    width: of the residual stream.
-    depth: blocks.
-    num_heads: of queries.
-    num_kv_heads: of keys and values; divides num_heads.
-    head_dim: even.
+    vocabulary: number of tokens in the vocabulary.
+    width: width of the residual stream.
+    depth: number of blocks.
+    num_heads: number of heads of queries.
+    num_kv_heads: number of heads of keys and values; divides num_heads.
+    head_dim: size of a head; even.
     hidden: width of the gated layer.
-    dtype: of the computation.
-    rope_theta: the base of the angles that positions turn by.
+    dtype: dtype of the computation.
+    rope_theta: base of the angles of rotary positions.
     norm_epsilon: added to mean squares.
-    lora_rank: of the adapters of queries and values (see `dpdist.models.lora`);
-      0: there are none.
+    lora_rank: rank of the adapters of queries and values (see
+      `dpdist.models.lora`); 0: there are none.
     lora_alpha: see `dpdist.models.lora`.
   """
 
@@ -55,8 +55,8 @@ class StackedDecoder(nn.Module):
 
   @property
   def partitioning(self) -> mesh.Rules:
-    """Heads, the gated layer and the vocabulary are divided over `model`."""
-    # All heads share the keys where there is one of them.
+    """Divides heads, the gated layer and the vocabulary over `model`."""
+    # With one head of keys, all heads of queries share it.
     shared = self.num_kv_heads == 1
     heads = (None, "model") if shared else ("model", None)
     keys = (None, None, None) if shared else (None, "model", None)
@@ -77,7 +77,7 @@ class StackedDecoder(nn.Module):
       (self.vocabulary, self.width),
     )
     x = jnp.take(table, inputs, axis=0).astype(self.dtype)
-    # In a loop nothing can be merged with what is computed again.
+    # Inside a loop, common subexpressions cannot undo the rematerialisation.
     block = nn.remat(_Block, prevent_cse=False)
     blocks = nn.scan(
       block,
@@ -103,10 +103,10 @@ class StackedDecoder(nn.Module):
   def from_disk(
     self, arrays: Mapping[str, np.ndarray]
   ) -> dict[str, np.ndarray]:
-    """Parameters by their paths, from the arrays of a Llama in GGUF.
+    """Returns parameters by their paths, from the arrays of a Llama in GGUF.
 
     Raises:
-      ValueError: an array is missing, or the output is a table of its own.
+      ValueError: an array is missing, or the output has its own table.
     """
     if "output.weight" in arrays:
       raise ValueError(
@@ -129,7 +129,8 @@ class StackedDecoder(nn.Module):
       return np.stack(each)
 
     def turned(name: str) -> np.ndarray:
-      # GGUF turns neighbours, and here one half of a head turns with the other.
+      # GGUF rotates neighbouring entries; here entry i of a head's first half
+      # is rotated with entry i of its second half.
       x = stack(name).reshape(self.depth, -1, size // 2, 2, width)
       return x.swapaxes(2, 3).reshape(self.depth, -1, width).swapaxes(1, 2)
 
@@ -206,7 +207,7 @@ class _Block(nn.Module):
   def _adapted(
     self, name: str, x: jax.Array, shape: tuple[int, ...]
   ) -> jax.Array | float:
-    """What an adapter adds: [length, *shape]; 0 without."""
+    """Returns what an adapter adds, [length, *shape]; 0 without an adapter."""
     if not self.lora_rank:
       return 0.0
     down = self._weight(f"{name}_lora_down", (x.shape[-1], self.lora_rank))
@@ -224,7 +225,7 @@ class _Block(nn.Module):
 
 
 def _rotated(x: jax.Array, theta: float) -> jax.Array:
-  """Turns each pair of entries by an angle that grows with the position."""
+  """Rotates each pair of entries by an angle that grows with the position."""
   length, half = x.shape[0], x.shape[-1] // 2
   turns = jnp.arange(length)[:, None] * theta ** (-jnp.arange(half) / half)
   turns = turns.reshape((length, *(1,) * (x.ndim - 2), half))

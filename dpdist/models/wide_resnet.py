@@ -1,4 +1,4 @@
-"""The wide residual network of private training at scale."""
+"""The wide residual network that De et al. 2022 trained privately."""
 
 from flax import linen as nn
 import jax
@@ -11,15 +11,15 @@ _HALVINGS = 2
 class StandardizedConv(nn.Module):
   """A convolution whose kernel is standardised, with a gain and a bias.
 
-  Each output channel's weights have their mean taken off and are scaled to unit
-  norm (Brock et al. 2021, "Characterizing Signal Propagation to Close the
-  Performance Gap in Unnormalized ResNets", eq. 3; Qiao et al. 2019).
+  The mean of each output channel's weights is subtracted, and they are scaled
+  to unit norm (Brock et al. 2021, "Characterizing Signal Propagation to Close
+  the Performance Gap in Unnormalized ResNets", eq. 3; Qiao et al. 2019).
 
   Attributes:
-    features: output channels.
-    size: of the square kernel.
-    stride: along both axes.
-    dtype: of the computation.
+    features: number of output channels.
+    size: size of the square kernel.
+    stride: stride along both axes.
+    dtype: dtype of the computation.
   """
 
   features: int
@@ -49,17 +49,17 @@ class StandardizedConv(nn.Module):
 class WideResNet(nn.Module):
   """Logits [classes] of one image [height, width, channels].
 
-  WRN-depth-width (Zagoruyko & Komodakis 2016) as De et al. 2022 trained it,
+  WRN-depth-width (Zagoruyko & Komodakis 2016) as trained by De et al. 2022,
   "Unlocking High-Accuracy Differentially Private Image Classification through
   Scale": standardised convolutions; group normalisation after each activation;
   no batch normalisation, which mixes examples.
 
   Attributes:
-    num_outputs: classes.
-    depth: 6 n + 4, layers.
-    width: the factor of the channels, which are 16, 32 and 64 times it.
-    num_groups: of each normalisation.
-    dtype: of the computation.
+    num_outputs: number of classes.
+    depth: number of layers, 6 n + 4.
+    width: factor of the channels, which are 16, 32 and 64 times it.
+    num_groups: groups of each normalisation.
+    dtype: dtype of the computation.
   """
 
   num_outputs: int

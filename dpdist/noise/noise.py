@@ -1,8 +1,8 @@
 """Noise mechanisms as optax gradient transformations.
 
-A mechanism is two pure functions and a counter: `init(params)` and
-`update(clipped_sum, state)`. Everything random is a function of (seed, counter,
-leaf), so the counter is all that a checkpoint has to keep.
+A mechanism is two pure functions, `init(params)` and `update(clipped_sum,
+state)`, and a counter. All its randomness is a function of (seed, counter,
+leaf), so a checkpoint has to keep only the counter.
 """
 
 import functools
@@ -23,7 +23,7 @@ class GaussianNoiseState(NamedTuple):
   """The whole state of a mechanism.
 
   Attributes:
-    draws: int32 scalar, how many were made.
+    draws: int32 scalar, the number of draws so far.
   """
 
   draws: jax.Array
@@ -39,28 +39,29 @@ def gaussian_noise(
   position) alone, not on the mesh, and need no collective.
 
   Guarantees:
-    * Drawn in float32 or wider and returned so, whatever the dtype of the sum:
-      a bfloat16 normal has 128 values and ends at 2.9 standard deviations.
+    * Noise is drawn and returned in float32 or wider, whatever the dtype of the
+      sum: a bfloat16 normal has 128 values and is at most 2.9 standard
+      deviations.
     * No two (draws, leaf) pairs share a key.
-    * Limits: threefry keys have 64 bits; a float32 normal ends at 5.42 standard
-      deviations; floating-point noise is not the real-valued noise of the proof
-      (Mironov 2012, "On significance of the least significant bits").
+    * Limits: threefry keys have 64 bits; a float32 normal is at most 5.42
+      standard deviations; floating-point noise is not the real-valued noise of
+      the proof (Mironov 2012, "On significance of the least significant bits").
 
   Args:
     stddev: standard deviation of one entry, in units of the sum: noise
       multiplier times l2 sensitivity. Finite and at least 0. A float32 scalar
-      array, possibly traced, is taken as it is.
-    seed: bytes, hashed to a key, or a scalar typed PRNG key, possibly traced:
-      a secret of 128 bits of entropy or more, as of os.urandom(32). Better a
-      key, passed as an argument of the compiled function, since constants are
-      written into compiled programs. An int is for tests: it can be guessed,
-      and the noise subtracted, as a line in the log says once.
+      array, possibly traced, is not checked.
+    seed: bytes, which are hashed to a key, or a scalar typed PRNG key, possibly
+      traced. It must be secret, with 128 bits of entropy or more, such as
+      os.urandom(32). Prefer a key that is an argument of the compiled function,
+      since constants are written into compiled programs. An int is for tests:
+      it can be guessed and the noise subtracted, of which one log line warns.
 
   Returns:
-    An optax.GradientTransformation whose state is the step counter alone.
+    An optax.GradientTransformation whose state is only the step counter.
 
   Raises:
-    ValueError: names the argument, its value and what would be right.
+    ValueError: with the argument's name, its value and what would be right.
   """
   if not isinstance(stddev, jax.Array) and (
     isinstance(stddev, bool)
@@ -94,18 +95,18 @@ def gaussian_noise(
 
 
 def as_key(words: np.ndarray | jax.Array) -> jax.Array:
-  """A typed threefry key from two uint32 words.
+  """Makes a typed threefry key from two uint32 words.
 
-  `jax.random.key(int)` would keep only 32 of the bits of an int.
+  `jax.random.key(int)` would keep only 32 bits of an int.
   """
   return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
 
 
 def key_of(seed: int | bytes | jax.Array) -> jax.Array:
-  """The key that `gaussian_noise` makes of its seed.
+  """Returns the key that `gaussian_noise` makes of its seed.
 
   Raises:
-    ValueError: it is none.
+    ValueError: it is not a valid seed.
   """
   if isinstance(seed, jax.Array):
     if seed.shape or not jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
@@ -127,10 +128,10 @@ def key_of(seed: int | bytes | jax.Array) -> jax.Array:
 
 
 def is_of_an_int(key: jax.Array) -> bool:
-  """Whether one key is what `jax.random.key` makes of an int of 32 bits.
+  """Returns whether a key is what `jax.random.key` makes of a 32-bit int.
 
-  Of random words one in 2^32 is taken for that. False for a traced key, which
-  tells nothing, and for several keys.
+  One in 2^32 random keys is mistaken for such a key. Returns False for a traced
+  key, whose value is unknown, and for several keys.
   """
   if isinstance(key, jax.core.Tracer) or getattr(key, "shape", None) != ():
     return False
@@ -141,7 +142,7 @@ def is_of_an_int(key: jax.Array) -> bool:
 
 @functools.cache
 def _say_that_it_is_public() -> None:
-  """Once a process, and not at every step."""
+  """Warns once a process, not at every step."""
   logging.getLogger(__name__).warning(
     "seed is an int, which can be guessed: the noise is public and nothing is"
     " private. Pass a secret, such as os.urandom(32)."

@@ -1,1 +1,1 @@
-"""The plan that a run is bound to, what it composes to, and its words."""
+"""The plan that a run is bound to, its composition and its statement."""

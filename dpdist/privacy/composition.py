@@ -1,30 +1,28 @@
-"""What parts of a run with different numbers spend together.
+"""Computes what parts of a run with different numbers spend together.
 
-A run whose settings change goes on with another plan, and may have been given
-it by someone who had looked at what was released before. Not every accountant
-may be asked then:
+A run whose settings change goes on with another plan. Whoever chose that plan
+may have looked at what was released before. Then not every accountant is valid:
 
 * Parts whose steps are the same mechanism (the same noise multiplier and
-  sampling probability, whatever is clipped where) are together as many steps
-  of it. Each of them is dominated by the same pair of distributions, whatever
-  was released before, and dominating pairs compose adaptively (Zhu, Dong & Wang
-  2022, arXiv:2106.08567, Theorem 10). Both accountants hold.
+  sampling probability, whatever the clip norms) count as that many steps of it.
+  Each step is dominated by the same pair of distributions, whatever was
+  released before, and dominating pairs compose adaptively (Zhu, Dong & Wang
+  2022, arXiv:2106.08567, Theorem 10). Both accountants are valid.
 * Otherwise only Renyi divergences at orders that were fixed beforehand add up,
   by the filter of Feldman & Zrnic 2021 (arXiv:2008.11193, section 4). There are
   several orders here, those of `dpdist.accounting.rdp.ladder` for the first
-  part's plan,
-  and each has a share of delta: a run that goes on while any of its filters
-  lets it has lost no more than all of them together (docs/accounting.md).
-  Composing privacy loss distributions, or taking the best of several orders
-  afterwards at the whole of delta, holds for numbers that were chosen
-  beforehand alone; for curves of trade-offs, which these distributions are
-  another form of, Dong et al. 2026 (arXiv:2602.06756) give counterexamples.
+  part's plan, each with a share of delta. A run that goes on while any of its
+  filters allows it loses no more than all of them together
+  (docs/accounting.md). Composing privacy loss distributions, or taking the best
+  of several orders afterwards at the whole of delta, is valid only for numbers
+  that were chosen beforehand. For trade-off curves, another form of these
+  distributions, Dong et al. 2026 (arXiv:2602.06756) give counterexamples.
 
 A filter bounds a procedure by a sum that was fixed before looking. `epsilon` is
-the sum on the way that was taken, an odometer's reading; the procedure is
-bounded by the largest sum that the run was planned for at any time,
-`guaranteed`. Who raises the target after a look has the guarantee of the raised
-one, and who stops early that of the whole plan.
+the sum of the steps that were taken, the reading of an odometer. The procedure
+is bounded by `guaranteed`, the largest sum that the run was planned for at any
+time. If the target is raised after a look, the raised one is guaranteed; if the
+run stops early, that of the whole plan is.
 
 Imports no jax.
 """
@@ -43,7 +41,7 @@ from dpdist.privacy import statement as statement_lib
 
 
 def valid_accountants(parts: Sequence[plan_lib.Part]) -> tuple[str, ...]:
-  """Those that hold for parts chosen one after the other; there may be none."""
+  """Returns the accountants, maybe none, valid for parts chosen in turn."""
   pairs = _pairs(parts)
   valid = []
   if not _was_chosen_on_the_way(parts):
@@ -54,7 +52,7 @@ def valid_accountants(parts: Sequence[plan_lib.Part]) -> tuple[str, ...]:
 
 
 def accountant_of(parts: Sequence[plan_lib.Part]) -> str:
-  """The last part's accountant if it is valid for all of them, else another."""
+  """Returns the last part's accountant if it is valid for all, else another."""
   wanted, valid = parts[-1].plan.accountant, valid_accountants(parts)
   return wanted if wanted in valid or not valid else valid[0]
 
@@ -62,7 +60,7 @@ def accountant_of(parts: Sequence[plan_lib.Part]) -> str:
 def epsilons(
   parts: Sequence[plan_lib.Part], *, by_one_order: bool = False
 ) -> dict[str, float | None]:
-  """What the parts spend by each accountant; None where it is not valid."""
+  """Returns what the parts spend by each accountant, None if it is invalid."""
   valid = valid_accountants(parts)
   return {
     name: epsilon(parts, name, by_one_order=by_one_order)
@@ -78,20 +76,20 @@ def epsilon(
   *,
   by_one_order: bool = False,
 ) -> float:
-  """What the parts spend together, at the delta of the first.
+  """Returns what the parts spend together, at the delta of the first.
 
   Args:
     parts: in order, at least one; the first has steps if any has.
-    accountant: "pld" or "rdp"; None: see `accountant_of`.
-    by_one_order: whether the filter is that of the first plan's best order
-      alone, which ledgers were written by before there were several.
+    accountant: "pld" or "rdp"; None means that of `accountant_of`.
+    by_one_order: whether to use only the filter of the first plan's best order,
+      as ledgers did before there were several orders.
 
   Returns:
     An upper bound on epsilon.
 
   Raises:
-    ValueError: the accountant is not valid for these parts, or they are about
-      different relations.
+    ValueError: the accountant is not valid for these parts, or they have
+      different neighboring relations.
   """
   first = parts[0].plan
   for name in plan_lib.KEPT:
@@ -111,22 +109,23 @@ def epsilon(
 
 
 def guaranteed(bounds: Sequence[Sequence[plan_lib.Part]]) -> float:
-  """The epsilon that a run has, wherever it stops.
+  """Returns the epsilon that a run guarantees, wherever it stops.
 
   A privacy loss at a time that was chosen by looking is not bounded by the
-  epsilon of as many steps (Rogers et al. 2016, arXiv:1605.08294). It is by that
-  of all steps that might have followed: what was released until then is a
-  function of what the whole run would have released.
+  epsilon of as many steps (Rogers et al. 2016, arXiv:1605.08294). It is bounded
+  by that of all steps that might have followed: what was released until then is
+  a function of what the whole run would have released.
 
-  Whoever looks, and then either goes on with a plan or changes it, has both
-  ways. Where one of them needs the filters they all do, since a bound of
-  another kind would have a delta of its own (docs/accounting.md).
+  Someone who looks, and then either goes on with a plan or changes it, might
+  have done either, so both bounds count. Where one of them needs the filters,
+  all do, since a bound of another kind would have a delta of its own
+  (docs/accounting.md).
 
   Args:
     bounds: see `dpdist.ledger.history.History.bounds`.
 
   Returns:
-    The largest epsilon of them; 0 where nothing was charged.
+    The largest epsilon of the bounds; 0 where nothing was charged.
   """
   bound: Callable[[Sequence[plan_lib.Part]], float] = epsilon
   if any(map(_was_chosen_on_the_way, bounds)):
@@ -141,17 +140,17 @@ def plan_after(
   spent: Sequence[plan_lib.Part],
   start_step: int,
 ) -> plan_lib.PrivacyPlan:
-  """The plan by which a run goes on with changed settings.
+  """Returns the plan with which a run goes on after its settings change.
 
   Args:
     config: the settings from now on. `num_steps` counts all updates of the
-      run, and `target_epsilon` is for the whole of it.
+      run, and `target_epsilon` is for the whole run.
     before: the settings so far, as a dict.
-    spent: what is charged, the current plan's part last.
+    spent: the parts charged so far, that of the current plan last.
     start_step: updates made in the state that the run goes on from.
 
   Returns:
-    A plan whose `num_steps` are those that may still be charged.
+    A plan whose `num_steps` is the number that may still be charged.
 
   Raises:
     ValueError: no step is left, or the target is spent.
@@ -183,7 +182,7 @@ def plan_after(
     plan = plan_lib.make_plan(config)
     _check_can_follow(spent, plan)
     return plan
-  # Any noise multiplier will do for a draft.
+  # The draft's noise multiplier does not matter.
   draft = plan_lib.make_plan(
     dataclasses.replace(config, target_epsilon=None, noise_multiplier=1.0)
   )
@@ -194,7 +193,7 @@ def plan_after(
     plan = dataclasses.replace(
       draft, noise_multiplier=search.six_digits(-index)
     )
-    del accountant  # It is "rdp", and of these the orders are fixed.
+    del accountant  # It is always "rdp", at orders that are fixed.
     return _filtered([*spent, plan_lib.Part(plan, left)])
 
   index = search.calibrate(
@@ -216,17 +215,17 @@ def plan_after(
 def _with_clip_norm(
   l2_clip_norm: float, current: plan_lib.PrivacyPlan, charged: int, left: int
 ) -> plan_lib.PrivacyPlan:
-  """The rest of a plan, or as many steps of it as are left, clipped otherwise.
+  """Returns the rest of a plan, or `left` steps of it, with a new clip norm.
 
   Raises:
     ValueError: no step is left.
   """
-  # The mechanism stays as it is in units of its sensitivity, and so does what
-  # remains of its steps.
+  # In units of its sensitivity the mechanism is unchanged, so the rest of its
+  # steps may still be taken.
   left = min(left, current.num_steps - charged)
   if current.cycle_length > 1:
-    # Turns begin anew, and whoever had one has another: of whole ones no more
-    # than were planned.
+    # The cycle begins anew, so a unit that has had its turn gets another one.
+    # Allow no more whole cycles than were planned.
     turns = step_events.num_turns(current.num_steps, current.cycle_length)
     turns -= step_events.num_turns(charged, current.cycle_length)
     left = min(left, turns * current.cycle_length)
@@ -238,7 +237,7 @@ def _with_clip_norm(
 def _check_can_follow(
   spent: Sequence[plan_lib.Part], plan: plan_lib.PrivacyPlan
 ) -> None:
-  """Raises ValueError where no accountant holds for what would be spent."""
+  """Raises ValueError where no accountant is valid with the new plan."""
   if not valid_accountants([*spent, plan_lib.Part(plan, plan.num_steps)]):
     raise ValueError(
       "the settings of a run can change on the way only where there are Renyi"
@@ -250,12 +249,12 @@ def _check_can_follow(
 def statement(
   parts: Sequence[plan_lib.Part], guarantee: float | None = None
 ) -> str:
-  """What the parts together guarantee, and when, in plain words.
+  """States in plain words what the parts guarantee together, and when.
 
   Args:
-    parts: of a run, the last one whole; see
+    parts: a run's parts, with all planned steps of the last one; see
       `dpdist.ledger.history.History.planned`.
-    guarantee: from `guaranteed`; None: what the parts spend.
+    guarantee: from `guaranteed`; None means what the parts spend.
   """
   if guarantee is None:
     guarantee = epsilon(parts)
@@ -290,7 +289,7 @@ def statement(
 def _filtered(
   parts: Sequence[plan_lib.Part], by_one_order: bool = False
 ) -> float:
-  """The least of the filters' epsilons."""
+  """Returns the least epsilon of the filters."""
   first, pairs = parts[0].plan, _pairs(parts).items()
   shares = rdp.ladder(first.steps(), first.delta)
   if by_one_order:
@@ -306,16 +305,16 @@ def _filtered(
 
 
 def _was_chosen_on_the_way(parts: Sequence[plan_lib.Part]) -> bool:
-  """Whether what later steps are may depend on what earlier ones released.
+  """Returns whether later steps may depend on what earlier ones released.
 
-  Not where there is one plan, schedule and all, or one pair.
+  They do not where there is one plan, with or without a schedule, or one pair.
   """
   taken = [part for part in parts if part.num_steps]
   return len(taken) > 1 and len(_pairs(parts)) > 1
 
 
 def _pairs(parts: Sequence[plan_lib.Part]) -> dict[step_events.Pair, int]:
-  """How often each pair is composed."""
+  """Returns how often each pair is composed."""
   found: dict[step_events.Pair, int] = {}
   for plan, num_steps in parts:
     for pair, count in plan.steps(num_steps):

@@ -1,10 +1,10 @@
 """The numbers that a run is bound to, fixed before its first step.
 
-A `PrivacyConfig` is what a user writes; `make_plan` turns it into the
-`PrivacyPlan` that the sampler, the clipping and the noise are built from, that
-the ledger records, and that a restarted run is held against. Neither imports
-jax, nor, until an epsilon is asked for, the accountants: they bring scipy,
-which takes longer to load than a ledger.
+You write a `PrivacyConfig`; `make_plan` turns it into a `PrivacyPlan`. The
+sampler, the clipping and the noise are built from the plan, the ledger records
+it, and a restarted run is compared with it. Neither imports jax. The
+accountants are imported only when an epsilon is computed, since they import
+scipy, which takes longer to load than a ledger.
 """
 
 from collections.abc import Mapping, Sequence
@@ -24,31 +24,31 @@ if TYPE_CHECKING:
   import dp_accounting
 
 
-# What a guarantee is about, so that no run may change it.
+# What a guarantee is about: a run must not change it.
 KEPT = ("delta", "neighboring_relation", "unit", "examples_per_user")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-  """How rows come into a step: what a config and its plan have in common.
+  """How rows are drawn for a step, in a config as in its plan.
 
   Attributes:
     sampling: "poisson"; "truncated_poisson", whose draws are cut to
-      `truncated_batch_size`; "cyclic_poisson", which draws from one of
-      `cycle_length` parts of the rows after the other; "fixed_size", without
-      replacement, anew at each step, which needs "replace_one".
-    truncated_batch_size: most rows in a step; for "truncated_poisson" alone.
-    cycle_length: for "cyclic_poisson" alone.
-    examples_per_user: how many rows, drawn apart from one another, whoever is
-      protected may have; at least 1.
-    group_size: how many rows that follow one another are averaged and clipped
-      as one; at least 1. Each is protected, although one can turn its group's
-      gradient over. Not with "add_or_remove_one", and neither is a cycle: see
+      `truncated_batch_size`; "cyclic_poisson", which draws from `cycle_length`
+      parts of the rows in turn; or "fixed_size", which draws without
+      replacement, anew at each step, and needs "replace_one".
+    truncated_batch_size: most rows in a step; only for "truncated_poisson".
+    cycle_length: number of parts; only for "cyclic_poisson".
+    examples_per_user: most rows that one protected person may have, each drawn
+      independently; at least 1.
+    group_size: how many consecutive rows are averaged and clipped as one; at
+      least 1. Each row is protected, although one row can reverse its group's
+      gradient. Neither groups nor cycles go with "add_or_remove_one": see
       `dpdist.accounting.step_events`.
-    noise_schedule: (step, noise_multiplier) from later steps on, rising; not
-      with a target epsilon.
-    batch_size_schedule: (step, expected_batch_size), likewise.
-    unit: "example" or "user": what a row is.
+    noise_schedule: pairs (step, noise_multiplier), each of which holds from its
+      step on; steps rise. Not with a target epsilon.
+    batch_size_schedule: pairs (step, expected_batch_size), in the same way.
+    unit: what a row is: "example" or "user".
   """
 
   sampling: str = "poisson"
@@ -63,15 +63,15 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrivacyConfig(Sampling):
-  """What a run should be, in the user's terms.
+  """The privacy settings of a run, as you write them.
 
-  Exactly one of `target_epsilon` and `noise_multiplier` is given; the other
+  Give exactly one of `target_epsilon` and `noise_multiplier`; the other
   follows from it.
 
   Attributes, beside those of `Sampling`:
     num_examples: rows of the training set, a public number.
-    expected_batch_size: mean of the number of rows in a step, above 0 and at
-      most `num_examples`; it need not be whole, but with sampling="fixed_size".
+    expected_batch_size: mean number of rows in a step, above 0 and at most
+      `num_examples`; must be whole only with sampling="fixed_size".
     num_steps: number of noisy updates, at least 1.
     l2_clip_norm: bound on the l2 norm of one example's gradient, above 0.
     target_delta: in (0, 1); customarily well below 1 / `num_examples`.
@@ -83,8 +83,8 @@ class PrivacyConfig(Sampling):
       nothing).
 
   Raises:
-    ValueError: if an attribute is out of its range, or they are for no
-      mechanism with a proof; see `dpdist.accounting.step_events`.
+    ValueError: if an attribute is out of its range, or if no mechanism with a
+      proof has these settings; see `dpdist.accounting.step_events`.
   """
 
   num_examples: int
@@ -112,24 +112,25 @@ class PrivacyConfig(Sampling):
       )
 
   def to_dict(self) -> dict[str, Any]:
-    """Returns a dict that JSON carries; without what is as it is by default."""
+    """Returns a JSON-able dict without attributes that have their default."""
     return _to_dict(self)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PrivacyPlan(Sampling):
-  """What a run is bound to; made by `make_plan`.
+  """The numbers that a run is bound to; `make_plan` makes it.
 
   Attributes, beside those of `Sampling`:
     num_examples: rows of the training set.
-    expected_batch_size: rows of a step, in the mean; float.
+    expected_batch_size: mean number of rows in a step, a float.
     num_steps: number of noisy updates that the plan covers.
     l2_clip_norm: bound on the l2 norm of one example's gradient.
     noise_multiplier: noise standard deviation over l2 sensitivity.
-    delta: at which epsilon is meant.
+    delta: the delta at which epsilon is computed.
     accountant: "pld" or "rdp".
     neighboring_relation: see `PrivacyConfig`.
-    target_epsilon: what the noise was calibrated to; None if it was given.
+    target_epsilon: the epsilon that the noise was calibrated to; None if the
+      noise multiplier was given.
   """
 
   num_examples: int
@@ -147,25 +148,25 @@ class PrivacyPlan(Sampling):
 
   @property
   def sampling_probability(self) -> float:
-    """With which each row is drawn at step 0, in (0, 1].
+    """Returns the probability of each row at step 0, in (0, 1].
 
-    With "cyclic_poisson", at a step where its part has its turn.
+    With "cyclic_poisson" it is that of a row whose part has its turn.
     """
     return self.probability(self.settings[0])
 
   def probability(self, setting: schedule.Setting) -> float:
-    """As `sampling_probability`, under a setting."""
+    """Returns the sampling probability of each row under a setting."""
     q = setting.expected_batch_size * self.cycle_length / self.num_examples
-    return min(1.0, q)  # Which rounding may miss by a bit.
+    return min(1.0, q)  # Rounding may make it a bit more than 1.
 
   @property
   def num_units(self) -> int:
-    """How many rows, or groups of rows, are drawn from."""
+    """Returns the number of rows, or groups of rows, to draw from."""
     return -(-self.num_examples // self.group_size)
 
   @property
   def settings(self) -> tuple[schedule.Setting, ...]:
-    """What holds from step to step, in order; one where nothing changes."""
+    """Returns the settings in order of steps; one if nothing changes."""
     noise, sizes = dict(self.noise_schedule), dict(self.batch_size_schedule)
     found = [
       schedule.Setting(0, self.noise_multiplier, self.expected_batch_size)
@@ -178,7 +179,7 @@ class PrivacyPlan(Sampling):
     return tuple(found)
 
   def setting(self, step: int) -> schedule.Setting:
-    """What holds at a step of the plan, from 0."""
+    """Returns the setting at a step of the plan, counted from 0."""
     return [found for found in self.settings if found.start <= step][-1]
 
   def steps(
@@ -187,12 +188,12 @@ class PrivacyPlan(Sampling):
     """Returns what the accountants compose for the first steps of the plan.
 
     Args:
-      num_steps: at least 0; None means all of the plan's. The last setting
-        holds beyond them.
+      num_steps: at least 0; None means all of the plan's. Beyond them the last
+        setting holds.
     """
     stop = self.num_steps if num_steps is None else num_steps
     ends = [setting.start for setting in self.settings[1:]] + [stop]
-    # Which turns each setting is for, in part or as a whole.
+    # The cycles that fall into each setting, in part or as a whole.
     turns = [
       (
         setting.start // self.cycle_length,
@@ -203,8 +204,8 @@ class PrivacyPlan(Sampling):
       if min(end, stop) > setting.start
     ]
     bounds = sorted({x for first, last, _ in turns for x in (first, last)})
-    # Whose turn it is under which setting differs by the part of the rows, and
-    # nobody has more than one step of a turn: the worst of it is taken.
+    # Which setting a row's turn falls into depends on its part. A row has at
+    # most one step in a cycle, so take the worst setting of each cycle.
     return [
       (
         rules.pair_of(
@@ -221,9 +222,9 @@ class PrivacyPlan(Sampling):
   def epsilon(self, num_steps: int | None = None) -> float:
     """Returns the epsilon, at `delta`, of a run that stops after some steps.
 
-    That of all the plan's steps, since where it stopped may have been chosen by
-    looking at what it released (Rogers et al. 2016, arXiv:1605.08294). `curve`
-    has that of a number of steps that was fixed beforehand.
+    It is that of all the plan's steps, since the decision to stop may depend on
+    what the run released (Rogers et al. 2016, arXiv:1605.08294). `curve`
+    returns that of a number of steps that was fixed beforehand.
 
     Args:
       num_steps: in [0, `self.num_steps`]; None means all of them.
@@ -272,14 +273,14 @@ class PrivacyPlan(Sampling):
   def to_dict(self) -> dict[str, Any]:
     """Returns a dict that JSON carries without loss.
 
-    What is as it is by default is left out, so that a plan made before there
-    was a choice is the same plan.
+    Attributes that have their default are left out, so that plans made before
+    an attribute existed are unchanged.
     """
     return _to_dict(self)
 
   @classmethod
   def from_dict(cls, values: Mapping[str, Any]) -> "PrivacyPlan":
-    """Returns the plan that `to_dict` was called on.
+    """Returns the plan that `to_dict` turned into these values.
 
     Raises:
       ValueError: if a key is missing, or unknown, or a value out of its range.
@@ -320,8 +321,8 @@ class Part(NamedTuple):
   """Steps under one plan.
 
   Attributes:
-    plan: their numbers.
-    num_steps: how many there are, at least 0.
+    plan: the plan.
+    num_steps: the number of steps, at least 0.
   """
 
   plan: PrivacyPlan
@@ -329,7 +330,7 @@ class Part(NamedTuple):
 
 
 def make_plan(config: PrivacyConfig) -> PrivacyPlan:
-  """Returns the plan that a config comes to.
+  """Returns the plan of a config.
 
   With a `target_epsilon`, the noise multiplier is the least one of six
   significant digits under which all of the steps spend at most that; see
@@ -351,7 +352,7 @@ def make_plan(config: PrivacyConfig) -> PrivacyPlan:
       delta=config.target_delta,
       accountant=config.accountant,
     )
-  assert noise_multiplier is not None  # One of the two was given.
+  assert noise_multiplier is not None  # A config has one of the two.
   plan = dataclasses.replace(draft, noise_multiplier=noise_multiplier)
   for _, sigma, _ in plan.settings:
     if sigma < search.NO_NOISE:
@@ -376,13 +377,13 @@ def _defaults(cls: type) -> dict[str, Any]:
 
 
 def _to_dict(record: PrivacyConfig | PrivacyPlan) -> dict[str, Any]:
-  # Of a config, what was there before the choice is told as it always was.
+  # A plan's required attributes, and a config's counterparts, are always kept.
   kept = {field.name for field in dataclasses.fields(PrivacyPlan)}
   kept -= _defaults(PrivacyPlan).keys()
   kept |= {"target_delta"}
   defaults = _defaults(type(record))
   return {
-    # As JSON gives it back.
+    # JSON reads tuples back as lists.
     name: [*map(list, value)] if name.endswith("_schedule") else value
     for name, value in dataclasses.asdict(record).items()
     if name in kept or value != defaults[name]

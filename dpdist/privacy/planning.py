@@ -1,9 +1,9 @@
-"""What another epsilon, batch or length of training would cost, beforehand.
+"""Computes before training what another epsilon, batch or length would cost.
 
 A plan has three numbers that can be traded for one another: noise, batch and
-steps. All answers are for the same data set, sampling, unit and delta, by the
-plan's own accountant, and follow from public numbers alone: asking spends
-nothing. Imports no jax.
+steps. All results are for the same data set, sampling, unit and delta, by the
+plan's own accountant. They follow from public numbers alone, so computing them
+spends nothing. Imports no jax.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,21 +15,21 @@ from dpdist.accounting import accountants
 from dpdist.accounting import search
 from dpdist.privacy import plan as plan_lib
 
-# Batches of the table, over that of the plan.
+# The table's batch sizes, as multiples of the plan's.
 _FACTORS = (0.25, 0.5, 1, 2, 4, 8, 16)
 _MOST_STEPS = 10**9
 _POINTS = 13
-_SPAN = 4.0  # A curve goes from the plan's value over this to it times this.
+_SPAN = 4.0  # A curve goes from the plan's value / 4 to 4 times that value.
 
 
 def row(plan: plan_lib.PrivacyPlan) -> dict[str, Any]:
-  """What a plan comes to.
+  """Returns a plan's epsilon and other numbers.
 
   Returns:
     JSON-able: epsilon, noise_multiplier, expected_batch_size, num_steps;
-    "examples_processed", in the mean; "epochs", the same over the rows;
+    "examples_processed", their mean number; "epochs", that divided by the rows;
     "noise_on_mean_gradient", the standard deviation of an entry of the noise
-    that is added to the mean gradient, for one clip norm of sensitivity.
+    that is added to the mean gradient, if the sensitivity is one clip norm.
   """
   processed = plan.expected_batch_size * plan.num_steps
   size = plan.expected_batch_size / plan.group_size
@@ -47,19 +47,19 @@ def row(plan: plan_lib.PrivacyPlan) -> dict[str, Any]:
 def answers(
   config: plan_lib.PrivacyConfig, target_epsilon: float
 ) -> list[dict[str, Any]]:
-  """Three ways to another epsilon, each changing one number of the plan.
+  """Returns three ways to another epsilon, each changing one number.
 
   Args:
-    config: what is planned.
-    target_epsilon: what it should spend, or a little less.
+    config: the planned settings.
+    target_epsilon: the epsilon to spend, or a little less.
 
   Returns:
-    As of `row`, of the plan ("as planned") and of more noise, another batch
-    and another number of steps, with "change", which says so. A way that does
-    not reach the target has "change" and "problem" alone.
+    Four dicts like those of `row`: the plan ("as planned"), and the same with
+    more noise, another batch and another number of steps. "change" says which.
+    A way that does not reach the target has only "change" and "problem".
 
   Raises:
-    ValueError: a bad target, or a plan with a schedule.
+    ValueError: the target is bad, or the plan has a schedule.
   """
   _check(config, target_epsilon)
   plan = plan_lib.make_plan(config)
@@ -88,18 +88,21 @@ def answers(
 def batches(
   config: plan_lib.PrivacyConfig, target_epsilon: float | None = None
 ) -> list[dict[str, Any]]:
-  """The noise that each batch size needs for the same epsilon and steps.
+  """Returns the noise that each batch size needs for the same epsilon.
+
+  The number of steps is the same, too.
 
   Args:
-    config: what is planned.
-    target_epsilon: what all shall spend; None: the config's own, or what its
-      noise multiplier spends.
+    config: the planned settings.
+    target_epsilon: the epsilon to spend; None means the config's own, or that
+      of its noise multiplier.
 
   Returns:
-    As of `row`, for batches from a quarter to sixteen times the planned one.
+    Dicts as of `row`, for batches from a quarter to sixteen times the planned
+    one.
 
   Raises:
-    ValueError: a bad target, or a plan with a schedule.
+    ValueError: the target is bad, or the plan has a schedule.
   """
   target = target_epsilon or config.target_epsilon
   target = target or plan_lib.make_plan(config).epsilon()
@@ -117,10 +120,10 @@ def batches(
 def curves(
   plan: plan_lib.PrivacyPlan,
 ) -> dict[str, tuple[list[float], list[float]]]:
-  """Epsilon as each number is changed and the others stay.
+  """Returns epsilon as a function of each number, with the others fixed.
 
   Returns:
-    By name of the number: its values, and the epsilons.
+    For the name of each number, its values and their epsilons.
   """
   found = {}
   for name, most in (
@@ -143,7 +146,7 @@ def curves(
 def with_noise_for(
   config: plan_lib.PrivacyConfig, target_epsilon: float
 ) -> plan_lib.PrivacyPlan:
-  """The plan with the least noise that spends at most a target."""
+  """Returns the plan with the least noise that spends at most a target."""
   return plan_lib.make_plan(
     _with(config, target_epsilon=target_epsilon, noise_multiplier=None)
   )
@@ -157,7 +160,7 @@ def _largest(
   *,
   slope: float,
 ) -> plan_lib.PrivacyPlan:
-  """The plan with the largest number that spends at most a target."""
+  """Returns the plan with the largest `name` that spends at most a target."""
 
   def spent(n: int, kind: str) -> float:
     steps = _with_number(plan, name, n).steps()

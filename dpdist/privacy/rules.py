@@ -1,4 +1,4 @@
-"""What the numbers of a config and of its plan must be."""
+"""Checks the numbers of a config and of its plan."""
 
 from collections.abc import Callable
 import dataclasses
@@ -21,8 +21,8 @@ def _one_of(choices: tuple[str, ...]) -> tuple[Any, Callable[[Any], bool], str]:
   return (str, str), lambda x: x in choices, f"one of {choices}"
 
 
-# What an attribute is turned into and from, what holds of it, and how to say
-# so. Nothing holds of NaN.
+# For each attribute: the type to convert to, the types accepted, a condition,
+# and that condition in words. NaN meets no condition.
 _RULES: dict[str, tuple[tuple[Any, Any], Callable[[Any], bool], str]] = {
   "num_examples": _COUNT,
   "expected_batch_size": _POSITIVE,
@@ -48,15 +48,15 @@ _RULES: dict[str, tuple[tuple[Any, Any], Callable[[Any], bool], str]] = {
 
 
 def check(record: Any) -> None:
-  """Holds each attribute against its rule, and makes it a plain number.
+  """Checks each attribute against its rule, and makes it a plain number.
 
   Args:
     record: a config or a plan; see `dpdist.privacy.plan`.
 
   Raises:
-    ValueError: names the attribute, what would be right and what it is.
+    ValueError: with the attribute's name, its value and what would be right.
   """
-  # Schedules last: they are held against numbers, which must be some.
+  # Schedules last: their check uses other attributes, which must be valid.
   is_last = lambda field: field.name.endswith("_schedule")
   for field in sorted(dataclasses.fields(record), key=is_last):
     value = getattr(record, field.name)
@@ -66,12 +66,12 @@ def check(record: Any) -> None:
       value = schedule.checked(field.name, value, record.num_steps)
     else:
       (plain, kind), holds, right = _RULES[field.name]
-      # No float is as large as some integers.
+      # Some integers are too large for a float.
       is_small = not isinstance(value, int) or abs(value) < _LARGEST_WHOLE
       if not (schedule.is_a(kind, value) and is_small and holds(plain(value))):
         raise ValueError(f"{field.name} must be {right}, got {value!r}")
       value = plain(value)
-    # The same plan must have the same fingerprint, written 1 or 1.0.
+    # The fingerprint of a plan must not depend on whether 1 or 1.0 was written.
     object.__setattr__(record, field.name, value)
   num_units = -(-record.num_examples // record.group_size)
   if record.cycle_length > num_units:
@@ -96,12 +96,12 @@ def check(record: Any) -> None:
         "expected_batch_size must be whole with sampling='fixed_size', got"
         f" {size!r}"
       )
-  pair_of(record, 1.0, 1.0)  # Refuses what is no mechanism.
+  pair_of(record, 1.0, 1.0)  # Raises for settings of no mechanism.
 
 
 def pair_of(record: Any, noise_multiplier: float, q: float) -> step_events.Pair:
   is_truncated = record.sampling == "truncated_poisson"
-  # A neighbour has a row more, or one less.
+  # A neighbour has one row more or one less.
   may_grow = is_truncated and record.neighboring_relation == "add_or_remove_one"
   return step_events.of(
     noise_multiplier=noise_multiplier,

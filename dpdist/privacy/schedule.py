@@ -1,4 +1,4 @@
-"""Numbers that change at steps of a plan that were fixed before its first."""
+"""Numbers that change at fixed steps of a plan, known before its first step."""
 
 import numbers
 import operator
@@ -8,12 +8,12 @@ from dpdist.accounting import search
 
 
 class Setting(NamedTuple):
-  """What holds from a step of the plan on.
+  """The numbers that hold from a step of the plan on.
 
   Attributes:
-    start: the first such step, from 0.
+    start: the first such step, counted from 0.
     noise_multiplier: noise standard deviation over l2 sensitivity.
-    expected_batch_size: of a step.
+    expected_batch_size: mean number of rows in a step.
   """
 
   start: int
@@ -25,7 +25,7 @@ Schedule = tuple[tuple[int, float], ...]
 
 
 def checked(name: str, value: Any, num_steps: int) -> Schedule:
-  """A schedule as plain tuples."""
+  """Checks a schedule and returns it as plain tuples."""
   number = {
     "noise_schedule": "noise_multiplier",
     "batch_size_schedule": "expected_batch_size",
@@ -55,5 +55,5 @@ def checked(name: str, value: Any, num_steps: int) -> Schedule:
 
 
 def is_a(kind: Any, value: Any) -> bool:
-  """Whether a value is of a kind; a boolean is of none."""
+  """Returns whether a value is of a kind; a boolean is of none."""
   return isinstance(value, kind) and not isinstance(value, bool)

@@ -1,7 +1,7 @@
-"""What a plan guarantees, and when, in plain words.
+"""States in plain words what a plan guarantees, and when.
 
 A statement names the unit of privacy, the neighboring relation, how steps
-sample, what they add up to, and what all of that rests on.
+sample, their total epsilon, and what the guarantee assumes.
 
 Imports no jax.
 """
@@ -11,7 +11,7 @@ import math
 
 from dpdist.privacy import plan as plan_lib
 
-_MANY = 6  # Settings of a schedule that are worth listing.
+_MANY = 6  # The most settings of a schedule that are listed.
 
 
 def of_plan(plan: plan_lib.PrivacyPlan) -> str:
@@ -29,7 +29,7 @@ def of_plan(plan: plan_lib.PrivacyPlan) -> str:
 
 
 def unit(plan: plan_lib.PrivacyPlan) -> str:
-  """Who or what is protected, and from what."""
+  """States who or what is protected, and from what."""
   relation = {
     "add_or_remove_one": "whether any one of them was there",
     "replace_one": "any one of them from any other in its place",
@@ -49,7 +49,7 @@ def unit(plan: plan_lib.PrivacyPlan) -> str:
 
 
 def assumptions(plan: plan_lib.PrivacyPlan) -> str:
-  """What the guarantee rests on."""
+  """States what the guarantee assumes."""
   whose = {
     "example": "nobody's data is in more than"
     + (
@@ -66,7 +66,7 @@ def assumptions(plan: plan_lib.PrivacyPlan) -> str:
 
 
 def stopped_early(reading: str) -> str:
-  """Why a run before its plan's end has the epsilon of the whole plan.
+  """Explains why a run that stops early has the epsilon of the whole plan.
 
   Args:
     reading: epsilon of the steps that were charged.
@@ -79,14 +79,14 @@ def stopped_early(reading: str) -> str:
 
 
 def rounded_up(epsilon: float, decimals: int | None = None) -> str:
-  """Returns a number that is not below an epsilon, for people.
+  """Returns an epsilon rounded up, as text.
 
   Args:
     epsilon: at least 0; may be infinite.
-    decimals: so many of them; None: four significant digits.
+    decimals: number of decimals; None means four significant digits.
   """
   if decimals is not None and math.isfinite(epsilon):
-    # As it is written, so that 0.001 stays what it is.
+    # Round the shortest text of the float, so that 0.001 stays 0.001.
     exact = decimal.Decimal(repr(float(epsilon)))
     last = decimal.Decimal(1).scaleb(-decimals)
     return str(exact.quantize(last, decimal.ROUND_CEILING))
@@ -97,7 +97,7 @@ def rounded_up(epsilon: float, decimals: int | None = None) -> str:
 
 
 def sampling(plan: plan_lib.PrivacyPlan) -> str:
-  """How steps sample, in a word or two."""
+  """Says how steps sample, in a word or two."""
   return {
     "poisson": "Poisson",
     "truncated_poisson": f"Poisson, cut to {plan.truncated_batch_size}",
@@ -131,7 +131,7 @@ def _sampling(plan: plan_lib.PrivacyPlan) -> str:
       " The gradients of a group are averaged and clipped as one, which one"
       f" {plan.unit} can turn over"
     )
-    # Of the sensitivity under replacing, that is no more than once.
+    # This is no more than once the sensitivity under "replace_one".
     group += (
       "."
       if plan.neighboring_relation == "replace_one"

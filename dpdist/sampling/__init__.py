@@ -1,4 +1,4 @@
-"""Which examples take part in a step: pure functions of (seed, step)."""
+"""Samplers, which draw a step's examples as a pure function of (seed, step)."""
 
 from dpdist.sampling.cyclic import CyclicPoissonSampler as CyclicPoissonSampler
 from dpdist.sampling.fixed_size import FixedSizeSampler as FixedSizeSampler

@@ -1,4 +1,4 @@
-"""Poisson sampling from parts of the examples that take turns."""
+"""Poisson sampling from parts of the examples, which take turns."""
 
 import numpy as np
 
@@ -6,18 +6,18 @@ from dpdist.sampling import poisson
 
 
 class CyclicPoissonSampler:
-  """Draws from one part of the examples after the other.
+  """Draws from the parts of the examples in turn.
 
   Example i is in part i modulo `cycle_length`, whatever the other examples are.
   At a step every example of one part is drawn with `sampling_probability`,
-  apart from all others, and none of another part. So an example can take part
-  in one step of `cycle_length` only.
+  independently of all others, and no example of another part. So an example can
+  take part in only one of `cycle_length` consecutive steps.
 
   Attributes:
     num_examples: The number of examples in all parts.
-    sampling_probability: The probability of each example of the part.
+    sampling_probability: The probability of each example of the step's part.
     cycle_length: The number of parts.
-    offset: Step t has the part t + offset, modulo the cycle's length.
+    offset: Step t draws from part t + offset, modulo `cycle_length`.
   """
 
   def __init__(
@@ -36,7 +36,7 @@ class CyclicPoissonSampler:
       sampling_probability: See `PoissonSampler`.
       cycle_length: In [1, num_examples].
       seed: See `PoissonSampler`.
-      offset: Where in the cycle step 0 is; 0 or a number above it.
+      offset: Where in the cycle step 0 is; at least 0.
 
     Raises:
       ValueError: An argument is not as described.
@@ -68,6 +68,6 @@ class CyclicPoissonSampler:
     indices = places * self.cycle_length + (
       (step + self.offset) % self.cycle_length
     )
-    # The last place of some parts is beyond the end. Draws are independent, so
-    # it can be dropped.
+    # The last index of some parts is beyond the end. Draws are independent, so
+    # dropping it does not change the others.
     return indices[indices < self.num_examples]

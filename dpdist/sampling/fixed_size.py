@@ -1,8 +1,8 @@
-"""Samples of a size that is fixed, or bounded: uniform subsets.
+"""Samplers of uniform subsets, whose size is fixed or bounded.
 
-Like `dpdist.sampling.poisson`, from the words of Philox and integers alone. A
-subset is the first distinct ones of a sequence of independent uniform numbers,
-which is uniform over all subsets of its size, exactly.
+As in `dpdist.sampling.poisson`, draws depend on the words of Philox and on
+integers alone. A subset is made of the first distinct numbers of a sequence of
+independent uniform ones. It is exactly uniform over all subsets of its size.
 """
 
 import numpy as np
@@ -13,14 +13,14 @@ from dpdist.sampling import poisson
 class FixedSizeSampler:
   """Draws `batch_size` of `num_examples` examples without replacement.
 
-  All subsets of that size are alike, at each step anew. The privacy of such
+  At each step all subsets of that size are equally likely. The privacy of such
   steps is that of replacing one example by another, with twice the sensitivity;
   see `dpdist.accounting.step_events`.
 
   Guarantees:
-    Given uniform words, every subset has the same probability, and those of two
-    steps are independent. As with `PoissonSampler`, Philox stands for them, and
-    indices are private.
+    Given uniform words, every subset has the same probability, and the subsets
+    of two steps are independent. As with `PoissonSampler`, the words come from
+    Philox, and indices are private.
 
   Attributes:
     num_examples: The number of examples that are drawn from.
@@ -70,16 +70,16 @@ class FixedSizeSampler:
 
 
 class TruncatedPoissonSampler:
-  """Draws as `PoissonSampler`, and keeps at most `truncated_batch_size`.
+  """Draws like `PoissonSampler`, and keeps at most `truncated_batch_size`.
 
-  Of a larger sample a subset is kept, all subsets alike. That is dear unless
-  the bound is several standard deviations above the mean: see
-  `dpdist.accounting.calibration`, which has to know of it.
+  Of a larger sample a uniform subset is kept. That costs much privacy unless
+  the bound is several standard deviations above the mean. The accountant must
+  know of it: see `dpdist.accounting.calibration`.
 
   Attributes:
     num_examples: The number of examples that are drawn from.
     sampling_probability: The probability of each, before the cut.
-    truncated_batch_size: The most that are kept.
+    truncated_batch_size: The most examples that are kept.
   """
 
   def __init__(
@@ -130,8 +130,8 @@ class TruncatedPoissonSampler:
 
 
 def _subset(key: np.ndarray, step: int, size: int, count: int) -> np.ndarray:
-  """Returns `count` of range(size) as int64, sorted; all subsets alike."""
-  if 2 * count > size:  # Rather choose what stays out.
+  """Returns a uniform subset of `count` of range(size), sorted, int64."""
+  if 2 * count > size:  # Drawing what is left out takes fewer words.
     everything = np.arange(size, dtype=np.int64)
     if count == size:
       return everything
@@ -140,8 +140,8 @@ def _subset(key: np.ndarray, step: int, size: int, count: int) -> np.ndarray:
   stream = poisson.stream(key, step, poisson.SUBSET)
   found = np.empty(0, np.uint64)
   while found.size < count:
-    # Of the words, at least half are below size, and at least half of those
-    # were not seen before.
+    # On average at least half of the words are below size, and at least half of
+    # those are new.
     words = stream.random_raw(4 * (count - found.size) + 8)
     numbers = words >> np.uint64(64 - bits)
     sequence = np.concatenate([found, numbers[numbers < size]])

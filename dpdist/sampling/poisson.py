@@ -1,4 +1,4 @@
-"""Poisson subsampling: which examples take part in a step.
+"""Poisson subsampling, which draws the examples of a step.
 
 Every example is drawn at every step with the same probability, independently
 of all the others and of all other steps. This is the sampling that the
@@ -7,11 +7,11 @@ Differential Privacy", CCS 2016; Mironov, Talwar and Zhang, "Renyi Differential
 Privacy of the Sampled Gaussian Mechanism", arXiv:1908.10530). Shuffled or
 fixed-size batches are other mechanisms, with other epsilons.
 
-What is drawn here depends on integers alone: the raw words of the counter-based
-generator Philox-4x64-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1,
-2, 3", SC 2011), which NumPy promises never to change, and comparisons with
-tables that are computed in Python integers. No float is ever rounded on the
-way, so neither a libm, nor a CPU, nor a new version of NumPy can change a draw.
+A draw depends on integers alone: the raw words of the counter-based generator
+Philox-4x64-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC
+2011), which NumPy promises never to change, are compared with tables that are
+computed in Python integers. No float is ever rounded, so neither a libm, nor a
+CPU, nor a new version of NumPy can change a draw.
 """
 
 import bisect
@@ -22,11 +22,11 @@ import operator
 
 import numpy as np
 
-# Below this probability, work is per drawn example (`_sparse`); from it on, per
-# example (`_dense`), which is then as fast and needs no rejection.
+# Below this probability the cost is per drawn example (`_sparse`). From it on
+# the cost is per example (`_dense`), which is as fast and needs no rejection.
 _DENSE_FROM = 1 / 8
 
-# The purposes that words are drawn for: part of every counter.
+# The purpose that words are drawn for, a part of every counter.
 _INCLUSION, _COUNT_HIGH, _COUNT_LOW, _POSITION, SUBSET = range(5)
 
 _WORD_BITS = 64
@@ -34,7 +34,7 @@ _TABLE_BITS = 2 * _WORD_BITS
 # 128 guard bits: the squarings of (1 - q)^(2^b) lose about b <= 62 of them.
 _FIXED_POINT_BITS = 2 * _TABLE_BITS
 
-# Words compared at a time by `_dense`: 512 KiB, which stay in a core's cache.
+# Words that `_dense` compares at a time: 512 KiB, which fit in a core's cache.
 _DENSE_RUN = 1 << 16
 
 
@@ -46,38 +46,37 @@ class PoissonSampler:
       indices = sampler(step)
 
   The draw is a pure function of (num_examples, sampling_probability, seed,
-  step): every host computes the same one, in any order of steps, and there is
-  no state to save. It takes time and memory in proportion to the number of
-  examples drawn, not to `num_examples`. A sampler can be used by many threads.
+  step). So every host computes the same draw, in any order of steps, and there
+  is no state to save. It takes time and memory in proportion to the number of
+  examples drawn, not to `num_examples`. Many threads may share a sampler.
 
   The indices are private: the epsilon of a run holds only while nobody learns
-  which examples were drawn, so neither they, nor their number, nor the seed may
+  which examples were drawn. So the indices, their number and the seed must not
   leave the run.
 
   Guarantees:
     Given uniform words, the inclusions of the examples of one step are
-    independent and have the float64 probability given, not one near it.
+    independent and have exactly the given float64 probability.
     * From probability 1/8 on, example i is drawn if a uniform 64-bit word of
       its own is below 2^64 q, which is an integer. This is exact.
     * Below 1/8, each block of m = 2^b consecutive examples gets a count k from
       Binomial(m, q), then a uniform subset of k of its positions, which is the
       joint law of m independent inclusions. The subset is exactly uniform: k
-      uniform b-bit words, all drawn anew while two of them are equal. The
-      count inverts a cumulative distribution that is rounded down to 128 bits
-      and cut where at most 2^-128 of it is left; it has fewer than 100
-      entries, each wrong by less than 2^-127, so the law of a block is within
-      a total variation distance of 2^-120 of the ideal one. A million steps
-      of a million blocks stay within 2^-80.
-    Philox stands for the uniform words. No statistical test is known to tell
-    them apart, but Philox is not a cryptographic generator: this is one more
-    reason why the indices must not leave.
+      uniform b-bit words, all drawn anew while two of them are equal. The count
+      is drawn by inverting a cumulative distribution that is rounded down to
+      128 bits and cut where at most 2^-128 of it is left. The distribution has
+      fewer than 100 entries, each wrong by less than 2^-127, so the law of a
+      block is within a total variation distance of 2^-120 of the ideal one. A
+      million steps of a million blocks stay within 2^-80.
+    Philox takes the place of the uniform words. No statistical test is known to
+    tell them apart, but Philox is not a cryptographic generator: this is one
+    more reason why the indices must not leave the run.
 
   Counters: the 256-bit counter of Philox is four 64-bit words: the running
   number of the group of four output words, the attempt at rejection, the
   purpose of the words (0: inclusions from 1/8 on; 1 and 2: high and low halves
-  of the counts; 3: positions; 4: subsets, for other samplers), and the step. A
-  stream would have to give 2^66
-  words before it reached the next one. The 128-bit key is made from the seed.
+  of the counts; 3: positions; 4: subsets, for other samplers), and the step.
+  Streams overlap only after 2^66 words. The 128-bit key is made from the seed.
 
   Attributes:
     num_examples: The number of examples that are drawn from.
@@ -96,7 +95,7 @@ class PoissonSampler:
     Args:
       num_examples: The number of examples, in [1, 2^62].
       sampling_probability: The probability q of each example, in (0, 1]. Its
-        value as float64 is taken exactly.
+        float64 value is used exactly.
       seed: An int of any sign and size, or bytes that are not empty. An int and
         bytes never mean the same seed. It must be secret, with 128 bits of
         entropy or more, for the privacy guarantee of a run to hold.
@@ -129,7 +128,7 @@ class PoissonSampler:
 
     Returns:
       int64[number drawn], indices in [0, num_examples), strictly increasing.
-      It can be empty, and such a step counts like every other. Private.
+      It can be empty, and such a step counts like any other. Private.
 
     Raises:
       ValueError: `step` is not as described.
@@ -142,7 +141,7 @@ class PoissonSampler:
     return self._sparse(step)
 
   def _dense(self, step: int) -> np.ndarray:
-    # q >= 2^-3 has no bit below 2^-56, so that this product is an integer.
+    # q >= 2^-3 has no bit below 2^-56, so this product is an integer.
     threshold = np.uint64(int(math.ldexp(self.sampling_probability, 64)))
     stream = self._stream(step, _INCLUSION)
     drawn = []
@@ -161,7 +160,7 @@ class PoissonSampler:
 
     high_words = self._stream(step, _COUNT_HIGH).random_raw(num_blocks)
     counts = _invert(self._count_table, high_words, low_word)
-    # The slots of a block lie together in `indices`, as many as its count.
+    # Each block has as many consecutive slots in `indices` as its count.
     firsts = np.repeat(np.arange(num_blocks, dtype=np.int64) << bits, counts)
     indices = firsts
     slots = np.arange(firsts.size)
@@ -169,19 +168,19 @@ class PoissonSampler:
     while slots.size:
       stream = self._stream(step, _POSITION, attempt=attempt)
       positions = stream.random_raw(slots.size) >> np.uint64(_WORD_BITS - bits)
-      # Stable is the merge sort that is fast on what is nearly in order.
+      # "stable" is a merge sort, which is fast on nearly sorted input.
       drawn = np.sort(firsts[slots] | positions.view(np.int64), kind="stable")
       if attempt == 0:
         indices = drawn
       else:
         indices[slots] = drawn
-      # Blocks in which two positions are equal are drawn anew, whole: to
-      # replace only the equal ones would not be uniform over subsets.
+      # Blocks in which two positions are equal are drawn anew as a whole:
+      # replacing only the equal ones would not be uniform over subsets.
       collided = drawn[1:][drawn[1:] == drawn[:-1]] >> bits
       slots = slots[np.isin(drawn >> bits, collided)]
       attempt += 1
     # The last block may reach past the end. Inclusions are independent, so
-    # those beyond can be dropped.
+    # dropping those beyond does not change the others.
     return indices[: np.searchsorted(indices, self.num_examples)]
 
   def _stream(
@@ -199,9 +198,9 @@ def stream(
 
 
 def _block_bits(num_examples: int, probability: float) -> int:
-  """Returns b, so that blocks have 2^b examples and 2 to 4 drawn ones.
+  """Returns b such that 2 to 4 of a block's 2^b examples are drawn on average.
 
-  Blocks are smaller than that where all examples fit into a smaller one.
+  It is smaller where all examples fit into a smaller block.
   """
   # frexp: q = f * 2^e, 1/2 <= f < 1; so 2^(2-e) q is in [2, 4).
   _, exponent = math.frexp(probability)
@@ -216,8 +215,8 @@ def _binomial_table(bits: int, probability: float) -> list[int]:
     probability: q < 1/8, with 2^b q below 4.
 
   Returns:
-    floor(2^128 P(count <= k)) for k = 0, 1, ..., up to the last k that more
-    than 2^-128 of the distribution lies above.
+    floor(2^128 P(count <= k)) for k = 0, 1, ..., up to the last k with
+    P(count > k) > 2^-128.
   """
   numerator, denominator = probability.as_integer_ratio()
   one = 1 << _FIXED_POINT_BITS
@@ -251,16 +250,16 @@ def _invert(
   Args:
     table: Thresholds of 128 bits, in ascending order.
     high_words: uint64[n], the high halves of the numbers.
-    low_word: From i to the low half of the number i. It is asked only where
-      the high half does not decide, which is about once in 2^60 numbers.
+    low_word: Maps i to the low half of number i. It is called only where the
+      high half does not decide, which is about once in 2^60 numbers.
 
   Returns:
-    int64[n], how many thresholds are at most the number.
+    int64[n], how many thresholds are at most each number.
   """
   thresholds = np.array([t >> _WORD_BITS for t in table], dtype=np.uint64)
   counts = np.searchsorted(thresholds, high_words, side="right")
   # The greatest threshold whose high half is at most the word. Where there is
-  # none, any value will do: what is asked for in vain is answered rightly.
+  # none, any value will do: an unneeded low word does not change the result.
   below = np.append(np.uint64(0), thresholds)[counts]
   for i in np.flatnonzero(below == high_words).tolist():
     number = (int(high_words[i]) << _WORD_BITS) | low_word(i)
@@ -277,7 +276,7 @@ def philox_key(seed: int | bytes) -> np.ndarray:
   elif isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
     encoded = b"int:" + format(operator.index(seed), "x").encode()
   else:
-    # A seed is a secret even where it is of a wrong type.
+    # A seed is secret even if its type is wrong.
     raise ValueError(
       f"seed must be an int or non-empty bytes, got a {type(seed).__name__}"
     )
@@ -286,7 +285,7 @@ def philox_key(seed: int | bytes) -> np.ndarray:
 
 
 def check_int(name: str, value: int, low: int, high: int) -> int:
-  """Returns an argument as an int; raises ValueError if it is none."""
+  """Returns an argument as an int; raises ValueError if it is not one."""
   is_integer = isinstance(value, (int, np.integer))
   if not is_integer or isinstance(value, bool) or not low <= value <= high:
     raise ValueError(f"{name} must be an int in [{low}, {high}], got {value!r}")
@@ -295,7 +294,7 @@ def check_int(name: str, value: int, low: int, high: int) -> int:
 
 def _check_probability(value: float) -> float:
   is_number = isinstance(value, (int, float, np.integer, np.floating))
-  # Written so that NaN is refused, and a longer float that float64 makes 0.
+  # Written so that it refuses NaN, and wider floats that float64 rounds to 0.
   in_range = is_number and 0 < value <= 1 and 0 < float(value) <= 1
   if not in_range or isinstance(value, bool):
     raise ValueError(

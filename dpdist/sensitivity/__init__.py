@@ -1,1 +1,1 @@
-"""Holds the clipped sum against `jax.grad`, before and while a run goes."""
+"""Compares the clipped sum with `jax.grad`, before a run and during it."""

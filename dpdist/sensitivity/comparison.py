@@ -1,13 +1,13 @@
-"""A clipped sum held against `jax.grad`, for one made-up example at a time.
+"""Compares a clipped sum with `jax.grad`, for one made-up example at a time.
 
-What is held against what:
-  * Whatever the example, its sum is finite and no longer than its bound.
-  * Where the gradient is steady, which is to say that other rounding would
-    leave it as it is, the norm is not smaller than that of the gradient, and
-    the sum no longer than the clipped gradient. It is found out by changing
-    parameters and inputs by a little more than they are rounded by.
-  * Of ordinary sizes, the sum points where the gradient does.
-A norm may be too large: then less is added to the sum than could be.
+It checks that:
+  * For any example, the sum is finite and no longer than its bound.
+  * Where the gradient is steady, the norm is not smaller than the gradient's,
+    and the sum is no longer than the clipped gradient. A gradient is steady if
+    different rounding would not change it. To find out, parameters and inputs
+    are changed by a little more than their rounding errors.
+  * For examples of ordinary size, the sum has the gradient's direction.
+A norm may be too large: then the example adds less to the sum than it could.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,9 +29,9 @@ from dpdist.clipping.trace import program
 
 PyTree = Any
 
-# How much longer than its bound a sum may be: rules promise less than that.
+# How much longer than its bound a sum may be, relative; rules promise less.
 LONGER = 0.01
-# Of a steady gradient, over a few of its own changes.
+# Tolerance for a steady gradient, in addition to a few of its own changes.
 _TOLERANCE = 1e-3
 _STEADY = 2.0**-5
 
@@ -40,15 +40,16 @@ class Measured(NamedTuple):
   """Lengths, by group, and directions, by trained parameter; NumPy float.
 
   Attributes:
-    length: [groups] of the sum.
-    norm: [groups] that the example was clipped by; NaN where it is not known.
-    truth: [groups] of the gradient.
-    again: [groups] of the gradient under other rounding.
-    is_finite: [parameters] of the sum.
-    share: [parameters] of the group's gradient's length.
-    differs: [parameters] the sum from the gradient, of each its group's
-      direction, a vector of length 1.
-    varies: [parameters] the gradient's direction under other rounding.
+    length: [groups], length of the sum.
+    norm: [groups], norm that the example was clipped by; NaN where unknown.
+    truth: [groups], length of the gradient.
+    again: [groups], length of the gradient with different rounding.
+    is_finite: [parameters], whether the sum is finite.
+    share: [parameters], share in the length of the group's gradient.
+    differs: [parameters], distance of the sum's direction from the gradient's;
+      a group's direction is a vector of length 1.
+    varies: [parameters], distance of the gradient's direction with different
+      rounding.
   """
 
   length: Any
@@ -63,10 +64,10 @@ class Measured(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """What is wrong.
+  """A fault of a clipped sum.
 
   Attributes:
-    what: a clause, after "the clipped sum of one example".
+    what: a clause that follows "the clipped sum of one example".
     leaves: numbers of the trained parameters that show it, the worst first.
   """
 
@@ -77,12 +78,13 @@ class Problem:
 def measurer(
   clipped_grad: clipping.ClippedGrad,
 ) -> Callable[..., Measured]:
-  """Makes what measures a sum of one example; traced.
+  """Makes a function that measures a sum of one example; it may be traced.
 
   Returns:
     (params, frozen, example, rng, total, norms) -> Measured, of jax.Arrays.
-    params has None where a parameter is frozen, frozen where it is trained, or
-    is None; rng is the example's key or None; norms has one a group.
+    params has None where a parameter is frozen. frozen has None where it is
+    trained, or is None. rng is the example's key or None. norms has one norm
+    for each group.
   """
 
   def measure(
@@ -140,13 +142,13 @@ def judge(
   *,
   is_ordinary: bool,
 ) -> Problem | None:
-  """What is wrong with the sum of one example, if anything is.
+  """Returns the fault of the sum of one example, or None.
 
   Args:
-    clipped_grad: that made the sum.
+    clipped_grad: the function that made the sum.
     params: whole; shapes are enough.
-    measured: of the sum.
-    is_ordinary: whether the example's numbers are of no extreme size.
+    measured: the measurements of the sum.
+    is_ordinary: whether none of the example's numbers has an extreme size.
   """
   scaling, groups = clipped_grad.scaling(params)
   seen = Measured(*[np.asarray(x, np.float64) for x in measured])
@@ -198,20 +200,20 @@ def blamed(
   *,
   most: int = 16,
 ) -> list[int]:
-  """Numbers of the parameters that have a wrong norm on their own.
+  """Finds a parameter whose norm is wrong when it is trained alone.
 
-  One parameter is trained at a time. Compiles a program for each.
+  Trains one parameter at a time, and compiles a program for each.
 
   Args:
-    clipped_grad: whose sum was wrong.
+    clipped_grad: the function whose sum was wrong.
     params: whole, on one device.
-    example: of which it was wrong.
+    example: the example whose sum was wrong.
     rng: its key or None.
     leaves: numbers of trained parameters, the most suspect first.
-    most: so many are tried.
+    most: how many parameters to try at most.
 
   Returns:
-    That of the first that is wrong by itself; none if each is right.
+    The number of the first parameter that is wrong alone; empty if none is.
   """
   parts = freezing.split(params, clipped_grad.frozen)
   trained = [
@@ -254,7 +256,7 @@ def blamed(
 
 
 def _scale(scaling: Any, group: int, norm: float) -> float:
-  """What a gradient of a norm is multiplied with."""
+  """Returns the factor of a gradient with this norm."""
   if scaling.normalize_gamma is None:
     divisor = max(norm, scaling.l2_clip_norms[group])
   else:
@@ -274,14 +276,14 @@ def _lengths(
 
 
 def _length(xs: Sequence[jax.Array]) -> jax.Array:
-  """The norm of all together, of any size: no square is too large or small."""
+  """Returns the norm of all together; no square over- or underflows."""
   largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in xs]))
   safe = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
   return largest * jnp.sqrt(sum(jnp.sum(jnp.square(x / safe)) for x in xs))
 
 
 def _shaken(tree: PyTree, amount: float) -> PyTree:
-  """Each float a little larger or smaller."""
+  """Makes each float a little larger or smaller."""
   leaves, structure = jax.tree.flatten(tree)
   changed = []
   for i, x in enumerate(leaves):
@@ -298,7 +300,7 @@ def _rounding(
   loss: Callable[..., Any],
   *args: PyTree,
 ) -> float:
-  """The relative error of the coarsest numbers that a loss computes with."""
+  """Returns the relative error of the coarsest numbers in a loss."""
   floats = [
     x.dtype
     for x in jax.tree.leaves(args[0])

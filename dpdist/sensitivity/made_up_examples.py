@@ -1,7 +1,7 @@
-"""Made-up examples that are hard on a norm: of every size, and that cancel.
+"""Makes up examples that are hard for a norm: of all sizes, and that cancel.
 
-Public random numbers of an example's own dtypes and shapes. Nothing of the data
-is in them.
+They are public random numbers with an example's dtypes and shapes, and contain
+nothing of the data.
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,9 +13,9 @@ import numpy as np
 
 PyTree = Any
 
-# Powers of ten. The squares of what is tiny are 0, those of what is huge
-# nearly infinite; what is least and most has itself no more room; and the first
-# and last numbers of a dtype have none for any factor.
+# Powers of ten. The squares of tiny numbers are 0, those of huge ones nearly
+# infinite. Least and most are near the ends of the dtype's range. First and
+# last are so near that they leave no room for any factor.
 _POWERS = {
   16: {"tiny": -4.0, "huge": 3.0, "least": -4.5, "most": 4.0, "large": 2.0}
   | {"first": -4.2, "last": 4.5},
@@ -24,8 +24,8 @@ _POWERS = {
   64: {"tiny": -155.0, "huge": 153.0, "least": -307.0, "most": 306.0}
   | {"large": 8.0, "first": -307.6, "last": 307.6},
 }
-# Kinds of floats, and the sizes of the first, third, ... and of the other
-# floating arrays of an example.
+# Kinds of floats, with two sizes: that of an example's first, third, ...
+# floating array, and that of the others.
 _PAIRS = (
   ("normal", ("one", "one")),
   ("normal", ("small", "small")),
@@ -79,9 +79,9 @@ class Case(NamedTuple):
   """One made-up example.
 
   Attributes:
-    name: says what its numbers are like.
+    name: describes its numbers.
     example: pytree of NumPy arrays, without the batch axis.
-    is_ordinary: whether nothing in it is of an extreme size.
+    is_ordinary: whether none of its numbers has an extreme size.
   """
 
   name: str
@@ -90,11 +90,11 @@ class Case(NamedTuple):
 
 
 def cases(shapes: PyTree, largest: PyTree) -> Iterator[Case]:
-  """Made-up examples of a kind.
+  """Yields made-up examples with given shapes.
 
   Args:
-    shapes: pytree, of one example; anything with shape and dtype.
-    largest: pytree like shapes of ints: integers are between 0 and these.
+    shapes: pytree of one example; anything with shape and dtype.
+    largest: pytree like shapes of ints; integers are between 0 and these.
   """
   leaves, structure = jax.tree.flatten(shapes)
   most = jax.tree.leaves(largest)
@@ -124,7 +124,7 @@ def cases(shapes: PyTree, largest: PyTree) -> Iterator[Case]:
 
 
 def padding(shapes: PyTree) -> PyTree:
-  """An example that must not be looked at: what no data would hold."""
+  """Returns a padding example, with values such as NaN that data lacks."""
 
   def fill(leaf: Any) -> np.ndarray:
     if _is_float(leaf):
@@ -151,7 +151,7 @@ def _floats(
   if kind == "constant" and not is_odd:
     x = np.ones(leaf.shape)
   if kind == "pair":
-    # Nothing beside two entries that cancel, or nearly: no norm hides them.
+    # Only two entries, which cancel or nearly do: no others hide them.
     x = np.zeros(leaf.shape)
     rows = leaf.shape[0] if leaf.shape else 1
     x.reshape(rows, math.prod(leaf.shape[1:]))[:2, :1] = 1
@@ -167,7 +167,7 @@ def _floats(
 def _shuffled(
   rng: np.random.Generator, filled: list[np.ndarray], leaves: Sequence[Any]
 ) -> list[np.ndarray]:
-  """Rows in another order, the same for all arrays of as many rows."""
+  """Shuffles rows, alike for all arrays with the same number of rows."""
   orders: dict[int, np.ndarray] = {}
   shuffled = []
   for x, leaf in zip(filled, leaves, strict=True):

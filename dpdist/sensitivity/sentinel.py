@@ -1,28 +1,28 @@
-"""The sentinel: a run watches its own sensitivity.
+"""The sentinel, by which a run checks its own sensitivity.
 
-All privacy rests on one number, how far one example can move the clipped sum,
-and that on rules for norms, any of which may be wrong. So nobody's word is
-taken for it:
+All privacy depends on one number, how far one example can move the clipped sum.
+That depends on rules for norms, any of which may be wrong. So it is checked:
 
-  * Before anything is charged, the step that will run is run on made-up
+  * Before anything is charged, the step that will run is tried on made-up
     examples, one at a time among padding that holds NaN, and what it adds is
-    held against `jax.grad`; see `dpdist.sensitivity.trials`,
-    `dpdist.sensitivity.made_up_examples` and `dpdist.sensitivity.comparison`. A
-    loop of one's own has `dpdist.check_sensitivity`, a config `launch.check`.
-  * While it runs, at the first step of a branch and then at a secret one in
+    compared with `jax.grad`; see `dpdist.sensitivity.trials`,
+    `dpdist.sensitivity.made_up_examples` and `dpdist.sensitivity.comparison`.
+    For your own loop there is `dpdist.check_sensitivity`, for a config
+    `launch.check`.
+  * During the run, at the first step of a branch and then at a secret one in
     `config.sentinel.every`, examples of the data that are longer than their
     norms say are found and add 0; see `dpdist.clipping.watched`, which proves
-    how seldom that is a mistake. The run ends after that step, which is
-    charged and saved as any other.
+    how rarely that is a mistake. The run ends after that step, which is
+    charged and saved like any other.
 
-Which steps those are, and along which direction examples are looked at, are
+The watched steps, and the direction along which examples are checked, are
 functions of (secret, branch, step): a step that runs again has the same bits.
 
-That a run ends so is an event that depends on the data. While clipping is right
-it happens to one example at one watched step with probability below 1e-10,
-which adds less than that to delta. If it is wrong, there was no guarantee
-before: the ledger, and with it result and report, say void. Neither says more;
-the parameter and its rule are named on the owner's screen alone.
+That a run ends this way is an event that depends on the data. If clipping is
+right, it happens for one example at one watched step with probability below
+1e-10, which adds less than that to delta. If clipping is wrong, there was no
+guarantee before: the ledger, and with it result and report, say void. They say
+no more; only the owner's screen names the parameter and its rule.
 """
 
 from collections.abc import Callable
@@ -57,26 +57,26 @@ def check_sensitivity(
   frozen: freezing.Frozen = None,
   rng: jax.Array | None = None,
 ) -> Report:
-  """Holds `dpdist.clipped_grad` of a loss against `jax.grad`.
+  """Compares `dpdist.clipped_grad` of a loss with `jax.grad`.
 
-  To be called once before training: it compiles the clipped sum of such a
-  batch, and runs it on made-up examples.
+  Call it once before training: it compiles the clipped sum of such a batch, and
+  runs it on made-up examples.
 
   Args:
-    loss_fn: as for `dpdist.clipped_grad`; likewise l2_clip_norm, has_aux,
+    loss_fn: as for `dpdist.clipped_grad`, and so are l2_clip_norm, has_aux,
       method, microbatch_size, rescale_to_unit_norm, platform, normalize_gamma
       and frozen.
-    params: as for a call of it.
-    batch: as for a call of it. Only shapes, dtypes and the largest integer of
-      each array are looked at.
+    params: as for a call of its result.
+    batch: as for a call of its result. Only shapes, dtypes and the largest
+      integer of each array are read.
     rng: a PRNG key, if loss_fn takes one.
 
   Returns:
-    What was tried.
+    A report of what was tried.
 
   Raises:
-    SensitivityError: names what is wrong, the parameter and its rule.
-    ValueError: as `dpdist.clipped_grad`.
+    SensitivityError: names the fault, the parameter and its rule.
+    ValueError: for the reasons of `dpdist.clipped_grad`.
   """
   clipped_grad = clipping.clipped_grad(
     loss_fn,
@@ -115,7 +115,7 @@ def check_sensitivity(
 def _trial(
   clipped_grad: clipping.ClippedGrad, rngs: jax.Array | None
 ) -> Callable[..., comparison.Measured]:
-  """Compiled: a made-up batch's clipped sum, held against that of a row."""
+  """Compiles the comparison of a batch's clipped sum with a row's gradient."""
   measure = comparison.measurer(clipped_grad)
 
   @jax.jit
@@ -128,7 +128,7 @@ def _trial(
   ) -> comparison.Measured:
     params = clipping.merge(trained, constants)
     out = clipped_grad(params, batch, is_padding_example=is_padding, rng=rngs)
-    # What is compared must not be a part of the sum's own program.
+    # Keeps the comparison from being fused with the sum.
     out = jax.lax.optimization_barrier(out._replace(aux=None))
     example, key = jax.tree.map(lambda x: x[row], (batch, rngs))
     norms = [x[row] for x in jax.tree.leaves(out.grad_norms)]
@@ -139,7 +139,7 @@ def _trial(
 
 
 def normal(params: PyTree, key: jax.Array) -> PyTree:
-  """Normal numbers like params, in their dtypes; traced."""
+  """Returns normal numbers like params, in their dtypes; may be traced."""
   leaves, structure = jax.tree.flatten(params)
   drawn = [
     jax.random.normal(
@@ -155,13 +155,13 @@ def normal(params: PyTree, key: jax.Array) -> PyTree:
 def is_watched(
   streams: mechanism.Streams, t: int, *, every: int, first_step: int
 ) -> bool:
-  """Whether a step of a branch is; secret, and the same whenever it runs.
+  """Returns whether a step is watched: a secret, fixed for each step.
 
   Args:
-    streams: of the branch.
+    streams: the branch's random streams.
     t: the step.
-    every: on average one step of so many is watched; 0: none is.
-    first_step: of the branch, which is watched too.
+    every: on average one step in so many is watched; 0: none is.
+    first_step: the branch's first step, which is watched too.
   """
   if not every:
     return False
@@ -178,14 +178,14 @@ def fault(
   leaves: list[int],
   names: list[str] | None = None,
 ) -> str:
-  """What to say on the owner's screen of what `Sentinel.end` found.
+  """Returns the message for the owner's screen about a fault that was found.
 
   Args:
-    clipped_grad: of the step.
+    clipped_grad: the step's clipped gradient.
     params: whole; shapes are enough.
     row: shapes of a row of a chunk.
-    leaves: what was found.
-    names: what the trained parameters are called; None: by their paths.
+    leaves: numbers of the parameters that `Sentinel.end` found.
+    names: names of the trained parameters; None: their paths.
   """
   paths, ways = trials.ways_of(clipped_grad, params, row, has_rng=True)
   where = ", ".join(
@@ -199,11 +199,11 @@ def fault(
 
 
 def mean(total: PyTree, count: jax.Array | int) -> PyTree:
-  """A sum of so many equal examples, as of one; traced."""
+  """Divides the sum of `count` equal examples by count; may be traced."""
   return jax.tree.map(lambda x: x / count, total)
 
 
 def largest_integer(x: jax.Array) -> int:
-  """The largest integer of an array; 0 of any other."""
+  """Returns the largest integer of an array; 0 for arrays of other dtypes."""
   is_integer = jnp.issubdtype(x.dtype, jnp.integer)
   return int(np.max(np.asarray(x), initial=0)) if is_integer else 0

@@ -1,9 +1,10 @@
-"""A clipped sum on made-up examples, one after the other, against `jax.grad`.
+"""Compares a clipped sum of made-up examples, one by one, with `jax.grad`.
 
-Each example goes alone, among padding that holds NaN. Those of ordinary sizes
-go twice more: as they are, where a parameter that begins as 0 may leave others
-without a gradient; and in every row at once, since without padding other parts
-of a program run. Else the parameters are moved by public random numbers.
+Each example is tried alone, among padding that holds NaN, with parameters that
+are moved by public random numbers. Examples of ordinary sizes are tried twice
+more: with the parameters as they are, where one that begins as 0 may leave
+others without a gradient; and in all rows at once, since without padding other
+parts of a program run.
 """
 
 from collections.abc import Callable, Iterator
@@ -28,10 +29,10 @@ INSTEAD = (
 
 
 class Report(NamedTuple):
-  """What a check came to.
+  """The result of a check that found no fault.
 
   Attributes:
-    num_examples: made-up examples that were tried.
+    num_examples: number of made-up examples that were tried.
     ways: by each trained parameter's path, how it is clipped.
   """
 
@@ -40,21 +41,21 @@ class Report(NamedTuple):
 
 
 class Program(NamedTuple):
-  """What is searched for a fault.
+  """A program that is searched for a fault.
 
   Attributes:
-    clipped_grad: what it clips by.
-    params: whole: as they are, and moved.
+    clipped_grad: the clipped gradient that it uses.
+    params: two trees of whole parameters: as they are, and moved.
     row: shapes of an example.
-    largest: of its integers.
-    rows: of a batch.
-    most: rows that may hold an example at once.
-    place: from a case's number to its row.
-    run: (number of params, batch, is_padding, row) -> what was measured, of
-      each program that there is; of a batch without padding, of the mean.
-    key: from a row to its key; None: the loss takes none.
-    any_process: from whether this process found a fault to whether one did.
-    names: what the trained parameters are called; None: by their paths.
+    largest: pytree like row, largest integers.
+    rows: rows of a batch.
+    most: most rows that may hold an example at once.
+    place: maps a case's number to its row.
+    run: (number of params, batch, is_padding, row) -> measurements of each
+      compiled program; for a batch without padding, those of the mean.
+    key: maps a row to its key; None: the loss takes none.
+    any_process: maps whether this process found a fault to whether any did.
+    names: names of the trained parameters; None: their paths.
   """
 
   clipped_grad: clipping.ClippedGrad
@@ -74,7 +75,7 @@ def search(program: Program) -> Report:
   """Tries all examples.
 
   Raises:
-    SensitivityError: names what is wrong, the parameter and its rule.
+    SensitivityError: names the fault, the parameter and its rule.
   """
   paths, ways = ways_of(
     program.clipped_grad,
@@ -82,7 +83,7 @@ def search(program: Program) -> Report:
     program.row,
     has_rng=program.key is not None,
   )
-  # In the dtypes that JAX gives them: as float64, most sizes would be lost.
+  # Use the dtypes that JAX converts to: float64 sizes would be lost in float32.
   row_shapes = jax.eval_shape(lambda x: x, program.row)
   filler = made_up_examples.padding(row_shapes)
   count = 0
@@ -108,7 +109,7 @@ def search(program: Program) -> Report:
           try:
             leaf = _worst(program, number, case.example, key, problem)
           except Exception:
-            # Such as no memory for it: the others wait for this process.
+            # Memory may not suffice. Go on, since other processes wait.
             leaf = problem.leaves[0]
           name = (program.names or paths)[leaf]
           text = (
@@ -116,7 +117,7 @@ def search(program: Program) -> Report:
             f" {problem.what}: {path(name)} ({ways[paths[leaf]]}) is not"
             f" clipped as it should be, and no noise would be enough; {INSTEAD}"
           )
-        # Or those who found nothing would wait for the others.
+        # All processes must agree, or those without a fault would wait.
         if program.any_process(problem is not None):
           raise errors.SensitivityError(
             text or "another process found a clipped sum that is too long"
@@ -135,7 +136,7 @@ def _problem(
 ) -> comparison.Problem | None:
   measured = jax.device_get(found)
   if is_full:
-    # The rows have keys of their own, and with them gradients.
+    # Each row has its own key, and so its own gradient.
     unknown = np.full_like(measured.truth, np.nan)
     measured = measured._replace(truth=unknown)
   return comparison.judge(
@@ -153,7 +154,7 @@ def _worst(
   key: jax.Array | None,
   problem: comparison.Problem,
 ) -> int:
-  """The number of the parameter to name."""
+  """Returns the number of the parameter to name in the message."""
   params = program.params[number]
   if problem.what != "is not finite" and all(
     x.is_fully_replicated for x in jax.tree.leaves(params)
@@ -174,7 +175,7 @@ def ways_of(
   *,
   has_rng: bool,
 ) -> tuple[list[str], dict[str, str]]:
-  """Paths of the trained parameters, and how each is clipped."""
+  """Returns the trained parameters' paths, and how each is clipped."""
   batch = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct((1, *x.shape), x.dtype), row
   )
@@ -193,22 +194,22 @@ def path(name: str) -> str:
 def _chunk(
   rest: np.ndarray, one: np.ndarray, row: int, rows: int
 ) -> np.ndarray:
-  """A batch of `rest`, but for one row."""
+  """Returns a batch of copies of `rest`, except for one row."""
   batch = np.repeat(rest[None], rows, axis=0)
   batch[row] = one
   return batch
 
 
 def moved(params: PyTree, normal: PyTree) -> PyTree:
-  """Parameters by which no gradient is hidden; traced.
+  """Moves parameters so that every one has a gradient; may be traced.
 
-  One that begins as 0, as the second factor of an adapter or the last layer
-  does, leaves those before it without a gradient, and with them their rules
-  untried.
+  A parameter that begins as 0, such as the second factor of an adapter or a
+  last layer, leaves those before it without a gradient, and their rules
+  untested.
 
   Args:
     params: floating arrays.
-    normal: like params, normal numbers.
+    normal: pytree like params of normal numbers.
   """
 
   def one(x: jax.Array, v: jax.Array) -> jax.Array:

@@ -1,1 +1,1 @@
-"""Sums of float arrays that lose nothing: compensated ones, and integers."""
+"""Sums of float arrays that lose nothing: compensated or in integers."""

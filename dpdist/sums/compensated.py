@@ -1,9 +1,9 @@
 """Sums of float arrays that keep what their additions round away.
 
-A sum is two arrays, high and low, whose exact sum is meant; high is that
-rounded. Plain float32 sums drift: someone who chooses the examples can make
-each addition round one way, and move a sum of many parts by several clip norms
-(`dpdist.privacy.rounding` has the bound).
+A sum is represented by two arrays, high and low, that add up to it exactly;
+high is the sum rounded. Plain float32 sums drift: someone who chooses the
+examples can make each addition round the same way, and move a sum of many parts
+by several clip norms (`dpdist.privacy.rounding` has the bound).
 
 The algorithm is DWPlusFP of Joldes, Muller and Popescu 2017, "Tight and
 Rigorous Error Bounds for Basic Building Blocks of Double-Word Arithmetic": an
@@ -19,10 +19,10 @@ PyTree = Any
 
 
 class Sum(NamedTuple):
-  """Two pytrees of float arrays; the sum of both is meant.
+  """Two pytrees of float arrays, whose sum is the value.
 
   Attributes:
-    high: the sum, rounded.
+    high: the value, rounded.
     low: what rounding left out of it.
   """
 
@@ -31,13 +31,13 @@ class Sum(NamedTuple):
 
 
 def zeros_like(tree: PyTree) -> Sum:
-  """An empty sum of such arrays."""
+  """Returns an empty sum of arrays like those of tree."""
   zeros = lambda: jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), tree)
   return Sum(zeros(), zeros())
 
 
 def of(x: PyTree, low: PyTree | None = None) -> Sum:
-  """Arrays as a sum; low as for `add`."""
+  """Returns arrays as a sum; low is as for `add`."""
   zeros = jax.tree.map(jnp.zeros_like, x)
   return Sum(x, zeros if low is None else low)
 
@@ -48,20 +48,21 @@ def add(total: Sum, x: PyTree, low: PyTree | None = None) -> Sum:
   Args:
     total: the sum so far.
     x: pytree like total.high, of the same dtypes.
-    low: what rounding left out of x, likewise; None: nothing.
+    low: pytree like x, what rounding left out of x; None: nothing.
   """
-  # A product that is fused into the addition is not rounded there, and is where
-  # the error of the addition is computed: what is added must be one value.
+  # A compiler may fuse a product into the addition, where it is not rounded,
+  # and round it where the error of the addition is computed. The barrier makes
+  # both use the same value.
   x, low = jax.lax.optimization_barrier((x, low))
   total = add_once(total, x)
   return total if low is None else add_once(total, low)
 
 
 def add_once(total: Sum, x: PyTree) -> Sum:
-  """Adds arrays that are computed nowhere near, or once after all others.
+  """Adds arrays that are computed elsewhere, or once after all others.
 
-  Fused with what computes x, the error may be off by the rounding of that; it
-  is then still what makes high + low right, to 2^-46.
+  If x's computation is fused with the addition, its rounding may be missing
+  from the error; high + low is still right to 2^-46.
   """
   pairs = jax.tree.map(_add, total.high, total.low, x)
   return Sum(*jax.tree.transpose(jax.tree.structure(x), _PAIR, pairs))
@@ -71,22 +72,21 @@ def over_devices(total: Sum, axes: PyTree, units: tuple[float, ...]) -> Sum:
   """Adds up the sums of devices, inside `jax.shard_map`.
 
   Multiples of a power of two add up exactly, in any order, while their sum is
-  at most 2^24 units: so the sums of devices lose no more than what their rests
-  round.
+  at most 2^24 units. So the only error is the rounding of the devices' rests.
 
   Args:
-    total: a device's own.
-    axes: pytree like total.high of the mesh axes to add up over, tuples.
+    total: this device's sum.
+    axes: pytree like total.high of tuples: the mesh axes to add up over.
     units: powers of two, falling; see `dpdist.privacy.rounding.grid`.
   """
-  # mypy takes JAX's own class of tree structures for a mere name.
+  # mypy does not accept JAX's class of tree structures as a type.
   structure: Any = jax.tree.structure(total.high)
   leaves = [
     _split(high, low, units)
     for high, low in zip(*map(jax.tree.leaves, total), strict=True)
   ]
   along = structure.flatten_up_to(axes)
-  # Together, so that it is one reduction, for all along the same axes.
+  # All arrays along the same axes together, so that it is one reduction.
   for over in dict.fromkeys(along):
     chosen = [i for i, mine in enumerate(along) if mine == over]
     sums = jax.lax.psum([leaves[i] for i in chosen], over)
@@ -103,14 +103,14 @@ def _add(
   high: jax.Array, low: jax.Array, x: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
   total, error = _two_sum(high, x)
-  # Dekker's, for a second number that is the smaller one.
+  # Dekker's sum, for a second number that is the smaller one.
   rest = low + error
   rounded = total + rest
   return rounded, rest - (rounded - total)
 
 
 def _two_sum(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """x + y rounded, and what that leaves out, exactly (Knuth)."""
+  """Returns x + y rounded, and exactly what rounding left out (Knuth)."""
   total = x + y
   part = total - x
   return total, (x - (total - part)) + (y - part)
@@ -130,7 +130,7 @@ def _split(
 
 
 def _joined(pieces: tuple[jax.Array, ...]) -> Sum:
-  """The sum of arrays of one shape, the largest first."""
+  """Adds up arrays of one shape, the largest first."""
   first, *others = pieces
   total = of(first)
   for piece in others:

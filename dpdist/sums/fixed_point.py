@@ -1,13 +1,12 @@
-"""Sums of float arrays in integers, which no order of additions can change.
+"""Sums of float arrays in integers, equal for every order of additions.
 
 A number is a tuple of int32 limbs, most significant first:
 
   value = (limbs[0] + limbs[1] / 2**20 + limbs[2] / 2**40 + ...) / 2**exponent
 
-After `carry` every limb but the first is in [0, 2**20), so that each value has
-one form. Scaling by a power of two, truncation and the difference to it are all
-exact in floating point: whatever program they are compiled into, they give the
-same bits.
+After `carry` every limb but the first is in [0, 2**20), so each value has one
+form. Scaling by a power of two, truncation, and the part cut off are all exact
+in floating point: they give the same bits in every compiled program.
 """
 
 from collections.abc import Sequence
@@ -20,14 +19,14 @@ import jax.numpy as jnp
 # 2048 devices, each with a limb of less than 2**20, sum to less than 2**31.
 _LIMB_BITS = 20
 MOST_DEVICES = 2048
-# Of the first limb. The 31st is room for what `choose` is not told of.
+# Bits of the first limb. The 31st is room for what `choose` does not know of.
 _SUM_BITS = 30
 
 Limbs = tuple[jax.Array, ...]
 
 
 class Format(NamedTuple):
-  """How numbers are laid out.
+  """The layout of numbers.
 
   Attributes:
     exponent: the first limb counts units of 2**-exponent.
@@ -39,7 +38,7 @@ class Format(NamedTuple):
 
   @property
   def unit(self) -> float:
-    """What the last limb counts; truncation moves an entry by less."""
+    """Returns the unit of the last limb; truncation moves an entry by less."""
     return math.ldexp(1.0, -self.exponent - _LIMB_BITS * (self.num_limbs - 1))
 
 
@@ -49,25 +48,26 @@ def choose(
   """Chooses a format that cannot overflow and rounds little.
 
   Guarantees:
-    * A sum whose terms' magnitudes add up to at most `largest` in every entry,
-      made with `add` on each of up to 2048 devices and `carry` after a plain
-      sum of theirs, never overflows, however the terms lie on the devices. A
-      device's first limb is the floor of its sum in units of 2**-exponent, at
-      most 2**30 in magnitude; 2048 floors are off by at most 2048, and 2048
-      of the other limbs are less than 2**31: all is below 2**31.
-    * Two sums of `num_terms` arrays each, truncated, are no further apart in
-      l2 than without truncation plus `tolerance`: an entry of a term moves by
-      less than `unit`, so a sum by less than num_terms * sqrt(num_entries) *
-      unit, and both sums by twice that.
+    * A sum never overflows if the magnitudes of its terms add up to at most
+      `largest` in every entry, and if it is made with `add` on each of up to
+      2048 devices and with `carry` after a plain sum over devices, however the
+      terms are spread over them. A device's first limb is the floor of its sum
+      in units of 2**-exponent, at most 2**30 in magnitude; 2048 floors are off
+      by at most 2048, and 2048 of the other limbs are less than 2**31: all is
+      below 2**31.
+    * Truncation moves two sums of `num_terms` arrays each apart by at most
+      `tolerance` in l2: an entry of a term moves by less than `unit`, so a sum
+      by less than num_terms * sqrt(num_entries) * unit, and both sums by twice
+      that.
 
   Args:
     largest: see above; above 0.
-    num_terms: arrays in a sum, at most.
-    num_entries: of an array.
+    num_terms: most arrays in a sum.
+    num_entries: entries of an array.
     tolerance: above 0.
 
   Returns:
-    The format with the fewest limbs that does it.
+    The format with the fewest limbs that guarantees this.
   """
   # largest < 2**power, exactly.
   power = math.frexp(largest)[1]
@@ -78,25 +78,25 @@ def choose(
 
 
 def zeros(form: Format, shape: Sequence[int]) -> Limbs:
-  """The number 0 in every entry."""
+  """Returns the number 0 in every entry."""
   return tuple(jnp.zeros(shape, jnp.int32) for _ in range(form.num_limbs))
 
 
 def split(
   form: Format, x: jax.Array, bound: float, *, is_floored: bool = False
 ) -> Limbs:
-  """Limbs of x, truncated towards zero and not carried yet.
+  """Returns limbs of x, truncated towards zero and not carried yet.
 
   Truncation makes no entry larger, and so no norm.
 
   Args:
     form: the format.
     x: float32 or wider.
-    bound: entries beyond +-bound become it, and NaN 0: neither occurs, but a
-      sum must not overflow even if it did.
-    is_floored: rounds down instead. Then the sum of a number of this format and
-      x is what rounding their exact sum would have given, so that noise can be
-      split alone, and the rounding still comes after it.
+    bound: entries beyond +-bound become +-bound, and NaN becomes 0. Neither
+      occurs, but a sum must not overflow even if it did.
+    is_floored: rounds down instead. Then adding x to a number of this format
+      gives what rounding their exact sum gives. So noise can be split alone,
+      and rounding still comes after noise.
   """
   x = jnp.clip(jnp.where(jnp.isnan(x), 0, x), -bound, bound)
   rest = x * math.ldexp(1.0, form.exponent)
@@ -110,7 +110,7 @@ def split(
 
 
 def carry(limbs: Limbs) -> Limbs:
-  """The same number in its one form."""
+  """Returns the same number in its one form."""
   first, *others = limbs
   over = jnp.zeros_like(first)
   carried = []
@@ -123,15 +123,15 @@ def carry(limbs: Limbs) -> Limbs:
 
 
 def add(x: Limbs, y: Limbs) -> Limbs:
-  """The sum of two numbers, carried."""
+  """Returns the sum of two numbers, carried."""
   return carry(tuple(a + b for a, b in zip(x, y, strict=True)))
 
 
 def to_float(form: Format, limbs: Limbs, dtype: jnp.dtype) -> jax.Array:
-  """A carried number as a float: within rounding, and the same everywhere.
+  """Returns a carried number as a float, rounded alike in every program.
 
-  Powers of two multiply exactly, so it does not matter whether a compiler
-  fuses multiplications with additions.
+  Products with powers of two are exact, so it does not matter whether a
+  compiler fuses multiplications with additions.
   """
   value = jnp.zeros_like(limbs[0], dtype)
   for limb in reversed(limbs):

@@ -1,1 +1,1 @@
-"""What is trained: losses, held-out metrics, optimizers."""
+"""Training tasks: losses, held-out metrics, optimizers."""

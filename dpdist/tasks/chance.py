@@ -1,6 +1,6 @@
-"""Whether a model tells more of held-out examples than a constant does.
+"""Checks whether a model predicts held-out examples better than a constant.
 
-A guarantee that holds says nothing of use: it holds of noise as well.
+A guarantee says nothing about a model's use: it holds for pure noise as well.
 """
 
 from collections.abc import Mapping
@@ -10,15 +10,16 @@ import numpy as np
 
 
 def problem(scores: Mapping[str, float], targets: np.ndarray) -> str:
-  """Holds held-out metrics against the best guess that looks at no input.
+  """Compares held-out metrics with the best guess that uses no input.
 
   Args:
     scores: "accuracy" and "loss", means over all targets.
-    targets: integers, those of the held-out examples; below 0 are none.
+    targets: integers, the held-out examples' targets; those below 0 are
+      padding.
 
   Returns:
-    What is wrong with the model, a sentence; "" if it beats the guess in one of
-    them.
+    A sentence that says what is wrong with the model; "" if it beats the guess
+    in one of the metrics.
   """
   accuracy, loss = scores["accuracy"], scores["loss"]
   if not math.isfinite(loss):

@@ -15,19 +15,19 @@ from dpdist.distributed import mesh as mesh_lib
 
 PyTree = Any
 
-# Of a device, for one pass over held-out examples: the logits of a large
-# vocabulary are far more than what a step holds.
+# Most bytes of logits on a device in one pass over held-out examples: those of
+# a large vocabulary need far more memory than a training step.
 _LOGITS_BYTES = 1 << 28
 
 
 def cross_entropy(model: nn.Module) -> Callable[..., tuple[jax.Array, None]]:
-  """The mean cross-entropy of a model's logits, for one example.
+  """Returns the mean cross-entropy of a model's logits for one example.
 
-  Targets outside [0, classes) are none. Where an example has many, its loss is
-  the mean over the others, so that a sequence may be padded with -1; of one
-  that has no target the loss is 0, and so is its gradient. Nothing else could
-  be done of a bad label in private data: to refuse it would tell of it, and an
-  index that wraps around or a NaN would train on it or drop it silently.
+  Targets outside [0, classes) do not count. Where an example has many, its loss
+  is the mean over the others, so a sequence may be padded with -1. For an
+  example without a target, loss and gradient are 0. Nothing else can be done
+  about a bad label in private data: refusing it would reveal it, and an index
+  that wraps around, or a NaN, would silently train on it or drop it.
 
   Args:
     model: maps example["inputs"] to logits [..., classes].
@@ -57,19 +57,19 @@ def cross_entropy(model: nn.Module) -> Callable[..., tuple[jax.Array, None]]:
 def mean_over_unit(
   loss_fn: Callable[..., tuple[jax.Array, None]], *, empty_slot: str
 ) -> Callable[..., tuple[jax.Array, None]]:
-  """The mean of a loss over the examples of one unit, such as a user.
+  """Returns the mean of a loss over the examples of one unit, such as a user.
 
-  Its gradient is clipped as one, so that the clip norm bounds what a user does
-  to a sum, however many examples are theirs.
+  Its gradient is clipped as one, so the clip norm bounds how far a user moves a
+  sum, however many examples they have.
 
   Guarantees:
-    * A unit without an example has the loss 0, whose gradient is exactly 0.
-    * What lies in empty slots counts for nothing, and need not be a number.
+    * A unit without examples has the loss 0, whose gradient is exactly 0.
+    * The values in empty slots have no effect, even if they are NaN.
 
   Args:
     loss_fn: (params, example, rng) -> (loss, None), for one example.
-    empty_slot: the name, among a unit's arrays, of bool [slots] that is True
-      where no example lies; see `dpdist.data.users`.
+    empty_slot: the name of the unit's array, bool [slots], that is True for
+      slots without an example; see `dpdist.data.users`.
 
   Returns:
     loss_fn(params, unit, rng) -> (loss, None); a unit's other arrays are those
@@ -92,18 +92,18 @@ def mean_over_copies(
   change: Callable[[jax.Array, jax.Array], jax.Array],
   multiplicity: int,
 ) -> Callable[..., tuple[jax.Array, None]]:
-  """The mean of a loss over randomly changed copies of one example.
+  """Returns the mean of a loss over randomly changed copies of one example.
 
-  Augmentation multiplicity (De et al. 2022, "Unlocking High-Accuracy
+  This is augmentation multiplicity (De et al. 2022, "Unlocking High-Accuracy
   Differentially Private Image Classification through Scale", section 3.2; Fort
   et al. 2021). Copies are averaged before the example's one gradient is
-  clipped, so that it moves a sum by no more than the clip norm, however many
-  there are: they cost time, and no privacy.
+  clipped, so it moves a sum by at most the clip norm, however many copies there
+  are: they cost time, but no privacy.
 
   Args:
     loss_fn: (params, example, rng) -> (loss, None).
-    change: (key, inputs) -> inputs of that shape.
-    multiplicity: K, copies; at least 1.
+    change: (key, inputs) -> inputs of the same shape.
+    multiplicity: K, the number of copies; at least 1.
 
   Returns:
     loss_fn(params, example, rng) -> (loss, None). Copies depend on rng alone,
@@ -132,20 +132,20 @@ def evaluator(
 ) -> Callable[..., dict[str, float]]:
   """Makes a function from parameters to held-out metrics.
 
-  The held-out examples are not protected: their metrics are released as they
-  are.
+  The held-out examples are not protected: their metrics are released without
+  noise.
 
   Args:
     model: as in `cross_entropy`.
-    test: arrays "inputs" and "targets", all held-out examples.
+    test: arrays "inputs" and "targets" of all held-out examples.
     mesh: the examples are divided over it, in passes of about 1,024, or as
       many as have 256 MiB of logits on a device.
 
   Returns:
     A function (params, num_passes=None) -> {"accuracy", "loss"}, means over all
-    targets, but for those below 0 of a sequence, which are padding. With
-    num_passes, only so many of the passes are made, and the means are not
-    right: that compiles it, and shows whether it fits the memory.
+    targets, except those of a sequence below 0, which are padding. With
+    num_passes it makes only so many passes, and the means are wrong: use it to
+    compile the function and to see whether it fits in memory.
   """
   size = test["targets"].shape[0]
   shards = mesh_lib.num_example_shards(mesh)

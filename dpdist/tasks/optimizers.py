@@ -1,4 +1,4 @@
-"""The optimizer of a config: any of optax's, with a schedule."""
+"""Makes the optimizer of a config: any of optax's, with a schedule."""
 
 import ml_collections
 import optax
@@ -16,14 +16,14 @@ def make(
 
   Args:
     config: `config.optimizer`: name, learning_rate, schedule, warmup_steps and
-      options, the optimizer's own arguments.
-    num_steps: of the whole run; the schedule ends there.
+      options, which are the optimizer's own arguments.
+    num_steps: steps of the whole run, at which the schedule ends.
 
   Returns:
     The optimizer, and its learning rate as a function of the step.
 
   Raises:
-    ValueError: names the setting, its value and what would be right.
+    ValueError: with the setting's name, its value and what would be right.
   """
   make_optimizer = getattr(optax, config.name, None)
   if not callable(make_optimizer) or config.name.startswith("_"):
@@ -68,6 +68,6 @@ def _schedule(
     )
   if not warmup:
     return after
-  # The first update already moves: a step at rate 0 would be paid for nothing.
+  # The rate of the first update is not 0: that step would spend for nothing.
   ramp = optax.linear_schedule(peak / (warmup + 1), peak, warmup)
   return optax.join_schedules([ramp, after], [warmup])

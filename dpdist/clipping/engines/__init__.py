@@ -1,1 +1,1 @@
-"""The ways to a clipped sum, and from norms to scales."""
+"""The engines that compute clipped sums, and the scaling by norms."""

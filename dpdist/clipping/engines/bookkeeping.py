@@ -1,10 +1,10 @@
-"""The book-keeping engine: clipped sums at the price of an ordinary gradient.
+"""The book-keeping engine: clipped sums at the cost of an ordinary gradient.
 
-One forward pass, one backward pass through the activations alone, and then for
-each weight its norms by the cheapest exact rule and the clipped sum as one
-product. The ordinary gradient has the same passes and the same products; what
-is added is the norms (Bu et al. 2023, "Differentially Private Optimization on
-Large Model at Small Cost", here for any JAX program).
+It runs one forward pass and one backward pass through the activations alone.
+Then it computes for each weight its norms by the cheapest exact rule and the
+clipped sum as one product. An ordinary gradient takes the same passes and
+products; only the norms are added (Bu et al. 2023, "Differentially Private
+Optimization on Large Model at Small Cost", here for any JAX program).
 """
 
 from collections.abc import Sequence
@@ -37,15 +37,15 @@ Key = tuple[int, ...]
 
 
 class Problem(NamedTuple):
-  """What the engines work on.
+  """The input of the engines that does not depend on examples.
 
   Attributes:
-    block: the loss of one example, taken apart.
+    block: the loss of one example, split into equations and sites.
     rules: cover all its sites.
-    leaves: the parameters; some may be `shards.Shard`s.
-    frozen: those that are not trained, likewise.
+    leaves: the trained parameters; some may be `shards.Shard`s.
+    frozen: the frozen parameters; some may be `shards.Shard`s.
     groups: for each parameter the number of the group it is clipped with.
-    scaling: how gradients are shortened.
+    scaling: how gradients are scaled.
     platform: "cpu", "gpu" or "tpu".
   """
 
@@ -58,11 +58,11 @@ class Problem(NamedTuple):
   platform: str
 
   def inputs(self, example: Sequence[Any]) -> list[Any]:
-    """The block's, for one example."""
+    """Returns the block's inputs for one example."""
     return [*self.leaves, *self.frozen, *example]
 
   def unit_roundoff(self, rule: Rule) -> float:
-    """Relative error with which the products of a sum round their operands."""
+    """Returns the relative error of the operands of a sum's products."""
     return max(
       (
         costs.unit_roundoff(self.platform, site.eqn.params.get("precision"))
@@ -79,14 +79,14 @@ def clipped_sum(
   """Sums clipped per-example gradients.
 
   Args:
-    problem: what of, and how.
+    problem: the loss, its parameters and the scaling.
     examples: leaves of the batch; leading axis B.
     keep: [B] bool; an example that is not kept contributes exactly 0.
 
   Returns:
-    The sum of each parameter's gradients, float32 or wider, of a shard's its
+    The sum of each parameter's gradients, float32 or wider, and for a shard its
     part of the sum over its mesh axis; the outputs of the loss, [B, ...]; the
-    norms before clipping, [B] a group.
+    norms before clipping, [B] for each group.
   """
   operands, cotangents, outs = backward(problem, examples)
   total = [
@@ -112,18 +112,20 @@ def clipped_sum(
 
 
 def lost(site: Site, other: jax.Array) -> jax.Array:
-  """At least the norm of what underflow takes from an example's product.
+  """Bounds the norm of what underflow takes from an example's product.
 
   Args:
-    site: a product, of which one side is multiplied with at most 1.
+    site: a product, one side of which is multiplied with at most 1.
     other: the other side, for one example.
 
   Returns:
-    The root of the number of entries, each of which is a sum of some products
-    of what was lost, at most the smallest number, and entries of the other.
+    A scalar. Each entry of the product is a sum of products of a lost number,
+    at most the smallest normal one, and an entry of the other side. The bound
+    is that number times the sum of the other side's magnitudes, times the
+    square root of the number of entries.
   """
   if site.name == "gather":
-    return jnp.zeros((), jnp.float32)  # Nothing is multiplied.
+    return jnp.zeros((), jnp.float32)  # A lookup multiplies nothing.
   each = math.sqrt(math.prod(site.weight_shape)) * float(
     jnp.finfo(other.dtype if other.dtype.itemsize > 4 else jnp.float32).tiny
   )
@@ -134,11 +136,11 @@ def lost(site: Site, other: jax.Array) -> jax.Array:
 def backward(
   problem: Problem, examples: Sequence[jax.Array]
 ) -> tuple[dict[Key, jax.Array], dict[Key, jax.Array], list[jax.Array]]:
-  """One forward pass, and one backward pass through the activations.
+  """Runs a forward pass, and a backward pass through the activations.
 
   Returns:
-    By site: the data operands of products and the gradients of the tapped
-    values, both with a leading axis B; and the outputs of the loss.
+    The data operands of products and the gradients of the tapped values, both
+    by site and with a leading axis B; and the outputs of the loss.
   """
   size = examples[0].shape[0]
   taps = varying_axes.cast_to_varying(
@@ -170,18 +172,18 @@ def norms_of(
   operands: dict[Key, jax.Array],
   cotangents: dict[Key, jax.Array],
 ) -> tuple[dict[int, jax.Array], Any]:
-  """Norms of a rule's gradients, by group; and the gradients.
+  """Returns the norms of a rule's gradients, by group, and the gradients.
 
   Args:
-    problem: what of.
-    rule: which part of it, and how.
+    problem: the loss, its parameters and the scaling.
+    rule: the rule.
     operands: the products' data operands, by site; leading axis B. Those of
       other rules are ignored.
-    cotangents: the gradients of the sites' outputs, likewise.
+    cotangents: the gradients of the sites' outputs, in the same form.
 
   Returns:
-    [B] a group; and the gradients as `rule.view` has them, leading axis B, None
-    where they are not formed.
+    [B] for each group; and the gradients in the form of `rule.view`, leading
+    axis B, None where they are not formed.
   """
   operands = {s.key: operands[s.key] for s in rule.sites if s.eqn is not None}
   cotangents = {s.key: cotangents[s.key] for s in rule.sites}
@@ -192,7 +194,7 @@ def norms_of(
     )
     return {group: found}, formed
 
-  # Here, and not once for each example.
+  # Gathered here, so that it is not done for each example.
   problem = problem._replace(
     leaves=[shards.whole(x) for x in problem.leaves],
     frozen=[shards.whole(x) for x in problem.frozen],
@@ -210,8 +212,8 @@ def norms_of(
       total[group] = norms.hypot(total.get(group, jnp.zeros(())), norms.of(x))
     return total, by_leaf
 
-  # What takes gradients to the parameters passes over them many times: where
-  # they do not fit in the cache together, they do so one at a time.
+  # Taking gradients to the parameters passes over them many times. Where the
+  # gradients of all examples do not fit in the cache, take one at a time.
   (size,) = {len(x) for x in cotangents.values()}
   size *= 4 * sum(math.prod(site.weight_shape) for site in rule.sites)
   if problem.platform == "cpu" and size > costs.CACHE_BYTES["cpu"]:
@@ -225,16 +227,16 @@ def norm(
   operands: dict[Key, jax.Array],
   cotangents: dict[Key, jax.Array],
 ) -> tuple[jax.Array, jax.Array | None]:
-  """The norm of one example's gradient; and the gradient itself.
+  """Returns the norm of one example's gradient, and the gradient itself.
 
   Args:
-    problem: what of.
-    rule: which part of it, and how; its view is not "parameters".
+    problem: the loss, its parameters and the scaling.
+    rule: the rule; its view is not "parameters".
     operands: the products' data operands, by site.
     cotangents: the gradients of the sites' outputs.
 
   Returns:
-    A scalar; and the gradient as `rule.view` has it, None if it is not formed.
+    A scalar; and the gradient in the form of `rule.view`, None if not formed.
   """
   if rule.way in ("gram", "diagonal"):
     return _norm_unformed(problem, rule, operands, cotangents), None
@@ -247,14 +249,14 @@ def norm(
     formed = sharing.computed_once(formed)
   found = norms.of(formed)
   if rule.way == "drop":
-    # The sum is a product of its own, in which terms that cancel here leave
-    # what they are rounded by.
+    # The sum is computed by another product, in which terms that cancel here
+    # may leave their rounding errors.
     size: Any = sum(
       weight_gradients.magnitude(s, operands.get(s.key), cotangents[s.key])
       for s in rule.sites
     )
     found = jnp.maximum(found, inner_products.SUMMED**0.5 * size)
-    # Rounded in both products.
+    # Both products round.
     twice = 2 * sum(
       weight_gradients.positions(s, operands.get(s.key)) for s in rule.sites
     )
@@ -275,7 +277,7 @@ def _of_weights(
   operands: dict[Key, jax.Array],
   cotangents: dict[Key, jax.Array],
 ) -> dict[Key, jax.Array]:
-  """The gradients of the sites' weights for one example."""
+  """Returns the gradients of the sites' weights for one example."""
   return {
     site.key: weight_gradients.weight_gradient(
       site, operands.get(site.key), cotangents[site.key], problem.platform
@@ -315,7 +317,7 @@ def to_leaves(
   cotangents: dict[Key, jax.Array],
   wanted: frozenset[int],
 ) -> dict[int, jax.Array]:
-  """Gradients of parameters from those of weights; see `to_parameters`."""
+  """Takes gradients of weights to parameters; see `to_parameters`."""
   known = problem.inputs(())
   values = [*known, *[None] * (len(problem.block.kinds) - len(known))]
   found = evaluate.to_parameters(problem.block, values, cotangents)
@@ -336,9 +338,9 @@ def weighted_sum(
   """Sums scaled gradients over the examples, and takes them to the parameters.
 
   Args:
-    problem: what of.
+    problem: the loss, its parameters and the scaling.
     operands: the products' data operands, by site; leading axis B.
-    cotangents: the gradients of the sites' outputs, likewise.
+    cotangents: the gradients of the sites' outputs, in the same form.
     kept: for each rule its gradients as `norm` returns them, or None.
     scales: for each group, [B].
 
@@ -355,8 +357,8 @@ def weighted_sum(
       for i, x in formed.items():
         of_leaves[i] = vmap.weighted_sum(x, scales[groups[i]])
       continue
-    # Where a rule has several groups its gradients are kept: its parameters'
-    # shares in a product cannot be scaled apart.
+    # A rule with several groups keeps its gradients, since its parameters'
+    # shares in a product cannot be scaled separately.
     scale = scales[groups[min(rule.leaves)]]
     if formed is None:
       products.extend((site, scale) for site in rule.sites)
@@ -379,8 +381,10 @@ def _products(
   cotangents: dict[Key, jax.Array],
   keep: jax.Array,
 ) -> dict[Key, jax.Array]:
-  """The sums that are products. An example that is left out may hold NaN on
-  both sides, so that a 0 on one would not do."""
+  """Computes the sums that are products.
+
+  An example that is left out may hold NaN on both sides, so both become 0.
+  """
   scaled, others = {}, {}
   for site, scale in sites:
     x, g = operands[site.key], weight_gradients.widen(cotangents[site.key])
@@ -395,7 +399,7 @@ def _products(
     key: jnp.where(_rows(keep, x), x, jnp.zeros((), x.dtype))
     for key, x in others.items()
   }
-  if problem.platform == "tpu":  # Where it becomes a part of the product.
+  if problem.platform == "tpu":  # XLA fuses it into the product.
     others = only_kept(others)
   else:
     others = jax.lax.cond(jnp.all(keep), lambda x: x, only_kept, others)
@@ -412,8 +416,7 @@ def _products(
 
 
 def _scales_cotangent(site: Site, x: jax.Array, g: jax.Array) -> bool:
-  """Whether the cotangent, not the operand, is multiplied with the factors: the
-  smaller one is, which is the cheaper."""
+  """Returns whether the cotangent is the smaller one, and is scaled."""
   return site.name == "gather" or g.size <= x.size
 
 

@@ -1,4 +1,4 @@
-"""From norms to what each example's gradient is multiplied with."""
+"""Turns norms into the factors of the examples' gradients."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -9,21 +9,20 @@ import jax.numpy as jnp
 
 from dpdist.clipping.engines import sharing
 
-# The part of the greatest norm of a scaled gradient by which what underflows
-# may move it.
+# How far underflow may move a scaled gradient, as a part of its greatest norm.
 _LOST = 2.0**-20
 
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-  """How gradients are shortened; one entry of l2_clip_norms a group.
+  """How gradients are scaled; l2_clip_norms has one entry for each group.
 
   Guarantees:
     * A scaled gradient is no longer than `bounds` says, for any norm.
-    * An example of which a norm is not finite, or that is not kept, is
+    * An example with a norm that is not finite, or that is not kept, is
       multiplied with exactly 0.
     * No example is multiplied with more than 1 before the sum, so that nothing
-      overflows on the way there; what is above 1 comes after it.
+      overflows before it; factors above 1 are applied after it.
 
   Attributes:
     l2_clip_norms: above 0.
@@ -39,15 +38,18 @@ class Scaling:
 
   @property
   def bounds(self) -> tuple[float, ...]:
-    """The greatest norm of a scaled gradient, for each group."""
+    """Returns the greatest norm of a scaled gradient, for each group."""
     if self.rescale_to_unit_norm:
       return (1.0,) * len(self.l2_clip_norms)
     return self.l2_clip_norms
 
   @property
   def enlargements(self) -> tuple[float, ...]:
-    """What the sums are multiplied with, for each group: a power of two, which
-    rounds nothing, no smaller than the factor of any example."""
+    """Returns the factor of each group's sum.
+
+    It is a power of two, which rounds nothing, and at least the factor of every
+    example.
+    """
     greatest = [
       bound / (self.normalize_gamma or clip_norm)
       for bound, clip_norm in zip(self.bounds, self.l2_clip_norms, strict=True)
@@ -60,19 +62,20 @@ class Scaling:
     keep: jax.Array,
     lost: Sequence[jax.Array] = (),
   ) -> tuple[list[jax.Array], list[jax.Array]]:
-    """Computes the factors, but for `enlargements`.
+    """Computes the factors, without `enlargements`.
 
     Args:
-      norms: [B] of each group, float32 or wider.
+      norms: for each group, [B], float32 or wider.
       keep: [B] bool.
-      lost: for each group, [B]: by how much a scaled gradient can differ from
-        what it should be because numbers on the way there are too small for
-        their dtype; empty if nothing is lost.
+      lost: for each group, [B]: by how much a scaled gradient can be wrong
+        because intermediate numbers are too small for their dtype; empty if
+        nothing is lost.
 
     Returns:
-      Factors, at most 1, and norms, [B] a group. An example is left out of all
-      groups if the norm of one is not finite, and of a group if it is scaled
-      and loses too much: what it should cancel with would be left.
+      Factors, at most 1, and norms, [B] for each group. An example is left out
+      of all groups if the norm of one is not finite, and of a group if it is
+      scaled and loses too much: lost terms may have cancelled others, which
+      would remain.
     """
     bounds = [
       bound / more
@@ -84,14 +87,14 @@ class Scaling:
         jnp.where((factor < 1) & ~(less <= _LOST * bound), 0, factor)
         for factor, less, bound in zip(factors, lost, bounds, strict=True)
       ]
-    # Else a compiler would compute them anew for each parameter's sum, and all
-    # norms with them.
+    # Otherwise a compiler would compute them, and all norms, anew for each
+    # parameter's sum.
     return [sharing.computed_once(x) for x in factors], list(norms)
 
   def enlarged(
     self, sums: Sequence[jax.Array], groups: Sequence[int]
   ) -> list[jax.Array]:
-    """The sums of gradients that were multiplied with what `scales` returns.
+    """Applies `enlargements` to sums that were scaled by `scales`.
 
     Args:
       sums: for each parameter.
@@ -103,7 +106,7 @@ class Scaling:
   def of_norms(
     self, norms: Sequence[jax.Array], keep: jax.Array
   ) -> list[jax.Array]:
-    """The whole factors, from the norms."""
+    """Returns the whole factors, `enlargements` included."""
     return self._factors(self.bounds, norms, keep)
 
   def _factors(
@@ -112,7 +115,7 @@ class Scaling:
     norms: Sequence[jax.Array],
     keep: jax.Array,
   ) -> list[jax.Array]:
-    # inf * 0 is NaN, and NaN passes a comparison.
+    # inf * 0 is NaN, and comparisons with NaN do not catch it.
     for norm in norms:
       keep = keep & jnp.isfinite(norm)
     scales = []
@@ -124,7 +127,7 @@ class Scaling:
       else:
         divisor = norm + self.normalize_gamma
       factor = bound / divisor
-      # A subnormal number would be rounded by a large part of itself.
+      # The rounding error of a subnormal factor is a large part of it.
       fits = factor >= jnp.finfo(factor.dtype).tiny
       scales.append(jnp.where(keep & fits, factor, 0))
     return scales

@@ -1,4 +1,4 @@
-"""A batch in parts: how large, and one after another."""
+"""Splits a batch into microbatches and runs them one after another."""
 
 from collections.abc import Callable
 import math
@@ -14,17 +14,17 @@ from dpdist.sums import compensated
 
 PyTree = Any
 
-# Each part of an unrolled batch is compiled anew, so there are few.
+# Each part of an unrolled batch is compiled separately, so there are few.
 _MOST_PARTS = 4
 
 
 def automatic_size(block: Block, batch_size: int, platform: str) -> int:
-  """How many examples to work on at once where nobody said."""
+  """Chooses how many examples to work on at once."""
   if platform not in costs.CACHE_BYTES:
     return batch_size
   sites = list(block.all_sites())
   whole = 2 * 4 * batch_size * sum(math.prod(site.tap_shape) for site in sites)
-  # Each part reads the weights, and adds to their sums, once more.
+  # Each part reads the weights and updates their sums once more.
   weights = 4 * sum(math.prod(site.weight_shape) for site in sites)
   parts = 1
   while (
@@ -53,15 +53,16 @@ def run(
     function: (*args) -> (sums, then trees with a leading axis over examples).
     args: pytrees with a leading axis of batch_size.
     batch_size: examples.
-    size: of a part; must divide batch_size. At least as large: one part.
+    size: examples of a part; must divide batch_size, or be at least as large,
+      which gives one part.
     axes: mesh axes that args vary over.
-    unroll: whether to write the parts out instead of looping over them. XLA on
-      a CPU is many times slower at convolutions inside a loop.
-    keep_low: whether to keep what the additions round away; else they are
-      rounded like those within a part.
+    unroll: whether to unroll the loop over parts. XLA for CPUs is many times
+      slower at convolutions inside a loop.
+    keep_low: whether to keep what the additions round away; otherwise they
+      round like those within a part.
 
   Returns:
-    The sums over all parts, whose low is None where it is not kept, or there is
+    The sums over all parts, whose low is None where it is not kept or there is
     one part; the other results joined.
   """
   if size >= batch_size:
@@ -115,7 +116,7 @@ def _unrolled(
       if keep_low:
         total = compensated.of(first)
     else:
-      # One part after the other, so that they use the same memory.
+      # Forces one part after the other, so that they use the same memory.
       part, total = jax.lax.optimization_barrier((part, total))
       more, *rest = function(*part)
       total = _added(total, more)

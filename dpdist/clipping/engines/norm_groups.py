@@ -1,4 +1,4 @@
-"""Which parameters are clipped together: a clip norm for each group."""
+"""Groups of parameters that are clipped together, each with a clip norm."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,20 +11,21 @@ PyTree = Any
 def groups(
   params: PyTree, l2_clip_norm: PyTree, is_frozen: Sequence[bool]
 ) -> list[int]:
-  """For each trained parameter the number of the norm it is clipped to.
+  """Returns for each trained parameter the number of its clip norm.
 
   Args:
     params: pytree.
-    l2_clip_norm: a number, or a prefix pytree of params with one a group; None
-      for a group that is wholly frozen.
+    l2_clip_norm: a number, or a prefix pytree of params with a number for each
+      group and None for a group that is wholly frozen.
     is_frozen: for each leaf of params.
 
   Raises:
-    ValueError: it is no prefix; a group with something to train has no norm; or
-      one that is wholly frozen has one, which would count in the sensitivity.
+    ValueError: l2_clip_norm is no prefix; a group with a trained parameter has
+      no norm; or a wholly frozen one has a norm, which would count in the
+      sensitivity.
   """
   norms, of_norms = jax.tree.flatten(l2_clip_norm, is_leaf=lambda x: x is None)
-  # mypy takes JAX's own class of tree structures for a mere name.
+  # mypy does not accept JAX's class of tree structures as a type.
   prefix: Any = of_norms
   try:
     subtrees = prefix.flatten_up_to(params)

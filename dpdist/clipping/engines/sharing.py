@@ -1,10 +1,10 @@
-"""Values that the norm and the sum of clipped gradients must both see alike.
+"""Makes norm and sum of clipped gradients use the same rounded values.
 
-A compiler may compute a value once for each of its uses, and round it in each
-in another way: it keeps float32 where the program says bfloat16, or contracts a
-product and a sum into one operation. Where large terms cancel, the norm is then
-of another gradient than the sum, and an example moves the sum by more than its
-clip norm.
+A compiler may compute a value separately for each of its uses, and round it
+differently each time: it keeps float32 where the program says bfloat16, or
+contracts a product and a sum into one operation. Where large terms cancel, the
+norm is then that of another gradient than the one summed, and an example moves
+the sum by more than its clip norm.
 """
 
 import jax
@@ -13,13 +13,12 @@ from jax.experimental import xla_metadata
 
 @jax.custom_vjp
 def computed_once(x: jax.Array) -> jax.Array:
-  """x, computed once for all its uses and rounded to its dtype; and so is its
-  gradient."""
+  """Returns x, computed and rounded once for all uses, as is its gradient."""
   return _barrier(x)
 
 
-# The barrier's own derivative makes zeros of what has none, such as the data
-# that a model begins with, and multiplies them with the weights.
+# The barrier's own derivative would create zeros for values without a gradient,
+# such as a model's input data, and multiply them with the weights.
 computed_once.defvjp(lambda x: (_barrier(x), None), lambda _, g: (_barrier(g),))
 
 
@@ -30,8 +29,8 @@ def _barrier(x: jax.Array) -> jax.Array:
 
 
 def _call(x: jax.Array) -> jax.Array:
-  # XLA for CPUs takes barriers away before it fuses operations. It fuses
-  # nothing across the call of a function, which copies nothing either.
+  # XLA for CPUs removes barriers before it fuses operations. It does not fuse
+  # across the call of a function, and the call copies nothing.
   with xla_metadata.set_xla_metadata(inlineable="false"):
     return _same(x)
 

@@ -1,18 +1,18 @@
-"""The lean engine: norms layer by layer, then a second, weighted backward pass.
+"""The memory-saving engine: layer-wise norms, then a weighted backward pass.
 
-For models that only just fit, and loops or rematerialised parts whose
-activations must not be kept: wherever a weight has a rule of its own, its norm
-is computed inside the backward pass, at the place where operand and gradient
+It is for models that barely fit in memory, and for loops or rematerialised
+parts whose activations must not be kept. Wherever a weight has a rule of its
+own, its norm is computed inside the backward pass, where operand and gradient
 exist anyway, and nothing else is stored. A second forward and backward pass
 then sums the gradients, each multiplied with its example's scale (Lee & Kifer
 2021, "Scaling up Differentially Private Deep Learning with Fast Per-Example
-Gradient Clipping"). That is about two thirds dearer than book-keeping, in the
-memory of an ordinary gradient.
+Gradient Clipping"). That takes about two thirds more time than book-keeping,
+and the memory of an ordinary gradient.
 
-There the losses are multiplied. Here the scale enters where a gradient meets a
-weight, and the pass through the activations is the one that the norms came
-from: of a scaled loss it would round otherwise, and where large terms cancel,
-what the norms never saw would be left in the sum.
+In the paper the losses are scaled. Here the scale is applied where a gradient
+meets a weight, and the pass through the activations is the same computation as
+that of the norms. A scaled loss would round differently: where large terms
+cancel, rounding errors that the norms do not contain would remain in the sum.
 """
 
 from collections.abc import Sequence
@@ -49,8 +49,8 @@ def clipped_sum(
   (scale,) = scales
   sums = {i: vmap.weighted_sum(x, scale) for i, x in kept.items()}
   some = scale != 0
-  # An example that is left out may hold NaN, and NaN * 0 is NaN. In the second
-  # pass another one stands in for it, with scale 0.
+  # An example that is left out may hold NaN, and NaN * 0 is NaN. The second
+  # pass replaces it by another example, with scale 0.
   index = jnp.where(some, jnp.arange(some.size), jnp.argmax(some))
   examples = [x[index] for x in examples]
   # Without a barrier the compiler would merge the two passes into one.
@@ -65,10 +65,11 @@ def clipped_sum(
 
 
 def _takes_two_passes(problem: bookkeeping.Problem) -> bool:
-  """Whether one scale an example is enough, and the second pass sums in float32
-  what the first one took the norms of: a derivative of the user's need not.
+  """Returns whether a second pass may sum the gradients.
 
-  Norms of gradients that are kept have no room for the rounding of a product.
+  It may if each example has one scale, and if the second pass sums in float32
+  the gradients whose norms the first one took, which a custom derivative need
+  not do. Norms of kept gradients leave no room for the rounding of a product.
   """
   return (
     len(problem.scaling.bounds) == 1
@@ -88,13 +89,13 @@ def _norms(
 ) -> tuple[
   list[jax.Array], list[jax.Array], dict[int, jax.Array], list[jax.Array]
 ]:
-  """The first pass.
+  """Runs the first pass.
 
   Returns:
-    Norms, and what underflow may take from a sum, [B] a group. Gradients
+    Norms, and what underflow may take from a sum, [B] for each group. Gradients
     [B, ...] by the number of their parameter, where weights are computed from
-    it: on the way there terms may cancel, and a sum over the examples that goes
-    it would be rounded otherwise. The outputs of the loss.
+    parameters: taking gradients back there may cancel terms, and a sum over the
+    examples would be rounded differently. The outputs of the loss.
   """
   inside = {
     rule.sites[0].key: _summed_by_a_product(rule)
@@ -144,7 +145,7 @@ def _norms(
     group = problem.groups[min(rule.leaves)]
     first = rule.sites[0]
     if first.key in inside:
-      # Each iteration of a loop has a weight of its own.
+      # Each iteration of a loop has its own weight.
       both = cotangents[first.key].reshape(*shape, -1, 2)
       total[group] = norms.hypot(total[group], norms.of(both[..., 0], -1))
       lost[group] += jnp.sum(both[..., 1], -1)
@@ -164,22 +165,25 @@ def _norms(
 
 
 def _as_in_the_other_pass(x: jax.Array) -> jax.Array:
-  """x; between two products the passes are the same computation, and rounded
-  alike, if each product is fused with nothing before or after it."""
+  """Returns x, rounded alike in both passes.
+
+  Between two products the passes are the same computation, and round alike if
+  no product is fused with anything before or after it.
+  """
   if jnp.issubdtype(x.dtype, jnp.floating):
     return sharing.computed_once(x)
   return x
 
 
 def _summed_by_a_product(rule: Rule) -> Rule:
-  """A rule whose gradients are formed for the norm alone."""
+  """Returns the rule with gradients formed only for the norm."""
   if rule.way != "keep" or rule.view == "parameters":
     return rule
   return dataclasses.replace(rule, way="drop")
 
 
 def _is_local(rule: Rule) -> bool:
-  """Whether a rule needs one operand and one gradient at a time."""
+  """Returns whether a rule needs one operand and one gradient at a time."""
   (first, *more) = rule.sites
   return (
     not more
@@ -196,8 +200,10 @@ def _with_norm(
   operand: jax.Array,
   tap: jax.Array,
 ) -> jax.Array:
-  """A product whose backward pass leaves the norm, and what underflow may take
-  from the sum, as the tap's gradient."""
+  """Computes a product whose backward pass computes the norm.
+
+  The tap's gradient is that norm, and what underflow may take from the sum.
+  """
   (site,) = rule.sites
   lone = dataclasses.replace(
     site, lengths=(), weight=site.weight._replace(loops=())
@@ -244,14 +250,14 @@ def _weighted_gradient(
   some: jax.Array,
   others: frozenset[int],
 ) -> list[Any]:
-  """The second pass: the sums of the scaled gradients, but for some parameters.
+  """Runs the second pass: sums scaled gradients, except of some parameters.
 
   Args:
-    problem: what of.
-    examples: none of which may hold NaN.
+    problem: the loss, its parameters and the scaling.
+    examples: must not hold NaN.
     scale: [B].
-    some: whether any is not 0; if not the sums are, in what a device adds to
-      the sum of a shard too.
+    some: whether any scale is not 0. If none is, all sums are 0, and so is what
+      this device adds to the sum of a shard.
     others: the numbers of parameters that are left out.
 
   Returns:
@@ -268,7 +274,7 @@ def _weighted_gradient(
     ) -> jax.Array:
       still = jax.lax.stop_gradient
       operand = _as_in_the_other_pass(operand)
-      # Never computed forward: nobody uses its value.
+      # Never computed forward: its value is unused.
       of_weight = evaluate.tapped(site, weight, still(operand), tap)
       out = evaluate.tapped(site, still(weight), operand, tap)
       return _as_in_the_other_pass(_with_scaled(out, of_weight, scale))
@@ -303,10 +309,10 @@ def _weighted_gradient(
 
 @jax.custom_vjp
 def _with_scaled(x: jax.Array, same: jax.Array, scale: jax.Array) -> jax.Array:
-  """x; its gradient is x's as it is, and that of `same` times scale, or 0."""
+  """Returns x; passes its gradient to x, and times scale (or 0) to `same`."""
   del same
-  # What is the same for all examples would have one gradient for all of them,
-  # in which nothing can be scaled any more.
+  # A value that is the same for all examples would have one gradient for all of
+  # them, in which single examples cannot be scaled any more.
   return jnp.where(scale < 0, 0, x)
 
 
@@ -320,7 +326,7 @@ def _scaled_backward(
   scale: jax.Array, g: jax.Array
 ) -> tuple[jax.Array, jax.Array, None]:
   g = sharing.computed_once(g)
-  # An example that is left out has a stand-in, of which nothing may remain.
+  # An example that is left out was replaced: its gradient must not count.
   return g, jnp.where(scale != 0, scale.astype(g.dtype) * g, 0), None
 
 
@@ -329,7 +335,7 @@ _with_scaled.defvjp(_scaled_forward, _scaled_backward)
 
 @jax.custom_vjp
 def _kept_if(x: jax.Array, some: jax.Array) -> jax.Array:
-  """x, whose gradient is 0 unless some is True: NaN included."""
+  """Returns x, whose gradient, even NaN, becomes 0 unless some is True."""
   del some
   return x
 

@@ -1,7 +1,7 @@
 """The reference engine: instantiate every per-example gradient, clip, sum.
 
-Costs one gradient per example in memory. It is the definition that faster
-engines are held against.
+It holds one gradient per example in memory. It is the definition that faster
+engines are compared with.
 """
 
 from collections.abc import Callable, Sequence
@@ -33,11 +33,12 @@ def clipped_sum(
     examples: pytrees; every leaf has the leading axis B.
     keep: [B] bool; an example that is not kept contributes exactly 0.
     groups: for each leaf of params the number of the group it is clipped with.
-    scaling: how.
+    scaling: how gradients are scaled.
 
   Returns:
     The sum, a list like the leaves of params in float32 or wider; the losses
-    [B]; the gradient norms before clipping, [B] a group; aux stacked along B.
+    [B]; the gradient norms before clipping, [B] for each group; aux stacked
+    along B.
   """
   leaves, loss, aux = per_example_gradients(loss_fn, params, examples)
   leaves = [sharing.computed_once(g) for g in leaves]
@@ -57,13 +58,13 @@ def per_example_gradients(
   params: PyTree,
   examples: tuple[PyTree, ...],
 ) -> tuple[list[jax.Array], jax.Array, Any]:
-  """Every gradient [B, ...], float32 or wider; the losses [B]; aux likewise."""
+  """Returns gradients [B, ...], float32 or wider; losses [B]; stacked aux."""
   grad_fn = jax.vmap(
     jax.value_and_grad(loss_fn, has_aux=True),
     in_axes=(None, *[0] * len(examples)),
   )
   (loss, aux), grads = grad_fn(params, *examples)
-  # Norms and sums in a narrow dtype would overflow, or swallow examples.
+  # In a narrow dtype, norms and sums would overflow or lose examples.
   leaves = [
     g.astype(jnp.promote_types(g.dtype, jnp.float32))
     for g in jax.tree.leaves(grads)
@@ -72,19 +73,19 @@ def per_example_gradients(
 
 
 def norms_of(grads: jax.Array) -> jax.Array:
-  """The norm of each row, [B]."""
+  """Returns the norm of each row, [B]."""
   return norms.of(grads, tuple(range(1, grads.ndim)))
 
 
 def scaled(grads: jax.Array, scale: jax.Array) -> jax.Array:
-  """scale[b] * grads[b]; rows of scale 0 may hold anything."""
+  """Returns scale[b] * grads[b]; rows of scale 0 may hold anything."""
   rows = _rows(scale, grads).astype(grads.dtype)
   return rows * jnp.where(rows != 0, grads, 0)
 
 
 def weighted_sum(grads: jax.Array, scale: jax.Array) -> jax.Array:
   """Sums scale[b] * grads[b] over b; rows of scale 0 may hold anything."""
-  # Selected, not multiplied by zero: the gradient may hold NaN or inf.
+  # Selected, not multiplied by 0: the gradient may hold NaN or inf.
   grads = jnp.where(_rows(scale, grads) != 0, grads, 0)
   # Accelerators multiply float32 in bfloat16 by default, which would move a
   # clipped gradient past its bound.

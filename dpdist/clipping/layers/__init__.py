@@ -1,1 +1,1 @@
-"""What each kind of layer contributes: norms, gradients, costs."""
+"""Per-example norms and gradients of each kind of layer, and their costs."""

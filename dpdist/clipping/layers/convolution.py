@@ -1,16 +1,17 @@
 """Per-example gradients of convolution kernels, and their norms.
 
 The gradient of a kernel at offset k is the product of the output's gradient
-with the input shifted by k. The norm comes from one of
+with the input shifted by k. There are three ways to the norm:
 
-* `instantiate`, which forms the gradient. On a CPU or GPU from shifted views of
-  the input, matrix products; XLA's own way, a grouped convolution with a group
-  for each example, is several times dearer there. On a TPU by one convolution
-  for all examples, which reads each operand once.
-* `patches`: the convolution as a dense layer, whose norms need no gradient.
-* `pixels.norm`, which never forms it either.
+* `instantiate` forms the gradient. On a CPU or GPU it uses matrix products of
+  shifted views of the input, since XLA's own way, a grouped convolution with a
+  group for each example, is several times slower there. On a TPU it uses one
+  convolution for all examples, which reads each operand once.
+* `patches` treats the convolution as a dense layer, whose norms need no
+  gradient.
+* `pixels.norm` does not form the gradient either.
 
-Any stride, dilation, padding and number of groups, and any number of axes.
+They take any stride, dilation, padding, number of groups and number of axes.
 """
 
 from collections.abc import Callable
@@ -30,23 +31,23 @@ from dpdist.clipping.trace.program import Site
 # With fewer channels, a product for each offset is faster than one for all.
 _MIN_CHANNELS = 8
 # A TPU's compiler turns fewer groups than this into one dense convolution, with
-# as many times the arithmetic. With more, and few channels, groups move the
-# fewest bytes.
+# as many times the arithmetic. With more groups, and few channels, a grouped
+# convolution moves the fewest bytes.
 _MIN_GROUPS = 128
 _MOST_GROUPED_CHANNELS = 32
 
 
 class Sizes(NamedTuple):
-  """Of one example.
+  """Sizes of a convolution for one example.
 
   Attributes:
     padded: positions of the input, padding and holes included.
-    positions: of the output.
-    offsets: of the kernel.
-    groups: of channels.
+    positions: positions of the output.
+    offsets: offsets of the kernel.
+    groups: groups of channels.
     inputs: channels of the input in a group.
     outputs: channels of the output in a group.
-    phases: into which the strides sort the pixels.
+    phases: phases into which the strides sort the pixels.
     cells: padded positions in a phase.
   """
 
@@ -61,7 +62,7 @@ class Sizes(NamedTuple):
 
 
 class Geometry(NamedTuple):
-  """Static facts of a convolution; one entry an axis of space."""
+  """Static parameters of a convolution; one entry for each axis of space."""
 
   lhs: tuple[int, ...]
   rhs: tuple[int, ...]
@@ -98,7 +99,7 @@ def geometry(site: Site) -> Geometry:
 
 
 def sizes(site: Site) -> Sizes:
-  """The sizes that costs depend on."""
+  """Returns the sizes that costs depend on."""
   g = geometry(site)
   lhs = site.eqn.invars[0].aval.shape
   out = site.eqn.outvars[0].aval.shape
@@ -125,7 +126,7 @@ def sizes(site: Site) -> Sizes:
 def arrange(
   g: Geometry, x: jax.Array, cotangent: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-  """Rows, space, groups, channels; the input with padding and holes."""
+  """Arranges both as [rows, *space, groups, channels], and pads the input."""
   space = g.lhs[2:]
   x = jnp.transpose(x, (g.lhs[0], *space, g.lhs[1]))
   x = jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), *g.padding, (0, 0, 0)))
@@ -137,7 +138,10 @@ def arrange(
 def _window(
   g: Geometry, x: jax.Array, offset: tuple[int, ...], axis: int
 ) -> jax.Array:
-  """The entries of x that an offset of the kernel meets, from an axis on."""
+  """Returns the entries of x that an offset of the kernel meets.
+
+  Space begins at the given axis.
+  """
   index = [slice(None)] * axis
   for k, step, d, n in zip(
     offset, g.strides, g.dilation, g.output, strict=False
@@ -153,12 +157,12 @@ def _offsets(g: Geometry) -> list[tuple[int, ...]]:
 def instantiate(
   site: Site, x: jax.Array, cotangent: jax.Array, platform: str
 ) -> jax.Array:
-  """The gradient of the kernel for one example.
+  """Computes the gradient of the kernel for one example.
 
   Args:
     site: a conv_general_dilated.
     x: the input, without loops.
-    cotangent: of the output.
+    cotangent: the gradient of the output.
     platform: "cpu", "gpu" or "tpu".
 
   Returns:
@@ -177,11 +181,11 @@ def instantiate(
 def _by_convolution(
   site: Site,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
-  """One convolution for all examples: reads each operand once.
+  """Uses one convolution for all examples, which reads each operand once.
 
   Returns:
-    A function of inputs and of gradients of the output, [N, ...], to those of
-    the kernel, [N, ...]. Under vmap N grows, where JAX's own rule would make
+    A function from inputs and gradients of the output, [N, ...], to gradients
+    of the kernel, [N, ...]. Under vmap N grows, where JAX's own rule would make
     groups of channels.
   """
   g = geometry(site)
@@ -210,7 +214,7 @@ def _by_convolution(
 
 
 def _by_groups(site: Site, x: jax.Array, cotangent: jax.Array) -> jax.Array:
-  """JAX's own gradient, which under vmap has a group for each example."""
+  """Computes JAX's own gradient: under vmap it has a group for each example."""
   wide = jnp.promote_types(x.dtype, jnp.float32)
   kernel = varying_axes.cast_to_varying(
     jnp.zeros(site.eqn.invars[1].aval.shape, wide),
@@ -225,23 +229,23 @@ def _by_groups(site: Site, x: jax.Array, cotangent: jax.Array) -> jax.Array:
 def _by_axis_of_space(
   site: Site, x: jax.Array, cotangent: jax.Array
 ) -> jax.Array:
-  """A convolution with the output's gradients as its kernel.
+  """Computes a convolution with the output's gradients as its kernel.
 
   The examples are one more axis of space, with holes and a stride such that
-  each meets itself alone; this is how XLA writes a batched matrix product for a
-  TPU's matrix unit.
+  each meets only itself. This is how XLA expresses a batched matrix product for
+  a TPU's matrix unit.
   """
   g = geometry(site)
   size, ndim = x.shape[0], len(g.kernel)
   dtype = jnp.promote_types(x.dtype, cotangent.dtype)
   x, cotangent = x.astype(dtype), cotangent.astype(dtype)
   along = lambda axes: [a + 1 for a in axes]
-  # Channels of one group, examples, space, groups and rows.
+  # To [channels of one group, examples, *space, groups and rows].
   x = jnp.transpose(x, (*along(g.lhs), 0))
   x = x.reshape(x.shape[0], g.groups, -1, *x.shape[2:])
   x = jnp.transpose(x, (2, 3 + ndim, *range(3, 3 + ndim), 1, 0))
   x = x.reshape(*x.shape[:-2], -1)
-  # Examples, space, rows, channels of all groups.
+  # To [examples, *space, rows, channels of all groups].
   cotangent = jnp.transpose(
     cotangent, (0, *along(g.out[2:]), *along((g.out[0], g.out[1])))
   )
@@ -269,7 +273,7 @@ def _by_axis_of_space(
     precision=site.eqn.params["precision"],
     preferred_element_type=jnp.promote_types(dtype, jnp.float32),
   )
-  # Inputs, examples, kernel, outputs: to the kernel's own axes.
+  # From [inputs, examples, *kernel, outputs] to the kernel's own axes.
   grad = jnp.transpose(grad, (1, 2 + ndim, 0, *range(2, 2 + ndim)))
   inverse = [g.rhs.index(a) for a in range(ndim + 2)]
   return jnp.transpose(grad, (0, *along(inverse)))
@@ -278,7 +282,7 @@ def _by_axis_of_space(
 def _by_rows(
   g: Geometry, x: jax.Array, cotangent: jax.Array, precision: Any
 ) -> jax.Array:
-  """A product for each offset on all axes but the last."""
+  """Computes a product for each offset on all axes but the last."""
   inputs = _last_axis_shifted(g, x)
   inputs = inputs.reshape(*inputs.shape[:-2], -1)
   grads = []
@@ -291,8 +295,10 @@ def _by_rows(
 
 
 def _last_axis_shifted(g: Geometry, x: jax.Array) -> jax.Array:
-  """Rows, space, groups, last offset, channels: the input as each offset of the
-  last axis meets it."""
+  """Returns the input as each offset of the last axis of space meets it.
+
+  Its axes are [rows, *space, groups, last offset, channels].
+  """
   step, dilation, width = g.strides[-1], g.dilation[-1], g.output[-1]
   ndim = len(g.kernel)
   return jnp.stack(
@@ -309,8 +315,10 @@ def _last_axis_shifted(g: Geometry, x: jax.Array) -> jax.Array:
 def _by_both_sides(
   g: Geometry, x: jax.Array, cotangent: jax.Array, precision: Any
 ) -> jax.Array:
-  """One large product: the last axis of space is shifted on the input's side,
-  the others on the output's. [*kernel, groups, inputs, outputs]."""
+  """Computes one large product, [*kernel, groups, inputs, outputs].
+
+  It shifts the input along the last axis of space, and the output along others.
+  """
   last, others = g.kernel[-1], g.kernel[:-1]
   ndim = len(g.kernel)
   inputs = _last_axis_shifted(g, x)
@@ -338,14 +346,14 @@ def _by_both_sides(
   flat = lambda y: y.reshape(-1, g.groups, math.prod(y.shape[-2:]))
   grad = _outer(flat(inputs), flat(outputs), precision)
   grad = grad.reshape(g.groups, last, x.shape[-1], *others, -1)
-  # To the other offsets, the last one, groups, inputs, outputs.
+  # To [*other offsets, last offset, groups, inputs, outputs].
   return jnp.transpose(
     grad, (*range(3, 3 + len(others)), 1, 0, 2, 3 + len(others))
   )
 
 
 def _outer(x: jax.Array, cotangent: jax.Array, precision: Any) -> jax.Array:
-  """Sums over all but groups and channels: [groups, inputs, outputs]."""
+  """Sums over all axes but groups and channels: [groups, inputs, outputs]."""
   groups, inputs = x.shape[-2:]
   outputs = cotangent.shape[-1]
   wide = jnp.promote_types(x.dtype, jnp.float32)
@@ -363,9 +371,9 @@ def _outer(x: jax.Array, cotangent: jax.Array, precision: Any) -> jax.Array:
 
 
 def _as_kernel(g: Geometry, grad: jax.Array) -> jax.Array:
-  """From [*kernel, groups, inputs, outputs] to the kernel's own axes."""
+  """Moves [*kernel, groups, inputs, outputs] to the kernel's own axes."""
   ndim = len(g.kernel)
-  # Kernel axes: outputs of all groups, inputs of one, space.
+  # To [outputs of all groups, inputs of one group, *space].
   grad = jnp.transpose(grad, (ndim, ndim + 2, ndim + 1, *range(ndim)))
   grad = grad.reshape(-1, *grad.shape[2:])
   inverse = [g.rhs.index(a) for a in range(ndim + 2)]
@@ -373,7 +381,7 @@ def _as_kernel(g: Geometry, grad: jax.Array) -> jax.Array:
 
 
 def patches(site: Site, x: jax.Array, cotangent: jax.Array) -> dense.Dense:
-  """The convolution as a dense product of patches; for one example.
+  """Returns one example's convolution as a dense product of patches.
 
   Returns:
     Factors whose S are the groups and whose rows are patches of the input.

@@ -1,7 +1,7 @@
-"""What the ways to a norm cost on each backend.
+"""Estimates what the ways to a norm cost on each backend.
 
-A way costs time, as arithmetic and as memory traffic, and room. The constants
-are rough: they only have to rank the ways. What they rank was measured on a CPU
+A way costs time, for arithmetic and memory traffic, and memory. The constants
+are rough: they only have to rank the ways. The ranking was measured on a CPU
 and read off programs compiled for a TPU; see `tests/benchmarks/clipping.py` and
 `clipping_tpu.py` beside it.
 """
@@ -19,12 +19,12 @@ from dpdist.clipping.trace.program import Site
 
 
 class Cost(NamedTuple):
-  """Of one example, beyond what the clipped sum costs anyway.
+  """The cost for one example, beyond that of the clipped sum.
 
   Attributes:
     flops: floating-point operations.
-    bytes: read and written.
-    kept: bytes that are needed until the sum.
+    bytes: bytes read and written.
+    kept: bytes that are kept until the sum.
   """
 
   flops: float
@@ -33,12 +33,12 @@ class Cost(NamedTuple):
 
 
 class Model(NamedTuple):
-  """A backend's prices.
+  """A backend's speed.
 
   Attributes:
-    flops_per_second: of matrix products.
-    bytes_per_second: of memory.
-    kept_factor: how much dearer a byte that is kept is than one that is read.
+    flops_per_second: speed of matrix products.
+    bytes_per_second: memory bandwidth.
+    kept_factor: cost of a kept byte relative to that of a byte that is read.
     tile: a matrix product computes multiples of this many entries, along the
       axis that is summed and one of the others.
     reads_patches: whether forming the gradient of a kernel reads the input once
@@ -55,24 +55,24 @@ class Model(NamedTuple):
   patch_passes: float = 3.0
 
   def product(self, rows: int, summed: int, columns: int) -> float:
-    """Floating-point operations of a matrix product."""
+    """Returns the floating-point operations of a matrix product."""
     tiled = lambda n: -(-n // self.tile) * self.tile
     free = min(rows * tiled(columns), tiled(rows) * columns)
     return 2.0 * free * tiled(summed)
 
   def without_keeping(self) -> "Model":
-    """A model by which nothing is kept that need not be."""
+    """Returns a model with which nothing is kept that need not be."""
     return self._replace(kept_factor=1e6)
 
   def seconds(self, cost: Cost) -> float:
-    """The price of a way."""
+    """Returns the time that a cost takes."""
     traffic = cost.bytes + self.kept_factor * cost.kept
     return cost.flops / self.flops_per_second + traffic / self.bytes_per_second
 
 
-# Relative error with which a float32 product rounds its operands, at most, by
-# the format that it rounds them to: half a unit in the last of 11 significant
-# bits, of 8, or of 3.
+# Most relative error with which a float32 product rounds its operands, by the
+# format that it rounds them to: half a unit in the last of 11 significant bits,
+# of 8, or of 3.
 _UNIT_ROUNDOFF = {
   "F64": 0.0,
   "F32": 0.0,
@@ -85,15 +85,15 @@ _FORMAT = {"cpu": "F32", "gpu": "TF32", "tpu": "BF16"}
 
 
 def unit_roundoff(platform: str, precision: Any) -> float:
-  """Relative error with which a float32 product rounds its operands, at most.
+  """Bounds the relative error with which a float32 product rounds its operands.
 
   Args:
     platform: "cpu", "gpu" or "tpu".
-    precision: what the product asks for, as `jax.lax.dot_general` takes it;
-      where it is None, JAX's present setting of matmul precision holds.
+    precision: the product's precision, as `jax.lax.dot_general` takes it; None
+      means JAX's current setting of matmul precision.
 
   Returns:
-    0 for products that do not round.
+    The bound; 0 for products that do not round their operands.
   """
   if isinstance(precision, jax.lax.DotAlgorithm):
     widths = (precision.lhs_precision_type, precision.rhs_precision_type)
@@ -106,7 +106,7 @@ def unit_roundoff(platform: str, precision: Any) -> float:
     if jax.lax.Precision(precision) == jax.lax.Precision.HIGHEST:
       return 0.0
     precision = None
-  # What is left are presets, such as BF16_BF16_F32, or their names.
+  # The rest are presets, such as BF16_BF16_F32, or their names.
   name = (
     "DEFAULT" if precision is None else getattr(precision, "name", precision)
   )
@@ -115,20 +115,20 @@ def unit_roundoff(platform: str, precision: Any) -> float:
   return _UNIT_ROUNDOFF[name.split("_")[0]]
 
 
-# What is worked on at once should fit here: on a TPU half of the 128 MiB of a
-# v5e, so that what is kept has room too. A GPU hides its memory's latency.
+# The data that is worked on at once should fit here. For a TPU it is half of a
+# v5e's 128 MiB, which leaves room for kept data. A GPU hides memory latency.
 CACHE_BYTES = {"cpu": 2**22, "tpu": 2**26}
 
 MODELS = {
   "cpu": Model(5e10, 1e10, 2.0),
   "gpu": Model(1e14, 2e12, 1.0),
-  # Products as small as an example's leave most of the matrix unit idle.
+  # The small products of one example leave most of the matrix unit idle.
   "tpu": Model(8e12, 8e11, 1.0, 128, reads_patches=False, patch_passes=12.0),
 }
 
 
 def forming(site: Site, model: Model) -> Cost:
-  """Forming the gradient of a product's weight."""
+  """Returns the cost of forming the gradient of a product's weight."""
   if site.name == "gather":
     # Adds a row to the table for each position.
     return Cost(0, 4.0 * math.prod(site.tap_shape), 0)
@@ -146,7 +146,7 @@ def forming(site: Site, model: Model) -> Cost:
 
 
 def gram(sites: tuple[Site, ...], model: Model) -> Cost:
-  """Inner products of all pairs of positions, of rows and of columns."""
+  """Returns the cost of all pairs' inner products, of rows and of columns."""
   count, positions = 1, 0
   widths: tuple[int, ...] = (0, 0)
   for site in sites:
@@ -168,7 +168,7 @@ def gram(sites: tuple[Site, ...], model: Model) -> Cost:
 
 
 def patch_gram(s: convolution.Sizes, model: Model) -> Cost:
-  """The same for a convolution, of patches."""
+  """Returns the cost of `gram` for a convolution's patches."""
   rows = s.offsets * s.inputs
   pairs = lambda width: model.product(s.positions, width, s.positions)
   passed = model.patch_passes * s.positions * (rows + s.outputs)
@@ -180,7 +180,7 @@ def patch_gram(s: convolution.Sizes, model: Model) -> Cost:
 
 
 def diagonal_gram(s: convolution.Sizes, model: Model) -> Cost:
-  """The same, of pixels, summed along diagonals."""
+  """Returns the cost of pixels' inner products, summed along diagonals."""
   pairs = lambda width: model.product(s.cells, width, s.cells)
   pixels = s.phases * s.cells * s.inputs + s.cells * s.outputs
   return Cost(

@@ -1,9 +1,9 @@
 """Per-example gradients of dense products, kept as two factors.
 
-The gradient of one example with respect to the weight of a product is a sum
-of outer products: over all positions t at which the weight was used, of a row
-(what the weight was multiplied with) and a column (the gradient of the result).
-Its norm can be had from the factors without forming it,
+The gradient of one example with respect to the weight of a product is a sum of
+outer products over all positions t at which the weight was used: of a row (what
+the weight was multiplied with) and a column (the gradient of the result). Its
+norm can be computed from these factors without forming it,
 
   || sum_t r_t c_t^T ||^2 = sum_{t,u} <r_t, r_u> <c_t, c_u>
 
@@ -13,11 +13,11 @@ Private Learners", section 4, for many). An embedding is a product whose rows
 are one-hot, and is kept as indices.
 
 Guarantees:
-  * A norm is never taken for more than 2^-11 smaller than it is, relative to
-    itself, whatever finite numbers the factors hold. The sum over t and u may
-    cancel, and float32 then returns anything near 0: an example whose terms
-    cancel would pass the clip unclipped. `norm` therefore adds what rounding
-    can hide, and nothing is squared before it was scaled.
+  * A computed norm is too small by at most 2^-11 of itself, whatever finite
+    numbers the factors hold. The sum over t and u may cancel, and float32 then
+    returns anything near 0: an example whose terms cancel would pass unclipped.
+    `norm` therefore adds what rounding can hide, and nothing is squared before
+    it is scaled.
 """
 
 from collections.abc import Sequence
@@ -47,7 +47,7 @@ class Lookup(NamedTuple):
 
 
 class Layout(NamedTuple):
-  """Which axes of which array the S, m and n of factors are.
+  """The axes of an array that the S, m and n of factors correspond to.
 
   Attributes:
     steps: the array, as an image of parameters.
@@ -70,7 +70,7 @@ class _DotAxes(NamedTuple):
 
 
 def dot_axes(site: Site) -> _DotAxes:
-  """(batch, contracted, free) axes of the weight and of the data operand."""
+  """Returns (batch, contracted, free) axes of the weight and data operand."""
   contracted, batch = site.eqn.params["dimension_numbers"]
   roles = []
   for i, x in enumerate(site.eqn.invars):
@@ -81,7 +81,7 @@ def dot_axes(site: Site) -> _DotAxes:
 
 
 def layout(site: Site) -> Layout | None:
-  """How the factors of a site's weight lie on parameters.
+  """Returns how the factors of a site's weight lie on parameters.
 
   Returns:
     None for a site without factors, or a weight that is no image of parameters.
@@ -96,7 +96,7 @@ def layout(site: Site) -> Layout | None:
   else:
     roles = dot_axes(site).weight
   steps = origin.steps
-  # A transposed weight has the same entries: tied embeddings meet here.
+  # A transposed weight has the same entries, as with tied embeddings.
   while steps[-1][0] == "transpose":
     permutation = steps[-1][1]
     steps = steps[:-1]
@@ -105,11 +105,11 @@ def layout(site: Site) -> Layout | None:
 
 
 def swapped(one: Layout, other: Layout) -> bool | None:
-  """Whether two layouts of the same array differ by rows for columns.
+  """Returns whether rows and columns are swapped in another layout of an array.
 
   Returns:
-    False if they are equal, True if rows and columns change places, None if the
-    factors cannot be used together.
+    False if the layouts are equal, True if rows and columns are swapped, None
+    if the factors cannot be used together.
   """
   if one == other:
     return False
@@ -119,7 +119,7 @@ def swapped(one: Layout, other: Layout) -> bool | None:
 
 
 def sizes(site: Site) -> tuple[int, int, int, int]:
-  """(S, T, m, n) of a dot's factors for one example."""
+  """Returns (S, T, m, n) of a dot's factors for one example."""
   weight = site.eqn.invars[site.operand].aval.shape
   operand = site.eqn.invars[1 - site.operand].aval.shape
   axes = dot_axes(site)
@@ -135,16 +135,16 @@ def sizes(site: Site) -> tuple[int, int, int, int]:
 
 
 def dense(site: Site, operand: jax.Array, cotangent: jax.Array) -> Dense:
-  """The factors of a dot_general for one example.
+  """Returns the factors of a dot_general for one example.
 
   Args:
     site: a dot_general.
     operand: the data operand; a leading axis for each loop.
-    cotangent: of the output, likewise.
+    cotangent: the gradient of the output; a leading axis for each loop.
 
   Returns:
     Rows of contracted entries, columns of the weight's free entries; in the
-    dtype of the model. Iterations that share the weight are positions.
+    dtype of the model. Iterations that share the weight count as positions.
   """
   _, _, m, n = sizes(site)
   batch, contracted, free = dot_axes(site).operand
@@ -157,7 +157,7 @@ def dense(site: Site, operand: jax.Array, cotangent: jax.Array) -> Dense:
     operand,
     [*each, *shift(batch), *shared, *shift(free), *shift(contracted)],
   )
-  # The output has the batch axes, then the free axes of each operand in turn.
+  # The output has the batch axes, then each operand's free axes in turn.
   b = shift(range(num_batch))
   rest = shift(range(num_batch, cotangent.ndim - num_loops))
   if site.operand:
@@ -176,24 +176,24 @@ def dense(site: Site, operand: jax.Array, cotangent: jax.Array) -> Dense:
 
 
 def lookup(site: Site, indices: jax.Array, cotangent: jax.Array) -> Lookup:
-  """The factors of an embedding lookup for one example, loops included."""
+  """Returns the factors of an example's embedding lookup, loops included."""
   table = site.eqn.invars[0].aval.shape
-  # The number of rows may be too large for the type of the ids: uint8 holds 256
-  # ids, and not the number 256.
+  # The number of rows may be too large for the dtype of the ids: uint8 holds
+  # 256 ids, but not the number 256.
   if indices.dtype.itemsize < 4:
     indices = indices.astype(jnp.int32)
   indices = indices.reshape(-1)
   columns = cotangent.reshape(-1, table[1])
   inside = (indices >= 0) & (indices < table[0])
-  # Plain indexing promises to stay in bounds, and reads the nearest row where
-  # it does not; the gradient's scatter drops what is outside all the same.
+  # Plain indexing assumes ids in bounds, and reads the nearest row for others.
+  # The gradient's scatter nevertheless drops what is out of bounds.
   if site.eqn.params["mode"] != jax.lax.GatherScatterMode.CLIP:
     columns = jnp.where(inside[:, None], columns, 0)
   return Lookup(jnp.clip(indices, 0, table[0] - 1), columns)
 
 
 def transposed(factor: Dense) -> Dense:
-  """The factors of the transposed weight."""
+  """Returns the factors of the transposed weight."""
   return Dense(factor.columns, factor.rows)
 
 
@@ -202,13 +202,13 @@ def norm(
   unit_roundoff: float,
   precision: Any = None,
 ) -> jax.Array:
-  """The norm of the sum of some factors' gradients, never too small.
+  """Returns the norm of the sum of some factors' gradients, never too small.
 
   Args:
-    factors: of one weight, in one layout; for one example.
+    factors: factors of one weight, in one layout, for one example.
     unit_roundoff: relative error with which the summing product rounds its
-      operands; 0 where it does not.
-    precision: of the products.
+      operands; 0 if it does not round them.
+    precision: precision of the products.
 
   Returns:
     Scalar, float32 or wider.
@@ -236,18 +236,18 @@ def norm(
 
 
 def sum_of_norms(factor: Dense) -> jax.Array:
-  """sum_t |r_t| |c_t|, a scalar."""
+  """Returns sum_t |r_t| |c_t|, a scalar."""
   rows, columns = (norms.of(x, -1) for x in factor)
   products, power = norms.products(rows, columns)
   return norms.times_power_of_two(jnp.sum(products), power)
 
 
 class _Unit(NamedTuple):
-  """Factors of which every entry can be squared.
+  """Factors whose entries can all be squared.
 
   Attributes:
     rows: [S, T, m]; None if they are one-hot.
-    indices: [T] of those that are.
+    indices: [T] of one-hot rows; otherwise None.
     columns: [S, T, n].
     row_norms: [S, T].
     column_norms: [S, T].
@@ -263,10 +263,10 @@ class _Unit(NamedTuple):
 def _units(
   factors: Sequence[Dense | Lookup],
 ) -> tuple[list[_Unit], jax.Array]:
-  """The same gradient but for a power of two, which is the second result.
+  """Scales factors, and returns the power of two that was taken out.
 
-  Each row and each column is scaled by itself: what it meets may be as large as
-  it is small. Of terms that are far apart the smaller ones may vanish.
+  Each row and each column is scaled by itself: a small row may meet a large
+  column. Where terms differ much in size, the smaller ones may vanish.
   """
   scaled = []
   power = jnp.full((), norms.OF_ZERO)
@@ -284,7 +284,7 @@ def _units(
   units = []
   for factor, (rows, columns, of_both) in zip(factors, scaled, strict=True):
     columns = norms.times_power_of_two(columns, of_both - power)
-    # Of a sum of products the compiler would take powers of two out again.
+    # Otherwise the compiler would move powers of two out of the products again.
     rows, columns = jax.lax.optimization_barrier((rows, columns))
     column_norms = _norms(columns)
     if isinstance(factor, Lookup):
@@ -303,8 +303,10 @@ def _norms(x: jax.Array) -> jax.Array:
 def _inner(
   one: _Unit, other: _Unit, precision: Any
 ) -> tuple[jax.Array, jax.Array]:
-  """The inner product of two gradients, for each of the S weights, and by how
-  much it may be too small."""
+  """Returns two gradients' inner product for each of the S weights.
+
+  The second result is by how much it may be too small.
+  """
   rows, error = _inner_rows(one, other, precision)
   columns, more = inner_products.gram(one.columns, other.columns, precision)
   pairs = inner_products.InnerProducts
@@ -320,7 +322,7 @@ def _inner_rows(
   if one.rows is not None and other.rows is not None:
     return inner_products.gram(one.rows, other.rows, precision)
   dtype = norms.wide(one.columns.dtype)
-  # One-hot rows pick entries of other rows.
+  # One-hot rows select entries of other rows.
   if one.rows is not None:
     return one.rows[:, :, other.indices].astype(dtype), 0.0
   assert one.indices is not None

@@ -1,8 +1,8 @@
-"""Norms from inner products that may cancel, with room for rounding.
+"""Computes norms from inner products that may cancel; adds rounding errors.
 
 The squared norm of a sum of outer products is a sum over all pairs of positions
-of the rows' inner product times the columns'. Where those cancel, what is left
-may be rounding error alone, with which an example would pass the clip. The
+of the rows' inner product times the columns'. Where these terms cancel, the
+result may be only rounding error, and an example would pass unclipped. The
 bounds here hold for any order in which a product is summed.
 """
 
@@ -13,28 +13,28 @@ import jax.numpy as jnp
 
 from dpdist.clipping.layers import norms
 
-# A squared norm below this part of the square of sum_t |r_t| |c_t| is not taken
-# for more than rounding error.
+# A squared norm below this part of the square of sum_t |r_t| |c_t| is treated
+# as rounding error.
 TRUSTED = 2.0**-13
-# The same where gradients are formed for their norm, and summed by a product of
-# its own: that rounds their terms by about 2^-24 of their size.
+# The same for gradients that are formed for their norm and summed by another
+# product, which rounds their terms by about 2^-24 of their size.
 SUMMED = 2.0**-26
-# Room is made for rounding errors where they are above this part of a norm; so
-# that a norm stays what it is where little cancels.
+# Rounding errors are added only above this part of a norm, so that norms are
+# unchanged where little cancels.
 _UNNOTICED = 2.0**-12
-# Inner products of longer vectors are summed in parts of this length at most:
-# where all entries are alike, each addition rounds the same way.
+# Inner products of longer vectors are summed in parts of at most this length:
+# where all entries are similar, each addition rounds the same way.
 _LONGEST = 512
 
 
 class InnerProducts(NamedTuple):
-  """Of all pairs of two lists of vectors.
+  """Inner products of all pairs of two lists of vectors.
 
   Attributes:
     products: [..., T, U].
     one: norms of the first list, [..., T].
-    other: of the second, [..., U].
-    error: of the products, relative to those of the norms.
+    other: norms of the second list, [..., U].
+    error: bound on the products' errors, relative to the products of the norms.
   """
 
   products: jax.Array
@@ -43,15 +43,15 @@ class InnerProducts(NamedTuple):
   error: float
 
   def of_norms(self) -> jax.Array:
-    """[..., T, U]."""
+    """Returns the products of the norms, [..., T, U]."""
     return self.one[..., :, None] * self.other[..., None, :]
 
 
 def gram(x: jax.Array, y: jax.Array, precision: Any) -> tuple[jax.Array, float]:
-  """Inner products of the rows of x [..., T, m] and y [..., U, m].
+  """Computes inner products of the rows of x [..., T, m] and y [..., U, m].
 
   Returns:
-    [..., T, U], float32 or wider; and a bound on its errors, relative to the
+    [..., T, U], float32 or wider; and a bound on their errors, relative to the
     product of the two norms.
   """
   length = x.shape[-1]
@@ -66,7 +66,7 @@ def gram(x: jax.Array, y: jax.Array, precision: Any) -> tuple[jax.Array, float]:
   room = [(0, 0)] * (x.ndim - 1) + [(0, parts * short - length)]
   x, y = (jnp.pad(z, room).reshape(*z.shape[:-1], parts, short) for z in (x, y))
   of_parts = product("...tpi,...upi->...ptu", x, y)
-  # The compiler would make one product of this sum.
+  # Without a barrier the compiler would turn this sum into one product.
   total = jnp.sum(jax.lax.optimization_barrier(of_parts), axis=-3)
   return total, (short + parts) * _rounding(wide)
 
@@ -79,7 +79,7 @@ def sum_of_products(
   Returns:
     [...]; and a bound on its errors.
   """
-  # No term goes through more additions than that, in whatever order they are.
+  # In any order of additions, no term goes through more additions than that.
   added = sum(rows.products.shape[-2:])
   of_rows = rows.error + added * _rounding(rows.one.dtype)
   of_columns = columns.error
@@ -94,29 +94,32 @@ def sum_of_products(
 
 
 def _sum_by_rows(x: jax.Array) -> jax.Array:
-  """Sums over the last two axes, one after the other: in one go a compiler may
-  add up T U numbers in a row, which is up to T U roundings, and not T + U."""
-  # It would make one sum of the two.
+  """Sums over the last two axes, one after the other.
+
+  A single sum may add up T U numbers in a row, with up to T U roundings instead
+  of T + U.
+  """
+  # Without a barrier the compiler would make one sum of the two.
   return jnp.sum(jax.lax.optimization_barrier(jnp.sum(x, axis=-1)), axis=-1)
 
 
 def _rounding(dtype: Any) -> float:
-  """The relative error of one addition."""
+  """Returns the relative error of one addition."""
   return float(jnp.finfo(dtype).eps) / 2
 
 
 def from_inner_products(
   square: jax.Array, error: jax.Array, terms: jax.Array
 ) -> jax.Array:
-  """A norm from a sum of inner products, of which some may be negative.
+  """Returns a norm from a sum of inner products, some of them negative.
 
   Args:
-    square: that sum.
+    square: the sum of inner products.
     error: by how much it may be too small.
     terms: the sum of the norms of the terms.
 
   Returns:
-    At least the norm, but for `_UNNOTICED`.
+    At least the norm, except for a part of at most `_UNNOTICED`.
   """
   square = jnp.maximum(square, 0)
   square = square + jnp.maximum(error - 2 * _UNNOTICED * square, 0)
@@ -126,17 +129,17 @@ def from_inner_products(
 def with_room(
   norm: jax.Array, terms: jax.Array, positions: int, unit_roundoff: float
 ) -> jax.Array:
-  """A norm with room for what the summing product's rounding can add.
+  """Returns a norm plus what the summing product's rounding can add.
 
-  It adds the terms up once more, in an order of its own. And accelerators
-  multiply float32 with 8 or 11 bits unless told otherwise: what an example
-  contributes to a sum can then be longer than its gradient, by the rounding of
-  both operands in every term.
+  That product adds the terms up again, in another order. And accelerators
+  multiply float32 with 8 or 11 bits by default: an example's contribution to a
+  sum can then be longer than its gradient, by the rounding of both operands in
+  every term.
 
   Args:
-    norm: of the gradient.
+    norm: the norm of the gradient.
     terms: at least the sum of the norms of the product's terms.
-    positions: how many terms it adds up.
+    positions: how many terms the product adds up.
     unit_roundoff: relative rounding error of an operand.
 
   Returns:

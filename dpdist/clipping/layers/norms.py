@@ -1,10 +1,10 @@
-"""Euclidean norms that neither underflow nor overflow on the way.
+"""Euclidean norms whose computation neither underflows nor overflows.
 
 The square of a float32 below 1e-19 is 0, and that of one above 2e19 is
-infinite. From plain squares the norm of a gradient of 1e-20 is 0, and so is
+infinite. So with plain squares the norm of a gradient of 1e-20 is 0, and so is
 every guard that is made of squares. Here a vector is first multiplied with a
-power of two that makes it neither small nor large, which rounds nothing; and
-what functions pass on is a norm, and not its square.
+power of two that makes it neither small nor large, which rounds nothing.
+Functions return norms, not their squares.
 """
 
 from collections.abc import Sequence
@@ -13,24 +13,24 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-# For each dtype: integers of its size, and the bits of its fraction.
+# For each dtype: an integer dtype of its size, and the bits of its fraction.
 _LAYOUTS: dict[Any, tuple[Any, int]] = {
   jnp.dtype("float64"): (jnp.int64, 52),
   jnp.dtype("float32"): (jnp.int32, 23),
 }
-# The exponent of 0: below all others, also where two of them are added.
+# The exponent of 0: below all others, and below any sum of two others.
 OF_ZERO = -(2**14)
 
 
 def wide(dtype: Any) -> Any:
-  """float32, or wider if it is."""
+  """Returns float32, or the dtype if that is wider."""
   return jnp.promote_types(dtype, jnp.float32)
 
 
 def of(x: jax.Array, axes: int | Sequence[int] | None = None) -> jax.Array:
-  """The norm of x along some axes, or of all of it; float32 or wider.
+  """Returns the norm of x along some axes, or of all of it; float32 or wider.
 
-  Not finite where an entry is not, or where it exceeds the dtype.
+  It is not finite where an entry is not, or where it exceeds the dtype.
   """
   unit, power = scaled(x.astype(wide(x.dtype)), axes)
   root = jnp.sqrt(jnp.sum(jnp.square(unit), axis=axes))
@@ -38,9 +38,9 @@ def of(x: jax.Array, axes: int | Sequence[int] | None = None) -> jax.Array:
 
 
 def products(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-  """a * b but for a power of two, which is the second result.
+  """Returns a * b without a power of two, and that power.
 
-  Of products that are far apart the smaller ones may vanish.
+  Where products differ much in size, the smaller ones may vanish.
   """
   powers = exponent(a), exponent(b)
   a, b = jax.lax.optimization_barrier(
@@ -55,9 +55,9 @@ def products(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def hypot(a: jax.Array, b: jax.Array) -> jax.Array:
-  """The root of the sum of two squares, of numbers that are not negative."""
+  """Returns the root of the sum of two squares; the numbers are at least 0."""
   high, low = jnp.maximum(a, b), jnp.minimum(a, b)
-  some = high > 0  # Not where it is NaN, which is returned.
+  some = high > 0  # False for NaN, which is returned.
   ratio = low / jnp.where(some, high, 1)
   return jnp.where(some, high * jnp.sqrt(1 + jnp.square(ratio)), high)
 
@@ -65,24 +65,24 @@ def hypot(a: jax.Array, b: jax.Array) -> jax.Array:
 def scaled(
   x: jax.Array, axes: int | Sequence[int] | None = None
 ) -> tuple[jax.Array, jax.Array]:
-  """Vectors that can be squared, and the powers of two that were taken out.
+  """Returns vectors that can be squared, and the powers of two taken out.
 
   Args:
-    x: of any floating dtype, or of whole numbers.
-    axes: along which a vector lies; all if None.
+    x: array of any floating dtype, or of whole numbers.
+    axes: the axes along which a vector lies; all if None.
 
   Returns:
-    Entries of at most 4, the sum of whose sizes is at least 1/2 unless all are
-    0 or subnormal, and not finite where they were not, of a dtype with the
-    range of float32; and exponents, int32, of x's shape but 1 along the axes,
-    far below all others where a vector is 0.
+    The scaled vectors, of a dtype with the range of float32. Entries are at
+    most 4, or not finite where they were not. The sum of their magnitudes is at
+    least 1/2, unless all are 0 or subnormal. And the exponents, int32, of x's
+    shape but 1 along the axes; where a vector is 0, far below all others.
   """
   if x.dtype != jnp.bfloat16:
     x = x.astype(wide(x.dtype))
-  # Of factors that it knows the compiler would make one, and square each apart.
-  # Nor is what x is computed from computed twice.
+  # Otherwise the compiler would combine this factor with known ones and square
+  # each separately. The barrier also keeps x from being computed twice.
   x = jax.lax.optimization_barrier(x)
-  # Sums are several times cheaper than maxima on a CPU, and as good here.
+  # Sums are several times faster than maxima on a CPU, and as good here.
   size = jnp.sum(jnp.abs(x), axis=axes, keepdims=True, dtype=wide(x.dtype))
   power = exponent(size)
   factor = jax.lax.optimization_barrier(_power_of_two(-power, size.dtype))
@@ -90,9 +90,10 @@ def scaled(
 
 
 def exponent(x: jax.Array) -> jax.Array:
-  """The n with 2^n <= x < 2^(n + 1), as far as 2^n and 2^-n are numbers; int32.
+  """Returns the n with 2^n <= x < 2^(n + 1), int32, for float32 or float64.
 
-  Of float32 or float64; for what is not finite the largest.
+  n is limited so that 2^n and 2^-n are normal numbers. If x is not finite, it
+  is the largest one.
   """
   kind, fraction = _LAYOUTS[x.dtype]
   most = _most(x.dtype)
@@ -101,7 +102,7 @@ def exponent(x: jax.Array) -> jax.Array:
 
 
 def times_power_of_two(x: jax.Array, power: jax.Array) -> jax.Array:
-  """x 2^power, for a power that is the sum of at most two exponents."""
+  """Returns x 2^power; the power is a sum of at most two exponents."""
   half = power >> 1
   for part in (half, power - half):
     x = x * _power_of_two(part, wide(x.dtype)).astype(x.dtype)
@@ -116,5 +117,5 @@ def _power_of_two(power: jax.Array, dtype: Any) -> jax.Array:
 
 
 def _most(dtype: Any) -> int:
-  """The largest n for which 2^-n is a number with a full fraction."""
+  """Returns the largest n for which 2^-n is a normal number."""
   return -int(jnp.finfo(dtype).minexp)

@@ -1,8 +1,8 @@
 """Norms of convolution kernels' gradients from inner products of pixels.
 
-The gradient is never formed: the inner products of all pairs of pixels are
-summed along the diagonals that the kernel's offsets mark. For few positions and
-many channels this is far cheaper.
+The gradient is never formed. Instead, the inner products of all pairs of pixels
+are summed along the diagonals that belong to the kernel's offsets. For few
+positions and many channels this is far cheaper.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,26 +17,26 @@ from dpdist.clipping.layers import inner_products
 from dpdist.clipping.layers import norms
 from dpdist.clipping.trace.program import Site
 
-# The norm of a patch, where the largest pixel is about 1, from which on inner
-# products with it can be trusted: their squares are far above what vanishes.
+# With the largest pixel scaled to about 1, inner products of a patch with a
+# larger norm can be trusted: squares are far above what underflows.
 _SMALLEST_PATCH = 2.0**-40
 
 
 def norm(
   site: Site, x: jax.Array, cotangent: jax.Array, unit_roundoff: float
 ) -> jax.Array:
-  """The norm of that gradient, never too small; see `factors.norm`.
+  """Returns the norm of that gradient, never too small; see `dense.norm`.
 
   An offset of the kernel moves both pixels of a pair. With the pixels of the
-  padded input in one row that is a shift along a diagonal; a stride sorts them
-  into phases first, of which each offset meets one.
+  padded input in one row, that is a shift along a diagonal. With strides, the
+  pixels are first sorted into phases, of which each offset meets one.
 
   Args:
     site: a conv_general_dilated.
     x: the input, without loops.
-    cotangent: of the output.
+    cotangent: the gradient of the output.
     unit_roundoff: relative error with which the summing product rounds its
-      operands; 0 where it does not.
+      operands; 0 if it does not round them.
 
   Returns:
     Scalar, float32 or wider.
@@ -48,10 +48,10 @@ def norm(
   cotangent = jnp.pad(cotangent, [(0, 0), *room, (0, 0), (0, 0)])
   outs = jnp.moveaxis(cotangent.reshape(-1, *cotangent.shape[-2:]), 1, 0)
   patches = _sum_of_shifts(g, norms.of(x, -1), cells, 1, norms.hypot)
-  outs = outs[:, : patches.shape[-1]]  # What is cut off is padding.
+  outs = outs[:, : patches.shape[-1]]  # Cuts off only padding.
   terms, power = norms.products(patches, norms.of(outs, -1))
 
-  # A pixel is in many patches, so that the input has one scale, for each group.
+  # A pixel is in many patches, so the input has one scale for each group.
   # Patches that vanish at this scale are not squared; their terms are added.
   groups = x.ndim - 3
   x, of_x = norms.scaled(x, [a for a in range(x.ndim) if a != groups])
@@ -63,7 +63,7 @@ def norm(
   of_outs = of_outs + of_x[..., None] - power
   outs = norms.times_power_of_two(outs, of_outs)
   outs = jnp.where(squared[..., None], outs, jnp.zeros((), outs.dtype))
-  # Of a sum of products the compiler would take powers of two out again.
+  # Otherwise the compiler would move powers of two out of the products again.
   x, outs = jax.lax.optimization_barrier((x, outs))
 
   precision = site.eqn.params["precision"]
@@ -91,8 +91,12 @@ def norm(
 def _phases(
   g: convolution.Geometry, x: jax.Array
 ) -> tuple[jax.Array, list[int]]:
-  """Rows, space, groups, channels to phases of each axis, groups, rows and
-  cells of space in one, channels; and the number of cells of each axis."""
+  """Sorts the pixels of [rows, *space, groups, channels] into phases.
+
+  Returns:
+    [*phases, groups, rows and cells of space, channels]; and the number of
+    cells along each axis of space.
+  """
   ndim = len(g.kernel)
   cells = [
     -(-size // step) for size, step in zip(x.shape[1:], g.strides, strict=False)
@@ -121,13 +125,14 @@ def _sum_of_shifts(
 
   Args:
     g: the convolution.
-    x: phases, groups, and pixels once or twice.
-    cells: of each axis of space.
+    x: [*phases, groups, pixels], or with two axes of pixels.
+    cells: cells along each axis of space.
     moved: how many of the last axes hold pixels, which all move together.
-    add: what a sum of two is.
+    add: adds two arrays.
 
   Returns:
-    Groups and pixels; only as many as all offsets have.
+    [groups, pixels] or [groups, pixels, pixels], with those pixels that all
+    offsets have.
   """
   for axis in reversed(range(len(g.kernel))):
     pitch = math.prod(cells[axis + 1 :])

@@ -1,10 +1,10 @@
-"""Which way to the norm of each parameter's gradient: grouping and choice.
+"""Groups sites into rules, and chooses each rule's way to a gradient norm.
 
-Sites that share parameters have gradients that add, so that their norms do not.
-They are gathered into one rule wherever their sum can be seen as a whole:
-as factors of one matrix, as gradients of one weight, or else as gradients of
-the parameters themselves. A rule's squared norm is exact; the squared norms of
-different rules add up.
+The gradients of sites that share parameters add up, so their squared norms do
+not. Such sites form one rule, which treats their sum as a whole: as factors of
+one matrix, as gradients of one weight, or else as gradients of the parameters
+themselves. A rule's squared norm is exact, and the squared norms of different
+rules add up.
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,15 +19,15 @@ from dpdist.clipping.trace.program import Site
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """How the norm of some sites' common gradient is had.
+  """How the norm of some sites' common gradient is computed.
 
   Attributes:
-    sites: whose gradients add up.
+    sites: the sites whose gradients add up.
     leaves: indices of the parameters.
-    view: what the gradients are seen as: "factors", "weight" or "parameters".
+    view: the form of the gradients: "factors", "weight" or "parameters".
     way: "gram" or "diagonal" (never formed), "keep" (formed, and kept for the
-      sum), "drop" (formed for the norm; the sum is a product of its own).
-    cost: of that way; see `costs`.
+      sum), "drop" (formed for the norm; the sum is another product).
+    cost: the cost of that way; see `costs`.
   """
 
   sites: tuple[Site, ...]
@@ -43,9 +43,9 @@ def choose(
   """Covers all sites by rules, each by its cheapest way.
 
   Args:
-    sites: of a program.
+    sites: the sites of a program.
     groups: for each parameter the number of the group it is clipped with.
-    model: what things cost.
+    model: the backend's speed.
 
   Returns:
     Rules, in order of their first site.
@@ -61,7 +61,7 @@ def choose(
     for cluster, view in clusters:
       leaves = frozenset().union(*(site.weight.leaves for site in cluster))
       ways = dict(_ways(cluster, view, model))
-      if mixed:  # The parameters' shares in a product cannot be scaled apart.
+      if mixed:  # One product cannot scale its parameters' shares separately.
         ways = {"keep": ways["keep"]}
       way = min(ways, key=lambda w: model.seconds(ways[w]))
       rules.append(Rule(cluster, leaves, view, way, ways[way]))
@@ -81,11 +81,11 @@ def _ways(
     sum(c.bytes for c in forming) + 8 * size,
     0,
   )
-  # Kept, it is the greater part of the sum already.
+  # A kept gradient is most of the work of the sum already.
   yield "keep", costs.Cost(0, formed.bytes + 4 * size, 4 * size)
   narrow = any(site.weight.narrow for site in sites)
-  # The rounding of a sum of products is bounded where they are, not behind what
-  # takes them to the parameters.
+  # The rounding of a sum of products is bounded at the weights, not after their
+  # gradients are taken to the parameters.
   if len(products) == len(sites) and not narrow and view != "parameters":
     yield "drop", formed
   if view == "factors":
@@ -102,7 +102,7 @@ def _ways(
 
 
 def _components(sites: Iterable[Site]) -> list[list[Site]]:
-  """Sites that share parameters, directly or through others."""
+  """Groups sites that share parameters, directly or through others."""
   components: list[list[Site]] = []
   for site in sites:
     mine = [site]
@@ -120,10 +120,10 @@ def _components(sites: Iterable[Site]) -> list[list[Site]]:
 def _clusters(
   component: Sequence[Site],
 ) -> list[tuple[tuple[Site, ...], str]] | None:
-  """Parts of a component whose squared norms add up, each with its view.
+  """Splits a component into parts whose squared norms add up, with views.
 
   Returns:
-    None if only the parameters' own gradients will do.
+    None if only the parameters' own gradients can be used.
   """
   clusters: list[list[Site]] = []
   for site in component:
@@ -141,7 +141,8 @@ def _clusters(
         return None
   views = []
   for cluster in clusters:
-    # A lookup's rows are one-hot and cannot turn: the others turn to the first.
+    # A lookup's rows are one-hot and cannot be swapped with its columns. The
+    # other sites' factors are swapped to match the first site's.
     cluster.sort(key=lambda site: site.name != "gather")
     view = _view(cluster)
     if view is None:
@@ -172,18 +173,17 @@ def _view(cluster: Sequence[Site]) -> str | None:
 
 
 def _turns(site: Site) -> tuple[bool, ...]:
-  """Whether a site's factors may be used as they are, or with rows for columns
-  too."""
+  """Returns which values of `dense.swapped` a site's factors allow."""
   return (False,) if site.name == "gather" else (False, True)
 
 
 def _disjoint(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
-  """Whether two images show different entries of the parameters."""
+  """Returns whether two images contain different entries of the parameters."""
   for a, b in zip(one, other, strict=False):
     if a == b:
       continue
     if a[0] != "slice" or b[0] != "slice":  # type: ignore[index]
-      # Different parameters, or the same in ways that cannot be compared.
+      # Different parameters, or images that cannot be compared.
       return a[0] == b[0] == "leaf"  # type: ignore[index]
     return any(
       a_end <= b_start or b_end <= a_start

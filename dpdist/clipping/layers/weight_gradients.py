@@ -1,4 +1,4 @@
-"""The gradient of one weight, from what it met and what came back."""
+"""Gradients of a site's weight, from its data operand and its cotangent."""
 
 from collections.abc import Sequence
 import math
@@ -17,9 +17,9 @@ Key = tuple[int, ...]
 
 
 def terms(site: Site, x: jax.Array, g: jax.Array) -> jax.Array:
-  """At least the sum of the norms of the terms that a product adds up."""
+  """Bounds the sum of the norms of the terms that a product adds up."""
   if site.name == "gather":
-    # Nothing is multiplied, and therefore nothing rounded.
+    # Nothing is multiplied, so nothing is rounded.
     return jnp.zeros((), norms.wide(g.dtype))
   if site.name == "dot_general":
     return dense.sum_of_norms(dense.dense(site, x, g))
@@ -29,7 +29,7 @@ def terms(site: Site, x: jax.Array, g: jax.Array) -> jax.Array:
 
 
 def magnitude(site: Site, x: jax.Array | None, g: jax.Array) -> jax.Array:
-  """At least the sum of the norms of the terms that a gradient adds up."""
+  """Bounds the sum of the norms of the terms that a gradient adds up."""
   if site.eqn is None or site.name == "gather":
     return positions(site, x) ** 0.5 * norms.of(g)
   assert x is not None
@@ -37,7 +37,7 @@ def magnitude(site: Site, x: jax.Array | None, g: jax.Array) -> jax.Array:
 
 
 def positions(site: Site, x: jax.Array | None) -> int:
-  """How many terms a gradient adds up, at most."""
+  """Returns the most terms that a gradient adds up."""
   if x is None:
     return math.prod(site.lengths)
   if site.name == "gather":
@@ -53,7 +53,7 @@ def weight_gradient(
   cotangent: jax.Array,
   platform: str,
 ) -> jax.Array:
-  """The gradient of a site's weight for one example, of shape weight_shape."""
+  """Returns one example's gradient of a site's weight, of its weight_shape."""
   shared = tuple(i for i, each in enumerate(site.weight.loops) if not each)
   if site.eqn is None:
     return jnp.sum(widen(cotangent), axis=shared)
@@ -72,17 +72,17 @@ def product_gradient(
   cotangent: jax.Array,
   each: Sequence[bool],
 ) -> jax.Array:
-  """The gradient of a product's weight, float32 or wider.
+  """Returns the gradient of a product's weight, float32 or wider.
 
   Args:
     site: a product.
     operand: what the weight was multiplied with; with leading axes.
-    cotangent: of the output, with the same.
-    each: for each leading axis whether every entry has a weight of its own; the
+    cotangent: the gradient of the output, with the same leading axes.
+    each: for each leading axis, whether every entry has its own weight; the
       gradients are summed along the others.
 
   Returns:
-    The gradient; leading axes where each is True.
+    The gradient, with those leading axes for which each is True.
   """
   cotangent = widen(cotangent)
   changed = {}
@@ -101,13 +101,13 @@ def product_gradient(
     jnp.zeros((*lead, *site.var.aval.shape), cotangent.dtype),
     varying_axes.varying_axes((operand, cotangent)),
   )
-  # Linear in the weight, which therefore may be anything.
+  # The product is linear in the weight, so the weight's value does not matter.
   _, pull = jax.vjp(lambda w: product(w, operand), weight)
   return pull(cotangent)[0]
 
 
 def placed(site: Site, x: jax.Array, first: Site) -> jax.Array:
-  """A weight's gradient with the axes of another view of the same weight."""
+  """Permutes the axes of a weight's gradient to those of `first`'s weight."""
   axes = list(range(x.ndim))
   lead = x.ndim - len(site.var.aval.shape)
   for one, invert in ((site, True), (first, False)):
@@ -132,14 +132,14 @@ def factor(
   operands: dict[Key, jax.Array],
   cotangents: dict[Key, jax.Array],
 ) -> dense.Dense | dense.Lookup:
-  """The factors of one example's gradient, in the layout of the first site."""
+  """Returns the factors of one example's gradient, in the first's layout."""
   operand, cotangent = operands[site.key], cotangents[site.key]
   mine, theirs = dense.layout(site), dense.layout(first)
   assert mine is not None
   assert theirs is not None
   is_swapped = dense.swapped(mine, theirs)
   if site.name == "gather":
-    # Its rows are one-hot, so that it is the other factors that turn.
+    # Its rows are one-hot, so the other factors are swapped instead.
     assert not is_swapped
     return dense.lookup(site, operand, cotangent)
   factor = dense.dense(site, operand, cotangent)
@@ -147,5 +147,5 @@ def factor(
 
 
 def widen(x: jax.Array) -> jax.Array:
-  """float32, or wider if it is."""
+  """Casts to float32, unless the dtype is wider."""
   return x.astype(norms.wide(x.dtype))

@@ -1,1 +1,1 @@
-"""A loss of one example, traced and taken apart."""
+"""Traces the loss of one example, and finds where parameters meet data."""

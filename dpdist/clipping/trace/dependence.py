@@ -1,9 +1,9 @@
-"""Which results of a traced program depend on which of its inputs.
+"""Finds which results of a traced program depend on which of its inputs.
 
-By the flow of data alone: what is multiplied with zero still counts. A loop or
-a branch is looked into; of what is not known every output depends on every
-input. So does what an effect gives back, as a read of a `jax.new_ref`, on all
-that effects were given before.
+Only the flow of data counts: a value multiplied with 0 is still a dependence.
+Loops and branches are followed inside. Every output of an unknown operation
+depends on every input. The result of an effect, such as reading a
+`jax.new_ref`, depends on everything that was passed to effects before.
 """
 
 from collections.abc import Sequence
@@ -15,18 +15,18 @@ from dpdist.clipping.trace import program
 
 
 def dependent(jaxpr: Any, marked: Sequence[bool]) -> list[bool]:
-  """For each output whether it depends on a marked input.
+  """Returns for each output whether it depends on a marked input.
 
   Args:
     jaxpr: not closed.
-    marked: for each input.
+    marked: for each input, whether it is marked.
   """
   env = dict(zip(jaxpr.invars, marked, strict=True))
 
   def read(atom: Any) -> bool:
     return not isinstance(atom, core.Literal) and env.get(atom, False)
 
-  is_outside = False  # Whether an effect was given something marked.
+  is_outside = False  # Whether something marked was passed to an effect.
   for eqn in jaxpr.eqns:
     inputs = [read(x) for x in eqn.invars]
     if program.effects(eqn):
@@ -49,7 +49,7 @@ def _equation(eqn: Any, inputs: list[bool]) -> list[bool]:
   if name == "cond" and not inputs[0]:
     branches = [dependent(branch, inputs[1:]) for branch in inner]
     return [any(outs) for outs in zip(*branches, strict=True)]
-  # A call: of jit, of a rematerialised part, of a user's own derivative.
+  # A call: a jit, a rematerialised part or a custom derivative.
   if len(inner) == 1 and name not in ("cond", "while"):
     (body,) = inner
     if len(body.invars) == len(inputs) and len(body.outvars) == len(everything):

@@ -1,9 +1,9 @@
-"""Runs a loss that has been taken apart: forward with taps, and back to params.
+"""Runs a loss that `splitting.py` split, forward and back to its parameters.
 
 A tap is a zero that is added to the output of a site. The gradient of the loss
-with respect to all taps is one backward pass through the activations alone, in
-which no gradient of a parameter is formed. With the data operands that met the
-weights it is all that is needed for norms and sums.
+with respect to all taps takes one backward pass through the activations alone,
+in which no gradient of a parameter is formed. Norms and sums need only this
+gradient and the data operands that met the weights.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -21,18 +21,18 @@ from dpdist.clipping.trace.program import Site
 
 PyTree = Any
 Key = tuple[int, ...]
-# What runs a product: (site, weight, operand, tap) -> output.
+# Runs a product: (site, weight, operand, tap) -> output.
 Product = Callable[[Site, jax.Array, jax.Array, Any], jax.Array]
-# What a weight is read through where it becomes data: (weight) -> weight.
+# Is applied to a weight where it becomes data: (weight) -> weight.
 Promote = Callable[[jax.Array], jax.Array]
-# What puts a parameter together: (shard) -> array.
+# Gathers a parameter's parts: (shard) -> array.
 Gather = Callable[[shards.Shard], jax.Array]
 
 
 def tapped(
   site: Site, weight: jax.Array, operand: jax.Array, tap: Any
 ) -> jax.Array:
-  """A product as it stands in the model, with a zero added to it."""
+  """Runs a product as the model does, and adds the tap, a zero, to it."""
   values = [operand, weight] if site.operand else [weight, operand]
   (out,) = program.bind(site.eqn, values)
   return out if tap is None else out + tap
@@ -51,13 +51,13 @@ def forward(
 
   Args:
     block: from `splitting.split`.
-    values: of its inputs; those of weights and constants may be
+    values: the values of its inputs; those of weights and constants may be
       `shards.Shard`s.
-    taps: for each site's key what is added to its output; a site without one
-      runs as it is. In a loop with a leading axis over the iterations.
+    taps: for each site's key, what is added to its output; a site without a tap
+      runs unchanged. In a loop, a leading axis is over the iterations.
     product: runs the products.
-    gather: puts a shard together with the others, where it is used.
-    promote: what a weight is read through where it becomes data.
+    gather: gathers a shard and its other parts, where it is used.
+    promote: is applied to a weight where it becomes data.
 
   Returns:
     The outputs; and the data operand of every product, by key, with a leading
@@ -127,7 +127,7 @@ def _inner(
   gather: Gather,
   promote: Promote,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
-  """Runs a block inside of another one, with the taps that are its own."""
+  """Runs a block inside another one, with that block's own taps."""
   keys = [site.key for site in block.all_sites() if site.key in taps]
   run = _loop if block.loop is not None else _rematerialised
   mine = {key: taps[key] for key in keys}
@@ -144,7 +144,8 @@ def _loop(
   promote: Promote,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
   num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
-  # Once for all iterations: what does not change, and what is divided by them.
+  # Gathers once for all iterations what is the same in all of them, and what is
+  # divided along them.
   once = lambda x: gather(x) if isinstance(x, shards.Shard) else x
   consts = [once(x) for x in values[:num_consts]]
   carry = values[num_consts : num_consts + num_carry]
@@ -209,20 +210,20 @@ def to_parameters(
 ) -> list[jax.Array | None]:
   """Takes gradients with respect to weights back to the block's inputs.
 
-  Linear in the gradients, so that it is as good for a sum over examples, which
-  it need be called for only once, as for the gradient of one of them.
+  It is linear in the gradients. So it can be called once for a sum over
+  examples, or for the gradient of a single example.
 
   Args:
     block: from `splitting.split`.
-    values: of the inputs; those of data are not used, the others may be
-      `shards.Shard`s.
-    cotangents: for some sites' keys the gradient with respect to the site's
+    values: the values of the inputs; those of data are not used, the others may
+      be `shards.Shard`s.
+    cotangents: for some sites' keys, the gradient with respect to the site's
       weight, of shape `Site.weight_shape`.
 
   Returns:
-    For each input that is a weight its gradient, None for the others. Float32
-    or wider wherever the way is made of moves and casts alone. Whole, also
-    where the weight is not.
+    For each input that is a weight, its gradient; None for the others. It is
+    float32 or wider wherever the weight is computed by moves and casts alone.
+    It is whole, even where the weight is a shard.
   """
   jaxpr = block.jaxpr.jaxpr
   values = [shards.whole(x) for x in values]
@@ -277,7 +278,7 @@ def _arguments(
   inputs: Mapping[Any, jax.Array],
   constants: Mapping[Any, Any],
 ) -> list[Any]:
-  """The values of an inner block's inputs; None where one is of data."""
+  """Returns the values of an inner block's inputs; None for data."""
   fixed = [
     x
     for x, kind in zip(eqn.invars, inner.kinds, strict=True)
@@ -301,16 +302,16 @@ def _back_to_inputs(
   constants: Mapping[Any, Any],
   sums: Mapping[Any, jax.Array],
 ) -> list[jax.Array]:
-  """Takes gradients of what is computed from weights back to these.
+  """Takes gradients of values computed from weights back to the weights.
 
   Args:
-    block: what computes it.
+    block: the block that computes the values.
     inputs: the weights, widened.
     constants: the other inputs.
-    sums: the gradients, by what they are of.
+    sums: the gradients, by the variable they belong to.
 
   Returns:
-    What is added to the gradient of each input.
+    What to add to the gradient of each input.
   """
   names, derived = list(inputs), list(sums)
   narrow = {x for x in derived if block.weights[x].narrow}
@@ -318,7 +319,7 @@ def _back_to_inputs(
   def run(values: list[Any]) -> list[Any]:
     given = {**constants, **dict(zip(names, values, strict=True))}
     wide = _weights(block, given, set(derived) - narrow, wide=True)
-    # What cannot be widened is computed from what the program rounds.
+    # Values that cannot be widened are computed from the rounded inputs.
     plain = {x: given[x].astype(x.aval.dtype) for x in names}
     env = _weights(block, {**constants, **plain}, narrow, wide=False)
     return [(env if x in narrow else wide)[x] for x in derived]
@@ -333,7 +334,7 @@ def _back_to_inputs(
 def _back_through_loop(
   body: Block, values: Sequence[Any], cotangents: Mapping[Key, jax.Array]
 ) -> list[jax.Array | None]:
-  """The same for a loop; inputs that differ by iteration are stacked."""
+  """Does the same for a loop; inputs that differ by iteration are stacked."""
   sites = {site.key: site for site in body.all_sites()}
   mapped = {
     key: x
@@ -366,8 +367,8 @@ def _back_through_loop(
       for x, each in zip(found, stacked, strict=True)
     ]
   if shared:
-    # The iterations' gradients are summed already: any slice will do, and
-    # nothing flows back to what differs by iteration.
+    # The iterations' gradients are summed already, so any slice will do. Inputs
+    # that differ by iteration have no gradient here.
     first = [None if x is None else x[0] for x in slices]
     for i, x in enumerate(once(first, shared)):
       if x is not None and not stacked[i]:
@@ -379,9 +380,10 @@ def _back_through_loop(
 def _weights(
   block: Block, inputs: Mapping[Any, Any], wanted: Iterable[Any], *, wide: bool
 ) -> dict[Any, Any]:
-  """The wanted constants and weights of a block, and what they are computed
-  from; casts to narrow floats left out of what can be computed without them, if
-  wide."""
+  """Computes the wanted constants and weights of a block, and their ancestors.
+
+  If wide, leaves out casts to narrow floats wherever that is possible.
+  """
   jaxpr = block.jaxpr.jaxpr
   needed = set(wanted)
   equations = []
@@ -423,7 +425,7 @@ def _weights(
           for x in values
         ]
     elif wide:
-      # Back to what the program says.
+      # Cast back to the program's dtypes.
       values = [
         v.astype(x.aval.dtype) for v, x in zip(values, eqn.invars, strict=True)
       ]

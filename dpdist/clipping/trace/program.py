@@ -1,20 +1,20 @@
-"""The loss of one example taken apart: where its parameters meet its data.
+"""Data structures of a loss that is split where its parameters meet its data.
 
 A loss is traced for one example and read as a list of equations. Every value
 in it is a constant, a weight (computed from parameters and constants alone) or
 data. A place where a weight meets data is a site. There are two sorts:
 
 * A product: dot, convolution or embedding lookup. The weight stays one array
-  for all examples. The gradient of an example with respect to it is a function
-  of two small things, the data operand and the gradient of the output.
-* A promotion: anything else (a bias, a scale, a branch, a user's own
-  derivative, ...). There the weight is handed on as data, and JAX takes its
-  derivative for each example by itself. This is exact for every program that
-  JAX can differentiate; it costs one gradient of that weight for each example.
+  for all examples. An example's gradient with respect to it is a function of
+  two small arrays, the data operand and the gradient of the output.
+* A promotion: anything else (a bias, a scale, a branch, a custom derivative,
+  ...). There the weight becomes data, and JAX differentiates it for each
+  example. This is exact for every program that JAX can differentiate; it costs
+  one gradient of that weight for each example.
 
 Loops and rematerialised parts become blocks of their own, with their sites.
-This page has the words for it. `splitting.py` finds the sites, `evaluate.py`
-runs what was found.
+This module defines the terms. `splitting.py` finds the sites, `evaluate.py`
+runs the result.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,15 +26,15 @@ import jax
 from jax.extend import core
 import jax.numpy as jnp
 
-# A call of these is replaced by what it calls. Not custom_jvp or custom_vjp:
-# that would lose the derivative that the user wrote.
+# Calls of these are replaced by their bodies. Calls of custom_jvp or custom_vjp
+# are not, since that would lose the custom derivative.
 _CALLS = ("jit", "pjit", "closed_call", "core_call")
-# They leave values as they are: some print, one names the axis of a collective.
+# These do not change values: some print, one names the axis of a collective.
 _KNOWN_EFFECTS = ("DebugEffect", "OrderedDebugEffect", "NamedAxisEffect")
 
 
 class Kind(enum.IntEnum):
-  """What a value depends on."""
+  """The kind of a value, by what it depends on."""
 
   CONSTANT = 0
   WEIGHT = 1
@@ -42,7 +42,7 @@ class Kind(enum.IntEnum):
 
 
 class Origin(NamedTuple):
-  """How a weight is an isometric image of (parts of) parameters.
+  """How a weight is made as an isometric image of (parts of) parameters.
 
   Attributes:
     leaves: indices of the parameters, all different.
@@ -54,20 +54,20 @@ class Origin(NamedTuple):
   steps: tuple[Any, ...]
 
   def then(self, *step: Any) -> "Origin":
-    """The origin one step further on."""
+    """Returns the origin with one more step."""
     return Origin(self.leaves, (*self.steps, step))
 
 
 class Weight(NamedTuple):
-  """What is known of a weight.
+  """What is known about a weight.
 
   Attributes:
     leaves: indices of the parameters that it depends on.
     origin: None where it is no isometric image of parameters.
     loops: for each enclosing loop whether the weight differs by iteration.
-    narrow: a step towards it computes in less than float32, or from what has
-      been rounded to less, and float32 cannot be used instead.
-    rounded: a step towards it is in less than float32.
+    narrow: whether a step of its computation is in less than float32, or uses
+      values that were rounded to less, and float32 cannot be used instead.
+    rounded: whether a step of its computation is in less than float32.
   """
 
   leaves: frozenset[int]
@@ -82,13 +82,13 @@ class Site:
   """A place where a weight meets data.
 
   Attributes:
-    key: where it is: an equation's number for each enclosing block, then its
-      own; promotions have negative ones.
+    key: its place: an equation's number for each enclosing block, then its own;
+      promotions have negative numbers.
     eqn: the product; None for a promotion.
     operand: which operand of the product is the weight.
     var: the weight, a variable of its block.
-    weight: what is known of it.
-    lengths: of the enclosing loops.
+    weight: what is known about the weight.
+    lengths: lengths of the enclosing loops.
     out: the tapped value, for one example and one iteration.
   """
 
@@ -102,17 +102,17 @@ class Site:
 
   @property
   def name(self) -> str:
-    """The primitive's name, or "promotion"."""
+    """Returns the primitive's name, or "promotion"."""
     return "promotion" if self.eqn is None else self.eqn.primitive.name
 
   @property
   def tap_shape(self) -> tuple[int, ...]:
-    """Shape of the gradient of the tapped value, for one example."""
+    """Returns the shape of the tapped value's gradient for one example."""
     return (*self.lengths, *self.out.shape)
 
   @property
   def weight_shape(self) -> tuple[int, ...]:
-    """Shape of the weight, with an axis for each loop that it differs in."""
+    """Returns the weight's shape, with an axis for each loop it differs in."""
     mapped = zip(self.lengths, self.weight.loops, strict=True)
     return (*(n for n, m in mapped if m), *self.var.aval.shape)
 
@@ -122,18 +122,19 @@ class Block:
   """A straight list of equations.
 
   Attributes:
-    jaxpr: closed.
-    kinds: of the inputs.
-    num_data_outs: so many outputs are data; the others may be weights.
+    jaxpr: the equations, closed.
+    kinds: the kind of each input.
+    num_data_outs: how many outputs, the first ones, are data; the others may be
+      weights.
     depth: how many loops enclose it, its own not counted.
-    loop: length of the loop of which this is the body, or None.
-    first_stacked: inputs from this one on are given anew to each iteration.
-    kind: of every variable.
-    weights: what is known of every weight variable.
-    sites: by number, products and promotions.
-    promotions: weight variables that are handed on as data, to their number.
-    definition: the equation that defines a weight variable.
-    blocks: by the equation's number.
+    loop: length of the loop whose body this is, or None.
+    first_stacked: inputs from this one on have a slice for each iteration.
+    kind: the kind of every variable.
+    weights: what is known about every weight variable.
+    sites: products and promotions by number.
+    promotions: the number of each weight variable that becomes data.
+    definition: the equation that defines each weight variable.
+    blocks: inner blocks by their equation's number.
   """
 
   jaxpr: core.ClosedJaxpr
@@ -150,34 +151,34 @@ class Block:
   blocks: dict[int, "Block"] = dataclasses.field(default_factory=dict)
 
   def all_sites(self) -> Iterator[Site]:
-    """Its own and those of the blocks in it, in order of execution."""
+    """Yields its sites and those of the blocks in it, in order of execution."""
     yield from self.sites.values()
     for block in self.blocks.values():
       yield from block.all_sites()
 
   def convolves(self) -> bool:
-    """Whether there is a convolution in it, of whatever."""
+    """Returns whether there is any convolution in it."""
     return any(
       uses(eqn, "conv_general_dilated") for eqn in self.jaxpr.jaxpr.eqns
     )
 
   def rematerialises(self) -> bool:
-    """Whether a part with weights is computed again in the backward pass."""
+    """Returns whether the backward pass recomputes a part with weights."""
     return any(
       block.loop is None or block.rematerialises()
       for block in self.blocks.values()
     )
 
   def is_wide(self) -> bool:
-    """Whether nothing in it, or in what it calls, is in less than float32."""
+    """Returns whether nothing in it or in what it calls is below float32."""
     return not _has_narrow(self.jaxpr.jaxpr)
 
   def has_custom_vjp(self) -> bool:
-    """Whether a derivative in it is the user's, and perhaps not linear."""
+    """Returns whether it has a custom derivative, which may be nonlinear."""
     return any(map(has_custom_vjp, self.jaxpr.jaxpr.eqns))
 
   def kind_of(self, atom: Any) -> Kind:
-    """Literals are constants."""
+    """Returns the kind of a variable; literals are constants."""
     if isinstance(atom, core.Literal):
       return Kind.CONSTANT
     return self.kind[atom]
@@ -186,7 +187,7 @@ class Block:
 def trace(
   loss_fn: Callable[..., Any], params: Any, *example: Any
 ) -> tuple[core.ClosedJaxpr, Any]:
-  """Traces a loss, and replaces calls by what they call.
+  """Traces a loss, and replaces calls by their bodies.
 
   Args:
     loss_fn: (params, *example) -> pytree.
@@ -198,15 +199,15 @@ def trace(
     the result as outputs; and the result's shapes.
   """
   closed, shapes = jax.make_jaxpr(loss_fn, return_shape=True)(params, *example)
-  # What has effects is not taken apart, and stays as it is.
+  # A program with effects is not analyzed, and stays unchanged.
   return closed if effects(closed.jaxpr) else without_calls(closed), shapes
 
 
 def effects(program: Any) -> tuple[str, ...]:
-  """Names of the effects that a list of equations cannot be taken apart with.
+  """Returns the names of effects that prevent analyzing the equations.
 
-  Equations are read as functions of their operands. One that writes into an
-  operand, as into a `jax.new_ref`, or speaks with the world outside, is none.
+  Equations are read as functions of their operands. An equation that writes
+  into an operand, such as a `jax.new_ref`, or does input or output, is not one.
 
   Args:
     program: a jaxpr or an equation.
@@ -216,9 +217,9 @@ def effects(program: Any) -> tuple[str, ...]:
 
 
 def bind(eqn: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
-  """Runs an equation on values; a list of its outputs."""
-  # Constants may be NumPy's, which a derivative of the user's that indexes them
-  # by a traced number does not expect.
+  """Runs an equation on values, and returns a list of its outputs."""
+  # Constants may be NumPy arrays; a custom derivative that indexes them by a
+  # traced number would fail.
   if eqn.primitive.name.startswith("custom_"):
     values = [x if isinstance(x, jax.Array) else jnp.asarray(x) for x in values]
   bound = eqn.primitive.get_bind_params(eqn.params | changed)
@@ -230,7 +231,7 @@ def bind(eqn: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
 
 
 def without_calls(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
-  """Replaces calls by what they call."""
+  """Replaces calls by their bodies."""
   if not any(e.primitive.name in _CALLS for e in closed.jaxpr.eqns):
     return closed
 
@@ -254,12 +255,12 @@ def without_calls(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
 
 
 def has_custom_vjp(eqn: Any) -> bool:
-  """Whether an equation is or calls a function with its own derivative."""
+  """Returns whether an equation is or calls one with a custom derivative."""
   return uses(eqn, "custom_vjp")
 
 
 def uses(eqn: Any, prefix: str) -> bool:
-  """Whether an equation is, or calls, a primitive whose name begins so."""
+  """Returns whether an equation is or calls a primitive with this prefix."""
   return eqn.primitive.name.startswith(prefix) or any(
     uses(inner, prefix)
     for jaxpr in core.jaxprs_in_params(eqn.params)
@@ -268,7 +269,7 @@ def uses(eqn: Any, prefix: str) -> bool:
 
 
 def computes_narrow(eqn: Any) -> bool:
-  """Whether an equation has values of less than float32, or calls what has."""
+  """Returns whether an equation, or its body, has floats below float32."""
   return any(is_narrow(x.aval) for x in (*eqn.invars, *eqn.outvars)) or any(
     map(_has_narrow, core.jaxprs_in_params(eqn.params))
   )

@@ -1,13 +1,12 @@
 """Parameters of which each device holds a part.
 
-A loss is traced, taken apart and judged as if every parameter were whole. A
-part is put together with the others only where the whole is used: before a
-product, or inside the loop or the rematerialised block that uses it, so that no
-more than one block of a deep model is ever whole. Norms are those of the whole
-parameter's gradient. The clipped sum goes back through the same place, where
-the devices' sums are added and each keeps its part (Rajbhandari et al. 2020,
-"ZeRO: Memory Optimizations Toward Training Trillion Parameter Models", section
-5).
+A loss is traced, split and checked as if every parameter were whole. Parts are
+gathered only where the whole is used: before a product, or inside the loop or
+the rematerialised block that uses it. So no more than one block of a deep model
+is ever whole. Norms are those of the whole parameter's gradient. At the same
+place in the backward pass the devices' clipped sums are added, and each device
+keeps its part (Rajbhandari et al. 2020, "ZeRO: Memory Optimizations Toward
+Training Trillion Parameter Models", section 5).
 """
 
 from collections.abc import Sequence
@@ -33,8 +32,8 @@ class Shard:
   Attributes:
     part: the array's entries on this device.
     axis: the mesh axis along which the parts lie.
-    dimension: of the array that they make up, counted from its end, so that it
-      stays the same where leading dimensions come and go.
+    dimension: the array's dimension that is divided, counted from the end, so
+      that it does not change when leading dimensions come and go.
   """
 
   part: jax.Array
@@ -42,17 +41,17 @@ class Shard:
   dimension: int
 
   def whole(self) -> jax.Array:
-    """The array."""
+    """Gathers the whole array."""
     return jax.lax.all_gather(
       self.part, self.axis, axis=self.dimension % self.part.ndim, tiled=True
     )
 
   def divides_rows(self) -> bool:
-    """Whether the parts lie along the array's first dimension."""
+    """Returns whether the array's first dimension is divided."""
     return self.dimension == -self.part.ndim
 
   def sum(self, total: jax.Array) -> jax.Array:
-    """This device's part of the sum of all devices' arrays."""
+    """Returns this device's part of the sum of all devices' arrays."""
     return jax.lax.psum_scatter(
       total,
       self.axis,
@@ -64,13 +63,13 @@ class Shard:
 def wrap(
   params: PyTree, specs: PyTree | None, axes: frozenset[str]
 ) -> list[Any]:
-  """The leaves of params, those that are parts as `Shard`s.
+  """Returns the leaves of params, with parts as `Shard`s.
 
   Args:
     params: pytree of arrays, as they are inside shard_map.
-    specs: None, or a pytree like params of PartitionSpecs with one mesh axis at
-      most, of axes.
-    axes: along which the batch is divided.
+    specs: None, or a pytree like params of PartitionSpecs with at most one mesh
+      axis, which must be one of axes.
+    axes: the mesh axes along which the batch is divided.
 
   Raises:
     ValueError: a spec is anything else.
@@ -78,7 +77,7 @@ def wrap(
   leaves, structure = jax.tree.flatten(params)
   if specs is None:
     return leaves
-  # mypy takes JAX's own class of tree structures for a mere name.
+  # mypy does not accept JAX's class of tree structures as a type.
   any_structure: Any = structure
   return [
     _wrap(leaf, spec, axes)
@@ -93,7 +92,7 @@ def _wrap(leaf: jax.Array, spec: PartitionSpec, axes: frozenset[str]) -> Any:
   if not named:
     return leaf
   if len(named) > 1 or named[0][1] not in axes:
-    # A sum over devices that have the same examples would count them twice.
+    # A sum over devices with the same examples would count them twice.
     raise ValueError(
       "param_specs must name at most one mesh axis a parameter, of those along"
       f" which the batch is divided, {sorted(axes)}, got {spec}"
@@ -103,12 +102,12 @@ def _wrap(leaf: jax.Array, spec: PartitionSpec, axes: frozenset[str]) -> Any:
 
 
 def whole(x: Any) -> Any:
-  """An array, whether or not it came in parts."""
+  """Returns x as a whole array, gathered if it is a shard."""
   return x.whole() if isinstance(x, Shard) else x
 
 
 def sums(leaves: Sequence[Any], totals: Sequence[jax.Array]) -> list[jax.Array]:
-  """Of each whole parameter's sum on this device what the device keeps."""
+  """Returns what this device keeps of its sums for the whole parameters."""
   return [
     leaf.sum(total) if isinstance(leaf, Shard) else total
     for leaf, total in zip(leaves, totals, strict=True)

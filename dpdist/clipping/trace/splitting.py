@@ -22,8 +22,8 @@ _PRODUCTS = {
   "conv_general_dilated": (1,),
   "gather": (0,),
 }
-# Equations that move entries about or change their sign, each entry once: a
-# gradient has the same norm before as after.
+# Equations that only move entries or change their signs: a gradient has the
+# same norm before and after.
 _ISOMETRIES = (
   "reshape",
   "transpose",
@@ -32,7 +32,7 @@ _ISOMETRIES = (
   "rev",
   "neg",
 )
-# The same, and the entries do not even move.
+# Equations that do not even move entries.
 _IDENTITIES = (
   "convert_element_type",
   "copy",
@@ -40,7 +40,7 @@ _IDENTITIES = (
   "sharding_constraint",
   "reduce_precision",
 )
-# What may be computed in float32 although the model says bfloat16.
+# Equations that may be computed in float32 although the model says bfloat16.
 _WIDENED = (
   *_ISOMETRIES,
   *_IDENTITIES,
@@ -54,12 +54,11 @@ def split(
   """Finds what every value depends on, and where weights meet data.
 
   Args:
-    closed: as `program.trace` returns it: the first num_leaves inputs are
-      parameters, the next num_constants are the same for all examples and not
-      differentiated by, the others data; the first output is the loss, the
-      others are its aux.
-    num_leaves: parameters.
-    num_constants: frozen parameters.
+    closed: as `program.trace` returns it. The first num_leaves inputs are
+      trained parameters, the next num_constants are frozen ones, the others are
+      data. The first output is the loss, the others are its aux.
+    num_leaves: number of trained parameters.
+    num_constants: number of frozen parameters.
 
   Returns:
     The block of the whole program. Its first output is data.
@@ -96,9 +95,9 @@ class _Splitter:
     """Fills in the block.
 
     Args:
-      block: empty.
-      weights: of its weight inputs, in order.
-      loops: for constant inputs in which of the loops they differ, if in any.
+      block: an empty block.
+      weights: what is known about its weight inputs, in order.
+      loops: for constant inputs, in which of the loops they differ, if in any.
 
     Returns:
       The block.
@@ -151,7 +150,7 @@ class _Splitter:
     self._block.kind.update((x, kind) for x in eqn.outvars)
 
   def _varies(self, eqn: Any) -> tuple[bool, ...]:
-    """In which of the enclosing loops a weight or constant differs."""
+    """Returns in which enclosing loops a weight or constant differs."""
     never = (False,) * len(self._lengths)
     inputs = [never] + [self._loops_of(x) for x in eqn.invars]
     return tuple(map(any, zip(*inputs, strict=True)))
@@ -179,7 +178,7 @@ class _Splitter:
     ]
     for i, out in enumerate(eqn.outvars):
       if not jnp.issubdtype(out.aval.dtype, jnp.inexact):
-        # Nothing can be differentiated through an integer.
+        # Integers have no derivative.
         block.kind[out] = Kind.CONSTANT
         self._loops[out] = loops
         continue
@@ -236,7 +235,8 @@ class _Splitter:
     block = self._block
     if block.kind_of(atom) != Kind.WEIGHT:
       return
-    # Where it is smallest: a bias before it is broadcast to all positions.
+    # Promote where it is smallest: a bias before it is broadcast to all
+    # positions.
     best = atom
     while atom in block.definition:
       eqn = block.definition[atom]
@@ -251,7 +251,7 @@ class _Splitter:
       block.promotions[best] = number
       self._site(number, None, 0, best, best.aval)
 
-  # Where weights meet data.
+  # Sites, where weights meet data.
 
   def _is_product(self, eqn: Any, kinds: Sequence[Kind]) -> bool:
     name = eqn.primitive.name
@@ -294,7 +294,7 @@ class _Splitter:
     carry = range(num_consts, num_consts + num_carry)
     length = params["length"]
     if length == 0:
-      # Its body never runs: whatever is in it has no gradient.
+      # Its body never runs, so nothing in it has a gradient.
       for x in eqn.invars:
         self._promote(x)
       return
@@ -330,8 +330,8 @@ class _Splitter:
           if kinds[i] == Kind.CONSTANT
         },
       )
-      # A gradient for each iteration of a weight that all share would be long:
-      # such a weight is better promoted outside.
+      # If a weight that all iterations share were promoted inside, it would
+      # have a gradient for each of them: promote it outside.
       shared = frozenset().union(
         *(
           _inputs_of(block, var)
@@ -391,10 +391,10 @@ def _inputs_of(block: Block, var: Any) -> frozenset[Any]:
 
 
 def _must_be_data(eqn: Any) -> bool:
-  """Whether a gradient may not be summed before it is taken back through.
+  """Returns whether gradients must not be summed before they pass an equation.
 
-  A derivative that the user wrote need not be linear in what comes back. And
-  the norms here are of real numbers.
+  A custom derivative need not be linear in the cotangent, and norms here are
+  those of real numbers.
   """
   return program.has_custom_vjp(eqn) or any(
     jnp.issubdtype(x.aval.dtype, jnp.complexfloating) for x in eqn.outvars
@@ -402,9 +402,10 @@ def _must_be_data(eqn: Any) -> bool:
 
 
 def _is_of_one_range(eqn: Any) -> bool:
-  """Whether norms and sums of a product are computed in one dtype.
+  """Returns whether norms and sums of a product are computed in one dtype.
 
-  What is finite or a full fraction in a wider one need not be in the other.
+  A number that is finite or normal in a wider dtype need not be in a narrower
+  one.
   """
   dtypes = [x.aval.dtype for x in (*eqn.invars, *eqn.outvars)]
   if not all(jnp.issubdtype(x, jnp.floating) for x in dtypes):
@@ -413,10 +414,10 @@ def _is_of_one_range(eqn: Any) -> bool:
 
 
 def _is_lookup(eqn: Any) -> bool:
-  """Whether a gather takes whole rows of a table, one for each index.
+  """Returns whether a gather takes whole rows of a table, one for each index.
 
-  JAX drops gradients by the indices' own dtype, in which a row of a larger
-  table may seem to be outside.
+  JAX checks bounds in the indices' dtype, in which rows of a larger table may
+  seem to be outside, and drops their gradients.
   """
   numbers = eqn.params["dimension_numbers"]
   shape = eqn.invars[0].aval.shape

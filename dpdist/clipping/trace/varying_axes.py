@@ -1,10 +1,10 @@
-"""Which mesh axes a value varies over inside `jax.shard_map`.
+"""Finds which mesh axes a value varies over inside `jax.shard_map`.
 
 Inside shard_map, JAX inserts a sum over the mesh into the gradient of every
 value that is the same on all devices ("unvarying"). For per-example gradients
 that sum would come before clipping, and an example would move the clipped sum
 by many times the clip norm, without an error. Casting the parameters to
-varying first keeps each device's gradients its own.
+varying first keeps each device's gradients separate.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ _NOT_COLLECTIVE = ("pvary", "pcast", "axis_index", "reduced_vary_cast")
 
 
 def varying_axes(tree: PyTree) -> frozenset[str]:
-  """The mesh axes that any leaf of tree varies over; empty outside."""
+  """Returns the mesh axes that any leaf of tree varies over; empty outside."""
   axes: frozenset[str] = frozenset()
   for leaf in jax.tree.leaves(tree):
     axes |= _axes(jax.typeof(leaf))
@@ -26,19 +26,19 @@ def varying_axes(tree: PyTree) -> frozenset[str]:
 
 
 def divided_axes(tree: PyTree) -> frozenset[str]:
-  """The mesh axes along which tree is, or may be, divided; empty outside."""
+  """Returns the mesh axes along which tree may be divided; empty outside."""
   axes = varying_axes(tree)
   return axes | untold_axes(axes)
 
 
 def untold_axes(axes: frozenset[str]) -> frozenset[str]:
-  """The manual axes of which nothing is known, where nothing varies.
+  """Returns all manual axes if axes is empty, since then nothing is known.
 
   With check_vma=False no value says what it varies over, and a batch may be
   divided along any of them.
 
   Args:
-    axes: those that something varies over.
+    axes: the axes that something varies over.
   """
   if axes:
     return frozenset()
@@ -46,13 +46,13 @@ def untold_axes(axes: frozenset[str]) -> frozenset[str]:
 
 
 def is_divided_explicitly(x: Any) -> bool:
-  """Whether a type names mesh axes, as it does of a mesh of Explicit axes."""
+  """Returns whether x's type names mesh axes, as with Explicit axes."""
   sharding = getattr(jax.typeof(x), "sharding", None)
   return sharding is not None and any(sharding.spec)
 
 
 def abstract_varying_axes(tree: PyTree) -> frozenset[str]:
-  """The same for a tree of `jax.ShapeDtypeStruct`."""
+  """Returns the axes that any `jax.ShapeDtypeStruct` of tree varies over."""
   axes: frozenset[str] = frozenset()
   for leaf in jax.tree.leaves(tree):
     axes |= _axes(leaf)
@@ -60,10 +60,10 @@ def abstract_varying_axes(tree: PyTree) -> frozenset[str]:
 
 
 def collective_over(jaxpr: Any, axes: frozenset[str]) -> str | None:
-  """The name of a primitive that moves values along any of axes, or None.
+  """Returns the name of a primitive that sends values along axes, or None.
 
   Args:
-    jaxpr: looked through with all that it calls.
+    jaxpr: searched with all that it calls.
     axes: names of mesh axes.
   """
   for eqn in jaxpr.eqns:
@@ -83,7 +83,7 @@ def collective_over(jaxpr: Any, axes: frozenset[str]) -> str | None:
 
 
 def axes_in(jaxpr: Any) -> frozenset[str]:
-  """The mesh axes that any value computed in jaxpr varies over."""
+  """Returns the mesh axes that any value computed in jaxpr varies over."""
   axes: frozenset[str] = frozenset()
   for eqn in jaxpr.eqns:
     for out in eqn.outvars:
@@ -92,7 +92,7 @@ def axes_in(jaxpr: Any) -> frozenset[str]:
 
 
 def cast_to_varying(tree: PyTree, axes: frozenset[str]) -> PyTree:
-  """Casts each leaf to vary over axes as well; values do not change."""
+  """Casts each leaf to vary over axes too; values do not change."""
 
   def cast(leaf: Any) -> jax.Array:
     missing = tuple(sorted(axes - _axes(jax.typeof(leaf))))
@@ -102,7 +102,7 @@ def cast_to_varying(tree: PyTree, axes: frozenset[str]) -> PyTree:
 
 
 def _axes(aval: Any) -> frozenset[str]:
-  # The attribute has another name in other releases of JAX.
+  # The attribute's name differs between releases of JAX.
   manual = getattr(aval, "manual_axis_type", None)
   if manual is not None:
     return frozenset(manual.varying)
