@@ -1,137 +1,231 @@
-"""Finds plug-ins by name, this project's own and others.
+"""Finds things by the names that settings give them, ours or somebody else's.
 
-A setting names a plug-in of some kind: a data set, an engine. `resolve` finds
-it
+A setting names a thing of some kind: a data set, an engine. `resolve` finds it
 
-  * by a registered name, as all plug-ins of this project have;
+  * by a name that was registered, as all of ours are;
   * as "package.module:attribute", which is imported;
   * by an entry point of the group "dpdist.KIND" of an installed package.
 
-Code outside this project decides what a run computes as much as our own does.
-So a run's fingerprint contains `outside_sha256`, and the run goes on under new
-keys if that code changes. The hash is computed from files: after editing a
-module that a running interpreter has loaded, such as a notebook's, restart the
-interpreter before a run.
+Code outside of this project decides what a run computes as much as our own code
+does. So a run's fingerprint holds `code_sha256` of what it resolved, and a run
+goes on under new keys where that code has changed.
+
+Guarantees:
+  * The digest is of all source files and compiled modules of the top-level
+    packages that the thing is named by, defined in and registered by. Other
+    files, and packages that these import, are not in it.
+  * It is of what this process runs: it is taken when the code is first
+    resolved, and who edits a file after that, or edited one that the process
+    had imported before, is told to start again.
+  * A thing whose code has no file, such as a notebook's, is refused.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import hashlib
 import importlib
+from importlib import machinery
 from importlib import metadata
+import os
 import pathlib
 import sys
-from typing import Any, TypeVar
+import time
+from typing import Any, NamedTuple, TypeVar
 
 from dpdist import errors
 
 _T = TypeVar("_T")
 
-_OURS = ("dpdist", "launch")
-_things: dict[str, dict[str, Any]] = {}
-_outside: set[str] = set()
+_ROOT = pathlib.Path(__file__).resolve().parents[1]
+_OURS = (_ROOT / "dpdist", _ROOT / "launch")
+_CODE = (".py", ".pyc", *machinery.EXTENSION_SUFFIXES)
+_STARTED = time.time()
+
+
+class _Thing(NamedTuple):
+  """A thing, and the module that it was registered by or is named by."""
+
+  thing: Any
+  named_by: str
+
+
+_things: dict[str, dict[str, _Thing]] = {}
+# By the name of a module: what its package's files were when first resolved.
+_digests: dict[str, str] = {}
 
 
 def register(kind: str, *names: str) -> Callable[[_T], _T]:
-  """Returns a decorator that registers a plug-in by its names.
+  """Returns a decorator that registers a thing by its names.
 
   Raises:
-    ValueError: another plug-in of the kind already has one of the names.
+    ValueError: another thing of the kind has a name already.
   """
+  caller = sys._getframe(1).f_globals["__name__"]
 
   def put(thing: _T) -> _T:
     known = _things.setdefault(kind, {})
     for name in names:
-      if known.get(name, thing) is not thing:
+      if name in known and known[name].thing is not thing:
         raise ValueError(
           f"names of a {kind} must be new, got {name!r}, which is"
-          f" {known[name]!r}"
+          f" {known[name].thing!r}"
         )
-      known[name] = thing
+      known[name] = _Thing(thing, caller)
+    module = _spelt_out(caller)
+    if not _is_ours(module) and any(True for _ in _files(module)):
+      # Now, while the module is being imported: it is what this process runs.
+      _digests.setdefault(module, _sha256(module, f"a {kind}"))
     return thing
 
   return put
 
 
 def names(kind: str) -> list[str]:
-  """Returns registered names and those of entry points, sorted."""
+  """Returns the names that are registered or are entry points, sorted."""
   points = {point.name for point in metadata.entry_points(group=_group(kind))}
   return sorted({*_things.get(kind, {}), *points})
 
 
 def resolve(kind: str, name: str, *, setting: str) -> Any:
-  """Finds a plug-in.
+  """Finds a thing.
 
   Args:
-    kind: its kind, such as "dataset".
-    name: its name; see the module's docstring.
-    setting: the setting that names it, for messages.
+    kind: what it is, as "dataset".
+    name: see the module.
+    setting: what names it, for messages.
 
   Raises:
-    ValueError: there is no plug-in of that name, or it does not say where its
-      code is.
+    ValueError: there is none of that name, or its code cannot be told apart.
   """
-  thing = _find(kind, name, setting)
-  if thing is None:
-    raise errors.ArgumentError(
-      f"{setting} must be one of {names(kind)}, or package.module:attribute,"
-      f" got {name!r}"
-    )
-  # Functions and classes name their module; a module has its own name.
-  where = getattr(thing, "__module__", None) or getattr(thing, "__name__", None)
-  if not isinstance(where, str) or where in sys.stdlib_module_names:
-    raise errors.ArgumentError(
-      f"{setting} must name a function, a class or a module, whose code a run"
-      f" can be told apart by, got {thing!r}"
-    )
-  named = name.partition(":")[0] if ":" in name else where
-  _outside.update(
-    module for module in (where, named) if module.split(".")[0] not in _OURS
-  )
-  return thing
+  found = _find(kind, name, setting)
+  for module in _modules(found, setting):
+    if module not in _digests:
+      _digests[module] = _sha256(module, setting)
+  return found.thing
 
 
-def _find(kind: str, name: str, setting: str) -> Any:
+def code_sha256(kind: str, name: str, *, setting: str) -> str:
+  """Returns the SHA-256 of a thing's code outside of this project; "" of none.
+
+  Args:
+    kind: as for `resolve`.
+    name: as for `resolve`, which was called before.
+    setting: as for `resolve`.
+
+  Raises:
+    ValueError: a file was changed since.
+  """
+  digest = hashlib.sha256()
+  modules = _modules(_find(kind, name, setting), setting)
+  for module in modules:
+    if _sha256(module, setting) != _digests[module]:
+      raise errors.ArgumentError(
+        f"{setting} must name code that stays as it is while a run starts, got"
+        f" {name!r}, whose files have changed since this process read them:"
+        " start it again"
+      )
+    digest.update(f"{module}\0{_digests[module]}\0".encode())
+  return digest.hexdigest() if modules else ""
+
+
+def _find(kind: str, name: str, setting: str) -> _Thing:
   if name in _things.get(kind, {}):
     return _things[kind][name]
   module, has_attribute, attribute = name.partition(":")
   if has_attribute:
+    _refuse_edited(module, setting)
     try:
-      return getattr(importlib.import_module(module), attribute)
+      thing = getattr(importlib.import_module(module), attribute)
     except (AttributeError, ImportError, ValueError) as error:
       raise errors.ArgumentError(
         f"{setting} must be package.module:attribute of what can be imported,"
         f" got {name!r}: {error}"
       ) from error
+    return _Thing(thing, module)
   for point in metadata.entry_points(group=_group(kind), name=name):
-    return point.load()
-  return None
+    _refuse_edited(point.module, setting)
+    return _Thing(point.load(), point.module)
+  raise errors.ArgumentError(
+    f"{setting} must be one of {names(kind)}, or package.module:attribute, got"
+    f" {name!r}"
+  )
 
 
-def outside_sha256() -> str:
-  """Returns SHA-256 of resolved code outside this project; "" if there is none.
+def _modules(found: _Thing, setting: str) -> list[str]:
+  """Returns the modules outside of this project that a thing's code is in.
 
-  For each module it covers all source of its package. What that package imports
-  from elsewhere is covered by the versions in a fingerprint, if listed there.
+  Raises:
+    ValueError: it does not say where its code is.
   """
-  if not _outside:
-    return ""
+  thing = found.thing
+  # A module has a name; a function and a class say where they are defined.
+  where = getattr(thing, "__module__", None) or getattr(thing, "__name__", None)
+  if (
+    not isinstance(where, str) or where.split(".")[0] in sys.stdlib_module_names
+  ):
+    raise errors.ArgumentError(
+      f"{setting} must name a function, a class or a module, whose code a run"
+      f" can be told apart by, got {thing!r}"
+    )
+  modules = {_spelt_out(where), _spelt_out(found.named_by)}
+  return sorted(module for module in modules if not _is_ours(module))
+
+
+def _spelt_out(module: str) -> str:
+  """Returns the full name of "__main__" where `python -m` was given one."""
+  spec = getattr(sys.modules.get(module), "__spec__", None)
+  return spec.name if module == "__main__" and spec is not None else module
+
+
+def _is_ours(module: str) -> bool:
+  # By the place: a package of that name may be somebody else's.
+  paths = [path.resolve() for _, path in _files(module)]
+  return bool(paths) and all(
+    any(path.is_relative_to(folder) for folder in _OURS) for path in paths
+  )
+
+
+def _refuse_edited(module: str, setting: str) -> None:
+  """Raises ValueError for a module that was edited after it was imported."""
+  if module not in sys.modules or module in _digests or _is_ours(module):
+    return
+  newest = max((path.stat().st_mtime for _, path in _files(module)), default=0)
+  if newest > _STARTED:
+    raise errors.ArgumentError(
+      f"{setting} must name code that this process has read as it is, got"
+      f" {module!r}, which was imported before and has files that are newer"
+      " than this process: start it again"
+    )
+
+
+def _sha256(module: str, setting: str) -> str:
   digest = hashlib.sha256()
-  for name in sorted(_outside):
-    digest.update(name.encode() + b"\0")
-    for file in _files(name):
-      digest.update(file.name.encode() + b"\0")
-      digest.update(hashlib.sha256(file.read_bytes()).digest())
+  files = list(_files(module))
+  if not files or not all(path.is_file() for _, path in files):
+    raise errors.ArgumentError(
+      f"{setting} must name code that is in files, by which a run can tell"
+      f" whether it has changed, got code of {module!r}, which has none: put"
+      " it into a module"
+    )
+  for name, path in files:
+    digest.update(f"{name}\0".encode())
+    digest.update(hashlib.sha256(path.read_bytes()).digest())
   return digest.hexdigest()
 
 
-def _files(module: str) -> list[pathlib.Path]:
-  """Returns source files of a module's top-level package, or of the module."""
+def _files(module: str) -> Iterator[tuple[str, pathlib.Path]]:
+  """Yields the code of a module's top-level package, or of the module alone."""
   top = sys.modules.get(module.partition(".")[0])
-  folders = [pathlib.Path(x) for x in getattr(top, "__path__", ())]
-  if folders:
-    return sorted(file for x in folders for file in x.rglob("*.py"))
+  folders = sorted(map(str, getattr(top, "__path__", ())))
+  for folder in folders:
+    for at, below, found in os.walk(folder, followlinks=True):
+      below[:] = sorted(name for name in below if name != "__pycache__")
+      for name in sorted(found):
+        if name.endswith(_CODE):
+          path = pathlib.Path(at, name)
+          yield path.relative_to(folder).as_posix(), path
   file = getattr(sys.modules.get(module), "__file__", None)
-  return [pathlib.Path(file)] if file else []
+  if not folders and file:
+    yield pathlib.Path(file).name, pathlib.Path(file)
 
 
 def _group(kind: str) -> str:

@@ -62,6 +62,7 @@ class Job(NamedTuple):
     own_digest: this release's name of it, if the run began under another.
     earlier: returns its other names; see `admission.known_as`.
     features_sha256: of the features that replace inputs; "" without any.
+    outside_sha256: of the data set's code, if it is not ours; else "".
     test: all held-out examples, arrays "inputs" and "targets".
     evaluate: from parameters to held-out metrics; see `losses.evaluator`.
     model: maps inputs to logits.
@@ -94,6 +95,7 @@ class Job(NamedTuple):
   own_digest: str
   earlier: Callable[[], list[str]]
   features_sha256: str
+  outside_sha256: str
   test: dict[str, np.ndarray]
   evaluate: Callable[..., dict[str, float]]
   model: nn.Module
@@ -111,8 +113,8 @@ class Job(NamedTuple):
   @property
   def made_of(self) -> dict[str, str]:
     """Returns, by name, the SHA-256 of weights, features, outside code."""
-    facts = self._asdict() | {"outside_sha256": registry.outside_sha256()}
-    return {k: v for k, v in facts.items() if k.endswith("_sha256") and v}
+    facts = self._asdict().items()
+    return {k: v for k, v in facts if k.endswith("_sha256") and v}
 
   def __repr__(self) -> str:
     # The repr may end up in a log, and the secret must not.
@@ -167,6 +169,11 @@ def _prepared(
   mesh, splits, train_digest, earlier, features_sha256, close = (
     collectives.run_on_all(lambda: _load(config))
   )
+  outside_sha256 = collectives.run_on_all(
+    lambda: registry.code_sha256(
+      "dataset", config.data.name, setting="data.name"
+    )
+  )
   fingerprint.check_code()
   environment = fingerprint.environment(mesh)
   collectives.assert_equal(
@@ -176,7 +183,7 @@ def _prepared(
     jax_config=environment["jax_config"],
     training_data=train_digest,
     training_features=features_sha256,
-    code_outside=registry.outside_sha256(),
+    code_outside=outside_sha256,
   )
   own_digest = train_digest
   train_digest = resume.known_as(ledger, own_digest, earlier)
@@ -208,6 +215,7 @@ def _prepared(
     own_digest,
     earlier,
     features_sha256,
+    outside_sha256,
     test,
     classification.evaluator(model, test, mesh),
     model,

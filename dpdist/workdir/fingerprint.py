@@ -122,7 +122,8 @@ def environment(mesh: Mesh) -> dict[str, Any]:
   return {
     "packages": _versions(),
     "python": platform.python_version(),
-    "code_sha256": code_digest(),
+    # Of what this process read: files may change while a run starts.
+    "code_sha256": _CODE_AT_IMPORT,
     "device_kind": ", ".join(kinds),
     "mesh": dict(mesh.shape),
     "backend": device.client.platform_version,

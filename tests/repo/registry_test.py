@@ -1,6 +1,8 @@
 """Names of things that are plugged in, and a toy of each kind from outside."""
 
+import importlib
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -9,7 +11,6 @@ import dpdist
 from dpdist import config as config_lib
 from dpdist import errors
 from dpdist import registry
-from dpdist.data.datasets import datasets
 from dpdist.ledger import ledger as ledger_lib
 from tests.support import commands
 
@@ -54,14 +55,28 @@ def command(job, folder):
 
 @pytest.fixture(name="outside")
 def fixture_outside(tmp_path, monkeypatch):
-  """A folder of packages, as if installed; what was resolved is forgotten."""
+  """A folder of packages, as if installed, and a process that knows none."""
   monkeypatch.syspath_prepend(tmp_path)
-  monkeypatch.setattr(registry, "_outside", set())
-  before = {*sys.modules}
+  _start_again(monkeypatch)
   yield tmp_path
-  for name in {*sys.modules} - before:
-    if name.partition(".")[0] in ("toy_data", "toy_engine"):
+  _start_again(monkeypatch)
+
+
+def _start_again(monkeypatch):
+  """Forgets what another process would not know."""
+  for name in [*sys.modules]:
+    if name.partition(".")[0] in ("toy_data", "toy_engine", "launch_toy"):
       del sys.modules[name]
+  monkeypatch.setattr(registry, "_digests", {})
+  importlib.invalidate_caches()
+
+
+def _resolve(name="toy_data:load"):
+  return registry.resolve("dataset", name, setting="data.name")
+
+
+def _digest(name="toy_data:load"):
+  return registry.code_sha256("dataset", name, setting="data.name")
 
 
 def _config(**changes):
@@ -88,7 +103,9 @@ def test_a_run_trains_on_a_data_set_from_outside(outside, tmp_path):
   assert result["num_steps"] == 4
 
 
-def test_other_code_from_outside_gets_other_keys(outside, tmp_path):
+def test_other_code_from_outside_gets_other_keys(
+  outside, tmp_path, monkeypatch
+):
   """What converts the examples is no part of their digest."""
   (outside / "toy_data.py").write_text(_DATASET)
   workdir = tmp_path / "run"
@@ -96,32 +113,114 @@ def test_other_code_from_outside_gets_other_keys(outside, tmp_path):
   before = ledger_lib.Ledger(workdir / "ledger").branches
   (workdir / "result.json").unlink()
   (outside / "toy_data.py").write_text(_DATASET + "\n# Another.\n")
+  _start_again(monkeypatch)
   dpdist.train(_config(checkpoint_every=2), workdir)
   after = ledger_lib.Ledger(workdir / "ledger").branches
   assert len(after) == len(before) + 1
   assert after[-1].identity != before[-1].identity
 
 
-def test_the_digest_is_of_all_that_was_resolved(outside):
-  assert registry.outside_sha256() == ""
+def _package(outside):
   package = outside / "toy_data"
-  package.mkdir()
+  (package / "fast").mkdir(parents=True)
   (package / "__init__.py").write_text("")
   (package / "loader.py").write_text(_DATASET)
-  registry.resolve("dataset", "toy_data.loader:load", setting="data.name")
-  digests = {registry.outside_sha256()}
-  (package / "other.py").write_text("x = 1")
-  digests.add(registry.outside_sha256())
-  (package / "loader.py").write_text(_DATASET + "\n")
-  digests.add(registry.outside_sha256())
-  assert len(digests) == 3
-  assert "" not in digests
+  (package / "fast" / "__init__.py").write_text("x = 1")
+  return package
+
+
+@pytest.mark.parametrize(
+  "change",
+  [
+    lambda package: (package / "other.py").write_text("x = 1"),
+    lambda package: (package / "loader.py").write_text(_DATASET + "\n"),
+    lambda package: (package / "fast").rename(package / "slow"),
+    lambda package: (package / "other.so").write_bytes(b"1"),
+  ],
+)
+def test_the_digest_is_of_all_code_of_the_package(outside, change, monkeypatch):
+  package = _package(outside)
+  _resolve("toy_data.loader:load")
+  before = _digest("toy_data.loader:load")
+  assert before
+  change(package)
+  _start_again(monkeypatch)
+  _resolve("toy_data.loader:load")
+  assert _digest("toy_data.loader:load") != before
+
+
+def test_what_is_edited_while_a_run_starts_is_refused(outside):
+  """The digest would be that of code which this process has not read."""
+  (outside / "toy_data.py").write_text(_DATASET)
+  _resolve()
+  (outside / "toy_data.py").write_text(_DATASET + "\n")
+  with pytest.raises(errors.ArgumentError, match="start it again"):
+    _digest()
+
+
+def test_what_was_edited_after_its_import_is_refused(outside):
+  (outside / "toy_data.py").write_text(_DATASET)
+  importlib.import_module("toy_data")
+  (outside / "toy_data.py").write_text(_DATASET + "\n")
+  with pytest.raises(errors.ArgumentError, match="start it again"):
+    _resolve()
 
 
 def test_ours_are_no_code_from_outside():
-  splits = datasets.load(_config(**{"data.name": "digits"}).data)
-  assert len(splits.train) == 1438
-  assert registry._outside == set()
+  name = "digits"
+  assert len(_resolve(name)(_config(**{"data.name": name}).data).train) == 1438
+  assert _digest(name) == ""
+
+
+def test_who_wraps_a_function_of_ours_is_told_apart_by_the_own_code(outside):
+  (outside / "toy_data.py").write_text(
+    _DATASET
+    + """
+import functools
+from dpdist.data.datasets import datasets as ours
+wrapped = functools.wraps(ours.load)(lambda config: load(config))
+"""
+  )
+  _resolve("toy_data:wrapped")
+  assert _digest("toy_data:wrapped")
+
+
+def test_a_package_that_has_our_name_is_none_of_ours(outside, monkeypatch):
+  """Ours are told by where they are."""
+  (outside / "launch_toy.py").write_text(_DATASET)
+  module = importlib.import_module("launch_toy")
+  monkeypatch.setitem(sys.modules, "launch", module)
+  monkeypatch.setattr(module, "__name__", "launch")
+  assert not registry._is_ours("launch")
+
+
+def test_code_that_is_in_no_file_is_refused(outside, monkeypatch):
+  """As that of a notebook."""
+  module = types.ModuleType("toy_data")
+  exec(_DATASET, module.__dict__)
+  monkeypatch.setitem(sys.modules, "toy_data", module)
+  with pytest.raises(errors.ArgumentError, match="code that is in files"):
+    _resolve()
+
+
+def test_a_loader_that_registers_itself_is_told_apart(outside):
+  (outside / "toy_data.py").write_text(
+    _DATASET
+    + """
+import functools
+from dpdist import registry
+class Loader:
+  def __call__(self, config):
+    return load(config)
+registry.register("dataset", "toy")(Loader())
+"""
+  )
+  importlib.import_module("toy_data")
+  try:
+    _resolve("toy")
+    assert _digest("toy")
+  finally:
+    del registry._things["dataset"]["toy"]
 
 
 def test_an_engine_of_an_entry_point_has_its_flags(

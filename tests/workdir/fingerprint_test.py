@@ -446,7 +446,7 @@ _MACHINES = {
   ),
   "processes": lambda p: p.setattr(jax, "process_count", lambda: 3),
   "devices": lambda p: p.setattr(jax, "local_device_count", lambda: 3),
-  "code": lambda p: p.setattr(fingerprint, "code_digest", lambda: "another"),
+  "code": lambda p: p.setattr(fingerprint, "_CODE_AT_IMPORT", "another"),
   "flags": lambda p: p.setenv("XLA_FLAGS", "--xla_b=1"),
   "flax": lambda p: p.setattr(
     fingerprint.flax, "config", types.SimpleNamespace(flax_profile="another")
