@@ -206,6 +206,7 @@ def test_queries_leave_each_other_alone():
   assert forwards == backwards[::-1]
 
 
+@pytest.mark.slow
 @hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(
   sigma=st.floats(4, 30),
@@ -387,6 +388,7 @@ def test_runs_too_long_for_convolutions_have_the_other_bound():
   assert 0 < bounds[0] < calibration.epsilon(**given, examples_per_user=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sigma", [1e-99, 1e-3, 0.05, 1e15])
 @pytest.mark.parametrize(
   "settings",

@@ -418,6 +418,7 @@ def test_there_is_a_bound_at_any_extreme(**numbers):
   _check_extreme(**numbers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("noise_multiplier", "sampling_probability", "num_steps", "changes"),
   [

@@ -543,6 +543,7 @@ def _layers(params, x):
   return jnp.sum(lax.scan(jax.checkpoint(layer), x, params)[0] ** 2)
 
 
+@pytest.mark.slow
 def test_the_lean_engine_needs_less_memory_and_auto_takes_it_for_remat():
   params = {"in": _normal(8, 32, 128), "out": _normal(8, 128, 32)}
   batch = _normal(8, 64, 32)

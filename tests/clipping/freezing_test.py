@@ -121,6 +121,7 @@ _DIVIDED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ("method", "divided"),
   [("bookkeeping", False), *((method, True) for method in METHODS)],

@@ -424,6 +424,7 @@ def test_explain_says_why_a_loss_with_effects_is_not_taken_apart():
   assert "MutableArrayEffect" in text
 
 
+@pytest.mark.slow
 def test_a_weight_is_printed_once_in_the_forward_pass():
   seen = []
 

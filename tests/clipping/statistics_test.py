@@ -62,6 +62,7 @@ def _run(case):
   return fn, grads, seen
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", _CASES)
 def test_gradients_after_clipping_are_those_that_were_summed(case):
   _, grads, seen = _run(case)

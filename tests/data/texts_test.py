@@ -295,6 +295,7 @@ def test_an_alpha_of_nothing_is_refused():
     models.make(config)
 
 
+@pytest.mark.slow
 def test_blocks_that_are_run_ahead_change_nothing():
   tokens_ = np.array([3, 5, 7, 0, 0, 0], np.int32)
   whole = _bert(depth=3)

@@ -182,6 +182,7 @@ def test_ctrl_c_ends_a_command_that_only_looks(places, monkeypatch):
   ]
 
 
+@pytest.mark.slow
 def test_ctrl_c_of_a_run_says_how_to_go_on(places, monkeypatch):
   chunk_size = setup.chunk_size
 

@@ -31,6 +31,7 @@ _INPUTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
   "name",
@@ -192,6 +193,7 @@ def test_a_pass_holds_no_more_logits_than_fit():
   assert got["accuracy"] == 1.0
 
 
+@pytest.mark.slow
 def test_cross_entropy_of_a_sequence_is_its_mean():
   model = _make(name="decoder")
   inputs = _INPUTS["decoder"]

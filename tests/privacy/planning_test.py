@@ -58,6 +58,7 @@ def test_a_way_that_does_not_reach_the_target_says_so():
   assert found["noise_multiplier"]["epsilon"] <= 0.1
 
 
+@pytest.mark.slow
 def test_batches_spend_the_same_and_say_what_they_compute():
   rows = planning.batches(_CONFIG)
   sizes = [row["expected_batch_size"] for row in rows]
@@ -84,6 +85,7 @@ def test_no_batch_is_larger_than_the_data():
   assert all(row["epsilon"] <= 1.0 for row in rows)
 
 
+@pytest.mark.slow
 def test_curves_go_through_the_plan():
   plan = plan_lib.make_plan(_CONFIG)
   found = planning.curves(plan)

@@ -171,6 +171,7 @@ def _plans():
         yield pytest.param(python[1], id=f"{page}: {' '.join(python[1])}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("arguments", list(_plans()))
 def test_what_only_plans_runs(arguments, monkeypatch, tmp_path):
   """By the quicker accountant."""

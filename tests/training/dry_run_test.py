@@ -112,6 +112,7 @@ def test_no_program_of_a_step_compiles_after_the_first_charge(compiled_once):
   assert not set(names) & set(seen[first:])
 
 
+@pytest.mark.slow
 def test_it_changes_nothing_of_a_run(compiled_once, tmp_path, monkeypatch):
   _, result = compiled_once
   monkeypatch.setattr(

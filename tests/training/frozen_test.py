@@ -168,6 +168,7 @@ def _by_hand():
   return jax.tree.map(lambda *x: np.sum(np.stack(x), 0), *grads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh_name", ["1", "8, fsdp"])
 def test_the_sum_is_of_trained_parameters_alone(mesh_name):
   _, summed = _one_step(mesh_name)

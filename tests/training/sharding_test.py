@@ -347,6 +347,7 @@ def test_clipped_sums_move_within_the_sensitivity(mesh_name):
   np.testing.assert_allclose(moves, bound, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_each_device_holds_its_part_of_the_state():
   whole = sum(
     x.nbytes for x in jax.tree.leaves(_step_state("one")) if x.size > 1

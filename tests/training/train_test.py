@@ -425,6 +425,7 @@ def test_changes_that_no_segment_can_take_up_are_refused(
   assert ledger_lib.Ledger(workdir / "ledger").head == before
 
 
+@pytest.mark.slow
 def test_changed_settings_open_a_segment(tmp_path, monkeypatch, capsys):
   with monkeypatch.context() as patch:
     _crash_at(patch, 6)
@@ -532,6 +533,7 @@ def test_a_lost_secret_is_not_replaced(tmp_path):
   assert not (tmp_path / "secret").exists()
 
 
+@pytest.mark.slow
 def test_a_changed_data_set_is_refused(tmp_path):
   rng = np.random.default_rng(0)
 

@@ -161,6 +161,7 @@ def test_a_user_moves_the_sum_of_8_devices_by_one_clipped_gradient(
   np.testing.assert_array_equal(whole, _total(step, [3]))  # No example.
 
 
+@pytest.mark.slow
 def test_users_are_summed_exactly_on_any_devices():
   plan = _step((8, 1, 1), "auto").mechanism.plan
   made = mechanism.make(plan, LOSS, exact_group_size=2)
@@ -268,6 +269,7 @@ def finished(directory, tmp_path_factory):
   return workdir, result, reads
 
 
+@pytest.mark.slow
 def test_a_run_spends_what_the_plan_of_its_users_says(finished):
   workdir, result, _ = finished
   assert result["sampling_probability"] == 12 / NUM_USERS

@@ -37,6 +37,7 @@ def test_it_is_verified_and_its_budget_is_shown(workdir):
   assert "1.40" in budget.out
 
 
+@pytest.mark.slow
 def test_it_goes_on_as_a_new_branch_and_is_charged_for_no_step_twice(workdir):
   before = ledger_lib.Ledger(workdir / "ledger")
   done = commands.run(
