@@ -39,6 +39,8 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _OURS = (_ROOT / "dpdist", _ROOT / "launch")
 _CODE = (".py", ".pyc", *machinery.EXTENSION_SUFFIXES)
 _STARTED = time.time()
+# Kinds of which a run computes something; an engine only starts it.
+_DECIDE_STEPS = ("dataset",)
 
 
 class _Thing(NamedTuple):
@@ -97,6 +99,8 @@ def resolve(kind: str, name: str, *, setting: str) -> Any:
     ValueError: there is none of that name, or its code cannot be told apart.
   """
   found = _find(kind, name, setting)
+  if kind not in _DECIDE_STEPS:
+    return found.thing
   for module in _modules(found, setting):
     if module not in _digests:
       _digests[module] = _sha256(module, setting)
