@@ -14,10 +14,10 @@ Guarantees:
   * The digest is of all source files and compiled modules of the top-level
     packages that the thing is named by, defined in and registered by. Other
     files, and packages that these import, are not in it.
-  * It is of what this process runs: it is taken when the code is first
-    resolved, and who edits a file after that, or edited one that the process
-    had imported before, is told to start again.
-  * A thing whose code has no file, such as a notebook's, is refused.
+  * The digest is of what this process runs. It is taken when the code is
+    registered or first resolved. A run is refused if a file was edited after
+    that, or after the process had imported it.
+  * A data set whose code has no file, such as a notebook's, is refused.
 """
 
 from collections.abc import Callable, Iterator
@@ -73,7 +73,7 @@ def register(kind: str, *names: str) -> Callable[[_T], _T]:
         )
       known[name] = _Thing(thing, caller)
     module = _spelt_out(caller)
-    if not _is_ours(module) and any(True for _ in _files(module)):
+    if kind in _DECIDE_STEPS and not _is_ours(module) and [*_files(module)]:
       # Now, while the module is being imported: it is what this process runs.
       _digests.setdefault(module, _sha256(module, f"a {kind}"))
     return thing
