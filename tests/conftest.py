@@ -90,7 +90,11 @@ def quick_compiles() -> Iterator[None]:
   run, and have none of this.
   """
   jax.config.update(_OPTION, True)
+  # Processes that a test starts go on with a run of this one, so they must
+  # round as it does.
+  os.environ[_OPTION.upper()] = "1"
   yield
+  del os.environ[_OPTION.upper()]
   jax.config.update(_OPTION, False)
   _compiled_quickly.append(True)
 
