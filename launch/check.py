@@ -62,7 +62,7 @@ def _prepared(config: Any) -> Callable[[], sentinel.Report]:
   step, example = experiment.step, abstract_step.example(config)
   inputs = example["inputs"]
   start = experiment.parameters(
-    keys.prng_words(keys.insecure_secret(0)),
+    keys.key_data(keys.insecure_secret(0)),
     np.zeros(inputs.shape, inputs.dtype),
   )
   row = abstract_step.unit(config, example)

@@ -73,7 +73,7 @@ def _reserve() -> tuple[data_budget.DataBudget, float]:
     earlier=functools.partial(sources.earlier_digests, train),
     tell=console.warn,
   )
-  cost = budget.cost([plan_lib.Part(plan, plan.num_steps)])
+  cost = budget.cost([plan_lib.PlanUse(plan, plan.num_steps)])
   assert _LABEL.value is not None  # Both flags are required.
   assert _COUNT.value is not None
   budget.reserve(_LABEL.value, cost, _COUNT.value)

@@ -213,7 +213,7 @@ def log_likelihood_ratios(
   """
   total = np.zeros(len(sums))
   for t, seen in enumerate(sums.T):
-    setting = plan.setting(t)
+    setting = plan.phase(t)
     # The sums with and without the canary are one sensitivity apart.
     sigma = setting.noise_multiplier
     q = plan.probability(setting)
@@ -371,7 +371,7 @@ def _num_guesses(
   sums = np.zeros((num_canaries, num_steps))
   place = np.where(is_in, *canaries.worlds(plan)[::-1])
   for t in range(num_steps):
-    setting = plan.setting(t)
+    setting = plan.phase(t)
     # The sums with and without the canary are one sensitivity apart.
     sigma = setting.noise_multiplier
     q = plan.probability(setting) / plan.cycle_length

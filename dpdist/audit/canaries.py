@@ -128,10 +128,10 @@ def prepare(
   unit = abstract_step.unit(config, example)
   rng = np.random.default_rng(0)
   draw = functools.partial(_random, rng, config.model.num_outputs)
-  words = keys.prng_words(keys.insecure_secret(0))
+  key_data = keys.key_data(keys.insecure_secret(0))
   state = step.init_from(
     functools.partial(parameters.make_params, experiment.model),
-    words,
+    key_data,
     _filled(example, draw)["inputs"],
   )
   program = Program(
@@ -386,7 +386,7 @@ def _releases(
         key,
         i * program.chunk_size,
       )
-    release = [np.int32(t)] if len(plan.settings) > 1 else []
-    state, _ = step.apply(state, accumulator, noise_key, *release)
-    batch_size = plan.setting(t).expected_batch_size / plan.group_size
+    release_index = [np.int32(t)] if len(plan.phases) > 1 else []
+    state, _ = step.apply(state, accumulator, noise_key, *release_index)
+    batch_size = plan.phase(t).expected_batch_size / plan.group_size
     yield state.opt_state, batch_size

@@ -24,13 +24,13 @@ import numpy as np
 from dpdist.data import sources
 
 # Among a unit's arrays: bool (num_units, slots), True for an empty slot.
-EMPTY_SLOT = "is_empty_slot"
+SLOT_IS_EMPTY = "is_empty_slot"
 
 _CHOICE = b"dpdist.units/choice/v1\0"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class UnitSource:
+class UserSource:
   """A source whose rows are units, made from a source of examples.
 
   Attributes:
@@ -46,7 +46,7 @@ class UnitSource:
 
   Raises:
     ValueError: an attribute is out of its range, or an array of the examples
-      is already named as `EMPTY_SLOT`.
+      is already named as `SLOT_IS_EMPTY`.
   """
 
   examples: sources.Source
@@ -85,7 +85,7 @@ class UnitSource:
 
     Returns:
       By name, arrays (k, examples_per_unit, ...), zeros in empty slots, which
-      come last; and `EMPTY_SLOT`, bool (k, examples_per_unit).
+      come last; and `SLOT_IS_EMPTY`, bool (k, examples_per_unit).
 
     Raises:
       ValueError, OSError: see `dpdist.data.sources.Source.read`.
@@ -156,18 +156,18 @@ class UnitSource:
       mine.append(order[start:stop][chosen])
     units = {}
     for name, array in self.examples.read(np.concatenate(mine)).items():
-      if name == EMPTY_SLOT:
-        raise ValueError(f"examples must have no array named {EMPTY_SLOT!r}")
+      if name == SLOT_IS_EMPTY:
+        raise ValueError(f"examples must have no array named {SLOT_IS_EMPTY!r}")
       filled = np.zeros((*is_empty.shape, *array.shape[1:]), array.dtype)
       filled[~is_empty] = array
       units[name] = filled
-    return units | {EMPTY_SLOT: is_empty}
+    return units | {SLOT_IS_EMPTY: is_empty}
 
 
 class _Drawn:
   """A source of units at one step of a run."""
 
-  def __init__(self, source: UnitSource, key: bytes, step: int):
+  def __init__(self, source: UserSource, key: bytes, step: int):
     self._source = source
     self._key = key
     self._step = step
@@ -176,11 +176,11 @@ class _Drawn:
     return len(self._source)
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """See `UnitSource.read`."""
+    """See `UserSource.read`."""
     return self._source._read(indices, self._choose)
 
   def content_digest(self) -> str:
-    """See `UnitSource.content_digest`."""
+    """See `UserSource.content_digest`."""
     return self._source.content_digest()
 
   def _choose(self, unit: int, count: int) -> np.ndarray:
@@ -200,7 +200,7 @@ class _Drawn:
     return np.sort([moved[i] for i in range(used)])
 
 
-def in_groups(examples: sources.Source, size: int) -> UnitSource:
+def in_groups(examples: sources.Source, size: int) -> UserSource:
   """Returns a source whose rows are groups of consecutive examples.
 
   Groups are the same at every step, whatever is drawn. If they were cut from
@@ -217,7 +217,7 @@ def in_groups(examples: sources.Source, size: int) -> UnitSource:
   if size < 1:
     raise ValueError(f"size must be at least 1, got {size}")
   group_of_example = np.arange(len(examples), dtype=np.int64) // size
-  return UnitSource(examples, group_of_example, -(-len(examples) // size), size)
+  return UserSource(examples, group_of_example, -(-len(examples) // size), size)
 
 
 def number(ids: np.ndarray, *, name: str) -> tuple[np.ndarray, int]:

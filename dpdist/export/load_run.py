@@ -90,8 +90,8 @@ def load(
   experiment = setup.build(config, _mesh(config), plan=ledger.plan)
   model, inputs = experiment.model, held_out["inputs"][0]
   like = abstract_step.state(experiment.step, model, inputs)
-  words = jax.ShapeDtypeStruct((2,), np.uint32)
-  frozen = experiment.parameters(words, inputs).frozen(experiment.step)
+  key_data = jax.ShapeDtypeStruct((2,), np.uint32)
+  frozen = experiment.parameters(key_data, inputs).frozen(experiment.step)
   restored = checkpoints.read(
     workdir / "checkpoints",
     like,

@@ -174,7 +174,7 @@ def derive(secret: bytes, stream: str, *, branch: str = "") -> bytes:
   return _mac("secret", secret, _DERIVE + message)
 
 
-def prng_words(key: bytes, step: int | None = None) -> np.ndarray:
+def key_data(key: bytes, step: int | None = None) -> np.ndarray:
   """Returns the words of a JAX key, for `jax.random.wrap_key_data`.
 
   `jax.random.key(seed)` keeps only 32 bits of its seed, hence words. They have

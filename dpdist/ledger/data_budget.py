@@ -110,7 +110,7 @@ class DataBudget:
     """
     return cost / self._terms.divergence
 
-  def cost(self, parts: Sequence[plan_lib.Part]) -> float:
+  def cost(self, parts: Sequence[plan_lib.PlanUse]) -> float:
     """Returns the divergence of parts of a run, at the budget's order."""
     for plan, _ in parts:
       if plan.neighboring_relation != self._terms.neighboring_relation:
@@ -240,7 +240,7 @@ class DataBudget:
   def admit(
     self,
     ledger: ledger_lib.Ledger,
-    parts: Sequence[plan_lib.Part],
+    parts: Sequence[plan_lib.PlanUse],
     *,
     label: str,
     reservation: str = "",

@@ -63,7 +63,7 @@ class EpsilonRecorder:
 
 
 def _epsilons(
-  spent: list[plan_lib.Part], planned: list[plan_lib.Part]
+  spent: list[plan_lib.PlanUse], planned: list[plan_lib.PlanUse]
 ) -> dict[str, Any]:
   return {
     "spent": composition.epsilons(spent),

@@ -89,7 +89,7 @@ class Branch:
   charged: int = 0
   version: int = IDENTITY_VERSION
 
-  def release(self, step: int) -> int:
+  def release_index(self, step: int) -> int:
     """Returns a step's place among all charged steps of its segment, from 0.
 
     No two steps of a segment have the same place, and no step has a place that
@@ -172,7 +172,7 @@ class History:
     return self.segment.plan
 
   @property
-  def spent(self) -> list[plan_lib.Part]:
+  def spent(self) -> list[plan_lib.PlanUse]:
     """Returns the steps that may have been released, by plan, in order.
 
     The current plan's are last. Segments that ended before a step was charged
@@ -180,37 +180,37 @@ class History:
     """
     ended = [segment for segment in self.segments[:-1] if segment.charged]
     return [
-      plan_lib.Part(segment.plan, segment.charged)
+      plan_lib.PlanUse(segment.plan, segment.charged)
       for segment in [*ended, self.segment]
     ]
 
   @property
-  def planned(self) -> list[plan_lib.Part]:
+  def planned(self) -> list[plan_lib.PlanUse]:
     """Returns the most that `spent` can become under the current plan."""
-    return [*self.spent[:-1], plan_lib.Part(self.plan, self.plan.num_steps)]
+    return [*self.spent[:-1], plan_lib.PlanUse(self.plan, self.plan.num_steps)]
 
   @property
-  def bounds(self) -> list[list[plan_lib.Part]]:
+  def bounds(self) -> list[list[plan_lib.PlanUse]]:
     """Returns `planned` as it was under each plan, with what was spent before.
 
     Whoever may stop, shorten or change a run after a look at it spends what the
     dearest of these does, not what the path that was taken does.
     """
     found = []
-    before: list[plan_lib.Part] = []
+    before: list[plan_lib.PlanUse] = []
     for segment in self.segments:
-      whole = plan_lib.Part(segment.plan, segment.plan.num_steps)
+      whole = plan_lib.PlanUse(segment.plan, segment.plan.num_steps)
       if segment.charged:
         found.append([*before, whole])
-        before.append(plan_lib.Part(segment.plan, segment.charged))
+        before.append(plan_lib.PlanUse(segment.plan, segment.charged))
     return found
 
-  def spent_through(self, step: int) -> list[plan_lib.Part]:
+  def spent_through(self, step: int) -> list[plan_lib.PlanUse]:
     """Returns `spent` as of the current branch's update `step`."""
     branch = self.branches[-1]
     ahead = branch.stop_step - max(step, branch.start_step)
     charged = self.segment.charged - ahead
-    return [*self.spent[:-1], plan_lib.Part(self.plan, charged)]
+    return [*self.spent[:-1], plan_lib.PlanUse(self.plan, charged)]
 
   @property
   def spent_steps(self) -> int:
@@ -331,7 +331,7 @@ class History:
       plan = plan_lib.PrivacyPlan.from_dict(record["plan"])
       if kind == "segment" and any(
         getattr(plan, name) != getattr(self.plan, name)
-        for name in plan_lib.KEPT
+        for name in plan_lib.IMMUTABLE_FIELDS
       ):
         raise ValueError("a segment with another delta or relation")
     elif kind == "branch":

@@ -41,7 +41,7 @@ from dpdist.ledger import records
 from dpdist.privacy import plan as plan_lib
 
 # Settings that cannot change: every guarantee of a run depends on them.
-_FIXED = ("neighboring_relation", "target_delta")
+_IMMUTABLE_FIELDS = ("neighboring_relation", "target_delta")
 Saved = history.Saved
 
 
@@ -159,7 +159,7 @@ class Ledger(history.History):
       changes["data"] = (
         f"training data: manifest {before.data[:12]} -> {data[:12]}"
       )
-    forbidden = [changes[name] for name in _FIXED if name in changes]
+    forbidden = [changes[name] for name in _IMMUTABLE_FIELDS if name in changes]
     if secret_hash != self.secret_hash:
       forbidden.append(
         f"secret: hash {self.secret_hash[:12]} -> {secret_hash[:12]}"

@@ -82,28 +82,27 @@ class Mechanism:
   exact_group_size: int | None = None
 
   def noise(
-    self, key: jax.Array, release: jax.Array | None = None
+    self, key: jax.Array, release_index: jax.Array | None = None
   ) -> optax.GradientTransformation:
     """Returns the noise mechanism for sums over all devices.
 
     Args:
       key: a typed PRNG key.
-      release: int32 scalar, the step's release; needed with a schedule.
+      release_index: int32 scalar, the step's release; needed with a schedule.
     """
     if not self.plan.noise_schedule:
       return noise.gaussian_noise(self.noise_stddev, key)
     stddevs = [
-      setting.noise_multiplier * self.sensitivity
-      for setting in self.plan.settings
+      phase.noise_multiplier * self.sensitivity for phase in self.plan.phases
     ]
-    return noise.gaussian_noise(self._now(stddevs, release), key)
+    return noise.gaussian_noise(self._now(stddevs, release_index), key)
 
   def add_noise(
     self,
     total: compensated.Sum,
     state: _NoiseState,
     key: jax.Array,
-    release: jax.Array | None = None,
+    release_index: jax.Array | None = None,
   ) -> tuple[PyTree, _NoiseState]:
     """Adds the noise of a step to its clipped sum.
 
@@ -115,13 +114,13 @@ class Mechanism:
       total: the sum over all devices.
       state: the state of the noise.
       key: as for `noise`.
-      release: as for `noise`.
+      release_index: as for `noise`.
 
     Returns:
       The noisy sum, and the next state of the noise.
     """
     zeros = jax.tree.map(jnp.zeros_like, total.high)
-    drawn, state = self.noise(key, release).update(zeros, state)
+    drawn, state = self.noise(key, release_index).update(zeros, state)
     return compensated.add_once(total, drawn).high, state
 
   def grid(self, params: PyTree, num_devices: int) -> tuple[float, ...]:
@@ -130,42 +129,46 @@ class Mechanism:
       self.plan, num_devices, sum(x.size for x in jax.tree.leaves(params))
     )
 
-  def noise_norm(self, num_entries: int, release: int) -> float:
+  def noise_norm(self, num_entries: int, release_index: int) -> float:
     """Returns the root-mean-square norm of the noise in the mean gradient.
 
     It is public, since it follows from the plan.
 
     Args:
       num_entries: entries of the mean gradient, all parameters together.
-      release: the step's place among all that are charged under the plan.
+      release_index: the step's place among all that are charged under the plan.
     """
-    setting = self.plan.setting(release)
-    size = setting.expected_batch_size / self.plan.group_size
-    stddev = setting.noise_multiplier * self.sensitivity / size
+    phase = self.plan.phase(release_index)
+    size = phase.expected_batch_size / self.plan.group_size
+    stddev = phase.noise_multiplier * self.sensitivity / size
     return stddev * math.sqrt(num_entries)
 
-  def mean(self, noisy_sum: PyTree, release: jax.Array | None = None) -> PyTree:
+  def mean(
+    self, noisy_sum: PyTree, release_index: jax.Array | None = None
+  ) -> PyTree:
     """Divides the noisy sum by the expected, never the drawn, number of units.
 
     Args:
       noisy_sum: pytree of arrays.
-      release: as for `noise`.
+      release_index: as for `noise`.
     """
     sizes = [
-      setting.expected_batch_size / self.plan.group_size
-      for setting in self.plan.settings
+      phase.expected_batch_size / self.plan.group_size
+      for phase in self.plan.phases
     ]
     size = sizes[0]
     if self.plan.batch_size_schedule:
-      size = self._now(sizes, release)
+      size = self._now(sizes, release_index)
     return jax.tree.map(lambda x: x / size, noisy_sum)
 
-  def _now(self, values: list[float], release: jax.Array | None) -> Any:
+  def _now(self, values: list[float], release_index: jax.Array | None) -> Any:
     """Returns a schedule's value at a release, a float32 scalar."""
-    if release is None:
-      raise ValueError("release must be given where the plan has a schedule")
-    starts = jnp.array([setting.start for setting in self.plan.settings])
-    index = jnp.searchsorted(starts, release, side="right") - 1
+    if release_index is None:
+      raise ValueError(
+        "release_index must be given where the plan has a schedule"
+      )
+    starts = jnp.array([phase.start for phase in self.plan.phases])
+    index = jnp.searchsorted(starts, release_index, side="right") - 1
     return jnp.array(values, jnp.float32)[index]
 
   @property
@@ -312,15 +315,15 @@ class Streams:
 
     Args:
       plan: the plan.
-      first_release: step 0's; see `dpdist.ledger.history.Branch.release`.
+      first_release: step 0's; see `dpdist.ledger.history.Branch.release_index`.
     """
     seed = keys.derive(self.secret, "sampling", branch=self.branch)
     samplers = [
-      _sampler(plan, setting, first_release, seed) for setting in plan.settings
+      _sampler(plan, phase, first_release, seed) for phase in plan.phases
     ]
     if len(samplers) == 1:
       return samplers[0]
-    starts = [setting.start for setting in plan.settings]
+    starts = [phase.start for phase in plan.phases]
 
     def scheduled(step: int) -> np.ndarray:
       # All settings may share a seed: they never draw at the same step.
@@ -331,26 +334,26 @@ class Streams:
 
   def key(self, stream: str, step: int | None = None) -> jax.Array:
     """Returns a typed PRNG key for a named stream."""
-    return noise.as_key(self.words(stream, step))
+    return noise.as_key(self.key_data(stream, step))
 
-  def words(self, stream: str, step: int | None = None) -> np.ndarray:
-    """Returns the words, uint32 [2], that the key is made of."""
+  def key_data(self, stream: str, step: int | None = None) -> np.ndarray:
+    """Returns the uint32 [2] of the key."""
     key = keys.derive(self.secret, stream, branch=self.branch)
-    return keys.prng_words(key, step)
+    return keys.key_data(key, step)
 
 
 def _sampler(
   plan: plan_lib.PrivacyPlan,
-  setting: schedule.Setting,
+  phase: schedule.Phase,
   first_release: int,
   seed: bytes,
 ) -> Callable[[int], np.ndarray]:
-  """Returns the sampler of one setting of a plan."""
-  units, q = plan.num_units, plan.probability(setting)
+  """Returns the sampler of one phase of a plan."""
+  units, q = plan.num_units, plan.probability(phase)
   if plan.sampling == "fixed_size":
     return sampling.FixedSizeSampler(
       num_examples=units,
-      batch_size=int(setting.expected_batch_size),
+      batch_size=int(phase.expected_batch_size),
       seed=seed,
     )
   if plan.sampling == "truncated_poisson":

@@ -146,13 +146,13 @@ class PrivateGradientFn:
     got = self.clipped_grad(
       params, batch, is_padding_example=is_padding_row, rng=rng
     )
-    release = state.draws
+    release_index = state.draws
     noisy, state = self.mechanism.add_noise(
-      compensated.of(got.sum, got.low), state, self._key, release
+      compensated.of(got.sum, got.low), state, self._key, release_index
     )
     gradient = jax.tree.map(
       lambda x: jnp.where(left, x, jnp.nan),
-      self.mechanism.mean(noisy, release),
+      self.mechanism.mean(noisy, release_index),
     )
     num_in_row = jnp.sum(is_real.reshape(is_padding_row.shape[0], -1), axis=1)
     aux = got.aux

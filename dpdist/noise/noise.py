@@ -94,12 +94,12 @@ def gaussian_noise(
   return optax.GradientTransformation(init, update)
 
 
-def as_key(words: np.ndarray | jax.Array) -> jax.Array:
+def as_key(key_data: np.ndarray | jax.Array) -> jax.Array:
   """Makes a typed threefry key from two uint32 words.
 
   `jax.random.key(int)` would keep only 32 bits of an int.
   """
-  return jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
+  return jax.random.wrap_key_data(jnp.asarray(key_data), impl="threefry2x32")
 
 
 def key_of(seed: int | bytes | jax.Array) -> jax.Array:
@@ -124,7 +124,7 @@ def key_of(seed: int | bytes | jax.Array) -> jax.Array:
       f" {type(seed).__name__}"
     )
   digest = hashlib.sha256(b"dpdist.noise/seed/v1" + seed).digest()
-  return as_key(keys.prng_words(digest))
+  return as_key(keys.key_data(digest))
 
 
 def is_of_an_int(key: jax.Array) -> bool:

@@ -40,7 +40,7 @@ from dpdist.privacy import plan as plan_lib
 from dpdist.privacy import statement as statement_lib
 
 
-def valid_accountants(parts: Sequence[plan_lib.Part]) -> tuple[str, ...]:
+def valid_accountants(parts: Sequence[plan_lib.PlanUse]) -> tuple[str, ...]:
   """Returns the accountants, maybe none, valid for parts chosen in turn."""
   pairs = _pairs(parts)
   valid = []
@@ -51,14 +51,14 @@ def valid_accountants(parts: Sequence[plan_lib.Part]) -> tuple[str, ...]:
   return tuple(valid)
 
 
-def accountant_of(parts: Sequence[plan_lib.Part]) -> str:
+def accountant_of(parts: Sequence[plan_lib.PlanUse]) -> str:
   """Returns the last part's accountant if it is valid for all, else another."""
   wanted, valid = parts[-1].plan.accountant, valid_accountants(parts)
   return wanted if wanted in valid or not valid else valid[0]
 
 
 def epsilons(
-  parts: Sequence[plan_lib.Part], *, by_one_order: bool = False
+  parts: Sequence[plan_lib.PlanUse], *, by_one_order: bool = False
 ) -> dict[str, float | None]:
   """Returns what the parts spend by each accountant, None if it is invalid."""
   valid = valid_accountants(parts)
@@ -71,7 +71,7 @@ def epsilons(
 
 
 def epsilon(
-  parts: Sequence[plan_lib.Part],
+  parts: Sequence[plan_lib.PlanUse],
   accountant: str | None = None,
   *,
   by_one_order: bool = False,
@@ -92,7 +92,7 @@ def epsilon(
       different neighboring relations.
   """
   first = parts[0].plan
-  for name in plan_lib.KEPT:
+  for name in plan_lib.IMMUTABLE_FIELDS:
     if any(getattr(part.plan, name) != getattr(first, name) for part in parts):
       raise ValueError(f"parts must have one {name}")
   valid = valid_accountants(parts)
@@ -108,7 +108,7 @@ def epsilon(
   return accountants.epsilon([*_pairs(parts).items()], first.delta, accountant)
 
 
-def guaranteed(bounds: Sequence[Sequence[plan_lib.Part]]) -> float:
+def guaranteed(bounds: Sequence[Sequence[plan_lib.PlanUse]]) -> float:
   """Returns the epsilon that a run guarantees, wherever it stops.
 
   A privacy loss at a time that was chosen by looking is not bounded by the
@@ -127,7 +127,7 @@ def guaranteed(bounds: Sequence[Sequence[plan_lib.Part]]) -> float:
   Returns:
     The largest epsilon of the bounds; 0 where nothing was charged.
   """
-  bound: Callable[[Sequence[plan_lib.Part]], float] = epsilon
+  bound: Callable[[Sequence[plan_lib.PlanUse]], float] = epsilon
   if any(map(_was_chosen_on_the_way, bounds)):
     bound = _filtered
   return max((bound(parts) for parts in bounds), default=0.0)
@@ -137,7 +137,7 @@ def plan_after(
   config: plan_lib.PrivacyConfig,
   *,
   before: Mapping[str, Any],
-  spent: Sequence[plan_lib.Part],
+  spent: Sequence[plan_lib.PlanUse],
   start_step: int,
 ) -> plan_lib.PrivacyPlan:
   """Returns the plan with which a run goes on after its settings change.
@@ -194,7 +194,7 @@ def plan_after(
       draft, noise_multiplier=search.six_digits(-index)
     )
     del accountant  # It is always "rdp", at orders that are fixed.
-    return _filtered([*spent, plan_lib.Part(plan, left)])
+    return _filtered([*spent, plan_lib.PlanUse(plan, left)])
 
   index = search.calibrate(
     search.NOISE_MULTIPLIERS, total, config.target_epsilon, ["rdp"], slope=1.0
@@ -235,10 +235,10 @@ def _with_clip_norm(
 
 
 def _check_can_follow(
-  spent: Sequence[plan_lib.Part], plan: plan_lib.PrivacyPlan
+  spent: Sequence[plan_lib.PlanUse], plan: plan_lib.PrivacyPlan
 ) -> None:
   """Raises ValueError where no accountant is valid with the new plan."""
-  if not valid_accountants([*spent, plan_lib.Part(plan, plan.num_steps)]):
+  if not valid_accountants([*spent, plan_lib.PlanUse(plan, plan.num_steps)]):
     raise ValueError(
       "the settings of a run can change on the way only where there are Renyi"
       " divergences, so not with sampling='truncated_poisson' or"
@@ -247,7 +247,7 @@ def _check_can_follow(
 
 
 def statement(
-  parts: Sequence[plan_lib.Part], guarantee: float | None = None
+  parts: Sequence[plan_lib.PlanUse], guarantee: float | None = None
 ) -> str:
   """States in plain words what the parts guarantee together, and when.
 
@@ -287,7 +287,7 @@ def statement(
 
 
 def _filtered(
-  parts: Sequence[plan_lib.Part], by_one_order: bool = False
+  parts: Sequence[plan_lib.PlanUse], by_one_order: bool = False
 ) -> float:
   """Returns the least epsilon of the filters."""
   first, pairs = parts[0].plan, _pairs(parts).items()
@@ -304,7 +304,7 @@ def _filtered(
   )
 
 
-def _was_chosen_on_the_way(parts: Sequence[plan_lib.Part]) -> bool:
+def _was_chosen_on_the_way(parts: Sequence[plan_lib.PlanUse]) -> bool:
   """Returns whether later steps may depend on what earlier ones released.
 
   They do not where there is one plan, with or without a schedule, or one pair.
@@ -313,7 +313,7 @@ def _was_chosen_on_the_way(parts: Sequence[plan_lib.Part]) -> bool:
   return len(taken) > 1 and len(_pairs(parts)) > 1
 
 
-def _pairs(parts: Sequence[plan_lib.Part]) -> dict[step_events.Pair, int]:
+def _pairs(parts: Sequence[plan_lib.PlanUse]) -> dict[step_events.Pair, int]:
   """Returns how often each pair is composed."""
   found: dict[step_events.Pair, int] = {}
   for plan, num_steps in parts:

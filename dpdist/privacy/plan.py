@@ -25,7 +25,12 @@ if TYPE_CHECKING:
 
 
 # What a guarantee is about: a run must not change it.
-KEPT = ("delta", "neighboring_relation", "unit", "examples_per_user")
+IMMUTABLE_FIELDS = (
+  "delta",
+  "neighboring_relation",
+  "unit",
+  "examples_per_user",
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -152,11 +157,11 @@ class PrivacyPlan(Sampling):
 
     With "cyclic_poisson" it is that of a row whose part has its turn.
     """
-    return self.probability(self.settings[0])
+    return self.probability(self.phases[0])
 
-  def probability(self, setting: schedule.Setting) -> float:
-    """Returns the sampling probability of each row under a setting."""
-    q = setting.expected_batch_size * self.cycle_length / self.num_examples
+  def probability(self, phase: schedule.Phase) -> float:
+    """Returns the sampling probability of each row under a phase."""
+    q = phase.expected_batch_size * self.cycle_length / self.num_examples
     return min(1.0, q)  # Rounding may make it a bit more than 1.
 
   @property
@@ -165,22 +170,20 @@ class PrivacyPlan(Sampling):
     return -(-self.num_examples // self.group_size)
 
   @property
-  def settings(self) -> tuple[schedule.Setting, ...]:
-    """Returns the settings in order of steps; one if nothing changes."""
+  def phases(self) -> tuple[schedule.Phase, ...]:
+    """Returns the phases in order of steps; one if nothing changes."""
     noise, sizes = dict(self.noise_schedule), dict(self.batch_size_schedule)
-    found = [
-      schedule.Setting(0, self.noise_multiplier, self.expected_batch_size)
-    ]
+    found = [schedule.Phase(0, self.noise_multiplier, self.expected_batch_size)]
     for start in sorted({*noise, *sizes}):
       _, sigma, size = found[-1]
       found.append(
-        schedule.Setting(start, noise.get(start, sigma), sizes.get(start, size))
+        schedule.Phase(start, noise.get(start, sigma), sizes.get(start, size))
       )
     return tuple(found)
 
-  def setting(self, step: int) -> schedule.Setting:
-    """Returns the setting at a step of the plan, counted from 0."""
-    return [found for found in self.settings if found.start <= step][-1]
+  def phase(self, step: int) -> schedule.Phase:
+    """Returns the phase at a step of the plan, counted from 0."""
+    return [found for found in self.phases if found.start <= step][-1]
 
   def steps(
     self, num_steps: int | None = None
@@ -189,23 +192,23 @@ class PrivacyPlan(Sampling):
 
     Args:
       num_steps: at least 0; None means all of the plan's. Beyond them the last
-        setting holds.
+        phase holds.
     """
     stop = self.num_steps if num_steps is None else num_steps
-    ends = [setting.start for setting in self.settings[1:]] + [stop]
-    # The cycles that fall into each setting, in part or as a whole.
+    ends = [phase.start for phase in self.phases[1:]] + [stop]
+    # The cycles that fall into each phase, in part or as a whole.
     turns = [
       (
-        setting.start // self.cycle_length,
+        phase.start // self.cycle_length,
         step_events.num_turns(min(end, stop), self.cycle_length),
-        setting,
+        phase,
       )
-      for setting, end in zip(self.settings, ends, strict=True)
-      if min(end, stop) > setting.start
+      for phase, end in zip(self.phases, ends, strict=True)
+      if min(end, stop) > phase.start
     ]
     bounds = sorted({x for first, last, _ in turns for x in (first, last)})
-    # Which setting a row's turn falls into depends on its part. A row has at
-    # most one step in a cycle, so take the worst setting of each cycle.
+    # Which phase a row's turn falls into depends on its part. A row has at
+    # most one step in a cycle, so take the worst phase of each cycle.
     return [
       (
         rules.pair_of(
@@ -317,7 +320,7 @@ class PrivacyPlan(Sampling):
     )
 
 
-class Part(NamedTuple):
+class PlanUse(NamedTuple):
   """Steps under one plan.
 
   Attributes:
@@ -354,7 +357,7 @@ def make_plan(config: PrivacyConfig) -> PrivacyPlan:
     )
   assert noise_multiplier is not None  # A config has one of the two.
   plan = dataclasses.replace(draft, noise_multiplier=noise_multiplier)
-  for _, sigma, _ in plan.settings:
+  for _, sigma, _ in plan.phases:
     if sigma < search.NO_NOISE:
       raise ValueError(
         f"noise_multiplier must be at least {search.NO_NOISE:g}, below which"

@@ -142,7 +142,7 @@ def _ends(
   if units:
     unit = units[-1] / plan.l2_clip_norm
     rests = _rests(unit, num_devices, num_entries)
-  sigma = max(x.noise_multiplier for x in plan.settings)
+  sigma = max(x.noise_multiplier for x in plan.phases)
   # A float32 normal is at most 5.42; "replace_one" doubles the noise.
   noisy = most + 2 * 5.42 * sigma * math.sqrt(num_entries)
   # Joining units and rest, and adding noise, each errs by 2 u^2 of the result.
@@ -187,17 +187,17 @@ def most_examples(plan: plan_lib.PrivacyPlan) -> int:
   With Poisson sampling a step has more with a probability below `TAIL`, by
   Chernoff's bound: P(X >= k) <= exp(-n D(k/n || q)).
   """
-  return max(_most(plan, setting) for setting in plan.settings)
+  return max(_most(plan, phase) for phase in plan.phases)
 
 
-def _most(plan: plan_lib.PrivacyPlan, setting: schedule.Setting) -> int:
+def _most(plan: plan_lib.PrivacyPlan, phase: schedule.Phase) -> int:
   count = -(-plan.num_units // plan.cycle_length)
   if plan.sampling == "fixed_size":
-    return math.ceil(setting.expected_batch_size)
+    return math.ceil(phase.expected_batch_size)
   if plan.truncated_batch_size is not None:
     count = min(count, plan.truncated_batch_size)
     return count
-  q = plan.probability(setting)
+  q = plan.probability(phase)
   if q >= 1:
     return count
   low, high = min(count, math.ceil(count * q)), count

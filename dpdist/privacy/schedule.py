@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from dpdist.accounting import search
 
 
-class Setting(NamedTuple):
+class Phase(NamedTuple):
   """The numbers that hold from a step of the plan on.
 
   Attributes:

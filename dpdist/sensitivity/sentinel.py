@@ -167,7 +167,7 @@ def is_watched(
     return False
   if t == first_step:
     return True
-  high, low = streams.words("sentinel_step", t).tolist()
+  high, low = streams.key_data("sentinel_step", t).tolist()
   return (high << 32 | low) % every == 0
 
 

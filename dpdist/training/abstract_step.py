@@ -53,7 +53,9 @@ def unit(
     name: jax.ShapeDtypeStruct((slots, *x.shape), x.dtype)
     for name, x in one.items()
   }
-  return found | {users.EMPTY_SLOT: jax.ShapeDtypeStruct((slots,), jnp.bool_)}
+  return found | {
+    users.SLOT_IS_EMPTY: jax.ShapeDtypeStruct((slots,), jnp.bool_)
+  }
 
 
 def placed(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
@@ -85,9 +87,9 @@ def _parts(
   step: step_lib.Step, model: Any, inputs: Any
 ) -> tuple[PyTree, PyTree]:
   """Returns the shapes of trained parameters and of frozen ones."""
-  words = jax.ShapeDtypeStruct((2,), jnp.uint32)
+  key_data = jax.ShapeDtypeStruct((2,), jnp.uint32)
   make = functools.partial(parameters.make_params, model)
-  params = jax.eval_shape(make, words, inputs)
+  params = jax.eval_shape(make, key_data, inputs)
   return clipping.partition(params, step.mechanism.clipped_grad.frozen)
 
 

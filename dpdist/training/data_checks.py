@@ -33,7 +33,7 @@ def fit(
   config: ml_collections.ConfigDict,
   splits: datasets.Splits,
   model: nn.Module,
-  words: np.ndarray,
+  key_data: np.ndarray,
 ) -> tuple[
   dict[str, np.ndarray],
   dict[str, jax.ShapeDtypeStruct],
@@ -45,7 +45,7 @@ def fit(
     config: all settings.
     splits: the data.
     model: the config's model.
-    words: for `parameters.of`.
+    key_data: for `parameters.of`.
 
   Returns:
     All held-out examples; the shapes of a row of the training part; the
@@ -67,7 +67,7 @@ def fit(
   return (
     test,
     {k: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for k, x in row.items()},
-    parameters.of(config.model, model, words, example["inputs"]),
+    parameters.of(config.model, model, key_data, example["inputs"]),
   )
 
 
@@ -77,8 +77,8 @@ def one_example(source: sources.Source) -> dict[str, np.ndarray]:
   Of a source of units, it is one example without the axis of slots.
   """
   row = {k: x[0] for k, x in source.read(np.zeros(1, np.int64)).items()}
-  if isinstance(source, users.UnitSource):
-    del row[users.EMPTY_SLOT]
+  if isinstance(source, users.UserSource):
+    del row[users.SLOT_IS_EMPTY]
     return {k: x[0] for k, x in row.items()}
   return row
 
@@ -201,7 +201,7 @@ def shared_rows(train: sources.Source, test: Mapping[str, np.ndarray]) -> str:
   Returns:
     A sentence if rows are in both parts; else "".
   """
-  if isinstance(train, users.UnitSource):
+  if isinstance(train, users.UserSource):
     train = train.examples
   size = max(1, sum(x[:1].nbytes for x in test.values()))
   most = max(1, min(_MOST_ROWS, _MOST_BYTES // size))

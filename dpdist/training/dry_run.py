@@ -46,7 +46,7 @@ def run(
   Args:
     config: settings.
     progress: of this process.
-    job: not begun; its state is made with `job_lib.PUBLIC_WORDS`.
+    job: not begun; its state is made with `job_lib.PUBLIC_KEY_DATA`.
 
   Returns:
     The number of examples, or users, that the mesh computes at once.
@@ -100,7 +100,7 @@ def _accumulated(
           state.params,
           accumulator,
           *_zeros(job, size),
-          noise.as_key(setup.PUBLIC_WORDS),
+          noise.as_key(setup.PUBLIC_KEY_DATA),
           first_row,
           *([] if job.frozen is None else [job.frozen]),
         )
@@ -126,9 +126,9 @@ def _finish(
   """Does what the run does with a step's sum."""
   if config.unsafe_metrics:
     jax.block_until_ready(job.step.stats(accumulator))
-  release = [np.int32(0)] if len(job.plan.settings) > 1 else []
+  release_index = [np.int32(0)] if len(job.plan.phases) > 1 else []
   state, released = job.step.apply(
-    state, accumulator, noise.as_key(setup.PUBLIC_WORDS), *release
+    state, accumulator, noise.as_key(setup.PUBLIC_KEY_DATA), *release_index
   )
   jax.block_until_ready(released)
   for params in (state.params, state.ema_params):

@@ -69,7 +69,7 @@ class Job(NamedTuple):
     row: shapes and dtypes of what is clipped as one: example, user, group.
     params: the trained parameters' shapes.
     init: makes the state before the first step, on the mesh; before a run
-      begins, with `dpdist.training.setup.PUBLIC_WORDS`.
+      begins, with `dpdist.training.setup.PUBLIC_KEY_DATA`.
     frozen: the frozen parameters, on the mesh, None where one is trained; None
       if there are none.
     frozen_sha256: of the frozen parameters; "" if there are none.
@@ -193,7 +193,7 @@ def _prepared(
   model, step = experiment.model, experiment.step
   size = experiment.chunk_size
   test, row, start = collectives.run_on_all(
-    lambda: data_checks.fit(config, splits, model, setup.PUBLIC_WORDS)
+    lambda: data_checks.fit(config, splits, model, setup.PUBLIC_KEY_DATA)
   )
   collectives.assert_equal(model_weights=start.weights_sha256)
   for shapes in (start.shapes, start.frozen_shapes):
@@ -221,7 +221,7 @@ def _prepared(
     model,
     row,
     start.shapes,
-    functools.partial(start.initializer(step), setup.PUBLIC_WORDS),
+    functools.partial(start.initializer(step), setup.PUBLIC_KEY_DATA),
     frozen,
     parameters.frozen_sha256(frozen),
     start.weights_sha256,
@@ -245,7 +245,7 @@ def _begun(
     budget = resume.shared_budget(config, ledger, job.own_digest, job.earlier)
     if budget is not None and ledger.is_new:
       # Checked here too, so that a run that does not fit leaves nothing behind.
-      whole = plan_lib.Part(plan, plan.num_steps)
+      whole = plan_lib.PlanUse(plan, plan.num_steps)
       budget.check(budget.cost([whole]), config.data_budget.reservation)
     return keys.secret_hash(
       resume.secret(config, workdir, is_new=ledger.is_new)
@@ -273,13 +273,13 @@ def _begun(
     return {"writer": ledger.writer, "notices": ledger.notices}
 
   begun = collectives.run_on_primary(begin)
-  words = mechanism.Streams(secret, "").words("init")
+  key_data = mechanism.Streams(secret, "").key_data("init")
   return job._replace(
     budget=budget,
     writer=begun["writer"],
     notices=begun["notices"],
     secret=secret,
-    init=functools.partial(job.init.func, words),
+    init=functools.partial(job.init.func, key_data),
   )
 
 
@@ -307,7 +307,7 @@ def _load(
   if isinstance(train, features.FeatureSource):
     features_sha256 = train.sha256
   unit, group_size = "example", config.privacy.group_size
-  if isinstance(train, users.UnitSource):
+  if isinstance(train, users.UserSource):
     unit, examples = "user", retried(train.examples)
     train = dataclasses.replace(train, examples=examples)
   else:

@@ -175,11 +175,11 @@ class Loop:
       jax.block_until_ready(accumulator.stats)
       self._progress.enter(t, "reducing")
     # Passed only where it is used, so that other programs stay the same.
-    release: list[np.int32] = []
-    if len(self._job.plan.settings) > 1:
-      release = [np.int32(self._session.position.first_release + t)]
+    release_index: list[np.int32] = []
+    if len(self._job.plan.phases) > 1:
+      release_index = [np.int32(self._session.position.first_release + t)]
     self.state, released = step.apply(
-      state, accumulator, self._noise_key, *release
+      state, accumulator, self._noise_key, *release_index
     )
     # One step in flight: more would only pile up their inputs.
     jax.block_until_ready(released)
@@ -202,12 +202,12 @@ class Loop:
       if not self._observers:
         return
       num_entries = sum(leaf.size for leaf in jax.tree.leaves(job.params))
-      release = self._session.position.first_release + t
+      release_index = self._session.position.first_release + t
       values = {
         "epsilon": self._session.epsilon(done),
         "learning_rate": float(job.learning_rate(t)),
         "noisy_gradient_norm": float(made.released["noisy_gradient_norm"]),
-        "noise_norm": job.step.mechanism.noise_norm(num_entries, release),
+        "noise_norm": job.step.mechanism.noise_norm(num_entries, release_index),
         "examples_per_second": self._clock.examples_per_second(),
       }
       row = run_reporter.Row(done, values, self.scores, sensitive, machines)
@@ -251,7 +251,7 @@ class Loop:
         yield i * job.chunk_size, batch, is_padding_example
 
     source: pipeline.Rows = job.train_source
-    if isinstance(source, users.UnitSource):
+    if isinstance(source, users.UserSource):
       key = keys.derive(job.secret, "unit_examples", branch=streams.branch)
       source = source.drawing(key)
     for t, chunks in pipeline.steps(

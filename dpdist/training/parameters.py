@@ -59,7 +59,7 @@ def frozen_paths(
 def of(
   config: ml_collections.ConfigDict,
   model: nn.Module,
-  words: Any,
+  key_data: Any,
   example: Any,
 ) -> "Parameters":
   """Reads a run's weights from disk, if it has any.
@@ -67,10 +67,10 @@ def of(
   Args:
     config: `config.model`.
     model: the config's model.
-    words: see `Parameters`.
+    key_data: see `Parameters`.
     example: see `Parameters`.
 
-  Shapes of words and example are enough for all but `Parameters.init`.
+  Shapes of key_data and example are enough for all but `Parameters.init`.
 
   Raises:
     ValueError, ModuleNotFoundError: see `Parameters` and `models.from_disk`.
@@ -78,20 +78,22 @@ def of(
   weights = models.from_disk(config, model)
   is_frozen = frozen_paths(config)
   make = functools.partial(make_params, model)
-  return Parameters(make, words, example, weights, config.trainable, is_frozen)
+  return Parameters(
+    make, key_data, example, weights, config.trainable, is_frozen
+  )
 
 
 def make_params(
-  model: nn.Module, words: jax.Array, example: jax.Array
+  model: nn.Module, key_data: jax.Array, example: jax.Array
 ) -> PyTree:
   """Returns a model's initial parameters.
 
   Args:
     model: maps the inputs of one example to logits.
-    words: uint32 [2], the key of the stream "init".
+    key_data: uint32 [2], the key of the stream "init".
     example: inputs of one example, of which only the shape matters.
   """
-  return model.init(noise.as_key(words), example)["params"]
+  return model.init(noise.as_key(key_data), example)["params"]
 
 
 def frozen_sha256(frozen: PyTree | None) -> str:
@@ -108,8 +110,8 @@ class Parameters:
   """The parameters of one run.
 
   Attributes:
-    make: (words, example) -> initial parameters of the whole model; traced.
-    words: uint32 [2], the key of the stream "init".
+    make: (key_data, example) -> initial parameters of the whole model; traced.
+    key_data: uint32 [2], the key of the stream "init".
     example: inputs of one example, of which only the shape matters.
     weights: from disk, by path; they replace initial ones.
     trainable: the setting `model.trainable`, for messages.
@@ -121,7 +123,7 @@ class Parameters:
   """
 
   make: Callable[[Any, Any], PyTree]
-  words: Any
+  key_data: Any
   example: Any
   weights: Mapping[str, np.ndarray]
   trainable: str
@@ -169,23 +171,23 @@ class Parameters:
 
   def init(self, step: step_lib.Step) -> step_lib.TrainState:
     """Returns the state before the first step, on the step's mesh."""
-    return self.initializer(step)(self.words)
+    return self.initializer(step)(self.key_data)
 
   def initializer(
     self, step: step_lib.Step
   ) -> Callable[[Any], step_lib.TrainState]:
-    """Returns `init` as a function of the words, which compiles once."""
+    """Returns `init` as a function of the key_data, which compiles once."""
 
     def make(
-      words: Any, example: Any, weights: Mapping[str, jax.Array]
+      key_data: Any, example: Any, weights: Mapping[str, jax.Array]
     ) -> PyTree:
       return self._part(
-        _replaced(self.make(words, example), weights), is_frozen=False
+        _replaced(self.make(key_data, example), weights), is_frozen=False
       )
 
     trained = {k: v for k, v in self.weights.items() if not self._frozen(k)}
-    run = step.initializer(make, self.words, self.example, trained)
-    return lambda words: run(words, self.example, trained)
+    run = step.initializer(make, self.key_data, self.example, trained)
+    return lambda key_data: run(key_data, self.example, trained)
 
   def frozen(self, step: step_lib.Step) -> PyTree | None:
     """Returns the frozen parameters, on the step's mesh; None without any."""
@@ -201,7 +203,7 @@ class Parameters:
 
   @functools.cached_property
   def _whole(self) -> PyTree:
-    return jax.eval_shape(self.make, self.words, self.example)
+    return jax.eval_shape(self.make, self.key_data, self.example)
 
   @property
   def _leaves(self) -> list[Any]:

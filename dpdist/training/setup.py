@@ -27,7 +27,7 @@ from dpdist.training import parameters
 from dpdist.training import step as step_lib
 
 # The key of a state that is made before the run's secret exists.
-PUBLIC_WORDS = np.zeros(2, np.uint32)
+PUBLIC_KEY_DATA = np.zeros(2, np.uint32)
 
 
 def largest_integers(
@@ -71,17 +71,17 @@ class Experiment:
     """
     return chunk_size(self.config, self.plan, self.mesh)
 
-  def parameters(self, words: Any, inputs: Any) -> parameters.Parameters:
+  def parameters(self, key_data: Any, inputs: Any) -> parameters.Parameters:
     """Returns the initial parameters.
 
     Args:
-      words: uint32 [2], the key of the stream "init".
+      key_data: uint32 [2], the key of the stream "init".
       inputs: of one example; shapes are enough for all but `Parameters.init`.
 
     Raises:
       ValueError: weights from disk do not fit the model.
     """
-    return parameters.of(self.config.model, self.model, words, inputs)
+    return parameters.of(self.config.model, self.model, key_data, inputs)
 
 
 def build(
@@ -163,7 +163,7 @@ def loss_fn(
     change = augment.flip_and_crop(flip=copies.flip, crop=copies.crop)
     loss = classification.mean_over_copies(loss, change, copies.multiplicity)
   if config.data.examples_per_unit or config.privacy.group_size > 1:
-    return classification.mean_over_unit(loss, empty_slot=users.EMPTY_SLOT)
+    return classification.mean_over_unit(loss, empty_slot=users.SLOT_IS_EMPTY)
   return loss
 
 
@@ -215,7 +215,7 @@ def chunk_size(
       )
     return config.chunk_size
   # Three deviations above the mean: about one step in a thousand needs two.
-  batch = max(x.expected_batch_size for x in plan.settings) / plan.group_size
+  batch = max(x.expected_batch_size for x in plan.phases) / plan.group_size
   if plan.sampling == "fixed_size":
     size = math.ceil(batch)
   else:

@@ -325,8 +325,8 @@ class Step:
       state: before the step; its memory is reused.
       accumulator: with all chunks of the step.
       noise_key: a typed PRNG key, secret; the step counter is folded into it.
-      release: int32 scalar, the step's place among all that are charged under
-        the plan; needed where the plan has a schedule.
+      release_index: int32 scalar, the step's place among all that are charged
+        under the plan; needed where the plan has a schedule.
 
     Returns of the function:
       The state after the step, and released metrics: "noisy_gradient_norm".
@@ -364,13 +364,13 @@ class Step:
       state: TrainState,
       accumulator: Accumulator,
       noise_key: jax.Array,
-      release: jax.Array | None = None,
+      release_index: jax.Array | None = None,
     ) -> tuple[TrainState, dict[str, jax.Array]]:
       # Outside shard_map: inside, each device would draw, and the sum of their
       # draws, or copies of one block, is not the noise that was planned.
       total = compensated.Sum(accumulator.clipped_sum, accumulator.low)
       noisy_sum, noise_state = self.mechanism.add_noise(
-        reduce(state.params, total), state.noise_state, noise_key, release
+        reduce(state.params, total), state.noise_state, noise_key, release_index
       )
       after, released = update(
         self.mechanism,
@@ -379,7 +379,7 @@ class Step:
         state,
         noisy_sum,
         noise_state,
-        release,
+        release_index,
       )
       specs = self.state_specs(after)
       released = jax.lax.with_sharding_constraint(
@@ -415,10 +415,10 @@ def update(
   state: TrainState,
   noisy_sum: PyTree,
   noise_state: noise.GaussianNoiseState,
-  release: jax.Array | None = None,
+  release_index: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Returns the state after the step, and released metrics, from noisy sums."""
-  gradient = mechanism.mean(noisy_sum, release)
+  gradient = mechanism.mean(noisy_sum, release_index)
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   new_state = TrainState(

@@ -59,7 +59,7 @@ def check_step(
   mesh, put = step.mesh, _putter(step.mesh)
   replicated = mesh_lib.replicated(mesh)
   measure = _on_one_device(comparison.measurer(clipped_grad), replicated)
-  key = noise.as_key(keys.prng_words(keys.insecure_secret(0)))
+  key = noise.as_key(keys.key_data(keys.insecure_secret(0)))
   drawn = drawer(step)(params, key)
   along = drawn if is_watched else None
   both = params, _moved(step, params, drawn)

@@ -22,7 +22,7 @@ from dpdist.training import job as job_lib
 
 def start_rows(
   job: job_lib.Job,
-  planned: Sequence[plan_lib.Part],
+  planned: Sequence[plan_lib.PlanUse],
   *,
   epsilon: float,
   start_step: int,

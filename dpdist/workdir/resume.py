@@ -157,7 +157,7 @@ def begin(
     ended = ledger.spent if is_changed else ledger.spent[:-1]
     stake = budget.admit(
       ledger,
-      [*ended, plan_lib.Part(plan, plan.num_steps)],
+      [*ended, plan_lib.PlanUse(plan, plan.num_steps)],
       label=str(workdir.absolute()),
       reservation=config.data_budget.reservation,
     )

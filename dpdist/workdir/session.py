@@ -53,7 +53,7 @@ class Position(NamedTuple):
     branch: the identity of its keys.
     first_step: of the branch.
     first_release: the release number of step 0; see
-      `dpdist.ledger.history.Branch.release`.
+      `dpdist.ledger.history.Branch.release_index`.
     last_step: where the steps must end for the plan to hold.
   """
 
@@ -67,7 +67,10 @@ class Position(NamedTuple):
     """Reads the position of the newest branch from a ledger."""
     branch = ledger.branches[-1]
     return cls(
-      branch.identity, branch.start_step, branch.release(0), ledger.last_step
+      branch.identity,
+      branch.start_step,
+      branch.release_index(0),
+      ledger.last_step,
     )
 
 

@@ -279,7 +279,7 @@ def _told(ledger: ledger_lib.Ledger, name: str) -> list[float]:
   ]
 
 
-def _least(parts: list[plan_lib.Part]) -> float:
+def _least(parts: list[plan_lib.PlanUse]) -> float:
   """Returns the least epsilon that the filter of any version gives."""
   return min(
     composition.epsilon(parts, by_one_order=by_one_order)

@@ -138,8 +138,7 @@ def _true(plan):
   settings, found = {}, []
   for part in range(plan.cycle_length):
     steps = [
-      plan.setting(t)[1:]
-      for t in range(part, plan.num_steps, plan.cycle_length)
+      plan.phase(t)[1:] for t in range(part, plan.num_steps, plan.cycle_length)
     ]
     counts = tuple(sorted((x, steps.count(x)) for x in set(steps)))
     settings[counts] = None

@@ -146,7 +146,7 @@ def test_an_author_is_a_unit(tmp_path):
   assert (len(train), len(test)) == (2, 2)
   rows = train.read(np.arange(2))
   np.testing.assert_array_equal(
-    rows[users.EMPTY_SLOT], [[False, False, False], [False, True, True]]
+    rows[users.SLOT_IS_EMPTY], [[False, False, False], [False, True, True]]
   )
   assert bytes(rows["inputs"][0, 2].tolist()) == b"ijk"
   shared = _package(tmp_path, [*_SPEECHES, (2002, "bob", "01234567")])

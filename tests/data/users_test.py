@@ -29,13 +29,13 @@ def examples():
 
 
 def users(source=None, slots=SLOTS):
-  return users_lib.UnitSource(source or examples(), OWNERS, 6, slots)
+  return users_lib.UserSource(source or examples(), OWNERS, 6, slots)
 
 
 def slots_of(batch):
   """By row, the examples in its slots, after a look at the empty ones."""
   found = batch["inputs"][..., 0]
-  np.testing.assert_array_equal(found == 0, batch[users_lib.EMPTY_SLOT])
+  np.testing.assert_array_equal(found == 0, batch[users_lib.SLOT_IS_EMPTY])
   np.testing.assert_array_equal(found, -batch["inputs"][..., 1])
   return [sorted(int(x) - 1 for x in row if x) for row in found]
 
@@ -44,11 +44,11 @@ def test_a_row_holds_a_users_examples_and_no_others():
   source = users()
   batch = source.read(np.array([5, 1, 0, 2, 3]))
   assert batch["inputs"].shape == (5, SLOTS, 2)
-  assert batch[users_lib.EMPTY_SLOT].dtype == np.bool_
+  assert batch[users_lib.SLOT_IS_EMPTY].dtype == np.bool_
   assert slots_of(batch) == [[0, 1, 2], [3], [], [4, 5, 6], [7, 8, 9]]
   none = source.read(np.array([], np.int64))
   assert none["inputs"].shape == (0, SLOTS, 2)
-  assert none[users_lib.EMPTY_SLOT].shape == (0, SLOTS)
+  assert none[users_lib.SLOT_IS_EMPTY].shape == (0, SLOTS)
 
 
 def test_a_choice_is_of_a_users_own_examples_none_twice():
@@ -146,7 +146,7 @@ def test_manifest_covers_whose_an_example_is():
   def of(owners, num_units=6, slots=SLOTS, numbers=1):
     array = np.arange(len(owners)) + numbers
     source = arrays_lib.ArraySource({"inputs": array})
-    return users_lib.UnitSource(
+    return users_lib.UserSource(
       source, owners, num_units, slots
     ).content_digest()
 
@@ -168,7 +168,7 @@ def test_units_pass_on_what_is_asked_of_their_examples(tmp_path):
       return ["train.array_record"]
 
   def of(examples):
-    return users_lib.UnitSource(examples, OWNERS, 6, SLOTS)
+    return users_lib.UserSource(examples, OWNERS, 6, SLOTS)
 
   arrays = {"inputs": np.arange(len(OWNERS))}
   source = of(Source(arrays))
@@ -242,7 +242,7 @@ def test_files_say_whose_an_example_is(tmp_path, name):
   assert len(train) == 3
   batch = train.read(np.arange(3))
   assert batch["inputs"].tolist() == [[2, 0], [1, 3], [4, 0]]
-  assert batch[users_lib.EMPTY_SLOT].tolist() == [[0, 1], [0, 0], [0, 1]]
+  assert batch[users_lib.SLOT_IS_EMPTY].tolist() == [[0, 1], [0, 0], [0, 1]]
   # What is held out stays examples.
   held_out = test.read(np.arange(2))
   assert held_out["inputs"].tolist() == [5, 6]
@@ -294,12 +294,12 @@ def test_bad_units_are_refused(changes, message):
     "examples_per_unit": SLOTS,
   }
   with pytest.raises(ValueError, match=message):
-    users_lib.UnitSource(**(fields | changes))
+    users_lib.UserSource(**(fields | changes))
 
 
 def test_an_array_with_the_name_of_the_mask_is_refused():
   array = np.zeros(len(OWNERS))
-  source = arrays_lib.ArraySource({users_lib.EMPTY_SLOT: array})
+  source = arrays_lib.ArraySource({users_lib.SLOT_IS_EMPTY: array})
   with pytest.raises(ValueError, match="no array named 'is_empty_slot'"):
     users(source).read(np.array([1]))
 

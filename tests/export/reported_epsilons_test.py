@@ -45,7 +45,7 @@ def _statement(epsilon, tmp_path, capsys):
 
 
 def _card(epsilon, tmp_path, capsys):
-  part = plan_lib.Part(_PLAN, 10)
+  part = plan_lib.PlanUse(_PLAN, 10)
   ledger = types.SimpleNamespace(spent=[part], planned=[part])
   facts = {"epsilon": epsilon, "delta": 1e-5, "guarantee": "holds"}
   text = model_card._privacy(types.SimpleNamespace(ledger=ledger), facts)

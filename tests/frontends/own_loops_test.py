@@ -41,7 +41,7 @@ def _step(run, data=_DATA):
 def _keys(streams):
   """All that is random in a step, in bytes."""
   names = ("noise", "sampling", "model_rng")
-  return {streams.words(name, 1).tobytes() for name in names}
+  return {streams.key_data(name, 1).tobytes() for name in names}
 
 
 def test_who_has_lost_track_of_a_run_is_refused_and_charges_nothing(tmp_path):

@@ -57,7 +57,9 @@ def write_run(workdir: pathlib.Path, root: pathlib.Path) -> None:
     )
     ledger.record_stake(root=budget.root, data=_DATA, stake="")
     stake = budget.admit(
-      ledger, [plan_lib.Part(first, 40), plan_lib.Part(second, 30)], label="run"
+      ledger,
+      [plan_lib.PlanUse(first, 40), plan_lib.PlanUse(second, 30)],
+      label="run",
     )
     ledger.record_stake(root=budget.root, data=_DATA, stake=stake)
     ledger.notice("something to be told")

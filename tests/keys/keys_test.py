@@ -197,9 +197,9 @@ def test_derived_values_are_golden():
   assert keys.derive(SECRET, "noise", branch="3").hex() == (
     "c035ad53e6d7b7afc6f464623b6d6cb2278b8ff74d7ba64c215dae4691772623"
   )
-  assert keys.prng_words(SECRET).tolist() == [264395009, 3994291906]
-  assert keys.prng_words(SECRET, 0).tolist() == [2748903763, 3859099969]
-  assert keys.prng_words(SECRET, 2**63 - 1).tolist() == [3115642906, 3760084351]
+  assert keys.key_data(SECRET).tolist() == [264395009, 3994291906]
+  assert keys.key_data(SECRET, 0).tolist() == [2748903763, 3859099969]
+  assert keys.key_data(SECRET, 2**63 - 1).tolist() == [3115642906, 3760084351]
 
 
 def test_keys_of_streams_branches_and_secrets_are_distinct():
@@ -219,15 +219,15 @@ def test_keys_of_streams_branches_and_secrets_are_distinct():
 def test_words_of_steps_and_keys_are_distinct():
   steps = [None, *range(1000), 2**32, 2**32 + 7, 2**63 - 1]
   words = [
-    tuple(keys.prng_words(key, step).tolist())
+    tuple(keys.key_data(key, step).tolist())
     for key in (SECRET, bytes(32))
     for step in steps
   ]
   assert len(set(words)) == len(words)
-  array = keys.prng_words(SECRET, np.int64(5))
+  array = keys.key_data(SECRET, np.int64(5))
   assert array.dtype == np.uint32
   assert array.shape == (2,)
-  assert array.tolist() == keys.prng_words(SECRET, 5).tolist()
+  assert array.tolist() == keys.key_data(SECRET, 5).tolist()
 
 
 def test_the_hash_of_a_secret_is_domain_separated():
@@ -236,7 +236,7 @@ def test_the_hash_of_a_secret_is_domain_separated():
   assert recorded != hashlib.sha256(SECRET).hexdigest()
   assert recorded != keys.derive(SECRET, "secret_hash").hex()
   assert recorded != keys.secret_hash(bytes(32))
-  words = keys.prng_words(SECRET).astype(">u4").tobytes().hex()
+  words = keys.key_data(SECRET).astype(">u4").tobytes().hex()
   assert words not in recorded
 
 
@@ -268,19 +268,19 @@ def test_a_branch_without_a_name_is_refused(branch):
 @pytest.mark.parametrize("number", [-1, True, 1.0, "1", 2**64])
 def test_a_step_that_is_no_number_is_refused(number):
   with pytest.raises(ValueError, match=f"step must .* got {number!r}"):
-    keys.prng_words(SECRET, number)
+    keys.key_data(SECRET, number)
 
 
 def test_the_largest_step_is_that_of_an_int64():
   with pytest.raises(ValueError, match="below 2\\^63"):
-    keys.prng_words(SECRET, 2**63)
+    keys.key_data(SECRET, 2**63)
 
 
 @pytest.mark.parametrize("secret", [b"", b"hunter2", "h" * 32, None])
 def test_a_bad_secret_is_refused_but_not_shown(secret):
   for call in (
     keys.secret_hash,
-    keys.prng_words,
+    keys.key_data,
     lambda secret: keys.derive(secret, "noise"),
   ):
     with pytest.raises(ValueError, match="must be 32 bytes, got") as error:
@@ -292,7 +292,7 @@ def test_a_bad_secret_is_refused_but_not_shown(secret):
 def test_keys_import_no_jax():
   program = (
     "import sys; sys.modules['jax'] = None; from dpdist.keys import keys; "
-    "keys.prng_words(keys.insecure_secret(1))"
+    "keys.key_data(keys.insecure_secret(1))"
   )
   root = pathlib.Path(keys.__file__).parents[2]
   subprocess.run([sys.executable, "-c", program], check=True, cwd=root)

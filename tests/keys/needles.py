@@ -141,7 +141,7 @@ def of_run(secret: bytes, branches: Iterable[str], *, steps: int) -> Needles:
       name = f"{stream} of branch {branch[:6]!r}"
       made.add(name, keys.derive(secret, stream, branch=branch))
       for step in (None, *range(steps)):
-        made.add_words(f"{name}, step {step}", streams.words(stream, step))
+        made.add_words(f"{name}, step {step}", streams.key_data(stream, step))
     for step in range(steps):
       step_key = jax.random.fold_in(streams.key("noise"), step)
       words = np.asarray(jax.random.key_data(step_key))

@@ -60,7 +60,7 @@ def _files(*folders):
 
 # What looks for keys finds them.
 
-_WORDS = mechanism.Streams(_SECRET, "b").words("noise", 3)
+_WORDS = mechanism.Streams(_SECRET, "b").key_data("noise", 3)
 _WAYS = {
   "raw": _SECRET,
   "cut": b"x" + _SECRET[3:13],
@@ -373,7 +373,7 @@ def test_nothing_that_holds_a_key_shows_it(searched):
   plan = plan_lib.PrivacyPlan.from_dict(_plan().to_dict())
   streams = mechanism.Streams(_SECRET, "b")
   fields = dict.fromkeys(job_lib.Job._fields)
-  source = users.UnitSource(_Rows(), np.arange(4), 4, 1)
+  source = users.UserSource(_Rows(), np.arange(4), 4, 1)
   drawing = source.drawing(keys.derive(_SECRET, "unit_examples", branch="b"))
   held = [
     streams,
@@ -427,7 +427,7 @@ def _keys_of(secret, ledger):
   found = {keys.derive(secret, name, branch=branch) for name in needles.STREAMS}
   for name in needles.STREAMS:
     for step in (None, *range(50)):
-      found.add(streams.words(name, step).tobytes())
+      found.add(streams.key_data(name, step).tobytes())
   assert len(found) == len(needles.STREAMS) * 52
   return found
 

@@ -43,7 +43,7 @@ _PLAN = plan_lib.make_plan(
     noise_multiplier=1.0,
   )
 )
-_WHOLE = [plan_lib.Part(_PLAN, 100)]
+_WHOLE = [plan_lib.PlanUse(_PLAN, 100)]
 
 
 @pytest.fixture(autouse=True)
@@ -162,10 +162,10 @@ def test_a_changed_plan_reserves_the_difference_or_is_refused(tmp_path):
   ledger = _run(tmp_path / "run")
   _admit(budget, ledger)
   cost = budget.cost(_WHOLE)
-  longer = [plan_lib.Part(_PLAN, 100), plan_lib.Part(_PLAN, 50)]
+  longer = [plan_lib.PlanUse(_PLAN, 100), plan_lib.PlanUse(_PLAN, 50)]
   budget.admit(ledger, longer, label="a run")
   assert budget.reserved == pytest.approx(1.5 * cost)
-  dearer = [plan_lib.Part(_PLAN, 100_000)]
+  dearer = [plan_lib.PlanUse(_PLAN, 100_000)]
   with pytest.raises(errors.RefusedError, match="what changed in 'a run'"):
     budget.admit(ledger, dearer, label="a run")
   # A plan holds all that was charged, so a smaller one gives the rest back.
@@ -280,7 +280,7 @@ def test_a_plan_that_grows_by_little_must_fit_too(tmp_path):
   _admit(budget, ledger)
   rest = budget.terms.divergence - budget.reserved
   budget.reserve("other", rest / 1.001, 1)
-  longer = [plan_lib.Part(_PLAN, 150)]
+  longer = [plan_lib.PlanUse(_PLAN, 150)]
   assert budget.cost(longer) - budget.cost(_WHOLE) < 1
   with pytest.raises(errors.RefusedError, match="what changed in 'a run'"):
     budget.admit(ledger, longer, label="a run")
@@ -376,15 +376,15 @@ def _cost(budget, counts, plans=_PLANS):
 
 def test_a_cost_is_of_all_parts_also_of_equal_ones(tmp_path):
   budget = _budget(tmp_path)
-  parts = [plan_lib.Part(plan, 10) for plan in _PLANS]
+  parts = [plan_lib.PlanUse(plan, 10) for plan in _PLANS]
   assert budget.cost(parts) == pytest.approx(_cost(budget, (10, 10, 10)))
-  one = [plan_lib.Part(_PLAN, 10)]
+  one = [plan_lib.PlanUse(_PLAN, 10)]
   assert budget.cost(one * 3) == pytest.approx(3 * budget.cost(one))
   ledger = _changed_twice(tmp_path / "run")
   assert budget.cost(ledger.spent) == pytest.approx(_cost(budget, (10, 20, 30)))
   # Equal plans on both sides of another one.
   plans = [_PLANS[0], _PLANS[1], _PLANS[0]]
-  parts = [plan_lib.Part(plan, 10) for plan in plans]
+  parts = [plan_lib.PlanUse(plan, 10) for plan in plans]
   assert budget.cost(parts) == pytest.approx(_cost(budget, (10, 10, 10), plans))
 
 

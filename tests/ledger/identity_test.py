@@ -228,7 +228,7 @@ def test_copies_that_charged_otherwise_share_no_key(tmp_path):
   copy.reserve_through(60)
   other = copy.resume(**again, fingerprint="new")
   assert (one.number, other.number) == (1, 1)
-  assert (one.release(45), other.release(45)) == (50, 60)
+  assert (one.release_index(45), other.release_index(45)) == (50, 60)
   assert one.identity != other.identity
 
 
@@ -253,6 +253,6 @@ def test_a_run_of_an_older_release_goes_on_on_a_new_branch(
   assert ledger.spent_steps == 2
   new = ledger.resume(step=0, digest="", ledger_head="", fingerprint="f")
   assert (new.number, new.version) == (2, history.IDENTITY_VERSION)
-  assert new.release(0) == 2
+  assert new.release_index(0) == 2
   same = ledger.resume(step=0, digest="", ledger_head="", fingerprint="f")
   assert same.number == 2

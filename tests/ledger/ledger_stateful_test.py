@@ -139,7 +139,7 @@ class Machine(stateful.RuleBasedStateMachine):
       return
     for step in range(process.step, stop):
       key = (process.branch.identity, step)
-      place = process.branch.release(step)
+      place = process.branch.release_index(step)
       given = _digest(process.state, process.code, place)
       assert self.inputs.setdefault(key, given) == given
       assert run.released.setdefault(key, process.numbers) == process.numbers

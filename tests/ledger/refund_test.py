@@ -99,7 +99,7 @@ def test_the_whole_plan_can_be_made_after_any_number_of_stops(tmp_path):
   assert ledger.spent_steps == 100
   # No two steps have the same place in the plan's schedules and turns.
   places = [
-    branch.release(step)
+    branch.release_index(step)
     for branch in ledger.branches
     for step in range(branch.start_step, branch.stop_step)
   ]
@@ -259,7 +259,7 @@ def test_copies_that_give_back_otherwise_share_no_key(tmp_path):
   copy = _writer(tmp_path / "copy", **again)
   other = copy.branches[-1]
   assert (one.number, other.number) == (1, 1)
-  assert (one.release(3), other.release(3)) == (3, 10)
+  assert (one.release_index(3), other.release_index(3)) == (3, 10)
   assert one.identity != other.identity
   # The copy can give back what it charged itself, and nothing of before.
   copy.reserve_through(9)
@@ -280,7 +280,7 @@ def _ended(budget, ledger):
   """What is reserved once a run was ended, as a part of its plan's cost."""
   ledger.end()
   budget.give_back(ledger)
-  whole = budget.cost([plan_lib.Part(_PLAN, 100)])
+  whole = budget.cost([plan_lib.PlanUse(_PLAN, 100)])
   return pytest.approx(budget.reserved / whole)
 
 
@@ -288,7 +288,7 @@ def _ended(budget, ledger):
 def test_a_budget_follows_or_holds_too_much(tmp_path, is_told):
   """Also where the process died before it told of it."""
   budget, ledger = _budget(tmp_path / "root"), _writer(tmp_path / "run")
-  whole = [plan_lib.Part(_PLAN, 100)]
+  whole = [plan_lib.PlanUse(_PLAN, 100)]
   budget.admit(ledger, whole, label="run")
   ledger.reserve_through(10)
   budget.follow(ledger)
@@ -311,7 +311,7 @@ def test_a_budget_follows_or_holds_too_much(tmp_path, is_told):
 def test_a_copy_from_before_pays_for_itself(tmp_path):
   """It would go on with what the run gave back."""
   budget, ledger = _budget(tmp_path / "root"), _writer(tmp_path / "run")
-  whole = [plan_lib.Part(_PLAN, 100)]
+  whole = [plan_lib.PlanUse(_PLAN, 100)]
   budget.admit(ledger, whole, label="run")
   ledger.reserve_through(10)
   budget.follow(ledger)
@@ -328,7 +328,7 @@ def test_a_copy_from_before_pays_for_itself(tmp_path):
   ledger.end()
   budget.give_back(ledger)
   assert budget.reserved == pytest.approx(
-    budget.cost(whole) + budget.cost([plan_lib.Part(_PLAN, 3)])
+    budget.cost(whole) + budget.cost([plan_lib.PlanUse(_PLAN, 3)])
   )
 
 

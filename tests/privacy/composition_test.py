@@ -24,7 +24,7 @@ _PLAN = plan_lib.make_plan(_CONFIG)
 
 
 def _part(num_steps, **changes):
-  return plan_lib.Part(dataclasses.replace(_PLAN, **changes), num_steps)
+  return plan_lib.PlanUse(dataclasses.replace(_PLAN, **changes), num_steps)
 
 
 def _before(**changes):
@@ -81,8 +81,8 @@ def test_who_may_change_a_plan_or_not_has_the_filters_for_both():
   later = dataclasses.replace(
     first, num_steps=2, expected_batch_size=1000.0, noise_multiplier=1.587
   )
-  whole = [plan_lib.Part(first, 16)]
-  changed = [plan_lib.Part(first, 1), plan_lib.Part(later, 2)]
+  whole = [plan_lib.PlanUse(first, 16)]
+  changed = [plan_lib.PlanUse(first, 1), plan_lib.PlanUse(later, 2)]
   # By PLD, whose delta would be spent beside that of the filters, 4.95.
   assert composition.epsilon(whole) < 5
   assert composition.guaranteed([whole, changed]) == pytest.approx(
@@ -156,7 +156,7 @@ def test_other_relations_do_not_compose():
   other = dataclasses.replace(_PLAN)
   object.__setattr__(other, "neighboring_relation", "replace_one")
   with pytest.raises(ValueError, match="one neighboring_relation"):
-    composition.epsilon([_part(1), plan_lib.Part(other, 1)])
+    composition.epsilon([_part(1), plan_lib.PlanUse(other, 1)])
 
 
 def test_another_clip_norm_leaves_the_mechanism_as_it_is():
@@ -182,7 +182,7 @@ def test_turns_that_begin_anew_are_no_more_than_were_planned(charged, left):
     neighboring_relation="zero_out",
   )
   current = plan_lib.make_plan(config)
-  spent = [plan_lib.Part(current, charged)]
+  spent = [plan_lib.PlanUse(current, charged)]
   plan = composition.plan_after(
     dataclasses.replace(config, l2_clip_norm=0.5),
     before=dataclasses.asdict(config),
@@ -190,7 +190,7 @@ def test_turns_that_begin_anew_are_no_more_than_were_planned(charged, left):
     start_step=charged,
   )
   assert plan.num_steps == left
-  parts = [*spent, plan_lib.Part(plan, left)]
+  parts = [*spent, plan_lib.PlanUse(plan, left)]
   assert composition.epsilon(parts, "rdp") <= calibration.epsilon(
     noise_multiplier=1.2,
     sampling_probability=current.sampling_probability,
@@ -220,14 +220,14 @@ def test_a_target_is_for_the_whole_run(num_examples):
   plan = composition.plan_after(
     config, before=_before(), spent=spent, start_step=100
   )
-  whole = [*spent, plan_lib.Part(plan, plan.num_steps)]
+  whole = [*spent, plan_lib.PlanUse(plan, plan.num_steps)]
   assert plan.num_steps == 400
   assert plan.target_epsilon == 3.0
   assert composition.epsilon(whole) <= 3.0
   less = dataclasses.replace(
     plan, noise_multiplier=plan.noise_multiplier * (1 - 1e-4)
   )
-  assert composition.epsilon([*spent, plan_lib.Part(less, 400)]) > 3.0
+  assert composition.epsilon([*spent, plan_lib.PlanUse(less, 400)]) > 3.0
 
 
 def test_a_run_that_charged_nothing_is_planned_anew():

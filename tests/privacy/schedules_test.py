@@ -46,7 +46,7 @@ _CHANGING = {
 
 def test_settings_hold_from_their_step_on():
   plan = _plan(**_CHANGING)
-  found = [plan.setting(step)[1:] for step in range(12)]
+  found = [plan.phase(step)[1:] for step in range(12)]
   assert (
     found
     == [(2.0, 40.0)] * 4
@@ -134,10 +134,10 @@ def test_noise_and_divisor_change_at_their_step_and_nothing_recompiles():
     state, _ = step.apply(state, step.zeros(state.params), key, np.int32(t))
     deviations.append(np.std(np.asarray(state.params["w"]) - before))
   # The standard error is half a percent.
-  expected = [s / b for s, b in (plan.setting(t)[1:] for t in range(12))]
+  expected = [s / b for s, b in (plan.phase(t)[1:] for t in range(12))]
   np.testing.assert_allclose(deviations, expected, rtol=0.04)
   assert step.apply._cache_size() == 1
-  with pytest.raises(ValueError, match="release must be given"):
+  with pytest.raises(ValueError, match="release_index must be given"):
     step.apply(state, step.zeros(state.params), key)
 
 
@@ -181,11 +181,11 @@ def test_one_row_moves_a_groups_sum_by_two_clip_norms_at_most():
   grouped = users.in_groups(source, 4)
   assert len(grouped) == 8
   rows = grouped.read(np.arange(8))
-  assert rows[users.EMPTY_SLOT].sum() == 2  # The last group has two.
+  assert rows[users.SLOT_IS_EMPTY].sum() == 2  # The last group has two.
   np.testing.assert_array_equal(rows["x"][1], source.read(np.arange(4, 8))["x"])
   plan = _plan(group_size=4, neighboring_relation="zero_out")
   linear = lambda w, example, rng: (10 * jnp.sum(w["w"] * example["x"]), None)
-  loss = classification.mean_over_unit(linear, empty_slot=users.EMPTY_SLOT)
+  loss = classification.mean_over_unit(linear, empty_slot=users.SLOT_IS_EMPTY)
   step = step_lib.Step(
     mechanism.make(plan, loss),
     optax.sgd(1.0),
@@ -214,7 +214,7 @@ def test_one_row_moves_a_groups_sum_by_two_clip_norms_at_most():
   # One clip norm would not do: it is twice what is accounted for one row.
   assert 1.9 < moved <= 2.0001
   missing = {name: x.copy() for name, x in rows.items()}
-  missing[users.EMPTY_SLOT][3, 2] = True
+  missing[users.SLOT_IS_EMPTY][3, 2] = True
   assert np.linalg.norm(total(missing) - before) <= 2.0001
 
 
@@ -330,14 +330,14 @@ def test_no_two_steps_of_a_run_have_the_same_release():
   plan = _plan(**_CHANGING)
   past = _history(plan, [(0, 5), (4, 6), (2, 7)])
   releases = [
-    branch.release(step)
+    branch.release_index(step)
     for branch in past.branches
     for step in range(branch.start_step, branch.stop_step)
   ]
   assert releases == list(range(12))
   assert composition.epsilon(past.spent) == plan.epsilon()
   # A step run again under other keys does not have its old numbers again.
-  assert past.branches[2].release(2) == 7
+  assert past.branches[2].release_index(2) == 7
 
 
 @pytest.mark.slow
@@ -368,7 +368,7 @@ def test_a_run_with_a_schedule_goes_on_but_not_with_other_settings(tmp_path):
   assert again["params_sha256"] == whole["params_sha256"]
   ledger = ledger_lib.Ledger(tmp_path / "run" / "ledger")
   assert again["epsilon"] == ledger.plan.epsilon()
-  assert len(ledger.plan.settings) == 3
+  assert len(ledger.plan.phases) == 3
   config.privacy.noise_multiplier = 1.5
   config.privacy.num_steps = 8
   with pytest.raises(ValueError, match="noise_schedule must be empty in a run"):

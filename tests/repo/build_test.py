@@ -25,7 +25,7 @@ FOLDERS = ("dpdist", "launch", "configs", "tests")
 # Lowest first. A package imports from lower rows only, never from its own.
 LAYERS = (
   ("dpdist:errors",),
-  ("dpdist:registry",),
+  ("dpdist:_validation", "dpdist:registry"),
   ("dpdist/assets", "dpdist/distributed", "dpdist/files", "dpdist/keys")
   + ("dpdist/sums",),
   ("dpdist/clipping/trace",),

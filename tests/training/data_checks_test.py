@@ -42,7 +42,7 @@ def _arrays(count, **changed):
 def _fit(config, train, test):
   splits = datasets.Splits(*map(arrays_lib.ArraySource, (train, test)))
   model = models.make(config.model)
-  return data_checks.fit(config, splits, model, setup.PUBLIC_WORDS)
+  return data_checks.fit(config, splits, model, setup.PUBLIC_KEY_DATA)
 
 
 def _both(**changed):

@@ -342,12 +342,12 @@ def test_what_was_charged_and_never_begun_is_given_back(
   with ledger_lib.Ledger(copy / "ledger") as ended:
     ended.acquire()
     budget.admit(
-      ended, [plan_lib.Part(ended.plan, 6)], label="a copy, which pays"
+      ended, [plan_lib.PlanUse(ended.plan, 6)], label="a copy, which pays"
     )
     before = budget.reserved
     ended.end()
     budget.give_back(ended)
-  expected = budget.cost([plan_lib.Part(ended.plan, 3)])
+  expected = budget.cost([plan_lib.PlanUse(ended.plan, 3)])
   assert before - budget.reserved == pytest.approx(expected)
 
 

@@ -45,7 +45,7 @@ def _model():
 
 MODEL = _model()
 LOSS = classification.mean_over_unit(
-  classification.cross_entropy(MODEL), empty_slot=users_lib.EMPTY_SLOT
+  classification.cross_entropy(MODEL), empty_slot=users_lib.SLOT_IS_EMPTY
 )
 
 
@@ -60,7 +60,7 @@ def _users():
   return {
     "inputs": inputs,
     "targets": rng.integers(0, 3, shape).astype(np.int32),
-    users_lib.EMPTY_SLOT: is_empty,
+    users_lib.SLOT_IS_EMPTY: is_empty,
   }
 
 
@@ -188,7 +188,9 @@ def test_a_user_without_an_example_has_no_loss_and_no_gradient():
 
 def test_each_slot_has_its_own_rng():
   noisy = lambda p, example, rng: (jax.random.normal(rng), None)
-  loss = classification.mean_over_unit(noisy, empty_slot=users_lib.EMPTY_SLOT)
+  loss = classification.mean_over_unit(
+    noisy, empty_slot=users_lib.SLOT_IS_EMPTY
+  )
   unit = {k: jnp.asarray(x[1]) for k, x in _users().items()}
   key = jax.random.key(5)
   draws = [jax.random.normal(k) for k in jax.random.split(key, SLOTS)]
@@ -379,7 +381,7 @@ def test_a_piece_of_chat_is_of_one_users_words(tmp_path):
   batch = _everything(train)
   seen = []
   for row, is_empty in zip(
-    batch["inputs"], batch[users_lib.EMPTY_SLOT], strict=True
+    batch["inputs"], batch[users_lib.SLOT_IS_EMPTY], strict=True
   ):
     words = {*bytes(row[~is_empty].ravel().tolist())} - {ord("\n")}
     assert len(words) == (not is_empty.all())
@@ -388,7 +390,7 @@ def test_a_piece_of_chat_is_of_one_users_words(tmp_path):
   assert held_out
   assert len({*seen} | held_out) == len(seen) + len(held_out)  # None in two.
   # Who wrote less than a piece is a user all the same.
-  assert batch[users_lib.EMPTY_SLOT].all(1).any()
+  assert batch[users_lib.SLOT_IS_EMPTY].all(1).any()
   for part in (batch, _everything(test)):
     np.testing.assert_array_equal(
       part["targets"][..., :-1], part["inputs"][..., 1:]

@@ -25,7 +25,7 @@ def load(
   sequence_length: int,
   examples_per_unit: int,
   tokenizer: str = "",
-) -> tuple[users.UnitSource, arrays_lib.ArraySource]:
+) -> tuple[users.UserSource, arrays_lib.ArraySource]:
   """Reads the data set, with about a fifth of its users held out.
 
   Messages of a user are joined by line breaks, and cut into pieces that do not
@@ -77,7 +77,7 @@ def load(
       f" {path}, got {sequence_length}"
     )
   return (
-    users.UnitSource(
+    users.UserSource(
       _source(train), np.array(owners), num_units, examples_per_unit
     ),
     _source(test),

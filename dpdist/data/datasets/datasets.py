@@ -88,7 +88,7 @@ def load(config: ml_collections.ConfigDict) -> Splits:
       The last four data sets take a `tokenizer` for their texts.
 
       With `examples_per_unit` above 0, the unit of privacy is a user, and train
-      is a `units.UnitSource`. `unit_column` holds the user of each example, an
+      is a `units.UserSource`. `unit_column` holds the user of each example, an
       integer or a string: it is a column of the Parquet files, an array of
       train.npz and test.npz, or, for array_record, an array in the order of the
       records in train_{unit_column}.npy and test_{unit_column}.npy. Test stays
@@ -107,7 +107,7 @@ def load(config: ml_collections.ConfigDict) -> Splits:
   if slots < 0:
     raise ValueError(f"data.examples_per_unit must be at least 0, got {slots}")
   splits = loader(config)
-  if slots and not isinstance(splits.train, users.UnitSource):
+  if slots and not isinstance(splits.train, users.UserSource):
     raise ValueError(
       f"data.examples_per_unit must be 0 for data.name={config.name!r}, which"
       f" does not tell users apart ({', '.join(_OF_USERS)} do), got {slots}"
@@ -419,7 +419,7 @@ def _splits(
       f" away users that training protects, got {shared} who are"
     )
   return Splits(
-    users.UnitSource(
+    users.UserSource(
       train.source, unit_of_example, num_units, config.examples_per_unit
     ),
     test.source,

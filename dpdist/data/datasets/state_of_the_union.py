@@ -88,7 +88,7 @@ def load(
     )
   whose = np.repeat(authors, [len(x) for x in train])
   numbers, count = users.number(whose, name="authors")
-  return users.UnitSource(examples, numbers, count, examples_per_unit), test
+  return users.UserSource(examples, numbers, count, examples_per_unit), test
 
 
 def _read(path: sources.Path) -> list[_Speech]:

@@ -1,0 +1,146 @@
+"""The one way in which an argument is checked: its name, its value, a rule.
+
+    num_steps = _validation.check("num_steps", num_steps, _validation.COUNT)
+
+returns the value as a plain int, or raises `errors.ArgumentError`: "num_steps
+must be an integer >= 1, got 0". A rule is a `Rule`, made by `integer`, `real`
+and `one_of`; `check_fields` holds a dataclass to a table of them. What no rule
+can say, because it depends on several arguments, is a `require`.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+import dataclasses
+import math
+import numbers
+from typing import Any, NamedTuple
+
+from dpdist import errors
+
+# Some larger integers are too large for a float.
+_LARGEST = 2**63
+
+
+class Rule(NamedTuple):
+  """What an argument must be.
+
+  Attributes:
+    text: it in words, after "must be".
+    kind: the types accepted. A boolean is a number of none.
+    plain: converts an accepted value to the type that is kept.
+    holds: the condition on the converted value. NaN meets no comparison.
+  """
+
+  text: str
+  kind: type
+  plain: Callable[[Any], Any]
+  holds: Callable[[Any], bool]
+
+
+def integer(at_least: int, at_most: int = _LARGEST - 1) -> Rule:
+  """Returns the rule for a whole number; NumPy's count as well."""
+  text = f"an integer >= {at_least}"
+  if at_most < _LARGEST - 1:
+    text = f"an integer in [{at_least}, {at_most}]"
+  return Rule(
+    text, numbers.Integral, int, lambda value: at_least <= value <= at_most
+  )
+
+
+def real(
+  *,
+  above: float = -math.inf,
+  at_least: float = -math.inf,
+  below: float = math.inf,
+  at_most: float = math.inf,
+) -> Rule:
+  """Returns the rule for a finite number within bounds.
+
+  Args:
+    above: the value must be greater.
+    at_least: the value must be that or greater.
+    below: the value must be less.
+    at_most: the value must be that or less.
+  """
+  low, high = max(above, at_least), min(below, at_most)
+  if math.isinf(high):
+    text = "finite"
+    if low > -math.inf:
+      text += f" and {'>' if above >= at_least else '>='} {low:g}"
+  else:
+    opening = "(" if above >= at_least else "["
+    closing = ")" if below <= at_most else "]"
+    text = f"in {opening}{low:g}, {high:g}{closing}"
+  return Rule(
+    text,
+    numbers.Real,
+    float,
+    lambda value: (
+      math.isfinite(value)
+      and value > above
+      and at_least <= value <= at_most
+      and value < below
+    ),
+  )
+
+
+def one_of(choices: Collection[str]) -> Rule:
+  """Returns the rule for one of several names."""
+  return Rule(
+    f"one of {tuple(choices)}", str, str, lambda value: value in choices
+  )
+
+
+COUNT = integer(1)
+POSITIVE = real(above=0)
+PROBABILITY = real(above=0, at_most=1)
+DELTA = real(above=0, below=1)
+FLAG = Rule("True or False", bool, bool, lambda value: True)
+
+
+def check(name: str, value: Any, rule: Rule) -> Any:
+  """Returns the value as a plain int, float, str or bool.
+
+  Raises:
+    errors.ArgumentError: with the argument's name, its value and the rule.
+  """
+  is_kind = isinstance(value, rule.kind)
+  if isinstance(value, bool) and rule.kind is not bool:
+    is_kind = False
+  if isinstance(value, int) and abs(value) >= _LARGEST:
+    is_kind = False
+  require(is_kind and rule.holds(rule.plain(value)), name, rule.text, value)
+  return rule.plain(value)
+
+
+def check_fields(record: Any, rules: Mapping[str, Rule]) -> None:
+  """Checks the attributes of a frozen dataclass, and makes them plain values.
+
+  None is right where the attribute's annotation names it.
+
+  Args:
+    record: the dataclass, in its `__post_init__`.
+    rules: by attribute; those without a rule stay as they are.
+  """
+  for field in dataclasses.fields(record):
+    value = getattr(record, field.name)
+    if field.name not in rules or (value is None and "None" in str(field.type)):
+      continue
+    object.__setattr__(
+      record, field.name, check(field.name, value, rules[field.name])
+    )
+
+
+def require(holds: bool, name: str, rule: str, value: Any) -> None:
+  """Raises unless a condition holds.
+
+  Args:
+    holds: the condition.
+    name: the argument's.
+    rule: what would be right, after "must be".
+    value: the argument's; shown by its repr.
+
+  Raises:
+    errors.ArgumentError: "NAME must be RULE, got VALUE".
+  """
+  if not holds:
+    raise errors.ArgumentError(f"{name} must be {rule}, got {value!r}")
