@@ -303,7 +303,7 @@ def _load(
     )
 
   train, test = datasets.load(config.data)
-  features_sha256 = ""
+  features_sha256 = sources.encoding_digest(train)
   if isinstance(train, features.FeatureSource):
     features_sha256 = train.sha256
   unit, group_size = "example", config.privacy.group_size

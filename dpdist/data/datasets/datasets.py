@@ -15,6 +15,7 @@ from dpdist import registry
 from dpdist.assets import fetch
 from dpdist.data import array_record
 from dpdist.data import arrays as arrays_lib
+from dpdist.data import dataset as dataset_lib
 from dpdist.data import parquet
 from dpdist.data import sources
 from dpdist.data import users
@@ -57,9 +58,10 @@ def load(config: ml_collections.ConfigDict) -> Splits:
 
   Args:
     config: `name` is one of the below, or finds a loader of your own as
-      `dpdist.registry.resolve` does: a function of this config that returns
-      `Splits`. `path` is the path of the data ("" if unused). An example, the
-      unit of privacy, is one image, text piece, record or row.
+      `dpdist.registry.resolve` does: a function of this config that returns a
+      `dpdist.data.Dataset` or `Splits`. `path` is the path of the data ("" if
+      unused). An example, the unit of privacy, is one image, text piece, record
+      or row.
 
       * "digits": the 1,797 images of 8x8 pixels inside scikit-learn. Every
         fifth is held out: 1,438 to train, 359 to test. inputs float32
@@ -107,6 +109,10 @@ def load(config: ml_collections.ConfigDict) -> Splits:
   if slots < 0:
     raise ValueError(f"data.examples_per_unit must be at least 0, got {slots}")
   splits = loader(config)
+  if isinstance(splits, dataset_lib.Dataset):
+    if slots and splits.train_users is not None:
+      splits = splits.over_users(slots, name=f"data.name={config.name!r}")
+    splits = Splits(splits.train, splits.test)
   if slots and not isinstance(splits.train, users.UserSource):
     raise ValueError(
       f"data.examples_per_unit must be 0 for data.name={config.name!r}, which"
