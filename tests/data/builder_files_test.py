@@ -10,6 +10,7 @@ import types
 
 import numpy as np
 from PIL import Image
+from PIL import features
 import pyarrow
 from pyarrow import parquet
 import pytest
@@ -466,6 +467,16 @@ def test_images_are_decoded_when_they_are_read(tmp_path):
   assert sources.changed_files(dataset.train) == [str(tmp_path / "0.png")]
 
 
+def test_another_decoder_is_another_encoding(tmp_path, monkeypatch):
+  """Its pixels may differ, and must not meet the same keys."""
+  _write_images(tmp_path, [f"{i}.png" for i in range(2)])
+  source = data.from_images(tmp_path, test=tmp_path).train
+  before = source.encoding_digest(), source.content_digest()
+  monkeypatch.setattr(features, "version", lambda name: "0.1")
+  assert source.encoding_digest() != before[0]
+  assert source.content_digest() == before[1]
+
+
 def test_bad_images_get_one_clear_sentence(tmp_path):
   _write_images(tmp_path / "a", ["0.png"], size=(2, 2))
   _write_images(tmp_path / "a", ["0.png", "1.png"])
@@ -504,7 +515,7 @@ def test_images_inside_parquet(tmp_path):
 def test_huggingface_images_and_splits(tmp_path):
   import datasets
 
-  features = datasets.Features(
+  columns = datasets.Features(
     {"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])}
   )
   parts = {
@@ -513,7 +524,7 @@ def test_huggingface_images_and_splits(tmp_path):
         "image": [{"bytes": _png(i), "path": None} for i in range(3)],
         "label": [1, 0, 1],
       },
-      features=features,
+      features=columns,
     )
     for name in ("train", "valid")
   }

@@ -117,13 +117,26 @@ def test_public_statistics_scale_and_missing_fills():
 
 def test_nothing_is_computed_from_the_training_rows():
   """One row changed in any way changes no other, however extreme it is."""
-  first = _one({"x": [1.0, 2, 3], "y": ["a", "b", "a"]}, inputs="x",
-               targets="y", classes=["a", "b"])  # fmt: skip
-  other = _one({"x": [1.0, 2, 1e30], "y": ["a", "b", "z"]}, inputs="x",
-               targets="y", classes=["a", "b"])  # fmt: skip
-  for name, values in first.items():
-    np.testing.assert_array_equal(values[:2], other[name][:2])
-    assert values.dtype == other[name].dtype
+  parts = [
+    _one(
+      {"x": [1.0, 2, x], "job": ["a", "b", job], "y": ["no", "yes", label]},
+      inputs=["x", "job"],
+      targets="y",
+      classes=["no", "yes"],
+      categories={"job": ["a", "b"]},
+      public_statistics={"x": (1.0, 2.0)},
+      missing=0.0,
+    )
+    for x, job, label in (
+      (3.0, "a", "no"),
+      (1e30, "z", "maybe"),
+      (np.nan, "", ""),
+    )
+  ]
+  for other in parts[1:]:
+    for name, values in parts[0].items():
+      np.testing.assert_array_equal(values[:2], other[name][:2])
+      assert values.dtype == other[name].dtype
 
 
 def test_texts_become_tokens_of_one_length():

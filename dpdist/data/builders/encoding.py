@@ -42,10 +42,14 @@ class Encoding:
     """Returns the columns that are read, each once."""
     return options_lib.flat(self.roles)
 
-  def digest(self) -> str:
+  def digest(self, *, has_images: bool) -> str:
     """Returns the SHA-256 of all declared values, which are in no code.
 
     Functions are not in it; see `functions`.
+
+    Args:
+      has_images: whether a column is decoded, by a library whose releases may
+        decode differently.
     """
     declared = {
       name: value
@@ -54,6 +58,11 @@ class Encoding:
     }
     declared["tokenizers"] = sorted(self.options.get("tokenizers") or {})
     declared["roles"] = list(self.roles.items())
+    if has_images:
+      _import_pillow()
+      from PIL import features
+
+      declared["decoder"] = [features.version(x) for x in ("pil", "jpg")]
     text = json.dumps(declared, sort_keys=True, default=_jsonable)
     return hashlib.sha256(text.encode()).hexdigest()
 
@@ -161,10 +170,7 @@ class Encoding:
 
   def _decoded(self, values: np.ndarray) -> np.ndarray:
     """Decodes images to float32 (k, height, width, channels) in [0, 1]."""
-    try:
-      from PIL import Image
-    except ModuleNotFoundError as error:
-      raise errors.missing("Images", "pillow", "images") from error
+    Image = _import_pillow()  # noqa: N806 - a module
     size = self.options.get("image_size")
     pictures = []
     for value in values:
@@ -209,6 +215,14 @@ class Encoding:
       name: table_lib.stack([example[name] for example in made], name)
       for name in made[0]
     }
+
+
+def _import_pillow() -> Any:
+  try:
+    from PIL import Image
+  except ModuleNotFoundError as error:
+    raise errors.missing("Images", "pillow", "images") from error
+  return Image
 
 
 def _join(parts: Sequence[np.ndarray], columns: Sequence[str]) -> np.ndarray:

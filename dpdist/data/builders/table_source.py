@@ -84,7 +84,9 @@ class TableSource:
 
   def encoding_digest(self) -> str:
     """See `dpdist.data.sources.encoding_digest`."""
-    return self._encoding.digest()
+    first = self._table.read(self._rows[:1], self._encoding.columns)
+    has_images = any(isinstance(x[0], bytes) for x in first.values())
+    return self._encoding.digest(has_images=has_images)
 
   def changed_files(self) -> list[str]:
     """See `dpdist.data.sources.changed_files`."""
