@@ -3,15 +3,9 @@
 from collections.abc import Sequence
 import math
 
+from dpdist.clipping.layers.rules import Form
 from dpdist.clipping.layers.rules import Rule
 from dpdist.clipping.trace.program import Site
-
-_WAYS = {
-  "gram": "norm from inner products of positions",
-  "diagonal": "norm from inner products of pixels",
-  "keep": "formed and kept",
-  "drop": "formed for the norm",
-}
 
 
 def table(
@@ -30,11 +24,12 @@ def table(
   head = ("parameters", "where", "rule", "flops", "bytes", "kept")
   rows = [head]
   for rule in rules:
+    by_parameter = " (by parameter)" if rule.form is Form.PARAMETERS else ""
     rows.append(
       (
         ", ".join(names[i] for i in sorted(rule.leaves)),
         " + ".join(_place(site) for site in rule.sites),
-        _WAYS[rule.way] + (" (by parameter)" * (rule.view == "parameters")),
+        rule.strategy.text + by_parameter,
         f"{rule.cost.flops:.2g}",
         f"{rule.cost.bytes:.2g}",
         f"{rule.cost.kept:.2g}",
@@ -68,7 +63,7 @@ def ways(
   for rule in rules:
     places = " + ".join(_place(site) for site in rule.sites)
     for i in rule.leaves:
-      found[names[i]] = f"{_WAYS[rule.way]}, {places} ({method})"
+      found[names[i]] = f"{rule.strategy.text}, {places} ({method})"
   return found
 
 

@@ -1,6 +1,7 @@
 """Traces the loss of one example, analyzes it and chooses a clipping method."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import functools
 from typing import Any, NamedTuple
 import warnings
 
@@ -8,6 +9,8 @@ import jax
 
 from dpdist.clipping import checks
 from dpdist.clipping import freezing
+from dpdist.clipping.layers import layer_rule
+from dpdist.clipping.layers import rules
 from dpdist.clipping.trace import program
 from dpdist.clipping.trace import shards
 from dpdist.clipping.trace import splitting
@@ -81,6 +84,7 @@ def trace(
   has_aux: bool,
   parts: freezing.Split,
   examples: tuple[PyTree, ...],
+  layer_rules: Sequence[layer_rule.LayerRule],
 ) -> Traced:
   """Traces a loss of one example.
 
@@ -89,6 +93,7 @@ def trace(
     has_aux: whether loss_fn returns (loss, aux).
     parts: the parameters.
     examples: pytrees with a leading axis; shapes are enough.
+    layer_rules: the rules of layers, in order.
 
   Raises:
     ValueError: the loss uses other examples, or random numbers that do not come
@@ -125,7 +130,12 @@ def trace(
   effects = program.effects(closed.jaxpr)
   if effects:  # It is not analyzed: all of it counts as data.
     num_leaves = num_constants = 0
-  block = splitting.split(closed, num_leaves, num_constants)
+  block = splitting.split(
+    closed,
+    num_leaves,
+    num_constants,
+    functools.partial(rules.find, layer_rules),
+  )
   return Traced(joined, block, shapes, effects)
 
 

@@ -20,6 +20,7 @@ from dpdist.clipping.engines import two_pass
 from dpdist.clipping.engines import vmap
 from dpdist.clipping.engines.clip_norms import Scaling
 from dpdist.clipping.layers import costs
+from dpdist.clipping.layers import layer_rule
 from dpdist.clipping.layers import rules
 from dpdist.clipping.trace import shards
 from dpdist.clipping.trace import varying_axes
@@ -68,7 +69,10 @@ class ClippedGrads(NamedTuple):
 # Compared by identity, so that it can be passed to jax.jit whatever it holds.
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClippedGrad:
-  """See `clipped_grad`, which makes it."""
+  """See `clipped_grad`, which makes it.
+
+  It uses the layer rules that are registered when it is made.
+  """
 
   loss_fn: Callable[..., Any]
   l2_clip_norm: PyTree
@@ -79,6 +83,9 @@ class ClippedGrad:
   platform: str | None = None
   normalize_gamma: float | None = None
   frozen: freezing.Frozen = None
+  layer_rules: tuple[layer_rule.LayerRule, ...] = dataclasses.field(
+    default_factory=rules.registered
+  )
 
   def sensitivity(
     self, neighboring_relation: str = "add_or_remove_one"
@@ -166,7 +173,9 @@ class ClippedGrad:
     parts, leaves = call.parts, call.parts.trainable
     scaling, groups, norm_def = self._scaling(call.params, parts.is_frozen)
     # Only shapes are needed; the gathered values are unused.
-    traced = tracing.trace(self.loss_fn, self.has_aux, parts, call.examples)
+    traced = tracing.trace(
+      self.loss_fn, self.has_aux, parts, call.examples, self.layer_rules
+    )
     arguments.check_traced(call, traced)
     method, _ = traced.method(self.method, call.axes)
 
@@ -274,7 +283,9 @@ class ClippedGrad:
       rng = jax.eval_shape(lambda k: jax.random.split(k, 1), rng)
     examples = (batch,) if rng is None else (batch, rng)
     parts = freezing.split(params, self.frozen)
-    traced = tracing.trace(self.loss_fn, self.has_aux, parts, examples)
+    traced = tracing.trace(
+      self.loss_fn, self.has_aux, parts, examples, self.layer_rules
+    )
     scaling, groups, _ = self._scaling(params, parts.is_frozen)
     axes = varying_axes.varying_axes(examples)
     method, reason = traced.method(self.method, axes)

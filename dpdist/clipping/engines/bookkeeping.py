@@ -18,13 +18,10 @@ import jax.numpy as jnp
 from dpdist.clipping.engines import sharing
 from dpdist.clipping.engines import vmap
 from dpdist.clipping.engines.clip_norms import Scaling
-from dpdist.clipping.layers import convolution
 from dpdist.clipping.layers import costs
-from dpdist.clipping.layers import dense
 from dpdist.clipping.layers import inner_products
 from dpdist.clipping.layers import norms
-from dpdist.clipping.layers import pixels
-from dpdist.clipping.layers import weight_gradients
+from dpdist.clipping.layers.rules import Form
 from dpdist.clipping.layers.rules import Rule
 from dpdist.clipping.trace import evaluate
 from dpdist.clipping.trace import shards
@@ -98,8 +95,8 @@ def clipped_sum(
     found, formed = norms_of(problem, rule, operands, cotangents)
     for group, mine in found.items():
       total[group] = norms.hypot(total[group], mine)
-    kept.append(formed if rule.way == "keep" else None)
-    if rule.way == "keep":
+    kept.append(formed if rule.strategy.stores else None)
+    if rule.strategy.stores:
       continue
     group = problem.groups[min(rule.leaves)]
     for site in rule.sites:
@@ -124,12 +121,12 @@ def lost(site: Site, other: jax.Array) -> jax.Array:
     is that number times the sum of the other side's magnitudes, times the
     square root of the number of entries.
   """
-  if site.name == "gather":
-    return jnp.zeros((), jnp.float32)  # A lookup multiplies nothing.
+  if not site.rule.multiplies:
+    return jnp.zeros((), jnp.float32)
   each = math.sqrt(math.prod(site.weight_shape)) * float(
     jnp.finfo(other.dtype if other.dtype.itemsize > 4 else jnp.float32).tiny
   )
-  other = weight_gradients.widen(other)
+  other = norms.widen(other)
   return jnp.sum(jnp.abs(other * each)).astype(jnp.float32)
 
 
@@ -182,12 +179,12 @@ def norms_of(
     cotangents: the gradients of the sites' outputs, in the same form.
 
   Returns:
-    [B] for each group; and the gradients in the form of `rule.view`, leading
+    [B] for each group; and the gradients in the form of `rule.form`, leading
     axis B, None where they are not formed.
   """
   operands = {s.key: operands[s.key] for s in rule.sites if s.eqn is not None}
   cotangents = {s.key: cotangents[s.key] for s in rule.sites}
-  if rule.view != "parameters":
+  if rule.form is not Form.PARAMETERS:
     group = problem.groups[min(rule.leaves)]
     found, formed = jax.vmap(functools.partial(norm, problem, rule))(
       operands, cotangents
@@ -231,41 +228,40 @@ def norm(
 
   Args:
     problem: the loss, its parameters and the scaling.
-    rule: the rule; its view is not "parameters".
+    rule: the rule; its form is not PARAMETERS.
     operands: the products' data operands, by site.
     cotangents: the gradients of the sites' outputs.
 
   Returns:
-    A scalar; and the gradient in the form of `rule.view`, None if not formed.
+    A scalar; and the gradient in the form of `rule.form`, None if not formed.
   """
-  if rule.way in ("gram", "diagonal"):
-    return _norm_unformed(problem, rule, operands, cotangents), None
-  of_weights = _of_weights(problem, rule, operands, cotangents)
-  formed: Any = sum(
-    weight_gradients.placed(site, of_weights[site.key], rule.sites[0])
-    for site in rule.sites
-  )
-  if rule.way == "keep":
+  unit_roundoff = problem.unit_roundoff(rule)
+  if not rule.strategy.forms:
+    return rule.norm_unformed(operands, cotangents, unit_roundoff), None
+  formed = rule.gradient(_of_weights(problem, rule, operands, cotangents))
+  if rule.strategy.stores:
     formed = sharing.computed_once(formed)
   found = norms.of(formed)
-  if rule.way == "drop":
+  if not rule.strategy.stores:
     # The sum is computed by another product, in which terms that cancel here
     # may leave their rounding errors.
     size: Any = sum(
-      weight_gradients.magnitude(s, operands.get(s.key), cotangents[s.key])
+      s.rule.terms(s, operands.get(s.key), cotangents[s.key])
       for s in rule.sites
     )
     found = jnp.maximum(found, inner_products.SUMMED**0.5 * size)
     # Both products round.
     twice = 2 * sum(
-      weight_gradients.positions(s, operands.get(s.key)) for s in rule.sites
+      s.rule.positions(s, operands.get(s.key)) for s in rule.sites
     )
     found = inner_products.with_room(found, size, twice, 0.0)
-    unit_roundoff = problem.unit_roundoff(rule)
     if unit_roundoff:
+      # What is not multiplied is not rounded.
       terms: Any = sum(
-        weight_gradients.terms(site, operands[site.key], cotangents[site.key])
-        for site in rule.sites
+        s.rule.terms(s, operands[s.key], cotangents[s.key])
+        if s.rule.multiplies
+        else jnp.zeros((), norms.wide(cotangents[s.key].dtype))
+        for s in rule.sites
       )
       found = inner_products.with_room(found, terms, 0, unit_roundoff)
   return found, formed
@@ -279,37 +275,11 @@ def _of_weights(
 ) -> dict[Key, jax.Array]:
   """Returns the gradients of the sites' weights for one example."""
   return {
-    site.key: weight_gradients.weight_gradient(
+    site.key: site.rule.gradient(
       site, operands.get(site.key), cotangents[site.key], problem.platform
     )
     for site in rule.sites
   }
-
-
-def _norm_unformed(
-  problem: Problem,
-  rule: Rule,
-  operands: dict[Key, jax.Array],
-  cotangents: dict[Key, jax.Array],
-) -> jax.Array:
-  first = rule.sites[0]
-  precision = first.eqn.params.get("precision")
-  unit_roundoff = problem.unit_roundoff(rule)
-  if rule.view == "factors":
-    return dense.norm(
-      [
-        weight_gradients.factor(s, first, operands, cotangents)
-        for s in rule.sites
-      ],
-      unit_roundoff,
-      precision,
-    )
-  x, g = operands[first.key], cotangents[first.key]
-  if rule.way == "gram":
-    return dense.norm(
-      [convolution.patches(first, x, g)], unit_roundoff, precision
-    )
-  return pixels.norm(first, x, g, unit_roundoff)
 
 
 def to_leaves(
@@ -322,7 +292,7 @@ def to_leaves(
   values = [*known, *[None] * (len(problem.block.kinds) - len(known))]
   found = evaluate.to_parameters(problem.block, values, cotangents)
   return {
-    i: weight_gradients.widen(x)
+    i: norms.widen(x)
     for i, x in enumerate(found)
     if x is not None and i in wanted
   }
@@ -353,7 +323,7 @@ def weighted_sum(
   of_leaves: dict[int, jax.Array] = {}
   products: list[tuple[Site, jax.Array]] = []
   for rule, formed in zip(problem.rules, kept, strict=True):
-    if rule.view == "parameters" and formed is not None:
+    if rule.form is Form.PARAMETERS and formed is not None:
       for i, x in formed.items():
         of_leaves[i] = vmap.weighted_sum(x, scales[groups[i]])
       continue
@@ -387,12 +357,12 @@ def _products(
   """
   scaled, others = {}, {}
   for site, scale in sites:
-    x, g = operands[site.key], weight_gradients.widen(cotangents[site.key])
+    x, g = operands[site.key], norms.widen(cotangents[site.key])
     if _scales_cotangent(site, x, g):
       scaled[site.key], others[site.key] = _scaled(scale, g), x
     else:
       scaled[site.key], others[site.key] = (
-        _scaled(scale, weight_gradients.widen(x)),
+        _scaled(scale, norms.widen(x)),
         g,
       )
   only_kept = lambda others: {
@@ -409,15 +379,13 @@ def _products(
     x, g = operands[site.key], cotangents[site.key]
     if _scales_cotangent(site, x, g):
       one, other = other, one
-    sums[site.key] = weight_gradients.product_gradient(
-      site, one, other, (False, *site.weight.loops)
-    )
+    sums[site.key] = site.rule.weighted_sum(site, one, other)
   return sums
 
 
 def _scales_cotangent(site: Site, x: jax.Array, g: jax.Array) -> bool:
-  """Returns whether the cotangent is the smaller one, and is scaled."""
-  return site.name == "gather" or g.size <= x.size
+  """Returns whether the cotangent is scaled, and not the operand."""
+  return not site.rule.multiplies or g.size <= x.size
 
 
 def _rows(scale: jax.Array, x: jax.Array) -> jax.Array:

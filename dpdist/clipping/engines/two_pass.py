@@ -26,7 +26,9 @@ import jax.numpy as jnp
 from dpdist.clipping.engines import bookkeeping
 from dpdist.clipping.engines import sharing
 from dpdist.clipping.engines import vmap
+from dpdist.clipping.layers import layer_rule
 from dpdist.clipping.layers import norms
+from dpdist.clipping.layers.rules import Form
 from dpdist.clipping.layers.rules import Rule
 from dpdist.clipping.trace import evaluate
 from dpdist.clipping.trace import shards
@@ -76,7 +78,7 @@ def _takes_two_passes(problem: bookkeeping.Problem) -> bool:
     and problem.block.is_wide()
     and not problem.block.has_custom_vjp()
     and not any(
-      rule.way == "keep" and problem.unit_roundoff(rule) > 0
+      rule.strategy.stores and problem.unit_roundoff(rule) > 0
       for rule in problem.rules
     )
   )
@@ -154,7 +156,7 @@ def _norms(
     found, formed = bookkeeping.norms_of(problem, rule, operands, mine)
     for i, norm in found.items():
       total[i] = norms.hypot(total[i], norm)
-    if rule.view == "parameters":
+    if rule.form is Form.PARAMETERS:
       kept |= formed
       continue
     for site in rule.sites:
@@ -177,9 +179,9 @@ def _as_in_the_other_pass(x: jax.Array) -> jax.Array:
 
 def _summed_by_a_product(rule: Rule) -> Rule:
   """Returns the rule with gradients formed only for the norm."""
-  if rule.way != "keep" or rule.view == "parameters":
+  if not rule.strategy.stores or rule.form is Form.PARAMETERS:
     return rule
-  return dataclasses.replace(rule, way="drop")
+  return dataclasses.replace(rule, strategy=layer_rule.RECOMPUTE)
 
 
 def _is_local(rule: Rule) -> bool:
@@ -188,7 +190,7 @@ def _is_local(rule: Rule) -> bool:
   return (
     not more
     and first.eqn is not None
-    and rule.view != "parameters"
+    and rule.form is not Form.PARAMETERS
     and all(first.weight.loops)
   )
 

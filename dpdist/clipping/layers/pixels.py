@@ -12,8 +12,8 @@ import math
 import jax
 import jax.numpy as jnp
 
-from dpdist.clipping.layers import convolution
 from dpdist.clipping.layers import inner_products
+from dpdist.clipping.layers import kernel_gradients
 from dpdist.clipping.layers import norms
 from dpdist.clipping.trace.program import Site
 
@@ -25,7 +25,7 @@ _SMALLEST_PATCH = 2.0**-40
 def norm(
   site: Site, x: jax.Array, cotangent: jax.Array, unit_roundoff: float
 ) -> jax.Array:
-  """Returns the norm of that gradient, never too small; see `dense.norm`.
+  """Returns the norm of that gradient, never too small; see `factors.norm`.
 
   An offset of the kernel moves both pixels of a pair. With the pixels of the
   padded input in one row, that is a shift along a diagonal. With strides, the
@@ -41,8 +41,8 @@ def norm(
   Returns:
     Scalar, float32 or wider.
   """
-  g = convolution.geometry(site)
-  x, cotangent = convolution.arrange(g, x, cotangent)
+  g = kernel_gradients.geometry(site)
+  x, cotangent = kernel_gradients.arrange(g, x, cotangent)
   x, cells = _phases(g, x)
   room = [(0, n - size) for n, size in zip(cells, g.output, strict=True)]
   cotangent = jnp.pad(cotangent, [(0, 0), *room, (0, 0), (0, 0)])
@@ -82,14 +82,14 @@ def norm(
   root = inner_products.with_room(
     length(root),
     length(terms),
-    convolution.sizes(site).positions,
+    kernel_gradients.sizes(site).positions,
     unit_roundoff,
   )
   return norms.times_power_of_two(root, power)
 
 
 def _phases(
-  g: convolution.Geometry, x: jax.Array
+  g: kernel_gradients.Geometry, x: jax.Array
 ) -> tuple[jax.Array, list[int]]:
   """Sorts the pixels of [rows, *space, groups, channels] into phases.
 
@@ -115,7 +115,7 @@ def _phases(
 
 
 def _sum_of_shifts(
-  g: convolution.Geometry,
+  g: kernel_gradients.Geometry,
   x: jax.Array,
   cells: Sequence[int],
   moved: int,
@@ -124,7 +124,7 @@ def _sum_of_shifts(
   """Sums over the offsets of the kernel.
 
   Args:
-    g: the convolution.
+    g: the kernel_gradients.
     x: [*phases, groups, pixels], or with two axes of pixels.
     cells: cells along each axis of space.
     moved: how many of the last axes hold pixels, which all move together.

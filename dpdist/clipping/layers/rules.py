@@ -1,4 +1,4 @@
-"""Groups sites into rules, and chooses each rule's way to a gradient norm.
+"""Groups sites into rules, and chooses each rule's strategy for the norm.
 
 The gradients of sites that share parameters add up, so their squared norms do
 not. Such sites form one rule, which treats their sum as a whole: as factors of
@@ -7,14 +7,37 @@ themselves. A rule's squared norm is exact, and the squared norms of different
 rules add up.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
+import enum
 import math
+from typing import Any
 
+import jax
+import jax.numpy as jnp
+
+from dpdist import errors
+from dpdist import registry
 from dpdist.clipping.layers import convolution
 from dpdist.clipping.layers import costs
 from dpdist.clipping.layers import dense
+from dpdist.clipping.layers import embedding
+from dpdist.clipping.layers import factors
+from dpdist.clipping.layers import layer_rule
+from dpdist.clipping.layers import per_example
+from dpdist.clipping.layers.layer_rule import Strategy
 from dpdist.clipping.trace.program import Site
+
+_FALLBACK = per_example.PerExample()
+_OURS = (convolution.Convolution, dense.DotGeneral, embedding.Gather)
+
+
+class Form(enum.Enum):
+  """The form in which gradients are added up and measured."""
+
+  FACTORS = enum.auto()
+  WEIGHT = enum.auto()
+  PARAMETERS = enum.auto()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,17 +47,101 @@ class Rule:
   Attributes:
     sites: the sites whose gradients add up.
     leaves: indices of the parameters.
-    view: the form of the gradients: "factors", "weight" or "parameters".
-    way: "gram" or "diagonal" (never formed), "keep" (formed, and kept for the
-      sum), "drop" (formed for the norm; the sum is another product).
+    form: the form of the gradients.
+    strategy: the way to their norm.
     cost: the cost of that way; see `costs`.
   """
 
   sites: tuple[Site, ...]
   leaves: frozenset[int]
-  view: str
-  way: str
+  form: Form
+  strategy: Strategy
   cost: costs.Cost
+
+  def gradient(self, of_weights: Mapping[Any, jax.Array]) -> jax.Array:
+    """Adds up the gradients of the sites' weights, by their keys."""
+    first = self.sites[0]
+    total: Any = sum(
+      _placed(site, of_weights[site.key], first) for site in self.sites
+    )
+    return total
+
+  def norm_unformed(
+    self,
+    operands: Mapping[Any, jax.Array],
+    cotangents: Mapping[Any, jax.Array],
+    unit_roundoff: float,
+  ) -> jax.Array:
+    """Returns the norm of one example's gradient without forming it.
+
+    Args:
+      operands: the data operands, by site.
+      cotangents: the gradients of the sites' outputs.
+      unit_roundoff: relative error with which the summing product rounds its
+        operands; 0 if it does not round them.
+    """
+    first = self.sites[0]
+    if self.form is not Form.FACTORS:
+      return first.rule.norm(
+        self.strategy,
+        first,
+        operands[first.key],
+        cotangents[first.key],
+        unit_roundoff,
+      )
+    layout = first.rule.layout(first)
+    parts = []
+    for site in self.sites:
+      part = site.rule.to_factors(
+        site, operands[site.key], cotangents[site.key]
+      )
+      if factors.swapped(site.rule.layout(site), layout):
+        part = factors.transposed(part)
+      parts.append(part)
+    return factors.norm(parts, unit_roundoff, first.eqn.params.get("precision"))
+
+
+def registered() -> tuple[layer_rule.LayerRule, ...]:
+  """Returns all registered layer rules: ours, then others by name.
+
+  Raises:
+    ValueError: one is no `LayerRule`.
+  """
+  others = []
+  for name, thing in registry.registered("layer_rule"):
+    if thing in _OURS:
+      continue
+    if not (
+      isinstance(thing, type) and issubclass(thing, layer_rule.LayerRule)
+    ):
+      raise errors.ArgumentError(
+        f"a layer_rule must be a class derived from LayerRule, got {thing!r},"
+        f" which is registered as {name!r}"
+      )
+    others.append(thing())
+  return (*(one() for one in _OURS), *others)
+
+
+def find(
+  layer_rules: Sequence[layer_rule.LayerRule], eqn: Any, operand: int
+) -> layer_rule.LayerRule | None:
+  """Returns the first rule of an equation with a weight, or None.
+
+  Args:
+    layer_rules: rules, in order.
+    eqn: a JAX equation; None for the per-example fallback.
+    operand: which operand is the weight.
+  """
+  if eqn is None:
+    return _FALLBACK
+  for rule in layer_rules:
+    if (
+      rule.primitive == eqn.primitive.name
+      and operand in rule.weight_operands
+      and rule.matches(eqn)
+    ):
+      return rule
+  return None
 
 
 def choose(
@@ -57,48 +164,45 @@ def choose(
       len({groups[i] for i in site.weight.leaves}) > 1 for site in component
     )
     if clusters is None or mixed:
-      clusters = [(tuple(component), "parameters")]
-    for cluster, view in clusters:
+      clusters = [(tuple(component), Form.PARAMETERS)]
+    for cluster, form in clusters:
       leaves = frozenset().union(*(site.weight.leaves for site in cluster))
-      ways = dict(_ways(cluster, view, model))
+      offered = _strategies(cluster, form, model)
       if mixed:  # One product cannot scale its parameters' shares separately.
-        ways = {"keep": ways["keep"]}
-      way = min(ways, key=lambda w: model.seconds(ways[w]))
-      rules.append(Rule(cluster, leaves, view, way, ways[way]))
+        offered = {layer_rule.STORE: offered[layer_rule.STORE]}
+      best = min(offered, key=lambda strategy: model.seconds(offered[strategy]))
+      rules.append(Rule(cluster, leaves, form, best, offered[best]))
   return rules
 
 
-def _ways(
-  sites: tuple[Site, ...], view: str, model: costs.Model
-) -> Iterable[tuple[str, costs.Cost]]:
-  size = math.prod(sites[0].weight_shape)
-  products = [site for site in sites if site.eqn is not None]
-  if view == "parameters":
+def _strategies(
+  sites: tuple[Site, ...], form: Form, model: costs.Model
+) -> dict[Strategy, costs.Cost]:
+  """Returns the strategies for a rule, with their costs."""
+  first = sites[0]
+  size = math.prod(first.weight_shape)
+  if form is Form.PARAMETERS:
     size = sum(math.prod(site.weight_shape) for site in sites)
-  forming = [costs.forming(site, model) for site in products]
+  forming = [site.rule.forming_cost(site, model) for site in sites]
   formed = costs.Cost(
     sum(c.flops for c in forming),
     sum(c.bytes for c in forming) + 8 * size,
     0,
   )
   # A kept gradient is most of the work of the sum already.
-  yield "keep", costs.Cost(0, formed.bytes + 4 * size, 4 * size)
-  narrow = any(site.weight.narrow for site in sites)
+  offered = {layer_rule.STORE: costs.Cost(0, formed.bytes + 4 * size, 4 * size)}
   # The rounding of a sum of products is bounded at the weights, not after their
   # gradients are taken to the parameters.
-  if len(products) == len(sites) and not narrow and view != "parameters":
-    yield "drop", formed
-  if view == "factors":
-    yield "gram", costs.gram(sites, model)
-  elif (
-    view == "weight"
-    and len(sites) == 1
-    and sites[0].name == "conv_general_dilated"
-    and not sites[0].lengths
+  if form is not Form.PARAMETERS and not any(
+    site.eqn is None or site.weight.narrow for site in sites
   ):
-    shape = convolution.sizes(sites[0])
-    yield "gram", costs.patch_gram(shape, model)
-    yield "diagonal", costs.diagonal_gram(shape, model)
+    offered[layer_rule.RECOMPUTE] = formed
+  if form is Form.FACTORS:
+    sizes = [site.rule.factor_sizes(site) for site in sites]
+    offered[layer_rule.GRAM] = costs.gram(sizes, model)
+  elif form is Form.WEIGHT and len(sites) == 1:
+    offered |= first.rule.strategies(first, model)
+  return offered
 
 
 def _components(sites: Iterable[Site]) -> list[list[Site]]:
@@ -119,8 +223,8 @@ def _components(sites: Iterable[Site]) -> list[list[Site]]:
 
 def _clusters(
   component: Sequence[Site],
-) -> list[tuple[tuple[Site, ...], str]] | None:
-  """Splits a component into parts whose squared norms add up, with views.
+) -> list[tuple[tuple[Site, ...], Form]] | None:
+  """Splits a component into parts whose squared norms add up, with forms.
 
   Returns:
     None if only the parameters' own gradients can be used.
@@ -139,16 +243,16 @@ def _clusters(
     for other in clusters[:i]:
       if not _disjoint(_place(one[0]), _place(other[0])):
         return None
-  views = []
+  formed = []
   for cluster in clusters:
     # A lookup's rows are one-hot and cannot be swapped with its columns. The
     # other sites' factors are swapped to match the first site's.
-    cluster.sort(key=lambda site: site.name != "gather")
-    view = _view(cluster)
-    if view is None:
+    cluster.sort(key=lambda site: site.rule.can_transpose)
+    form = _form(cluster)
+    if form is None:
       return None
-    views.append((tuple(cluster), view))
-  return views
+    formed.append((tuple(cluster), form))
+  return formed
 
 
 def _place(site: Site) -> tuple[object, ...]:
@@ -159,22 +263,22 @@ def _place(site: Site) -> tuple[object, ...]:
   return steps
 
 
-def _view(cluster: Sequence[Site]) -> str | None:
-  layouts = [dense.layout(site) for site in cluster]
+def _form(cluster: Sequence[Site]) -> Form | None:
+  layouts = [site.rule.layout(site) for site in cluster]
   first = layouts[0]
   if first is not None and all(
-    x is not None and dense.swapped(first, x) in _turns(site)
+    x is not None and factors.swapped(first, x) in _turns(site)
     for site, x in zip(cluster, layouts, strict=True)
   ):
-    return "factors"
-  origins = [site.weight.origin for site in cluster]
-  loops = {site.weight_shape for site in cluster}
-  return "weight" if len(set(origins)) == len(loops) == 1 else None
+    return Form.FACTORS
+  origins = {site.weight.origin for site in cluster}
+  shapes = {site.weight_shape for site in cluster}
+  return Form.WEIGHT if len(origins) == len(shapes) == 1 else None
 
 
 def _turns(site: Site) -> tuple[bool, ...]:
-  """Returns which values of `dense.swapped` a site's factors allow."""
-  return (False,) if site.name == "gather" else (False, True)
+  """Returns which values of `factors.swapped` a site's factors allow."""
+  return (False, True) if site.rule.can_transpose else (False,)
 
 
 def _disjoint(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
@@ -190,3 +294,23 @@ def _disjoint(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
       for a_start, a_end, b_start, b_end in zip(*a[1:], *b[1:], strict=True)  # type: ignore[index]
     )
   return False
+
+
+def _placed(site: Site, x: jax.Array, first: Site) -> jax.Array:
+  """Permutes the axes of a weight's gradient to those of `first`'s weight."""
+  axes = list(range(x.ndim))
+  lead = x.ndim - len(site.var.aval.shape)
+  for one, invert in ((site, True), (first, False)):
+    assert one.weight.origin is not None
+    trailing = []
+    for step in reversed(one.weight.origin.steps):
+      if step[0] != "transpose":
+        break
+      trailing.append(step[1])
+    for permutation in trailing if invert else reversed(trailing):
+      if invert:
+        order = [permutation.index(a) for a in range(len(permutation))]
+      else:
+        order = list(permutation)
+      axes = [*axes[:lead], *(axes[lead + a] for a in order)]
+  return jnp.transpose(x, axes)

@@ -4,9 +4,10 @@ A loss is traced for one example and read as a list of equations. Every value
 in it is a constant, a weight (computed from parameters and constants alone) or
 data. A place where a weight meets data is a site. There are two sorts:
 
-* A product: dot, convolution or embedding lookup. The weight stays one array
-  for all examples. An example's gradient with respect to it is a function of
-  two small arrays, the data operand and the gradient of the output.
+* A product: a layer with a rule, such as a dot, a convolution or an embedding
+  lookup. The weight stays one array for all examples. An example's gradient
+  with respect to it is a function of two small arrays, the data operand and the
+  gradient of the output.
 * A promotion: anything else (a bias, a scale, a branch, a custom derivative,
   ...). There the weight becomes data, and JAX differentiates it for each
   example. This is exact for every program that JAX can differentiate; it costs
@@ -85,6 +86,8 @@ class Site:
     key: its place: an equation's number for each enclosing block, then its own;
       promotions have negative numbers.
     eqn: the product; None for a promotion.
+    rule: the `dpdist.clipping.layers.layer_rule.LayerRule` of the product, or
+      that of promotions.
     operand: which operand of the product is the weight.
     var: the weight, a variable of its block.
     weight: what is known about the weight.
@@ -94,6 +97,7 @@ class Site:
 
   key: tuple[int, ...]
   eqn: Any
+  rule: Any
   operand: int
   var: Any
   weight: Weight
@@ -102,8 +106,8 @@ class Site:
 
   @property
   def name(self) -> str:
-    """Returns the primitive's name, or "promotion"."""
-    return "promotion" if self.eqn is None else self.eqn.primitive.name
+    """Returns what the rule is for: a primitive, or the fallback."""
+    return str(self.rule.primitive)
 
   @property
   def tap_shape(self) -> tuple[int, ...]:
@@ -265,6 +269,14 @@ def uses(eqn: Any, prefix: str) -> bool:
     uses(inner, prefix)
     for jaxpr in core.jaxprs_in_params(eqn.params)
     for inner in jaxpr.eqns
+  )
+
+
+def is_floating(eqn: Any) -> bool:
+  """Returns whether all operands and results are floats."""
+  return all(
+    jnp.issubdtype(x.aval.dtype, jnp.floating)
+    for x in (*eqn.invars, *eqn.outvars)
   )
 
 

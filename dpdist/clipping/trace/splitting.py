@@ -1,6 +1,6 @@
 """Finds where the parameters of a loss meet its data; see `program.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import math
 from typing import Any
 
@@ -16,12 +16,9 @@ from dpdist.clipping.trace.program import Site
 from dpdist.clipping.trace.program import Weight
 
 _REMAT = ("remat", "remat2", "checkpoint")
-# Products with a weight in operand i; anything else is promoted.
-_PRODUCTS = {
-  "dot_general": (0, 1),
-  "conv_general_dilated": (1,),
-  "gather": (0,),
-}
+# Returns the rule of an equation whose operand of this number is a weight, None
+# if there is none; or of promotions, if the equation is None.
+FindRule = Callable[[Any, int], Any]
 # Equations that only move entries or change their signs: a gradient has the
 # same norm before and after.
 _ISOMETRIES = (
@@ -49,7 +46,10 @@ _WIDENED = (
 
 
 def split(
-  closed: core.ClosedJaxpr, num_leaves: int, num_constants: int = 0
+  closed: core.ClosedJaxpr,
+  num_leaves: int,
+  num_constants: int,
+  find_rule: FindRule,
 ) -> Block:
   """Finds what every value depends on, and where weights meet data.
 
@@ -59,6 +59,7 @@ def split(
       data. The first output is the loss, the others are its aux.
     num_leaves: number of trained parameters.
     num_constants: number of frozen parameters.
+    find_rule: finds the rules of products.
 
   Returns:
     The block of the whole program. Its first output is data.
@@ -76,15 +77,23 @@ def split(
     )
     for i in range(num_leaves)
   ]
-  return _Splitter((), ()).split(Block(closed, kinds, 1), weights, {})
+  return _Splitter((), (), find_rule).split(
+    Block(closed, kinds, 1), weights, {}
+  )
 
 
 class _Splitter:
   """Walks one block; see `split`."""
 
-  def __init__(self, prefix: tuple[int, ...], lengths: tuple[int, ...]):
+  def __init__(
+    self,
+    prefix: tuple[int, ...],
+    lengths: tuple[int, ...],
+    find_rule: FindRule,
+  ):
     self._prefix = prefix
     self._lengths = lengths
+    self._find_rule = find_rule
 
   def split(
     self,
@@ -136,8 +145,11 @@ class _Splitter:
     else:
       self._label(eqn, Kind.DATA)
       name = eqn.primitive.name
-      if self._is_product(eqn, kinds):
-        self._product(number, eqn, kinds.index(Kind.WEIGHT))
+      rule = self._rule_of(eqn, kinds)
+      if rule is not None:
+        operand = kinds.index(Kind.WEIGHT)
+        (out,) = eqn.outvars
+        self._site(number, eqn, rule, operand, eqn.invars[operand], out.aval)
       elif name == "scan":
         self._scan(number, eqn, kinds)
       elif name in _REMAT:
@@ -249,38 +261,34 @@ class _Splitter:
     if best not in block.promotions:
       number = -1 - len(block.promotions)
       block.promotions[best] = number
-      self._site(number, None, 0, best, best.aval)
+      rule = self._find_rule(None, 0)
+      self._site(number, None, rule, 0, best, best.aval)
 
   # Sites, where weights meet data.
 
-  def _is_product(self, eqn: Any, kinds: Sequence[Kind]) -> bool:
-    name = eqn.primitive.name
-    if name not in _PRODUCTS or kinds.count(Kind.WEIGHT) != 1:
-      return False
+  def _rule_of(self, eqn: Any, kinds: Sequence[Kind]) -> Any:
+    """Returns the rule of an equation that is a product, or None."""
+    if len(kinds) != 2 or len(eqn.outvars) != 1:
+      return None
+    if kinds.count(Kind.WEIGHT) != 1 or not _is_of_one_range(eqn):
+      return None
+    operand = kinds.index(Kind.WEIGHT)
+    (out,) = eqn.outvars
     if not all(
       jnp.issubdtype(x.aval.dtype, jnp.floating)
-      for x in (eqn.outvars[0], eqn.invars[kinds.index(Kind.WEIGHT)])
+      for x in (out, eqn.invars[operand])
     ):
-      return False
-    if name == "conv_general_dilated" and eqn.params["batch_group_count"] != 1:
-      return False
-    if name == "gather":
-      if not _is_lookup(eqn):
-        return False
-    elif not _is_of_one_range(eqn):
-      return False
-    return kinds.index(Kind.WEIGHT) in _PRODUCTS[name]
-
-  def _product(self, number: int, eqn: Any, operand: int) -> None:
-    self._site(number, eqn, operand, eqn.invars[operand], eqn.outvars[0].aval)
+      return None
+    return self._find_rule(eqn, operand)
 
   def _site(
-    self, number: int, eqn: Any, operand: int, var: Any, out: Any
+    self, number: int, eqn: Any, rule: Any, operand: int, var: Any, out: Any
   ) -> None:
     block = self._block
     block.sites[number] = Site(
       (*self._prefix, number),
       eqn,
+      rule,
       operand,
       var,
       block.weights[var],
@@ -313,7 +321,7 @@ class _Splitter:
     body = program.without_calls(params["jaxpr"])
     while True:
       block = _Splitter(
-        (*self._prefix, number), (*self._lengths, length)
+        (*self._prefix, number), (*self._lengths, length), self._find_rule
       ).split(
         Block(
           body,
@@ -352,7 +360,9 @@ class _Splitter:
 
   def _remat(self, number: int, eqn: Any, kinds: list[Kind]) -> None:
     body = program.without_calls(core.ClosedJaxpr(eqn.params["jaxpr"], ()))
-    block = _Splitter((*self._prefix, number), self._lengths).split(
+    block = _Splitter(
+      (*self._prefix, number), self._lengths, self._find_rule
+    ).split(
       Block(body, tuple(kinds), len(eqn.outvars), len(self._lengths)),
       [
         self._block.weights[x]
@@ -408,26 +418,5 @@ def _is_of_one_range(eqn: Any) -> bool:
   one.
   """
   dtypes = [x.aval.dtype for x in (*eqn.invars, *eqn.outvars)]
-  if not all(jnp.issubdtype(x, jnp.floating) for x in dtypes):
-    return False
-  return len({jnp.promote_types(x, jnp.float32) for x in dtypes}) == 1
-
-
-def _is_lookup(eqn: Any) -> bool:
-  """Returns whether a gather takes whole rows of a table, one for each index.
-
-  JAX checks bounds in the indices' dtype, in which rows of a larger table may
-  seem to be outside, and drops their gradients.
-  """
-  numbers = eqn.params["dimension_numbers"]
-  shape = eqn.invars[0].aval.shape
-  return (
-    len(shape) == 2
-    and shape[0] - 1 <= jnp.iinfo(eqn.invars[1].aval.dtype).max
-    and tuple(numbers.collapsed_slice_dims) == (0,)
-    and tuple(numbers.start_index_map) == (0,)
-    and not numbers.operand_batching_dims
-    and tuple(eqn.params["slice_sizes"]) == (1, shape[1])
-    and eqn.invars[1].aval.shape[-1:] == (1,)
-    and tuple(numbers.offset_dims) == (len(eqn.outvars[0].aval.shape) - 1,)
-  )
+  floats = [x for x in dtypes if jnp.issubdtype(x, jnp.floating)]
+  return len({jnp.promote_types(x, jnp.float32) for x in floats}) == 1

@@ -1,0 +1,90 @@
+"""The rule of embeddings: rows of a table that are looked up by ids."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpdist import registry
+from dpdist.clipping.layers import costs
+from dpdist.clipping.layers import factors
+from dpdist.clipping.layers import layer_rule
+from dpdist.clipping.trace.program import Site
+
+
+@registry.register("layer_rule", "gather")
+class Gather(layer_rule.LayerRule):
+  """A product whose rows are one-hot. Nothing is multiplied or rounded."""
+
+  primitive = "gather"
+  weight_operands = (0,)
+  multiplies = False
+  # One-hot rows cannot be columns.
+  can_transpose = False
+
+  def matches(self, eqn: Any) -> bool:
+    """Returns whether it takes whole rows of a table, one for each index.
+
+    JAX checks bounds in the indices' dtype, in which rows of a larger table may
+    seem to be outside, and drops their gradients.
+    """
+    numbers = eqn.params["dimension_numbers"]
+    shape = eqn.invars[0].aval.shape
+    return (
+      len(shape) == 2
+      and shape[0] - 1 <= jnp.iinfo(eqn.invars[1].aval.dtype).max
+      and tuple(numbers.collapsed_slice_dims) == (0,)
+      and tuple(numbers.start_index_map) == (0,)
+      and not numbers.operand_batching_dims
+      and tuple(eqn.params["slice_sizes"]) == (1, shape[1])
+      and eqn.invars[1].aval.shape[-1:] == (1,)
+      and tuple(numbers.offset_dims) == (len(eqn.outvars[0].aval.shape) - 1,)
+    )
+
+  def layout(self, site: Site) -> factors.Layout | None:
+    """Returns the table's layout: a row for each id."""
+    if any(site.weight.loops):
+      return None
+    return factors.layout(site, ((), (0,), (1,)))
+
+  def to_factors(
+    self, site: Site, operand: jax.Array, cotangent: jax.Array
+  ) -> factors.Lookup:
+    """Returns ids and columns, those of all iterations in one list."""
+    return lookup(site, operand, cotangent)
+
+  def factor_sizes(self, site: Site) -> tuple[int, int, int, int]:
+    """Returns the sizes; one-hot rows have no width."""
+    width = site.eqn.invars[0].aval.shape[1]
+    return 1, math.prod(site.tap_shape) // max(1, width), 0, width
+
+  def forming_cost(self, site: Site, model: costs.Model) -> costs.Cost:
+    """Returns the cost of adding a row to the table for each position."""
+    del model
+    return costs.Cost(0, 4.0 * math.prod(site.tap_shape), 0)
+
+  def positions(self, site: Site, operand: jax.Array | None) -> int:
+    """Returns the number of ids, which may all be equal."""
+    del site
+    assert operand is not None
+    return operand.size
+
+
+def lookup(
+  site: Site, indices: jax.Array, cotangent: jax.Array
+) -> factors.Lookup:
+  """Returns the factors of an example's embedding lookup, loops included."""
+  table = site.eqn.invars[0].aval.shape
+  # The number of rows may be too large for the dtype of the ids: uint8 holds
+  # 256 ids, but not the number 256.
+  if indices.dtype.itemsize < 4:
+    indices = indices.astype(jnp.int32)
+  indices = indices.reshape(-1)
+  columns = cotangent.reshape(-1, table[1])
+  inside = (indices >= 0) & (indices < table[0])
+  # Plain indexing assumes ids in bounds, and reads the nearest row for others.
+  # The gradient's scatter nevertheless drops what is out of bounds.
+  if site.eqn.params["mode"] != jax.lax.GatherScatterMode.CLIP:
+    columns = jnp.where(inside[:, None], columns, 0)
+  return factors.Lookup(jnp.clip(indices, 0, table[0] - 1), columns)
