@@ -130,7 +130,7 @@ def _norms(
         problem.block,
         problem.inputs(example),
         taps,
-        product=product,
+        evaluate.Hooks(product),
       )
       return outs, {k: x for k, x in operands.items() if k not in inside}
 
@@ -289,9 +289,7 @@ def _weighted_gradient(
       problem.block,
       values,
       {},
-      product=product,
-      gather=gather,
-      promote=promote,
+      evaluate.Hooks(product, gather, promote),
     )[0][0]
 
   def losses(trained: list[Any]) -> jax.Array:

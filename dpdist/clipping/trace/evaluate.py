@@ -7,7 +7,7 @@ gradient and the data operands that met the weights.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
@@ -21,12 +21,6 @@ from dpdist.clipping.trace.program import Site
 
 PyTree = Any
 Key = tuple[int, ...]
-# Runs a product: (site, weight, operand, tap) -> output.
-Product = Callable[[Site, jax.Array, jax.Array, Any], jax.Array]
-# Is applied to a weight where it becomes data: (weight) -> weight.
-Promote = Callable[[jax.Array], jax.Array]
-# Gathers a parameter's parts: (shard) -> array.
-Gather = Callable[[shards.Shard], jax.Array]
 
 
 def tapped(
@@ -38,14 +32,28 @@ def tapped(
   return out if tap is None else out + tap
 
 
+class Hooks(NamedTuple):
+  """What is done where weights are used.
+
+  Attributes:
+    product: runs a product: (site, weight, operand, tap) -> output.
+    gather: gathers a shard and its other parts, where it is used.
+    promote: is applied to a weight where it becomes data.
+  """
+
+  product: Callable[[Site, jax.Array, jax.Array, Any], jax.Array] = tapped
+  gather: Callable[[shards.Shard], jax.Array] = shards.Shard.whole
+  promote: Callable[[jax.Array], jax.Array] = lambda weight: weight
+
+
+_PLAIN = Hooks()
+
+
 def forward(
   block: Block,
   values: Sequence[Any],
   taps: Mapping[Key, Any],
-  *,
-  product: Product = tapped,
-  gather: Gather = shards.Shard.whole,
-  promote: Promote = lambda weight: weight,
+  hooks: Hooks = _PLAIN,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
   """Runs a block on one example.
 
@@ -55,9 +63,7 @@ def forward(
       `shards.Shard`s.
     taps: for each site's key, what is added to its output; a site without a tap
       runs unchanged. In a loop, a leading axis is over the iterations.
-    product: runs the products.
-    gather: gathers a shard and its other parts, where it is used.
-    promote: is applied to a weight where it becomes data.
+    hooks: what is done where weights are used.
 
   Returns:
     The outputs; and the data operand of every product, by key, with a leading
@@ -74,7 +80,7 @@ def forward(
 
   def read(atom: Any) -> Any:
     if isinstance(read_part(atom), shards.Shard):
-      env[atom] = gather(env[atom])
+      env[atom] = hooks.gather(env[atom])
     return read_part(atom)
 
   def read_data(atom: Any) -> Any:
@@ -83,7 +89,7 @@ def forward(
     if atom not in promoted:
       if atom in block.promotions:
         tap = taps.get(block.sites[block.promotions[atom]].key)
-        weight = promote(read(atom))
+        weight = hooks.promote(read(atom))
         promoted[atom] = weight if tap is None else weight + tap
       else:
         eqn = block.definition[atom]
@@ -101,14 +107,14 @@ def forward(
       weight = read(eqn.invars[site.operand])
       operand = read(eqn.invars[1 - site.operand])
       operands[site.key] = operand
-      outs = [product(site, weight, operand, taps.get(site.key))]
+      outs = [hooks.product(site, weight, operand, taps.get(site.key))]
     elif number in block.blocks:
       inner = block.blocks[number]
       arguments = [
         read_data(x) if kind == Kind.DATA else read_part(x)
         for x, kind in zip(eqn.invars, inner.kinds, strict=True)
       ]
-      outs, more = _inner(eqn, inner, arguments, taps, product, gather, promote)
+      outs, more = _inner(eqn, inner, arguments, taps, hooks)
       operands.update(more)
     else:
       outs = program.bind(eqn, [read_data(x) for x in eqn.invars])
@@ -123,15 +129,18 @@ def _inner(
   block: Block,
   values: Sequence[Any],
   taps: Mapping[Key, Any],
-  product: Product,
-  gather: Gather,
-  promote: Promote,
+  hooks: Hooks,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
   """Runs a block inside another one, with that block's own taps."""
   keys = [site.key for site in block.all_sites() if site.key in taps]
-  run = _loop if block.loop is not None else _rematerialised
-  mine = {key: taps[key] for key in keys}
-  return run(eqn, block, values, mine, product, gather, promote)
+  own = {key: taps[key] for key in keys}
+  if block.loop is not None:
+    return _loop(eqn, block, values, own, hooks)
+  return jax.checkpoint(
+    lambda values, taps: forward(block, values, taps, hooks),
+    prevent_cse=eqn.params["prevent_cse"],
+    policy=eqn.params["policy"],
+  )(list(values), own)
 
 
 def _loop(
@@ -139,15 +148,13 @@ def _loop(
   body: Block,
   values: Sequence[Any],
   taps: dict[Key, Any],
-  product: Product,
-  gather: Gather,
-  promote: Promote,
+  hooks: Hooks,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
   num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+  gather = lambda x: hooks.gather(x) if isinstance(x, shards.Shard) else x
   # Gathers once for all iterations what is the same in all of them, and what is
   # divided along them.
-  once = lambda x: gather(x) if isinstance(x, shards.Shard) else x
-  consts = [once(x) for x in values[:num_consts]]
+  consts = [gather(x) for x in values[:num_consts]]
   carry = values[num_consts : num_consts + num_carry]
   stacked = [
     gather(x) if isinstance(x, shards.Shard) and x.divides_rows() else x
@@ -156,14 +163,7 @@ def _loop(
 
   def step(carry: Any, xs: Any) -> tuple[Any, Any]:
     now, taps_now = xs
-    outs, operands = forward(
-      body,
-      [*consts, *carry, *now],
-      taps_now,
-      product=product,
-      gather=gather,
-      promote=promote,
-    )
+    outs, operands = forward(body, [*consts, *carry, *now], taps_now, hooks)
     return outs[:num_carry], (outs[num_carry:], operands)
 
   carry, (ys, operands) = jax.lax.scan(
@@ -175,32 +175,6 @@ def _loop(
     unroll=eqn.params["unroll"],
   )
   return [*carry, *ys], operands
-
-
-def _rematerialised(
-  eqn: Any,
-  block: Block,
-  values: Sequence[Any],
-  taps: dict[Key, Any],
-  product: Product,
-  gather: Gather,
-  promote: Promote,
-) -> tuple[list[Any], dict[Key, jax.Array]]:
-  def run(values: Any, taps: Any) -> Any:
-    return forward(
-      block,
-      values,
-      taps,
-      product=product,
-      gather=gather,
-      promote=promote,
-    )
-
-  return jax.checkpoint(
-    run,
-    prevent_cse=eqn.params["prevent_cse"],
-    policy=eqn.params["policy"],
-  )(list(values), taps)
 
 
 def to_parameters(
