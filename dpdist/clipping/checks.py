@@ -145,7 +145,7 @@ def derivatives(
     axes: the mesh axes along which the batch is divided.
   """
   closed = block.jaxpr
-  if not any(program.uses(eqn, "custom_") for eqn in closed.jaxpr.eqns):
+  if not any(program.calls(eqn, "custom_") for eqn in closed.jaxpr.eqns):
     return
 
   def loss(params: list[Any]) -> jax.Array:
@@ -166,7 +166,7 @@ def randomness(jaxpr: Any) -> None:
 
   With them, norm and sum could be those of two different gradients.
   """
-  if any(program.uses(eqn, "rng_uniform") for eqn in jaxpr.eqns):
+  if any(program.calls(eqn, "rng_uniform") for eqn in jaxpr.eqns):
     raise ValueError(
       "loss_fn must draw its random numbers from its rng by jax.random, got"
       " jax.lax.rng_uniform, which draws others each time it is run"

@@ -5,7 +5,7 @@ import math
 
 from dpdist.clipping.layers.rules import Form
 from dpdist.clipping.layers.rules import Rule
-from dpdist.clipping.trace.program import Site
+from dpdist.clipping.trace.program import WeightUse
 
 
 def table(
@@ -28,7 +28,7 @@ def table(
     rows.append(
       (
         ", ".join(names[i] for i in sorted(rule.leaves)),
-        " + ".join(_place(site) for site in rule.sites),
+        " + ".join(_place(use) for use in rule.uses),
         rule.strategy.text + by_parameter,
         f"{rule.cost.flops:.2g}",
         f"{rule.cost.bytes:.2g}",
@@ -61,15 +61,15 @@ def ways(
     return dict.fromkeys(names, "every gradient formed and kept (vmap)")
   found = dict.fromkeys(names, "not used by the loss")
   for rule in rules:
-    places = " + ".join(_place(site) for site in rule.sites)
+    places = " + ".join(_place(use) for use in rule.uses)
     for i in rule.leaves:
       found[names[i]] = f"{rule.strategy.text}, {places} ({method})"
   return found
 
 
-def _place(site: Site) -> str:
-  shape = "x".join(map(str, site.weight_shape)) or "scalar"
-  loops = math.prod(site.lengths)
-  return f"{site.name} {shape}" + (
+def _place(use: WeightUse) -> str:
+  shape = "x".join(map(str, use.weight_shape)) or "scalar"
+  loops = math.prod(use.lengths)
+  return f"{use.name} {shape}" + (
     f" in {loops} iterations" if loops > 1 else ""
   )

@@ -13,7 +13,7 @@ from dpdist.clipping.layers import layer_rule
 from dpdist.clipping.layers import rules
 from dpdist.clipping.trace import program
 from dpdist.clipping.trace import shards
-from dpdist.clipping.trace import splitting
+from dpdist.clipping.trace import split
 from dpdist.clipping.trace import varying_axes
 
 PyTree = Any
@@ -24,7 +24,7 @@ class Traced(NamedTuple):
 
   Attributes:
     loss_fn: (trainable leaves, frozen leaves, *example) -> (loss, aux).
-    block: the loss as a block of equations and sites.
+    block: the loss as a block of equations and weight uses.
     shapes: the shapes of (loss, aux).
     effects: names of the effects that prevent such an analysis.
   """
@@ -130,7 +130,7 @@ def trace(
   effects = program.effects(closed.jaxpr)
   if effects:  # It is not analyzed: all of it counts as data.
     num_leaves = num_constants = 0
-  block = splitting.split(
+  block = split.split(
     closed,
     num_leaves,
     num_constants,

@@ -320,7 +320,7 @@ class ClippedGrad:
       model = model.without_keeping()
     return bookkeeping.Problem(
       traced.block,
-      rules.choose(traced.block.all_sites(), groups, model),
+      rules.choose(traced.block.all_uses(), groups, model),
       parts.trainable,
       parts.frozen,
       groups,

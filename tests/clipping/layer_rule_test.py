@@ -35,24 +35,24 @@ PART = 1.0
 class _Elementwise(layer_rule.LayerRule):
   weight_operands = (0, 1)
 
-  def forming_cost(self, site, model):
-    return costs.Cost(0, 4.0 * math.prod(site.tap_shape), 0)
+  def forming_cost(self, use, model):
+    return costs.Cost(0, 4.0 * math.prod(use.tap_shape), 0)
 
-  def strategies(self, site, model):
-    return {} if site.lengths else {OWN: costs.Cost(0, 0, 0)}
+  def strategies(self, use, model):
+    return {} if use.lengths else {OWN: costs.Cost(0, 0, 0)}
 
-  def positions(self, site, operand):
-    return math.prod(site.lengths)
+  def positions(self, use, operand):
+    return math.prod(use.lengths)
 
 
 @registry.register("layer_rule", "scale")
 class Scale(_Elementwise):
   primitive = "mul"
 
-  def norm(self, strategy, site, operand, cotangent, unit_roundoff):
+  def norm(self, strategy, use, operand, cotangent, unit_roundoff):
     return PART * norms.of(norms.widen(operand) * norms.widen(cotangent))
 
-  def terms(self, site, operand, cotangent):
+  def terms(self, use, operand, cotangent):
     product, power = norms.products(norms.of(operand), norms.of(cotangent))
     return norms.times_power_of_two(product, power)
 
@@ -62,7 +62,7 @@ class Bias(_Elementwise):
   primitive = "add"
   multiplies = False
 
-  def norm(self, strategy, site, operand, cotangent, unit_roundoff):
+  def norm(self, strategy, use, operand, cotangent, unit_roundoff):
     return PART * norms.of(cotangent)
 """
 

@@ -77,8 +77,8 @@ def _convolution():
 
 
 def _ids_in_their_own_dtype(monkeypatch):
-  def lookup(site, indices, cotangent):
-    size, width = site.eqn.invars[0].aval.shape
+  def lookup(use, indices, cotangent):
+    size, width = use.eqn.invars[0].aval.shape
     ids, columns = indices.reshape(-1), cotangent.reshape(-1, width)
     inside = (ids >= 0) & (ids < jnp.asarray(size).astype(ids.dtype))
     columns = jnp.where(inside[:, None], columns, 0)
@@ -145,8 +145,8 @@ def _rescaled():
 
 
 def _no_floor(monkeypatch):
-  def terms(rule, site, x, g):
-    rows, columns = rule.to_factors(site, x, g)
+  def terms(rule, use, x, g):
+    rows, columns = rule.to_factors(use, x, g)
     return jnp.sum(_plain(rows, -1) * _plain(columns, -1))
 
   monkeypatch.setattr(dense.DotGeneral, "terms", terms)

@@ -27,7 +27,7 @@ from dpdist.clipping.trace import evaluate
 from dpdist.clipping.trace import shards
 from dpdist.clipping.trace import varying_axes
 from dpdist.clipping.trace.program import Block
-from dpdist.clipping.trace.program import Site
+from dpdist.clipping.trace.program import WeightUse
 
 PyTree = Any
 Key = tuple[int, ...]
@@ -37,8 +37,8 @@ class Problem(NamedTuple):
   """The input of the engines that does not depend on examples.
 
   Attributes:
-    block: the loss of one example, split into equations and sites.
-    rules: cover all its sites.
+    block: the loss of one example, split into equations and weight uses.
+    rules: cover all its uses.
     leaves: the trained parameters; some may be `shards.Shard`s.
     frozen: the frozen parameters; some may be `shards.Shard`s.
     groups: for each parameter the number of the group it is clipped with.
@@ -62,9 +62,9 @@ class Problem(NamedTuple):
     """Returns the relative error of the operands of a sum's products."""
     return max(
       (
-        costs.unit_roundoff(self.platform, site.eqn.params.get("precision"))
-        for site in rule.sites
-        if site.eqn is not None
+        costs.unit_roundoff(self.platform, use.eqn.params.get("precision"))
+        for use in rule.uses
+        if use.eqn is not None
       ),
       default=0.0,
     )
@@ -99,20 +99,20 @@ def clipped_sum(
     if rule.strategy.stores:
       continue
     group = problem.groups[min(rule.leaves)]
-    for site in rule.sites:
-      x, g = operands[site.key], cotangents[site.key]
-      other = x if _scales_cotangent(site, x, g) else g
-      less[group] += jax.vmap(functools.partial(lost, site))(other)
+    for use in rule.uses:
+      x, g = operands[use.key], cotangents[use.key]
+      other = x if _scales_cotangent(use, x, g) else g
+      less[group] += jax.vmap(functools.partial(lost, use))(other)
   scales, total = problem.scaling.scales(total, keep, less)
   sums = weighted_sum(problem, operands, cotangents, kept, scales)
   return problem.scaling.enlarged(sums, problem.groups), outs, total
 
 
-def lost(site: Site, other: jax.Array) -> jax.Array:
+def lost(use: WeightUse, other: jax.Array) -> jax.Array:
   """Bounds the norm of what underflow takes from an example's product.
 
   Args:
-    site: a product, one side of which is multiplied with at most 1.
+    use: a product, one side of which is multiplied with at most 1.
     other: the other side, for one example.
 
   Returns:
@@ -121,9 +121,9 @@ def lost(site: Site, other: jax.Array) -> jax.Array:
     is that number times the sum of the other side's magnitudes, times the
     square root of the number of entries.
   """
-  if not site.rule.multiplies:
+  if not use.layer.multiplies:
     return jnp.zeros((), jnp.float32)
-  each = math.sqrt(math.prod(site.weight_shape)) * float(
+  each = math.sqrt(math.prod(use.weight_shape)) * float(
     jnp.finfo(other.dtype if other.dtype.itemsize > 4 else jnp.float32).tiny
   )
   other = norms.widen(other)
@@ -137,13 +137,13 @@ def backward(
 
   Returns:
     The data operands of products and the gradients of the tapped values, both
-    by site and with a leading axis B; and the outputs of the loss.
+    by use and with a leading axis B; and the outputs of the loss.
   """
   size = examples[0].shape[0]
   taps = varying_axes.cast_to_varying(
     {
-      site.key: jnp.zeros((size, *site.tap_shape), site.out.dtype)
-      for site in problem.block.all_sites()
+      use.key: jnp.zeros((size, *use.tap_shape), use.out.dtype)
+      for use in problem.block.all_uses()
     },
     varying_axes.varying_axes((list(problem.leaves), list(examples))),
   )
@@ -174,16 +174,16 @@ def norms_of(
   Args:
     problem: the loss, its parameters and the scaling.
     rule: the rule.
-    operands: the products' data operands, by site; leading axis B. Those of
+    operands: the products' data operands, by use; leading axis B. Those of
       other rules are ignored.
-    cotangents: the gradients of the sites' outputs, in the same form.
+    cotangents: the gradients of the uses' outputs, in the same form.
 
   Returns:
     [B] for each group; and the gradients in the form of `rule.form`, leading
     axis B, None where they are not formed.
   """
-  operands = {s.key: operands[s.key] for s in rule.sites if s.eqn is not None}
-  cotangents = {s.key: cotangents[s.key] for s in rule.sites}
+  operands = {s.key: operands[s.key] for s in rule.uses if s.eqn is not None}
+  cotangents = {s.key: cotangents[s.key] for s in rule.uses}
   if rule.form is not Form.PARAMETERS:
     group = problem.groups[min(rule.leaves)]
     found, formed = jax.vmap(functools.partial(norm, problem, rule))(
@@ -212,7 +212,7 @@ def norms_of(
   # Taking gradients to the parameters passes over them many times. Where the
   # gradients of all examples do not fit in the cache, take one at a time.
   (size,) = {len(x) for x in cotangents.values()}
-  size *= 4 * sum(math.prod(site.weight_shape) for site in rule.sites)
+  size *= 4 * sum(math.prod(use.weight_shape) for use in rule.uses)
   if problem.platform == "cpu" and size > costs.CACHE_BYTES["cpu"]:
     return jax.lax.map(one, (operands, cotangents))
   return jax.vmap(one)((operands, cotangents))
@@ -229,8 +229,8 @@ def norm(
   Args:
     problem: the loss, its parameters and the scaling.
     rule: the rule; its form is not PARAMETERS.
-    operands: the products' data operands, by site.
-    cotangents: the gradients of the sites' outputs.
+    operands: the products' data operands, by use.
+    cotangents: the gradients of the uses' outputs.
 
   Returns:
     A scalar; and the gradient in the form of `rule.form`, None if not formed.
@@ -246,22 +246,22 @@ def norm(
     # The sum is computed by another product, in which terms that cancel here
     # may leave their rounding errors.
     size: Any = sum(
-      s.rule.terms(s, operands.get(s.key), cotangents[s.key])
-      for s in rule.sites
+      s.layer.terms(s, operands.get(s.key), cotangents[s.key])
+      for s in rule.uses
     )
     found = jnp.maximum(found, inner_products.SUMMED**0.5 * size)
     # Both products round.
     twice = 2 * sum(
-      s.rule.positions(s, operands.get(s.key)) for s in rule.sites
+      s.layer.positions(s, operands.get(s.key)) for s in rule.uses
     )
     found = inner_products.with_room(found, size, twice, 0.0)
     if unit_roundoff:
       # What is not multiplied is not rounded.
       terms: Any = sum(
-        s.rule.terms(s, operands[s.key], cotangents[s.key])
-        if s.rule.multiplies
+        s.layer.terms(s, operands[s.key], cotangents[s.key])
+        if s.layer.multiplies
         else jnp.zeros((), norms.wide(cotangents[s.key].dtype))
-        for s in rule.sites
+        for s in rule.uses
       )
       found = inner_products.with_room(found, terms, 0, unit_roundoff)
   return found, formed
@@ -273,12 +273,12 @@ def _of_weights(
   operands: dict[Key, jax.Array],
   cotangents: dict[Key, jax.Array],
 ) -> dict[Key, jax.Array]:
-  """Returns the gradients of the sites' weights for one example."""
+  """Returns the gradients of the uses' weights for one example."""
   return {
-    site.key: site.rule.gradient(
-      site, operands.get(site.key), cotangents[site.key], problem.platform
+    use.key: use.layer.gradient(
+      use, operands.get(use.key), cotangents[use.key], problem.platform
     )
-    for site in rule.sites
+    for use in rule.uses
   }
 
 
@@ -309,8 +309,8 @@ def weighted_sum(
 
   Args:
     problem: the loss, its parameters and the scaling.
-    operands: the products' data operands, by site; leading axis B.
-    cotangents: the gradients of the sites' outputs, in the same form.
+    operands: the products' data operands, by use; leading axis B.
+    cotangents: the gradients of the uses' outputs, in the same form.
     kept: for each rule its gradients as `norm` returns them, or None.
     scales: for each group, [B].
 
@@ -321,7 +321,7 @@ def weighted_sum(
   groups = problem.groups
   of_weights: dict[Key, jax.Array] = {}
   of_leaves: dict[int, jax.Array] = {}
-  products: list[tuple[Site, jax.Array]] = []
+  products: list[tuple[WeightUse, jax.Array]] = []
   for rule, formed in zip(problem.rules, kept, strict=True):
     if rule.form is Form.PARAMETERS and formed is not None:
       for i, x in formed.items():
@@ -331,9 +331,9 @@ def weighted_sum(
     # shares in a product cannot be scaled separately.
     scale = scales[groups[min(rule.leaves)]]
     if formed is None:
-      products.extend((site, scale) for site in rule.sites)
+      products.extend((use, scale) for use in rule.uses)
     else:
-      of_weights[rule.sites[0].key] = vmap.weighted_sum(formed, scale)
+      of_weights[rule.uses[0].key] = vmap.weighted_sum(formed, scale)
   of_weights |= _products(
     problem, products, operands, cotangents, scales[0] != 0
   )
@@ -346,7 +346,7 @@ def weighted_sum(
 
 def _products(
   problem: Problem,
-  sites: Sequence[tuple[Site, jax.Array]],
+  uses: Sequence[tuple[WeightUse, jax.Array]],
   operands: dict[Key, jax.Array],
   cotangents: dict[Key, jax.Array],
   keep: jax.Array,
@@ -356,12 +356,12 @@ def _products(
   An example that is left out may hold NaN on both sides, so both become 0.
   """
   scaled, others = {}, {}
-  for site, scale in sites:
-    x, g = operands[site.key], norms.widen(cotangents[site.key])
-    if _scales_cotangent(site, x, g):
-      scaled[site.key], others[site.key] = _scaled(scale, g), x
+  for use, scale in uses:
+    x, g = operands[use.key], norms.widen(cotangents[use.key])
+    if _scales_cotangent(use, x, g):
+      scaled[use.key], others[use.key] = _scaled(scale, g), x
     else:
-      scaled[site.key], others[site.key] = (
+      scaled[use.key], others[use.key] = (
         _scaled(scale, norms.widen(x)),
         g,
       )
@@ -374,18 +374,18 @@ def _products(
   else:
     others = jax.lax.cond(jnp.all(keep), lambda x: x, only_kept, others)
   sums = {}
-  for site, _ in sites:
-    one, other = scaled[site.key], others[site.key]
-    x, g = operands[site.key], cotangents[site.key]
-    if _scales_cotangent(site, x, g):
+  for use, _ in uses:
+    one, other = scaled[use.key], others[use.key]
+    x, g = operands[use.key], cotangents[use.key]
+    if _scales_cotangent(use, x, g):
       one, other = other, one
-    sums[site.key] = site.rule.weighted_sum(site, one, other)
+    sums[use.key] = use.layer.weighted_sum(use, one, other)
   return sums
 
 
-def _scales_cotangent(site: Site, x: jax.Array, g: jax.Array) -> bool:
+def _scales_cotangent(use: WeightUse, x: jax.Array, g: jax.Array) -> bool:
   """Returns whether the cotangent is scaled, and not the operand."""
-  return not site.rule.multiplies or g.size <= x.size
+  return not use.layer.multiplies or g.size <= x.size
 
 
 def _rows(scale: jax.Array, x: jax.Array) -> jax.Array:

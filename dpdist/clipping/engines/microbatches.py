@@ -22,10 +22,10 @@ def automatic_size(block: Block, batch_size: int, platform: str) -> int:
   """Chooses how many examples to work on at once."""
   if platform not in costs.CACHE_BYTES:
     return batch_size
-  sites = list(block.all_sites())
-  whole = 2 * 4 * batch_size * sum(math.prod(site.tap_shape) for site in sites)
+  uses = list(block.all_uses())
+  whole = 2 * 4 * batch_size * sum(math.prod(use.tap_shape) for use in uses)
   # Each part reads the weights and updates their sums once more.
-  weights = 4 * sum(math.prod(site.weight_shape) for site in sites)
+  weights = 4 * sum(math.prod(use.weight_shape) for use in uses)
   parts = 1
   while (
     parts < _MOST_PARTS

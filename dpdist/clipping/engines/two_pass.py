@@ -33,7 +33,7 @@ from dpdist.clipping.layers.rules import Rule
 from dpdist.clipping.trace import evaluate
 from dpdist.clipping.trace import shards
 from dpdist.clipping.trace import varying_axes
-from dpdist.clipping.trace.program import Site
+from dpdist.clipping.trace.program import WeightUse
 
 Key = tuple[int, ...]
 
@@ -100,28 +100,28 @@ def _norms(
     examples would be rounded differently. The outputs of the loss.
   """
   inside = {
-    rule.sites[0].key: _summed_by_a_product(rule)
+    rule.uses[0].key: _summed_by_a_product(rule)
     for rule in problem.rules
     if _is_local(rule)
   }
   taps = {
-    site.key: jnp.zeros((*shape, *site.lengths, 2), jnp.float32)
-    if site.key in inside
-    else jnp.zeros((*shape, *site.tap_shape), site.out.dtype)
-    for site in problem.block.all_sites()
+    use.key: jnp.zeros((*shape, *use.lengths, 2), jnp.float32)
+    if use.key in inside
+    else jnp.zeros((*shape, *use.tap_shape), use.out.dtype)
+    for use in problem.block.all_uses()
   }
   taps = varying_axes.cast_to_varying(
     taps, varying_axes.varying_axes((list(problem.leaves), list(examples)))
   )
 
   def product(
-    site: Site, weight: jax.Array, operand: jax.Array, tap: Any
+    use: WeightUse, weight: jax.Array, operand: jax.Array, tap: Any
   ) -> jax.Array:
     operand = _as_in_the_other_pass(operand)
-    if site.key not in inside:
-      out = evaluate.tapped(site, weight, operand, tap)
+    if use.key not in inside:
+      out = evaluate.tapped(use, weight, operand, tap)
     else:
-      out = _with_norm(problem, inside[site.key], weight, operand, tap)
+      out = _with_norm(problem, inside[use.key], weight, operand, tap)
     return _as_in_the_other_pass(out)
 
   def losses(taps: dict[Key, jax.Array]) -> tuple[jax.Array, Any]:
@@ -145,24 +145,24 @@ def _norms(
   kept: dict[int, jax.Array] = {}
   for rule in map(_summed_by_a_product, problem.rules):
     group = problem.groups[min(rule.leaves)]
-    first = rule.sites[0]
+    first = rule.uses[0]
     if first.key in inside:
       # Each iteration of a loop has its own weight.
       both = cotangents[first.key].reshape(*shape, -1, 2)
       total[group] = norms.hypot(total[group], norms.of(both[..., 0], -1))
       lost[group] += jnp.sum(both[..., 1], -1)
       continue
-    mine = {s.key: sharing.computed_once(cotangents[s.key]) for s in rule.sites}
+    mine = {s.key: sharing.computed_once(cotangents[s.key]) for s in rule.uses}
     found, formed = bookkeeping.norms_of(problem, rule, operands, mine)
     for i, norm in found.items():
       total[i] = norms.hypot(total[i], norm)
     if rule.form is Form.PARAMETERS:
       kept |= formed
       continue
-    for site in rule.sites:
-      if site.eqn is not None:
-        of_one = functools.partial(bookkeeping.lost, site)
-        lost[group] += jax.vmap(of_one)(operands[site.key])
+    for use in rule.uses:
+      if use.eqn is not None:
+        of_one = functools.partial(bookkeeping.lost, use)
+        lost[group] += jax.vmap(of_one)(operands[use.key])
   return total, lost, kept, outs
 
 
@@ -186,7 +186,7 @@ def _summed_by_a_product(rule: Rule) -> Rule:
 
 def _is_local(rule: Rule) -> bool:
   """Returns whether a rule needs one operand and one gradient at a time."""
-  (first, *more) = rule.sites
+  (first, *more) = rule.uses
   return (
     not more
     and first.eqn is not None
@@ -206,9 +206,9 @@ def _with_norm(
 
   The tap's gradient is that norm, and what underflow may take from the sum.
   """
-  (site,) = rule.sites
+  (use,) = rule.uses
   lone = dataclasses.replace(
-    site, lengths=(), weight=site.weight._replace(loops=())
+    use, lengths=(), weight=use.weight._replace(loops=())
   )
   run = lambda weight, operand: evaluate.tapped(lone, weight, operand, None)
 
@@ -234,9 +234,9 @@ def _with_norm(
       of_operand = None
     norm, _ = bookkeeping.norm(
       problem,
-      dataclasses.replace(rule, sites=(lone,)),
-      {site.key: operand},
-      {site.key: cotangent},
+      dataclasses.replace(rule, uses=(lone,)),
+      {use.key: operand},
+      {use.key: cotangent},
     )
     lost = bookkeeping.lost(lone, operand)
     return None, of_operand, jnp.stack([norm.astype(jnp.float32), lost])
@@ -272,16 +272,16 @@ def _weighted_gradient(
 
   def loss(leaves: list[Any], example: Any, scale: jax.Array) -> jax.Array:
     def product(
-      site: Site, weight: jax.Array, operand: jax.Array, tap: Any
+      use: WeightUse, weight: jax.Array, operand: jax.Array, tap: Any
     ) -> jax.Array:
       still = jax.lax.stop_gradient
       operand = _as_in_the_other_pass(operand)
       # Never computed forward: its value is unused.
-      of_weight = evaluate.tapped(site, weight, still(operand), tap)
-      out = evaluate.tapped(site, still(weight), operand, tap)
+      of_weight = evaluate.tapped(use, weight, still(operand), tap)
+      out = evaluate.tapped(use, still(weight), operand, tap)
       return _as_in_the_other_pass(_with_scaled(out, of_weight, scale))
 
-    def promote(weight: jax.Array) -> jax.Array:
+    def on_fallback(weight: jax.Array) -> jax.Array:
       return _with_scaled(jax.lax.stop_gradient(weight), weight, scale)
 
     values = [*leaves, *problem.frozen, *example]
@@ -289,7 +289,7 @@ def _weighted_gradient(
       problem.block,
       values,
       {},
-      evaluate.Hooks(product, gather, promote),
+      evaluate.Hooks(product, gather, on_fallback),
     )[0][0]
 
   def losses(trained: list[Any]) -> jax.Array:

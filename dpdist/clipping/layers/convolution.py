@@ -15,7 +15,7 @@ from dpdist.clipping.layers import layer_rule
 from dpdist.clipping.layers import norms
 from dpdist.clipping.layers import pixels
 from dpdist.clipping.trace import program
-from dpdist.clipping.trace.program import Site
+from dpdist.clipping.trace.program import WeightUse
 
 DIAGONAL_GRAM = layer_rule.Strategy("norm from inner products of pixels")
 
@@ -31,10 +31,10 @@ class Convolution(layer_rule.LayerRule):
     """Returns whether it convolves floats, one kernel for all rows."""
     return eqn.params["batch_group_count"] == 1 and program.is_floating(eqn)
 
-  def forming_cost(self, site: Site, model: costs.Model) -> costs.Cost:
+  def forming_cost(self, use: WeightUse, model: costs.Model) -> costs.Cost:
     """Returns the cost of a product over all positions."""
-    s = kernel_gradients.sizes(site)
-    count = s.groups * math.prod(site.lengths)
+    s = kernel_gradients.sizes(use)
+    count = s.groups * math.prod(use.lengths)
     rows = s.offsets * s.inputs
     read = s.positions * s.outputs
     read += s.positions * rows if model.reads_patches else s.padded * s.inputs
@@ -45,12 +45,12 @@ class Convolution(layer_rule.LayerRule):
     )
 
   def strategies(
-    self, site: Site, model: costs.Model
+    self, use: WeightUse, model: costs.Model
   ) -> Mapping[layer_rule.Strategy, costs.Cost]:
     """Returns two ways that form no gradient, outside of loops."""
-    if site.lengths:
+    if use.lengths:
       return {}
-    s = kernel_gradients.sizes(site)
+    s = kernel_gradients.sizes(use)
     return {
       layer_rule.GRAM: _gram_cost(s, model),
       DIAGONAL_GRAM: _diagonal_gram_cost(s, model),
@@ -59,31 +59,31 @@ class Convolution(layer_rule.LayerRule):
   def norm(
     self,
     strategy: layer_rule.Strategy,
-    site: Site,
+    use: WeightUse,
     operand: jax.Array,
     cotangent: jax.Array,
     unit_roundoff: float,
   ) -> jax.Array:
     """Returns the norm from inner products of patches, or of pixels."""
     if strategy == DIAGONAL_GRAM:
-      return pixels.norm(site, operand, cotangent, unit_roundoff)
+      return pixels.norm(use, operand, cotangent, unit_roundoff)
     return factors.norm(
-      [kernel_gradients.patches(site, operand, cotangent)],
+      [kernel_gradients.patches(use, operand, cotangent)],
       unit_roundoff,
-      site.eqn.params["precision"],
+      use.eqn.params["precision"],
     )
 
-  def positions(self, site: Site, operand: jax.Array | None) -> int:
+  def positions(self, use: WeightUse, operand: jax.Array | None) -> int:
     """Returns the number of patches."""
     del operand
-    return kernel_gradients.sizes(site).positions * math.prod(site.lengths)
+    return kernel_gradients.sizes(use).positions * math.prod(use.lengths)
 
   def terms(
-    self, site: Site, operand: jax.Array | None, cotangent: jax.Array
+    self, use: WeightUse, operand: jax.Array | None, cotangent: jax.Array
   ) -> jax.Array:
     """Bounds the sum: a pixel is in at most a patch for each offset."""
     assert operand is not None
-    offsets = kernel_gradients.sizes(site).offsets
+    offsets = kernel_gradients.sizes(use).offsets
     product, power = norms.products(
       offsets**0.5 * norms.of(operand), norms.of(cotangent)
     )
@@ -91,16 +91,16 @@ class Convolution(layer_rule.LayerRule):
 
   def gradient(
     self,
-    site: Site,
+    use: WeightUse,
     operand: jax.Array | None,
     cotangent: jax.Array,
     platform: str,
   ) -> jax.Array:
     """Returns the gradient, formed as is best on a platform."""
-    one = lambda x, g: kernel_gradients.instantiate(site, x, g, platform)
-    for _ in site.lengths:
+    one = lambda x, g: kernel_gradients.instantiate(use, x, g, platform)
+    for _ in use.lengths:
       one = jax.vmap(one)
-    shared = tuple(i for i, each in enumerate(site.weight.loops) if not each)
+    shared = tuple(i for i, each in enumerate(use.weight.loops) if not each)
     return jnp.sum(one(operand, cotangent), axis=shared)
 
 

@@ -11,7 +11,7 @@ from dpdist.clipping.layers import costs
 from dpdist.clipping.layers import factors
 from dpdist.clipping.layers import layer_rule
 from dpdist.clipping.trace import program
-from dpdist.clipping.trace.program import Site
+from dpdist.clipping.trace.program import WeightUse
 
 
 class _DotAxes(NamedTuple):
@@ -32,23 +32,23 @@ class DotGeneral(layer_rule.LayerRule):
     """Returns whether it multiplies floats."""
     return program.is_floating(eqn)
 
-  def layout(self, site: Site) -> factors.Layout | None:
+  def layout(self, use: WeightUse) -> factors.Layout | None:
     """Returns rows of contracted and columns of free axes."""
-    return factors.layout(site, _axes(site).weight)
+    return factors.layout(use, _axes(use).weight)
 
   def to_factors(
-    self, site: Site, operand: jax.Array, cotangent: jax.Array
+    self, use: WeightUse, operand: jax.Array, cotangent: jax.Array
   ) -> factors.Dense:
     """Returns the factors, in the dtype of the model.
 
     Iterations that share the weight count as positions.
     """
-    _, _, m, n = self.factor_sizes(site)
-    batch, contracted, free = _axes(site).operand
+    _, _, m, n = self.factor_sizes(use)
+    batch, contracted, free = _axes(use).operand
     num_batch, num_free = len(batch), len(free)
-    num_loops = len(site.lengths)
-    each = [i for i in range(num_loops) if site.weight.loops[i]]
-    shared = [i for i in range(num_loops) if not site.weight.loops[i]]
+    num_loops = len(use.lengths)
+    each = [i for i in range(num_loops) if use.weight.loops[i]]
+    shared = [i for i in range(num_loops) if not use.weight.loops[i]]
     shift = lambda axes: [a + num_loops for a in axes]
     rows = jnp.transpose(
       operand,
@@ -57,7 +57,7 @@ class DotGeneral(layer_rule.LayerRule):
     # The output has the batch axes, then each operand's free axes in turn.
     b = shift(range(num_batch))
     rest = shift(range(num_batch, cotangent.ndim - num_loops))
-    if site.operand:
+    if use.operand:
       of_operand, of_weight = rest[:num_free], rest[num_free:]
     else:
       first = len(rest) - num_free
@@ -71,13 +71,13 @@ class DotGeneral(layer_rule.LayerRule):
       columns.reshape(lead, -1, n) if n else columns.reshape(lead, 0, 0),
     )
 
-  def factor_sizes(self, site: Site) -> tuple[int, int, int, int]:
+  def factor_sizes(self, use: WeightUse) -> tuple[int, int, int, int]:
     """Returns the sizes, loops included."""
-    weight = site.eqn.invars[site.operand].aval.shape
-    operand = site.eqn.invars[1 - site.operand].aval.shape
-    axes = _axes(site)
+    weight = use.eqn.invars[use.operand].aval.shape
+    operand = use.eqn.invars[1 - use.operand].aval.shape
+    axes = _axes(use)
     size = lambda shape, which: math.prod(shape[a] for a in which)
-    loops = list(zip(site.lengths, site.weight.loops, strict=True))
+    loops = list(zip(use.lengths, use.weight.loops, strict=True))
     return (
       size(weight, axes.weight[0]) * math.prod(n for n, each in loops if each),
       size(operand, axes.operand[2])
@@ -86,33 +86,33 @@ class DotGeneral(layer_rule.LayerRule):
       size(weight, axes.weight[2]),
     )
 
-  def forming_cost(self, site: Site, model: costs.Model) -> costs.Cost:
+  def forming_cost(self, use: WeightUse, model: costs.Model) -> costs.Cost:
     """Returns the cost of one matrix product."""
-    count, positions, rows, columns = self.factor_sizes(site)
+    count, positions, rows, columns = self.factor_sizes(use)
     return costs.Cost(
       count * model.product(rows, positions, columns),
       4.0 * count * (positions * (rows + columns)),
       0,
     )
 
-  def positions(self, site: Site, operand: jax.Array | None) -> int:
+  def positions(self, use: WeightUse, operand: jax.Array | None) -> int:
     """Returns the number of outer products."""
     del operand
-    return self.factor_sizes(site)[1]
+    return self.factor_sizes(use)[1]
 
   def terms(
-    self, site: Site, operand: jax.Array | None, cotangent: jax.Array
+    self, use: WeightUse, operand: jax.Array | None, cotangent: jax.Array
   ) -> jax.Array:
     """Returns the sum of the outer products' norms."""
     assert operand is not None
-    return factors.sum_of_norms(self.to_factors(site, operand, cotangent))
+    return factors.sum_of_norms(self.to_factors(use, operand, cotangent))
 
 
-def _axes(site: Site) -> _DotAxes:
-  contracted, batch = site.eqn.params["dimension_numbers"]
+def _axes(use: WeightUse) -> _DotAxes:
+  contracted, batch = use.eqn.params["dimension_numbers"]
   roles = []
-  for i, x in enumerate(site.eqn.invars):
+  for i, x in enumerate(use.eqn.invars):
     used = {*contracted[i], *batch[i]}
     free = tuple(a for a in range(len(x.aval.shape)) if a not in used)
     roles.append((tuple(batch[i]), tuple(contracted[i]), free))
-  return _DotAxes(roles[site.operand], roles[1 - site.operand])
+  return _DotAxes(roles[use.operand], roles[1 - use.operand])

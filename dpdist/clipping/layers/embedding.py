@@ -10,7 +10,7 @@ from dpdist import registry
 from dpdist.clipping.layers import costs
 from dpdist.clipping.layers import factors
 from dpdist.clipping.layers import layer_rule
-from dpdist.clipping.trace.program import Site
+from dpdist.clipping.trace.program import WeightUse
 
 
 @registry.register("layer_rule", "gather")
@@ -42,40 +42,40 @@ class Gather(layer_rule.LayerRule):
       and tuple(numbers.offset_dims) == (len(eqn.outvars[0].aval.shape) - 1,)
     )
 
-  def layout(self, site: Site) -> factors.Layout | None:
+  def layout(self, use: WeightUse) -> factors.Layout | None:
     """Returns the table's layout: a row for each id."""
-    if any(site.weight.loops):
+    if any(use.weight.loops):
       return None
-    return factors.layout(site, ((), (0,), (1,)))
+    return factors.layout(use, ((), (0,), (1,)))
 
   def to_factors(
-    self, site: Site, operand: jax.Array, cotangent: jax.Array
+    self, use: WeightUse, operand: jax.Array, cotangent: jax.Array
   ) -> factors.Lookup:
     """Returns ids and columns, those of all iterations in one list."""
-    return lookup(site, operand, cotangent)
+    return lookup(use, operand, cotangent)
 
-  def factor_sizes(self, site: Site) -> tuple[int, int, int, int]:
+  def factor_sizes(self, use: WeightUse) -> tuple[int, int, int, int]:
     """Returns the sizes; one-hot rows have no width."""
-    width = site.eqn.invars[0].aval.shape[1]
-    return 1, math.prod(site.tap_shape) // max(1, width), 0, width
+    width = use.eqn.invars[0].aval.shape[1]
+    return 1, math.prod(use.tap_shape) // max(1, width), 0, width
 
-  def forming_cost(self, site: Site, model: costs.Model) -> costs.Cost:
+  def forming_cost(self, use: WeightUse, model: costs.Model) -> costs.Cost:
     """Returns the cost of adding a row to the table for each position."""
     del model
-    return costs.Cost(0, 4.0 * math.prod(site.tap_shape), 0)
+    return costs.Cost(0, 4.0 * math.prod(use.tap_shape), 0)
 
-  def positions(self, site: Site, operand: jax.Array | None) -> int:
+  def positions(self, use: WeightUse, operand: jax.Array | None) -> int:
     """Returns the number of ids, which may all be equal."""
-    del site
+    del use
     assert operand is not None
     return operand.size
 
 
 def lookup(
-  site: Site, indices: jax.Array, cotangent: jax.Array
+  use: WeightUse, indices: jax.Array, cotangent: jax.Array
 ) -> factors.Lookup:
   """Returns the factors of an example's embedding lookup, loops included."""
-  table = site.eqn.invars[0].aval.shape
+  table = use.eqn.invars[0].aval.shape
   # The number of rows may be too large for the dtype of the ids: uint8 holds
   # 256 ids, but not the number 256.
   if indices.dtype.itemsize < 4:
@@ -85,6 +85,6 @@ def lookup(
   inside = (indices >= 0) & (indices < table[0])
   # Plain indexing assumes ids in bounds, and reads the nearest row for others.
   # The gradient's scatter nevertheless drops what is out of bounds.
-  if site.eqn.params["mode"] != jax.lax.GatherScatterMode.CLIP:
+  if use.eqn.params["mode"] != jax.lax.GatherScatterMode.CLIP:
     columns = jnp.where(inside[:, None], columns, 0)
   return factors.Lookup(jnp.clip(indices, 0, table[0] - 1), columns)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from dpdist.clipping.layers import inner_products
 from dpdist.clipping.layers import norms
-from dpdist.clipping.trace.program import Site
+from dpdist.clipping.trace.program import WeightUse
 
 
 class Dense(NamedTuple):
@@ -61,19 +61,19 @@ class Layout(NamedTuple):
   columns: tuple[int, ...]
 
 
-def layout(site: Site, roles: tuple[tuple[int, ...], ...]) -> Layout | None:
+def layout(use: WeightUse, roles: tuple[tuple[int, ...], ...]) -> Layout | None:
   """Returns how a weight's factors lie on parameters.
 
   Args:
-    site: where the weight is used.
+    use: where the weight is used.
     roles: the weight's axes of S, of m and of n.
 
   Returns:
     None for a weight that is no image of parameters.
   """
-  if site.weight.origin is None:
+  if use.weight.origin is None:
     return None
-  steps = site.weight.origin.steps
+  steps = use.weight.origin.steps
   # A transposed weight has the same entries, as with tied embeddings.
   while steps[-1][0] == "transpose":
     permutation = steps[-1][1]

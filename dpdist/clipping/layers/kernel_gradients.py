@@ -26,7 +26,7 @@ import jax.numpy as jnp
 from dpdist.clipping.layers import factors
 from dpdist.clipping.trace import program
 from dpdist.clipping.trace import varying_axes
-from dpdist.clipping.trace.program import Site
+from dpdist.clipping.trace.program import WeightUse
 
 # With fewer channels, a product for each offset is faster than one for all.
 _MIN_CHANNELS = 8
@@ -75,11 +75,11 @@ class Geometry(NamedTuple):
   groups: int
 
 
-def geometry(site: Site) -> Geometry:
-  params = site.eqn.params
+def geometry(use: WeightUse) -> Geometry:
+  params = use.eqn.params
   numbers = params["dimension_numbers"]
-  kernel = site.eqn.invars[1].aval.shape
-  out = site.eqn.outvars[0].aval.shape
+  kernel = use.eqn.invars[1].aval.shape
+  out = use.eqn.outvars[0].aval.shape
   return Geometry(
     numbers.lhs_spec,
     numbers.rhs_spec,
@@ -98,11 +98,11 @@ def geometry(site: Site) -> Geometry:
   )
 
 
-def sizes(site: Site) -> Sizes:
+def sizes(use: WeightUse) -> Sizes:
   """Returns the sizes that costs depend on."""
-  g = geometry(site)
-  lhs = site.eqn.invars[0].aval.shape
-  out = site.eqn.outvars[0].aval.shape
+  g = geometry(use)
+  lhs = use.eqn.invars[0].aval.shape
+  out = use.eqn.outvars[0].aval.shape
   rows = lhs[g.lhs[0]]
   space = [
     max(0, low + high + lhs[a] + max(0, lhs[a] - 1) * holes)
@@ -155,12 +155,12 @@ def _offsets(g: Geometry) -> list[tuple[int, ...]]:
 
 
 def instantiate(
-  site: Site, x: jax.Array, cotangent: jax.Array, platform: str
+  use: WeightUse, x: jax.Array, cotangent: jax.Array, platform: str
 ) -> jax.Array:
   """Computes the gradient of the kernel for one example.
 
   Args:
-    site: a conv_general_dilated.
+    use: a conv_general_dilated.
     x: the input, without loops.
     cotangent: the gradient of the output.
     platform: "cpu", "gpu" or "tpu".
@@ -169,17 +169,17 @@ def instantiate(
     Shaped like the kernel, float32 or wider.
   """
   if platform == "tpu":
-    return _by_convolution(site)(x[None], cotangent[None])[0]
-  g = geometry(site)
+    return _by_convolution(use)(x[None], cotangent[None])[0]
+  g = geometry(use)
   x, cotangent = arrange(g, x, cotangent)
-  precision = site.eqn.params["precision"]
+  precision = use.eqn.params["precision"]
   if x.shape[-1] >= _MIN_CHANNELS and all(n == 1 for n in g.strides[:-1]):
     return _as_kernel(g, _by_both_sides(g, x, cotangent, precision))
   return _as_kernel(g, _by_rows(g, x, cotangent, precision))
 
 
 def _by_convolution(
-  site: Site,
+  use: WeightUse,
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
   """Uses one convolution for all examples, which reads each operand once.
 
@@ -188,14 +188,14 @@ def _by_convolution(
     of the kernel, [N, ...]. Under vmap N grows, where JAX's own rule would make
     groups of channels.
   """
-  g = geometry(site)
-  channels = site.eqn.invars[0].aval.shape[g.lhs[1]] // g.groups
+  g = geometry(use)
+  channels = use.eqn.invars[0].aval.shape[g.lhs[1]] // g.groups
 
   @jax.custom_batching.custom_vmap
   def gradients(x: jax.Array, cotangent: jax.Array) -> jax.Array:
     if x.shape[0] >= _MIN_GROUPS and channels <= _MOST_GROUPED_CHANNELS:
-      return jax.vmap(functools.partial(_by_groups, site))(x, cotangent)
-    return _by_axis_of_space(site, x, cotangent)
+      return jax.vmap(functools.partial(_by_groups, use))(x, cotangent)
+    return _by_axis_of_space(use, x, cotangent)
 
   @gradients.def_vmap
   def batched(
@@ -213,21 +213,21 @@ def _by_convolution(
   return gradients
 
 
-def _by_groups(site: Site, x: jax.Array, cotangent: jax.Array) -> jax.Array:
+def _by_groups(use: WeightUse, x: jax.Array, cotangent: jax.Array) -> jax.Array:
   """Computes JAX's own gradient: under vmap it has a group for each example."""
   wide = jnp.promote_types(x.dtype, jnp.float32)
   kernel = varying_axes.cast_to_varying(
-    jnp.zeros(site.eqn.invars[1].aval.shape, wide),
+    jnp.zeros(use.eqn.invars[1].aval.shape, wide),
     varying_axes.varying_axes((x, cotangent)),
   )
   run = lambda kernel: program.bind(
-    site.eqn, [x.astype(wide), kernel], preferred_element_type=wide
+    use.eqn, [x.astype(wide), kernel], preferred_element_type=wide
   )[0]
   return jax.vjp(run, kernel)[1](cotangent.astype(wide))[0]
 
 
 def _by_axis_of_space(
-  site: Site, x: jax.Array, cotangent: jax.Array
+  use: WeightUse, x: jax.Array, cotangent: jax.Array
 ) -> jax.Array:
   """Computes a convolution with the output's gradients as its kernel.
 
@@ -235,7 +235,7 @@ def _by_axis_of_space(
   each meets only itself. This is how XLA expresses a batched matrix product for
   a TPU's matrix unit.
   """
-  g = geometry(site)
+  g = geometry(use)
   size, ndim = x.shape[0], len(g.kernel)
   dtype = jnp.promote_types(x.dtype, cotangent.dtype)
   x, cotangent = x.astype(dtype), cotangent.astype(dtype)
@@ -270,7 +270,7 @@ def _by_axis_of_space(
       (0, 2 + ndim, *space),
     ),
     feature_group_count=g.groups,
-    precision=site.eqn.params["precision"],
+    precision=use.eqn.params["precision"],
     preferred_element_type=jnp.promote_types(dtype, jnp.float32),
   )
   # From [inputs, examples, *kernel, outputs] to the kernel's own axes.
@@ -380,13 +380,15 @@ def _as_kernel(g: Geometry, grad: jax.Array) -> jax.Array:
   return jnp.transpose(grad, inverse)
 
 
-def patches(site: Site, x: jax.Array, cotangent: jax.Array) -> factors.Dense:
+def patches(
+  use: WeightUse, x: jax.Array, cotangent: jax.Array
+) -> factors.Dense:
   """Returns one example's convolution as a dense product of patches.
 
   Returns:
     Factors whose S are the groups and whose rows are patches of the input.
   """
-  g = geometry(site)
+  g = geometry(use)
   x, cotangent = arrange(g, x, cotangent)
   rows = jnp.concatenate([_window(g, x, k, 1) for k in _offsets(g)], axis=-1)
   by_group = lambda y: jnp.moveaxis(y.reshape(-1, g.groups, y.shape[-1]), 1, 0)

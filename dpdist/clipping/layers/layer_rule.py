@@ -29,7 +29,7 @@ from dpdist.clipping.layers import factors
 from dpdist.clipping.layers import norms
 from dpdist.clipping.trace import program
 from dpdist.clipping.trace import varying_axes
-from dpdist.clipping.trace.program import Site
+from dpdist.clipping.trace.program import WeightUse
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,40 +89,40 @@ class LayerRule:
     del eqn
     return True
 
-  def layout(self, site: Site) -> factors.Layout | None:
+  def layout(self, use: WeightUse) -> factors.Layout | None:
     """Returns how `to_factors` lie on parameters; None if there are none."""
-    del site
+    del use
     return None
 
   def to_factors(
-    self, site: Site, operand: jax.Array, cotangent: jax.Array
+    self, use: WeightUse, operand: jax.Array, cotangent: jax.Array
   ) -> factors.Dense | factors.Lookup:
     """Returns the gradient as two factors; called where it has a layout."""
     raise NotImplementedError
 
-  def factor_sizes(self, site: Site) -> tuple[int, int, int, int]:
+  def factor_sizes(self, use: WeightUse) -> tuple[int, int, int, int]:
     """Returns (S, T, m, n) of `to_factors`, in the terms of `factors.Dense`."""
     raise NotImplementedError
 
-  def forming_cost(self, site: Site, model: costs.Model) -> costs.Cost:
+  def forming_cost(self, use: WeightUse, model: costs.Model) -> costs.Cost:
     """Returns the cost of `gradient`, without writing its result."""
     raise NotImplementedError
 
   def strategies(
-    self, site: Site, model: costs.Model
+    self, use: WeightUse, model: costs.Model
   ) -> Mapping[Strategy, costs.Cost]:
     """Returns ways to the norm of a weight that is used once, with costs.
 
     Storing and recomputing need not be named, nor `GRAM` of a layer with a
     layout.
     """
-    del site, model
+    del use, model
     return {}
 
   def norm(
     self,
     strategy: Strategy,
-    site: Site,
+    use: WeightUse,
     operand: jax.Array,
     cotangent: jax.Array,
     unit_roundoff: float,
@@ -131,7 +131,7 @@ class LayerRule:
 
     Args:
       strategy: the one that was chosen.
-      site: where the weight is used.
+      use: where the weight is used.
       operand: what the weight met.
       cotangent: the gradient of the result.
       unit_roundoff: relative error with which the summing product rounds its
@@ -142,21 +142,21 @@ class LayerRule:
     """
     raise NotImplementedError
 
-  def positions(self, site: Site, operand: jax.Array | None) -> int:
+  def positions(self, use: WeightUse, operand: jax.Array | None) -> int:
     """Returns the most terms that an entry of the gradient adds up."""
     raise NotImplementedError
 
   def terms(
-    self, site: Site, operand: jax.Array | None, cotangent: jax.Array
+    self, use: WeightUse, operand: jax.Array | None, cotangent: jax.Array
   ) -> jax.Array:
     """Bounds the sum of the norms of the terms that the gradient adds up."""
     if self.multiplies:
       raise NotImplementedError
-    return self.positions(site, operand) ** 0.5 * norms.of(cotangent)
+    return self.positions(use, operand) ** 0.5 * norms.of(cotangent)
 
   def gradient(
     self,
-    site: Site,
+    use: WeightUse,
     operand: jax.Array | None,
     cotangent: jax.Array,
     platform: str,
@@ -167,15 +167,15 @@ class LayerRule:
     """
     del platform
     assert operand is not None
-    return product_gradient(site, operand, cotangent, site.weight.loops)
+    return product_gradient(use, operand, cotangent, use.weight.loops)
 
   def weighted_sum(
-    self, site: Site, operand: jax.Array, cotangent: jax.Array
+    self, use: WeightUse, operand: jax.Array, cotangent: jax.Array
   ) -> jax.Array:
     """Sums gradients over the examples of a batch.
 
     Args:
-      site: where the weight is used.
+      use: where the weight is used.
       operand: what the weight met; leading axis B, then the loops.
       cotangent: the gradient of the result, in the same form. If the layer does
         not multiply, it is scaled by the examples' factors, else either of the
@@ -184,13 +184,11 @@ class LayerRule:
     Returns:
       The sum, of the weight's weight_shape, float32 or wider.
     """
-    return product_gradient(
-      site, operand, cotangent, (False, *site.weight.loops)
-    )
+    return product_gradient(use, operand, cotangent, (False, *use.weight.loops))
 
 
 def product_gradient(
-  site: Site,
+  use: WeightUse,
   operand: jax.Array,
   cotangent: jax.Array,
   each: Sequence[bool],
@@ -198,7 +196,7 @@ def product_gradient(
   """Returns the gradient of a layer's weight by JAX's own derivative.
 
   Args:
-    site: where the weight is used.
+    use: where the weight is used.
     operand: what the weight met; with leading axes.
     cotangent: the gradient of the output, with the same leading axes.
     each: for each leading axis, whether every entry has its own weight; the
@@ -210,20 +208,20 @@ def product_gradient(
   """
   cotangent = norms.widen(cotangent)
   changed = {}
-  if "preferred_element_type" in site.eqn.params:
+  if "preferred_element_type" in use.eqn.params:
     changed = {"preferred_element_type": cotangent.dtype}
   if jnp.issubdtype(operand.dtype, jnp.floating):
     operand = operand.astype(cotangent.dtype)
 
   def product(weight: jax.Array, operand: jax.Array) -> jax.Array:
-    values = [operand, weight] if site.operand else [weight, operand]
-    return program.bind(site.eqn, values, **changed)[0]
+    values = [operand, weight] if use.operand else [weight, operand]
+    return program.bind(use.eqn, values, **changed)[0]
 
   for own in reversed(each):
     product = jax.vmap(product, in_axes=(0 if own else None, 0))
   lead = (n for n, own in zip(operand.shape, each, strict=False) if own)
   weight = varying_axes.cast_to_varying(
-    jnp.zeros((*lead, *site.var.aval.shape), cotangent.dtype),
+    jnp.zeros((*lead, *use.var.aval.shape), cotangent.dtype),
     varying_axes.varying_axes((operand, cotangent)),
   )
   # The product is linear in the weight, so the weight's value does not matter.

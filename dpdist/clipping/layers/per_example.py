@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from dpdist.clipping.layers import costs
 from dpdist.clipping.layers import layer_rule
 from dpdist.clipping.layers import norms
-from dpdist.clipping.trace.program import Site
+from dpdist.clipping.trace.program import WeightUse
 
 
 class PerExample(layer_rule.LayerRule):
@@ -21,24 +21,24 @@ class PerExample(layer_rule.LayerRule):
   weight_operands = ()
   multiplies = False
 
-  def forming_cost(self, site: Site, model: costs.Model) -> costs.Cost:
+  def forming_cost(self, use: WeightUse, model: costs.Model) -> costs.Cost:
     """Returns no cost: nothing is computed."""
-    del site, model
+    del use, model
     return costs.Cost(0, 0, 0)
 
-  def positions(self, site: Site, operand: jax.Array | None) -> int:
+  def positions(self, use: WeightUse, operand: jax.Array | None) -> int:
     """Returns the number of iterations."""
     del operand
-    return math.prod(site.lengths)
+    return math.prod(use.lengths)
 
   def gradient(
     self,
-    site: Site,
+    use: WeightUse,
     operand: jax.Array | None,
     cotangent: jax.Array,
     platform: str,
   ) -> jax.Array:
     """Adds up the gradients of the iterations that share the weight."""
     del operand, platform
-    shared = tuple(i for i, each in enumerate(site.weight.loops) if not each)
+    shared = tuple(i for i, each in enumerate(use.weight.loops) if not each)
     return jnp.sum(norms.widen(cotangent), axis=shared)

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from dpdist.clipping.layers import inner_products
 from dpdist.clipping.layers import kernel_gradients
 from dpdist.clipping.layers import norms
-from dpdist.clipping.trace.program import Site
+from dpdist.clipping.trace.program import WeightUse
 
 # With the largest pixel scaled to about 1, inner products of a patch with a
 # larger norm can be trusted: squares are far above what underflows.
@@ -23,7 +23,7 @@ _SMALLEST_PATCH = 2.0**-40
 
 
 def norm(
-  site: Site, x: jax.Array, cotangent: jax.Array, unit_roundoff: float
+  use: WeightUse, x: jax.Array, cotangent: jax.Array, unit_roundoff: float
 ) -> jax.Array:
   """Returns the norm of that gradient, never too small; see `factors.norm`.
 
@@ -32,7 +32,7 @@ def norm(
   pixels are first sorted into phases, of which each offset meets one.
 
   Args:
-    site: a conv_general_dilated.
+    use: a conv_general_dilated.
     x: the input, without loops.
     cotangent: the gradient of the output.
     unit_roundoff: relative error with which the summing product rounds its
@@ -41,7 +41,7 @@ def norm(
   Returns:
     Scalar, float32 or wider.
   """
-  g = kernel_gradients.geometry(site)
+  g = kernel_gradients.geometry(use)
   x, cotangent = kernel_gradients.arrange(g, x, cotangent)
   x, cells = _phases(g, x)
   room = [(0, n - size) for n, size in zip(cells, g.output, strict=True)]
@@ -66,7 +66,7 @@ def norm(
   # Otherwise the compiler would move powers of two out of the products again.
   x, outs = jax.lax.optimization_barrier((x, outs))
 
-  precision = site.eqn.params["precision"]
+  precision = use.eqn.params["precision"]
   pairs, of_pairs = inner_products.gram(x, x, precision)
   of_pairs += sum(g.kernel) * float(jnp.finfo(pairs.dtype).eps) / 2
   pairs = _sum_of_shifts(g, pairs, cells, 2, jnp.add)
@@ -82,7 +82,7 @@ def norm(
   root = inner_products.with_room(
     length(root),
     length(terms),
-    kernel_gradients.sizes(site).positions,
+    kernel_gradients.sizes(use).positions,
     unit_roundoff,
   )
   return norms.times_power_of_two(root, power)

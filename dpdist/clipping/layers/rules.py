@@ -1,10 +1,10 @@
-"""Groups sites into rules, and chooses each rule's strategy for the norm.
+"""Groups weight uses into rules, and chooses how to take their norms.
 
-The gradients of sites that share parameters add up, so their squared norms do
-not. Such sites form one rule, which treats their sum as a whole: as factors of
-one matrix, as gradients of one weight, or else as gradients of the parameters
-themselves. A rule's squared norm is exact, and the squared norms of different
-rules add up.
+The gradients of weight uses that share parameters add up, so their squared
+norms do not. Such uses form one rule, which treats their sum as a whole: as
+factors of one matrix, as gradients of one weight, or else as gradients of the
+parameters themselves. A rule's squared norm is exact, and the squared norms of
+different rules add up.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,7 +26,7 @@ from dpdist.clipping.layers import factors
 from dpdist.clipping.layers import layer_rule
 from dpdist.clipping.layers import per_example
 from dpdist.clipping.layers.layer_rule import Strategy
-from dpdist.clipping.trace.program import Site
+from dpdist.clipping.trace.program import WeightUse
 
 _FALLBACK = per_example.PerExample()
 _OURS = (convolution.Convolution, dense.DotGeneral, embedding.Gather)
@@ -42,27 +42,27 @@ class Form(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """How the norm of some sites' common gradient is computed.
+  """How the norm of some uses' common gradient is computed.
 
   Attributes:
-    sites: the sites whose gradients add up.
+    uses: the weight uses whose gradients add up.
     leaves: indices of the parameters.
     form: the form of the gradients.
     strategy: the way to their norm.
     cost: the cost of that way; see `costs`.
   """
 
-  sites: tuple[Site, ...]
+  uses: tuple[WeightUse, ...]
   leaves: frozenset[int]
   form: Form
   strategy: Strategy
   cost: costs.Cost
 
   def gradient(self, of_weights: Mapping[Any, jax.Array]) -> jax.Array:
-    """Adds up the gradients of the sites' weights, by their keys."""
-    first = self.sites[0]
+    """Adds up the gradients of the uses' weights, by their keys."""
+    first = self.uses[0]
     total: Any = sum(
-      _placed(site, of_weights[site.key], first) for site in self.sites
+      _placed(use, of_weights[use.key], first) for use in self.uses
     )
     return total
 
@@ -75,27 +75,25 @@ class Rule:
     """Returns the norm of one example's gradient without forming it.
 
     Args:
-      operands: the data operands, by site.
-      cotangents: the gradients of the sites' outputs.
+      operands: the data operands, by use.
+      cotangents: the gradients of the uses' outputs.
       unit_roundoff: relative error with which the summing product rounds its
         operands; 0 if it does not round them.
     """
-    first = self.sites[0]
+    first = self.uses[0]
     if self.form is not Form.FACTORS:
-      return first.rule.norm(
+      return first.layer.norm(
         self.strategy,
         first,
         operands[first.key],
         cotangents[first.key],
         unit_roundoff,
       )
-    layout = first.rule.layout(first)
+    layout = first.layer.layout(first)
     parts = []
-    for site in self.sites:
-      part = site.rule.to_factors(
-        site, operands[site.key], cotangents[site.key]
-      )
-      if factors.swapped(site.rule.layout(site), layout):
+    for use in self.uses:
+      part = use.layer.to_factors(use, operands[use.key], cotangents[use.key])
+      if factors.swapped(use.layer.layout(use), layout):
         part = factors.transposed(part)
       parts.append(part)
     return factors.norm(parts, unit_roundoff, first.eqn.params.get("precision"))
@@ -145,28 +143,28 @@ def find(
 
 
 def choose(
-  sites: Iterable[Site], groups: Sequence[int], model: costs.Model
+  uses: Iterable[WeightUse], groups: Sequence[int], model: costs.Model
 ) -> list[Rule]:
-  """Covers all sites by rules, each by its cheapest way.
+  """Covers all weight uses by rules, each by its cheapest way.
 
   Args:
-    sites: the sites of a program.
+    uses: those of a program.
     groups: for each parameter the number of the group it is clipped with.
     model: the backend's speed.
 
   Returns:
-    Rules, in order of their first site.
+    Rules, in order of their first weight use.
   """
   rules = []
-  for component in _components(sites):
+  for component in _components(uses):
     clusters = _clusters(component)
     mixed = any(
-      len({groups[i] for i in site.weight.leaves}) > 1 for site in component
+      len({groups[i] for i in use.weight.leaves}) > 1 for use in component
     )
     if clusters is None or mixed:
       clusters = [(tuple(component), Form.PARAMETERS)]
     for cluster, form in clusters:
-      leaves = frozenset().union(*(site.weight.leaves for site in cluster))
+      leaves = frozenset().union(*(use.weight.leaves for use in cluster))
       offered = _strategies(cluster, form, model)
       if mixed:  # One product cannot scale its parameters' shares separately.
         offered = {layer_rule.STORE: offered[layer_rule.STORE]}
@@ -176,14 +174,14 @@ def choose(
 
 
 def _strategies(
-  sites: tuple[Site, ...], form: Form, model: costs.Model
+  uses: tuple[WeightUse, ...], form: Form, model: costs.Model
 ) -> dict[Strategy, costs.Cost]:
   """Returns the strategies for a rule, with their costs."""
-  first = sites[0]
+  first = uses[0]
   size = math.prod(first.weight_shape)
   if form is Form.PARAMETERS:
-    size = sum(math.prod(site.weight_shape) for site in sites)
-  forming = [site.rule.forming_cost(site, model) for site in sites]
+    size = sum(math.prod(use.weight_shape) for use in uses)
+  forming = [use.layer.forming_cost(use, model) for use in uses]
   formed = costs.Cost(
     sum(c.flops for c in forming),
     sum(c.bytes for c in forming) + 8 * size,
@@ -194,25 +192,25 @@ def _strategies(
   # The rounding of a sum of products is bounded at the weights, not after their
   # gradients are taken to the parameters.
   if form is not Form.PARAMETERS and not any(
-    site.eqn is None or site.weight.narrow for site in sites
+    use.eqn is None or use.weight.narrow for use in uses
   ):
     offered[layer_rule.RECOMPUTE] = formed
   if form is Form.FACTORS:
-    sizes = [site.rule.factor_sizes(site) for site in sites]
+    sizes = [use.layer.factor_sizes(use) for use in uses]
     offered[layer_rule.GRAM] = costs.gram(sizes, model)
-  elif form is Form.WEIGHT and len(sites) == 1:
-    offered |= first.rule.strategies(first, model)
+  elif form is Form.WEIGHT and len(uses) == 1:
+    offered |= first.layer.strategies(first, model)
   return offered
 
 
-def _components(sites: Iterable[Site]) -> list[list[Site]]:
-  """Groups sites that share parameters, directly or through others."""
-  components: list[list[Site]] = []
-  for site in sites:
-    mine = [site]
+def _components(uses: Iterable[WeightUse]) -> list[list[WeightUse]]:
+  """Groups weight uses that share parameters, directly or through others."""
+  components: list[list[WeightUse]] = []
+  for use in uses:
+    mine = [use]
     others = []
     for component in components:
-      shares = any(site.weight.leaves & s.weight.leaves for s in component)
+      shares = any(use.weight.leaves & s.weight.leaves for s in component)
       if shares:
         mine = component + mine
       else:
@@ -222,23 +220,23 @@ def _components(sites: Iterable[Site]) -> list[list[Site]]:
 
 
 def _clusters(
-  component: Sequence[Site],
-) -> list[tuple[tuple[Site, ...], Form]] | None:
+  component: Sequence[WeightUse],
+) -> list[tuple[tuple[WeightUse, ...], Form]] | None:
   """Splits a component into parts whose squared norms add up, with forms.
 
   Returns:
     None if only the parameters' own gradients can be used.
   """
-  clusters: list[list[Site]] = []
-  for site in component:
-    if site.weight.origin is None or site.weight.narrow:
+  clusters: list[list[WeightUse]] = []
+  for use in component:
+    if use.weight.origin is None or use.weight.narrow:
       return None
     for cluster in clusters:
-      if _place(site) == _place(cluster[0]):
-        cluster.append(site)
+      if _place(use) == _place(cluster[0]):
+        cluster.append(use)
         break
     else:
-      clusters.append([site])
+      clusters.append([use])
   for i, one in enumerate(clusters):
     for other in clusters[:i]:
       if not _disjoint(_place(one[0]), _place(other[0])):
@@ -246,8 +244,8 @@ def _clusters(
   formed = []
   for cluster in clusters:
     # A lookup's rows are one-hot and cannot be swapped with its columns. The
-    # other sites' factors are swapped to match the first site's.
-    cluster.sort(key=lambda site: site.rule.can_transpose)
+    # other uses' factors are swapped to match the first use's.
+    cluster.sort(key=lambda use: use.layer.can_transpose)
     form = _form(cluster)
     if form is None:
       return None
@@ -255,30 +253,30 @@ def _clusters(
   return formed
 
 
-def _place(site: Site) -> tuple[object, ...]:
-  assert site.weight.origin is not None
-  steps = site.weight.origin.steps
+def _place(use: WeightUse) -> tuple[object, ...]:
+  assert use.weight.origin is not None
+  steps = use.weight.origin.steps
   while steps[-1][0] == "transpose":
     steps = steps[:-1]
   return steps
 
 
-def _form(cluster: Sequence[Site]) -> Form | None:
-  layouts = [site.rule.layout(site) for site in cluster]
+def _form(cluster: Sequence[WeightUse]) -> Form | None:
+  layouts = [use.layer.layout(use) for use in cluster]
   first = layouts[0]
   if first is not None and all(
-    x is not None and factors.swapped(first, x) in _turns(site)
-    for site, x in zip(cluster, layouts, strict=True)
+    x is not None and factors.swapped(first, x) in _turns(use)
+    for use, x in zip(cluster, layouts, strict=True)
   ):
     return Form.FACTORS
-  origins = {site.weight.origin for site in cluster}
-  shapes = {site.weight_shape for site in cluster}
+  origins = {use.weight.origin for use in cluster}
+  shapes = {use.weight_shape for use in cluster}
   return Form.WEIGHT if len(origins) == len(shapes) == 1 else None
 
 
-def _turns(site: Site) -> tuple[bool, ...]:
-  """Returns which values of `factors.swapped` a site's factors allow."""
-  return (False, True) if site.rule.can_transpose else (False,)
+def _turns(use: WeightUse) -> tuple[bool, ...]:
+  """Returns which values of `factors.swapped` a use's factors allow."""
+  return (False, True) if use.layer.can_transpose else (False,)
 
 
 def _disjoint(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
@@ -296,11 +294,11 @@ def _disjoint(one: tuple[object, ...], other: tuple[object, ...]) -> bool:
   return False
 
 
-def _placed(site: Site, x: jax.Array, first: Site) -> jax.Array:
+def _placed(use: WeightUse, x: jax.Array, first: WeightUse) -> jax.Array:
   """Permutes the axes of a weight's gradient to those of `first`'s weight."""
   axes = list(range(x.ndim))
-  lead = x.ndim - len(site.var.aval.shape)
-  for one, invert in ((site, True), (first, False)):
+  lead = x.ndim - len(use.var.aval.shape)
+  for one, invert in ((use, True), (first, False)):
     assert one.weight.origin is not None
     trailing = []
     for step in reversed(one.weight.origin.steps):

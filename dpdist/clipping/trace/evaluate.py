@@ -1,9 +1,10 @@
-"""Runs a loss that `splitting.py` split, forward and back to its parameters.
+"""Runs a loss that `split.py` split, forward and back to its parameters.
 
-A tap is a zero that is added to the output of a site. The gradient of the loss
-with respect to all taps takes one backward pass through the activations alone,
-in which no gradient of a parameter is formed. Norms and sums need only this
-gradient and the data operands that met the weights.
+A tap is a zero that is added where a weight is used: to the output of a
+product, or to a weight that becomes data. The gradient of the loss with respect
+to all taps takes one backward pass through the activations alone, in which no
+gradient of a parameter is formed. Norms and sums need only this gradient and
+the data operands that met the weights.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,18 +18,18 @@ from dpdist.clipping.trace import program
 from dpdist.clipping.trace import shards
 from dpdist.clipping.trace.program import Block
 from dpdist.clipping.trace.program import Kind
-from dpdist.clipping.trace.program import Site
+from dpdist.clipping.trace.program import WeightUse
 
 PyTree = Any
 Key = tuple[int, ...]
 
 
 def tapped(
-  site: Site, weight: jax.Array, operand: jax.Array, tap: Any
+  use: WeightUse, weight: jax.Array, operand: jax.Array, tap: Any
 ) -> jax.Array:
   """Runs a product as the model does, and adds the tap, a zero, to it."""
-  values = [operand, weight] if site.operand else [weight, operand]
-  (out,) = program.bind(site.eqn, values)
+  values = [operand, weight] if use.operand else [weight, operand]
+  (out,) = program.bind(use.eqn, values)
   return out if tap is None else out + tap
 
 
@@ -36,14 +37,14 @@ class Hooks(NamedTuple):
   """What is done where weights are used.
 
   Attributes:
-    product: runs a product: (site, weight, operand, tap) -> output.
+    product: runs a product: (use, weight, operand, tap) -> output.
     gather: gathers a shard and its other parts, where it is used.
-    promote: is applied to a weight where it becomes data.
+    on_fallback: is applied to a weight where it becomes data.
   """
 
-  product: Callable[[Site, jax.Array, jax.Array, Any], jax.Array] = tapped
+  product: Callable[[WeightUse, jax.Array, jax.Array, Any], jax.Array] = tapped
   gather: Callable[[shards.Shard], jax.Array] = shards.Shard.whole
-  promote: Callable[[jax.Array], jax.Array] = lambda weight: weight
+  on_fallback: Callable[[jax.Array], jax.Array] = lambda weight: weight
 
 
 _PLAIN = Hooks()
@@ -58,10 +59,10 @@ def forward(
   """Runs a block on one example.
 
   Args:
-    block: from `splitting.split`.
+    block: from `split.split`.
     values: the values of its inputs; those of weights and constants may be
       `shards.Shard`s.
-    taps: for each site's key, what is added to its output; a site without a tap
+    taps: for each use's key, what is added to its output; a use without a tap
       runs unchanged. In a loop, a leading axis is over the iterations.
     hooks: what is done where weights are used.
 
@@ -72,7 +73,7 @@ def forward(
   jaxpr = block.jaxpr.jaxpr
   env = dict(zip(jaxpr.constvars, block.jaxpr.consts, strict=True))
   env.update(zip(jaxpr.invars, values, strict=True))
-  promoted: dict[Any, Any] = {}
+  as_data: dict[Any, Any] = {}
   operands: dict[Key, jax.Array] = {}
 
   def read_part(atom: Any) -> Any:
@@ -86,28 +87,26 @@ def forward(
   def read_data(atom: Any) -> Any:
     if block.kind_of(atom) != Kind.WEIGHT:
       return read(atom)
-    if atom not in promoted:
-      if atom in block.promotions:
-        tap = taps.get(block.sites[block.promotions[atom]].key)
-        weight = hooks.promote(read(atom))
-        promoted[atom] = weight if tap is None else weight + tap
+    if atom not in as_data:
+      if atom in block.fallbacks:
+        tap = taps.get(block.uses[block.fallbacks[atom]].key)
+        weight = hooks.on_fallback(read(atom))
+        as_data[atom] = weight if tap is None else weight + tap
       else:
         eqn = block.definition[atom]
-        (promoted[atom],) = program.bind(
-          eqn, [read_data(x) for x in eqn.invars]
-        )
-    return promoted[atom]
+        (as_data[atom],) = program.bind(eqn, [read_data(x) for x in eqn.invars])
+    return as_data[atom]
 
   for number, eqn in enumerate(jaxpr.eqns):
     kinds = [block.kind_of(x) for x in (*eqn.invars, *eqn.outvars)]
     if Kind.DATA not in kinds:
       outs = program.bind(eqn, [read(x) for x in eqn.invars])
-    elif number in block.sites:
-      site = block.sites[number]
-      weight = read(eqn.invars[site.operand])
-      operand = read(eqn.invars[1 - site.operand])
-      operands[site.key] = operand
-      outs = [hooks.product(site, weight, operand, taps.get(site.key))]
+    elif number in block.uses:
+      use = block.uses[number]
+      weight = read(eqn.invars[use.operand])
+      operand = read(eqn.invars[1 - use.operand])
+      operands[use.key] = operand
+      outs = [hooks.product(use, weight, operand, taps.get(use.key))]
     elif number in block.blocks:
       inner = block.blocks[number]
       arguments = [
@@ -132,7 +131,7 @@ def _inner(
   hooks: Hooks,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
   """Runs a block inside another one, with that block's own taps."""
-  keys = [site.key for site in block.all_sites() if site.key in taps]
+  keys = [use.key for use in block.all_uses() if use.key in taps]
   own = {key: taps[key] for key in keys}
   if block.loop is not None:
     return _loop(eqn, block, values, own, hooks)
@@ -188,11 +187,11 @@ def to_parameters(
   examples, or for the gradient of a single example.
 
   Args:
-    block: from `splitting.split`.
+    block: from `split.split`.
     values: the values of the inputs; those of data are not used, the others may
       be `shards.Shard`s.
-    cotangents: for some sites' keys, the gradient with respect to the site's
-      weight, of shape `Site.weight_shape`.
+    cotangents: for some uses' keys, the gradient with respect to the weight, of
+      shape `WeightUse.weight_shape`.
 
   Returns:
     For each input that is a weight, its gradient; None for the others. It is
@@ -216,11 +215,11 @@ def to_parameters(
   def add(var: Any, cotangent: jax.Array) -> None:
     sums[var] = sums[var] + cotangent if var in sums else cotangent
 
-  for site in block.sites.values():
-    if site.key in cotangents:
-      add(site.var, cotangents[site.key])
+  for use in block.uses.values():
+    if use.key in cotangents:
+      add(use.var, cotangents[use.key])
   for number, inner in block.blocks.items():
-    keys = [s.key for s in inner.all_sites() if s.key in cotangents]
+    keys = [s.key for s in inner.all_uses() if s.key in cotangents]
     if not keys:
       continue
     eqn = jaxpr.eqns[number]
@@ -309,11 +308,11 @@ def _back_through_loop(
   body: Block, values: Sequence[Any], cotangents: Mapping[Key, jax.Array]
 ) -> list[jax.Array | None]:
   """Does the same for a loop; inputs that differ by iteration are stacked."""
-  sites = {site.key: site for site in body.all_sites()}
+  uses = {use.key: use for use in body.all_uses()}
   mapped = {
     key: x
     for key, x in cotangents.items()
-    if sites[key].weight.loops[body.depth]
+    if uses[key].weight.loops[body.depth]
   }
   shared = {key: x for key, x in cotangents.items() if key not in mapped}
   stacked = [

@@ -12,13 +12,13 @@ from dpdist.clipping.trace import program
 from dpdist.clipping.trace.program import Block
 from dpdist.clipping.trace.program import Kind
 from dpdist.clipping.trace.program import Origin
-from dpdist.clipping.trace.program import Site
 from dpdist.clipping.trace.program import Weight
+from dpdist.clipping.trace.program import WeightUse
 
 _REMAT = ("remat", "remat2", "checkpoint")
 # Returns the rule of an equation whose operand of this number is a weight, None
-# if there is none; or of promotions, if the equation is None.
-FindRule = Callable[[Any, int], Any]
+# if there is none; or of fallbacks, if the equation is None.
+FindLayer = Callable[[Any, int], Any]
 # Equations that only move entries or change their signs: a gradient has the
 # same norm before and after.
 _ISOMETRIES = (
@@ -49,7 +49,7 @@ def split(
   closed: core.ClosedJaxpr,
   num_leaves: int,
   num_constants: int,
-  find_rule: FindRule,
+  find_layer: FindLayer,
 ) -> Block:
   """Finds what every value depends on, and where weights meet data.
 
@@ -59,7 +59,7 @@ def split(
       data. The first output is the loss, the others are its aux.
     num_leaves: number of trained parameters.
     num_constants: number of frozen parameters.
-    find_rule: finds the rules of products.
+    find_layer: finds the rules of products.
 
   Returns:
     The block of the whole program. Its first output is data.
@@ -77,7 +77,7 @@ def split(
     )
     for i in range(num_leaves)
   ]
-  return _Splitter((), (), find_rule).split(
+  return _Splitter((), (), find_layer).split(
     Block(closed, kinds, 1), weights, {}
   )
 
@@ -89,11 +89,11 @@ class _Splitter:
     self,
     prefix: tuple[int, ...],
     lengths: tuple[int, ...],
-    find_rule: FindRule,
+    find_layer: FindLayer,
   ):
     self._prefix = prefix
     self._lengths = lengths
-    self._find_rule = find_rule
+    self._find_layer = find_layer
 
   def split(
     self,
@@ -125,7 +125,7 @@ class _Splitter:
     for number, eqn in enumerate(jaxpr.eqns):
       self._equation(number, eqn)
     for out in jaxpr.outvars[: block.num_data_outs]:
-      self._promote(out)
+      self._fall_back(out)
     return block
 
   def _equation(self, number: int, eqn: Any) -> None:
@@ -137,7 +137,7 @@ class _Splitter:
     elif max(kinds) == Kind.WEIGHT and _must_be_data(eqn):
       self._label(eqn, Kind.DATA)
       for x in eqn.invars:
-        self._promote(x)
+        self._fall_back(x)
     elif max(kinds) == Kind.WEIGHT:
       self._weight_equation(eqn)
     elif Kind.WEIGHT not in kinds:
@@ -145,18 +145,20 @@ class _Splitter:
     else:
       self._label(eqn, Kind.DATA)
       name = eqn.primitive.name
-      rule = self._rule_of(eqn, kinds)
-      if rule is not None:
+      layer = self._layer_of(eqn, kinds)
+      if layer is not None:
         operand = kinds.index(Kind.WEIGHT)
         (out,) = eqn.outvars
-        self._site(number, eqn, rule, operand, eqn.invars[operand], out.aval)
+        self._add_use(
+          number, eqn, layer, operand, eqn.invars[operand], out.aval
+        )
       elif name == "scan":
         self._scan(number, eqn, kinds)
       elif name in _REMAT:
         self._remat(number, eqn, kinds)
       else:
         for x in eqn.invars:
-          self._promote(x)
+          self._fall_back(x)
 
   def _label(self, eqn: Any, kind: Kind) -> None:
     self._block.kind.update((x, kind) for x in eqn.outvars)
@@ -243,11 +245,11 @@ class _Splitter:
       return origin
     return origin.then("slice", tuple(starts), tuple(limits))
 
-  def _promote(self, atom: Any) -> None:
+  def _fall_back(self, atom: Any) -> None:
     block = self._block
     if block.kind_of(atom) != Kind.WEIGHT:
       return
-    # Promote where it is smallest: a bias before it is broadcast to all
+    # Make it data where it is smallest: a bias before it is broadcast to all
     # positions.
     best = atom
     while atom in block.definition:
@@ -258,15 +260,15 @@ class _Splitter:
       (atom,) = inputs
       if math.prod(atom.aval.shape) <= math.prod(best.aval.shape):
         best = atom
-    if best not in block.promotions:
-      number = -1 - len(block.promotions)
-      block.promotions[best] = number
-      rule = self._find_rule(None, 0)
-      self._site(number, None, rule, 0, best, best.aval)
+    if best not in block.fallbacks:
+      number = -1 - len(block.fallbacks)
+      block.fallbacks[best] = number
+      layer = self._find_layer(None, 0)
+      self._add_use(number, None, layer, 0, best, best.aval)
 
-  # Sites, where weights meet data.
+  # Weight uses, where weights meet data.
 
-  def _rule_of(self, eqn: Any, kinds: Sequence[Kind]) -> Any:
+  def _layer_of(self, eqn: Any, kinds: Sequence[Kind]) -> Any:
     """Returns the rule of an equation that is a product, or None."""
     if len(kinds) != 2 or len(eqn.outvars) != 1:
       return None
@@ -279,16 +281,16 @@ class _Splitter:
       for x in (out, eqn.invars[operand])
     ):
       return None
-    return self._find_rule(eqn, operand)
+    return self._find_layer(eqn, operand)
 
-  def _site(
-    self, number: int, eqn: Any, rule: Any, operand: int, var: Any, out: Any
+  def _add_use(
+    self, number: int, eqn: Any, layer: Any, operand: int, var: Any, out: Any
   ) -> None:
     block = self._block
-    block.sites[number] = Site(
+    block.uses[number] = WeightUse(
       (*self._prefix, number),
       eqn,
-      rule,
+      layer,
       operand,
       var,
       block.weights[var],
@@ -304,7 +306,7 @@ class _Splitter:
     if length == 0:
       # Its body never runs, so nothing in it has a gradient.
       for x in eqn.invars:
-        self._promote(x)
+        self._fall_back(x)
       return
     kinds = [Kind.DATA if i in carry else k for i, k in enumerate(kinds)]
 
@@ -321,7 +323,7 @@ class _Splitter:
     body = program.without_calls(params["jaxpr"])
     while True:
       block = _Splitter(
-        (*self._prefix, number), (*self._lengths, length), self._find_rule
+        (*self._prefix, number), (*self._lengths, length), self._find_layer
       ).split(
         Block(
           body,
@@ -338,12 +340,12 @@ class _Splitter:
           if kinds[i] == Kind.CONSTANT
         },
       )
-      # If a weight that all iterations share were promoted inside, it would
-      # have a gradient for each of them: promote it outside.
+      # If a weight that all iterations share became data inside, it would
+      # have a gradient for each of them: make it data outside.
       shared = frozenset().union(
         *(
           _inputs_of(block, var)
-          for var in block.promotions
+          for var in block.fallbacks
           if not block.weights[var].loops[-1]
         )
       )
@@ -361,7 +363,7 @@ class _Splitter:
   def _remat(self, number: int, eqn: Any, kinds: list[Kind]) -> None:
     body = program.without_calls(core.ClosedJaxpr(eqn.params["jaxpr"], ()))
     block = _Splitter(
-      (*self._prefix, number), self._lengths, self._find_rule
+      (*self._prefix, number), self._lengths, self._find_layer
     ).split(
       Block(body, tuple(kinds), len(eqn.outvars), len(self._lengths)),
       [
@@ -385,7 +387,7 @@ class _Splitter:
     self._block.blocks[number] = block
     for x, kind in zip(eqn.invars, kinds, strict=True):
       if kind == Kind.DATA:
-        self._promote(x)
+        self._fall_back(x)
 
 
 def _inputs_of(block: Block, var: Any) -> frozenset[Any]:
