@@ -59,12 +59,12 @@ def ways(
   """Returns a phrase for each named parameter that says how it is clipped."""
   if method == "vmap":
     return dict.fromkeys(names, "every gradient formed and kept (vmap)")
-  found = dict.fromkeys(names, "not used by the loss")
+  phrases = dict.fromkeys(names, "not used by the loss")
   for rule in rules:
     places = " + ".join(_place(use) for use in rule.uses)
     for i in rule.leaves:
-      found[names[i]] = f"{rule.strategy.text}, {places} ({method})"
-  return found
+      phrases[names[i]] = f"{rule.strategy.text}, {places} ({method})"
+  return phrases
 
 
 def _place(use: WeightUse) -> str:

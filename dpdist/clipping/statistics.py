@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpdist import errors
 from dpdist.clipping import checks
 from dpdist.clipping import freezing
 from dpdist.clipping import transform
@@ -78,7 +79,7 @@ def unsafe_statistics(
   """
   axes = varying_axes.divided_axes((batch, is_padding_example, rng))
   if axes:
-    raise ValueError(
+    raise errors.ArgumentError(
       "batch must be on one device for statistics, got one that is divided"
       f" along {sorted(axes)}"
     )
@@ -103,7 +104,7 @@ def unsafe_statistics(
     vmap.scaled(g, factors[group])
     for g, group in zip(before, groups, strict=True)
   ]
-  found = [vmap.norms_of(g) for g in before]
+  all_norms = [vmap.norms_of(g) for g in before]
   paths = freezing.names(parts.of_trainable(parts.trainable))
   for i, (path, group) in enumerate(zip(paths, groups, strict=True)):
     hook(
@@ -111,7 +112,7 @@ def unsafe_statistics(
         path,
         factors[group],
         thresholds[group],
-        found[i],
+        all_norms[i],
         before[i],
         after[i],
       )
@@ -121,7 +122,7 @@ def unsafe_statistics(
       "",
       jax.tree.unflatten(structure, factors),
       fn.l2_clip_norm,
-      functools.reduce(norms.hypot, found, jnp.zeros((size,))),
+      functools.reduce(norms.hypot, all_norms, jnp.zeros((size,))),
       parts.of_trainable(before),
       parts.of_trainable(after),
     )

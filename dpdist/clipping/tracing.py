@@ -7,6 +7,7 @@ import warnings
 
 import jax
 
+from dpdist import errors
 from dpdist.clipping import checks
 from dpdist.clipping import freezing
 from dpdist.clipping.layers import layer_rule
@@ -55,7 +56,7 @@ class Traced(NamedTuple):
     if other and wanted in ("auto", "vmap"):
       return "vmap", f"the loss also varies over the mesh axes {sorted(other)}"
     if other:
-      raise ValueError(
+      raise errors.ArgumentError(
         "method must be 'auto' or 'vmap' for a loss that also varies over the"
         f" mesh axes {sorted(other)}, got {wanted!r}"
       )
@@ -120,7 +121,7 @@ def trace(
   except NameError as error:
     if "axis name" not in str(error):
       raise
-    raise ValueError(
+    raise errors.ArgumentError(
       "loss_fn must use one example alone, but it uses a named axis over"
       f" several ({error}): statistics of a batch, as of batch norm, make"
       " an example's gradient depend on the others; use group or layer norm"

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dpdist import _validation
 from dpdist.clipping import arguments
 from dpdist.clipping import checks
 from dpdist.clipping import explain
@@ -87,6 +88,16 @@ class ClippedGrad:
     default_factory=rules.registered
   )
 
+  def __post_init__(self) -> None:
+    checks.arguments(
+      l2_clip_norm=self.l2_clip_norm,
+      method=self.method,
+      microbatch_size=self.microbatch_size,
+      platform=self.platform,
+      normalize_gamma=self.normalize_gamma,
+    )
+    freezing.check(self.frozen)
+
   def sensitivity(
     self, neighboring_relation: str = "add_or_remove_one"
   ) -> float:
@@ -105,11 +116,11 @@ class ClippedGrad:
     Raises:
       ValueError: the relation is unknown.
     """
-    if neighboring_relation not in _SENSITIVITY_FACTOR:
-      raise ValueError(
-        "neighboring_relation must be one of"
-        f" {sorted(_SENSITIVITY_FACTOR)}, got {neighboring_relation!r}"
-      )
+    _validation.check(
+      "neighboring_relation",
+      neighboring_relation,
+      _validation.one_of(_SENSITIVITY_FACTOR),
+    )
     norms = jax.tree.leaves(self.l2_clip_norm)
     if self.rescale_to_unit_norm:
       norms = [1.0] * len(norms)
@@ -336,7 +347,7 @@ class ClippedGrad:
     scaling = Scaling(
       tuple(float(norm) for norm in norms),
       self.rescale_to_unit_norm,
-      self.normalize_gamma,
+      None if self.normalize_gamma is None else float(self.normalize_gamma),
     )
     return scaling, groups, structure
 
@@ -408,28 +419,14 @@ def clipped_grad(
   Raises:
     ValueError: with the argument's name, its value and what would be right.
   """
-  fn = ClippedGrad(
+  return ClippedGrad(
     loss_fn,
     l2_clip_norm,
-    has_aux,
-    method,
-    microbatch_size,
-    rescale_to_unit_norm,
-    platform,
-    normalize_gamma,
-    frozen,
+    has_aux=has_aux,
+    method=method,
+    microbatch_size=microbatch_size,
+    rescale_to_unit_norm=rescale_to_unit_norm,
+    platform=platform,
+    normalize_gamma=normalize_gamma,
+    frozen=frozen,
   )
-  _check(fn)
-  return fn
-
-
-def _check(fn: ClippedGrad) -> None:
-  """Raises ValueError for an argument that is out of its range."""
-  checks.arguments(
-    l2_clip_norm=fn.l2_clip_norm,
-    method=fn.method,
-    microbatch_size=fn.microbatch_size,
-    platform=fn.platform,
-    normalize_gamma=fn.normalize_gamma,
-  )
-  freezing.check(fn.frozen)

@@ -92,9 +92,9 @@ def clipped_sum(
   less = [jnp.zeros(keep.shape, jnp.float32) for _ in total]
   kept = []
   for rule in problem.rules:
-    found, formed = norms_of(problem, rule, operands, cotangents)
-    for group, mine in found.items():
-      total[group] = norms.hypot(total[group], mine)
+    of_groups, formed = norms_of(problem, rule, operands, cotangents)
+    for group, of_rule in of_groups.items():
+      total[group] = norms.hypot(total[group], of_rule)
     kept.append(formed if rule.strategy.stores else None)
     if rule.strategy.stores:
       continue
@@ -186,10 +186,10 @@ def norms_of(
   cotangents = {s.key: cotangents[s.key] for s in rule.uses}
   if rule.form is not Form.PARAMETERS:
     group = problem.groups[min(rule.leaves)]
-    found, formed = jax.vmap(functools.partial(norm, problem, rule))(
+    of_rule, formed = jax.vmap(functools.partial(norm, problem, rule))(
       operands, cotangents
     )
-    return {group: found}, formed
+    return {group: of_rule}, formed
 
   # Gathered here, so that it is not done for each example.
   problem = problem._replace(
@@ -241,7 +241,7 @@ def norm(
   formed = rule.gradient(_of_weights(problem, rule, operands, cotangents))
   if rule.strategy.stores:
     formed = sharing.computed_once(formed)
-  found = norms.of(formed)
+  result = norms.of(formed)
   if not rule.strategy.stores:
     # The sum is computed by another product, in which terms that cancel here
     # may leave their rounding errors.
@@ -249,12 +249,12 @@ def norm(
       s.layer.terms(s, operands.get(s.key), cotangents[s.key])
       for s in rule.uses
     )
-    found = jnp.maximum(found, inner_products.SUMMED**0.5 * size)
+    result = jnp.maximum(result, inner_products.SUMMED**0.5 * size)
     # Both products round.
     twice = 2 * sum(
       s.layer.positions(s, operands.get(s.key)) for s in rule.uses
     )
-    found = inner_products.with_room(found, size, twice, 0.0)
+    result = inner_products.with_room(result, size, twice, 0.0)
     if unit_roundoff:
       # What is not multiplied is not rounded.
       terms: Any = sum(
@@ -263,8 +263,8 @@ def norm(
         else jnp.zeros((), norms.wide(cotangents[s.key].dtype))
         for s in rule.uses
       )
-      found = inner_products.with_room(found, terms, 0, unit_roundoff)
-  return found, formed
+      result = inner_products.with_room(result, terms, 0, unit_roundoff)
+  return result, formed
 
 
 def _of_weights(
@@ -290,10 +290,10 @@ def to_leaves(
   """Takes gradients of weights to parameters; see `to_parameters`."""
   known = problem.inputs(())
   values = [*known, *[None] * (len(problem.block.kinds) - len(known))]
-  found = evaluate.to_parameters(problem.block, values, cotangents)
+  gradients = evaluate.to_parameters(problem.block, values, cotangents)
   return {
     i: norms.widen(x)
-    for i, x in enumerate(found)
+    for i, x in enumerate(gradients)
     if x is not None and i in wanted
   }
 

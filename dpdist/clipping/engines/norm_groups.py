@@ -5,6 +5,8 @@ from typing import Any
 
 import jax
 
+from dpdist import errors
+
 PyTree = Any
 
 
@@ -30,26 +32,26 @@ def groups(
   try:
     subtrees = prefix.flatten_up_to(params)
   except ValueError as error:
-    raise ValueError(
+    raise errors.ArgumentError(
       "l2_clip_norm must be a number or a prefix pytree of params, got"
       f" {l2_clip_norm!r} for params {jax.tree.structure(params)}"
     ) from error
-  found = []
+  numbers = []
   frozen = iter(is_frozen)
   number = 0
   for norm, subtree in zip(norms, subtrees, strict=True):
     flags = [next(frozen) for _ in jax.tree.leaves(subtree)]
     if norm is None and not all(flags):
-      raise ValueError(
+      raise errors.ArgumentError(
         "l2_clip_norm must hold a norm for each group that is trained, got"
         f" None for one in {l2_clip_norm!r}"
       )
     if norm is not None and flags and all(flags):
-      raise ValueError(
+      raise errors.ArgumentError(
         "l2_clip_norm must hold None for a group that is wholly frozen, or it"
         f" would count in the sensitivity, got {norm!r} for one in"
         f" {l2_clip_norm!r}"
       )
-    found += [number for flag in flags if not flag]
+    numbers += [number for flag in flags if not flag]
     number += norm is not None
-  return found
+  return numbers

@@ -46,8 +46,8 @@ def clipped_sum(
   """Sums clipped per-example gradients; see `bookkeeping.clipped_sum`."""
   if not _takes_two_passes(problem):
     return bookkeeping.clipped_sum(problem, examples, keep)
-  found, lost, kept, outs = _norms(problem, examples, keep.shape)
-  scales, found = problem.scaling.scales(found, keep, lost)
+  of_groups, lost, kept, outs = _norms(problem, examples, keep.shape)
+  scales, of_groups = problem.scaling.scales(of_groups, keep, lost)
   (scale,) = scales
   sums = {i: vmap.weighted_sum(x, scale) for i, x in kept.items()}
   some = scale != 0
@@ -63,7 +63,7 @@ def clipped_sum(
   for i, leaf in enumerate(problem.leaves):
     if i in kept:
       (others[i],) = shards.sums([leaf], [sums[i]])
-  return problem.scaling.enlarged(others, problem.groups), outs, found
+  return problem.scaling.enlarged(others, problem.groups), outs, of_groups
 
 
 def _takes_two_passes(problem: bookkeeping.Problem) -> bool:
@@ -152,9 +152,11 @@ def _norms(
       total[group] = norms.hypot(total[group], norms.of(both[..., 0], -1))
       lost[group] += jnp.sum(both[..., 1], -1)
       continue
-    mine = {s.key: sharing.computed_once(cotangents[s.key]) for s in rule.uses}
-    found, formed = bookkeeping.norms_of(problem, rule, operands, mine)
-    for i, norm in found.items():
+    of_uses = {
+      s.key: sharing.computed_once(cotangents[s.key]) for s in rule.uses
+    }
+    of_rule, formed = bookkeeping.norms_of(problem, rule, operands, of_uses)
+    for i, norm in of_rule.items():
       total[i] = norms.hypot(total[i], norm)
     if rule.form is Form.PARAMETERS:
       kept |= formed
@@ -186,9 +188,9 @@ def _summed_by_a_product(rule: Rule) -> Rule:
 
 def _is_local(rule: Rule) -> bool:
   """Returns whether a rule needs one operand and one gradient at a time."""
-  (first, *more) = rule.uses
+  (first, *others) = rule.uses
   return (
-    not more
+    not others
     and first.eqn is not None
     and rule.form is not Form.PARAMETERS
     and all(first.weight.loops)

@@ -128,9 +128,9 @@ def norm(
     error: Any = 0.0
     for i, one in enumerate(units):
       for j, other in enumerate(units[: i + 1]):
-        inner, more = _inner(one, other, precision)
+        inner, inner_error = _inner(one, other, precision)
         times = 1 if i == j else 2
-        square, error = square + times * inner, error + times * more
+        square, error = square + times * inner, error + times * inner_error
     root = inner_products.from_inner_products(square, error, terms)
   length = lambda x: jnp.sqrt(jnp.sum(jnp.square(x)))
   root = inner_products.with_room(
@@ -211,12 +211,14 @@ def _inner(
 
   The second result is by how much it may be too small.
   """
-  rows, error = _inner_rows(one, other, precision)
-  columns, more = inner_products.gram(one.columns, other.columns, precision)
+  rows, of_rows = _inner_rows(one, other, precision)
+  columns, of_columns = inner_products.gram(
+    one.columns, other.columns, precision
+  )
   pairs = inner_products.InnerProducts
   return inner_products.sum_of_products(
-    pairs(rows, one.row_norms, other.row_norms, error),
-    pairs(columns, one.column_norms, other.column_norms, more),
+    pairs(rows, one.row_norms, other.row_norms, of_rows),
+    pairs(columns, one.column_norms, other.column_norms, of_columns),
   )
 
 

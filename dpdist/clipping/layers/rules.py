@@ -207,15 +207,15 @@ def _components(uses: Iterable[WeightUse]) -> list[list[WeightUse]]:
   """Groups weight uses that share parameters, directly or through others."""
   components: list[list[WeightUse]] = []
   for use in uses:
-    mine = [use]
+    joined = [use]
     others = []
     for component in components:
       shares = any(use.weight.leaves & s.weight.leaves for s in component)
       if shares:
-        mine = component + mine
+        joined = component + joined
       else:
         others.append(component)
-    components = [*others, mine]
+    components = [*others, joined]
   return components
 
 

@@ -113,8 +113,8 @@ def forward(
         read_data(x) if kind == Kind.DATA else read_part(x)
         for x, kind in zip(eqn.invars, inner.kinds, strict=True)
       ]
-      outs, more = _inner(eqn, inner, arguments, taps, hooks)
-      operands.update(more)
+      outs, inner_operands = _inner(eqn, inner, arguments, taps, hooks)
+      operands.update(inner_operands)
     else:
       outs = program.bind(eqn, [read_data(x) for x in eqn.invars])
     env.update(zip(eqn.outvars, outs, strict=True))
@@ -225,18 +225,18 @@ def to_parameters(
     eqn = jaxpr.eqns[number]
     arguments = _arguments(block, eqn, inner, inputs, constants)
     back = to_parameters if inner.loop is None else _back_through_loop
-    found = back(inner, arguments, {k: cotangents[k] for k in keys})
-    for x, cotangent in zip(eqn.invars, found, strict=True):
+    of_inputs = back(inner, arguments, {k: cotangents[k] for k in keys})
+    for x, cotangent in zip(eqn.invars, of_inputs, strict=True):
       if cotangent is not None:
         add(x, cotangent)
 
   result = {x: sums[x] for x in inputs if x in sums}
   derived = [x for x in sums if x not in inputs]
   if derived:
-    more = _back_to_inputs(
+    of_derived = _back_to_inputs(
       block, inputs, constants, {x: sums[x] for x in derived}
     )
-    for x, gradient in zip(inputs, more, strict=True):
+    for x, gradient in zip(inputs, of_derived, strict=True):
       result[x] = result[x] + gradient if x in result else gradient
   return [
     result.get(x, jnp.zeros_like(inputs[x])) if x in inputs else None
@@ -290,18 +290,18 @@ def _back_to_inputs(
   narrow = {x for x in derived if block.weights[x].narrow}
 
   def run(values: list[Any]) -> list[Any]:
-    given = {**constants, **dict(zip(names, values, strict=True))}
-    wide = _weights(block, given, set(derived) - narrow, wide=True)
+    known = {**constants, **dict(zip(names, values, strict=True))}
+    wide = _weights(block, known, set(derived) - narrow, wide=True)
     # Values that cannot be widened are computed from the rounded inputs.
-    plain = {x: given[x].astype(x.aval.dtype) for x in names}
+    plain = {x: known[x].astype(x.aval.dtype) for x in names}
     env = _weights(block, {**constants, **plain}, narrow, wide=False)
     return [(env if x in narrow else wide)[x] for x in derived]
 
   outputs, pull = jax.vjp(run, list(inputs.values()))
-  (found,) = pull(
+  (gradients,) = pull(
     [sums[x].astype(out.dtype) for x, out in zip(derived, outputs, strict=True)]
   )
-  return found
+  return gradients
 
 
 def _back_through_loop(
@@ -334,10 +334,10 @@ def _back_through_loop(
   ]
   total: list[jax.Array | None] = [None] * len(values)
   if mapped:
-    found = jax.lax.map(lambda args: once(*args), (slices, mapped))
+    by_iteration = jax.lax.map(lambda args: once(*args), (slices, mapped))
     total = [
       x if x is None or each else jnp.sum(x, axis=0)
-      for x, each in zip(found, stacked, strict=True)
+      for x, each in zip(by_iteration, stacked, strict=True)
     ]
   if shared:
     # The iterations' gradients are summed already, so any slice will do. Inputs

@@ -216,8 +216,8 @@ def effects(program: Any) -> tuple[str, ...]:
   Args:
     program: a jaxpr or an equation.
   """
-  found = {type(effect).__name__ for effect in program.effects}
-  return tuple(sorted(found.difference(_KNOWN_EFFECTS)))
+  names = {type(effect).__name__ for effect in program.effects}
+  return tuple(sorted(names.difference(_KNOWN_EFFECTS)))
 
 
 def bind(eqn: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
