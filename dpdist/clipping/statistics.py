@@ -14,9 +14,7 @@ from dpdist import errors
 from dpdist.clipping import checks
 from dpdist.clipping import freezing
 from dpdist.clipping import transform
-from dpdist.clipping.engines import norm_groups
 from dpdist.clipping.engines import vmap
-from dpdist.clipping.engines.clip_norms import Scaling
 from dpdist.clipping.layers import norms
 from dpdist.clipping.trace import varying_axes
 
@@ -90,11 +88,8 @@ def unsafe_statistics(
   )
 
   parts = freezing.split(params, fn.frozen)
-  groups = norm_groups.groups(params, fn.l2_clip_norm, parts.is_frozen)
+  scaling, groups = fn.scaling(params)
   thresholds, structure = jax.tree.flatten(fn.l2_clip_norm)
-  scaling = Scaling(
-    tuple(map(float, thresholds)), fn.rescale_to_unit_norm, fn.normalize_gamma
-  )
   keep = ~checks.padding(is_padding_example, size)
   factors = scaling.of_norms(jax.tree.leaves(grads.grad_norms), keep)
 

@@ -15,8 +15,8 @@ from dpdist.clipping import freezing
 from dpdist.clipping import tracing
 from dpdist.clipping import watched
 from dpdist.clipping.engines import bookkeeping
+from dpdist.clipping.engines import clip_norms
 from dpdist.clipping.engines import microbatches
-from dpdist.clipping.engines import norm_groups
 from dpdist.clipping.engines import two_pass
 from dpdist.clipping.engines import vmap
 from dpdist.clipping.engines.clip_norms import Scaling
@@ -342,7 +342,7 @@ class ClippedGrad:
   def _scaling(
     self, params: PyTree, is_frozen: Sequence[bool]
   ) -> tuple[Scaling, list[int], Any]:
-    groups = norm_groups.groups(params, self.l2_clip_norm, is_frozen)
+    groups = clip_norms.groups(params, self.l2_clip_norm, is_frozen)
     norms, structure = jax.tree.flatten(self.l2_clip_norm)
     scaling = Scaling(
       tuple(float(norm) for norm in norms),

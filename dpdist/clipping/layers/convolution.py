@@ -28,11 +28,9 @@ class Convolution(layer_rule.LayerRule):
   weight_operands = (1,)
 
   def matches(self, eqn: Any) -> bool:
-    """Returns whether it convolves floats, one kernel for all rows."""
     return eqn.params["batch_group_count"] == 1 and program.is_floating(eqn)
 
   def forming_cost(self, use: WeightUse, model: costs.Model) -> costs.Cost:
-    """Returns the cost of a product over all positions."""
     s = kernel_gradients.sizes(use)
     count = s.groups * math.prod(use.lengths)
     rows = s.offsets * s.inputs
@@ -47,7 +45,6 @@ class Convolution(layer_rule.LayerRule):
   def strategies(
     self, use: WeightUse, model: costs.Model
   ) -> Mapping[layer_rule.Strategy, costs.Cost]:
-    """Returns two ways that form no gradient, outside of loops."""
     if use.lengths:
       return {}
     s = kernel_gradients.sizes(use)
@@ -64,7 +61,6 @@ class Convolution(layer_rule.LayerRule):
     cotangent: jax.Array,
     unit_roundoff: float,
   ) -> jax.Array:
-    """Returns the norm from inner products of patches, or of pixels."""
     if strategy == DIAGONAL_GRAM:
       return pixels.norm(use, operand, cotangent, unit_roundoff)
     return factors.norm(
@@ -74,15 +70,14 @@ class Convolution(layer_rule.LayerRule):
     )
 
   def positions(self, use: WeightUse, operand: jax.Array | None) -> int:
-    """Returns the number of patches."""
     del operand
     return kernel_gradients.sizes(use).positions * math.prod(use.lengths)
 
   def terms(
     self, use: WeightUse, operand: jax.Array | None, cotangent: jax.Array
   ) -> jax.Array:
-    """Bounds the sum: a pixel is in at most a patch for each offset."""
     assert operand is not None
+    # A pixel is in at most a patch for each offset.
     offsets = kernel_gradients.sizes(use).offsets
     product, power = norms.products(
       offsets**0.5 * norms.of(operand), norms.of(cotangent)
@@ -96,7 +91,6 @@ class Convolution(layer_rule.LayerRule):
     cotangent: jax.Array,
     platform: str,
   ) -> jax.Array:
-    """Returns the gradient, formed as is best on a platform."""
     one = lambda x, g: kernel_gradients.instantiate(use, x, g, platform)
     for _ in use.lengths:
       one = jax.vmap(one)

@@ -29,11 +29,9 @@ class DotGeneral(layer_rule.LayerRule):
   weight_operands = (0, 1)
 
   def matches(self, eqn: Any) -> bool:
-    """Returns whether it multiplies floats."""
     return program.is_floating(eqn)
 
   def layout(self, use: WeightUse) -> factors.Layout | None:
-    """Returns rows of contracted and columns of free axes."""
     return factors.layout(use, _axes(use).weight)
 
   def to_factors(
@@ -72,7 +70,6 @@ class DotGeneral(layer_rule.LayerRule):
     )
 
   def factor_sizes(self, use: WeightUse) -> tuple[int, int, int, int]:
-    """Returns the sizes, loops included."""
     weight = use.eqn.invars[use.operand].aval.shape
     operand = use.eqn.invars[1 - use.operand].aval.shape
     axes = _axes(use)
@@ -87,7 +84,6 @@ class DotGeneral(layer_rule.LayerRule):
     )
 
   def forming_cost(self, use: WeightUse, model: costs.Model) -> costs.Cost:
-    """Returns the cost of one matrix product."""
     count, positions, rows, columns = self.factor_sizes(use)
     return costs.Cost(
       count * model.product(rows, positions, columns),
@@ -96,14 +92,12 @@ class DotGeneral(layer_rule.LayerRule):
     )
 
   def positions(self, use: WeightUse, operand: jax.Array | None) -> int:
-    """Returns the number of outer products."""
     del operand
     return self.factor_sizes(use)[1]
 
   def terms(
     self, use: WeightUse, operand: jax.Array | None, cotangent: jax.Array
   ) -> jax.Array:
-    """Returns the sum of the outer products' norms."""
     assert operand is not None
     return factors.sum_of_norms(self.to_factors(use, operand, cotangent))
 

@@ -43,7 +43,6 @@ class Gather(layer_rule.LayerRule):
     )
 
   def layout(self, use: WeightUse) -> factors.Layout | None:
-    """Returns the table's layout: a row for each id."""
     if any(use.weight.loops):
       return None
     return factors.layout(use, ((), (0,), (1,)))
@@ -51,7 +50,6 @@ class Gather(layer_rule.LayerRule):
   def to_factors(
     self, use: WeightUse, operand: jax.Array, cotangent: jax.Array
   ) -> factors.Lookup:
-    """Returns ids and columns, those of all iterations in one list."""
     return lookup(use, operand, cotangent)
 
   def factor_sizes(self, use: WeightUse) -> tuple[int, int, int, int]:
@@ -60,12 +58,10 @@ class Gather(layer_rule.LayerRule):
     return 1, math.prod(use.tap_shape) // max(1, width), 0, width
 
   def forming_cost(self, use: WeightUse, model: costs.Model) -> costs.Cost:
-    """Returns the cost of adding a row to the table for each position."""
-    del model
+    del model  # It adds a row to the table for each position.
     return costs.Cost(0, 4.0 * math.prod(use.tap_shape), 0)
 
   def positions(self, use: WeightUse, operand: jax.Array | None) -> int:
-    """Returns the number of ids, which may all be equal."""
     del use
     assert operand is not None
     return operand.size

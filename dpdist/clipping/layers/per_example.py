@@ -22,12 +22,10 @@ class PerExample(layer_rule.LayerRule):
   multiplies = False
 
   def forming_cost(self, use: WeightUse, model: costs.Model) -> costs.Cost:
-    """Returns no cost: nothing is computed."""
     del use, model
     return costs.Cost(0, 0, 0)
 
   def positions(self, use: WeightUse, operand: jax.Array | None) -> int:
-    """Returns the number of iterations."""
     del operand
     return math.prod(use.lengths)
 
