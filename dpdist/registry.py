@@ -18,7 +18,8 @@ Guarantees:
   * The digest is of what this process runs. It is taken when the code is
     registered or first resolved. A run is refused if a file was edited after
     that, or after the process had imported it.
-  * A data set whose code has no file, such as a notebook's, is refused.
+  * A run refuses a data set or layer rule whose code has no file, such as a
+    notebook's.
 """
 
 from collections.abc import Callable, Iterator
@@ -104,16 +105,14 @@ def outside_sha256(kind: str) -> str:
   Raises:
     ValueError: some code is in no file, or a file was changed since.
   """
-  digest = hashlib.sha256()
-  some = False
+  parts = []
   for name, _ in registered(kind):
     setting = f"{kind} {name!r}"
     resolve(kind, name, setting=setting)
     code = code_sha256(kind, name, setting=setting)
     if code:
-      some = True
-      digest.update(f"{name}\0{code}\0".encode())
-  return digest.hexdigest() if some else ""
+      parts.append(f"{name}\0{code}\0")
+  return hashlib.sha256("".join(parts).encode()).hexdigest() if parts else ""
 
 
 def resolve(kind: str, name: str, *, setting: str) -> Any:

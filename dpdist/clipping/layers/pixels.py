@@ -124,7 +124,7 @@ def _sum_of_shifts(
   """Sums over the offsets of the kernel.
 
   Args:
-    g: the kernel_gradients.
+    g: the convolution.
     x: [*phases, groups, pixels], or with two axes of pixels.
     cells: cells along each axis of space.
     moved: how many of the last axes hold pixels, which all move together.
