@@ -313,10 +313,7 @@ class ClippedGrad:
 
   @property
   def _platform(self) -> str:
-    if self.platform is not None:
-      return self.platform
-    backend = jax.default_backend()
-    return {"cuda": "gpu", "rocm": "gpu"}.get(backend, backend)
+    return self.platform or costs.default_platform()
 
   def _problem(
     self,

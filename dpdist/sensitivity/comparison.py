@@ -122,14 +122,14 @@ def measurer(
       [_length([x - y]) for x, y in zip(xs, ys, strict=True)]
     )
     return Measured(
-      lengths[0],
-      jnp.stack(norms),
-      lengths[1],
-      lengths[2],
-      jnp.stack([jnp.all(jnp.isfinite(x)) for x in sums]),
-      jnp.stack([_length([x]) for x in directions[1]]),
-      far(directions[0], directions[1]),
-      far(directions[2], directions[1]),
+      length=lengths[0],
+      norm=jnp.stack(norms),
+      truth=lengths[1],
+      again=lengths[2],
+      is_finite=jnp.stack([jnp.all(jnp.isfinite(x)) for x in sums]),
+      share=jnp.stack([_length([x]) for x in directions[1]]),
+      differs=far(directions[0], directions[1]),
+      varies=far(directions[2], directions[1]),
     )
 
   return measure
@@ -314,7 +314,5 @@ def _rounding(
   jaxpr = jax.make_jaxpr(loss)(*args).jaxpr
   if any(map(program.computes_narrow, jaxpr.eqns)):
     unit = max(unit, 2.0**-8)
-  platform = clipped_grad.platform or {"cuda": "gpu", "rocm": "gpu"}.get(
-    jax.default_backend(), jax.default_backend()
-  )
+  platform = clipped_grad.platform or costs.default_platform()
   return max(unit, costs.unit_roundoff(platform, None))

@@ -80,6 +80,12 @@ _UNIT_ROUNDOFF = {
 _FORMAT = {"cpu": "F32", "gpu": "TF32", "tpu": "BF16"}
 
 
+def default_platform() -> str:
+  """Returns the default device's platform: "cpu", "gpu" or "tpu"."""
+  backend = jax.default_backend()
+  return {"cuda": "gpu", "rocm": "gpu"}.get(backend, backend)
+
+
 def unit_roundoff(platform: str, precision: Any) -> float:
   """Bounds the relative error with which a float32 product rounds its operands.
 

@@ -81,20 +81,20 @@ def geometry(use: WeightUse) -> Geometry:
   kernel = use.eqn.invars[1].aval.shape
   out = use.eqn.outvars[0].aval.shape
   return Geometry(
-    numbers.lhs_spec,
-    numbers.rhs_spec,
-    numbers.out_spec,
-    tuple(kernel[a] for a in numbers.rhs_spec[2:]),
-    tuple(
+    lhs=numbers.lhs_spec,
+    rhs=numbers.rhs_spec,
+    out=numbers.out_spec,
+    kernel=tuple(kernel[a] for a in numbers.rhs_spec[2:]),
+    padding=tuple(
       (low, high, holes - 1)
       for (low, high), holes in zip(
         params["padding"], params["lhs_dilation"], strict=True
       )
     ),
-    tuple(params["window_strides"]),
-    tuple(params["rhs_dilation"]),
-    tuple(out[a] for a in numbers.out_spec[2:]),
-    params["feature_group_count"],
+    strides=tuple(params["window_strides"]),
+    dilation=tuple(params["rhs_dilation"]),
+    output=tuple(out[a] for a in numbers.out_spec[2:]),
+    groups=params["feature_group_count"],
   )
 
 
@@ -108,18 +108,16 @@ def sizes(use: WeightUse) -> Sizes:
     max(0, low + high + lhs[a] + max(0, lhs[a] - 1) * holes)
     for a, (low, high, holes) in zip(g.lhs[2:], g.padding, strict=True)
   ]
+  cells = [-(-n // step) for n, step in zip(space, g.strides, strict=True)]
   return Sizes(
-    rows * math.prod(space),
-    rows * math.prod(g.output),
-    math.prod(g.kernel),
-    g.groups,
-    lhs[g.lhs[1]] // g.groups,
-    out[g.out[1]] // g.groups,
-    math.prod(g.strides),
-    rows
-    * math.prod(
-      -(-n // step) for n, step in zip(space, g.strides, strict=True)
-    ),
+    padded=rows * math.prod(space),
+    positions=rows * math.prod(g.output),
+    offsets=math.prod(g.kernel),
+    groups=g.groups,
+    inputs=lhs[g.lhs[1]] // g.groups,
+    outputs=out[g.out[1]] // g.groups,
+    phases=math.prod(g.strides),
+    cells=rows * math.prod(cells),
   )
 
 

@@ -288,14 +288,14 @@ class _Splitter:
   ) -> None:
     block = self._block
     block.uses[number] = WeightUse(
-      (*self._prefix, number),
-      eqn,
-      layer,
-      operand,
-      var,
-      block.weights[var],
-      self._lengths,
-      jax.ShapeDtypeStruct(out.shape, out.dtype),
+      key=(*self._prefix, number),
+      eqn=eqn,
+      layer=layer,
+      operand=operand,
+      var=var,
+      weight=block.weights[var],
+      lengths=self._lengths,
+      out=jax.ShapeDtypeStruct(out.shape, out.dtype),
     )
 
   def _scan(self, number: int, eqn: Any, kinds: list[Kind]) -> None:
