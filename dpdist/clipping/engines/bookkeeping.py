@@ -111,15 +111,11 @@ def clipped_sum(
 def lost(use: WeightUse, other: jax.Array) -> jax.Array:
   """Bounds the norm of what underflow takes from an example's product.
 
-  Args:
-    use: a product, one side of which is multiplied with at most 1.
-    other: the other side, for one example.
-
-  Returns:
-    A scalar. Each entry of the product is a sum of products of a lost number,
-    at most the smallest normal one, and an entry of the other side. The bound
-    is that number times the sum of the other side's magnitudes, times the
-    square root of the number of entries.
+  One side of the product is multiplied with at most 1; `other` is the other
+  side, for one example. Each entry of the product is a sum of products of a
+  lost number, at most the smallest normal one, and an entry of the other side.
+  The bound is that number times the sum of the other side's magnitudes, times
+  the square root of the number of entries.
   """
   if not use.layer.multiplies:
     return jnp.zeros((), jnp.float32)
@@ -171,12 +167,8 @@ def norms_of(
 ) -> tuple[dict[int, jax.Array], Any]:
   """Returns the norms of a rule's gradients, by group, and the gradients.
 
-  Args:
-    problem: the loss, its parameters and the scaling.
-    rule: the rule.
-    operands: the products' data operands, by use; leading axis B. Those of
-      other rules are ignored.
-    cotangents: the gradients of the uses' outputs, in the same form.
+  Operands and cotangents have a leading axis B; those of other rules are
+  ignored.
 
   Returns:
     [B] for each group; and the gradients in the form of `rule.form`, leading
@@ -226,11 +218,7 @@ def norm(
 ) -> tuple[jax.Array, jax.Array | None]:
   """Returns the norm of one example's gradient, and the gradient itself.
 
-  Args:
-    problem: the loss, its parameters and the scaling.
-    rule: the rule; its form is not PARAMETERS.
-    operands: the products' data operands, by use.
-    cotangents: the gradients of the uses' outputs.
+  The rule's form is not PARAMETERS.
 
   Returns:
     A scalar; and the gradient in the form of `rule.form`, None if not formed.

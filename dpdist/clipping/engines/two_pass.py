@@ -256,16 +256,11 @@ def _weighted_gradient(
 ) -> list[Any]:
   """Runs the second pass: sums scaled gradients, except of some parameters.
 
-  Args:
-    problem: the loss, its parameters and the scaling.
-    examples: must not hold NaN.
-    scale: [B].
-    some: whether any scale is not 0. If none is, all sums are 0, and so is what
-      this device adds to the sum of a shard.
-    others: the numbers of parameters that are left out.
+  Examples must not hold NaN. If `some` says that no scale [B] is other than 0,
+  all sums are 0, and so is what this device adds to the sum of a shard.
 
   Returns:
-    For each parameter its sum, None where it is left out.
+    For each parameter its sum, None for the numbers in `others`.
   """
   wanted = [i for i in range(len(problem.leaves)) if i not in others]
 

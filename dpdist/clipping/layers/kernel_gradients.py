@@ -155,16 +155,9 @@ def _offsets(g: Geometry) -> list[tuple[int, ...]]:
 def instantiate(
   use: WeightUse, x: jax.Array, cotangent: jax.Array, platform: str
 ) -> jax.Array:
-  """Computes the gradient of the kernel for one example.
+  """Computes the gradient of the kernel for one example, float32 or wider.
 
-  Args:
-    use: a conv_general_dilated.
-    x: the input, without loops.
-    cotangent: the gradient of the output.
-    platform: "cpu", "gpu" or "tpu".
-
-  Returns:
-    Shaped like the kernel, float32 or wider.
+  The input x and the cotangent are without loops.
   """
   if platform == "tpu":
     return _by_convolution(use)(x[None], cotangent[None])[0]
@@ -383,8 +376,7 @@ def patches(
 ) -> factors.Dense:
   """Returns one example's convolution as a dense product of patches.
 
-  Returns:
-    Factors whose S are the groups and whose rows are patches of the input.
+  Its S are the groups, and its rows are patches of the input.
   """
   g = geometry(use)
   x, cotangent = arrange(g, x, cotangent)

@@ -29,17 +29,8 @@ def norm(
 
   An offset of the kernel moves both pixels of a pair. With the pixels of the
   padded input in one row, that is a shift along a diagonal. With strides, the
-  pixels are first sorted into phases, of which each offset meets one.
-
-  Args:
-    use: a conv_general_dilated.
-    x: the input, without loops.
-    cotangent: the gradient of the output.
-    unit_roundoff: relative error with which the summing product rounds its
-      operands; 0 if it does not round them.
-
-  Returns:
-    Scalar, float32 or wider.
+  pixels are first sorted into phases, of which each offset meets one. The input
+  and the cotangent are without loops. The result is a scalar, float32 or wider.
   """
   g = kernel_gradients.geometry(use)
   x, cotangent = kernel_gradients.arrange(g, x, cotangent)
@@ -121,14 +112,10 @@ def _sum_of_shifts(
   moved: int,
   add: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-  """Sums over the offsets of the kernel.
+  """Sums over the offsets of the kernel; x is [*phases, groups, pixels].
 
-  Args:
-    g: the convolution.
-    x: [*phases, groups, pixels], or with two axes of pixels.
-    cells: cells along each axis of space.
-    moved: how many of the last axes hold pixels, which all move together.
-    add: adds two arrays.
+  Its last axes, of which there are `moved`, hold pixels and move together.
+  There are `cells` along each axis of space.
 
   Returns:
     [groups, pixels] or [groups, pixels, pixels], with those pixels that all

@@ -74,11 +74,7 @@ class Rule:
   ) -> jax.Array:
     """Returns the norm of one example's gradient without forming it.
 
-    Args:
-      operands: the data operands, by use.
-      cotangents: the gradients of the uses' outputs.
-      unit_roundoff: relative error with which the summing product rounds its
-        operands; 0 if it does not round them.
+    Operands and cotangents are by use; see `LayerRule.norm`.
     """
     first = self.uses[0]
     if self.form is not Form.FACTORS:
@@ -145,7 +141,7 @@ def find(
 def choose(
   uses: Iterable[WeightUse], groups: Sequence[int], model: costs.Model
 ) -> list[Rule]:
-  """Covers all weight uses by rules, each by its cheapest way.
+  """Covers all uses of a program by rules, each by its cheapest strategy.
 
   Args:
     uses: those of a program.
@@ -153,7 +149,7 @@ def choose(
     model: the backend's speed.
 
   Returns:
-    Rules, in order of their first weight use.
+    Rules, in order of their first use.
   """
   rules = []
   for component in _components(uses):

@@ -277,11 +277,7 @@ def _back_to_inputs(
 ) -> list[jax.Array]:
   """Takes gradients of values computed from weights back to the weights.
 
-  Args:
-    block: the block that computes the values.
-    inputs: the weights, widened.
-    constants: the other inputs.
-    sums: the gradients, by the variable they belong to.
+  Inputs are widened weights; sums are by the variable that they belong to.
 
   Returns:
     What to add to the gradient of each input.

@@ -101,15 +101,12 @@ class _Splitter:
     weights: Sequence[Weight],
     loops: dict[Any, tuple[bool, ...]],
   ) -> Block:
-    """Fills in the block.
+    """Fills in an empty block, and returns it.
 
     Args:
-      block: an empty block.
+      block: the block.
       weights: what is known about its weight inputs, in order.
       loops: for constant inputs, in which of the loops they differ, if in any.
-
-    Returns:
-      The block.
     """
     self._block = block
     self._loops = loops
