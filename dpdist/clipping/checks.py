@@ -49,7 +49,10 @@ def arguments(
 def norms(l2_clip_norm: PyTree) -> None:
   """Raises ValueError for clip norms that are invalid or missing."""
   leaves = jax.tree.leaves(l2_clip_norm)
-  _validation.require(bool(leaves), "l2_clip_norm", "norms", l2_clip_norm)
+  if not leaves:
+    raise errors.ArgumentError(
+      f"l2_clip_norm must hold a norm, got {l2_clip_norm!r}"
+    )
   for norm in leaves:
     _validation.check("l2_clip_norm", norm, _NORM)
 
