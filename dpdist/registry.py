@@ -106,12 +106,11 @@ def outside_sha256(kind: str) -> str:
     ValueError: some code is in no file, or a file was changed since.
   """
   parts = []
-  for name, _ in registered(kind):
+  for name, thing in sorted(_things.get(kind, {}).items()):
     setting = f"{kind} {name!r}"
-    resolve(kind, name, setting=setting)
-    code = code_sha256(kind, name, setting=setting)
-    if code:
-      parts.append(f"{name}\0{code}\0")
+    if _modules(thing, setting):
+      resolve(kind, name, setting=setting)
+      parts.append(f"{name}\0{code_sha256(kind, name, setting=setting)}\0")
   return hashlib.sha256("".join(parts).encode()).hexdigest() if parts else ""
 
 
