@@ -152,10 +152,8 @@ def _norms(
       total[group] = norms.hypot(total[group], norms.of(both[..., 0], -1))
       lost[group] += jnp.sum(both[..., 1], -1)
       continue
-    of_uses = {
-      s.key: sharing.computed_once(cotangents[s.key]) for s in rule.uses
-    }
-    of_rule, formed = bookkeeping.norms_of(problem, rule, operands, of_uses)
+    own = {s.key: sharing.computed_once(cotangents[s.key]) for s in rule.uses}
+    of_rule, formed = bookkeeping.norms_of(problem, rule, operands, own)
     for i, norm in of_rule.items():
       total[i] = norms.hypot(total[i], norm)
     if rule.form is Form.PARAMETERS:
