@@ -1,6 +1,7 @@
 """Finds things by the names that settings give them, ours or somebody else's.
 
-A setting names a thing of some kind: a data set, an engine. `resolve` finds it
+A setting names a thing of some kind: a data set, an engine. Layer rules are
+named by none: all that are registered are used. `resolve` finds a thing
 
   * by a name that was registered, as all of ours are;
   * as "package.module:attribute", which is imported;
@@ -17,7 +18,8 @@ Guarantees:
   * The digest is of what this process runs. It is taken when the code is
     registered or first resolved. A run is refused if a file was edited after
     that, or after the process had imported it.
-  * A data set whose code has no file, such as a notebook's, is refused.
+  * A run refuses a data set or layer rule whose code has no file, such as a
+    notebook's.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,7 +42,7 @@ _OURS = (_ROOT / "dpdist", _ROOT / "launch")
 _CODE = (".py", ".pyc", *machinery.EXTENSION_SUFFIXES)
 _STARTED = time.time()
 # Kinds of which a run computes something; an engine only starts it.
-_DECIDE_STEPS = ("dataset",)
+_DECIDE_STEPS = ("dataset", "layer_rule")
 
 
 class _Thing(NamedTuple):
@@ -85,6 +87,31 @@ def names(kind: str) -> list[str]:
   """Returns the names that are registered or are entry points, sorted."""
   points = {point.name for point in metadata.entry_points(group=_group(kind))}
   return sorted({*_things.get(kind, {}), *points})
+
+
+def registered(kind: str) -> list[tuple[str, Any]]:
+  """Returns what was registered, by name, sorted; no entry points."""
+  return sorted(
+    (name, found.thing) for name, found in _things.get(kind, {}).items()
+  )
+
+
+def outside_sha256(kind: str) -> str:
+  """Returns the SHA-256 of all registered code outside of this project.
+
+  Returns:
+    "" if there is none.
+
+  Raises:
+    ValueError: some code is in no file, or a file was changed since.
+  """
+  parts = []
+  for name, thing in sorted(_things.get(kind, {}).items()):
+    setting = f"{kind} {name!r}"
+    if _modules(thing, setting):
+      resolve(kind, name, setting=setting)
+      parts.append(f"{name}\0{code_sha256(kind, name, setting=setting)}\0")
+  return hashlib.sha256("".join(parts).encode()).hexdigest() if parts else ""
 
 
 def resolve(kind: str, name: str, *, setting: str) -> Any:
