@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from dpdist import _validation
+from dpdist import errors
 from launch.cli import exit_codes
 from launch.engines import job as job_lib
 
@@ -18,61 +20,73 @@ _SECRET_FOLDER = "/run/secrets/dpdist"
 _GRACE_SECONDS = 60
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Job(job_lib.Job):
-  """A job under Kubernetes; a node is a pod of one process.
+  """A job under Kubernetes; a node is a pod of one process."""
 
-  Attributes:
-    image: an image that has dpdist installed, and the config at its path.
-    namespace: of all objects.
-    service_account: an existing account; "": one with the job's name, made
-      here.
-    secret: the Kubernetes Secret with the run's secret under the key `secret`;
-      "": the job's name and `-secret`.
-    claim: an existing ReadWriteMany volume claim; "": one with the job's name,
-      made here.
-    storage: size of the claim made here.
-    storage_class: of the claim made here; "": the cluster's.
-    cpus: processors of a pod.
-    memory: of a pod.
-    gpus: GPUs of a pod.
-    accelerator: on GKE, the kind of TPU, as "tpu-v6e-slice".
-    topology: of the TPUs, as "4x4".
-    chips_per_node: TPU chips of a pod.
-    python: the interpreter in the image.
-  """
-
-  image: str = ""
-  namespace: str = "default"
-  service_account: str = ""
-  secret: str = ""
-  claim: str = ""
-  storage: str = "10Gi"
-  storage_class: str = ""
-  cpus: int = 1
-  memory: str = "4Gi"
-  gpus: int = 0
-  accelerator: str = ""
-  topology: str = ""
-  chips_per_node: int = 0
-  python: str = "python"
+  image: str = job_lib.flag(
+    "",
+    help="A container image that has dpdist installed, and the config at its"
+    " path.",
+    rule=job_lib.WORD,
+  )
+  namespace: str = job_lib.flag(
+    "default", help="The namespace of all objects.", rule=job_lib.WORD
+  )
+  service_account: str = job_lib.flag(
+    "",
+    help="An account that exists; without it one is made.",
+    rule=job_lib.WORD,
+  )
+  secret: str = job_lib.flag(
+    "",
+    help="The Kubernetes Secret whose key `secret` is the run's; without it"
+    " NAME-secret.",
+    rule=job_lib.WORD,
+  )
+  claim: str = job_lib.flag(
+    "",
+    help="A ReadWriteMany volume claim that exists; without it one is made.",
+    rule=job_lib.WORD,
+  )
+  storage: str = job_lib.flag(
+    "10Gi", help="The size of a claim that is made.", rule=job_lib.WORD
+  )
+  storage_class: str = job_lib.flag(
+    "",
+    help="The class of a claim that is made; without it the cluster's.",
+    rule=job_lib.WORD,
+  )
+  cpus: int = job_lib.flag(
+    1, help="Processors of a process.", rule=_validation.COUNT
+  )
+  memory: str = job_lib.flag(
+    "4Gi", help="Memory of a pod, as 16Gi.", rule=job_lib.WORD
+  )
+  gpus: int = job_lib.flag(
+    0, help="GPUs of a process.", rule=_validation.integer(0)
+  )
+  accelerator: str = job_lib.flag(
+    "", help="The kind of TPU on GKE, as tpu-v6e-slice.", rule=job_lib.WORD
+  )
+  topology: str = job_lib.flag(
+    "", help="The topology of the TPUs, as 4x4.", rule=job_lib.WORD
+  )
+  chips_per_node: int = job_lib.flag(
+    0, help="TPU chips of a pod.", rule=_validation.integer(0)
+  )
+  python: str = job_lib.flag("python", help="The interpreter on the machines.")
 
   def __post_init__(self) -> None:
     super().__post_init__()
     if not self.image:
-      raise job_lib.JobError("image must be given with --to=jobset")
+      raise errors.ArgumentError("image must be given with --to=jobset")
     tpu = (self.accelerator, self.topology, self.chips_per_node)
     if any(tpu) and not all(tpu):
-      raise job_lib.JobError(
+      raise errors.ArgumentError(
         "accelerator, topology and chips_per_node go together, got"
         f" {self.accelerator!r}, {self.topology!r} and {self.chips_per_node}"
       )
-    self.check_at_least(1, "cpus")
-    self.check_at_least(0, "gpus", "chips_per_node")
-    self.check_words(
-      *("image", "namespace", "service_account", "secret", "claim"),
-      *("storage", "storage_class", "memory", "accelerator", "topology"),
-    )
 
 
 def files(job: Job) -> Mapping[str, str]:

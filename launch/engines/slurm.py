@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import dataclasses
 import shlex
 
+from dpdist import _validation
 from launch.engines import job as job_lib
 
 TOOL = ("sbatch", "Slurm's client (Debian: slurm-client)")
@@ -14,35 +15,36 @@ _SAVE_SECONDS = 60
 _WAIT_SECONDS = 120
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Job(job_lib.Job):
-  """A job under Slurm.
+  """A job under Slurm."""
 
-  Attributes:
-    processes_per_node: processes of a node.
-    cpus: processors of each process.
-    gpus: GPUs of each process.
-    memory: of a node, in Slurm's form, as "16G"; "": the partition's.
-    time_limit: minutes; 0: the partition's.
-    partition: "": the cluster's.
-    account: "": the user's.
-    python: the interpreter.
-  """
-
-  processes_per_node: int = 1
-  cpus: int = 1
-  gpus: int = 0
-  memory: str = ""
-  time_limit: int = 0
-  partition: str = ""
-  account: str = ""
-  python: str = "python"
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    self.check_at_least(1, "processes_per_node", "cpus")
-    self.check_at_least(0, "gpus", "time_limit")
-    self.check_words("memory", "partition", "account")
+  processes_per_node: int = job_lib.flag(
+    1, help="Processes of a node.", rule=_validation.COUNT
+  )
+  cpus: int = job_lib.flag(
+    1, help="Processors of a process.", rule=_validation.COUNT
+  )
+  gpus: int = job_lib.flag(
+    0, help="GPUs of a process.", rule=_validation.integer(0)
+  )
+  memory: str = job_lib.flag(
+    "",
+    help="Memory of a node, as 16G; without it the partition's.",
+    rule=job_lib.WORD,
+  )
+  time_limit: int = job_lib.flag(
+    0,
+    help="Minutes that the job may run; without it the partition's.",
+    rule=_validation.integer(0),
+  )
+  partition: str = job_lib.flag(
+    "", help="The partition; without it the cluster's.", rule=job_lib.WORD
+  )
+  account: str = job_lib.flag(
+    "", help="The account that pays; without it the user's.", rule=job_lib.WORD
+  )
+  python: str = job_lib.flag("python", help="The interpreter on the machines.")
 
 
 def files(job: Job) -> Mapping[str, str]:
