@@ -31,6 +31,7 @@ def dp_commands(names):
         py_binary(
             name = name,
             srcs = [name + ".py"],
+            visibility = ["//visibility:public"],
             deps = [":" + _folder()],
         )
 

@@ -23,23 +23,22 @@ be given back:
 Imports no jax. Exit codes: 0 done; 2 wrong usage; anything else is a failure.
 """
 
-from collections.abc import Sequence
 import textwrap
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from dpdist import config as config_lib
 from dpdist.files import json_fields
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import plan as plan_lib
+from launch.cli import common_flags
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 from launch.cli import runs
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "A file in configs/: what it plans to spend."
+_CONFIG = common_flags.config(
+  "A file in configs/: what it plans to spend.", required=False
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of a run: what it planned and has spent."
@@ -47,9 +46,7 @@ _WORKDIR = flags.DEFINE_string(
 _DATASET = flags.DEFINE_string(
   "dataset", None, "Root of shared budgets: who spent what of each data set's."
 )
-_LEDGER = flags.DEFINE_string(
-  "ledger", None, "Where the run's ledger is, if not in the directory."
-)
+_LEDGER = common_flags.ledger()
 _CANCEL = flags.DEFINE_string(
   "cancel", None, "With --dataset: give back the room of this label."
 )
@@ -67,17 +64,16 @@ _TARGET = flags.DEFINE_float(
 _TABLE = flags.DEFINE_bool(
   "table", False, "With --config: noise and compute for other batch sizes."
 )
-_PLOT = flags.DEFINE_string(
-  "plot", None, "With --config: draw epsilon against noise, batch and steps."
+_PLOT = common_flags.plot(
+  "With --config: draw epsilon against noise, batch and steps."
 )
-_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
+_JSON = common_flags.json()
 
 _DELTAS = tuple(10.0**-k for k in range(3, 13))
 
 
-def main(argv: Sequence[str]) -> int:
+def main() -> int:
   """Returns an exit code."""
-  del argv
   try:
     facts = _facts()
   except ValueError as error:

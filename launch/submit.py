@@ -11,7 +11,7 @@ that a wrong config is refused here.
 Exit codes: 0 done; 2 wrong usage; anything else is a failure.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 import os
 import pathlib
 import shlex
@@ -28,6 +28,7 @@ from dpdist import config as config_lib
 from dpdist import errors
 from dpdist.privacy import plan as plan_lib
 from dpdist.privacy import statement
+from launch.cli import common_flags
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 from launch.engines import engines
@@ -36,9 +37,11 @@ from launch.engines import job as job_lib
 _ENGINES = engines.load()
 _FLAGS = engines.flags(_ENGINES)
 
-_TO = flags.DEFINE_enum("to", None, list(_ENGINES), "The engine.")
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "A file in configs/, at the same path on the machines."
+_TO = flags.DEFINE_enum(
+  "to", None, list(_ENGINES), "The engine.", required=True
+)
+_CONFIG = common_flags.config(
+  "A file in configs/, at the same path on the machines."
 )
 _DRY_RUN = flags.DEFINE_bool("dry_run", False, "Submit nothing.")
 _OUT = flags.DEFINE_string("out", None, "A folder that keeps the files.")
@@ -51,13 +54,12 @@ for _name, _flag in _FLAGS.items():
   }[_flag.kind]
   # None: a flag that is not given keeps the engine's default.
   _define(_name, None, _flag.text(_ENGINES))
-flags.mark_flags_as_required(["to", "config", "workdir"])
+flags.mark_flag_as_required("workdir")
 
 
-def main(argv: Sequence[str]) -> int:
+def main() -> int:
   """Returns an exit code."""
-  del argv
-  engine = _ENGINES[str(_TO.value)]
+  engine = _ENGINES[_TO.value]
   try:
     if _OUT.value == "":
       raise ValueError("--out must be a folder, got ''")

@@ -19,20 +19,18 @@ from launch.cli import exit_codes
 from launch.cli import messages
 
 
-def run(
-  main: Callable[[Sequence[str]], int], *, passes_on: bool = False
-) -> NoReturn:
+def run(main: Callable[..., int], *, passes_on: bool = False) -> NoReturn:
   """Runs a command's main under absl; bad flags exit with `exit_codes.USAGE`.
 
   Args:
-    main: takes the program's name, and returns an exit code.
-    passes_on: whether the command line must have `--`; main then also takes
-      what follows.
+    main: returns an exit code.
+    passes_on: whether the command line must have `--`; main then takes what
+      follows.
   """
   # Libraries log each file they write; --verbosity=0 shows it.
   logging.set_verbosity(logging.WARNING)
   app.run(
-    functools.partial(_guarded, main),
+    functools.partial(_guarded, main, passes_on),
     flags_parser=functools.partial(_parse, passes_on),
   )
   raise AssertionError("app.run does not return")
@@ -52,10 +50,12 @@ def usage_error(message: object, hint: errors.Hint | None = None) -> int:
   return messages.show(messages.Message(str(message), exit_codes.USAGE, hint))
 
 
-def _guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+def _guarded(
+  main: Callable[..., int], passes_on: bool, argv: Sequence[str]
+) -> int:
   """Runs a command; errors that the user can mend end in a sentence."""
   try:
-    code = main(argv)
+    code = main(argv[1:]) if passes_on else main()
     sys.stdout.flush()
     return code
   except (Exception, KeyboardInterrupt) as error:

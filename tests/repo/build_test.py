@@ -134,7 +134,8 @@ def _read_build(root: pathlib.Path, path: pathlib.Path) -> Iterator[Target]:
     elif rule == "dp_commands":
       for name in given["names"]:
         srcs = (f"{folder}/{name}.py",)
-        yield Target(rule, f"{folder}:{name}", srcs, (own,), (), default)
+        seen_by = ("//visibility:public",)
+        yield Target(rule, f"{folder}:{name}", srcs, (own,), (), seen_by)
     elif rule == "dp_package":
       visibility = tuple(given.get("visibility", ["//visibility:public"]))
       yield Target(rule, own, all_srcs, labels("deps"), (), visibility)
