@@ -21,7 +21,9 @@ import ml_collections
 import numpy as np
 import optax
 
+from dpdist import _validation
 from dpdist.privacy import plan as plan_lib
+from dpdist.profiling import roofline
 from dpdist.training import abstract_step
 from dpdist.training import setup
 from dpdist.training import step as step_lib
@@ -108,8 +110,7 @@ def compare(bench: Bench, *, rounds: int = 5) -> dict[str, Any]:
   Raises:
     ValueError: rounds is not at least 1, or chunk_size does not fit the mesh.
   """
-  if rounds < 1:
-    raise ValueError(f"rounds must be at least 1, got {rounds}")
+  _validation.check("rounds", rounds, _validation.COUNT)
   size = setup.chunk_size(bench.config, bench.plan, bench.step.mesh)
   chunks = math.ceil(bench.plan.expected_batch_size / size)
   programs, given, held = _both(bench, size)
@@ -305,9 +306,7 @@ def _arguments(bench: Bench, size: int) -> tuple[PyTree, ...]:
 
 def _compiled(function: Any, given: tuple[PyTree, ...]) -> Program:
   program = function.lower(*given).compile()
-  analysis = program.memory_analysis()
-  grown = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-  return Program(program, analysis.temp_size_in_bytes + max(0, grown))
+  return Program(program, roofline.temp_bytes(program))
 
 
 def _interleaved(
