@@ -21,6 +21,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from dpdist import _validation
 from dpdist import config as config_lib
 from dpdist.data import pipeline
 from dpdist.distributed import mesh as mesh_lib
@@ -96,19 +97,16 @@ def prepare(
   Raises:
     ValueError: names the setting, its value and what would be right.
   """
-  if canary not in KINDS:
-    raise ValueError(f"canary must be one of {KINDS}, got {canary!r}")
+  _validation.check("canary", canary, _validation.one_of(KINDS))
   plan = plan_lib.make_plan(config_lib.privacy_config(config))
-  if plan.examples_per_user > 1:
-    raise ValueError(
-      "privacy.examples_per_user must be 1 for an audit, got"
-      f" {plan.examples_per_user}"
-    )
-  if config.model.trainable:
-    raise ValueError(
-      "model.trainable must be empty for an audit, got"
-      f" {config.model.trainable!r}"
-    )
+  users = plan.examples_per_user
+  _validation.require(
+    users == 1, "privacy.examples_per_user", "1 for an audit", users
+  )
+  trainable = config.model.trainable
+  _validation.require(
+    not trainable, "model.trainable", "empty for an audit", trainable
+  )
   experiment = setup.build(config, plan=plan)
   step = experiment.step
   clipped_grad = step.mechanism.clipped_grad
