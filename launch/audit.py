@@ -30,6 +30,7 @@ from dpdist.audit import plot
 from dpdist.files import json_fields
 from dpdist.privacy import statement
 from dpdist.reporting import console
+from dpdist.reporting import plots
 from launch.cli import common_flags
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
@@ -64,7 +65,7 @@ def main() -> int:
   """Returns an exit code."""
   try:
     if _PLOT.value is not None:
-      plot.check(_PLOT.value)
+      plots.check_path(_PLOT.value)
     program = canaries.prepare(_CONFIG.value, canary=_CANARY.value)
     result = audit.audit(
       program,

@@ -98,15 +98,15 @@ def _show_here(facts: dict[str, Any]) -> None:
     ],
   )
   for name in ("private", "ordinary"):
-    found = facts[name]
+    step = facts[name]
     console.show_table(
       f"The {name} step",
       [
-        ("step", f"{1e3 * found['step_seconds']:.2f} ms"),
-        ("of it, a chunk", f"{1e3 * found['chunk_seconds']:.2f} ms"),
-        ("of it, the update", f"{1e3 * found['update_seconds']:.2f} ms"),
-        ("examples a second", f"{found['examples_per_second']:,.0f}"),
-        ("memory of a device", console.human_bytes(found["bytes"])),
+        ("step", f"{1e3 * step['step_seconds']:.2f} ms"),
+        ("of it, a chunk", f"{1e3 * step['chunk_seconds']:.2f} ms"),
+        ("of it, the update", f"{1e3 * step['update_seconds']:.2f} ms"),
+        ("examples a second", f"{step['examples_per_second']:,.0f}"),
+        ("memory of a device", console.human_bytes(step["bytes"])),
       ],
     )
   print("How each layer is clipped")

@@ -48,7 +48,7 @@ _DATASET = flags.DEFINE_string(
 )
 _LEDGER = common_flags.ledger()
 _CANCEL = flags.DEFINE_string(
-  "cancel", None, "With --dataset: give back the room of this label."
+  "cancel", None, "With --dataset: give back the reservation of this label."
 )
 _END = flags.DEFINE_bool(
   "end", False, "With --workdir: end the run for good, and give back the rest."
@@ -69,6 +69,18 @@ _PLOT = common_flags.plot(
 )
 _JSON = common_flags.json()
 
+_NUMBERS = (
+  "delta",
+  "accountant",
+  "neighboring_relation",
+  "unit",
+  "sampling",
+  "num_examples",
+  "expected_batch_size",
+  "sampling_probability",
+  "noise_multiplier",
+  "l2_clip_norm",
+)
 _DELTAS = tuple(10.0**-k for k in range(3, 13))
 
 
@@ -127,29 +139,20 @@ def _facts() -> dict[str, Any]:
 
 
 def _numbers(plan: plan_lib.PrivacyPlan) -> dict[str, Any]:
-  return {
-    "delta": plan.delta,
-    "accountant": plan.accountant,
-    "neighboring_relation": plan.neighboring_relation,
-    "unit": plan.unit,
-    "sampling": plan.sampling,
-    "num_examples": plan.num_examples,
-    "expected_batch_size": plan.expected_batch_size,
-    "sampling_probability": plan.sampling_probability,
-    "noise_multiplier": plan.noise_multiplier,
-    "l2_clip_norm": plan.l2_clip_norm,
-    "steps_planned": plan.num_steps,
-  }
+  numbers = {name: getattr(plan, name) for name in _NUMBERS}
+  return numbers | {"steps_planned": plan.num_steps}
 
 
 def _spent(workdir: str) -> dict[str, Any]:
   if runs.none_began(workdir, _LEDGER.value):
     return {"steps_spent": 0, "note": "no run has begun in this directory"}
   ledger = runs.open_begun(workdir, _LEDGER.value)
-  told = ledger.epsilons
-  if told is None or any(x.keys() != {"pld", "rdp"} for x in told.values()):
-    told = _computed(ledger)
-  spent, planned = told["spent"], told["planned"]
+  epsilons = ledger.epsilons
+  if epsilons is None or any(
+    x.keys() != {"pld", "rdp"} for x in epsilons.values()
+  ):
+    epsilons = _computed(ledger)
+  spent, planned = epsilons["spent"], epsilons["planned"]
   accountant = ledger.plan.accountant
   if spent[accountant] is None or planned[accountant] is None:
     accountant = "rdp"

@@ -30,7 +30,7 @@ _JSON = common_flags.json()
 def main() -> int:
   """Returns an exit code."""
   try:
-    found = load_run.load(
+    released = load_run.load(
       _WORKDIR.value,
       runs.open_begun(_WORKDIR.value, _LEDGER.value),
       config=_CONFIG.value,
@@ -38,7 +38,7 @@ def main() -> int:
     )
   except ValueError as error:
     return flag_parsing.usage_error(error)
-  facts = load_run.evaluate(found)
+  facts = load_run.evaluate(released)
   if _JSON.value:
     print(json_fields.text(facts))
   else:
@@ -54,8 +54,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
   for group, what in (("test", ""), ("test_ema", ", average")):
     for name, value in facts.get(group, {}).items():
       rows.append((f"{name}{what}", f"{value:.4f}"))
-  for found in facts.get("held_out_problems", {}).values():
-    rows.append(("WARNING", found))
+  problems = facts.get("held_out_problems", {}).values()
+  rows += [("WARNING", problem) for problem in problems]
   return [
     *rows,
     (

@@ -41,15 +41,15 @@ def main() -> int:
   workdir, output = _WORKDIR.value, _OUTPUT.value
   name = _NAME.value or os.path.basename(os.path.abspath(output))
   try:
-    found = load_run.load(
+    released = load_run.load(
       workdir,
       runs.open_begun(workdir, _LEDGER.value),
       config=_CONFIG.value,
       step=_STEP.value,
     )
     facts = export.write(
-      found,
-      load_run.evaluate(found),
+      released,
+      load_run.evaluate(released),
       output,
       name=name,
       use_ema=_EMA.value,

@@ -146,5 +146,7 @@ def scaling(facts: dict[str, Any]) -> list[dict[str, float]]:
 def _reason(error: Exception) -> str:
   """Returns what the compiler says of its memory, on one line."""
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-  told = [line for line in lines if "Used" in line or "exceed" in line.lower()]
-  return (told or lines)[0]
+  memory = [
+    line for line in lines if "Used" in line or "exceed" in line.lower()
+  ]
+  return (memory or lines)[0]

@@ -113,8 +113,8 @@ def compare(bench: Bench, *, rounds: int = 5) -> dict[str, Any]:
   _validation.check("rounds", rounds, _validation.COUNT)
   size = setup.chunk_size(bench.config, bench.plan, bench.step.mesh)
   chunks = math.ceil(bench.plan.expected_batch_size / size)
-  programs, given, held = _both(bench, size)
-  seconds = _interleaved(programs, given, bench, rounds)
+  programs, arguments, held = _both(bench, size)
+  seconds = _interleaved(programs, arguments, bench, rounds)
   facts: dict[str, Any] = _machine(bench) | {
     "parameters": sum(x.size for x in jax.tree.leaves(bench.state.params)),
     "expected_batch_size": bench.plan.expected_batch_size,
@@ -142,7 +142,7 @@ def compare(bench: Bench, *, rounds: int = 5) -> dict[str, Any]:
   private, ordinary = facts["private"]["bytes"], facts["ordinary"]["bytes"]
   facts["memory_ratio"] = private / ordinary
   facts["free_bytes"], facts["fits"] = free, private <= free
-  facts["clipping"] = _clipping(bench, given)
+  facts["clipping"] = _clipping(bench, arguments)
   facts["advice"] = advice(bench, facts)
   return facts
 
@@ -189,14 +189,16 @@ def trial(bench: Bench, size: int) -> tuple[int, Callable[[], float]]:
     Bytes that a device needs, and a function that runs a step of one chunk and
     returns the seconds of the chunk, after a chunk that is not measured.
   """
-  given = _arguments(bench, size)
-  accumulate = _compiled(bench.step.accumulate, given)
-  update = _compiled(bench.step.apply, (bench.state, given[1], given[4]))
-  held = sum(abstract_step.memory(bench.step, bench.state, given).values())
+  arguments = _arguments(bench, size)
+  accumulate = _compiled(bench.step.accumulate, arguments)
+  update = _compiled(
+    bench.step.apply, (bench.state, arguments[1], arguments[4])
+  )
+  held = sum(abstract_step.memory(bench.step, bench.state, arguments).values())
   needed = held + max(accumulate.temp_bytes, update.temp_bytes)
 
   def run() -> float:
-    args = list(jax.tree.map(_made_up, given))
+    args = list(jax.tree.map(_made_up, arguments))
     state = jax.tree.map(_made_up, bench.state)
     args[0] = state.params
     for _ in range(2):
@@ -216,9 +218,9 @@ def free_bytes(bench: Bench) -> int:
   CPU devices share the machine's memory.
   """
   device = bench.step.mesh.devices.flat[0]
-  told = device.memory_stats() or {}
-  if "bytes_limit" in told:
-    return int(told["bytes_limit"] - told.get("bytes_in_use", 0))
+  stats = device.memory_stats() or {}
+  if "bytes_limit" in stats:
+    return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
   return _machine_free() // jax.local_device_count()
 
 
@@ -227,7 +229,7 @@ def _machine_free() -> int:
     name, _, value = line.partition(":")
     if name == "MemAvailable":
       return int(value.split()[0]) * 1024
-  raise RuntimeError(f"{_MEMINFO} does not tell MemAvailable")
+  raise RuntimeError(f"{_MEMINFO} has no line MemAvailable")
 
 
 def _machine(bench: Bench) -> dict[str, Any]:
@@ -246,20 +248,20 @@ def _both(
 ) -> tuple[dict[tuple[str, str], Program], tuple[PyTree, ...], int]:
   """Returns all four programs, the first one's argument shapes, bytes held."""
   step, state = bench.step, bench.state
-  given = _arguments(bench, size)
-  held = sum(abstract_step.memory(step, state, given).values())
+  arguments = _arguments(bench, size)
+  held = sum(abstract_step.memory(step, state, arguments).values())
   chunk, update = _ordinary(bench)
-  params, accumulator, batch, _, key, _, frozen = given
+  params, accumulator, batch, _, key, _, frozen = arguments
   total = abstract_step.placed(params, step.specs(params), step.mesh)
   programs = {
-    ("private", "chunk"): _compiled(step.accumulate, given),
+    ("private", "chunk"): _compiled(step.accumulate, arguments),
     ("private", "update"): _compiled(step.apply, (state, accumulator, key)),
     ("ordinary", "chunk"): _compiled(
       chunk, (params, total, batch, key, frozen)
     ),
     ("ordinary", "update"): _compiled(update, (state, total)),
   }
-  return programs, given, held
+  return programs, arguments, held
 
 
 def _ordinary(bench: Bench) -> tuple[Any, Any]:
@@ -304,14 +306,14 @@ def _arguments(bench: Bench, size: int) -> tuple[PyTree, ...]:
   )
 
 
-def _compiled(function: Any, given: tuple[PyTree, ...]) -> Program:
-  program = function.lower(*given).compile()
+def _compiled(function: Any, arguments: tuple[PyTree, ...]) -> Program:
+  program = function.lower(*arguments).compile()
   return Program(program, roofline.temp_bytes(program))
 
 
 def _interleaved(
   programs: dict[tuple[str, str], Program],
-  given: tuple[PyTree, ...],
+  arguments: tuple[PyTree, ...],
   bench: Bench,
   rounds: int,
 ) -> dict[tuple[str, str], list[float]]:
@@ -319,7 +321,7 @@ def _interleaved(
 
   A first round is not counted.
   """
-  params, accumulator, *rest = jax.tree.map(_made_up, given)
+  params, accumulator, *rest = jax.tree.map(_made_up, arguments)
   batch, key, frozen = rest[0], rest[2], rest[4]
   del params
   states = {
@@ -331,9 +333,9 @@ def _interleaved(
 
   def timed(name: str, part: str, *args: Any) -> Any:
     start = time.perf_counter()
-    found = jax.block_until_ready(programs[name, part].run(*args))
+    result = jax.block_until_ready(programs[name, part].run(*args))
     seconds[name, part].append(time.perf_counter() - start)
-    return found
+    return result
 
   for _ in range(rounds + 1):
     accumulator = timed(
@@ -365,9 +367,9 @@ def _made_up(shape: Any) -> jax.Array:
   return jax.make_array_from_callback(shape.shape, shape.sharding, part)
 
 
-def _clipping(bench: Bench, given: tuple[PyTree, ...]) -> list[str]:
+def _clipping(bench: Bench, arguments: tuple[PyTree, ...]) -> list[str]:
   """Returns how each layer is clipped, as lines to read."""
-  batch, key = given[2], given[4]
+  batch, key = arguments[2], arguments[4]
   plain = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
   text = bench.step.mechanism.clipped_grad.explanation(
     jax.tree.map(plain, step_lib.whole(bench.state.params, bench.frozen)),

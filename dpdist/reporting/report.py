@@ -270,16 +270,16 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
 
 def _origin(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   """Returns what the result came from, as far as it is recorded."""
-  told = dict(result.get("environment", {}))
-  packages = told.get("packages", {})
+  environment = result.get("environment", {})
+  packages = environment.get("packages", {})
   rows = [
     ("parameters, SHA-256", result.get("params_sha256")),
     ("ledger's head", result.get("ledger_head")),
-    ("dpdist's code, SHA-256", told.get("code_sha256")),
+    ("dpdist's code, SHA-256", environment.get("code_sha256")),
     ("packages", ", ".join(f"{k} {v}" for k, v in packages.items())),
-    ("Python", told.get("python")),
-    ("devices", told.get("device_kind")),
-    ("processes", told.get("num_processes")),
+    ("Python", environment.get("python")),
+    ("devices", environment.get("device_kind")),
+    ("processes", environment.get("num_processes")),
     (
       "to check it",
       "python -m launch.verify --workdir=DIR, with the run's directory",

@@ -23,14 +23,14 @@ WORD = _validation.Rule(
   "letters, digits and any of _.:/@+-",
   str,
   str,
-  lambda text: not text or _WORD.fullmatch(text) is not None,
+  lambda text: not text or bool(_WORD.fullmatch(text)),
 )
 _LABEL = _validation.Rule(
   "lower-case letters, digits and -, begin with a letter, and have at most 40"
   " characters",
   str,
   str,
-  lambda text: _NAME.fullmatch(text) is not None,
+  lambda text: bool(_NAME.fullmatch(text)),
 )
 _ABSOLUTE = _validation.Rule(
   "an absolute path on a file system that all machines see",
@@ -40,16 +40,11 @@ _ABSOLUTE = _validation.Rule(
 )
 
 
-def flag(
-  default: Any = dataclasses.MISSING,
-  *,
-  help: str,
-  rule: _validation.Rule | None = None,
-) -> Any:
+def flag(default: Any, help: str, rule: _validation.Rule | None = None) -> Any:
   """Returns a field of a `Job` that is also a flag of `launch.submit`.
 
   Args:
-    default: a bool, an int or a str; the flag is of its type. Without one, the
+    default: a bool, an int or a str, of which type the flag is. MISSING: the
       flag is a string and must be given.
     help: what the flag is for.
     rule: what its value must be.
@@ -59,9 +54,19 @@ def flag(
   )
 
 
+def word(default: str, help: str) -> Any:
+  """Returns a `flag` for a text that needs no quotes anywhere."""
+  return flag(default, help, WORD)
+
+
+def count(default: int, help: str, *, at_least: int = 1) -> Any:
+  """Returns a `flag` for a number of things."""
+  return flag(default, help, _validation.integer(at_least))
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-  """A job; each engine adds fields of its own, made by `flag`.
+  """A job; each engine adds fields of its own, made by `flag` and its kin.
 
   Attributes:
     arguments: of launch.train: its settings, without the run directory.
@@ -71,17 +76,18 @@ class Job:
   """
 
   arguments: tuple[str, ...]
-  name: str = flag("dpdist", help="The name of the job.", rule=_LABEL)
+  name: str = flag("dpdist", "The name of the job.", _LABEL)
   workdir: str = flag(
-    help="The directory of the run, absolute, which all machines see.",
-    rule=_ABSOLUTE,
+    dataclasses.MISSING,
+    "The directory of the run, absolute, which all machines see.",
+    _ABSOLUTE,
   )
-  nodes: int = flag(1, help="The number of machines.", rule=_validation.COUNT)
-  max_restarts: int = flag(
+  nodes: int = count(1, "The number of machines.")
+  max_restarts: int = count(
     20,
-    help="How often the job restarts after failures; a stop that saved is not"
+    "How often the job restarts after failures; a stop that saved is not"
     " counted.",
-    rule=_validation.integer(0),
+    at_least=0,
   )
 
   def __post_init__(self) -> None:

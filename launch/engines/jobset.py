@@ -6,7 +6,6 @@ from typing import Any
 
 import yaml
 
-from dpdist import _validation
 from dpdist import errors
 from launch.cli import exit_codes
 from launch.engines import job as job_lib
@@ -24,58 +23,35 @@ _GRACE_SECONDS = 60
 class Job(job_lib.Job):
   """A job under Kubernetes; a node is a pod of one process."""
 
-  image: str = job_lib.flag(
+  image: str = job_lib.word(
     "",
-    help="A container image that has dpdist installed, and the config at its"
-    " path.",
-    rule=job_lib.WORD,
+    "A container image that has dpdist installed, and the config at its path.",
   )
-  namespace: str = job_lib.flag(
-    "default", help="The namespace of all objects.", rule=job_lib.WORD
+  namespace: str = job_lib.word("default", "The namespace of all objects.")
+  service_account: str = job_lib.word(
+    "", "An account that exists; without it one is made."
   )
-  service_account: str = job_lib.flag(
+  secret: str = job_lib.word(
     "",
-    help="An account that exists; without it one is made.",
-    rule=job_lib.WORD,
-  )
-  secret: str = job_lib.flag(
-    "",
-    help="The Kubernetes Secret whose key `secret` is the run's; without it"
+    "The Kubernetes Secret whose key `secret` is the run's; without it"
     " NAME-secret.",
-    rule=job_lib.WORD,
   )
-  claim: str = job_lib.flag(
-    "",
-    help="A ReadWriteMany volume claim that exists; without it one is made.",
-    rule=job_lib.WORD,
+  claim: str = job_lib.word(
+    "", "A ReadWriteMany volume claim that exists; without it one is made."
   )
-  storage: str = job_lib.flag(
-    "10Gi", help="The size of a claim that is made.", rule=job_lib.WORD
+  storage: str = job_lib.word("10Gi", "The size of a claim that is made.")
+  storage_class: str = job_lib.word(
+    "", "The class of a claim that is made; without it the cluster's."
   )
-  storage_class: str = job_lib.flag(
-    "",
-    help="The class of a claim that is made; without it the cluster's.",
-    rule=job_lib.WORD,
+  cpus: int = job_lib.count(1, "Processors of a process.")
+  memory: str = job_lib.word("4Gi", "Memory of a pod, as 16Gi.")
+  gpus: int = job_lib.count(0, "GPUs of a process.", at_least=0)
+  accelerator: str = job_lib.word(
+    "", "The kind of TPU on GKE, as tpu-v6e-slice."
   )
-  cpus: int = job_lib.flag(
-    1, help="Processors of a process.", rule=_validation.COUNT
-  )
-  memory: str = job_lib.flag(
-    "4Gi", help="Memory of a pod, as 16Gi.", rule=job_lib.WORD
-  )
-  gpus: int = job_lib.flag(
-    0, help="GPUs of a process.", rule=_validation.integer(0)
-  )
-  accelerator: str = job_lib.flag(
-    "", help="The kind of TPU on GKE, as tpu-v6e-slice.", rule=job_lib.WORD
-  )
-  topology: str = job_lib.flag(
-    "", help="The topology of the TPUs, as 4x4.", rule=job_lib.WORD
-  )
-  chips_per_node: int = job_lib.flag(
-    0, help="TPU chips of a pod.", rule=_validation.integer(0)
-  )
-  python: str = job_lib.flag("python", help="The interpreter on the machines.")
+  topology: str = job_lib.word("", "The topology of the TPUs, as 4x4.")
+  chips_per_node: int = job_lib.count(0, "TPU chips of a pod.", at_least=0)
+  python: str = job_lib.flag("python", "The interpreter on the machines.")
 
   def __post_init__(self) -> None:
     super().__post_init__()

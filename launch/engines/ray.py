@@ -5,7 +5,6 @@ import dataclasses
 
 import yaml
 
-from dpdist import _validation
 from dpdist import errors
 from launch.engines import job as job_lib
 
@@ -18,21 +17,15 @@ _SAVE_SECONDS = 60
 class Job(job_lib.Job):
   """A job under Ray."""
 
-  address: str = job_lib.flag(
-    "",
-    help="The dashboard, as http://HOST:8265; without it RAY_ADDRESS.",
-    rule=job_lib.WORD,
+  address: str = job_lib.word(
+    "", "The dashboard, as http://HOST:8265; without it RAY_ADDRESS."
   )
   directory: str = job_lib.flag(
-    ".", help="The checkout, which Ray sends to the nodes."
+    ".", "The checkout, which Ray sends to the nodes."
   )
-  cpus: int = job_lib.flag(
-    1, help="Processors of a process.", rule=_validation.COUNT
-  )
-  gpus: int = job_lib.flag(
-    0, help="GPUs of a process.", rule=_validation.integer(0)
-  )
-  python: str = job_lib.flag("python", help="The interpreter on the machines.")
+  cpus: int = job_lib.count(1, "Processors of a process.")
+  gpus: int = job_lib.count(0, "GPUs of a process.", at_least=0)
+  python: str = job_lib.flag("python", "The interpreter on the machines.")
 
   def __post_init__(self) -> None:
     super().__post_init__()

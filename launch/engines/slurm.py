@@ -4,7 +4,6 @@ from collections.abc import Mapping
 import dataclasses
 import shlex
 
-from dpdist import _validation
 from launch.engines import job as job_lib
 
 TOOL = ("sbatch", "Slurm's client (Debian: slurm-client)")
@@ -19,32 +18,20 @@ _WAIT_SECONDS = 120
 class Job(job_lib.Job):
   """A job under Slurm."""
 
-  processes_per_node: int = job_lib.flag(
-    1, help="Processes of a node.", rule=_validation.COUNT
+  processes_per_node: int = job_lib.count(1, "Processes of a node.")
+  cpus: int = job_lib.count(1, "Processors of a process.")
+  gpus: int = job_lib.count(0, "GPUs of a process.", at_least=0)
+  memory: str = job_lib.word(
+    "", "Memory of a node, as 16G; without it the partition's."
   )
-  cpus: int = job_lib.flag(
-    1, help="Processors of a process.", rule=_validation.COUNT
+  time_limit: int = job_lib.count(
+    0, "Minutes that the job may run; without it the partition's.", at_least=0
   )
-  gpus: int = job_lib.flag(
-    0, help="GPUs of a process.", rule=_validation.integer(0)
+  partition: str = job_lib.word("", "The partition; without it the cluster's.")
+  account: str = job_lib.word(
+    "", "The account that pays; without it the user's."
   )
-  memory: str = job_lib.flag(
-    "",
-    help="Memory of a node, as 16G; without it the partition's.",
-    rule=job_lib.WORD,
-  )
-  time_limit: int = job_lib.flag(
-    0,
-    help="Minutes that the job may run; without it the partition's.",
-    rule=_validation.integer(0),
-  )
-  partition: str = job_lib.flag(
-    "", help="The partition; without it the cluster's.", rule=job_lib.WORD
-  )
-  account: str = job_lib.flag(
-    "", help="The account that pays; without it the user's.", rule=job_lib.WORD
-  )
-  python: str = job_lib.flag("python", help="The interpreter on the machines.")
+  python: str = job_lib.flag("python", "The interpreter on the machines.")
 
 
 def files(job: Job) -> Mapping[str, str]:

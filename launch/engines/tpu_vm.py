@@ -16,44 +16,33 @@ _SECRET_FILE = "/run/dpdist/secret"
 class Job(job_lib.Job):
   """A job on the machines of one TPU slice, which determines their number."""
 
-  image: str = job_lib.flag(
+  image: str = job_lib.word(
     "",
-    help="A container image that has dpdist installed, and the config at its"
-    " path.",
-    rule=job_lib.WORD,
+    "A container image that has dpdist installed, and the config at its path.",
   )
-  accelerator: str = job_lib.flag(
-    "", help="The kind and number of TPUs, as v6e-16.", rule=job_lib.WORD
+  accelerator: str = job_lib.word("", "The kind and number of TPUs, as v6e-16.")
+  runtime_version: str = job_lib.word(
+    "", "The machines' software, as v2-alpha-tpuv6e."
   )
-  runtime_version: str = job_lib.flag(
-    "", help="The machines' software, as v2-alpha-tpuv6e.", rule=job_lib.WORD
-  )
-  zone: str = job_lib.flag(
-    "", help="The zone of Google Cloud.", rule=job_lib.WORD
-  )
-  project: str = job_lib.flag(
-    "",
-    help="The project of Google Cloud; without it gcloud's.",
-    rule=job_lib.WORD,
+  zone: str = job_lib.word("", "The zone of Google Cloud.")
+  project: str = job_lib.word(
+    "", "The project of Google Cloud; without it gcloud's."
   )
   nfs: str = job_lib.flag(
-    "", help="The share to mount at the run directory, as SERVER:/share."
+    "", "The share to mount at the run directory, as SERVER:/share."
   )
-  secret: str = job_lib.flag(
+  secret: str = job_lib.word(
     "",
-    help="The name in Secret Manager of the run's secret; without it the run"
+    "The name in Secret Manager of the run's secret; without it the run"
     " makes its own in the run directory.",
-    rule=job_lib.WORD,
   )
-  service_account: str = job_lib.flag(
-    "",
-    help="The machines' account; without it the project's.",
-    rule=job_lib.WORD,
+  service_account: str = job_lib.word(
+    "", "The machines' account; without it the project's."
   )
   spot: bool = job_lib.flag(
-    False, help="Whether the slice is cheaper but may be preempted."
+    False, "Whether the slice is cheaper but may be preempted."
   )
-  python: str = job_lib.flag("python", help="The interpreter on the machines.")
+  python: str = job_lib.flag("python", "The interpreter on the machines.")
 
   def __post_init__(self) -> None:
     super().__post_init__()

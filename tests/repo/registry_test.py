@@ -42,7 +42,7 @@ TOOL = ("echo", "the shell's own")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job(job.Job):
-  queue: str = job.flag("", help="Where the job waits.", rule=job.WORD)
+  queue: str = job.word("", "Where the job waits.")
 
 
 def files(job):
