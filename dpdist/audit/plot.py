@@ -14,12 +14,7 @@ _SHOWN = (0.5, 99.5)
 
 
 def draw(result: audit.Result, path: str | os.PathLike[str]) -> None:
-  """Writes the picture.
-
-  Args:
-    result: of the audit.
-    path: a file whose suffix names its format, as "audit.svg".
-  """
+  """Writes the picture; for the path see `plots.check_path`."""
   plots.check_path(path)
   fig = figure.Figure(figsize=(9, 3.6), layout="constrained")
   left, right = fig.subplots(1, 2, width_ratios=(3, 2))

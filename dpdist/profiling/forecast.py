@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import ml_collections
 
+from dpdist import _validation
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.profiling import roofline
 from dpdist.training import abstract_step
@@ -47,11 +48,13 @@ def forecast(
     config, mesh_lib.make(config.mesh, devices), platform="tpu"
   )
   model, step = experiment.model, experiment.step
-  if config.clipping.exact_sum:
-    raise ValueError(
-      "clipping.exact_sum must be False to compile for a topology: its programs"
-      " are for one device each, got True"
-    )
+  _validation.require(
+    not config.clipping.exact_sum,
+    "clipping.exact_sum",
+    "False to compile for a topology, since its programs are for one device"
+    " each",
+    True,
+  )
   example = abstract_step.example(config)
   state = abstract_step.state(step, model, example["inputs"])
   arguments = abstract_step.arguments(

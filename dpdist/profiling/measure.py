@@ -68,16 +68,13 @@ class Program(NamedTuple):
 
 
 def prepare(config: ml_collections.ConfigDict) -> Bench:
-  """Makes a bench.
-
-  Raises:
-    ValueError: names the setting, its value and what would be right.
-  """
-  if config.clipping.exact_sum:
-    raise ValueError(
-      "clipping.exact_sum must be False to be measured: its programs are for"
-      " one device each, got True"
-    )
+  """Makes a bench; raises ValueError for settings that cannot be measured."""
+  _validation.require(
+    not config.clipping.exact_sum,
+    "clipping.exact_sum",
+    "False to be measured, since its programs are for one device each",
+    True,
+  )
   experiment = setup.build(config)
   model, step = experiment.model, experiment.step
   example = abstract_step.example(config)

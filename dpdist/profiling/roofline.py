@@ -340,9 +340,6 @@ def work(
     program: the same, compiled.
     chip: what runs it.
     num_model: chips that share one example's products.
-
-  Returns:
-    JSON-able: "flops", "bytes", "collectives" and "seconds", by what is busy.
   """
   done = count_products(traced.jaxpr.jaxpr).times(1 / num_model)
   # Nothing loops in `apply`, which touches all of the state.

@@ -48,13 +48,7 @@ def show_start(
   *,
   console: rich.console.Console | None = None,
 ) -> None:
-  """Prints what the run is bound to, then notices that must not be missed.
-
-  Args:
-    rows: (name, value) pairs, shown in this order.
-    notices: warnings, such as that the guarantee is void.
-    console: where to print; None for standard output.
-  """
+  """Prints what the run is bound to, then notices that must not be missed."""
   console = console or _console()
   show_table("Private training", rows, console=console)
   for notice in notices:
@@ -77,13 +71,7 @@ def show_table(
   *,
   console: rich.console.Console | None = None,
 ) -> None:
-  """Prints (name, value) pairs under a title.
-
-  Args:
-    title: printed above.
-    rows: shown in this order.
-    console: where to print; None for standard output.
-  """
+  """Prints (name, value) pairs under a title, in their order."""
   console = console or _console()
   if not console.is_interactive:
     width = max((len(name) for name, _ in rows), default=0)

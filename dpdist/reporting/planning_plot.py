@@ -27,13 +27,10 @@ def draw(
   """Writes a picture.
 
   Args:
-    path: a file whose suffix names its format, as "budget.png".
+    path: see `plots.check_path`.
     plan: marked on each curve.
     curves: of `dpdist.privacy.planning.curves`.
     target_epsilon: drawn as a line; None: the plan's own, if it has one.
-
-  Raises:
-    ValueError: no picture can be written there.
   """
   plots.check_path(path)
   fig = figure.Figure(figsize=(11, 3.8), layout="constrained", dpi=150)

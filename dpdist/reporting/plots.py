@@ -51,14 +51,9 @@ def check_path(path: str | os.PathLike[str]) -> None:
 
 
 def plots(rows: _Rows, epsilon_budget: float) -> str:
-  """Returns the plots, each a <figure>; "" if nothing was written.
-
-  Args:
-    rows: of `dpdist.reporting.metrics.read`.
-    epsilon_budget: what the whole run may spend.
-  """
+  """Returns plots of `metrics.read`, each a <figure>; "" if there are none."""
   spent = [{"step": 0, "epsilon": 0.0}, *rows]
-  found = (
+  figures = (
     _plot(
       "Held-out accuracy",
       rows,
@@ -79,7 +74,7 @@ def plots(rows: _Rows, epsilon_budget: float) -> str:
     ),
     _plot("Learning rate", rows, {"learning_rate": ""}),
   )
-  return _grid(found)
+  return _grid(figures)
 
 
 def speed(rows: _Rows) -> str:

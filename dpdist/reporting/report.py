@@ -152,15 +152,7 @@ def write(
 
 
 def write_speed(folder: pathlib.Path) -> pathlib.Path:
-  """Writes `speed.html`, for the run's owner alone.
-
-  Args:
-    folder: `dpdist.reporting.telemetry.FOLDER` of the run, which only its owner
-      can enter.
-
-  Returns:
-    The page's path.
-  """
+  """Writes `speed.html` to a run's `telemetry.FOLDER`, for its owner alone."""
   rows = [
     _largest_of_processes(row) for row in rows_lib.read(folder / telemetry.FILE)
   ]

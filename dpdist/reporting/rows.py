@@ -34,17 +34,13 @@ class Log:
     start_step: int,
     has_times: bool,
   ):
-    """Opens both.
+    """Opens both; raises ValueError if the file is damaged.
 
     Args:
       path: the file.
       board: a log directory for TensorBoard.
       start_step: the step resumed from, 0 for a fresh run.
       has_times: see `tensorboard.Events`.
-
-    Raises:
-      ValueError: start_step is negative, or the file is damaged before its last
-        line.
     """
     _validation.check("start_step", start_step, _validation.integer(0))
     self._last_step = start_step

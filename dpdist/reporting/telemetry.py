@@ -32,12 +32,7 @@ class Writer(rows.Log):
   """Writes the rows of all processes; a context manager."""
 
   def __init__(self, workdir: str | os.PathLike[str], *, start_step: int):
-    """Makes the directory if it is missing.
-
-    Args:
-      workdir: of the run.
-      start_step: the step resumed from.
-    """
+    """Makes the directory if it is missing; see `rows.Log`."""
     folder = pathlib.Path(workdir) / FOLDER
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
@@ -51,26 +46,15 @@ class Writer(rows.Log):
     machines: Sequence[str],
     job: Mapping[str, float] | None = None,
   ) -> None:
-    """Writes what `measure` returned in each process, in their order.
-
-    Args:
-      step: updates made.
-      machines: what it returned.
-      job: of all of them together, by name.
-    """
+    """Writes what `measure` returned in each process, and values of the job."""
     scalars = _scalars([json.loads(row) for row in machines])
     self._write(step, scalars | dict(job or {}))
 
 
 def measure(progress: progress_lib.Progress, num_steps: int) -> str:
-  """Returns this process's times and memory since the last call.
+  """Returns this process's times and memory since the last call, as JSON.
 
-  Args:
-    progress: of this process.
-    num_steps: steps in that time, without one that compiled.
-
-  Returns:
-    JSON: means over the steps, in seconds, and memory now, in bytes.
+  Times are seconds, means over `num_steps`; memory is bytes, now.
   """
   seconds = progress.take()
   mean = lambda *phases: (

@@ -37,15 +37,7 @@ def run(main: Callable[..., int], *, passes_on: bool = False) -> NoReturn:
 
 
 def usage_error(message: object, hint: errors.Hint | None = None) -> int:
-  """Prints an error in one line, and a hint, to standard error.
-
-  Args:
-    message: an error, or its text.
-    hint: what to try; None: the error's own hint.
-
-  Returns:
-    The exit code.
-  """
+  """Prints an error and a hint, by default its own; returns the exit code."""
   hint = hint or getattr(message, "hint", None)
   return messages.show(messages.Message(str(message), exit_codes.USAGE, hint))
 
