@@ -186,12 +186,7 @@ def trial(bench: Bench, size: int) -> tuple[int, Callable[[], float]]:
     Bytes that a device needs, and a function that runs a step of one chunk and
     returns the seconds of the chunk, after a chunk that is not measured.
   """
-  arguments = _arguments(bench, size)
-  accumulate = _compiled(bench.step.accumulate, arguments)
-  update = _compiled(
-    bench.step.apply, (bench.state, arguments[1], arguments[4])
-  )
-  held = sum(abstract_step.memory(bench.step, bench.state, arguments).values())
+  accumulate, update, arguments, held = _private(bench, size)
   needed = held + max(accumulate.temp_bytes, update.temp_bytes)
 
   def run() -> float:
@@ -240,23 +235,38 @@ def _machine(bench: Bench) -> dict[str, Any]:
   }
 
 
+def _private(
+  bench: Bench, size: int
+) -> tuple[Program, Program, tuple[PyTree, ...], int]:
+  """Returns both private programs, the first's argument shapes, bytes held."""
+  step, state = bench.step, bench.state
+  arguments = abstract_step.arguments(
+    step, state, bench.row, size, bench.frozen
+  )
+  return (
+    _compiled(step.accumulate, arguments),
+    _compiled(step.apply, (state, arguments[1], arguments[4])),
+    arguments,
+    sum(abstract_step.memory(step, state, arguments).values()),
+  )
+
+
 def _both(
   bench: Bench, size: int
 ) -> tuple[dict[tuple[str, str], Program], tuple[PyTree, ...], int]:
   """Returns all four programs, the first one's argument shapes, bytes held."""
-  step, state = bench.step, bench.state
-  arguments = _arguments(bench, size)
-  held = sum(abstract_step.memory(step, state, arguments).values())
+  step = bench.step
+  accumulate, apply, arguments, held = _private(bench, size)
   chunk, update = _ordinary(bench)
-  params, accumulator, batch, _, key, _, frozen = arguments
+  params, _, batch, _, key, _, frozen = arguments
   total = abstract_step.placed(params, step.specs(params), step.mesh)
   programs = {
-    ("private", "chunk"): _compiled(step.accumulate, arguments),
-    ("private", "update"): _compiled(step.apply, (state, accumulator, key)),
+    ("private", "chunk"): accumulate,
+    ("private", "update"): apply,
     ("ordinary", "chunk"): _compiled(
       chunk, (params, total, batch, key, frozen)
     ),
-    ("ordinary", "update"): _compiled(update, (state, total)),
+    ("ordinary", "update"): _compiled(update, (bench.state, total)),
   }
   return programs, arguments, held
 
@@ -295,12 +305,6 @@ def _ordinary(bench: Bench) -> tuple[Any, Any]:
     return state._replace(params=params, opt_state=opt_state, ema_params=ema)
 
   return chunk, update
-
-
-def _arguments(bench: Bench, size: int) -> tuple[PyTree, ...]:
-  return abstract_step.arguments(
-    bench.step, bench.state, bench.row, size, bench.frozen
-  )
 
 
 def _compiled(function: Any, arguments: tuple[PyTree, ...]) -> Program:
