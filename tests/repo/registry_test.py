@@ -237,15 +237,12 @@ def fixture_engine(outside):
   return path
 
 
-def test_an_engine_of_an_entry_point_submits_with_its_own_flags(
-  engine, capfd, monkeypatch
-):
+def test_an_engine_of_an_entry_point_submits_with_its_own_flags(engine, capfd):
   submit = (*_SUBMIT, "--to=toy", "--queue=long", "--nodes=3")
   done = commands.run(*submit, "--dry_run")
   assert done.code == 0, done.err
   assert "long python -u -m launch.train --config=configs/digits" in done.out
   assert "--workdir=/shared/digits" in done.out
-  _start_again(monkeypatch)
   assert commands.run(*submit).code == 0
   assert "3 of long" in capfd.readouterr().out
 
