@@ -60,10 +60,7 @@ def _guarded(
 
 
 def _nobody_reads() -> bool:
-  """Returns whether standard output's reader has ended, as in `| head`.
-
-  What remains to be printed is dropped then.
-  """
+  """Returns whether standard output's reader has ended; drops the rest then."""
   poll = select.poll()
   poll.register(sys.stdout.fileno(), 0)  # Errors are reported in any case.
   if not poll.poll(0):
