@@ -163,7 +163,7 @@ def _find(kind: str, name: str, setting: str) -> _Thing:
     return _things[kind][name]
   module, has_attribute, attribute = name.partition(":")
   if has_attribute:
-    _refuse_edited(module, setting)
+    _refuse_edited(kind, module, setting)
     try:
       thing = getattr(importlib.import_module(module), attribute)
     except (AttributeError, ImportError, ValueError) as error:
@@ -173,7 +173,7 @@ def _find(kind: str, name: str, setting: str) -> _Thing:
       ) from error
     return _Thing(thing, module)
   for point in metadata.entry_points(group=_group(kind), name=name):
-    _refuse_edited(point.module, setting)
+    _refuse_edited(kind, point.module, setting)
     return _Thing(point.load(), point.module)
   raise errors.ArgumentError(
     f"{setting} must be one of {names(kind)}, or package.module:attribute, got"
@@ -215,9 +215,11 @@ def _is_ours(module: str) -> bool:
   )
 
 
-def _refuse_edited(module: str, setting: str) -> None:
+def _refuse_edited(kind: str, module: str, setting: str) -> None:
   """Raises ValueError for a module that was edited after it was imported."""
-  if module not in sys.modules or module in _digests or _is_ours(module):
+  if kind not in _DECIDE_STEPS or module not in sys.modules:
+    return
+  if module in _digests or _is_ours(module):
     return
   newest = max((path.stat().st_mtime for _, path in _files(module)), default=0)
   if newest > _STARTED:

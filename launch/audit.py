@@ -19,12 +19,10 @@ below it shows only that this attack did not refute it.
 Exit codes: 0 the bound is at most the claim; 1 it is above; 2 wrong usage.
 """
 
-from collections.abc import Sequence
 import pathlib
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from dpdist.audit import audit
 from dpdist.audit import canaries
@@ -32,49 +30,50 @@ from dpdist.audit import plot
 from dpdist.files import json_fields
 from dpdist.privacy import statement
 from dpdist.reporting import console
+from dpdist.reporting import plots
+from launch.cli import common_flags
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "A file in configs/; --config.a.b=value changes a setting."
-)
+_CONFIG = common_flags.config()
 _MODE = flags.DEFINE_enum(
   "mode", "worst_case", audit.MODES, "Which game is played."
 )
 _TRIALS = flags.DEFINE_integer(
-  "num_trials", 0, "Canaries in all; 0: enough.", lower_bound=0
+  "num_trials", 0, "The number of canaries; 0: enough.", lower_bound=0
 )
 _PER_RUN = flags.DEFINE_integer(
-  "canaries_per_run", 0, "Of worst_case; 0: as many as may be.", lower_bound=0
+  "canaries_per_run",
+  0,
+  "The canaries of a run in worst_case; 0: as many as allowed.",
+  lower_bound=0,
 )
 _STEPS = flags.DEFINE_integer(
-  "num_steps", 0, "Of each run; 0: the plan's.", lower_bound=0
+  "num_steps", 0, "The steps of each run; 0: the plan's.", lower_bound=0
 )
 _CANARY = flags.DEFINE_enum(
   "canary", "entry", canaries.KINDS, "What a canary's gradient is."
 )
-_CONFIDENCE = flags.DEFINE_float("confidence", 0.95, "Of the bounds.")
-_PLOT = flags.DEFINE_string(
-  "plot", None, "A file for a plot, as audit.svg or audit.png."
+_CONFIDENCE = flags.DEFINE_float(
+  "confidence", 0.95, "The confidence of the bounds."
 )
-_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
-flags.mark_flag_as_required("config")
+_PLOT = common_flags.plot("A file for a plot, as audit.svg or audit.png.")
+_JSON = common_flags.json()
 
 
-def main(argv: Sequence[str]) -> int:
+def main() -> int:
   """Returns an exit code."""
-  del argv
   try:
     if _PLOT.value is not None:
-      plot.check(_PLOT.value)
-    program = canaries.prepare(_CONFIG.value, canary=str(_CANARY.value))
+      plots.check_path(_PLOT.value)
+    program = canaries.prepare(_CONFIG.value, canary=_CANARY.value)
     result = audit.audit(
       program,
-      mode=str(_MODE.value),
-      num_trials=int(_TRIALS.value or 0),
-      canaries_per_run=int(_PER_RUN.value or 0),
-      num_steps=int(_STEPS.value or 0),
-      confidence=float(_CONFIDENCE.value or 0),
+      mode=_MODE.value,
+      num_trials=_TRIALS.value,
+      canaries_per_run=_PER_RUN.value,
+      num_steps=_STEPS.value,
+      confidence=_CONFIDENCE.value,
     )
   except ValueError as error:
     return flag_parsing.usage_error(error)

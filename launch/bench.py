@@ -20,11 +20,9 @@ as --config.mesh.fsdp=32.
 Exit codes: 0 it fits; 1 it does not; 2 wrong usage.
 """
 
-from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from dpdist.files import json_fields
 from dpdist.privacy import statement
@@ -32,29 +30,26 @@ from dpdist.profiling import autotune
 from dpdist.profiling import forecast
 from dpdist.profiling import measure
 from dpdist.reporting import console
+from launch.cli import common_flags
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "A file in configs/; --config.a.b=value changes a setting."
-)
+_CONFIG = common_flags.config()
 _TOPOLOGY = flags.DEFINE_string(
   "topology", None, "A kind of chip and the shape of a slice, as v6e:16x16."
 )
 _AUTOTUNE = flags.DEFINE_bool(
   "autotune", False, "Find the largest chunk that fits this machine."
 )
-_ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns of each step, here.")
-_SLICES = flags.DEFINE_integer("num_slices", 1, "So many slices.")
-_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
-flags.mark_flag_as_required("config")
+_ROUNDS = flags.DEFINE_integer("rounds", 9, "Turns of each step.")
+_SLICES = flags.DEFINE_integer("num_slices", 1, "The number of slices.")
+_JSON = common_flags.json()
 
 _GB = 1e9
 
 
-def main(argv: Sequence[str]) -> int:
+def main() -> int:
   """Returns an exit code."""
-  del argv
   try:
     if _TOPOLOGY.value is None:
       facts = _here()
@@ -103,15 +98,15 @@ def _show_here(facts: dict[str, Any]) -> None:
     ],
   )
   for name in ("private", "ordinary"):
-    found = facts[name]
+    step = facts[name]
     console.show_table(
       f"The {name} step",
       [
-        ("step", f"{1e3 * found['step_seconds']:.2f} ms"),
-        ("of it, a chunk", f"{1e3 * found['chunk_seconds']:.2f} ms"),
-        ("of it, the update", f"{1e3 * found['update_seconds']:.2f} ms"),
-        ("examples a second", f"{found['examples_per_second']:,.0f}"),
-        ("memory of a device", console.human_bytes(found["bytes"])),
+        ("step", f"{1e3 * step['step_seconds']:.2f} ms"),
+        ("of it, a chunk", f"{1e3 * step['chunk_seconds']:.2f} ms"),
+        ("of it, the update", f"{1e3 * step['update_seconds']:.2f} ms"),
+        ("examples a second", f"{step['examples_per_second']:,.0f}"),
+        ("memory of a device", console.human_bytes(step["bytes"])),
       ],
     )
   print("How each layer is clipped")

@@ -23,23 +23,22 @@ be given back:
 Imports no jax. Exit codes: 0 done; 2 wrong usage; anything else is a failure.
 """
 
-from collections.abc import Sequence
 import textwrap
 from typing import Any
 
 from absl import flags
-from ml_collections import config_flags
 
 from dpdist import config as config_lib
 from dpdist.files import json_fields
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import plan as plan_lib
+from launch.cli import common_flags
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 from launch.cli import runs
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "A file in configs/: what it plans to spend."
+_CONFIG = common_flags.config(
+  "A file in configs/: what it plans to spend.", required=False
 )
 _WORKDIR = flags.DEFINE_string(
   "workdir", None, "Directory of a run: what it planned and has spent."
@@ -47,11 +46,9 @@ _WORKDIR = flags.DEFINE_string(
 _DATASET = flags.DEFINE_string(
   "dataset", None, "Root of shared budgets: who spent what of each data set's."
 )
-_LEDGER = flags.DEFINE_string(
-  "ledger", None, "Where the run's ledger is, if not in the directory."
-)
+_LEDGER = common_flags.ledger()
 _CANCEL = flags.DEFINE_string(
-  "cancel", None, "With --dataset: give back the room of this label."
+  "cancel", None, "With --dataset: give back the reservation of this label."
 )
 _END = flags.DEFINE_bool(
   "end", False, "With --workdir: end the run for good, and give back the rest."
@@ -67,17 +64,28 @@ _TARGET = flags.DEFINE_float(
 _TABLE = flags.DEFINE_bool(
   "table", False, "With --config: noise and compute for other batch sizes."
 )
-_PLOT = flags.DEFINE_string(
-  "plot", None, "With --config: draw epsilon against noise, batch and steps."
+_PLOT = common_flags.plot(
+  "With --config: draw epsilon against noise, batch and steps."
 )
-_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
+_JSON = common_flags.json()
 
+_NUMBERS = (
+  "delta",
+  "accountant",
+  "neighboring_relation",
+  "unit",
+  "sampling",
+  "num_examples",
+  "expected_batch_size",
+  "sampling_probability",
+  "noise_multiplier",
+  "l2_clip_norm",
+)
 _DELTAS = tuple(10.0**-k for k in range(3, 13))
 
 
-def main(argv: Sequence[str]) -> int:
+def main() -> int:
   """Returns an exit code."""
-  del argv
   try:
     facts = _facts()
   except ValueError as error:
@@ -131,29 +139,20 @@ def _facts() -> dict[str, Any]:
 
 
 def _numbers(plan: plan_lib.PrivacyPlan) -> dict[str, Any]:
-  return {
-    "delta": plan.delta,
-    "accountant": plan.accountant,
-    "neighboring_relation": plan.neighboring_relation,
-    "unit": plan.unit,
-    "sampling": plan.sampling,
-    "num_examples": plan.num_examples,
-    "expected_batch_size": plan.expected_batch_size,
-    "sampling_probability": plan.sampling_probability,
-    "noise_multiplier": plan.noise_multiplier,
-    "l2_clip_norm": plan.l2_clip_norm,
-    "steps_planned": plan.num_steps,
-  }
+  numbers = {name: getattr(plan, name) for name in _NUMBERS}
+  return numbers | {"steps_planned": plan.num_steps}
 
 
 def _spent(workdir: str) -> dict[str, Any]:
   if runs.none_began(workdir, _LEDGER.value):
     return {"steps_spent": 0, "note": "no run has begun in this directory"}
   ledger = runs.open_begun(workdir, _LEDGER.value)
-  told = ledger.epsilons
-  if told is None or any(x.keys() != {"pld", "rdp"} for x in told.values()):
-    told = _computed(ledger)
-  spent, planned = told["spent"], told["planned"]
+  epsilons = ledger.epsilons
+  if epsilons is None or any(
+    x.keys() != {"pld", "rdp"} for x in epsilons.values()
+  ):
+    epsilons = _computed(ledger)
+  spent, planned = epsilons["spent"], epsilons["planned"]
   accountant = ledger.plan.accountant
   if spent[accountant] is None or planned[accountant] is None:
     accountant = "rdp"

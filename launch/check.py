@@ -10,12 +10,10 @@ anything. No budget is spent, and nothing is written.
 Exit codes: 0 it does; 1 it does not, or the sum fails; 2 wrong usage.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 import json
 from typing import Any
 
-from absl import flags
-from ml_collections import config_flags
 import numpy as np
 
 from dpdist import errors
@@ -25,20 +23,17 @@ from dpdist.sensitivity import sentinel
 from dpdist.training import abstract_step
 from dpdist.training import setup
 from dpdist.training import step_sentinel
+from launch.cli import common_flags
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 from launch.cli import messages
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "A file in configs/; --config.a.b=value changes a setting."
-)
-_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
-flags.mark_flag_as_required("config")
+_CONFIG = common_flags.config()
+_JSON = common_flags.json()
 
 
-def main(argv: Sequence[str]) -> int:
+def main() -> int:
   """Returns an exit code."""
-  del argv
   try:
     check = _prepared(_CONFIG.value)
   except ValueError as error:

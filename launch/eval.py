@@ -10,48 +10,35 @@ an example that was trained on. The settings are those in the run directory;
 Exit codes: 0 done; 1 the record is not sound; 2 wrong usage.
 """
 
-from collections.abc import Sequence
 from typing import Any
-
-from absl import flags
-from ml_collections import config_flags
 
 from dpdist.export import load_run
 from dpdist.files import json_fields
 from dpdist.privacy import statement
 from dpdist.reporting import console
+from launch.cli import common_flags
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 from launch.cli import runs
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "A file in configs/, if not as the run left it."
-)
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
-_LEDGER = flags.DEFINE_string(
-  "ledger", None, "Where its ledger is, if not in the directory."
-)
-_STEP = flags.DEFINE_integer(
-  "step", None, "Of the checkpoint; the newest without it."
-)
-_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
-flags.mark_flag_as_required("workdir")
+_CONFIG, _STEP = common_flags.checkpoint()
+_WORKDIR = common_flags.workdir()
+_LEDGER = common_flags.ledger()
+_JSON = common_flags.json()
 
 
-def main(argv: Sequence[str]) -> int:
+def main() -> int:
   """Returns an exit code."""
-  del argv
-  workdir = str(_WORKDIR.value)
   try:
-    found = load_run.load(
-      workdir,
-      runs.open_begun(workdir, _LEDGER.value),
+    released = load_run.load(
+      _WORKDIR.value,
+      runs.open_begun(_WORKDIR.value, _LEDGER.value),
       config=_CONFIG.value,
       step=_STEP.value,
     )
   except ValueError as error:
     return flag_parsing.usage_error(error)
-  facts = load_run.evaluate(found)
+  facts = load_run.evaluate(released)
   if _JSON.value:
     print(json_fields.text(facts))
   else:
@@ -67,8 +54,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
   for group, what in (("test", ""), ("test_ema", ", average")):
     for name, value in facts.get(group, {}).items():
       rows.append((f"{name}{what}", f"{value:.4f}"))
-  for found in facts.get("held_out_problems", {}).values():
-    rows.append(("WARNING", found))
+  problems = facts.get("held_out_problems", {}).values()
+  rows += [("WARNING", problem) for problem in problems]
   return [
     *rows,
     (

@@ -10,54 +10,46 @@ trained on.
 Exit codes: 0 done; 1 the record is not sound; 2 wrong usage.
 """
 
-from collections.abc import Sequence
 import os
 
 from absl import flags
-from ml_collections import config_flags
 
 from dpdist.export import export
 from dpdist.export import load_run
 from dpdist.files import json_fields
 from dpdist.reporting import console
+from launch.cli import common_flags
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 from launch.cli import runs
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "A file in configs/, if not as the run left it."
+_CONFIG, _STEP = common_flags.checkpoint()
+_WORKDIR = common_flags.workdir()
+_OUTPUT = flags.DEFINE_string(
+  "output", None, "A new or empty directory.", required=True
 )
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
-_OUTPUT = flags.DEFINE_string("output", None, "A new or empty directory.")
-_LEDGER = flags.DEFINE_string(
-  "ledger", None, "Where its ledger is, if not in the directory."
-)
-_STEP = flags.DEFINE_integer(
-  "step", None, "Of the checkpoint; the newest without it."
-)
+_LEDGER = common_flags.ledger()
 _EMA = flags.DEFINE_bool("ema", False, "Write the average of the parameters.")
 _NAME = flags.DEFINE_string(
-  "name", None, "Of the model, for its card; by default the directory's."
+  "name", None, "The model's name on its card; by default the directory's."
 )
-_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
-flags.mark_flags_as_required(["workdir", "output"])
+_JSON = common_flags.json()
 
 
-def main(argv: Sequence[str]) -> int:
+def main() -> int:
   """Returns an exit code."""
-  del argv
-  workdir, output = str(_WORKDIR.value), str(_OUTPUT.value)
+  workdir, output = _WORKDIR.value, _OUTPUT.value
   name = _NAME.value or os.path.basename(os.path.abspath(output))
   try:
-    found = load_run.load(
+    released = load_run.load(
       workdir,
       runs.open_begun(workdir, _LEDGER.value),
       config=_CONFIG.value,
       step=_STEP.value,
     )
     facts = export.write(
-      found,
-      load_run.evaluate(found),
+      released,
+      load_run.evaluate(released),
       output,
       name=name,
       use_ema=_EMA.value,

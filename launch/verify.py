@@ -6,32 +6,24 @@ Exit codes: 0 the record is whole and agrees with what the run left; 1 it does
 not; 2 wrong usage.
 """
 
-from collections.abc import Sequence
-
-from absl import flags
-
 from dpdist import errors
 from dpdist.files import json_fields
 from dpdist.workdir import verify
+from launch.cli import common_flags
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 from launch.cli import runs
 
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
-_LEDGER = flags.DEFINE_string(
-  "ledger", None, "Where its ledger is, if not in the directory."
-)
-_JSON = flags.DEFINE_bool("json", False, "Print JSON.")
-flags.mark_flag_as_required("workdir")
+_WORKDIR = common_flags.workdir()
+_LEDGER = common_flags.ledger()
+_JSON = common_flags.json()
 
 
-def main(argv: Sequence[str]) -> int:
+def main() -> int:
   """Returns an exit code."""
-  del argv
-  workdir = str(_WORKDIR.value)
   try:
-    ledger = runs.open_begun(workdir, _LEDGER.value)
-    findings = verify.verify(workdir, ledger)
+    ledger = runs.open_begun(_WORKDIR.value, _LEDGER.value)
+    findings = verify.verify(_WORKDIR.value, ledger)
   except ValueError as error:
     return flag_parsing.usage_error(error)
   except errors.LedgerError as error:

@@ -8,13 +8,14 @@ The result is about keys that are thrown away, and about no data: an audit
 spends no budget.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 import dataclasses
 import math
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from dpdist import _validation
 from dpdist.accounting import accountants
 from dpdist.audit import bounds as bounds_lib
 from dpdist.audit import canaries
@@ -160,23 +161,18 @@ def _check(
   most: int,
   confidence: float,
 ) -> None:
-  if mode not in MODES:
-    raise ValueError(f"mode must be one of {MODES}, got {mode!r}")
-  if num_trials < 2:
-    raise ValueError(f"num_trials must be at least 2, got {num_trials}")
-  if not 1 <= canaries_per_run <= most:
-    name = "num_trials" if mode == "one_run" else "canaries_per_run"
-    raise ValueError(
-      f"{name} must be at most {most}, the least of units, entries of the"
-      " parameters, and 1 with canary='example', and at least 1, got"
-      f" {canaries_per_run}"
-    )
-  if not 1 <= num_steps <= plan.num_steps:
-    raise ValueError(
-      f"num_steps must be in [1, {plan.num_steps}], got {num_steps}"
-    )
-  if not 0 < confidence < 1:
-    raise ValueError(f"confidence must be in (0, 1), got {confidence}")
+  _validation.check("mode", mode, _validation.one_of(MODES))
+  _validation.check("num_trials", num_trials, _validation.integer(2))
+  _validation.require(
+    1 <= canaries_per_run <= most,
+    "num_trials" if mode == "one_run" else "canaries_per_run",
+    f"at most {most}, the least of units, entries of the parameters, and 1 with"
+    " canary='example', and at least 1",
+    canaries_per_run,
+  )
+  steps = _validation.integer(1, plan.num_steps)
+  _validation.check("num_steps", num_steps, steps)
+  _validation.check("confidence", confidence, bounds_lib.CONFIDENCE)
 
 
 def _assumed(mode: str, canaries_per_run: int) -> list[str]:
@@ -212,13 +208,7 @@ def log_likelihood_ratios(
     [n] float64, logarithms; infinite where an observation is not a number.
   """
   total = np.zeros(len(sums))
-  for t, seen in enumerate(sums.T):
-    setting = plan.phase(t)
-    # The sums with and without the canary are one sensitivity apart.
-    sigma = setting.noise_multiplier
-    q = plan.probability(setting)
-    # If parts take turns, the test does not distinguish a canary's own steps.
-    q /= plan.cycle_length
+  for seen, (sigma, q) in zip(sums.T, _steps(plan, sums.shape[1]), strict=True):
     out, into = (
       np.logaddexp(
         np.log1p(-q) if q < 1 else -np.inf,
@@ -228,6 +218,20 @@ def log_likelihood_ratios(
     )
     total += into - out
   return np.where(np.isnan(total), np.inf, total)
+
+
+def _steps(
+  plan: plan_lib.PrivacyPlan, num_steps: int
+) -> Iterator[tuple[float, float]]:
+  """Yields each step's noise and its probability of drawing a canary.
+
+  The noise is relative to the distance between the sums with and without the
+  canary, which is one sensitivity.
+  """
+  for t in range(num_steps):
+    phase = plan.phase(t)
+    # If parts take turns, the test does not distinguish a canary's own steps.
+    yield phase.noise_multiplier, plan.probability(phase) / plan.cycle_length
 
 
 # The bounds.
@@ -370,11 +374,7 @@ def _num_guesses(
   is_in = rng.integers(0, 2, num_canaries).astype(bool)
   sums = np.zeros((num_canaries, num_steps))
   place = np.where(is_in, *canaries.worlds(plan)[::-1])
-  for t in range(num_steps):
-    setting = plan.phase(t)
-    # The sums with and without the canary are one sensitivity apart.
-    sigma = setting.noise_multiplier
-    q = plan.probability(setting) / plan.cycle_length
+  for t, (sigma, q) in enumerate(_steps(plan, num_steps)):
     drawn = rng.random(num_canaries) < q
     sums[:, t] = place * drawn + sigma * rng.normal(size=num_canaries)
   scores = log_likelihood_ratios(plan, sums)

@@ -16,6 +16,10 @@ from typing import NamedTuple
 import numpy as np
 from scipy import special
 
+from dpdist import _validation
+
+CONFIDENCE = _validation.real(above=0, below=1)
+_DELTA = _validation.real(at_least=0, below=1)
 # Beyond it, no feasible number of trials could show a difference.
 _LARGEST_EPSILON = 64.0
 # The number of places at which a privacy profile is evaluated, and of
@@ -66,7 +70,7 @@ def largest_rates(errors: Errors, confidence: float) -> tuple[float, float]:
   Returns:
     The bound for false positives, and for false negatives; 1 without a trial.
   """
-  _check_confidence(confidence)
+  _validation.check("confidence", confidence, CONFIDENCE)
   level = 1 - (1 - confidence) / 2
   return (
     _largest_rate(errors.false_positives, errors.num_out, level),
@@ -75,8 +79,7 @@ def largest_rates(errors: Errors, confidence: float) -> tuple[float, float]:
 
 
 def _largest_rate(count: int, trials: int, level: float) -> float:
-  if not 0 <= count <= trials:
-    raise ValueError(f"errors must be in [0, {trials}], got {count}")
+  _validation.check("errors", count, _validation.integer(0, trials))
   if count == trials:
     return 1.0
   return float(special.betaincinv(count + 1, trials - count, level))
@@ -96,7 +99,7 @@ def clopper_pearson(
     delta: in [0, 1).
     confidence: in (0, 1), as 0.95.
   """
-  _check_delta(delta)
+  _validation.check("delta", delta, _DELTA)
   rates = largest_rates(errors, confidence)
   return max(
     0.0,
@@ -131,7 +134,7 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
   """Returns mu-GDP's epsilon at delta in (0, 1): the inverse of the above."""
-  _check_delta(delta, above=0)
+  _validation.check("delta", delta, _validation.DELTA)
   if gaussian_delta(mu, 0.0) <= delta:
     return 0.0
   low, high = 0.0, 1.0
@@ -213,7 +216,7 @@ def one_run_p_value(
       "num_correct, num_guesses and num_canaries must rise from 0, got"
       f" {num_correct}, {num_guesses} and {num_canaries}"
     )
-  _check_delta(delta)
+  _validation.check("delta", delta, _DELTA)
   rate = 1 / (1 + math.exp(-epsilon))
   tail, steepest = 1.0, 0.0
   if num_correct:
@@ -240,7 +243,7 @@ def one_run(
   The canaries may depend on one another in every way except by their coins. See
   `one_run_p_value` for the arguments.
   """
-  _check_confidence(confidence)
+  _validation.check("confidence", confidence, CONFIDENCE)
 
   def is_refuted(epsilon: float) -> bool:
     value = one_run_p_value(
@@ -257,23 +260,14 @@ def one_run(
   return _bisect(is_refuted, 0.0, _LARGEST_EPSILON)
 
 
-def _bisect(holds: Callable[[float], bool], low: float, high: float) -> float:
+def _bisect(
+  predicate: Callable[[float], bool], low: float, high: float
+) -> float:
   """Returns where a condition that holds at first ends, from below."""
   for _ in range(50):
     middle = (low + high) / 2
-    if holds(middle):
+    if predicate(middle):
       low = middle
     else:
       high = middle
   return low
-
-
-def _check_confidence(confidence: float) -> None:
-  if not 0 < confidence < 1:
-    raise ValueError(f"confidence must be in (0, 1), got {confidence}")
-
-
-def _check_delta(delta: float, above: float | None = None) -> None:
-  if not 0 <= delta < 1 or delta == above:
-    start = "[" if above is None else "("
-    raise ValueError(f"delta must be in {start}0, 1), got {delta}")

@@ -21,6 +21,7 @@ import ml_collections
 import numpy as np
 import optax
 
+from dpdist import _validation
 from dpdist import config as config_lib
 from dpdist.data import pipeline
 from dpdist.distributed import mesh as mesh_lib
@@ -49,30 +50,32 @@ class Program(NamedTuple):
   """The step that is audited.
 
   Attributes:
-    plan: the numbers that are claimed.
+    experiment: what the config trains, with the numbers that are claimed.
     step: the config's, except that its loss can be a canary's, and that its
       state keeps the released mean instead of an optimizer's state.
     state: before the first step.
-    chunk_size: units that the whole mesh computes at once.
     unit: one unit, NumPy arrays.
-    num_entries: of the parameters.
     direction: of the unit's own gradient, of norm 1, if that is the canary;
       None if a canary is an entry of the parameters.
     length: the norm of that gradient.
-    num_threads: threads that read ahead.
-    prefetch: steps read ahead.
   """
 
-  plan: plan_lib.PrivacyPlan
+  experiment: setup.Experiment
   step: step_lib.Step
   state: step_lib.TrainState
-  chunk_size: int
   unit: dict[str, np.ndarray]
-  num_entries: int
-  num_threads: int
-  prefetch: int
   direction: PyTree | None = None
   length: float = 1.0
+
+  @property
+  def plan(self) -> plan_lib.PrivacyPlan:
+    """Returns the numbers."""
+    return self.experiment.plan
+
+  @property
+  def num_entries(self) -> int:
+    """Returns how many numbers the parameters are."""
+    return sum(x.size for x in jax.tree.leaves(self.state.params))
 
 
 class Observed(NamedTuple):
@@ -96,19 +99,16 @@ def prepare(
   Raises:
     ValueError: names the setting, its value and what would be right.
   """
-  if canary not in KINDS:
-    raise ValueError(f"canary must be one of {KINDS}, got {canary!r}")
+  _validation.check("canary", canary, _validation.one_of(KINDS))
   plan = plan_lib.make_plan(config_lib.privacy_config(config))
-  if plan.examples_per_user > 1:
-    raise ValueError(
-      "privacy.examples_per_user must be 1 for an audit, got"
-      f" {plan.examples_per_user}"
-    )
-  if config.model.trainable:
-    raise ValueError(
-      "model.trainable must be empty for an audit, got"
-      f" {config.model.trainable!r}"
-    )
+  users = plan.examples_per_user
+  _validation.require(
+    users == 1, "privacy.examples_per_user", "1 for an audit", users
+  )
+  trainable = config.model.trainable
+  _validation.require(
+    not trainable, "model.trainable", "empty for an audit", trainable
+  )
   experiment = setup.build(config, plan=plan)
   step = experiment.step
   clipped_grad = step.mechanism.clipped_grad
@@ -127,30 +127,19 @@ def prepare(
   example = abstract_step.example(config)
   unit = abstract_step.unit(config, example)
   rng = np.random.default_rng(0)
-  draw = functools.partial(_random, rng, config.model.num_outputs)
+
+  def filled(shapes: dict[str, Any]) -> dict[str, np.ndarray]:
+    most = config.model.num_outputs
+    return {name: _random(rng, most, shape) for name, shape in shapes.items()}
+
   key_data = keys.key_data(keys.insecure_secret(0))
   state = step.init_from(
     functools.partial(parameters.make_params, experiment.model),
     key_data,
-    _filled(example, draw)["inputs"],
+    filled(example)["inputs"],
   )
-  program = Program(
-    plan=plan,
-    step=step,
-    state=state,
-    chunk_size=experiment.chunk_size,
-    unit=_filled(unit, draw),
-    num_entries=sum(x.size for x in jax.tree.leaves(state.params)),
-    num_threads=config.data.num_threads,
-    prefetch=config.data.prefetch,
-  )
+  program = Program(experiment, step, state, filled(unit))
   return _with_direction(program) if canary == "example" else program
-
-
-def _filled(
-  shapes: dict[str, Any], draw: Callable[[Any], np.ndarray]
-) -> dict[str, np.ndarray]:
-  return {name: draw(shape) for name, shape in shapes.items()}
 
 
 def _random(rng: np.random.Generator, most: int, x: Any) -> np.ndarray:
@@ -354,12 +343,14 @@ def _releases(
 ) -> Iterator[tuple[PyTree, float]]:
   """Yields each step's release, and the number it was divided by."""
   plan, step = program.plan, program.step
+  chunk_size = program.experiment.chunk_size
+  data = program.experiment.config.data
   streams = mechanism.Streams(secret, "audit")
   noise_key = streams.key("noise")
   sharding = mesh_lib.examples(step.mesh)
 
   def put(x: np.ndarray) -> jax.Array:
-    shape = (program.chunk_size, *x.shape[1:])
+    shape = (chunk_size, *x.shape[1:])
     return jax.make_array_from_process_local_data(sharding, x, shape)
 
   # A copy, since steps reuse the memory of the state that they get.
@@ -369,10 +360,10 @@ def _releases(
     streams.sampler(plan),
     start_step=0,
     num_steps=num_steps,
-    chunk_size=program.chunk_size,
-    rows=mesh_lib.local_rows(step.mesh, program.chunk_size),
-    num_threads=program.num_threads,
-    prefetch=program.prefetch,
+    chunk_size=chunk_size,
+    rows=mesh_lib.local_rows(step.mesh, chunk_size),
+    num_threads=data.num_threads,
+    prefetch=data.prefetch,
   ):
     accumulator = step.zeros(state.params)
     key = streams.key("model_rng", t)
@@ -384,7 +375,7 @@ def _releases(
         batch,
         is_padding_example,
         key,
-        i * program.chunk_size,
+        i * chunk_size,
       )
     release_index = [np.int32(t)] if len(plan.phases) > 1 else []
     state, _ = step.apply(state, accumulator, noise_key, *release_index)

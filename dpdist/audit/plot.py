@@ -1,37 +1,21 @@
 """Draws an audit: the canaries' scores, the bounds and the claim."""
 
 import os
-import pathlib
 
 from matplotlib import figure
 import numpy as np
 
 from dpdist.audit import audit
+from dpdist.reporting import plots
 
-_SUFFIXES = (".pdf", ".png", ".svg")
 _IN, _OUT, _CLAIM = "#c2410c", "#0369a1", "#1f2937"
 # Percentiles of the scores; a single outlier would compress all the others.
 _SHOWN = (0.5, 99.5)
 
 
-def check(path: str | os.PathLike[str]) -> None:
-  """Raises ValueError if no picture can be written."""
-  path = pathlib.Path(path)
-  if path.suffix not in _SUFFIXES or not path.absolute().parent.is_dir():
-    raise ValueError(
-      f"plot must end in one of {_SUFFIXES} and lie in a directory that is"
-      f" there, got {str(path)!r}"
-    )
-
-
 def draw(result: audit.Result, path: str | os.PathLike[str]) -> None:
-  """Writes the picture.
-
-  Args:
-    result: of the audit.
-    path: a file that ends in .pdf, .png or .svg; see `check`.
-  """
-  check(path)
+  """Writes the picture; for the path see `plots.check_path`."""
+  plots.check_path(path)
   fig = figure.Figure(figsize=(9, 3.6), layout="constrained")
   left, right = fig.subplots(1, 2, width_ratios=(3, 2))
   finite = np.isfinite(result.scores)

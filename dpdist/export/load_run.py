@@ -89,12 +89,12 @@ def load(
   held_out = test.read(np.arange(len(test)))
   experiment = setup.build(config, _mesh(config), plan=ledger.plan)
   model, inputs = experiment.model, held_out["inputs"][0]
-  like = abstract_step.state(experiment.step, model, inputs)
+  template = abstract_step.state(experiment.step, model, inputs)
   key_data = jax.ShapeDtypeStruct((2,), np.uint32)
   frozen = experiment.parameters(key_data, inputs).frozen(experiment.step)
   restored = checkpoints.read(
     workdir / "checkpoints",
-    like,
+    template,
     saved,
     frozen_sha256=parameters.frozen_sha256(frozen),
   )
@@ -121,9 +121,9 @@ def load(
 def check_sound(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> None:
   """Raises UnsoundError unless the record and what the run left agree."""
   problems = [
-    f"{found.what}: {found.problem}"
-    for found in verify.verify(workdir, ledger)
-    if found.problem
+    f"{finding.what}: {finding.problem}"
+    for finding in verify.verify(workdir, ledger)
+    if finding.problem
   ]
   if problems:
     raise errors.UnsoundError(
@@ -142,9 +142,12 @@ def evaluate(released: Released) -> dict[str, Any]:
     this checkpoint; and "epsilon_spent", the odometer's value for what it may
     have released so far.
   """
-  _, ledger, saved, model, mesh, state, test, _ = released
-  run = classification.evaluator(model, test, mesh)
-  facts: dict[str, Any] = {"step": saved.step, "test": run(state.params)}
+  ledger, state, test = released.ledger, released.state, released.test
+  run = classification.evaluator(released.model, test, released.mesh)
+  facts: dict[str, Any] = {
+    "step": released.saved.step,
+    "test": run(state.params),
+  }
   if state.ema_params is not None:
     facts["test_ema"] = run(state.ema_params)
   for group in ("test", "test_ema"):
@@ -193,13 +196,13 @@ def _check_settings(
   config: ml_collections.ConfigDict, ledger: ledger_lib.Ledger
 ) -> None:
   plain = lambda values: json.loads(json.dumps(dict(values)))
-  given = plain(config_lib.privacy_dict(config))
+  asked = plain(config_lib.privacy_dict(config))
   kept = plain(ledger.segment.config)
-  for name in sorted({*given, *kept}):
-    if given.get(name) != kept.get(name):
+  for name in sorted({*asked, *kept}):
+    if asked.get(name) != kept.get(name):
       raise ValueError(
         f"privacy.{name} must be that of the run, {kept.get(name)!r} by its"
-        f" ledger, got {given.get(name)!r}"
+        f" ledger, got {asked.get(name)!r}"
       )
 
 

@@ -163,10 +163,10 @@ def _result_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 def _warning(facts: dict[str, Any]) -> str:
   """Returns what is wrong with the held-out metrics; "" if nothing is."""
   which = "test_ema" if facts["uses_ema"] else "test"
-  found = facts.get("held_out_problems", {}).get(which, "")
-  if not found:
+  problem = facts.get("held_out_problems", {}).get(which, "")
+  if not problem:
     return ""
-  text = f"{found[:1].upper()}{found[1:]}"
+  text = f"{problem[:1].upper()}{problem[1:]}"
   return (
     f"> [!WARNING]\n> **{text}.** That its privacy holds is another matter.\n"
   )
@@ -174,16 +174,19 @@ def _warning(facts: dict[str, Any]) -> str:
 
 def _environment(released: load_run.Released) -> list[tuple[str, str]]:
   """Returns what the model was trained with, as far as it may be released."""
-  told = released.environment
-  if not told:
+  environment = released.environment
+  if not environment:
     return []
   packages = ", ".join(
-    f"{name} {version}" for name, version in told["packages"].items()
+    f"{name} {version}" for name, version in environment["packages"].items()
   )
   return [
-    ("SHA-256 of dpdist's code", f"`{told['code_sha256']}`"),
-    ("Python and packages", f"{told['python']}; {packages}"),
-    ("devices", f"{told['device_kind']}, mesh {json.dumps(told['mesh'])}"),
+    ("SHA-256 of dpdist's code", f"`{environment['code_sha256']}`"),
+    ("Python and packages", f"{environment['python']}; {packages}"),
+    (
+      "devices",
+      f"{environment['device_kind']}, mesh {json.dumps(environment['mesh'])}",
+    ),
   ]
 
 

@@ -10,37 +10,29 @@ from, and its examples are one draw of `effective_batch_size` on average: this
 is what the accountant counts. Imports no jax.
 """
 
-from collections.abc import Callable
 import dataclasses
-import math
-import numbers
 from typing import Any
 
+from dpdist import _validation
+from dpdist import errors
 from dpdist.privacy import plan as plan_lib
 from dpdist.privacy import statement
 
-_COUNT = (numbers.Integral, lambda x: x >= 1, "an int >= 1")
-_POSITIVE = (numbers.Real, lambda x: 0 < x < math.inf, "finite and > 0")
-_FLAG = (bool, lambda x: True, "True or False")
-
-# By attribute: what it is, its condition, and the words for the condition.
-_RULES: dict[str, tuple[Any, Callable[[Any], bool], str]] = {
-  "epsilon": _POSITIVE,
-  "delta": (
-    numbers.Real,
-    lambda x: 0 < x < 1,
-    "in (0, 1): with 1 anything at all is private",
+_RULES = {
+  "epsilon": _validation.POSITIVE,
+  "delta": _validation.DELTA._replace(
+    text="in (0, 1): with 1 anything at all is private"
   ),
-  "clipping_norm": _POSITIVE,
-  "batch_size": _COUNT,
-  "gradient_accumulation_steps": _COUNT,
-  "train_steps": _COUNT,
-  "train_size": _COUNT,
-  "poisson_sampling_in_fit": _FLAG,
-  "noise_multiplier": _POSITIVE,
-  "rescale_to_unit_norm": _FLAG,
-  "microbatch_size": _COUNT,
-  "seed": (numbers.Integral, lambda x: x >= 0, "an int >= 0"),
+  "clipping_norm": _validation.POSITIVE,
+  "batch_size": _validation.COUNT,
+  "gradient_accumulation_steps": _validation.COUNT,
+  "train_steps": _validation.COUNT,
+  "train_size": _validation.COUNT,
+  "poisson_sampling_in_fit": _validation.FLAG,
+  "noise_multiplier": _validation.POSITIVE,
+  "rescale_to_unit_norm": _validation.FLAG,
+  "microbatch_size": _validation.COUNT,
+  "seed": _validation.integer(0),
 }
 
 
@@ -87,14 +79,7 @@ class DPConfig:
   seed: int | None = dataclasses.field(default=None, repr=False)
 
   def __post_init__(self) -> None:
-    for field in dataclasses.fields(self):
-      value = getattr(self, field.name)
-      if value is None and field.default is None:
-        continue
-      kind, holds, right = _RULES[field.name]
-      is_flag_for_number = isinstance(value, bool) and kind is not bool
-      if not isinstance(value, kind) or is_flag_for_number or not holds(value):
-        raise ValueError(f"{field.name} must be {right}, got {value!r}")
+    _validation.check_fields(self, _RULES)
     _check_at_most("batch_size", self.batch_size, "train_size", self.train_size)
     _check_at_most(
       "effective_batch_size = batch_size * gradient_accumulation_steps",
@@ -109,7 +94,7 @@ class DPConfig:
     if self.noise_multiplier is not None:
       spent = self.make_plan().epsilon()
       if not spent <= self.epsilon:
-        raise ValueError(
+        raise errors.ArgumentError(
           f"noise_multiplier must be large enough for epsilon={self.epsilon},"
           f" got {self.noise_multiplier}, with which {self.train_steps} steps"
           f" spend {statement.rounded_up(spent)}"
@@ -162,7 +147,5 @@ def _sampling(is_poisson: bool) -> dict[str, Any]:
 
 
 def _check_at_most(name: str, value: int, limit_name: str, limit: int) -> None:
-  if value > limit:
-    raise ValueError(
-      f"{name} must be at most {limit_name}={limit}, got {value}"
-    )
+  rule = f"at most {limit_name}={limit}"
+  _validation.require(value <= limit, name, rule, value)

@@ -31,6 +31,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpdist import _validation
 from dpdist import errors
 from dpdist.frontends import dp_config
 from dpdist.frontends import keras_data
@@ -113,8 +114,7 @@ def make_private(
   )
   plan = run.plan
   chunk_size = _chunk_size(plan, chunk_size, microbatch_size)
-  if sentinel_every < 0:
-    raise ValueError(f"sentinel_every must be at least 0, got {sentinel_every}")
+  _validation.check("sentinel_every", sentinel_every, _validation.integer(0))
   options = {
     "l2_clip_norm": plan.l2_clip_norm,
     "microbatch_size": microbatch_size,
@@ -140,14 +140,13 @@ def _chunk_size(
     batch = plan.expected_batch_size
     chunk_size = min(math.ceil(batch + 3 * math.sqrt(batch)), plan.num_examples)
     chunk_size += -chunk_size % (microbatch_size or 1)
-  if isinstance(chunk_size, bool) or chunk_size < 1:
-    raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-  if microbatch_size is not None and (
-    microbatch_size < 1 or chunk_size % microbatch_size
-  ):
-    raise ValueError(
-      f"microbatch_size must divide the chunk_size of {chunk_size}, got"
-      f" {microbatch_size}"
+  _validation.check("chunk_size", chunk_size, _validation.COUNT)
+  if microbatch_size is not None:
+    _validation.require(
+      microbatch_size >= 1 and not chunk_size % microbatch_size,
+      "microbatch_size",
+      f"a divisor of chunk_size={chunk_size}",
+      microbatch_size,
     )
   return chunk_size
 
@@ -249,7 +248,7 @@ class PrivateModel:
     zeros = self._zeros()
     self._rehearse(data, zeros)
     self._check_sensitivity(data, zeros)
-    told = keras.callbacks.CallbackList(
+    callback_list = keras.callbacks.CallbackList(
       list(callbacks or ()),
       add_history=True,
       add_progbar=bool(verbose),
@@ -259,10 +258,10 @@ class PrivateModel:
       model=self.model,
     )
     self.model.stop_training = False
-    told.on_train_begin()
+    callback_list.on_train_begin()
     with self._run.session(data.source.content_digest()) as session:
       for epoch, stop in enumerate(ends):
-        told.on_epoch_begin(epoch)
+        callback_list.on_epoch_begin(epoch)
         loss = self._steps(session, data, zeros, stop)
         logs = {"loss": loss} if self._unsafe_metrics else {}
         if validation_data is not None:
@@ -270,10 +269,10 @@ class PrivateModel:
             *validation_data, verbose=0, return_dict=True
           )
           logs |= {f"val_{name}": value for name, value in scores.items()}
-        told.on_epoch_end(epoch, logs)
+        callback_list.on_epoch_end(epoch, logs)
         if self.model.stop_training:
           break
-    told.on_train_end()
+    callback_list.on_train_end()
     return self.model.history
 
   def _zeros(self) -> compensated.Sum:
@@ -323,10 +322,8 @@ class PrivateModel:
       ("epochs", epochs),
       ("steps_per_epoch", steps_per_epoch),
     ):
-      if value is not None and (
-        isinstance(value, bool) or not isinstance(value, int) or value < 1
-      ):
-        raise ValueError(f"{name} must be an integer of 1 or more, got {value}")
+      if value is not None:
+        _validation.check(name, value, _validation.COUNT)
     each = steps_per_epoch or max(1, round(1 / self.plan.sampling_probability))
     left = self.plan.num_steps - self._run.spent_steps
     if epochs is None and left:

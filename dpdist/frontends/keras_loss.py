@@ -17,18 +17,18 @@ PyTree = Any
 def _import_keras() -> Any:
   if "keras" not in sys.modules:
     os.environ.setdefault("KERAS_BACKEND", "jax")
-  right = (
+  remedy = (
     "dpdist needs Keras on its JAX backend: set the environment variable"
     " KERAS_BACKEND=jax before keras is first imported, or import"
     " dpdist.frontends.keras before keras"
   )
   wanted = os.environ.get("KERAS_BACKEND")
   if "keras" not in sys.modules and wanted != "jax":
-    raise ImportError(f"{right}; got KERAS_BACKEND={wanted}")
+    raise ImportError(f"{remedy}; got KERAS_BACKEND={wanted}")
   import keras
 
   if keras.backend.backend() != "jax":
-    raise ImportError(f"{right}; got the backend {keras.backend.backend()!r}")
+    raise ImportError(f"{remedy}; got the backend {keras.backend.backend()!r}")
   return keras
 
 

@@ -35,21 +35,21 @@ def check(
 ) -> None:
   """Compares the sums that a fit will make with `jax.grad`.
 
+  Only the shapes and the largest integers of the data are used.
+
   Args:
     model: the Keras model.
-    clipped_grad: maps the non-trainable values to the clipped gradient.
+    clipped_grad: see `keras_step.Functions`, as `accumulate`.
     accumulate: the compiled function.
     state: of the model.
     zeros: an empty sum.
-    data: the examples, of which only shapes and largest integers are used.
+    data: the examples.
     chunk_size: examples that are computed at once.
     most: the number of examples.
     is_watched: whether watched updates will be made too.
 
   Raises:
-    dpdist.errors.SensitivityError: names what is wrong, the
-      parameter and its
-      rule.
+    SensitivityError: names what is wrong, the parameter and its rule.
   """
   trainable, constants = state["trainable"], state["non_trainable"]
   one, key = clipped_grad(constants), jax.random.key(0)

@@ -35,13 +35,7 @@ class Functions(NamedTuple):
 def of(
   model: Any, plan: plan_lib.PrivacyPlan, options: dict[str, Any]
 ) -> Functions:
-  """Makes the functions of a model.
-
-  Args:
-    model: the Keras model.
-    plan: the numbers.
-    options: for `dpdist.clipped_grad`.
-  """
+  """Makes a model's functions; the options are those of `clipped_grad`."""
 
   def clipped_grad(non_trainable: list[jax.Array]) -> clipping.ClippedGrad:
     loss = keras_loss.per_example_loss(model, non_trainable)

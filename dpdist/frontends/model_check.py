@@ -14,8 +14,9 @@ it takes one example at a time. This check finds what would raise an error
 there, or train badly without one.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
+import importlib
 import sys
 from typing import Any
 
@@ -24,24 +25,23 @@ from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
 
+from dpdist import errors
 from dpdist.clipping.trace import dependence
 
 PyTree = Any
 
-_GROUP_NORM = {
-  "flax.linen": "flax.linen.GroupNorm or LayerNorm",
-  "flax.nnx": "flax.nnx.GroupNorm or LayerNorm",
-  "equinox": "equinox.nn.GroupNorm or LayerNorm",
-  "keras": (
-    "keras.layers.GroupNormalization or LayerNormalization, or freeze the layer"
-    " (trainable=False)"
-  ),
-}
 _MIXES = (
   "it normalises an example by statistics of the batch, so that a gradient"
   " depends on other examples, and keeps statistics that no noise covers"
 )
-_KEEPS = "what it keeps of the examples would be released without noise"
+KEEPS = "what it keeps of the examples would be released without noise"
+# By framework: its class of modules, and what has `findings` on them.
+_CHECKERS = (
+  ("flax.linen", "Module", "dpdist.frontends.linen"),
+  ("flax.nnx", "Module", "dpdist.frontends.nnx"),
+  ("keras", "Layer", "dpdist.frontends.keras_model"),
+  ("equinox", "Module", "dpdist.frontends.equinox"),
+)
 _DRAWS = ("random_bits", "threefry2x32", "rng_bit_generator")
 
 
@@ -95,7 +95,7 @@ def check_model(
     ValueError: there is nothing to check.
   """
   if model is None and loss_fn is None:
-    raise ValueError("model or loss_fn must be given, got neither")
+    raise errors.ArgumentError("model or loss_fn must be given, got neither")
   found: list[Finding] = []
   if model is not None:
     found += _of_module(model, inputs, is_alone=loss_fn is None)
@@ -154,7 +154,7 @@ def _of_loss(
     yield Finding(
       f"state that changes inside the loss ({str(error).splitlines()[0]})",
       "loss_fn",
-      _KEEPS,
+      KEEPS,
       "a loss that gets parameters, example and rng as arguments, such as"
       " per_example_loss of dpdist.frontends",
     )
@@ -210,131 +210,31 @@ def _draws(jaxpr: Any) -> bool:
 
 def _of_module(
   model: Any, inputs: tuple[Any, ...], *, is_alone: bool
-) -> list[Finding]:
-  linen, nnx = sys.modules.get("flax.linen"), sys.modules.get("flax.nnx")
-  keras, equinox = sys.modules.get("keras"), sys.modules.get("equinox")
-  if linen is not None and isinstance(model, linen.Module):
-    return list(_of_linen(linen, model, inputs))
-  if nnx is not None and isinstance(model, nnx.Module):
-    return list(_of_nnx(nnx, model, is_alone))
-  if keras is not None and isinstance(model, keras.Layer):
-    return list(_of_keras(keras, model))
-  if equinox is not None and isinstance(model, equinox.Module):
-    return list(_of_equinox(equinox, model, "model"))
-  raise ValueError(
+) -> Iterator[Finding]:
+  for framework, kind, checker in _CHECKERS:
+    # A module's framework has been imported by now.
+    if framework in sys.modules and isinstance(
+      model, getattr(sys.modules[framework], kind)
+    ):
+      found: Iterator[Finding] = importlib.import_module(checker).findings(
+        model, inputs, is_alone=is_alone
+      )
+      return found
+  raise errors.ArgumentError(
     "model must be a module of Flax Linen, Flax NNX, Equinox or Keras, got a"
     f" {type(model).__name__}: pass a plain function as loss_fn"
   )
 
 
-def _batch_norm(framework: str, name: str, where: str) -> Finding:
-  return Finding(name, where, _MIXES, _GROUP_NORM[framework])
+def batch_norm(name: str, where: str, instead: str) -> Finding:
+  """Returns the finding of a layer that normalises over the batch."""
+  return Finding(name, where, _MIXES, instead)
 
 
-def _of_linen(
-  linen: Any, model: Any, inputs: tuple[Any, ...]
-) -> Iterator[Finding]:
-  if not inputs:
-    raise ValueError(
-      "inputs must be what the Linen module is called with for one example,"
-      " got none"
+def refuse_unsafe(found: Iterable[Finding]) -> None:
+  """Raises ArgumentError with all findings, if there are any."""
+  listed = "; ".join(map(str, found))
+  if listed:
+    raise errors.ArgumentError(
+      f"model must be safe to train privately, got {listed}"
     )
-  batch_norms: dict[str, None] = {}
-
-  def listen(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    if isinstance(context.module, linen.BatchNorm):
-      batch_norms["/".join(context.module.path)] = None
-    return call(*args, **kwargs)
-
-  streams = ("params", "dropout")
-  keys = {name: jax.random.key(i) for i, name in enumerate(streams)}
-  with linen.intercept_methods(listen):
-    variables = jax.eval_shape(model.init, keys, *inputs)
-  for path in batch_norms:
-    yield _batch_norm("flax.linen", "BatchNorm", path)
-  # Collections that any call may change; sown intermediates are dropped.
-  for name in sorted({*variables} - {"params", "batch_stats", "intermediates"}):
-    yield Finding(
-      f"a mutable collection {name!r}",
-      "model",
-      _KEEPS,
-      "constants that loss_fn closes over, or dpdist.with_state, which checks"
-      " that the state depends on no example",
-    )
-  if "batch_stats" in variables and not batch_norms:
-    yield _batch_norm("flax.linen", "the collection 'batch_stats'", "model")
-
-
-def _of_nnx(nnx: Any, model: Any, is_alone: bool) -> Iterator[Finding]:
-  inside: list[str] = []
-  for path, module in nnx.iter_modules(model):
-    where = "/".join(map(str, path))
-    if isinstance(module, nnx.BatchNorm):
-      inside.append(where)
-      yield _batch_norm("flax.nnx", "BatchNorm", where)
-  for path, variable in nnx.to_flat_state(nnx.state(model)):
-    where = "/".join(map(str, path))
-    if isinstance(variable, nnx.Param) or any(
-      where.startswith(f"{name}/") for name in inside
-    ):
-      continue
-    kind = type(variable).__name__
-    if not isinstance(variable, nnx.RngState):
-      yield Finding(
-        f"state that is no nnx.Param ({kind})", where, _KEEPS, "nnx.Param"
-      )
-    elif is_alone:
-      yield Finding(
-        f"stochastic state ({kind})",
-        where,
-        "a loss of one example cannot advance it, and all examples would share"
-        " its random numbers",
-        "dpdist.frontends.nnx.per_example_loss, which gives every example its"
-        " own, and check that loss_fn",
-      )
-
-
-def _of_equinox(equinox: Any, model: Any, prefix: str) -> Iterator[Finding]:
-  kinds = (equinox.nn.StatefulLayer, equinox.nn.StateIndex)
-
-  def is_layer(x: Any) -> bool:
-    # A Sequential is stateful only if one of its layers is.
-    is_container = isinstance(x, equinox.nn.Sequential)
-    return isinstance(x, kinds) and not is_container
-
-  leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=is_layer)
-  for path, leaf in leaves:
-    where = prefix + jax.tree_util.keystr(path)
-    if isinstance(leaf, equinox.nn.BatchNorm):
-      yield _batch_norm("equinox", "BatchNorm", where)
-    elif is_layer(leaf):
-      yield Finding(
-        f"a stateful layer ({type(leaf).__name__})",
-        where,
-        _KEEPS,
-        "a layer without equinox.nn.State",
-      )
-
-
-def _of_keras(keras: Any, model: Any) -> Iterator[Finding]:
-  for layer in model._flatten_layers():
-    where, layers = layer.path or layer.name, keras.layers
-    if isinstance(layer, layers.BatchNormalization) and layer.trainable:
-      yield _batch_norm("keras", "BatchNormalization", where)
-    elif isinstance(layer, layers.SpectralNormalization) and layer.trainable:
-      yield Finding(
-        "SpectralNormalization",
-        where,
-        "it changes state at each call",
-        "a kernel constraint such as keras.constraints.UnitNorm",
-      )
-    elif isinstance(layer, layers.Normalization) and layer.input_mean is None:
-      yield Finding(
-        "Normalization by adapt()",
-        where,
-        "mean and variance that were computed from private examples would be"
-        " released without noise",
-        "Normalization(mean=..., variance=...) with public numbers, or"
-        " keras.layers.Rescaling",
-      )
-  yield from of_params({v.path: v.value for v in model.trainable_variables})

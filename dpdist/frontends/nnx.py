@@ -9,13 +9,18 @@ fn(params, batch, rng=key)
 nnx.update(model, params)     # Flax's own, when training is over
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from flax import nnx
 import jax
 
+from dpdist import errors
+from dpdist.frontends import model_check
+
 PyTree = Any
+
+_NORM = "flax.nnx.GroupNorm or LayerNorm"
 
 
 def per_example_loss(
@@ -44,7 +49,7 @@ def per_example_loss(
       f"{'/'.join(map(str, path))} ({type(variable).__name__})"
       for path, variable in state
     )
-    raise ValueError(
+    raise errors.ArgumentError(
       "model must have no state but nnx.Param, since what it keeps of the"
       f" examples is not noised, got {named}: use nnx.GroupNorm or"
       " nnx.LayerNorm in place of nnx.BatchNorm"
@@ -55,7 +60,7 @@ def per_example_loss(
     params: nnx.State, example: PyTree, rng: jax.Array | None = None
   ) -> jax.Array:
     if has_streams and rng is None:
-      raise ValueError(
+      raise errors.ArgumentError(
         "rng must be given, since the model draws random numbers: pass rng to"
         " the clipped gradient, or call model.eval() first and split it anew"
       )
@@ -78,3 +83,39 @@ def _reseeded(streams: nnx.State, rng: jax.Array) -> nnx.State:
     return variable.replace(jax.numpy.zeros_like(value))
 
   return nnx.map_state(fresh, streams)
+
+
+def findings(
+  model: nnx.Module, inputs: tuple[Any, ...], *, is_alone: bool
+) -> Iterator[model_check.Finding]:
+  """Yields what is unsafe in a module; see `dpdist.check_model`."""
+  del inputs
+  inside: list[str] = []
+  for path, module in nnx.iter_modules(model):
+    where = "/".join(map(str, path))
+    if isinstance(module, nnx.BatchNorm):
+      inside.append(where)
+      yield model_check.batch_norm("BatchNorm", where, _NORM)
+  for path, variable in nnx.to_flat_state(nnx.state(model)):
+    where = "/".join(map(str, path))
+    if isinstance(variable, nnx.Param) or any(
+      where.startswith(f"{name}/") for name in inside
+    ):
+      continue
+    kind = type(variable).__name__
+    if not isinstance(variable, nnx.RngState):
+      yield model_check.Finding(
+        f"state that is no nnx.Param ({kind})",
+        where,
+        model_check.KEEPS,
+        "nnx.Param",
+      )
+    elif is_alone:
+      yield model_check.Finding(
+        f"stochastic state ({kind})",
+        where,
+        "a loss of one example cannot advance it, and all examples would share"
+        " its random numbers",
+        "dpdist.frontends.nnx.per_example_loss, which gives every example its"
+        " own, and check that loss_fn",
+      )

@@ -6,17 +6,15 @@ are exact for its version. Times are lower bounds: the busiest of arithmetic,
 memory and network at its published peak, if it hides all the others.
 """
 
-import dataclasses
 import math
 from typing import Any
 
 import jax
 import ml_collections
 
+from dpdist import _validation
 from dpdist.distributed import mesh as mesh_lib
-from dpdist.profiling import chips
-from dpdist.profiling import compiled
-from dpdist.profiling import products
+from dpdist.profiling import roofline
 from dpdist.training import abstract_step
 from dpdist.training import setup
 
@@ -30,8 +28,8 @@ def forecast(
 
   Args:
     config: settings; for models of tokens its data need not exist.
-    topology: see `dpdist.profiling.chips.devices`.
-    num_slices: see `dpdist.profiling.chips.devices`.
+    topology: see `dpdist.profiling.roofline.devices`.
+    num_slices: see `dpdist.profiling.roofline.devices`.
 
   Returns:
     JSON-able: "epsilon" of the plan, "num_chips", "parameters", "chunk_size",
@@ -44,17 +42,19 @@ def forecast(
     ValueError: names the setting, its value and what would be right.
   """
   setup.check(config)
-  devices = chips.devices(topology, num_slices)
-  chip = chips.CHIPS[topology.partition(":")[0]]
+  devices = roofline.devices(topology, num_slices)
+  chip = roofline.CHIPS[topology.partition(":")[0]]
   experiment = setup.build(
     config, mesh_lib.make(config.mesh, devices), platform="tpu"
   )
   model, step = experiment.model, experiment.step
-  if config.clipping.exact_sum:
-    raise ValueError(
-      "clipping.exact_sum must be False to compile for a topology: its programs"
-      " are for one device each, got True"
-    )
+  _validation.require(
+    not config.clipping.exact_sum,
+    "clipping.exact_sum",
+    "False to compile for a topology, since its programs are for one device"
+    " each",
+    True,
+  )
   example = abstract_step.example(config)
   state = abstract_step.state(step, model, example["inputs"])
   arguments = abstract_step.arguments(
@@ -87,11 +87,11 @@ def forecast(
       if "RESOURCE_EXHAUSTED" not in str(error):
         raise
       return facts | {"fits": False, "reason": _reason(error)}
-    analysis = program.memory_analysis()
-    grown = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-    memory[f"{name}_temp"] = analysis.temp_size_in_bytes + max(0, grown)
+    memory[f"{name}_temp"] = roofline.temp_bytes(program)
     peaks.append(held + memory[f"{name}_temp"])
-    facts[name] = _work(name, traced, program, chip, step.mesh.shape["model"])
+    facts[name] = roofline.work(
+      name, traced, program, chip, step.mesh.shape["model"]
+    )
   facts["memory"] |= memory | {"peak": max(peaks)}
   facts["fits"] = max(peaks) <= chip.memory_bytes
   facts["scaling"] = scaling(facts)
@@ -112,43 +112,6 @@ def _of_run(experiment: setup.Experiment, params: PyTree) -> dict[str, Any]:
     "expected_batch_size": plan.expected_batch_size,
     "chunk_size": chunk_size,
     "chunks_per_step": math.ceil(plan.expected_batch_size / chunk_size),
-  }
-
-
-def _work(
-  name: str, traced: Any, program: Any, chip: chips.Chip, num_model: int
-) -> dict[str, Any]:
-  """Returns what a compiled program does, and how long a chip takes for it."""
-  work = products.count(traced.jaxpr.jaxpr).times(1 / num_model)
-  # Nothing loops in `apply`, which touches all of the state.
-  num_bytes = work.num_bytes
-  if name == "apply":
-    num_bytes = float(program.cost_analysis()["bytes accessed"])
-  found = compiled.collectives(program.as_text())
-  return {
-    "flops": work.flops,
-    "bytes": num_bytes,
-    "collectives": [
-      dataclasses.asdict(x) | {"bytes_sent": x.bytes_sent} for x in found
-    ],
-    "seconds": _seconds(chip, work.flops, num_bytes, found),
-  }
-
-
-def _seconds(
-  chip: chips.Chip,
-  flops: float,
-  num_bytes: float,
-  found: list[compiled.Collective],
-) -> dict[str, float]:
-  sent = lambda between: sum(
-    x.bytes_sent for x in found if x.is_between_slices == between
-  )
-  return {
-    "arithmetic": flops / chip.flops_per_second,
-    "memory": num_bytes / chip.memory_bandwidth,
-    "links": sent(False) / chip.link_bandwidth,
-    "network": sent(True) / chip.network_bandwidth,
   }
 
 
@@ -186,5 +149,7 @@ def scaling(facts: dict[str, Any]) -> list[dict[str, float]]:
 def _reason(error: Exception) -> str:
   """Returns what the compiler says of its memory, on one line."""
   lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-  told = [line for line in lines if "Used" in line or "exceed" in line.lower()]
-  return (told or lines)[0]
+  memory = [
+    line for line in lines if "Used" in line or "exceed" in line.lower()
+  ]
+  return (memory or lines)[0]

@@ -21,7 +21,9 @@ import ml_collections
 import numpy as np
 import optax
 
+from dpdist import _validation
 from dpdist.privacy import plan as plan_lib
+from dpdist.profiling import roofline
 from dpdist.training import abstract_step
 from dpdist.training import setup
 from dpdist.training import step as step_lib
@@ -66,16 +68,13 @@ class Program(NamedTuple):
 
 
 def prepare(config: ml_collections.ConfigDict) -> Bench:
-  """Makes a bench.
-
-  Raises:
-    ValueError: names the setting, its value and what would be right.
-  """
-  if config.clipping.exact_sum:
-    raise ValueError(
-      "clipping.exact_sum must be False to be measured: its programs are for"
-      " one device each, got True"
-    )
+  """Makes a bench; raises ValueError for settings that cannot be measured."""
+  _validation.require(
+    not config.clipping.exact_sum,
+    "clipping.exact_sum",
+    "False to be measured, since its programs are for one device each",
+    True,
+  )
   experiment = setup.build(config)
   model, step = experiment.model, experiment.step
   example = abstract_step.example(config)
@@ -108,12 +107,11 @@ def compare(bench: Bench, *, rounds: int = 5) -> dict[str, Any]:
   Raises:
     ValueError: rounds is not at least 1, or chunk_size does not fit the mesh.
   """
-  if rounds < 1:
-    raise ValueError(f"rounds must be at least 1, got {rounds}")
+  _validation.check("rounds", rounds, _validation.COUNT)
   size = setup.chunk_size(bench.config, bench.plan, bench.step.mesh)
   chunks = math.ceil(bench.plan.expected_batch_size / size)
-  programs, given, held = _both(bench, size)
-  seconds = _interleaved(programs, given, bench, rounds)
+  programs, arguments, held = _both(bench, size)
+  seconds = _interleaved(programs, arguments, bench, rounds)
   facts: dict[str, Any] = _machine(bench) | {
     "parameters": sum(x.size for x in jax.tree.leaves(bench.state.params)),
     "expected_batch_size": bench.plan.expected_batch_size,
@@ -141,7 +139,7 @@ def compare(bench: Bench, *, rounds: int = 5) -> dict[str, Any]:
   private, ordinary = facts["private"]["bytes"], facts["ordinary"]["bytes"]
   facts["memory_ratio"] = private / ordinary
   facts["free_bytes"], facts["fits"] = free, private <= free
-  facts["clipping"] = _clipping(bench, given)
+  facts["clipping"] = _clipping(bench, arguments)
   facts["advice"] = advice(bench, facts)
   return facts
 
@@ -188,14 +186,11 @@ def trial(bench: Bench, size: int) -> tuple[int, Callable[[], float]]:
     Bytes that a device needs, and a function that runs a step of one chunk and
     returns the seconds of the chunk, after a chunk that is not measured.
   """
-  given = _arguments(bench, size)
-  accumulate = _compiled(bench.step.accumulate, given)
-  update = _compiled(bench.step.apply, (bench.state, given[1], given[4]))
-  held = sum(abstract_step.memory(bench.step, bench.state, given).values())
+  accumulate, update, arguments, held = _private(bench, size)
   needed = held + max(accumulate.temp_bytes, update.temp_bytes)
 
   def run() -> float:
-    args = list(jax.tree.map(_made_up, given))
+    args = list(jax.tree.map(_made_up, arguments))
     state = jax.tree.map(_made_up, bench.state)
     args[0] = state.params
     for _ in range(2):
@@ -215,9 +210,9 @@ def free_bytes(bench: Bench) -> int:
   CPU devices share the machine's memory.
   """
   device = bench.step.mesh.devices.flat[0]
-  told = device.memory_stats() or {}
-  if "bytes_limit" in told:
-    return int(told["bytes_limit"] - told.get("bytes_in_use", 0))
+  stats = device.memory_stats() or {}
+  if "bytes_limit" in stats:
+    return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
   return _machine_free() // jax.local_device_count()
 
 
@@ -226,7 +221,7 @@ def _machine_free() -> int:
     name, _, value = line.partition(":")
     if name == "MemAvailable":
       return int(value.split()[0]) * 1024
-  raise RuntimeError(f"{_MEMINFO} does not tell MemAvailable")
+  raise RuntimeError(f"{_MEMINFO} has no line MemAvailable")
 
 
 def _machine(bench: Bench) -> dict[str, Any]:
@@ -240,25 +235,40 @@ def _machine(bench: Bench) -> dict[str, Any]:
   }
 
 
+def _private(
+  bench: Bench, size: int
+) -> tuple[Program, Program, tuple[PyTree, ...], int]:
+  """Returns both private programs, the first's argument shapes, bytes held."""
+  step, state = bench.step, bench.state
+  arguments = abstract_step.arguments(
+    step, state, bench.row, size, bench.frozen
+  )
+  return (
+    _compiled(step.accumulate, arguments),
+    _compiled(step.apply, (state, arguments[1], arguments[4])),
+    arguments,
+    sum(abstract_step.memory(step, state, arguments).values()),
+  )
+
+
 def _both(
   bench: Bench, size: int
 ) -> tuple[dict[tuple[str, str], Program], tuple[PyTree, ...], int]:
   """Returns all four programs, the first one's argument shapes, bytes held."""
-  step, state = bench.step, bench.state
-  given = _arguments(bench, size)
-  held = sum(abstract_step.memory(step, state, given).values())
+  step = bench.step
+  accumulate, apply, arguments, held = _private(bench, size)
   chunk, update = _ordinary(bench)
-  params, accumulator, batch, _, key, _, frozen = given
+  params, _, batch, _, key, _, frozen = arguments
   total = abstract_step.placed(params, step.specs(params), step.mesh)
   programs = {
-    ("private", "chunk"): _compiled(step.accumulate, given),
-    ("private", "update"): _compiled(step.apply, (state, accumulator, key)),
+    ("private", "chunk"): accumulate,
+    ("private", "update"): apply,
     ("ordinary", "chunk"): _compiled(
       chunk, (params, total, batch, key, frozen)
     ),
-    ("ordinary", "update"): _compiled(update, (state, total)),
+    ("ordinary", "update"): _compiled(update, (bench.state, total)),
   }
-  return programs, given, held
+  return programs, arguments, held
 
 
 def _ordinary(bench: Bench) -> tuple[Any, Any]:
@@ -297,22 +307,14 @@ def _ordinary(bench: Bench) -> tuple[Any, Any]:
   return chunk, update
 
 
-def _arguments(bench: Bench, size: int) -> tuple[PyTree, ...]:
-  return abstract_step.arguments(
-    bench.step, bench.state, bench.row, size, bench.frozen
-  )
-
-
-def _compiled(function: Any, given: tuple[PyTree, ...]) -> Program:
-  program = function.lower(*given).compile()
-  analysis = program.memory_analysis()
-  grown = analysis.output_size_in_bytes - analysis.alias_size_in_bytes
-  return Program(program, analysis.temp_size_in_bytes + max(0, grown))
+def _compiled(function: Any, arguments: tuple[PyTree, ...]) -> Program:
+  program = function.lower(*arguments).compile()
+  return Program(program, roofline.temp_bytes(program))
 
 
 def _interleaved(
   programs: dict[tuple[str, str], Program],
-  given: tuple[PyTree, ...],
+  arguments: tuple[PyTree, ...],
   bench: Bench,
   rounds: int,
 ) -> dict[tuple[str, str], list[float]]:
@@ -320,7 +322,7 @@ def _interleaved(
 
   A first round is not counted.
   """
-  params, accumulator, *rest = jax.tree.map(_made_up, given)
+  params, accumulator, *rest = jax.tree.map(_made_up, arguments)
   batch, key, frozen = rest[0], rest[2], rest[4]
   del params
   states = {
@@ -332,9 +334,9 @@ def _interleaved(
 
   def timed(name: str, part: str, *args: Any) -> Any:
     start = time.perf_counter()
-    found = jax.block_until_ready(programs[name, part].run(*args))
+    result = jax.block_until_ready(programs[name, part].run(*args))
     seconds[name, part].append(time.perf_counter() - start)
-    return found
+    return result
 
   for _ in range(rounds + 1):
     accumulator = timed(
@@ -366,9 +368,9 @@ def _made_up(shape: Any) -> jax.Array:
   return jax.make_array_from_callback(shape.shape, shape.sharding, part)
 
 
-def _clipping(bench: Bench, given: tuple[PyTree, ...]) -> list[str]:
+def _clipping(bench: Bench, arguments: tuple[PyTree, ...]) -> list[str]:
   """Returns how each layer is clipped, as lines to read."""
-  batch, key = given[2], given[4]
+  batch, key = arguments[2], arguments[4]
   plain = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype)
   text = bench.step.mechanism.clipped_grad.explanation(
     jax.tree.map(plain, step_lib.whole(bench.state.params, bench.frozen)),

@@ -48,15 +48,9 @@ def show_start(
   *,
   console: rich.console.Console | None = None,
 ) -> None:
-  """Prints what the run is bound to, then notices that must not be missed.
-
-  Args:
-    rows: (name, value) pairs, shown in this order.
-    notices: warnings, such as that the guarantee is void.
-    console: where to print; None for standard output.
-  """
+  """Prints what the run is bound to, then notices that must not be missed."""
   console = console or _console()
-  _show_table("Private training", rows, console)
+  show_table("Private training", rows, console=console)
   for notice in notices:
     if console.is_interactive:
       console.print(
@@ -71,23 +65,33 @@ def show_start(
       _print_plain(console, f"WARNING: {notice}")
 
 
-def show_end(
+def show_table(
+  title: str,
   rows: Sequence[tuple[str, str]],
   *,
   console: rich.console.Console | None = None,
 ) -> None:
-  """Prints how the run ended and where its result and report are.
-
-  Args:
-    rows: (name, value) pairs, shown in this order.
-    console: where to print; None for standard output.
-  """
-  _show_table("Finished", rows, console or _console())
-
-
-def show_table(title: str, rows: Sequence[tuple[str, str]]) -> None:
-  """Prints (name, value) pairs under a title to standard output."""
-  _show_table(title, rows, _console())
+  """Prints (name, value) pairs under a title, in their order."""
+  console = console or _console()
+  if not console.is_interactive:
+    width = max((len(name) for name, _ in rows), default=0)
+    _print_plain(console, title)
+    for name, value in rows:
+      _print_plain(console, f"  {name:<{width}}  {value}")
+    return
+  table = rich.table.Table(
+    title=title,
+    title_justify="left",
+    title_style="bold",
+    box=rich.box.SIMPLE_HEAD,
+    show_header=False,
+  )
+  table.add_column(style="dim", no_wrap=True)
+  table.add_column(overflow="fold")
+  for name, value in rows:
+    # Text, not str: "[8, 1]" in a value is no markup.
+    table.add_row(rich.text.Text(name), rich.text.Text(value))
+  console.print(table)
 
 
 def show_text(text: str) -> None:
@@ -221,32 +225,6 @@ def _console() -> rich.console.Console:
   # Ask the stream itself: FORCE_COLOR, common in CI, would otherwise turn a log
   # file into a terminal and fill it with redrawn bars.
   return rich.console.Console(force_terminal=sys.stdout.isatty())
-
-
-def _show_table(
-  title: str,
-  rows: Sequence[tuple[str, str]],
-  console: rich.console.Console,
-) -> None:
-  if not console.is_interactive:
-    width = max((len(name) for name, _ in rows), default=0)
-    _print_plain(console, title)
-    for name, value in rows:
-      _print_plain(console, f"  {name:<{width}}  {value}")
-    return
-  table = rich.table.Table(
-    title=title,
-    title_justify="left",
-    title_style="bold",
-    box=rich.box.SIMPLE_HEAD,
-    show_header=False,
-  )
-  table.add_column(style="dim", no_wrap=True)
-  table.add_column(overflow="fold")
-  for name, value in rows:
-    # Text, not str: "[8, 1]" in a value is no markup.
-    table.add_row(rich.text.Text(name), rich.text.Text(value))
-  console.print(table)
 
 
 def _print_plain(console: rich.console.Console, line: str) -> None:

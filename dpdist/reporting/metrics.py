@@ -6,21 +6,15 @@ function of the true batch may not, however harmless it looks. The two sets of
 names are closed: a name in neither is refused, so every new metric must be
 classified here.
 
-Rows go to `metrics.jsonl`, one JSON object a line, and to TensorBoard. JSON has
-no notation for numbers that are not finite, so they are written as the strings
-`"NaN"`, `"Infinity"` and `"-Infinity"`, and `read` turns them back into floats.
+Rows go to `metrics.jsonl` and to TensorBoard; see `dpdist.reporting.rows`.
 """
 
 from collections.abc import Iterable, Mapping
-import contextlib
-import json
-import operator
 import os
 import pathlib
-from typing import Any, Self
+from typing import Any
 
-from dpdist.files import json_fields
-from dpdist.reporting import tensorboard
+from dpdist.reporting import rows
 
 _HELD_OUT = ("accuracy", "loss", "perplexity")
 
@@ -76,7 +70,7 @@ def check_sensitive(names: Iterable[str]) -> None:
       )
 
 
-class Writer:
+class Writer(rows.Log):
   """Writes rows of metrics; a context manager, one for each run.
 
   In a run of many processes one of them writes. The constructor drops the rows
@@ -107,28 +101,15 @@ class Writer:
     unsafe_metrics: bool,
     start_step: int = 0,
   ) -> None:
-    if start_step < 0:
-      raise ValueError(f"start_step must be at least 0, got {start_step}")
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     self._unsafe_metrics = unsafe_metrics
-    self._last_step = start_step
-    kept = [row for row in read(workdir) if row["step"] <= start_step]
-    # Rewriting also repairs a half-written last line, which an append would
-    # bury.
-    _replace(workdir / _FILE, "".join(map(_line, kept)))
-    with contextlib.ExitStack() as stack:
-      self._file = stack.enter_context(
-        open(workdir / _FILE, "a", encoding="ascii")
-      )
-      self._tensorboard = stack.enter_context(
-        tensorboard.Events(
-          workdir / "tensorboard",
-          purge_step=start_step + 1,
-          tells_time=False,
-        )
-      )
-      self._open_files = stack.pop_all()
+    super().__init__(
+      workdir / _FILE,
+      workdir / "tensorboard",
+      start_step=start_step,
+      has_times=False,
+    )
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """Writes released metrics.
@@ -141,7 +122,7 @@ class Writer:
       ValueError: if a name is sensitive or unknown, or `step` goes back.
     """
     check_released(values)
-    self._write(step, values, prefix="")
+    self._write(step, values)
 
   def write_sensitive(self, step: int, values: Mapping[str, float]) -> None:
     """Writes metrics that no noise covers, for runs that accept it.
@@ -164,86 +145,7 @@ class Writer:
     check_sensitive(values)
     self._write(step, values, prefix="PRIVATE/")
 
-  def _write(
-    self, step: int, values: Mapping[str, float], *, prefix: str
-  ) -> None:
-    step = operator.index(step)
-    if step < self._last_step:
-      raise ValueError(
-        f"step must be at least {self._last_step}, the last one written or"
-        f" resumed from, got {step}"
-      )
-    row = {name: float(value) for name, value in values.items()}
-    self._last_step = step
-    self._file.write(_line({"step": step, **row}))
-    self._file.flush()
-    self._tensorboard.write(
-      step, {prefix + name: value for name, value in row.items()}
-    )
-
-  def close(self) -> None:
-    """Flushes and closes both files; a second call does nothing."""
-    self._open_files.close()
-
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, *raised: Any) -> None:
-    self._open_files.__exit__(*raised)
-
 
 def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
-  """Reads the rows of a run.
-
-  Consecutive lines of one step are one row. A step that comes up again later
-  was replayed after a kill, and its new row replaces the old one.
-
-  Args:
-    workdir: the run's directory.
-
-  Returns:
-    Rows `{"step": int, name: float, ...}` by increasing step; none if nothing
-    was written yet. A last line that a kill cut short is left out.
-
-  Raises:
-    ValueError: if any line but the last is not a row.
-  """
-  path = pathlib.Path(workdir) / _FILE
-  try:
-    lines = path.read_bytes().splitlines()
-  except FileNotFoundError:
-    return []
-  rows: dict[int, dict[str, Any]] = {}
-  previous = None
-  for number, line in enumerate(lines, start=1):
-    try:
-      row = json.loads(line)
-      step = operator.index(row.pop("step"))
-      row = {name: float(value) for name, value in row.items()}
-    except (
-      *(ValueError, TypeError, KeyError, AttributeError),
-      *(OverflowError, RecursionError),
-    ) as error:
-      if number == len(lines):
-        break
-      raise ValueError(f"{path}:{number} is not a row of metrics") from error
-    if step != previous:
-      rows[step] = {"step": step}
-    rows[step].update(row)
-    previous = step
-  return [rows[step] for step in sorted(rows)]
-
-
-def _line(row: Mapping[str, Any]) -> str:
-  """Returns the line of a row; strict JSON whatever the values."""
-  return json.dumps(json_fields.strict(row), allow_nan=False) + "\n"
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-  """Puts `text` at `path`; after a crash all of it is there, or none."""
-  temporary = path.with_name(path.name + ".tmp")
-  with open(temporary, "w", encoding="ascii") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)
+  """Returns the rows of a run's directory; see `dpdist.reporting.rows.read`."""
+  return rows.read(pathlib.Path(workdir) / _FILE)

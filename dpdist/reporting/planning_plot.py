@@ -8,6 +8,7 @@ from matplotlib import figure
 from matplotlib import ticker
 
 from dpdist.privacy import plan as plan_lib
+from dpdist.reporting import plots
 
 _LABELS = {
   "noise_multiplier": "noise multiplier",
@@ -23,25 +24,16 @@ def draw(
   curves: Mapping[str, tuple[list[float], list[float]]],
   target_epsilon: float | None = None,
 ) -> None:
-  """Writes a picture, in the format that its file name's suffix says.
+  """Writes a picture.
 
   Args:
-    path: as "budget.png", .svg or .pdf.
+    path: see `plots.check_path`.
     plan: marked on each curve.
     curves: of `dpdist.privacy.planning.curves`.
     target_epsilon: drawn as a line; None: the plan's own, if it has one.
-
-  Raises:
-    ValueError: the suffix names no format.
   """
+  plots.check_path(path)
   fig = figure.Figure(figsize=(11, 3.8), layout="constrained", dpi=150)
-  endings = fig.canvas.get_supported_filetypes()
-  ending = os.path.splitext(path)[1].lstrip(".").lower()
-  if ending not in endings:
-    raise ValueError(
-      f"plot must end in one of {sorted(endings)}, as budget.png, got"
-      f" {os.fspath(path)!r}"
-    )
   target = plan.target_epsilon if target_epsilon is None else target_epsilon
   epsilon = plan.epsilon()
   all_axes = fig.subplots(1, len(curves), sharey=True)

@@ -1,4 +1,4 @@
-"""Draws what a run wrote over its steps, as drawings inside a page.
+"""Draws what a run wrote over its steps, as plots inside a page.
 
 Fonts are the reader's own and colors follow the page's, light or dark, so that
 nothing is fetched. `plots` draws released metrics alone; `speed` draws values
@@ -8,19 +8,23 @@ that are as private as the data.
 from collections.abc import Mapping, Sequence
 import html
 import io
+import os
+import pathlib
 import re
 from typing import Any
 
 import matplotlib
+from matplotlib import backend_bases
 from matplotlib import figure
 from matplotlib.backends import backend_svg
 import numpy as np
 
+from dpdist import _validation
 from dpdist.privacy import statement
 
 _MAX_POINTS = 400
 
-# Matplotlib writes fixed colors. Each is replaced in the finished drawing by a
+# Matplotlib writes fixed colors. Each is replaced in the finished plot by a
 # color that follows the reader's light or dark scheme.
 _COLORS = {
   "text": "#010203",
@@ -33,15 +37,23 @@ _COLORS = {
 _Rows = Sequence[Mapping[str, Any]]
 
 
-def plots(rows: _Rows, epsilon_budget: float) -> str:
-  """Returns the drawings, each a <figure>; "" if nothing was written.
+def check_path(path: str | os.PathLike[str]) -> None:
+  """Raises ArgumentError if no picture can be written to a file."""
+  path = pathlib.Path(path)
+  kinds = sorted(backend_bases.FigureCanvasBase.get_supported_filetypes())
+  _validation.require(
+    path.suffix.lower().lstrip(".") in kinds
+    and path.absolute().parent.is_dir(),
+    "plot",
+    f"a file that ends in one of {kinds}, in a directory that is there",
+    str(path),
+  )
 
-  Args:
-    rows: of `dpdist.reporting.metrics.read`.
-    epsilon_budget: what the whole run may spend.
-  """
+
+def plots(rows: _Rows, epsilon_budget: float) -> str:
+  """Returns plots of `metrics.read`, each a <figure>; "" if there are none."""
   spent = [{"step": 0, "epsilon": 0.0}, *rows]
-  found = (
+  figures = (
     _plot(
       "Held-out accuracy",
       rows,
@@ -62,11 +74,11 @@ def plots(rows: _Rows, epsilon_budget: float) -> str:
     ),
     _plot("Learning rate", rows, {"learning_rate": ""}),
   )
-  return _grid(found)
+  return _grid(figures)
 
 
 def speed(rows: _Rows) -> str:
-  """Returns drawings of times and memory. PRIVATE: not to be released.
+  """Returns plots of times and memory. PRIVATE: not to be released.
 
   Each is a <figure>; "" if nothing was written.
 
@@ -101,13 +113,13 @@ def speed(rows: _Rows) -> str:
   )
 
 
-def _grid(drawings: Sequence[str]) -> str:
-  inner = "\n".join(filter(None, drawings))
+def _grid(figures: Sequence[str]) -> str:
+  inner = "\n".join(filter(None, figures))
   return f"<div class='grid plots'>\n{inner}\n</div>" if inner else ""
 
 
 def _signal(rows: _Rows) -> str:
-  """Tells how much of the noisy gradient is signal, from released values.
+  """Says how much of the noisy gradient is signal, from released values.
 
   Noise and clipped mean are nearly at right angles, so the squares of their
   norms add up. The last quarter of the rows is used.
@@ -124,10 +136,10 @@ def _signal(rows: _Rows) -> str:
     return ""
   whole, noise = (pairs[len(pairs) * 3 // 4 :] ** 2).mean(axis=0)
   share = min(1.0, max(0.0, 1 - noise / whole))
-  told = "less than 1%" if share < 0.01 else f"about {share:.0%}"
+  amount = "less than 1%" if share < 0.01 else f"about {share:.0%}"
   return (
     "Length of the mean gradient with its noise, and of the noise, by the plan."
-    f" In the last quarter {told} of the squared length is signal."
+    f" In the last quarter {amount} of the squared length is signal."
   )
 
 
@@ -187,7 +199,7 @@ def _text(value: object) -> str:
 
 
 def _svg(fig: figure.Figure, axes: Any, title: str) -> str:
-  """Returns the drawing as an <svg> element that fits into a page."""
+  """Returns the plot as an <svg> element that fits into a page."""
   fig.patch.set_visible(False)
   axes.patch.set_visible(False)
   axes.margins(y=0.1)
@@ -203,7 +215,7 @@ def _svg(fig: figure.Figure, axes: Any, title: str) -> str:
     spine.set_color(_COLORS["grid"])
   stream = io.StringIO()
   # Text stays text, in the page's font; the salt makes names of clip paths a
-  # function of the drawing, and no date is written.
+  # function of the plot, and no date is written.
   with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": title}):
     backend_svg.FigureCanvasSVG(fig).print_svg(
       stream,
@@ -211,7 +223,7 @@ def _svg(fig: figure.Figure, axes: Any, title: str) -> str:
     )
   svg = stream.getvalue()
   svg = svg[svg.index("<svg") :]
-  # Group names repeat from one drawing to the next, and would clash in a page.
+  # Group names repeat from one plot to the next, and would clash in a page.
   svg = re.sub(r'<g id="[^"]*"', "<g", svg)
   svg = re.sub(r' xmlns(:xlink)?="[^"]*"', "", svg)
   for name, color in _COLORS.items():

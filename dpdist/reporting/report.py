@@ -15,7 +15,8 @@ from dpdist.files import json_fields
 from dpdist.privacy import statement as statement_lib
 from dpdist.reporting import metrics as metrics_lib
 from dpdist.reporting import plots
-from dpdist.reporting import tensorboard
+from dpdist.reporting import rows as rows_lib
+from dpdist.reporting import telemetry
 
 _FILE = "report.html"
 _SPEED_FILE = "speed.html"
@@ -151,32 +152,29 @@ def write(
 
 
 def write_speed(folder: pathlib.Path) -> pathlib.Path:
-  """Writes `speed.html`, for the run's owner alone.
-
-  Args:
-    folder: `dpdist.reporting.telemetry.FOLDER` of the run, which only its owner
-      can enter; what TensorBoard would show of it is drawn.
-
-  Returns:
-    The page's path.
-  """
-  rows: dict[int, dict[str, float]] = {}
-  for (name, step), value in tensorboard.scalars(folder).items():
-    row = rows.setdefault(step, {"step": step})
-    name = name.rpartition("/")[-1]
-    if name.endswith("_bytes"):
-      name, value = name.removesuffix("_bytes") + "_gib", value / 2**30
-    # Of several processes, the largest value.
-    row[name] = max(value, row.get(name, value))
+  """Writes `speed.html` to a run's `telemetry.FOLDER`, for its owner alone."""
+  rows = [
+    _largest_of_processes(row) for row in rows_lib.read(folder / telemetry.FILE)
+  ]
   body = (
     "<header><h1>Speed of a private training run</h1>"
     "<span class='badge red'>Not for others</span></header>\n"
     "<section class='notices red' role='alert'><strong>As private as the data"
     f"</strong><p>{_text(_NOT_FOR_OTHERS)}</p></section>\n"
-    "<h2>Over the run's steps</h2>\n"
-    + plots.speed([rows[step] for step in sorted(rows)])
+    "<h2>Over the run's steps</h2>\n" + plots.speed(rows)
   )
   return _put(folder / _SPEED_FILE, "Speed of a private training run", body)
+
+
+def _largest_of_processes(row: Mapping[str, float]) -> dict[str, float]:
+  """Returns a row of telemetry by names without processes, bytes as GiB."""
+  largest: dict[str, float] = {}
+  for name, value in row.items():
+    name = name.rpartition("/")[-1]
+    if name.endswith("_bytes"):
+      name, value = name.removesuffix("_bytes") + "_gib", value / 2**30
+    largest[name] = max(value, largest.get(name, value))
+  return largest
 
 
 def _put(path: pathlib.Path, title: str, body: str) -> pathlib.Path:
@@ -264,16 +262,16 @@ def _table(rows: Sequence[tuple[str, str]]) -> str:
 
 def _origin(result: Mapping[str, Any]) -> list[tuple[str, str]]:
   """Returns what the result came from, as far as it is recorded."""
-  told = dict(result.get("environment", {}))
-  packages = told.get("packages", {})
+  environment = result.get("environment", {})
+  packages = environment.get("packages", {})
   rows = [
     ("parameters, SHA-256", result.get("params_sha256")),
     ("ledger's head", result.get("ledger_head")),
-    ("dpdist's code, SHA-256", told.get("code_sha256")),
+    ("dpdist's code, SHA-256", environment.get("code_sha256")),
     ("packages", ", ".join(f"{k} {v}" for k, v in packages.items())),
-    ("Python", told.get("python")),
-    ("devices", told.get("device_kind")),
-    ("processes", told.get("num_processes")),
+    ("Python", environment.get("python")),
+    ("devices", environment.get("device_kind")),
+    ("processes", environment.get("num_processes")),
     (
       "to check it",
       "python -m launch.verify --workdir=DIR, with the run's directory",

@@ -31,7 +31,7 @@ class Row(NamedTuple):
   machines: list[str]
 
 
-class Display:
+class RunReporter:
   """Shows metrics and progress in the primary process; a context manager."""
 
   def __init__(

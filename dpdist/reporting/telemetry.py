@@ -2,8 +2,8 @@
 
 PRIVATE, like the data: a step takes longer when more examples were drawn, and
 no noise covers how many were. None of this is among the released metrics
-(`dpdist.reporting.metrics`); it goes to TensorBoard in a directory of its own,
-`operations`, that only its owner can enter.
+(`dpdist.reporting.metrics`); it goes to a directory of its own, `operations`,
+that only its owner can enter.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,67 +12,49 @@ import json
 import os
 import pathlib
 import statistics
-from typing import Self
 
 import jax
 
 from dpdist.distributed import progress as progress_lib
-from dpdist.reporting import tensorboard
+from dpdist.reporting import rows
 
 FOLDER = "operations"
 """In the run's directory."""
+FILE = "telemetry.jsonl"
+"""In that folder."""
 
 # The phases that a step waits for; evaluating and saving are extra.
 _STEP = ("reading", "charging", "computing", "reducing", "agreeing")
 _STATM = pathlib.Path("/proc/self/statm")
 
 
-class Writer:
+class Writer(rows.Log):
   """Writes the rows of all processes; a context manager."""
 
   def __init__(self, workdir: str | os.PathLike[str], *, start_step: int):
-    """Makes the directory if it is missing.
-
-    Args:
-      workdir: of the run.
-      start_step: the step resumed from.
-    """
+    """Makes the directory if it is missing; see `rows.Log`."""
     folder = pathlib.Path(workdir) / FOLDER
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.chmod(0o700)
-    self._events = tensorboard.Events(
-      folder, purge_step=start_step + 1, tells_time=True
+    super().__init__(
+      folder / FILE, folder, start_step=start_step, has_times=True
     )
 
-  def __enter__(self) -> Self:
-    return self
-
-  def __exit__(self, kind: object, *rest: object) -> None:
-    self._events.__exit__(kind, *rest)
-
   def write(
-    self, step: int, rows: Sequence[str], job: Mapping[str, float] | None = None
+    self,
+    step: int,
+    machines: Sequence[str],
+    job: Mapping[str, float] | None = None,
   ) -> None:
-    """Writes what `measure` returned in each process, in their order.
-
-    Args:
-      step: updates made.
-      rows: of the processes.
-      job: of all of them together, by name.
-    """
-    scalars = _scalars([json.loads(row) for row in rows])
-    self._events.write(step, scalars | dict(job or {}))
+    """Writes what `measure` returned in each process, and values of the job."""
+    scalars = _scalars([json.loads(row) for row in machines])
+    self._write(step, scalars | dict(job or {}))
 
 
 def measure(progress: progress_lib.Progress, num_steps: int) -> str:
-  """Returns this process's times and memory since the last call.
+  """Returns this process's times and memory since the last call, as JSON.
 
-  Args:
-    progress: of this process.
-    num_steps: steps in that time, without one that compiled.
-
-  Returns:
-    JSON: means over the steps, in seconds, and memory now, in bytes.
+  Times are seconds, means over `num_steps`; memory is bytes, now.
   """
   seconds = progress.take()
   mean = lambda *phases: (
@@ -88,13 +70,13 @@ def measure(progress: progress_lib.Progress, num_steps: int) -> str:
   return json.dumps(row | _device_memory())
 
 
-def _scalars(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+def _scalars(machines: Sequence[Mapping[str, float]]) -> dict[str, float]:
   scalars = {
     f"process_{number}/{name}": value
-    for number, row in enumerate(rows)
+    for number, row in enumerate(machines)
     for name, value in row.items()
   }
-  own = [row["own_seconds"] for row in rows]
+  own = [row["own_seconds"] for row in machines]
   scalars["straggler_ratio"] = max(own) / (statistics.median(own) or 1.0)
   return scalars
 
@@ -109,13 +91,13 @@ def _resident() -> int:
 
 def _device_memory() -> dict[str, float]:
   """Returns the memory of this process's fullest device; {} if unknown."""
-  told = [device.memory_stats() or {} for device in jax.local_devices()]
+  devices = [device.memory_stats() or {} for device in jax.local_devices()]
   memory = {}
   for name, key in (
     ("device_bytes", "bytes_in_use"),
     ("device_peak_bytes", "peak_bytes_in_use"),
   ):
-    values = [stats[key] for stats in told if key in stats]
+    values = [stats[key] for stats in devices if key in stats]
     if values:
       memory[name] = max(values)
   return memory

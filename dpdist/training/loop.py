@@ -1,7 +1,7 @@
 """The loop of a run: each step is charged, computed, shown and saved.
 
 It keeps the order that `dpdist.training.train` promises. What only observes, as
-the display and the recorder of epsilon, is an `Observer`.
+the reporter and the recorder of epsilon, is an `Observer`.
 """
 
 from collections.abc import Iterator, Sequence

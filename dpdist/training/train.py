@@ -158,11 +158,11 @@ def _run(
   with contextlib.ExitStack() as stack:
     observers: list[loop_lib.Observer] = []
     if job.ledger is not None:
-      display = run_reporter.Display(
+      reporter = run_reporter.RunReporter(
         config, workdir, start, last, epsilon_planned
       )
       recorder = epsilon_recorder.EpsilonRecorder(job.ledger)
-      observers += [stack.enter_context(display)]
+      observers += [stack.enter_context(reporter)]
       observers += [stack.enter_context(recorder)]
     session = session_lib.Session(
       job.ledger,
@@ -316,7 +316,7 @@ def _finish(
       epsilon_budget=epsilon_planned,
     )
     report.write_speed(workdir / telemetry.FOLDER)
-    console.show_end(summary.end_rows(result, workdir))
+    console.show_table("Finished", summary.end_rows(result, workdir))
     console.show_text(statement)
     return result
 

@@ -19,43 +19,35 @@ from launch.cli import exit_codes
 from launch.cli import messages
 
 
-def run(
-  main: Callable[[Sequence[str]], int], *, passes_on: bool = False
-) -> NoReturn:
+def run(main: Callable[..., int], *, passes_on: bool = False) -> NoReturn:
   """Runs a command's main under absl; bad flags exit with `exit_codes.USAGE`.
 
   Args:
-    main: takes the program's name, and returns an exit code.
-    passes_on: whether the command line must have `--`; main then also takes
-      what follows.
+    main: returns an exit code.
+    passes_on: whether the command line must have `--`; main then takes what
+      follows.
   """
   # Libraries log each file they write; --verbosity=0 shows it.
   logging.set_verbosity(logging.WARNING)
   app.run(
-    functools.partial(_guarded, main),
+    functools.partial(_guarded, main, passes_on),
     flags_parser=functools.partial(_parse, passes_on),
   )
   raise AssertionError("app.run does not return")
 
 
 def usage_error(message: object, hint: errors.Hint | None = None) -> int:
-  """Prints an error in one line, and a hint, to standard error.
-
-  Args:
-    message: an error, or its text.
-    hint: what to try; None: the error's own hint.
-
-  Returns:
-    The exit code.
-  """
+  """Prints an error and a hint, by default its own; returns the exit code."""
   hint = hint or getattr(message, "hint", None)
   return messages.show(messages.Message(str(message), exit_codes.USAGE, hint))
 
 
-def _guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
+def _guarded(
+  main: Callable[..., int], passes_on: bool, argv: Sequence[str]
+) -> int:
   """Runs a command; errors that the user can mend end in a sentence."""
   try:
-    code = main(argv)
+    code = main(argv[1:]) if passes_on else main()
     sys.stdout.flush()
     return code
   except (Exception, KeyboardInterrupt) as error:
@@ -68,10 +60,7 @@ def _guarded(main: Callable[[Sequence[str]], int], argv: Sequence[str]) -> int:
 
 
 def _nobody_reads() -> bool:
-  """Returns whether standard output's reader has ended, as in `| head`.
-
-  What remains to be printed is dropped then.
-  """
+  """Returns whether standard output's reader has ended; drops the rest then."""
   poll = select.poll()
   poll.register(sys.stdout.fileno(), 0)  # Errors are reported in any case.
   if not poll.poll(0):

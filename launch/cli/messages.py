@@ -125,11 +125,11 @@ def again(*more: str, command: str = "") -> str:
     *more: flags, as "--name=value".
     command: another command, which gets only the flags of the config.
   """
-  given = sys.argv[1:]
+  arguments = sys.argv[1:]
   if command:
-    given = [flag for flag in given if flag.startswith("--config")]
+    arguments = [flag for flag in arguments if flag.startswith("--config")]
   changed = {flag.split("=")[0] for flag in more}
-  kept = [flag for flag in given if flag.split("=")[0] not in changed]
+  kept = [flag for flag in arguments if flag.split("=")[0] not in changed]
   program = f"launch.{command or name()}"
   return shlex.join(["python", "-m", program, *kept, *more])
 

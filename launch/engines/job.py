@@ -1,79 +1,109 @@
-"""The settings of a job that every engine needs."""
+"""The interface of an engine, and the settings of a job that each one needs.
 
+An engine writes the files of a job and the command that submits them. It is a
+module (or any object) with what `Engine` lists, and it is found by its name:
+`--to=NAME` of `launch.submit` resolves it with `dpdist.registry`, so that an
+installed package adds one by an entry point of the group "dpdist.engine".
+"""
+
+from collections.abc import Mapping
 import dataclasses
 import re
-from typing import Any
+from typing import Any, Protocol
+
+from dpdist import _validation
+from dpdist import errors
 
 # A DNS label, and short enough for what engines append to it.
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 # Words for files in which nothing can be quoted.
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:/@+-]*")
 
+WORD = _validation.Rule(
+  "letters, digits and any of _.:/@+-",
+  str,
+  str,
+  lambda text: not text or bool(_WORD.fullmatch(text)),
+)
+_LABEL = _validation.Rule(
+  "lower-case letters, digits and -, begin with a letter, and have at most 40"
+  " characters",
+  str,
+  str,
+  lambda text: bool(_NAME.fullmatch(text)),
+)
+_ABSOLUTE = _validation.Rule(
+  "an absolute path on a file system that all machines see",
+  str,
+  str,
+  lambda text: text.startswith("/"),
+)
 
-class JobError(ValueError):
-  """A value that cannot be put into a job file; names it."""
+
+def flag(default: Any, help: str, rule: _validation.Rule | None = None) -> Any:
+  """Returns a field of a `Job` that is also a flag of `launch.submit`.
+
+  Args:
+    default: a bool, an int or a str, of which type the flag is. MISSING: the
+      flag is a string and must be given.
+    help: what the flag is for.
+    rule: what its value must be.
+  """
+  return dataclasses.field(
+    default=default, metadata={"help": help, "rule": rule}
+  )
 
 
-@dataclasses.dataclass(frozen=True)
+def word(default: str, help: str) -> Any:
+  """Returns a `flag` for a text that needs no quotes anywhere."""
+  return flag(default, help, WORD)
+
+
+def count(default: int, help: str, *, at_least: int = 1) -> Any:
+  """Returns a `flag` for a number of things."""
+  return flag(default, help, _validation.integer(at_least))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-  """A job; each engine adds attributes of its own.
+  """A job; each engine adds fields of its own, made by `flag` and its kin.
 
   Attributes:
-    name: of the job, a DNS label of at most 40 characters.
-    workdir: the run's directory, absolute, the same for all processes.
     arguments: of launch.train: its settings, without the run directory.
-    nodes: how many machines.
-    max_restarts: how many restarts after failures; a stop that saved is not
-      counted.
 
   Raises:
-    JobError: a value cannot be used.
+    errors.ArgumentError: a value cannot be put into the job's files.
   """
 
-  name: str
-  workdir: str
   arguments: tuple[str, ...]
-  nodes: int = 1
-  max_restarts: int = 20
+  name: str = flag("dpdist", "The name of the job.", _LABEL)
+  workdir: str = flag(
+    dataclasses.MISSING,
+    "The directory of the run, absolute, which all machines see.",
+    _ABSOLUTE,
+  )
+  nodes: int = count(1, "The number of machines.")
+  max_restarts: int = count(
+    20,
+    "How often the job restarts after failures; a stop that saved is not"
+    " counted.",
+    at_least=0,
+  )
 
   def __post_init__(self) -> None:
-    for field in dataclasses.fields(self):
+    fields = dataclasses.fields(self)
+    for field in fields:
       value = getattr(self, field.name)
       for text in value if isinstance(value, tuple) else (value,):
         if isinstance(text, str) and not text.isprintable():
-          raise JobError(
+          raise errors.ArgumentError(
             f"{field.name} must have no line breaks or control characters, got"
             f" {text!r}"
           )
-    if not _NAME.fullmatch(self.name):
-      raise JobError(
-        "name must be lower-case letters, digits and -, begin with a letter,"
-        f" and have at most 40 characters, got {self.name!r}"
-      )
-    if not self.workdir.startswith("/"):
-      raise JobError(
-        "workdir must be an absolute path on a file system that all machines"
-        f" see, got {self.workdir!r}"
-      )
-    self.check_at_least(1, "nodes")
-    self.check_at_least(0, "max_restarts")
-
-  def check_at_least(self, least: int, *names: str) -> None:
-    """Raises JobError if a number is lower."""
-    for name in names:
-      if getattr(self, name) < least:
-        raise JobError(
-          f"{name} must be at least {least}, got {getattr(self, name)}"
-        )
-
-  def check_words(self, *names: str) -> None:
-    """Raises JobError if a given text is more than a plain word."""
-    for name in names:
-      value: Any = getattr(self, name)
-      if value and not _WORD.fullmatch(value):
-        raise JobError(
-          f"{name} must be letters, digits and any of _.:/@+-, got {value!r}"
-        )
+    rules = {field.name: field.metadata.get("rule") for field in fields}
+    _validation.check_fields(
+      self, {name: rule for name, rule in rules.items() if rule is not None}
+    )
 
   def train(self, python: str, secret_file: str = "") -> list[str]:
     """Returns the command of one process.
@@ -86,3 +116,23 @@ class Job:
     if secret_file:
       command.append(f"--config.secret_file={secret_file}")
     return [*command, f"--workdir={self.workdir}"]
+
+
+class Engine(Protocol):
+  """What an engine consists of.
+
+  Attributes:
+    TOOL: the program that submits, and what to install where it is missing.
+  """
+
+  TOOL: tuple[str, str]
+
+  @property
+  def Job(self) -> type[Any]:  # noqa: N802 - a class
+    """Returns the class of its jobs, a frozen dataclass derived from `Job`."""
+
+  def files(self, job: Any) -> Mapping[str, str]:
+    """Returns the texts of the job's files, by their names."""
+
+  def command(self, job: Any, folder: str) -> list[str]:
+    """Returns the command that submits the files in a folder."""

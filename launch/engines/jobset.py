@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from dpdist import errors
 from launch.cli import exit_codes
 from launch.engines import job as job_lib
 
@@ -18,61 +19,50 @@ _SECRET_FOLDER = "/run/secrets/dpdist"
 _GRACE_SECONDS = 60
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Job(job_lib.Job):
-  """A job under Kubernetes; a node is a pod of one process.
+  """A job under Kubernetes; a node is a pod of one process."""
 
-  Attributes:
-    image: an image that has dpdist installed, and the config at its path.
-    namespace: of all objects.
-    service_account: an existing account; "": one with the job's name, made
-      here.
-    secret: the Kubernetes Secret with the run's secret under the key `secret`;
-      "": the job's name and `-secret`.
-    claim: an existing ReadWriteMany volume claim; "": one with the job's name,
-      made here.
-    storage: size of the claim made here.
-    storage_class: of the claim made here; "": the cluster's.
-    cpus: processors of a pod.
-    memory: of a pod.
-    gpus: GPUs of a pod.
-    accelerator: on GKE, the kind of TPU, as "tpu-v6e-slice".
-    topology: of the TPUs, as "4x4".
-    chips_per_node: TPU chips of a pod.
-    python: the interpreter in the image.
-  """
-
-  image: str = ""
-  namespace: str = "default"
-  service_account: str = ""
-  secret: str = ""
-  claim: str = ""
-  storage: str = "10Gi"
-  storage_class: str = ""
-  cpus: int = 1
-  memory: str = "4Gi"
-  gpus: int = 0
-  accelerator: str = ""
-  topology: str = ""
-  chips_per_node: int = 0
-  python: str = "python"
+  image: str = job_lib.word(
+    "",
+    "A container image that has dpdist installed, and the config at its path.",
+  )
+  namespace: str = job_lib.word("default", "The namespace of all objects.")
+  service_account: str = job_lib.word(
+    "", "An account that exists; without it one is made."
+  )
+  secret: str = job_lib.word(
+    "",
+    "The Kubernetes Secret whose key `secret` is the run's; without it"
+    " NAME-secret.",
+  )
+  claim: str = job_lib.word(
+    "", "A ReadWriteMany volume claim that exists; without it one is made."
+  )
+  storage: str = job_lib.word("10Gi", "The size of a claim that is made.")
+  storage_class: str = job_lib.word(
+    "", "The class of a claim that is made; without it the cluster's."
+  )
+  cpus: int = job_lib.count(1, "Processors of a process.")
+  memory: str = job_lib.word("4Gi", "Memory of a pod, as 16Gi.")
+  gpus: int = job_lib.count(0, "GPUs of a process.", at_least=0)
+  accelerator: str = job_lib.word(
+    "", "The kind of TPU on GKE, as tpu-v6e-slice."
+  )
+  topology: str = job_lib.word("", "The topology of the TPUs, as 4x4.")
+  chips_per_node: int = job_lib.count(0, "TPU chips of a pod.", at_least=0)
+  python: str = job_lib.flag("python", "The interpreter on the machines.")
 
   def __post_init__(self) -> None:
     super().__post_init__()
     if not self.image:
-      raise job_lib.JobError("image must be given with --to=jobset")
+      raise errors.ArgumentError("image must be given with --to=jobset")
     tpu = (self.accelerator, self.topology, self.chips_per_node)
     if any(tpu) and not all(tpu):
-      raise job_lib.JobError(
+      raise errors.ArgumentError(
         "accelerator, topology and chips_per_node go together, got"
         f" {self.accelerator!r}, {self.topology!r} and {self.chips_per_node}"
       )
-    self.check_at_least(1, "cpus")
-    self.check_at_least(0, "gpus", "chips_per_node")
-    self.check_words(
-      *("image", "namespace", "service_account", "secret", "claim"),
-      *("storage", "storage_class", "memory", "accelerator", "topology"),
-    )
 
 
 def files(job: Job) -> Mapping[str, str]:

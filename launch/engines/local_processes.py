@@ -63,13 +63,7 @@ class Pod:
     environments: Sequence[Mapping[str, str]],
     grace_seconds: float,
   ):
-    """Stores the arguments; starts nothing yet.
-
-    Args:
-      command: what each process runs.
-      environments: of each process, by rank.
-      grace_seconds: how long the others may run on when one has failed.
-    """
+    """Stores what each process runs and its variables, by rank."""
     self.exits: list[Exit] = []
     self.signals: list[int] = []
     self._command = list(command)

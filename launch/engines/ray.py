@@ -5,6 +5,7 @@ import dataclasses
 
 import yaml
 
+from dpdist import errors
 from launch.engines import job as job_lib
 
 TOOL = ("ray", "Ray (pip install 'ray[default]')")
@@ -12,32 +13,25 @@ TOOL = ("ray", "Ray (pip install 'ray[default]')")
 _SAVE_SECONDS = 60
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Job(job_lib.Job):
-  """A job under Ray.
+  """A job under Ray."""
 
-  Attributes:
-    address: of the dashboard, as "http://HOST:8265"; "": RAY_ADDRESS.
-    directory: the checkout, which Ray sends to the nodes.
-    cpus: processors of a process.
-    gpus: GPUs of a process.
-    python: the interpreter on the nodes.
-  """
-
-  address: str = ""
-  directory: str = "."
-  cpus: int = 1
-  gpus: int = 0
-  python: str = "python"
+  address: str = job_lib.word(
+    "", "The dashboard, as http://HOST:8265; without it RAY_ADDRESS."
+  )
+  directory: str = job_lib.flag(
+    ".", "The checkout, which Ray sends to the nodes."
+  )
+  cpus: int = job_lib.count(1, "Processors of a process.")
+  gpus: int = job_lib.count(0, "GPUs of a process.", at_least=0)
+  python: str = job_lib.flag("python", "The interpreter on the machines.")
 
   def __post_init__(self) -> None:
     super().__post_init__()
-    self.check_at_least(1, "cpus")
-    self.check_at_least(0, "gpus")
-    self.check_words("address")
     # Ray would take anything else for a cluster's own port, and wait for it.
     if self.address and not self.address.startswith(("http://", "https://")):
-      raise job_lib.JobError(
+      raise errors.ArgumentError(
         f"address must begin with http:// or https://, got {self.address!r}"
       )
 

@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
   signal.signal(signal.SIGINT, stop.receive)
   failures = 0
   while True:
-    codes = _attempt(list(argv[1:]), stop)
+    codes = _attempt(list(argv), stop)
     code = _worst(codes)
     if code in (exit_codes.DONE, exit_codes.USAGE) or stop.asked:
       return code

@@ -14,35 +14,24 @@ _SAVE_SECONDS = 60
 _WAIT_SECONDS = 120
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Job(job_lib.Job):
-  """A job under Slurm.
+  """A job under Slurm."""
 
-  Attributes:
-    processes_per_node: processes of a node.
-    cpus: processors of each process.
-    gpus: GPUs of each process.
-    memory: of a node, in Slurm's form, as "16G"; "": the partition's.
-    time_limit: minutes; 0: the partition's.
-    partition: "": the cluster's.
-    account: "": the user's.
-    python: the interpreter.
-  """
-
-  processes_per_node: int = 1
-  cpus: int = 1
-  gpus: int = 0
-  memory: str = ""
-  time_limit: int = 0
-  partition: str = ""
-  account: str = ""
-  python: str = "python"
-
-  def __post_init__(self) -> None:
-    super().__post_init__()
-    self.check_at_least(1, "processes_per_node", "cpus")
-    self.check_at_least(0, "gpus", "time_limit")
-    self.check_words("memory", "partition", "account")
+  processes_per_node: int = job_lib.count(1, "Processes of a node.")
+  cpus: int = job_lib.count(1, "Processors of a process.")
+  gpus: int = job_lib.count(0, "GPUs of a process.", at_least=0)
+  memory: str = job_lib.word(
+    "", "Memory of a node, as 16G; without it the partition's."
+  )
+  time_limit: int = job_lib.count(
+    0, "Minutes that the job may run; without it the partition's.", at_least=0
+  )
+  partition: str = job_lib.word("", "The partition; without it the cluster's.")
+  account: str = job_lib.word(
+    "", "The account that pays; without it the user's."
+  )
+  python: str = job_lib.flag("python", "The interpreter on the machines.")
 
 
 def files(job: Job) -> Mapping[str, str]:

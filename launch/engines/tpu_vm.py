@@ -4,6 +4,7 @@ from collections.abc import Mapping
 import dataclasses
 import shlex
 
+from dpdist import errors
 from launch.engines import job as job_lib
 
 TOOL = ("gcloud", "the Google Cloud CLI")
@@ -11,50 +12,48 @@ TOOL = ("gcloud", "the Google Cloud CLI")
 _SECRET_FILE = "/run/dpdist/secret"
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Job(job_lib.Job):
-  """A job on the machines of one TPU slice, which determines their number.
+  """A job on the machines of one TPU slice, which determines their number."""
 
-  Attributes:
-    image: a container image that has dpdist and libtpu installed, and the
-      config at its path.
-    accelerator: as "v6e-16".
-    runtime_version: of the machines, as "v2-alpha-tpuv6e".
-    zone: of Google Cloud.
-    project: "": gcloud's.
-    nfs: a share that is mounted at the run directory, as "SERVER:/share".
-    secret: name in Secret Manager of the run's secret; "": the run makes its
-      own in the run directory.
-    service_account: of the machines; "": the project's.
-    spot: whether the slice is cheaper but may be preempted.
-    python: the interpreter in the image.
-  """
-
-  image: str = ""
-  accelerator: str = ""
-  runtime_version: str = ""
-  zone: str = ""
-  project: str = ""
-  nfs: str = ""
-  secret: str = ""
-  service_account: str = ""
-  spot: bool = False
-  python: str = "python"
+  image: str = job_lib.word(
+    "",
+    "A container image that has dpdist installed, and the config at its path.",
+  )
+  accelerator: str = job_lib.word("", "The kind and number of TPUs, as v6e-16.")
+  runtime_version: str = job_lib.word(
+    "", "The machines' software, as v2-alpha-tpuv6e."
+  )
+  zone: str = job_lib.word("", "The zone of Google Cloud.")
+  project: str = job_lib.word(
+    "", "The project of Google Cloud; without it gcloud's."
+  )
+  nfs: str = job_lib.flag(
+    "", "The share to mount at the run directory, as SERVER:/share."
+  )
+  secret: str = job_lib.word(
+    "",
+    "The name in Secret Manager of the run's secret; without it the run"
+    " makes its own in the run directory.",
+  )
+  service_account: str = job_lib.word(
+    "", "The machines' account; without it the project's."
+  )
+  spot: bool = job_lib.flag(
+    False, "Whether the slice is cheaper but may be preempted."
+  )
+  python: str = job_lib.flag("python", "The interpreter on the machines.")
 
   def __post_init__(self) -> None:
     super().__post_init__()
     for name in ("image", "accelerator", "runtime_version", "zone", "nfs"):
       if not getattr(self, name):
-        raise job_lib.JobError(f"{name} must be given with --to=tpu-vm")
+        raise errors.ArgumentError(f"{name} must be given with --to=tpu-vm")
     if self.nodes != 1:
-      raise job_lib.JobError(
+      raise errors.ArgumentError(
         "nodes must not be given with --to=tpu-vm: the accelerator says how"
         f" many there are, got {self.nodes}"
       )
-    self.check_words(
-      *("image", "accelerator", "runtime_version", "zone", "project"),
-      *("secret", "service_account"),
-    )
 
 
 def files(job: Job) -> Mapping[str, str]:

@@ -73,7 +73,7 @@ def test_a_violation_is_the_exit_code():
   ("arg", "message"),
   [
     ("--num_steps=5", "num_steps must be in [1, 4], got 5"),
-    ("--plot=audit.txt", "plot must end in one of"),
+    ("--plot=audit.txt", "plot must be a file that ends in one of"),
   ],
 )
 def test_bad_usage_is_one_line(arg, message):

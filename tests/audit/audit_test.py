@@ -205,8 +205,8 @@ def test_one_run_pays_for_each_of_its_canaries(monkeypatch):
   ("settings", "message"),
   [
     ({"mode": "best_case"}, r"mode must be one of .* got 'best_case'"),
-    ({"num_trials": 1}, "num_trials must be at least 2, got 1"),
-    ({"num_steps": 3}, r"num_steps must be in \[1, 2\], got 3"),
+    ({"num_trials": 1}, "num_trials must be an integer >= 2, got 1"),
+    ({"num_steps": 3}, r"num_steps must be an integer in \[1, 2\], got 3"),
     ({"confidence": 1.0}, r"confidence must be in \(0, 1\), got 1.0"),
     ({"canaries_per_run": 401}, "canaries_per_run must be at most 400"),
     (

@@ -82,14 +82,14 @@ def test_it_needs_no_jax():
       for bad in (0, -1, True)
     ),
     *(
-      ({name: 1.5}, rf"^{name} must be an int >= 1, got 1\.5")
+      ({name: 1.5}, rf"^{name} must be an integer >= 1, got 1\.5")
       for name in ("batch_size", "train_steps", "train_size")
     ),
     ({"epsilon": float("inf")}, r"^epsilon must be finite .*inf"),
     ({"clipping_norm": float("nan")}, r"^clipping_norm must be .*nan"),
     ({"clipping_norm": None}, r"^clipping_norm must be .*None"),
     ({"delta": 1}, r"^delta must be in \(0, 1\).* private, got 1"),
-    ({"seed": "x"}, r"^seed must be an int >= 0, got 'x'"),
+    ({"seed": "x"}, r"^seed must be an integer >= 0, got 'x'"),
     ({"rescale_to_unit_norm": 1}, r"^rescale_to_unit_norm .* False, got 1"),
     ({"train_size": 31}, r"^batch_size must be .*train_size=31, got 32"),
     ({"train_size": 255}, r"^effective_batch_size .*train_size=255, got 256"),

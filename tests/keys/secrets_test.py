@@ -152,7 +152,7 @@ def test_a_key_is_found_in_a_checkpoint_and_in_names(tmp_path, searched):
     found = searched.in_files(_files(path))
     assert any("zstd" in x.where for x in found), planted
   path = tmp_path / "board"
-  with tensorboard.Events(path, purge_step=0, tells_time=True) as board:
+  with tensorboard.Events(path, purge_step=0, has_times=True) as board:
     board.write(1, {f"loss/{_SECRET.hex()}": 1.0})
   assert searched.in_files(_files(path))
   (tmp_path / _SECRET[:10].hex()).write_text("")

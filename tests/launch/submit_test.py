@@ -19,7 +19,7 @@ from ray.dashboard.modules.job import cli
 from ray.runtime_env import RuntimeEnv
 import yaml
 
-from launch.engines import job as job_lib
+from dpdist import errors
 from launch.engines import jobset
 from launch.engines import ray as ray_engine
 from launch.engines import slurm
@@ -155,7 +155,7 @@ def test_a_missing_tool_is_named(engine, tmp_path):
     (["--to=pbs"], "pbs"),
     (["--to=slurm", "--image=a"], "--image does not go with --to=slurm"),
     (["--to=slurm", "--name=A b"], "name must be"),
-    (["--to=slurm", "--nodes=0"], "nodes must be at least 1, got 0"),
+    (["--to=slurm", "--nodes=0"], "nodes must be an integer >= 1, got 0"),
     (["--to=slurm", "--partition=a b"], "partition must be"),
     (["--to=slurm", "--workdir=here"], "workdir must be an absolute path"),
     (["--to=slurm", "--config.data.path=a\nb"], "line breaks"),
@@ -170,7 +170,7 @@ def test_a_missing_tool_is_named(engine, tmp_path):
     (["--to=tpu-vm", "--image=a"], "accelerator must be given"),
     (["--to=tpu-vm", *_NEEDED["tpu-vm"], "--nodes=2"], "nodes must not"),
     (["--to=ray", "--address=host:8265"], "address must begin with http://"),
-    (["--to=ray", "--cpus=0"], "cpus must be at least 1"),
+    (["--to=ray", "--cpus=0"], "cpus must be an integer >= 1"),
     (["--to=slurm", "--out="], "--out must be a folder, got ''"),
   ],
 )
@@ -194,7 +194,7 @@ def test_wrong_usage_is_refused_without_jax():
 def test_what_no_file_can_hold_is_refused(bad):
   for field in ("workdir", "arguments"):
     value = f"/{bad}" if field == "workdir" else (bad,)
-    with pytest.raises(job_lib.JobError, match=field):
+    with pytest.raises(errors.ArgumentError, match=field):
       slurm.Job(**{**_COMMON, field: value})
 
 

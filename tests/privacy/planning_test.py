@@ -116,7 +116,9 @@ def test_the_plot_is_of_the_format_that_its_name_says(tmp_path):
   assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
   planning_plot.draw(tmp_path / "a.svg", plan, curves, 3.0)
   assert "<svg" in (tmp_path / "a.svg").read_text()
-  with pytest.raises(ValueError, match="plot must end in one of"):
+  with pytest.raises(
+    ValueError, match="plot must be a file that ends in one of"
+  ):
     planning_plot.draw(tmp_path / "a.txt", plan, curves)
 
 

@@ -11,8 +11,8 @@ import sys
 import pytest
 
 from dpdist import config as config_lib
-from dpdist.profiling import chips
 from dpdist.profiling import forecast
+from dpdist.profiling import roofline
 from dpdist.training import abstract_step
 
 _LARGE = (
@@ -129,12 +129,12 @@ def test_what_does_not_fit_is_told():
     ("v9:2x2", 1, "topology must be one of .* got 'v9:2x2'"),
     ("v6e", 1, "topology must be one of .* got 'v6e'"),
     ("v6e:2by2", 1, "topology must be one of .* got 'v6e:2by2'"),
-    ("v6e:2x2", 0, "num_slices must be at least 1, got 0"),
+    ("v6e:2x2", 0, "num_slices must be an integer >= 1, got 0"),
   ],
 )
 def test_topologies_that_cannot_be_are_refused(topology, num_slices, message):
   with pytest.raises(ValueError, match=message):
-    chips.devices(topology, num_slices)
+    roofline.devices(topology, num_slices)
 
 
 def test_fewer_chips_take_longer():

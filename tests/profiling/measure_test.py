@@ -167,7 +167,7 @@ def test_settings_are_held_to_what_a_run_would_hold_them_to():
 
 
 def test_rounds_must_be_at_least_one(bench):
-  with pytest.raises(ValueError, match="rounds must be at least 1, got 0"):
+  with pytest.raises(ValueError, match="rounds must be an integer >= 1, got 0"):
     measure.compare(bench, rounds=0)
 
 

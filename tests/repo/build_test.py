@@ -1,9 +1,9 @@
 """The BUILD files are the import diagram: held against the imports, both ways.
 
-A folder is a package: one `py_library` of all its modules, with what they
+A folder is a package: one `dp_package` of all its modules, with what they
 import from other packages as `deps`, no more and no less, wherever in a file
-the import stands. A command or an example is a `py_binary` beside it; a folder
-of tests is one `dp_tests`. What a test starts as a program is `data`.
+the import stands. Commands and examples are named by `dp_commands` beside it; a
+folder of tests is one `dp_tests`. What a test starts as a program is `data`.
 
 Arrows between packages go down only, those between modules in no circle, and
 what is private can be seen by those alone that BUILD names. No module, function
@@ -77,8 +77,12 @@ WITHOUT_JAX = (
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax", "grain"}
 
 
+# What `dp_tests` adds to every folder's deps.
+OF_ALL_TESTS = ("tests:conftest", "tests/support:support")
+
+
 class Target(NamedTuple):
-  """One rule of a BUILD file; labels are whole: `dpdist/keys:keys`."""
+  """One target of a BUILD file; labels are whole: `dpdist/keys:keys`."""
 
   rule: str
   label: str
@@ -102,57 +106,48 @@ def short(label: str) -> str:
   return package if package.rpartition("/")[2] == name else label
 
 
-def _read_srcs(
-  node: ast.expr | None, folder: pathlib.Path, rule: str
-) -> list[str]:
-  if rule == "dp_tests":
-    return [path.name for path in sorted(folder.glob("*_test.py"))]
-  if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "glob"):
-    return list(ast.literal_eval(node)) if node is not None else []
-  (patterns,) = map(ast.literal_eval, node.args)
-  excluded = {
-    path.name
-    for keyword in node.keywords
-    for pattern in ast.literal_eval(keyword.value)
-    for path in folder.glob(pattern)
-  }
-  found = {path.name for pattern in patterns for path in folder.glob(pattern)}
-  return sorted(found - excluded)
-
-
 def read_targets(root: pathlib.Path) -> list[Target]:
   """All targets of all BUILD files."""
-  targets = []
   builds = [path for top in FOLDERS for path in (root / top).rglob("BUILD")]
-  for path in sorted(builds):
-    folder = path.parent.relative_to(root).as_posix()
-    default: tuple[str, ...] = ("//visibility:private",)
-    for statement in ast.parse(path.read_text()).body:
-      call = getattr(statement, "value", None)
-      if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
-        continue
-      given = {k.arg: k.value for k in call.keywords}
-      literal = lambda key, given=given: tuple(
-        ast.literal_eval(given[key]) if key in given else ()
-      )
-      rule = call.func.id
-      if rule == "package":
-        default = literal("default_visibility")
-      if rule not in ("py_library", "py_binary", "dp_tests"):
-        continue
-      name = "tests" if rule == "dp_tests" else ast.literal_eval(given["name"])
-      srcs = _read_srcs(given.get("srcs"), path.parent, rule)
-      targets.append(
-        Target(
-          rule,
-          whole(name, folder),
-          tuple(f"{folder}/{src}" for src in srcs),
-          tuple(whole(label, folder) for label in literal("deps")),
-          tuple(whole(label, folder) for label in literal("data")),
-          literal("visibility") or default,
-        )
-      )
-  return targets
+  return [
+    target for path in sorted(builds) for target in _read_build(root, path)
+  ]
+
+
+def _read_build(root: pathlib.Path, path: pathlib.Path) -> Iterator[Target]:
+  folder = path.parent.relative_to(root).as_posix()
+  own = whole(f"//{folder}", "")
+  all_srcs = tuple(
+    f"{folder}/{module.name}" for module in sorted(path.parent.glob("*.py"))
+  )
+  default: tuple[str, ...] = ("//visibility:private",)
+  for statement in ast.parse(path.read_text()).body:
+    call = getattr(statement, "value", None)
+    if not (isinstance(call, ast.Call) and isinstance(call.func, ast.Name)):
+      continue
+    rule = call.func.id
+    given = {k.arg: ast.literal_eval(k.value) for k in call.keywords}
+    labels = lambda key, given=given: tuple(
+      whole(label, folder) for label in given.get(key, ())
+    )
+    if rule == "package":
+      default = tuple(given["default_visibility"])
+    elif rule == "dp_commands":
+      for name in given["names"]:
+        srcs = (f"{folder}/{name}.py",)
+        seen_by = ("//visibility:public",)
+        yield Target(rule, f"{folder}:{name}", srcs, (own,), (), seen_by)
+    elif rule == "dp_package":
+      visibility = tuple(given.get("visibility", ["//visibility:public"]))
+      yield Target(rule, own, all_srcs, labels("deps"), (), visibility)
+    elif rule == "dp_tests":
+      deps = (*labels("deps"), *OF_ALL_TESTS)
+      visibility = ("//tests:__subpackages__",)
+      yield Target(rule, own, all_srcs, deps, labels("data"), visibility)
+    elif rule == "py_library":
+      srcs = tuple(f"{folder}/{src}" for src in given["srcs"])
+      label = whole(f":{given['name']}", folder)
+      yield Target(rule, label, srcs, labels("deps"), (), default)
 
 
 def read_files(root: pathlib.Path) -> dict[str, pathlib.Path]:
@@ -220,7 +215,7 @@ def read_owners(root: pathlib.Path, targets: list[Target]) -> dict[str, str]:
   return {
     names[root / src]: target.label
     for target in targets
-    if target.rule != "py_binary"
+    if target.rule != "dp_commands"
     for src in target.srcs
     if root / src in names
   }
@@ -235,10 +230,9 @@ def wanted_deps(root: pathlib.Path, targets: list[Target]) -> dict[str, set]:
     wanted[owner] |= {owners[other] for other in inside[name] & {*owners}}
   for target in targets:
     if target.rule == "dp_tests":
-      wanted[target.label].add("tests:conftest")
-    if target.rule == "py_binary":
-      folder = target.label.partition(":")[0]
-      wanted[target.label] = {whole(f"//{folder}", "")}
+      wanted[target.label] |= {*OF_ALL_TESTS}
+    if target.rule == "dp_commands":
+      wanted[target.label] = {*target.deps}
     wanted[target.label].discard(target.label)
   return wanted
 
@@ -251,7 +245,7 @@ def find_problems(root: pathlib.Path) -> list[str]:
   owned = [
     names.get(root / src, src)
     for target in targets
-    if target.rule != "py_binary"
+    if target.rule != "dp_commands"
     for src in target.srcs
   ]
   problems = [
@@ -265,13 +259,11 @@ def find_problems(root: pathlib.Path) -> list[str]:
     if name.partition("/")[0] in ("dpdist", "launch")
     and '\nif __name__ == "__main__":\n' in path.read_text()
   }
-  begun = {
-    t.label.replace(":", "/"): t for t in targets if t.rule == "py_binary"
+  commands = {
+    t.label.replace(":", "/") for t in targets if t.rule == "dp_commands"
   }
-  problems += [f"{name} has no py_binary" for name in programs - {*begun}]
-  for name, target in begun.items():
-    if name not in programs or target.srcs != (f"{name}.py",):
-      problems.append(f"{short(target.label)} must run {name}.py")
+  problems += [f"{name} is in no dp_commands" for name in programs - commands]
+  problems += [f"{name}.py is no program" for name in commands - programs]
   wanted = wanted_deps(root, targets)
   by_label = {target.label: target for target in targets}
   for target in targets:
@@ -420,7 +412,7 @@ def test_the_top_is_a_map_and_the_whole_is_short() -> None:
   files += [path for top in FOLDERS for path in (ROOT / top).rglob("BUILD")]
   lines = [len(path.read_text().splitlines()) for path in files]
   assert lines[0] < 120
-  assert sum(lines) < 1_400
+  assert sum(lines) < 1_100
 
 
 @pytest.mark.parametrize("name", WITHOUT_JAX)
@@ -528,9 +520,7 @@ def test_notices_a_package_in_no_layer(copy: pathlib.Path) -> None:
   folder = copy / "dpdist" / "utils"
   folder.mkdir()
   (folder / "utils.py").write_text("")
-  (folder / "BUILD").write_text(
-    'py_library(name = "utils", srcs = ["utils.py"])'
-  )
+  (folder / "BUILD").write_text("dp_package()")
   assert find_problems(copy) == ["package dpdist/utils is in no layer"]
 
 
@@ -544,8 +534,11 @@ def test_notices_who_looks_at_what_is_private(copy: pathlib.Path) -> None:
 
 
 def test_notices_a_command_that_cannot_be_run(copy: pathlib.Path) -> None:
-  _change(copy / "launch" / "BUILD", '"verify.py"', '"train.py"')
-  assert find_problems(copy) == ["launch:verify must run launch/verify.py"]
+  _change(copy / "launch" / "BUILD", '"verify",', '"verfy",')
+  assert set(find_problems(copy)) == {
+    "launch/verify is in no dp_commands",
+    "launch/verfy.py is no program",
+  }
 
 
 def test_notices_a_circle(copy: pathlib.Path) -> None:

@@ -12,6 +12,7 @@ from dpdist import config as config_lib
 from dpdist import errors
 from dpdist import registry
 from dpdist.ledger import ledger as ledger_lib
+from launch.engines import engines
 from tests.support import commands
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -36,21 +37,22 @@ _ENGINE = """
 import dataclasses
 from launch.engines import job
 
-TOOL = ("true", "nothing")
+TOOL = ("echo", "the shell's own")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Job(job.Job):
-  queue: str = dataclasses.field(default="", metadata={"help": "Where."})
+  queue: str = job.word("", "Where the job waits.")
 
 
 def files(job):
-  return {"job.txt": f"{job.queue} {' '.join(job.arguments)}"}
+  return {"job.txt": f"{job.queue} {' '.join(job.train('python'))}"}
 
 
 def command(job, folder):
-  return ["true", folder]
+  return ["echo", f"{job.nodes} of {job.queue}"]
 """
+_SUBMIT = ("submit", "--config=configs/digits.py", "--workdir=/shared/digits")
 
 
 @pytest.fixture(name="outside")
@@ -223,24 +225,55 @@ registry.register("dataset", "toy")(Loader())
     del registry._things["dataset"]["toy"]
 
 
-def test_an_engine_of_an_entry_point_has_its_flags(
-  outside, tmp_path, monkeypatch
-):
-  (outside / "toy_engine.py").write_text(_ENGINE)
+@pytest.fixture(name="engine")
+def fixture_engine(outside):
+  """An engine in one file, and the entry point that makes it known."""
+  path = outside / "toy_engine.py"
+  path.write_text(_ENGINE)
   info = outside / "toy_engine-1.dist-info"
   info.mkdir()
   (info / "METADATA").write_text("Name: toy_engine\nVersion: 1\n")
   (info / "entry_points.txt").write_text("[dpdist.engine]\ntoy = toy_engine\n")
-  done = commands.run(
-    "submit",
-    "--to=toy",
-    "--config=configs/digits.py",
-    "--workdir=/shared/digits",
-    "--queue=long",
-    "--dry_run",
-  )
+  return path
+
+
+def test_an_engine_of_an_entry_point_submits_with_its_own_flags(engine, capfd):
+  submit = (*_SUBMIT, "--to=toy", "--queue=long", "--nodes=3")
+  done = commands.run(*submit, "--dry_run")
   assert done.code == 0, done.err
-  assert "long --config=configs/digits.py" in done.out
+  assert "long python -u -m launch.train --config=configs/digits" in done.out
+  assert "--workdir=/shared/digits" in done.out
+  assert commands.run(*submit).code == 0
+  assert "3 of long" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ("args", "message"),
+  [
+    (("--to=toy", "--queue=a b"), "queue must be letters, digits"),
+    (("--to=toy", "--nodes=0"), "nodes must be an integer >= 1, got 0"),
+    (("--to=toy", "--partition=a"), "--partition does not go with --to=toy"),
+    (("--to=slurm", "--queue=a"), "--queue does not go with --to=slurm"),
+  ],
+)
+def test_flags_of_an_engine_from_outside_are_checked(engine, args, message):
+  done = commands.run(*_SUBMIT, *args)
+  assert done.code == 2
+  assert message in done.err
+
+
+def test_the_help_of_a_flag_says_which_engines_have_it(engine):
+  known = engines.load()
+  found = engines.flags(known)
+  assert found["queue"].text(known) == "toy: Where the job waits."
+  assert found["nodes"].text(known) == "The number of machines."
+  assert "toy" not in found["cpus"].text(known)
+
+
+def test_engines_that_share_a_flag_agree_on_its_type(engine):
+  engine.write_text(_ENGINE.replace("queue: str", "cpus: str"))
+  with pytest.raises(errors.ArgumentError, match="cpus of engine 'toy'"):
+    engines.flags(engines.load())
 
 
 def test_what_hides_its_code_is_refused(outside):

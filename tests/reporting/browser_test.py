@@ -4,6 +4,7 @@ Pictures go to $DPDIST_SCREENSHOTS, if it is set, to be looked at. Needs
 Chromium: `apt-get install chromium`.
 """
 
+import json
 import math
 import os
 import pathlib
@@ -13,7 +14,7 @@ import pytest
 
 from dpdist.reporting import metrics
 from dpdist.reporting import report
-from dpdist.reporting import tensorboard
+from dpdist.reporting import telemetry
 from tests.support import browser
 
 pytestmark = pytest.mark.slow
@@ -111,16 +112,17 @@ def test_the_report_fits_the_window(tmp_path, page, width, height, scheme):
 
 
 def test_the_owner_s_page_fits_a_phone(tmp_path, page):
-  with tensorboard.Events(tmp_path, purge_step=1, tells_time=True) as writer:
+  machine = {
+    "step_seconds": 1.25,
+    "input_wait_seconds": 0.01,
+    "own_seconds": 1.0,
+    "host_bytes": 3e9,
+  }
+  with telemetry.Writer(tmp_path, start_step=0) as writer:
     for step in range(600, 60_001, 600):
-      row = {
-        "examples_per_second": 9000.0 + step % 7,
-        "process_0/step_seconds": 1.25,
-        "process_0/input_wait_seconds": 0.01,
-        "process_0/host_bytes": 3e9,
-      }
-      writer.write(step, row)
-  path = report.write_speed(tmp_path)
+      speed = {"examples_per_second": 9000.0 + step % 7}
+      writer.write(step, [json.dumps(machine)], speed)
+  path = report.write_speed(tmp_path / telemetry.FOLDER)
   _look(page, path, 390, 844, "light", "speed")
   assert page.ask("document.documentElement.scrollWidth") <= 390
   assert page.ask(_OUTSIDE.replace("WIDTH", "390")) == []

@@ -40,13 +40,13 @@ def test_plain_table_is_one_line_a_row(capsys):
 
 def test_plain_end(capsys):
   path = "/results/" + "x" * 120 + "/report.html"
-  console_lib.show_end([("report", path)])
+  console_lib.show_table("Finished", [("report", path)])
   assert capsys.readouterr().out == f"Finished\n  report  {path}\n"
 
 
 def test_tables_of_nothing(capsys):
   console_lib.show_start([], [])
-  console_lib.show_end([])
+  console_lib.show_table("Finished", [])
   assert capsys.readouterr().out == "Private training\nFinished\n"
 
 

@@ -6,16 +6,17 @@ from tensorboardX.proto import event_pb2
 
 from dpdist.reporting import metrics
 from dpdist.reporting import tensorboard
+from tests.support import tensorboard_files
 
 FILE = "metrics.jsonl"
 
 
 def _events(workdir):
-  return tensorboard.read(workdir / "tensorboard")
+  return tensorboard_files.read(workdir / "tensorboard")
 
 
 def _scalars(workdir):
-  return tensorboard.scalars(workdir / "tensorboard")
+  return tensorboard_files.scalars(workdir / "tensorboard")
 
 
 def test_the_two_sets_are_exactly_these():

@@ -1,4 +1,5 @@
 import html.parser
+import json
 import math
 import re
 
@@ -7,7 +8,7 @@ import pytest
 from dpdist.reporting import metrics
 from dpdist.reporting import plots
 from dpdist.reporting import report
-from dpdist.reporting import tensorboard
+from dpdist.reporting import telemetry
 
 RESULT = {
   "epsilon": 1.98213,
@@ -240,26 +241,30 @@ def test_the_page_says_where_the_speed_is_and_why_not_there(tmp_path):
     _run(tmp_path / "b", examples_per_second=1.0)
 
 
-def _measure(folder, rates, start_step=0):
-  with tensorboard.Events(
-    folder, purge_step=start_step + 1, tells_time=True
-  ) as writer:
+def _measure(workdir, rates, start_step=0):
+  machines = [
+    json.dumps(
+      {
+        "step_seconds": 2.0 + process,
+        "input_wait_seconds": 0.5,
+        "own_seconds": 1.0,
+        "host_bytes": 2.0**30 * (3 - process),
+      }
+    )
+    for process in (0, 1)
+  ]
+  with telemetry.Writer(workdir, start_step=start_step) as writer:
     for step, rate in enumerate(rates, start=start_step + 1):
-      row = {"examples_per_second": rate}
-      for process in (0, 1):
-        name = f"process_{process}"
-        row[f"{name}/step_seconds"] = 2.0 + process
-        row[f"{name}/input_wait_seconds"] = 0.5
-        row[f"{name}/host_bytes"] = 2.0**30 * (3 - process)
-      writer.write(step, row)
+      writer.write(step, machines, {"examples_per_second": rate})
+  return workdir / telemetry.FOLDER
 
 
 def test_the_owner_s_page_has_the_speed_and_says_that_it_is_private(tmp_path):
   _measure(tmp_path, [100.0, 101.0, 7000.0, 7000.0, 7000.0])
   # Stopped behind the second step, and gone on.
-  _measure(tmp_path, [102.0, 103.0], start_step=2)
-  path = report.write_speed(tmp_path)
-  assert path == tmp_path / "speed.html"
+  folder = _measure(tmp_path, [102.0, 103.0], start_step=2)
+  path = report.write_speed(folder)
+  assert path == folder / "speed.html"
   page = _Page(path.read_text(encoding="utf-8"))
   assert set(page.plots) == {
     "Examples a second",
@@ -283,36 +288,37 @@ def test_the_owner_s_page_has_the_speed_and_says_that_it_is_private(tmp_path):
 def test_of_several_processes_the_slowest_and_the_fullest_are_drawn(
   tmp_path, monkeypatch
 ):
-  _measure(tmp_path, [100.0])
+  drawn = _drawn_rows(_measure(tmp_path, [100.0]), monkeypatch)
+  assert drawn == [
+    {
+      "step": 1,
+      "examples_per_second": 100.0,
+      "step_seconds": 3.0,
+      "input_wait_seconds": 0.5,
+      "own_seconds": 1.0,
+      "host_gib": 3.0,
+      "straggler_ratio": 1.0,
+    }
+  ]
+
+
+def _drawn_rows(folder, monkeypatch):
   drawn = []
   monkeypatch.setattr(plots, "speed", lambda rows: drawn.append(rows) or "")
-  report.write_speed(tmp_path)
-  assert drawn == [
-    [
-      {
-        "step": 1,
-        "examples_per_second": 100.0,
-        "step_seconds": 3.0,
-        "input_wait_seconds": 0.5,
-        "host_gib": 3.0,
-      }
-    ]
-  ]
+  report.write_speed(folder)
+  (rows,) = drawn
+  return rows
 
 
 @pytest.mark.parametrize(
   "spoil", [lambda x: x[:-5], lambda x: x[:-60] + b"\xff" * 60]
 )
-def test_a_record_that_a_kill_spoilt_is_left_out(tmp_path, spoil):
-  _measure(tmp_path, [1.0, 2.0])
-  (path,) = tmp_path.iterdir()
+def test_a_row_that_a_kill_spoilt_is_left_out(tmp_path, monkeypatch, spoil):
+  folder = _measure(tmp_path, [1.0, 2.0])
+  path = folder / telemetry.FILE
   path.write_bytes(spoil(path.read_bytes()))
-  rates = [
-    (step, value)
-    for (name, step), value in tensorboard.scalars(tmp_path).items()
-    if name == "examples_per_second"
-  ]
-  assert rates == [(1, 1.0)]
+  drawn = _drawn_rows(folder, monkeypatch)
+  assert [row["examples_per_second"] for row in drawn] == [1.0]
 
 
 def test_provenance_keeps_the_machine_s_own_paths_to_itself(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 
 from dpdist.distributed import progress as progress_lib
 from dpdist.reporting import telemetry
-from dpdist.reporting import tensorboard
+from tests.support import tensorboard_files
 from tests.support import training
 
 _NAMES = ("step_seconds", "input_wait_seconds", "own_seconds", "host_bytes")
@@ -44,7 +44,7 @@ def test_the_slowest_is_held_against_the_median(tmp_path):
   rows = [json.dumps(row | {"own_seconds": x}) for x in (2.0, 1.0, 5.0)]
   with telemetry.Writer(tmp_path, start_step=0) as writer:
     writer.write(7, rows)
-  scalars = tensorboard.scalars(tmp_path / telemetry.FOLDER)
+  scalars = tensorboard_files.scalars(tmp_path / telemetry.FOLDER)
   assert scalars["straggler_ratio", 7] == 2.5
   assert scalars["process_2/own_seconds", 7] == 5.0
   assert len(scalars) == 1 + 3 * len(_NAMES)
@@ -60,7 +60,7 @@ def run(tmp_path_factory):
 def test_a_run_tells_them_to_its_owner_alone(run):
   folder = run.workdir / telemetry.FOLDER
   assert stat.S_IMODE(folder.stat().st_mode) == 0o700
-  scalars = tensorboard.scalars(folder)
+  scalars = tensorboard_files.scalars(folder)
   assert {name for name, _ in scalars} == {
     "examples_per_second",
     "straggler_ratio",

@@ -7,8 +7,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 import pytest
 
-from dpdist.profiling import compiled
-from dpdist.profiling import products
+from dpdist.profiling import roofline
 
 _MESH = jax.make_mesh(
   (2, 4), ("data", "fsdp"), axis_types=(jax.sharding.AxisType.Auto,) * 2
@@ -38,10 +37,10 @@ def test_loops_count_as_often_as_they_run():
     (5, 16, 16),
     (8, 16),
   )
-  gather, reduction = sorted(compiled.collectives(text), key=lambda x: x.kind)
-  assert gather == compiled.Collective("all-gather", 16 * 16 * 4, 4, 5)
+  gather, reduction = sorted(roofline.collectives(text), key=lambda x: x.kind)
+  assert gather == roofline.Collective("all-gather", 16 * 16 * 4, 4, 5)
   assert gather.bytes_sent == 5 * 16 * 16 * 4 * 3 / 4
-  assert reduction == compiled.Collective("all-reduce", 16 * 4, 2, 1)
+  assert reduction == roofline.Collective("all-reduce", 16 * 4, 2, 1)
   assert reduction.bytes_sent == 2 * 16 * 4 / 2
 
 
@@ -52,8 +51,8 @@ def test_a_reduce_scatter_is_as_large_as_what_it_reduces():
     P("fsdp"),
     (4, 64),
   )
-  (found,) = compiled.collectives(text)
-  assert found == compiled.Collective("reduce-scatter", 64 * 4, 4, 1)
+  (found,) = roofline.collectives(text)
+  assert found == roofline.Collective("reduce-scatter", 64 * 4, 4, 1)
   assert found.bytes_sent == 64 * 4 * 3 / 4
 
 
@@ -64,13 +63,13 @@ def test_a_reduction_over_all_devices():
     P(),
     (8, 4),
   )
-  (found,) = compiled.collectives(text)
+  (found,) = roofline.collectives(text)
   assert (found.group_size, found.num_bytes) == (8, 16)
 
 
 def test_programs_that_send_nothing():
   text = _compile(jnp.tanh, P("data"), P("data"), (8, 4))
-  assert compiled.collectives(text) == []
+  assert roofline.collectives(text) == []
 
 
 # As XLA writes them for TPUs (libtpu 0.0.42), shortened.
@@ -109,17 +108,17 @@ ENTRY %main (param: f32[64,32]) -> f32[8,32] {
 
 
 def test_what_tpus_make_of_them():
-  assert set(compiled.collectives(_TPU)) == {
-    compiled.Collective("reduce-scatter", 64 * 32 * 4, 8, 1),
-    compiled.Collective("all-gather", 32 * 32 * 2, 8, 26),
-    compiled.Collective("all-reduce", 936 * 8 * 128 * 4, 8, 1, True),
+  assert set(roofline.collectives(_TPU)) == {
+    roofline.Collective("reduce-scatter", 64 * 32 * 4, 8, 1),
+    roofline.Collective("all-gather", 32 * 32 * 2, 8, 26),
+    roofline.Collective("all-reduce", 936 * 8 * 128 * 4, 8, 1, True),
   }
-  assert len(compiled.collectives(_TPU)) == 3
+  assert len(roofline.collectives(_TPU)) == 3
 
 
 def _count(function, *shapes):
   args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
-  return products.count(jax.make_jaxpr(function)(*args).jaxpr)
+  return roofline.count_products(jax.make_jaxpr(function)(*args).jaxpr)
 
 
 def test_products_of_matrices_and_kernels():
