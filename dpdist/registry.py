@@ -1,6 +1,7 @@
 """Finds things by the names that settings give them, ours or somebody else's.
 
-A setting names a thing of some kind: a data set, an engine. `resolve` finds it
+A setting names a thing of some kind: "dataset", "model", "optimizer", "task" or
+"engine". `resolve` finds it
 
   * by a name that was registered, as all of ours are;
   * as "package.module:attribute", which is imported;
@@ -17,14 +18,17 @@ Guarantees:
   * The digest is of what this process runs. It is taken when the code is
     registered or first resolved. A run is refused if a file was edited after
     that, or after the process had imported it.
-  * A data set whose code has no file, such as a notebook's, is refused.
+  * A named thing, and a data set, whose code has no file, such as a notebook's,
+    is refused.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+import functools
 import hashlib
 import importlib
 from importlib import machinery
 from importlib import metadata
+import inspect
 import os
 import pathlib
 import sys
@@ -40,7 +44,7 @@ _OURS = (_ROOT / "dpdist", _ROOT / "launch")
 _CODE = (".py", ".pyc", *machinery.EXTENSION_SUFFIXES)
 _STARTED = time.time()
 # Kinds of which a run computes something; an engine only starts it.
-_DECIDE_STEPS = ("dataset",)
+_DECIDE_STEPS = ("dataset", "model", "optimizer", "task")
 
 
 class _Thing(NamedTuple):
@@ -87,6 +91,11 @@ def names(kind: str) -> list[str]:
   return sorted({*_things.get(kind, {}), *points})
 
 
+def is_known(kind: str, name: str) -> bool:
+  """Returns whether `resolve` may find a thing."""
+  return ":" in name or name in names(kind)
+
+
 def resolve(kind: str, name: str, *, setting: str) -> Any:
   """Finds a thing.
 
@@ -131,6 +140,49 @@ def code_sha256(kind: str, name: str, *, setting: str) -> str:
   return digest.hexdigest() if modules else ""
 
 
+def code_sha256_of(
+  things: Iterable[Any], *, setting: str, needs_files: bool
+) -> str:
+  """Returns the SHA-256 of the files of things' code outside; "" of none.
+
+  Args:
+    things: functions, classes or instances, which were imported before.
+    setting: what they were given as, for messages.
+    needs_files: whether code without a file is refused, and code that was
+      edited after it was read. Else such code is told apart by other means.
+
+  Raises:
+    ValueError: code has no file, or was edited.
+  """
+  modules = {_spelt_out(_home(_unwrapped(thing))) for thing in things} - {""}
+  digest, is_ours = hashlib.sha256(), True
+  for module in sorted(modules):
+    if _is_ours(module) or module.split(".")[0] in sys.stdlib_module_names:
+      continue
+    if needs_files:
+      _refuse_edited(module, setting)
+    elif not [*_files(module)]:
+      continue
+    digest.update(f"{module}\0{_sha256(module, setting)}\0".encode())
+    is_ours = False
+  return "" if is_ours else digest.hexdigest()
+
+
+def _unwrapped(thing: Any) -> Any:
+  """Returns the function in a partial or decorated one."""
+  while isinstance(thing, functools.partial):
+    thing = thing.func
+  return inspect.unwrap(thing)
+
+
+def _home(thing: Any) -> str:
+  """Returns the name of the module that a thing's code is in; "" if unknown."""
+  # A module has a name; functions, classes and methods, and an instance by its
+  # class, say where they are defined.
+  where = getattr(thing, "__module__", None) or getattr(thing, "__name__", None)
+  return where if isinstance(where, str) else ""
+
+
 def _find(kind: str, name: str, setting: str) -> _Thing:
   if name in _things.get(kind, {}):
     return _things[kind][name]
@@ -160,15 +212,11 @@ def _modules(found: _Thing, setting: str) -> list[str]:
   Raises:
     ValueError: it does not say where its code is.
   """
-  thing = found.thing
-  # A module has a name; a function and a class say where they are defined.
-  where = getattr(thing, "__module__", None) or getattr(thing, "__name__", None)
-  if (
-    not isinstance(where, str) or where.split(".")[0] in sys.stdlib_module_names
-  ):
+  where = _home(found.thing)
+  if not where or where.split(".")[0] in sys.stdlib_module_names:
     raise errors.ArgumentError(
       f"{setting} must name a function, a class or a module, whose code a run"
-      f" can be told apart by, got {thing!r}"
+      f" can be told apart by, got {found.thing!r}"
     )
   modules = {_spelt_out(where), _spelt_out(found.named_by)}
   return sorted(module for module in modules if not _is_ours(module))

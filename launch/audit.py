@@ -32,6 +32,7 @@ from dpdist.audit import plot
 from dpdist.files import json_fields
 from dpdist.privacy import statement
 from dpdist.reporting import console
+from launch.cli import config_parts
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 
@@ -67,7 +68,11 @@ def main(argv: Sequence[str]) -> int:
   try:
     if _PLOT.value is not None:
       plot.check(_PLOT.value)
-    program = canaries.prepare(_CONFIG.value, canary=str(_CANARY.value))
+    program = canaries.prepare(
+      _CONFIG.value,
+      canary=str(_CANARY.value),
+      parts=config_parts.load("config"),
+    )
     result = audit.audit(
       program,
       mode=str(_MODE.value),

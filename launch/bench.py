@@ -32,6 +32,7 @@ from dpdist.profiling import autotune
 from dpdist.profiling import forecast
 from dpdist.profiling import measure
 from dpdist.reporting import console
+from launch.cli import config_parts
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 
@@ -61,7 +62,12 @@ def main(argv: Sequence[str]) -> int:
     elif _AUTOTUNE.value:
       raise ValueError("--autotune tries on this machine: without --topology")
     else:
-      facts = forecast.forecast(_CONFIG.value, _TOPOLOGY.value, _SLICES.value)
+      facts = forecast.forecast(
+        _CONFIG.value,
+        _TOPOLOGY.value,
+        _SLICES.value,
+        config_parts.load("config"),
+      )
   except ValueError as error:
     return flag_parsing.usage_error(error)
   if _JSON.value:
@@ -76,7 +82,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _here() -> dict[str, Any]:
-  bench = measure.prepare(_CONFIG.value)
+  bench = measure.prepare(_CONFIG.value, config_parts.load("config"))
   if not _AUTOTUNE.value:
     return measure.compare(bench, rounds=_ROUNDS.value)
   facts = autotune.search(bench)

@@ -20,6 +20,7 @@ from dpdist.export import load_run
 from dpdist.files import json_fields
 from dpdist.privacy import statement
 from dpdist.reporting import console
+from launch.cli import config_parts
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 from launch.cli import runs
@@ -48,6 +49,7 @@ def main(argv: Sequence[str]) -> int:
       runs.open_begun(workdir, _LEDGER.value),
       config=_CONFIG.value,
       step=_STEP.value,
+      parts=config_parts.load("config"),
     )
   except ValueError as error:
     return flag_parsing.usage_error(error)

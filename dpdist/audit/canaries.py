@@ -27,6 +27,7 @@ from dpdist.distributed import mesh as mesh_lib
 from dpdist.keys import keys
 from dpdist.mechanism import mechanism
 from dpdist.privacy import plan as plan_lib
+from dpdist.tasks import parts as parts_lib
 from dpdist.training import abstract_step
 from dpdist.training import parameters
 from dpdist.training import setup
@@ -89,7 +90,10 @@ class Observed(NamedTuple):
 
 
 def prepare(
-  config: ml_collections.ConfigDict, *, canary: str = "entry"
+  config: ml_collections.ConfigDict,
+  *,
+  canary: str = "entry",
+  parts: parts_lib.Parts = parts_lib.NAMED,
 ) -> Program:
   """Makes a config's step on all devices, for canaries.
 
@@ -104,13 +108,12 @@ def prepare(
       "privacy.examples_per_user must be 1 for an audit, got"
       f" {plan.examples_per_user}"
     )
-  if config.model.trainable:
+  experiment = setup.build(config, plan=plan, parts=parts)
+  step, task = experiment.step, experiment.task
+  if task.trainable:
     raise ValueError(
-      "model.trainable must be empty for an audit, got"
-      f" {config.model.trainable!r}"
+      f"model.trainable must be empty for an audit, got {task.trainable!r}"
     )
-  experiment = setup.build(config, plan=plan)
-  step = experiment.step
   clipped_grad = step.mechanism.clipped_grad
   step = dataclasses.replace(
     step,
@@ -124,33 +127,31 @@ def prepare(
     optimizer=recording(),
     ema_decay=0.0,
   )
-  example = abstract_step.example(config)
+  example = abstract_step.example(experiment)
   unit = abstract_step.unit(config, example)
   rng = np.random.default_rng(0)
-  draw = functools.partial(_random, rng, config.model.num_outputs)
+  largest = experiment.largest_integers(example)
+  filled = lambda shapes: {
+    name: _random(rng, largest.get(name, 0) + 1, x)
+    for name, x in shapes.items()
+  }
   key_data = keys.key_data(keys.insecure_secret(0))
   state = step.init_from(
-    functools.partial(parameters.make_params, experiment.model),
+    functools.partial(parameters.make_params, task),
     key_data,
-    _filled(example, draw)["inputs"],
+    filled(example),
   )
   program = Program(
     plan=plan,
     step=step,
     state=state,
     chunk_size=experiment.chunk_size,
-    unit=_filled(unit, draw),
+    unit=filled(unit),
     num_entries=sum(x.size for x in jax.tree.leaves(state.params)),
     num_threads=config.data.num_threads,
     prefetch=config.data.prefetch,
   )
   return _with_direction(program) if canary == "example" else program
-
-
-def _filled(
-  shapes: dict[str, Any], draw: Callable[[Any], np.ndarray]
-) -> dict[str, np.ndarray]:
-  return {name: draw(shape) for name, shape in shapes.items()}
 
 
 def _random(rng: np.random.Generator, most: int, x: Any) -> np.ndarray:

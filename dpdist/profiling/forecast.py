@@ -17,6 +17,7 @@ from dpdist.distributed import mesh as mesh_lib
 from dpdist.profiling import chips
 from dpdist.profiling import compiled
 from dpdist.profiling import products
+from dpdist.tasks import parts as parts_lib
 from dpdist.training import abstract_step
 from dpdist.training import setup
 
@@ -24,7 +25,10 @@ PyTree = Any
 
 
 def forecast(
-  config: ml_collections.ConfigDict, topology: str, num_slices: int = 1
+  config: ml_collections.ConfigDict,
+  topology: str,
+  num_slices: int = 1,
+  parts: parts_lib.Parts = parts_lib.NAMED,
 ) -> dict[str, Any]:
   """Compiles a config's step for a pod.
 
@@ -32,6 +36,7 @@ def forecast(
     config: settings; for models of tokens its data need not exist.
     topology: see `dpdist.profiling.chips.devices`.
     num_slices: see `dpdist.profiling.chips.devices`.
+    parts: what is given as objects.
 
   Returns:
     JSON-able: "epsilon" of the plan, "num_chips", "parameters", "chunk_size",
@@ -47,22 +52,22 @@ def forecast(
   devices = chips.devices(topology, num_slices)
   chip = chips.CHIPS[topology.partition(":")[0]]
   experiment = setup.build(
-    config, mesh_lib.make(config.mesh, devices), platform="tpu"
+    config, mesh_lib.make(config.mesh, devices), parts=parts, platform="tpu"
   )
-  model, step = experiment.model, experiment.step
+  step = experiment.step
   if config.clipping.exact_sum:
     raise ValueError(
       "clipping.exact_sum must be False to compile for a topology: its programs"
       " are for one device each, got True"
     )
-  example = abstract_step.example(config)
-  state = abstract_step.state(step, model, example["inputs"])
+  example = abstract_step.example(experiment)
+  state = abstract_step.state(experiment, example)
   arguments = abstract_step.arguments(
     step,
     state,
     abstract_step.unit(config, example),
     experiment.chunk_size,
-    abstract_step.frozen(step, model, example["inputs"]),
+    abstract_step.frozen(experiment, example),
   )
   key = arguments[4]
   memory = abstract_step.memory(step, state, arguments)

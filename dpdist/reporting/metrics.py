@@ -2,9 +2,11 @@
 
 A private run spends its budget on the noisy gradients. Whatever is computed
 from those, from public numbers or from held-out data may be released freely; a
-function of the true batch may not, however harmless it looks. The two sets of
-names are closed: a name in neither is refused, so every new metric must be
-classified here.
+function of the true batch may not, however harmless it looks. The sets of names
+are closed: `RELEASED`, `SENSITIVE`, and the names that a run's task declares,
+whose metrics are computed from held-out examples alone (see
+`dpdist.tasks.held_out`) and are written as test/NAME and test_ema/NAME. Any
+other name is refused, so every new metric must be classified here.
 
 Rows go to `metrics.jsonl`, one JSON object a line, and to TensorBoard. JSON has
 no notation for numbers that are not finite, so they are written as the strings
@@ -22,8 +24,6 @@ from typing import Any, Self
 from dpdist.files import json_fields
 from dpdist.reporting import tensorboard
 
-_HELD_OUT = ("accuracy", "loss", "perplexity")
-
 RELEASED: frozenset[str] = frozenset(
   (
     # Public numbers, and numbers computed from the noisy gradient.
@@ -32,12 +32,9 @@ RELEASED: frozenset[str] = frozenset(
     "noisy_gradient_norm",
     # The norm of the noise in that gradient, from the plan alone.
     "noise_norm",
-    # Metrics of data that was not trained on, under released parameters.
-    *(f"test/{name}" for name in _HELD_OUT),
-    *(f"test_ema/{name}" for name in _HELD_OUT),
   )
 )
-"""Names that may leave the run.
+"""Names that may leave any run.
 
 No time, and no speed, is among them: a step takes longer when more examples
 were drawn, and how many were is private. See `dpdist.reporting.telemetry`.
@@ -51,8 +48,25 @@ SENSITIVE: frozenset[str] = frozenset(
 _FILE = "metrics.jsonl"
 
 
-def check_released(names: Iterable[str]) -> None:
-  """Raises ValueError unless every name is in `RELEASED`."""
+HELD_OUT = ("accuracy", "loss")
+"""The metrics that this project's own tasks declare."""
+
+_GROUPS = ("test", "test_ema")
+
+
+def check_released(
+  names: Iterable[str], held_out: Iterable[str] = HELD_OUT
+) -> None:
+  """Raises ValueError unless every name is in `RELEASED` or was declared.
+
+  Args:
+    names: as they are written.
+    held_out: the names that the run's task declares, without their group.
+  """
+  released = {
+    *RELEASED,
+    *(f"{group}/{name}" for group in _GROUPS for name in held_out),
+  }
   for name in names:
     if name in SENSITIVE:
       raise ValueError(
@@ -61,9 +75,9 @@ def check_released(names: Iterable[str]) -> None:
         " need no protection, set --config.unsafe_metrics=True and use"
         " write_sensitive"
       )
-    if name not in RELEASED:
+    if name not in released:
       raise ValueError(
-        f"{name!r} is no known metric; released: {sorted(RELEASED)}"
+        f"{name!r} is no known metric; released: {sorted(released)}"
       )
 
 
@@ -86,14 +100,15 @@ class Writer:
   been seen.
 
   Guarantees:
-    Without `unsafe_metrics`, no name outside `RELEASED` is ever written. A call
-    with such a name writes nothing at all.
+    Without `unsafe_metrics`, no name is ever written that is neither in
+    `RELEASED` nor declared. A call with such a name writes nothing at all.
 
   Args:
     workdir: a directory on a file system; made if missing.
     unsafe_metrics: whether `write_sensitive` may be used. It voids the
       guarantee of the run.
     start_step: the step resumed from, 0 for a fresh run.
+    held_out: the names that the run's task declares.
 
   Raises:
     ValueError: if `start_step` is negative, or `metrics.jsonl` is damaged
@@ -106,12 +121,14 @@ class Writer:
     *,
     unsafe_metrics: bool,
     start_step: int = 0,
+    held_out: Iterable[str] = HELD_OUT,
   ) -> None:
     if start_step < 0:
       raise ValueError(f"start_step must be at least 0, got {start_step}")
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     self._unsafe_metrics = unsafe_metrics
+    self._held_out = tuple(held_out)
     self._last_step = start_step
     kept = [row for row in read(workdir) if row["step"] <= start_step]
     # Rewriting also repairs a half-written last line, which an append would
@@ -135,12 +152,12 @@ class Writer:
 
     Args:
       step: steps made so far; may repeat, but not go back.
-      values: name to scalar; names from `RELEASED`.
+      values: name to scalar; names from `RELEASED`, or declared ones.
 
     Raises:
       ValueError: if a name is sensitive or unknown, or `step` goes back.
     """
-    check_released(values)
+    check_released(values, self._held_out)
     self._write(step, values, prefix="")
 
   def write_sensitive(self, step: int, values: Mapping[str, float]) -> None:

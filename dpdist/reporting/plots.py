@@ -42,11 +42,7 @@ def plots(rows: _Rows, epsilon_budget: float) -> str:
   """
   spent = [{"step": 0, "epsilon": 0.0}, *rows]
   found = (
-    _plot(
-      "Held-out accuracy",
-      rows,
-      {"test/accuracy": "raw", "test_ema/accuracy": "EMA"},
-    ),
+    _held_out(rows),
     _plot(
       "Epsilon spent",
       spent if any("epsilon" in row for row in rows) else [],
@@ -63,6 +59,16 @@ def plots(rows: _Rows, epsilon_budget: float) -> str:
     _plot("Learning rate", rows, {"learning_rate": ""}),
   )
   return _grid(found)
+
+
+def _held_out(rows: _Rows) -> str:
+  """Draws the metric that the run's task names first."""
+  names = [name for row in rows for name in row if name.startswith("test/")]
+  if not names:
+    return ""
+  metric = names[0].removeprefix("test/")
+  curves = {f"test/{metric}": "raw", f"test_ema/{metric}": "EMA"}
+  return _plot(f"Held-out {metric}", rows, curves)
 
 
 def speed(rows: _Rows) -> str:
