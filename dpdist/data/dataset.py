@@ -1,0 +1,137 @@
+"""A data set: what is trained on, what is held out, and whose each example is.
+
+    dataset = dpdist.Dataset(train={"x": x, "y": y}, test={"x": ..., "y": ...})
+
+Each part is a `dpdist.data.sources.Source`, or a mapping from names to arrays
+of equal leading length. Exactly the training part is protected.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from dpdist import errors
+from dpdist.data import arrays
+from dpdist.data import sources
+from dpdist.data import users
+
+_METHODS = ("__len__", "read", "content_digest")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Dataset:
+  """The two parts of a data set.
+
+  Attributes:
+    train: the set that the mechanism samples from; exactly this is protected.
+    test: the held-out set; the privacy guarantee does not cover it.
+    train_users: integers or strings, the user of each training example. They
+      count where `data.examples_per_unit` makes users the unit of privacy.
+    test_users: likewise of the held-out examples; needed with train_users,
+      since no user may be in both parts.
+
+  Raises:
+    ValueError: a part is neither a source nor arrays, or only one of the parts
+      says who its users are.
+  """
+
+  train: sources.Source
+  test: sources.Source
+  train_users: np.ndarray | None = None
+  test_users: np.ndarray | None = None
+
+  def __post_init__(self) -> None:
+    for name in ("train", "test"):
+      object.__setattr__(self, name, _source(name, getattr(self, name)))
+    if (self.train_users is None) != (self.test_users is None):
+      raise errors.ArgumentError(
+        "train_users and test_users must be given together, so that no user is"
+        " in both parts, got one of them"
+      )
+
+  def over_users(self, slots: int, *, name: str) -> "Dataset":
+    """Returns the data set with users as the rows of its training part.
+
+    Args:
+      slots: see `dpdist.data.users.UserSource`.
+      name: of what holds the users, for messages.
+
+    Raises:
+      ValueError: the users are not one for each example, or one is in both
+        parts.
+    """
+    parts = (self.train, self.train_users), (self.test, self.test_users)
+    for source, ids in parts:
+      owners = np.asarray(ids)
+      if owners.shape != (len(source),):
+        raise errors.ArgumentError(
+          f"{name} must say of each of the {len(source)} examples whose it is,"
+          f" got {owners.dtype} {owners.shape}"
+        )
+    train_ids, test_ids = np.asarray(self.train_users), self.test_users
+    unit_of_example, num_units = users.number(train_ids, name=name)
+    users.number(np.asarray(test_ids), name=name)
+    # The held-out set is not protected: its metrics are released without noise.
+    shared = len(np.intersect1d(train_ids, np.asarray(test_ids)))
+    if shared:
+      raise errors.ArgumentError(
+        f"{name} must hold no user in both parts, or what is held out would"
+        f" give away users that training protects, got {shared} who are"
+      )
+    train = users.UserSource(self.train, unit_of_example, num_units, slots)
+    return Dataset(train, self.test)
+
+  def map_sources(
+    self, change: Callable[[sources.Source], sources.Source]
+  ) -> "Dataset":
+    """Returns the data set with both parts changed."""
+    return dataclasses.replace(
+      self, train=change(self.train), test=change(self.test)
+    )
+
+
+def of(thing: Any) -> Dataset:
+  """Returns a thing as a data set: it is one, or has the parts of one.
+
+  Raises:
+    ValueError: it has no `train` or no `test`.
+  """
+  if isinstance(thing, Dataset):
+    return thing
+  if not (hasattr(thing, "train") and hasattr(thing, "test")):
+    raise errors.ArgumentError(
+      "a data set must be a dpdist.Dataset, or have its parts train and test,"
+      f" got {type(thing).__name__}"
+    )
+  names = [field.name for field in dataclasses.fields(Dataset)]
+  return Dataset(**{x: getattr(thing, x) for x in names if hasattr(thing, x)})
+
+
+def code(dataset: Dataset) -> list[Any]:
+  """Returns what reads the training examples, whose code decides what they are.
+
+  It names classes and functions of sources that are not in the digest of their
+  content.
+  """
+  found: list[Any] = []
+  source: Any = dataset.train
+  while source is not None:
+    found.append(type(source))
+    found.append(getattr(source, "convert", None))
+    source = getattr(source, "examples", None)
+  return [thing for thing in found if thing is not None]
+
+
+def _source(name: str, part: Any) -> sources.Source:
+  if isinstance(part, Mapping):
+    return arrays.ArraySource(part)
+  missing = [method for method in _METHODS if not hasattr(part, method)]
+  if missing:
+    raise errors.ArgumentError(
+      f"{name} of a data set must be a mapping of arrays or a source, got"
+      f" {type(part).__name__} without {', '.join(missing)}"
+    )
+  source: sources.Source = part
+  return source
