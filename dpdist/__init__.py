@@ -13,6 +13,7 @@ if TYPE_CHECKING:
   from dpdist.clipping import ClippedGrads as ClippedGrads
   from dpdist.clipping import clipped_grad as clipped_grad
   from dpdist.clipping.stateful import with_state as with_state
+  from dpdist.data.dataset import Dataset as Dataset
   from dpdist.frontends.dp_config import DPConfig as DPConfig
   from dpdist.frontends.model_check import check_model as check_model
   from dpdist.mechanism.private_gradients import (
@@ -27,16 +28,20 @@ if TYPE_CHECKING:
   from dpdist.sampling import PoissonSampler as PoissonSampler
   from dpdist.sampling import TruncatedPoissonSampler as TruncatedPoissonSampler
   from dpdist.sensitivity.sentinel import check_sensitivity as check_sensitivity
+  import dpdist.tasks as tasks  # noqa: F401
+  from dpdist.tasks.task import Task as Task
   from dpdist.training.train import train as train
 
 _HOME = {
   "ClippedGrads": "clipping",
   "CyclicPoissonSampler": "sampling",
   "DPConfig": "frontends.dp_config",
+  "Dataset": "data.dataset",
   "FixedSizeSampler": "sampling",
   "PoissonSampler": "sampling",
   "PrivacyConfig": "privacy.plan",
   "PrivacyPlan": "privacy.plan",
+  "Task": "tasks.task",
   "TruncatedPoissonSampler": "sampling",
   "accounting": "",
   "check_model": "frontends.model_check",
@@ -45,6 +50,7 @@ _HOME = {
   "gaussian_noise": "noise.noise",
   "make_plan": "privacy.plan",
   "private_gradients": "mechanism.private_gradients",
+  "tasks": "",
   "train": "training.train",
   "with_state": "clipping.stateful",
 }

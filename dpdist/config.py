@@ -25,6 +25,9 @@ def default() -> ml_collections.ConfigDict:
   """Returns all settings with their defaults; each section has a function."""
   config = ml_collections.ConfigDict()
 
+  # classification, language_model, or PACKAGE.MODULE:FUNCTION, a function of
+  # the whole config that returns a dpdist.Task; empty: the model's own.
+  config.task = ""
   config.data = data_defaults()
   config.model = model_defaults()
   config.augmentation = augmentation_defaults()
@@ -95,7 +98,8 @@ def model_defaults() -> ml_collections.ConfigDict:
   """Returns settings of the model, its first weights and what is trained."""
   model = ml_collections.ConfigDict()
   model.name = "random_features"
-  # linear, random_features, cnn, wide_resnet, decoder, stacked_decoder, bert
+  # linear, random_features, cnn, wide_resnet, decoder, stacked_decoder, bert;
+  # or PACKAGE.MODULE:FUNCTION, a function of this section
   model.num_outputs = 10  # classes, or the vocabulary
   model.width = 0  # features, channels, or a transformer's dimension
   model.depth = 0  # decoders, bert: blocks; wide_resnet: layers
@@ -183,7 +187,8 @@ def sentinel_defaults() -> ml_collections.ConfigDict:
 def optimizer_defaults() -> ml_collections.ConfigDict:
   """Returns settings of the update that follows the noise."""
   optimizer = ml_collections.ConfigDict()
-  optimizer.name = "sgd"  # any optax optimizer
+  # Any optax optimizer, or PACKAGE.MODULE:FUNCTION, called as those are.
+  optimizer.name = "sgd"
   optimizer.learning_rate = 1.0  # peak
   optimizer.schedule = "constant"  # constant, cosine, linear
   optimizer.warmup_steps = 0

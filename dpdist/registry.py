@@ -1,7 +1,8 @@
 """Finds things by the names that settings give them, ours or somebody else's.
 
-A setting names a thing of some kind: a data set, an engine. Layer rules are
-named by none: all that are registered are used. `resolve` finds a thing
+A setting names a thing of some kind: "dataset", "model", "optimizer", "task" or
+"engine". Layer rules are named by none: all that are registered are used.
+`resolve` finds a thing
 
   * by a name that was registered, as all of ours are;
   * as "package.module:attribute", which is imported;
@@ -18,15 +19,17 @@ Guarantees:
   * The digest is of what this process runs. It is taken when the code is
     registered or first resolved. A run is refused if a file was edited after
     that, or after the process had imported it.
-  * A run refuses a data set or layer rule whose code has no file, such as a
-    notebook's.
+  * A named thing, a data set, and a layer rule, whose code has no file, such as
+    a notebook's, is refused.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+import functools
 import hashlib
 import importlib
 from importlib import machinery
 from importlib import metadata
+import inspect
 import os
 import pathlib
 import sys
@@ -42,7 +45,7 @@ _OURS = (_ROOT / "dpdist", _ROOT / "launch")
 _CODE = (".py", ".pyc", *machinery.EXTENSION_SUFFIXES)
 _STARTED = time.time()
 # Kinds of which a run computes something; an engine only starts it.
-_DECIDE_STEPS = ("dataset", "layer_rule")
+_DECIDE_STEPS = ("dataset", "layer_rule", "model", "optimizer", "task")
 
 
 class _Thing(NamedTuple):
@@ -114,6 +117,11 @@ def outside_sha256(kind: str) -> str:
   return hashlib.sha256("".join(parts).encode()).hexdigest() if parts else ""
 
 
+def is_known(kind: str, name: str) -> bool:
+  """Returns whether `resolve` may find a thing."""
+  return ":" in name or name in names(kind)
+
+
 def resolve(kind: str, name: str, *, setting: str) -> Any:
   """Finds a thing.
 
@@ -158,12 +166,56 @@ def code_sha256(kind: str, name: str, *, setting: str) -> str:
   return digest.hexdigest() if modules else ""
 
 
+def code_sha256_of(
+  things: Iterable[Any], *, setting: str, needs_files: bool
+) -> str:
+  """Returns the SHA-256 of the files of things' code outside; "" of none.
+
+  Args:
+    things: functions, classes or instances, which were imported before.
+    setting: what they were given as, for messages.
+    needs_files: whether code without a file is refused, and code that was
+      edited after it was read. Else such code is told apart by other means.
+
+  Raises:
+    ValueError: code has no file, or was edited.
+  """
+  modules = {_spelt_out(_home(_unwrapped(thing))) for thing in things} - {""}
+  digest, is_ours = hashlib.sha256(), True
+  for module in sorted(modules):
+    if _is_ours(module) or module.split(".")[0] in sys.stdlib_module_names:
+      continue
+    if needs_files:
+      _refuse_edited(module, setting)
+    elif not [*_files(module)]:
+      continue
+    digest.update(f"{module}\0{_sha256(module, setting)}\0".encode())
+    is_ours = False
+  return "" if is_ours else digest.hexdigest()
+
+
+def _unwrapped(thing: Any) -> Any:
+  """Returns the function in a partial or decorated one."""
+  while isinstance(thing, functools.partial):
+    thing = thing.func
+  return inspect.unwrap(thing)
+
+
+def _home(thing: Any) -> str:
+  """Returns the name of the module that a thing's code is in; "" if unknown."""
+  # A module has a name; functions, classes and methods, and an instance by its
+  # class, say where they are defined.
+  where = getattr(thing, "__module__", None) or getattr(thing, "__name__", None)
+  return where if isinstance(where, str) else ""
+
+
 def _find(kind: str, name: str, setting: str) -> _Thing:
   if name in _things.get(kind, {}):
     return _things[kind][name]
   module, has_attribute, attribute = name.partition(":")
   if has_attribute:
-    _refuse_edited(kind, module, setting)
+    if kind in _DECIDE_STEPS:
+      _refuse_edited(module, setting)
     try:
       thing = getattr(importlib.import_module(module), attribute)
     except (AttributeError, ImportError, ValueError) as error:
@@ -173,7 +225,8 @@ def _find(kind: str, name: str, setting: str) -> _Thing:
       ) from error
     return _Thing(thing, module)
   for point in metadata.entry_points(group=_group(kind), name=name):
-    _refuse_edited(kind, point.module, setting)
+    if kind in _DECIDE_STEPS:
+      _refuse_edited(point.module, setting)
     return _Thing(point.load(), point.module)
   raise errors.ArgumentError(
     f"{setting} must be one of {names(kind)}, or package.module:attribute, got"
@@ -187,15 +240,11 @@ def _modules(found: _Thing, setting: str) -> list[str]:
   Raises:
     ValueError: it does not say where its code is.
   """
-  thing = found.thing
-  # A module has a name; a function and a class say where they are defined.
-  where = getattr(thing, "__module__", None) or getattr(thing, "__name__", None)
-  if (
-    not isinstance(where, str) or where.split(".")[0] in sys.stdlib_module_names
-  ):
+  where = _home(found.thing)
+  if not where or where.split(".")[0] in sys.stdlib_module_names:
     raise errors.ArgumentError(
       f"{setting} must name a function, a class or a module, whose code a run"
-      f" can be told apart by, got {thing!r}"
+      f" can be told apart by, got {found.thing!r}"
     )
   modules = {_spelt_out(where), _spelt_out(found.named_by)}
   return sorted(module for module in modules if not _is_ours(module))
@@ -215,11 +264,9 @@ def _is_ours(module: str) -> bool:
   )
 
 
-def _refuse_edited(kind: str, module: str, setting: str) -> None:
+def _refuse_edited(module: str, setting: str) -> None:
   """Raises ValueError for a module that was edited after it was imported."""
-  if kind not in _DECIDE_STEPS or module not in sys.modules:
-    return
-  if module in _digests or _is_ours(module):
+  if module not in sys.modules or module in _digests or _is_ours(module):
     return
   newest = max((path.stat().st_mtime for _, path in _files(module)), default=0)
   if newest > _STARTED:

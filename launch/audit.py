@@ -32,6 +32,7 @@ from dpdist.privacy import statement
 from dpdist.reporting import console
 from dpdist.reporting import plots
 from launch.cli import common_flags
+from launch.cli import config_parts
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 
@@ -66,7 +67,9 @@ def main() -> int:
   try:
     if _PLOT.value is not None:
       plots.check_path(_PLOT.value)
-    program = canaries.prepare(_CONFIG.value, canary=_CANARY.value)
+    program = canaries.prepare(
+      _CONFIG.value, canary=_CANARY.value, parts=config_parts.load("config")
+    )
     result = audit.audit(
       program,
       mode=_MODE.value,

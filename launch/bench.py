@@ -31,6 +31,7 @@ from dpdist.profiling import forecast
 from dpdist.profiling import measure
 from dpdist.reporting import console
 from launch.cli import common_flags
+from launch.cli import config_parts
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 
@@ -56,7 +57,12 @@ def main() -> int:
     elif _AUTOTUNE.value:
       raise ValueError("--autotune tries on this machine: without --topology")
     else:
-      facts = forecast.forecast(_CONFIG.value, _TOPOLOGY.value, _SLICES.value)
+      facts = forecast.forecast(
+        _CONFIG.value,
+        _TOPOLOGY.value,
+        _SLICES.value,
+        config_parts.load("config"),
+      )
   except ValueError as error:
     return flag_parsing.usage_error(error)
   if _JSON.value:
@@ -71,7 +77,7 @@ def main() -> int:
 
 
 def _here() -> dict[str, Any]:
-  bench = measure.prepare(_CONFIG.value)
+  bench = measure.prepare(_CONFIG.value, config_parts.load("config"))
   if not _AUTOTUNE.value:
     return measure.compare(bench, rounds=_ROUNDS.value)
   facts = autotune.search(bench)

@@ -14,16 +14,16 @@ from collections.abc import Callable
 import json
 from typing import Any
 
-import numpy as np
-
 from dpdist import errors
 from dpdist.keys import keys
 from dpdist.reporting import console
 from dpdist.sensitivity import sentinel
 from dpdist.training import abstract_step
+from dpdist.training import parameters
 from dpdist.training import setup
 from dpdist.training import step_sentinel
 from launch.cli import common_flags
+from launch.cli import config_parts
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 from launch.cli import messages
@@ -53,12 +53,10 @@ def main() -> int:
 
 def _prepared(config: Any) -> Callable[[], sentinel.Report]:
   """Returns the check to run, once all settings are known to be right."""
-  experiment = setup.build(config)
-  step, example = experiment.step, abstract_step.example(config)
-  inputs = example["inputs"]
-  start = experiment.parameters(
-    keys.key_data(keys.insecure_secret(0)),
-    np.zeros(inputs.shape, inputs.dtype),
+  experiment = setup.build(config, parts=config_parts.load("config"))
+  step, example = experiment.step, abstract_step.example(experiment)
+  start = parameters.of(
+    experiment.task, keys.key_data(keys.insecure_secret(0)), example
   )
   row = abstract_step.unit(config, example)
   return lambda: step_sentinel.check_step(
@@ -66,7 +64,7 @@ def _prepared(config: Any) -> Callable[[], sentinel.Report]:
     start.init(step).params,
     start.frozen(step),
     row=row,
-    largest=setup.largest_integers(config, row),
+    largest=experiment.largest_integers(row),
     chunk_size=experiment.chunk_size,
     is_watched=config.sentinel.every > 0,
   )

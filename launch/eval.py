@@ -17,6 +17,7 @@ from dpdist.files import json_fields
 from dpdist.privacy import statement
 from dpdist.reporting import console
 from launch.cli import common_flags
+from launch.cli import config_parts
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 from launch.cli import runs
@@ -35,6 +36,7 @@ def main() -> int:
       runs.open_begun(_WORKDIR.value, _LEDGER.value),
       config=_CONFIG.value,
       step=_STEP.value,
+      parts=config_parts.load("config"),
     )
   except ValueError as error:
     return flag_parsing.usage_error(error)

@@ -19,6 +19,7 @@ from dpdist.export import load_run
 from dpdist.files import json_fields
 from dpdist.reporting import console
 from launch.cli import common_flags
+from launch.cli import config_parts
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 from launch.cli import runs
@@ -46,6 +47,7 @@ def main() -> int:
       runs.open_begun(workdir, _LEDGER.value),
       config=_CONFIG.value,
       step=_STEP.value,
+      parts=config_parts.load("config"),
     )
     facts = export.write(
       released,

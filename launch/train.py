@@ -24,6 +24,7 @@ from dpdist.distributed import startup
 from dpdist.distributed import watchdog
 from dpdist.workdir import fingerprint
 from launch.cli import common_flags
+from launch.cli import config_parts
 from launch.cli import exit_codes
 from launch.cli import flag_parsing
 from launch.cli import messages
@@ -82,7 +83,8 @@ def _main() -> int:
     # may be waited for: a process that is asked to stop when all have stopped
     # because of another would count as killed.
     signals.Signals(lambda name: None).__enter__()
-    dpdist.train(_CONFIG.value, _WORKDIR.value)
+    parts = config_parts.load("config")
+    dpdist.train(_CONFIG.value, _WORKDIR.value, **vars(parts))
   except (
     errors.SettingsError,
     errors.MismatchError,

@@ -28,6 +28,7 @@ from dpdist.distributed import mesh as mesh_lib
 from dpdist.keys import keys
 from dpdist.mechanism import mechanism
 from dpdist.privacy import plan as plan_lib
+from dpdist.tasks import parts as parts_lib
 from dpdist.training import abstract_step
 from dpdist.training import parameters
 from dpdist.training import setup
@@ -92,7 +93,10 @@ class Observed(NamedTuple):
 
 
 def prepare(
-  config: ml_collections.ConfigDict, *, canary: str = "entry"
+  config: ml_collections.ConfigDict,
+  *,
+  canary: str = "entry",
+  parts: parts_lib.Parts = parts_lib.NAMED,
 ) -> Program:
   """Makes a config's step on all devices, for canaries.
 
@@ -105,12 +109,11 @@ def prepare(
   _validation.require(
     users == 1, "privacy.examples_per_user", "1 for an audit", users
   )
-  trainable = config.model.trainable
+  experiment = setup.build(config, plan=plan, parts=parts)
+  step, task = experiment.step, experiment.task
   _validation.require(
-    not trainable, "model.trainable", "empty for an audit", trainable
+    not task.trainable, "model.trainable", "empty for an audit", task.trainable
   )
-  experiment = setup.build(config, plan=plan)
-  step = experiment.step
   clipped_grad = step.mechanism.clipped_grad
   step = dataclasses.replace(
     step,
@@ -124,19 +127,19 @@ def prepare(
     optimizer=recording(),
     ema_decay=0.0,
   )
-  example = abstract_step.example(config)
+  example = abstract_step.example(experiment)
   unit = abstract_step.unit(config, example)
   rng = np.random.default_rng(0)
-
-  def filled(shapes: dict[str, Any]) -> dict[str, np.ndarray]:
-    most = config.model.num_outputs
-    return {name: _random(rng, most, shape) for name, shape in shapes.items()}
-
+  largest = experiment.largest_integers(example)
+  filled = lambda shapes: {
+    name: _random(rng, largest.get(name, 0) + 1, x)
+    for name, x in shapes.items()
+  }
   key_data = keys.key_data(keys.insecure_secret(0))
   state = step.init_from(
-    functools.partial(parameters.make_params, experiment.model),
+    functools.partial(parameters.make_params, task),
     key_data,
-    filled(example)["inputs"],
+    filled(example),
   )
   program = Program(experiment, step, state, filled(unit))
   return _with_direction(program) if canary == "example" else program

@@ -38,7 +38,7 @@ class ArraySource:
     | None = None,
   ):
     self._arrays = {name: np.asarray(a) for name, a in arrays.items()}
-    self._convert = convert
+    self.convert = convert
     self._manifest: str | None = None
     mapped = {_mapped_file(array) for array in self._arrays.values()} - {None}
     # A file that was removed by now cannot be changed by anyone.
@@ -97,7 +97,7 @@ class ArraySource:
     """See `dpdist.data.sources.Source.read`."""
     indices = sources.check_indices(indices, len(self))
     batch = {name: array[indices] for name, array in self._arrays.items()}
-    return self._convert(batch) if self._convert else batch
+    return self.convert(batch) if self.convert else batch
 
   def content_digest(self) -> str:
     """Returns the SHA-256 of names, dtypes, shapes and bytes, by name."""

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 
+from dpdist import _validation
+
 
 def flip_and_crop(
   *, flip: bool, crop: int
@@ -45,10 +47,12 @@ def check(config: ml_collections.ConfigDict, shape: tuple[int, ...]) -> None:
     shape: of an example's inputs.
   """
   wanted = config.augmentation
-  if wanted.multiplicity < 0:
-    raise ValueError(
-      f"augmentation.multiplicity must be at least 0, got {wanted.multiplicity}"
-    )
+  _validation.require(
+    wanted.multiplicity >= 0,
+    "augmentation.multiplicity",
+    "at least 0",
+    wanted.multiplicity,
+  )
   if not wanted.multiplicity:
     if wanted.flip or wanted.crop:
       raise ValueError(

@@ -16,6 +16,7 @@ from typing import NamedTuple
 import grain
 import numpy as np
 
+from dpdist import _validation
 from dpdist import errors
 from dpdist.data import sources
 
@@ -126,15 +127,15 @@ def _check_numbers(
   prefetch: int,
 ) -> None:
   """Raises ValueError for numbers out of their range."""
-  if not 0 <= start_step <= num_steps:
-    raise ValueError(
-      f"start_step must be in [0, num_steps={num_steps}], got {start_step}"
-    )
-  if chunk_size < 1:
-    raise ValueError(f"chunk_size must be at least 1, got {chunk_size}")
-  for name, value in (("num_threads", num_threads), ("prefetch", prefetch)):
-    if value < 0:
-      raise ValueError(f"{name} must be at least 0, got {value}")
+  _validation.require(
+    0 <= start_step <= num_steps,
+    "start_step",
+    f"in [0, num_steps={num_steps}]",
+    start_step,
+  )
+  _validation.check("chunk_size", chunk_size, _validation.COUNT)
+  _validation.check("num_threads", num_threads, _validation.integer(0))
+  _validation.check("prefetch", prefetch, _validation.integer(0))
 
 
 def _checked_rows(rows: np.ndarray, chunk_size: int) -> np.ndarray:
@@ -219,10 +220,10 @@ def _read_chunk(
 ) -> Chunk:
   """Reads this host's rows of the chunk that `indices` fill from the front."""
   is_padding_example = rows >= len(indices)
-  mine = indices[rows[~is_padding_example]]
+  drawn = indices[rows[~is_padding_example]]
   batch = {}
-  for name, array in source.read(mine).items():
-    if len(array) != len(mine):
+  for name, array in source.read(drawn).items():
+    if len(array) != len(drawn):
       raise ValueError(
         f"source must return one row of {name!r} for each index; it did not"
       )

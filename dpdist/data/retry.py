@@ -10,12 +10,12 @@ step reads is private.
 """
 
 from collections.abc import Callable, Iterator
-import math
 import threading
 from typing import Any
 
 import numpy as np
 
+from dpdist import _validation
 from dpdist import errors
 from dpdist.data import arrays as arrays_lib
 from dpdist.data import sources
@@ -66,10 +66,8 @@ class RetryingSource:
       ("retry_seconds", retry_seconds),
       ("stall_seconds", stall_seconds),
     ):
-      if not 0 <= value < math.inf:
-        raise ValueError(
-          f"data.{setting} must be finite and at least 0, got {value}"
-        )
+      rule = _validation.real(at_least=0)
+      _validation.check(f"data.{setting}", value, rule)
     self._source = source
     self._name = name
     self._retry_seconds = retry_seconds

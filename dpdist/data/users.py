@@ -21,6 +21,7 @@ import json
 
 import numpy as np
 
+from dpdist import _validation
 from dpdist.data import sources
 
 # Among a unit's arrays: bool (num_units, slots), True for an empty slot.
@@ -55,12 +56,8 @@ class UserSource:
   examples_per_unit: int
 
   def __post_init__(self) -> None:
-    if self.examples_per_unit < 1:
-      raise ValueError(
-        f"examples_per_unit must be at least 1, got {self.examples_per_unit}"
-      )
-    if self.num_units < 1:
-      raise ValueError(f"num_units must be at least 1, got {self.num_units}")
+    for name in ("examples_per_unit", "num_units"):
+      _validation.check(name, getattr(self, name), _validation.COUNT)
     owners = np.asarray(self.unit_of_example)
     if owners.shape != (len(self.examples),) or owners.dtype.kind not in "iu":
       raise ValueError(
@@ -152,14 +149,14 @@ class UserSource:
     indices = sources.check_indices(indices, len(self))
     order, starts = self._groups
     is_empty = np.ones((len(indices), self.examples_per_unit), np.bool_)
-    mine = [np.zeros(0, np.int64)]
+    rows = [np.zeros(0, np.int64)]
     for row, unit in enumerate(indices.tolist()):
       start, stop = starts[unit : unit + 2].tolist()
       chosen = choose(unit, stop - start)
       is_empty[row, : len(chosen)] = False
-      mine.append(order[start:stop][chosen])
+      rows.append(order[start:stop][chosen])
     units = {}
-    for name, array in self.examples.read(np.concatenate(mine)).items():
+    for name, array in self.examples.read(np.concatenate(rows)).items():
       if name == SLOT_IS_EMPTY:
         raise ValueError(f"examples must have no array named {SLOT_IS_EMPTY!r}")
       filled = np.zeros((*is_empty.shape, *array.shape[1:]), array.dtype)
@@ -218,8 +215,7 @@ def in_groups(examples: sources.Source, size: int) -> UserSource:
   Raises:
     ValueError: size is out of its range.
   """
-  if size < 1:
-    raise ValueError(f"size must be at least 1, got {size}")
+  _validation.check("size", size, _validation.COUNT)
   group_of_example = np.arange(len(examples), dtype=np.int64) // size
   return UserSource(examples, group_of_example, -(-len(examples) // size), size)
 
@@ -277,6 +273,6 @@ def parquet_ids(paths: Sequence[sources.Path], column: str) -> np.ndarray:
         f"data.unit_column={column!r} of {path} must hold integers or strings"
         f" and no nulls, got {ids.type} with {ids.null_count} nulls"
       )
-    found = ids.to_numpy(zero_copy_only=False)
-    pieces.append(found.astype(np.str_) if is_text else found)
+    column_ids = ids.to_numpy(zero_copy_only=False)
+    pieces.append(column_ids.astype(np.str_) if is_text else column_ids)
   return np.concatenate(pieces)

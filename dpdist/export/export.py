@@ -22,6 +22,7 @@ from dpdist import models
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.export import load_run
 from dpdist.export import model_card
+from dpdist.tasks import parts
 from dpdist.workdir import fingerprint
 
 PyTree = Any
@@ -92,18 +93,21 @@ def write(
   return facts
 
 
-def load(directory: str | os.PathLike[str]) -> tuple[nn.Module, PyTree]:
+def load(directory: str | os.PathLike[str]) -> tuple[nn.Module | None, PyTree]:
   """Loads a model that `write` wrote.
 
   Returns:
     The model, which maps the inputs of one example to logits, and its
-    parameters, as for `model.apply({"params": params}, inputs)`.
+    parameters, as for `model.apply({"params": params}, inputs)`. The model is
+    None if the run's task was given as an object.
   """
   directory = pathlib.Path(directory)
   settings = json.loads((directory / _CONFIG).read_text())
   flat = safetensors.load_file(directory / _PARAMS)
-  model = models.make(ml_collections.ConfigDict(settings["model"]))
-  return model, traverse_util.unflatten_dict(flat, sep=".")
+  params = traverse_util.unflatten_dict(flat, sep=".")
+  if settings["model"]["name"] == parts.GIVEN:
+    return None, params
+  return models.make(ml_collections.ConfigDict(settings["model"])), params
 
 
 def _metadata(facts: dict[str, Any]) -> dict[str, str]:

@@ -10,7 +10,6 @@ import os
 import pathlib
 from typing import Any, NamedTuple
 
-from flax import linen as nn
 import jax
 from jax.sharding import Mesh
 import ml_collections
@@ -18,13 +17,13 @@ import numpy as np
 
 from dpdist import config as config_lib
 from dpdist import errors
-from dpdist.data.datasets import datasets
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import composition
-from dpdist.tasks import chance
-from dpdist.tasks import classification
+from dpdist.tasks import held_out
+from dpdist.tasks import parts as parts_lib
+from dpdist.tasks import task as task_lib
 from dpdist.training import abstract_step
 from dpdist.training import parameters
 from dpdist.training import setup
@@ -41,11 +40,11 @@ class Released(NamedTuple):
     config: the run's settings.
     ledger: its ledger, which is sound.
     saved: the checkpoint's record.
-    model: maps inputs to logits.
+    task: what was trained.
     mesh: of this machine's devices.
     state: the checkpoint, with all parameters of the model, also the frozen
       ones; `ema_params` is None if the run keeps no average.
-    test: all held-out examples, arrays "inputs" and "targets".
+    test: all held-out examples, by name.
     environment: versions, code and devices that the run ended with; empty if it
       has not ended.
   """
@@ -53,7 +52,7 @@ class Released(NamedTuple):
   config: ml_collections.ConfigDict
   ledger: ledger_lib.Ledger
   saved: history.Saved
-  model: nn.Module
+  task: task_lib.Task
   mesh: Mesh
   state: step_lib.TrainState
   test: dict[str, np.ndarray]
@@ -66,6 +65,7 @@ def load(
   *,
   config: ml_collections.ConfigDict | None = None,
   step: int | None = None,
+  parts: parts_lib.Parts = parts_lib.NAMED,
 ) -> Released:
   """Restores a checkpoint of a run whose record is sound.
 
@@ -74,6 +74,7 @@ def load(
     ledger: its ledger, which is only read.
     config: the run's settings; None: those in the run directory.
     step: of the checkpoint; None: the newest that is whole.
+    parts: what was given to the run as objects.
 
   Raises:
     UnsoundError: the record is not sound.
@@ -85,13 +86,13 @@ def load(
   saved = _find(workdir, ledger, step)
   config = config_lib.load(workdir) if config is None else config
   _check_settings(config, ledger)
-  test = datasets.load(config.data).test
-  held_out = test.read(np.arange(len(test)))
-  experiment = setup.build(config, _mesh(config), plan=ledger.plan)
-  model, inputs = experiment.model, held_out["inputs"][0]
-  template = abstract_step.state(experiment.step, model, inputs)
+  experiment = setup.build(config, _mesh(config), plan=ledger.plan, parts=parts)
+  task, test = experiment.task, experiment.held_out
+  example = {name: x[0] for name, x in test.items()}
+  template = abstract_step.state(experiment, example)
   key_data = jax.ShapeDtypeStruct((2,), np.uint32)
-  frozen = experiment.parameters(key_data, inputs).frozen(experiment.step)
+  start = parameters.of(task, key_data, example)
+  frozen = start.frozen(experiment.step)
   restored = checkpoints.read(
     workdir / "checkpoints",
     template,
@@ -107,13 +108,13 @@ def load(
   if result.exists():
     environment = json.loads(result.read_text())["environment"]
   return Released(
-    config,
+    experiment.config,
     ledger,
     saved,
-    model,
+    task,
     experiment.mesh,
     restored,
-    held_out,
+    test,
     environment,
   )
 
@@ -142,8 +143,9 @@ def evaluate(released: Released) -> dict[str, Any]:
     this checkpoint; and "epsilon_spent", the odometer's value for what it may
     have released so far.
   """
-  ledger, state, test = released.ledger, released.state, released.test
-  run = classification.evaluator(released.model, test, released.mesh)
+  ledger, state = released.ledger, released.state
+  task, test = released.task, released.test
+  run = held_out.Evaluator(task, test, released.mesh, state.params)
   facts: dict[str, Any] = {
     "step": released.saved.step,
     "test": run(state.params),
@@ -151,12 +153,11 @@ def evaluate(released: Released) -> dict[str, Any]:
   if state.ema_params is not None:
     facts["test_ema"] = run(state.ema_params)
   for group in ("test", "test_ema"):
-    if found := group in facts and chance.problem(
-      facts[group], test["targets"]
-    ):
-      facts.setdefault("held_out_problems", {})[group] = found
+    problem = group in facts and held_out.problem(task, facts[group], test)
+    if problem:
+      facts.setdefault("held_out_problems", {})[group] = problem
   return facts | {
-    "num_test": len(test["targets"]),
+    "num_test": len(next(iter(test.values()))),
     "epsilon": composition.guaranteed(ledger.bounds),
     "epsilon_spent": composition.epsilon(ledger.spent),
     "delta": ledger.plan.delta,

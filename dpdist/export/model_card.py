@@ -11,6 +11,7 @@ import yaml
 from dpdist.export import load_run
 from dpdist.privacy import composition
 from dpdist.privacy import statement
+from dpdist.tasks import parts as parts_lib
 
 _TASKS = {1: "text-generation", 3: "image-classification"}
 
@@ -54,7 +55,7 @@ def text(released: load_run.Released, facts: dict[str, Any], name: str) -> str:
       ]
     ),
     "## Use\n",
-    _USE,
+    _USE if released.config.model.name != parts_lib.GIVEN else _USE_OF_GIVEN,
   ]
   return "\n".join(parts)
 
@@ -69,6 +70,15 @@ logits = model.apply({"params": params}, inputs)  # Of one example.
 """
 
 
+_USE_OF_GIVEN = """\
+```python
+from dpdist import export
+
+_, params = export.load("DIRECTORY OF THIS FILE")
+```
+"""
+
+
 def _front(
   released: load_run.Released, facts: dict[str, Any], name: str
 ) -> dict[str, Any]:
@@ -77,10 +87,11 @@ def _front(
   if facts["guarantee"] == "holds":
     tags.append("differential-privacy")
   scores = facts["test_ema" if facts["uses_ema"] else "test"]
-  inputs = released.test["inputs"]
-  task = _TASKS.get(inputs.ndim - 1, "tabular-classification")
-  if inputs.dtype.kind == "f" and task == "text-generation":
-    task = "tabular-classification"
+  inputs, task = released.test.get("inputs"), "other"
+  if inputs is not None:
+    task = _TASKS.get(inputs.ndim - 1, "tabular-classification")
+    if inputs.dtype.kind == "f" and task == "text-generation":
+      task = "tabular-classification"
   return {
     "library_name": "dpdist",
     "tags": tags,

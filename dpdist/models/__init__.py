@@ -1,7 +1,6 @@
 """Flax models for the configs, by name."""
 
-from collections.abc import Callable
-import math
+import dataclasses
 from typing import Any
 
 from flax import linen as nn
@@ -9,8 +8,10 @@ import jax.numpy as jnp
 import ml_collections
 import numpy as np
 
+from dpdist import _validation
+from dpdist import errors
+from dpdist import registry
 from dpdist.assets import weights
-from dpdist.distributed import mesh
 from dpdist.models import bert
 from dpdist.models import cnn
 from dpdist.models import decoder
@@ -29,20 +30,17 @@ def make(config: ml_collections.ConfigDict) -> nn.Module:
   [classes], or [length, vocabulary] for a language model. Parameters are
   float32 whatever the dtype of the computation.
 
+  Args:
+    config: `name` is one of ours, or finds a function of this config that
+      returns a model as `dpdist.registry.resolve` does.
+
   Raises:
     ValueError: unknown name or dtype, or a size that is missing.
   """
-  if config.dtype not in _DTYPES:
-    raise ValueError(
-      f"model.dtype must be one of {_DTYPES}, got {config.dtype!r}"
-    )
-  maker = _MAKERS.get(str(config.name))
-  if maker is None:
-    raise ValueError(
-      "model.name must be linear, random_features, cnn, wide_resnet, decoder,"
-      f" stacked_decoder or bert, got {config.name!r}"
-    )
-  return maker(config, jnp.dtype(config.dtype))
+  _validation.check("model.dtype", config.dtype, _validation.one_of(_DTYPES))
+  maker = registry.resolve("model", config.name, setting="model.name")
+  model: nn.Module = maker(config)
+  return model
 
 
 def from_disk(
@@ -66,144 +64,131 @@ def from_disk(
     return {}
   named: Any = getattr(model, "from_disk", None)
   if named is None:
-    raise ValueError(
+    raise errors.ArgumentError(
       f"model.weights must be empty for model.name={config.name!r}, which knows"
       f" no format of them, got {config.weights!r}"
     )
   return dict(named(weights.read(weights.locate(config.weights))))
 
 
-def partitioning(model: nn.Module) -> mesh.Rules:
-  """Returns a model's own rules for the mesh axis `model`; empty if none."""
-  return getattr(model, "partitioning", ())
+# Settings that a model may leave out, or that 0 means something for.
+_MAY_BE_0 = ("first_block", "lora_rank", "num_groups")
 
 
-def _alpha(config: ml_collections.ConfigDict) -> float:
-  alpha = config.lora_alpha
-  if not 0 < alpha < math.inf:
-    raise ValueError(
-      f"model.lora_alpha must be above 0 and finite, got {alpha}"
+def _made(
+  module: type[nn.Module], config: ml_collections.ConfigDict, **options: Any
+) -> nn.Module:
+  """Returns a module whose fields are settings, or options of another name.
+
+  Raises:
+    ValueError: a size is missing, or lora_alpha is no scale.
+  """
+  values: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), **options}
+  # Flax adds "name" and "parent", which are no settings.
+  known = {*config} - {*values, "name"}
+  for field in dataclasses.fields(module):
+    if field.name not in known:
+      continue
+    is_size = field.type is int and field.name not in _MAY_BE_0
+    values[field.name] = (
+      _size(config, field.name) if is_size else config[field.name]
     )
-  return alpha
+  if "lora_alpha" in values:
+    positive = _validation.POSITIVE
+    _validation.check("model.lora_alpha", config.lora_alpha, positive)
+  return module(**values)
 
 
 def _size(config: ml_collections.ConfigDict, name: str) -> int:
-  if config[name] < 1:
-    raise ValueError(
-      f"model.{name} must be at least 1 for model.name={config.name!r}, got"
-      f" {config[name]}"
-    )
-  return config[name]
-
-
-def _random_features(
-  config: ml_collections.ConfigDict, dtype: Any
-) -> nn.Module:
-  return random_features.RandomFeatures(
-    _size(config, "num_outputs"), _size(config, "width"), dtype
+  _validation.require(
+    config[name] >= 1,
+    f"model.{name}",
+    f"at least 1 for model.name={config.name!r}",
+    config[name],
   )
+  return int(config[name])
 
 
-def _linear(config: ml_collections.ConfigDict, dtype: Any) -> nn.Module:
-  return linear.Linear(_size(config, "num_outputs"), config.num_groups, dtype)
+@registry.register("model", "random_features")
+def _random_features(config: ml_collections.ConfigDict) -> nn.Module:
+  return _made(random_features.RandomFeatures, config)
 
 
-def _wide_resnet(config: ml_collections.ConfigDict, dtype: Any) -> nn.Module:
+@registry.register("model", "linear")
+def _linear(config: ml_collections.ConfigDict) -> nn.Module:
+  return _made(linear.Linear, config)
+
+
+@registry.register("model", "cnn")
+def _cnn(config: ml_collections.ConfigDict) -> nn.Module:
+  return _made(cnn.CNN, config)
+
+
+@registry.register("model", "wide_resnet")
+def _wide_resnet(config: ml_collections.ConfigDict) -> nn.Module:
   depth = _size(config, "depth")
-  if depth < 10 or depth % 6 != 4:
-    raise ValueError(
-      "model.depth must be 10, 16, 22, 28, ... for"
-      f" model.name='wide_resnet', got {depth}"
-    )
-  return wide_resnet.WideResNet(
-    num_outputs=_size(config, "num_outputs"),
-    depth=depth,
-    width=_size(config, "width"),
-    num_groups=_size(config, "num_groups"),
-    dtype=dtype,
+  _validation.require(
+    depth >= 10 and depth % 6 == 4,
+    "model.depth",
+    "10, 16, 22, 28, ... for model.name='wide_resnet'",
+    depth,
   )
+  num_groups = _size(config, "num_groups")
+  return _made(wide_resnet.WideResNet, config, num_groups=num_groups)
 
 
-def _cnn(config: ml_collections.ConfigDict, dtype: Any) -> nn.Module:
-  return cnn.CNN(_size(config, "num_outputs"), _size(config, "width"), dtype)
+@registry.register("model", "decoder")
+def _decoder(config: ml_collections.ConfigDict) -> nn.Module:
+  return _made(decoder.Decoder, config, vocabulary=_size(config, "num_outputs"))
 
 
-def _decoder(config: ml_collections.ConfigDict, dtype: Any) -> nn.Module:
-  return decoder.Decoder(
-    vocabulary=_size(config, "num_outputs"),
-    width=_size(config, "width"),
-    depth=_size(config, "depth"),
-    num_heads=_size(config, "num_heads"),
-    dtype=dtype,
+@registry.register("model", "bert")
+def _bert(config: ml_collections.ConfigDict) -> nn.Module:
+  width, depth = _size(config, "width"), _size(config, "depth")
+  _validation.require(
+    width % _size(config, "num_heads") == 0,
+    "model.num_heads",
+    f"a divisor of the model.width of {width}",
+    config.num_heads,
   )
-
-
-def _bert(config: ml_collections.ConfigDict, dtype: Any) -> nn.Module:
-  width, num_heads = _size(config, "width"), _size(config, "num_heads")
-  if width % num_heads:
-    raise ValueError(
-      f"model.num_heads must divide the model.width of {width}, got {num_heads}"
-    )
-  depth = _size(config, "depth")
-  if not 0 <= config.first_block < depth:
-    raise ValueError(
-      f"model.first_block must be in [0, {depth}) for model.depth={depth},"
-      f" got {config.first_block}"
-    )
-  return bert.Bert(
+  _validation.require(
+    0 <= config.first_block < depth,
+    "model.first_block",
+    f"in [0, {depth}) for model.depth={depth}",
+    config.first_block,
+  )
+  return _made(
+    bert.Bert,
+    config,
     classes=_size(config, "num_outputs"),
     # A model that takes states has no embeddings.
     vocabulary=0 if config.first_block else _size(config, "vocabulary"),
-    positions=_size(config, "positions"),
-    width=width,
-    depth=depth,
-    num_heads=num_heads,
     hidden=config.hidden or 4 * width,
-    lora_rank=config.lora_rank,
-    lora_alpha=_alpha(config),
-    dtype=dtype,
-    first_block=config.first_block,
   )
 
 
-def _stacked_decoder(
-  config: ml_collections.ConfigDict, dtype: Any
-) -> nn.Module:
+@registry.register("model", "stacked_decoder")
+def _stacked_decoder(config: ml_collections.ConfigDict) -> nn.Module:
   width, num_heads = _size(config, "width"), _size(config, "num_heads")
   num_kv_heads = config.num_kv_heads or num_heads
-  if num_heads % num_kv_heads:
-    raise ValueError(
-      f"model.num_kv_heads must divide the model.num_heads of {num_heads},"
-      f" got {num_kv_heads}"
-    )
+  _validation.require(
+    num_heads % num_kv_heads == 0,
+    "model.num_kv_heads",
+    f"a divisor of the model.num_heads of {num_heads}",
+    num_kv_heads,
+  )
   head_dim = config.head_dim or width // num_heads
-  if head_dim < 2 or head_dim % 2:
-    raise ValueError(
-      "model.head_dim, by default width over heads, must be even, got"
-      f" {head_dim}"
-    )
-  return stacked_decoder.StackedDecoder(
+  _validation.require(
+    head_dim >= 2 and head_dim % 2 == 0,
+    "model.head_dim",
+    "even (by default it is width over heads)",
+    head_dim,
+  )
+  return _made(
+    stacked_decoder.StackedDecoder,
+    config,
     vocabulary=_size(config, "num_outputs"),
-    width=width,
-    depth=_size(config, "depth"),
-    num_heads=num_heads,
     num_kv_heads=num_kv_heads,
     head_dim=head_dim,
     hidden=config.hidden or 4 * width,
-    dtype=dtype,
-    rope_theta=config.rope_theta,
-    norm_epsilon=config.norm_epsilon,
-    lora_rank=config.lora_rank,
-    lora_alpha=_alpha(config),
   )
-
-
-_MAKERS: dict[str, Callable[[ml_collections.ConfigDict, Any], nn.Module]] = {
-  "linear": _linear,
-  "random_features": _random_features,
-  "cnn": _cnn,
-  "wide_resnet": _wide_resnet,
-  "decoder": _decoder,
-  "stacked_decoder": _stacked_decoder,
-  "bert": _bert,
-}

@@ -13,6 +13,8 @@ class CNN(nn.Module):
   Activations for Deep Learning with Differential Privacy").
   """
 
+  takes_images = True
+
   num_outputs: int
   width: int
   dtype: jnp.dtype

@@ -14,6 +14,8 @@ class Decoder(nn.Module):
   width. Layer norm looks at one token of one example, so examples never mix.
   """
 
+  task = "language_model"
+
   vocabulary: int
   width: int
   depth: int

@@ -40,6 +40,8 @@ class StackedDecoder(nn.Module):
     lora_alpha: see `dpdist.models.lora`.
   """
 
+  task = "language_model"
+
   vocabulary: int
   width: int
   depth: int

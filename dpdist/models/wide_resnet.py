@@ -62,6 +62,8 @@ class WideResNet(nn.Module):
     dtype: dtype of the computation.
   """
 
+  takes_images = True
+
   num_outputs: int
   depth: int
   width: int

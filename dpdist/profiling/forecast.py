@@ -15,6 +15,7 @@ import ml_collections
 from dpdist import _validation
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.profiling import roofline
+from dpdist.tasks import parts as parts_lib
 from dpdist.training import abstract_step
 from dpdist.training import setup
 
@@ -22,7 +23,10 @@ PyTree = Any
 
 
 def forecast(
-  config: ml_collections.ConfigDict, topology: str, num_slices: int = 1
+  config: ml_collections.ConfigDict,
+  topology: str,
+  num_slices: int = 1,
+  parts: parts_lib.Parts = parts_lib.NAMED,
 ) -> dict[str, Any]:
   """Compiles a config's step for a pod.
 
@@ -30,6 +34,7 @@ def forecast(
     config: settings; for models of tokens its data need not exist.
     topology: see `dpdist.profiling.roofline.devices`.
     num_slices: see `dpdist.profiling.roofline.devices`.
+    parts: what is given as objects.
 
   Returns:
     JSON-able: "epsilon" of the plan, "num_chips", "parameters", "chunk_size",
@@ -45,9 +50,9 @@ def forecast(
   devices = roofline.devices(topology, num_slices)
   chip = roofline.CHIPS[topology.partition(":")[0]]
   experiment = setup.build(
-    config, mesh_lib.make(config.mesh, devices), platform="tpu"
+    config, mesh_lib.make(config.mesh, devices), parts=parts, platform="tpu"
   )
-  model, step = experiment.model, experiment.step
+  step = experiment.step
   _validation.require(
     not config.clipping.exact_sum,
     "clipping.exact_sum",
@@ -55,14 +60,14 @@ def forecast(
     " each",
     True,
   )
-  example = abstract_step.example(config)
-  state = abstract_step.state(step, model, example["inputs"])
+  example = abstract_step.example(experiment)
+  state = abstract_step.state(experiment, example)
   arguments = abstract_step.arguments(
     step,
     state,
     abstract_step.unit(config, example),
     experiment.chunk_size,
-    abstract_step.frozen(step, model, example["inputs"]),
+    abstract_step.frozen(experiment, example),
   )
   key = arguments[4]
   memory = abstract_step.memory(step, state, arguments)

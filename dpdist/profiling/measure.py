@@ -24,6 +24,7 @@ import optax
 from dpdist import _validation
 from dpdist.privacy import plan as plan_lib
 from dpdist.profiling import roofline
+from dpdist.tasks import parts as parts_lib
 from dpdist.training import abstract_step
 from dpdist.training import setup
 from dpdist.training import step as step_lib
@@ -67,7 +68,10 @@ class Program(NamedTuple):
   temp_bytes: int
 
 
-def prepare(config: ml_collections.ConfigDict) -> Bench:
+def prepare(
+  config: ml_collections.ConfigDict,
+  parts: parts_lib.Parts = parts_lib.NAMED,
+) -> Bench:
   """Makes a bench; raises ValueError for settings that cannot be measured."""
   _validation.require(
     not config.clipping.exact_sum,
@@ -75,16 +79,15 @@ def prepare(config: ml_collections.ConfigDict) -> Bench:
     "False to be measured, since its programs are for one device each",
     True,
   )
-  experiment = setup.build(config)
-  model, step = experiment.model, experiment.step
-  example = abstract_step.example(config)
+  experiment = setup.build(config, parts=parts)
+  example = abstract_step.example(experiment)
   return Bench(
     config,
     experiment.plan,
-    step,
-    setup.loss_fn(config, model),
-    abstract_step.state(step, model, example["inputs"]),
-    abstract_step.frozen(step, model, example["inputs"]),
+    experiment.step,
+    setup.loss_fn(config, experiment.task),
+    abstract_step.state(experiment, example),
+    abstract_step.frozen(experiment, example),
     abstract_step.unit(config, example),
   )
 

@@ -125,6 +125,7 @@ class Progress:
     total_steps: steps of the whole run.
     start_step: steps already taken when this process started.
     epsilon_budget: what the whole run may spend; None if it is not bounded.
+    held_out: names of the held-out metrics; the first one is shown throughout.
     console: where to print; None for standard output.
   """
 
@@ -134,12 +135,14 @@ class Progress:
     start_step: int = 0,
     epsilon_budget: float | None = None,
     *,
+    held_out: Sequence[str] = metrics_lib.HELD_OUT,
     console: rich.console.Console | None = None,
   ) -> None:
     self._total_steps = total_steps
     self._epsilon_budget = epsilon_budget
     self._console = console or _console()
-    self._spent = self._speed = self._accuracy = ""
+    self._held_out = held_out
+    self._spent = self._speed = self._score = ""
     self._next_refresh = 0.0
     self._bar: _Bar | None = None
     if self._console.is_interactive:
@@ -180,22 +183,22 @@ class Progress:
       epsilon: spent so far; None keeps the last value.
       examples_per_second: counted by the expected batch size; None keeps the
         last value.
-      metrics: name to scalar, the names from `metrics.RELEASED`.
+      metrics: name to scalar, of names that may be released.
 
     Raises:
       ValueError: if a metric is not released.
     """
     metrics = metrics or {}
-    metrics_lib.check_released(metrics)
+    metrics_lib.check_released(metrics, self._held_out)
     if epsilon is not None:
       self._spent = f"epsilon {statement.rounded_up(epsilon, 3)}"
       if self._epsilon_budget is not None:
         self._spent += f"/{statement.rounded_up(self._epsilon_budget, 3)}"
     if examples_per_second is not None:
       self._speed = f"{human_count(examples_per_second)} examples/s"
-    for name in ("test/accuracy", "test_ema/accuracy"):
+    for name in (f"test/{x}" for x in self._held_out):
       if name in metrics:
-        self._accuracy = _show_metric(name, metrics[name])
+        self._score = _show_metric(name, metrics[name])
         break
     if self._bar is None:
       if metrics:
@@ -204,7 +207,7 @@ class Progress:
     now = time.monotonic()
     if metrics or step >= self._total_steps or now >= self._next_refresh:
       self._next_refresh = now + _REFRESH_SECONDS
-      facts = filter(None, (self._spent, self._speed, self._accuracy))
+      facts = filter(None, (self._spent, self._speed, self._score))
       self._bar.facts = "  ".join(facts)
       self._bar.update(self._task, completed=step)
       self._bar.refresh()

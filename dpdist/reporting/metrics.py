@@ -2,9 +2,11 @@
 
 A private run spends its budget on the noisy gradients. Whatever is computed
 from those, from public numbers or from held-out data may be released freely; a
-function of the true batch may not, however harmless it looks. The two sets of
-names are closed: a name in neither is refused, so every new metric must be
-classified here.
+function of the true batch may not, however harmless it looks. The sets of names
+are closed: `RELEASED`, `SENSITIVE`, and the names that a run's task declares,
+whose metrics are computed from held-out examples alone (see
+`dpdist.tasks.held_out`) and are written as test/NAME and test_ema/NAME. Any
+other name is refused, so every new metric must be classified here.
 
 Rows go to `metrics.jsonl` and to TensorBoard; see `dpdist.reporting.rows`.
 """
@@ -16,8 +18,6 @@ from typing import Any
 
 from dpdist.reporting import rows
 
-_HELD_OUT = ("accuracy", "loss", "perplexity")
-
 RELEASED: frozenset[str] = frozenset(
   (
     # Public numbers, and numbers computed from the noisy gradient.
@@ -26,12 +26,9 @@ RELEASED: frozenset[str] = frozenset(
     "noisy_gradient_norm",
     # The norm of the noise in that gradient, from the plan alone.
     "noise_norm",
-    # Metrics of data that was not trained on, under released parameters.
-    *(f"test/{name}" for name in _HELD_OUT),
-    *(f"test_ema/{name}" for name in _HELD_OUT),
   )
 )
-"""Names that may leave the run.
+"""Names that may leave any run.
 
 No time, and no speed, is among them: a step takes longer when more examples
 were drawn, and how many were is private. See `dpdist.reporting.telemetry`.
@@ -45,8 +42,25 @@ SENSITIVE: frozenset[str] = frozenset(
 _FILE = "metrics.jsonl"
 
 
-def check_released(names: Iterable[str]) -> None:
-  """Raises ValueError unless every name is in `RELEASED`."""
+HELD_OUT = ("accuracy", "loss")
+"""The metrics that this project's own tasks declare."""
+
+_GROUPS = ("test", "test_ema")
+
+
+def check_released(
+  names: Iterable[str], held_out: Iterable[str] = HELD_OUT
+) -> None:
+  """Raises ValueError unless every name is in `RELEASED` or was declared.
+
+  Args:
+    names: as they are written.
+    held_out: the names that the run's task declares, without their group.
+  """
+  released = {
+    *RELEASED,
+    *(f"{group}/{name}" for group in _GROUPS for name in held_out),
+  }
   for name in names:
     if name in SENSITIVE:
       raise ValueError(
@@ -55,9 +69,9 @@ def check_released(names: Iterable[str]) -> None:
         " need no protection, set --config.unsafe_metrics=True and use"
         " write_sensitive"
       )
-    if name not in RELEASED:
+    if name not in released:
       raise ValueError(
-        f"{name!r} is no known metric; released: {sorted(RELEASED)}"
+        f"{name!r} is no known metric; released: {sorted(released)}"
       )
 
 
@@ -80,14 +94,15 @@ class Writer(rows.Log):
   been seen.
 
   Guarantees:
-    Without `unsafe_metrics`, no name outside `RELEASED` is ever written. A call
-    with such a name writes nothing at all.
+    Without `unsafe_metrics`, no name is ever written that is neither in
+    `RELEASED` nor declared. A call with such a name writes nothing at all.
 
   Args:
     workdir: a directory on a file system; made if missing.
     unsafe_metrics: whether `write_sensitive` may be used. It voids the
       guarantee of the run.
     start_step: the step resumed from, 0 for a fresh run.
+    held_out: the names that the run's task declares.
 
   Raises:
     ValueError: if `start_step` is negative, or `metrics.jsonl` is damaged
@@ -100,10 +115,12 @@ class Writer(rows.Log):
     *,
     unsafe_metrics: bool,
     start_step: int = 0,
+    held_out: Iterable[str] = HELD_OUT,
   ) -> None:
     workdir = pathlib.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     self._unsafe_metrics = unsafe_metrics
+    self._held_out = tuple(held_out)
     super().__init__(
       workdir / _FILE,
       workdir / "tensorboard",
@@ -116,12 +133,12 @@ class Writer(rows.Log):
 
     Args:
       step: steps made so far; may repeat, but not go back.
-      values: name to scalar; names from `RELEASED`.
+      values: name to scalar; names from `RELEASED`, or declared ones.
 
     Raises:
       ValueError: if a name is sensitive or unknown, or `step` goes back.
     """
-    check_released(values)
+    check_released(values, self._held_out)
     self._write(step, values)
 
   def write_sensitive(self, step: int, values: Mapping[str, float]) -> None:

@@ -54,11 +54,7 @@ def plots(rows: _Rows, epsilon_budget: float) -> str:
   """Returns plots of `metrics.read`, each a <figure>; "" if there are none."""
   spent = [{"step": 0, "epsilon": 0.0}, *rows]
   figures = (
-    _plot(
-      "Held-out accuracy",
-      rows,
-      {"test/accuracy": "raw", "test_ema/accuracy": "EMA"},
-    ),
+    _held_out(rows),
     _plot(
       "Epsilon spent",
       spent if any("epsilon" in row for row in rows) else [],
@@ -75,6 +71,16 @@ def plots(rows: _Rows, epsilon_budget: float) -> str:
     _plot("Learning rate", rows, {"learning_rate": ""}),
   )
   return _grid(figures)
+
+
+def _held_out(rows: _Rows) -> str:
+  """Draws the metric that the run's task names first."""
+  names = [name for row in rows for name in row if name.startswith("test/")]
+  if not names:
+    return ""
+  metric = names[0].removeprefix("test/")
+  curves = {f"test/{metric}": "raw", f"test_ema/{metric}": "EMA"}
+  return _plot(f"Held-out {metric}", rows, curves)
 
 
 def speed(rows: _Rows) -> str:

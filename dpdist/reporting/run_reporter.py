@@ -1,6 +1,6 @@
 """Shows a run in the primary process while it trains."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import pathlib
 import time
@@ -41,18 +41,33 @@ class RunReporter:
     start: int,
     last: int,
     epsilon_planned: float,
+    *,
+    held_out: Sequence[str],
   ):
+    """Opens the files and the screen.
+
+    Args:
+      config: all settings.
+      workdir: the run's directory.
+      start: the step that the run goes on from.
+      last: the step that it ends with.
+      epsilon_planned: what it will have spent.
+      held_out: names of the held-out metrics.
+    """
     with contextlib.ExitStack() as stack:
       self._writer = stack.enter_context(
         metrics.Writer(
-          workdir, unsafe_metrics=config.unsafe_metrics, start_step=start
+          workdir,
+          unsafe_metrics=config.unsafe_metrics,
+          start_step=start,
+          held_out=held_out,
         )
       )
       self._operations = stack.enter_context(
         telemetry.Writer(workdir, start_step=start)
       )
       self._progress = stack.enter_context(
-        console.Progress(last, start, epsilon_planned)
+        console.Progress(last, start, epsilon_planned, held_out=held_out)
       )
       self._stack = stack.pop_all()
 

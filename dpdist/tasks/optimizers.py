@@ -1,7 +1,13 @@
 """Makes the optimizer of a config: any of optax's, with a schedule."""
 
+from collections.abc import Callable
+
 import ml_collections
 import optax
+
+from dpdist import _validation
+from dpdist import errors
+from dpdist import registry
 
 _SCHEDULES = ("constant", "cosine", "linear")
 
@@ -25,12 +31,7 @@ def make(
   Raises:
     ValueError: with the setting's name, its value and what would be right.
   """
-  make_optimizer = getattr(optax, config.name, None)
-  if not callable(make_optimizer) or config.name.startswith("_"):
-    raise ValueError(
-      "optimizer.name must be an optax optimizer such as sgd, adam or lamb,"
-      f" got {config.name!r}"
-    )
+  make_optimizer = _maker(config.name)
   schedule = _schedule(config, num_steps)
   try:
     optimizer = make_optimizer(
@@ -38,34 +39,54 @@ def make(
     )
   except TypeError as error:
     raise ValueError(
-      f"optimizer.options must be arguments of optax.{config.name}, got"
+      f"optimizer.options must be arguments of {config.name}, got"
       f" {config.options.to_dict()}: {error}"
     ) from error
   return optimizer, schedule
+
+
+def is_registered(name: str) -> bool:
+  """Returns whether a name is no optax optimizer, but one that was added."""
+  return registry.is_known("optimizer", name)
+
+
+def _maker(name: str) -> Callable[..., optax.GradientTransformation]:
+  """Returns the function of a learning rate and options that name finds."""
+  if is_registered(name):
+    made: Callable[..., optax.GradientTransformation] = registry.resolve(
+      "optimizer", name, setting="optimizer.name"
+    )
+    return made
+  maker = getattr(optax, name, None)
+  if not callable(maker) or name.startswith("_"):
+    raise errors.ArgumentError(
+      "optimizer.name must be an optax optimizer such as sgd, adam or lamb, or"
+      f" package.module:function, got {name!r}"
+    )
+  return maker
 
 
 def _schedule(
   config: ml_collections.ConfigDict, num_steps: int
 ) -> optax.Schedule:
   peak, warmup = config.learning_rate, config.warmup_steps
-  if not peak > 0:
-    raise ValueError(f"optimizer.learning_rate must be above 0, got {peak}")
-  if not 0 <= warmup < num_steps:
-    raise ValueError(
-      "optimizer.warmup_steps must be at least 0 and below the"
-      f" {num_steps} steps of the run, got {warmup}"
-    )
+  _validation.check("optimizer.learning_rate", peak, _validation.POSITIVE)
+  _validation.check(
+    "optimizer.schedule", config.schedule, _validation.one_of(_SCHEDULES)
+  )
+  _validation.require(
+    0 <= warmup < num_steps,
+    "optimizer.warmup_steps",
+    f"at least 0 and below the {num_steps} steps of the run",
+    warmup,
+  )
   remaining = num_steps - warmup
   if config.schedule == "constant":
     after = optax.constant_schedule(peak)
   elif config.schedule == "cosine":
     after = optax.cosine_decay_schedule(peak, remaining)
-  elif config.schedule == "linear":
-    after = optax.linear_schedule(peak, 0.0, remaining)
   else:
-    raise ValueError(
-      f"optimizer.schedule must be one of {_SCHEDULES}, got {config.schedule!r}"
-    )
+    after = optax.linear_schedule(peak, 0.0, remaining)
   if not warmup:
     return after
   # The rate of the first update is not 0: that step would spend for nothing.

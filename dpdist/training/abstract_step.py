@@ -1,12 +1,27 @@
-"""The shapes of a step's arguments on a mesh, without any arrays.
+"""The shapes of a step's arguments on a mesh, and its programs, without arrays.
 
 The step that is compiled for these shapes is the step that runs. The shapes
 serve to forecast a pod that is not at hand (`dpdist.profiling.forecast`), to
 measure on this machine (`dpdist.profiling.measure`), and to restore checkpoints
 (`dpdist.export.load_run`).
+
+They also serve to name what a run computes. A task, a loss or an optimizer from
+outside may be a function without a file, or hold numbers in its closure. The
+programs hold all that it computes: so a run goes on under its keys only if
+they are the same.
+
+Guarantees of `lowered_sha256`:
+  * The digest is of the StableHLO text of three programs, for the shapes and
+    the mesh of the run: what makes the first state, what accumulates a chunk,
+    and what applies a sum. They are lowered as they run. Constants are in the
+    text, places in source files are not.
+  * A program that calls back into Python is refused: what it calls is not in
+    the text.
 """
 
+from collections.abc import Iterable, Iterator
 import functools
+import hashlib
 from typing import Any
 
 import jax
@@ -17,23 +32,24 @@ import ml_collections
 import numpy as np
 
 from dpdist import clipping
+from dpdist import errors
 from dpdist.data import users
-from dpdist.data.datasets import datasets
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.noise import noise
 from dpdist.training import data_checks
+from dpdist.training import exact_step
 from dpdist.training import parameters
+from dpdist.training import setup
 from dpdist.training import step as step_lib
 
 PyTree = Any
 
 
-def example(config: ml_collections.ConfigDict) -> dict[str, Any]:
-  """Returns the shapes of one example; for tokens, without loading the data."""
-  if config.model.name in ("decoder", "stacked_decoder"):
-    tokens = jax.ShapeDtypeStruct((config.data.sequence_length,), jnp.int32)
-    return {"inputs": tokens, "targets": tokens}
-  one = data_checks.one_example(datasets.load(config.data).train)
+def example(experiment: setup.Experiment) -> dict[str, Any]:
+  """Returns the shapes of one example; the data are read only if they must."""
+  if experiment.task.example is not None:
+    return dict(experiment.task.example())
+  one = data_checks.one_example(experiment.dataset.train)
   return {
     name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in one.items()
   }
@@ -69,28 +85,31 @@ def placed(tree: PyTree, specs: PyTree, mesh: Mesh) -> PyTree:
   )
 
 
-def state(step: step_lib.Step, model: Any, inputs: Any) -> PyTree:
-  """Returns the shapes of a state, on the mesh, of a model of such inputs."""
-  found = jax.eval_shape(step.initial, _parts(step, model, inputs)[0])
+def state(experiment: setup.Experiment, example: PyTree) -> PyTree:
+  """Returns the shapes of a state, on the mesh, for such examples."""
+  step = experiment.step
+  found = jax.eval_shape(step.initial, _parts(experiment, example)[0])
   return placed(found, step.state_specs(found), step.mesh)
 
 
-def frozen(step: step_lib.Step, model: Any, inputs: Any) -> PyTree | None:
+def frozen(experiment: setup.Experiment, example: PyTree) -> PyTree | None:
   """Returns the frozen parameters' shapes on the mesh; None without any."""
+  step = experiment.step
   if step.mechanism.clipped_grad.frozen is None:
     return None
-  found = _parts(step, model, inputs)[1]
+  found = _parts(experiment, example)[1]
   return placed(found, step.specs(found), step.mesh)
 
 
 def _parts(
-  step: step_lib.Step, model: Any, inputs: Any
+  experiment: setup.Experiment, example: PyTree
 ) -> tuple[PyTree, PyTree]:
   """Returns the shapes of trained parameters and of frozen ones."""
   key_data = jax.ShapeDtypeStruct((2,), jnp.uint32)
-  make = functools.partial(parameters.make_params, model)
-  params = jax.eval_shape(make, key_data, inputs)
-  return clipping.partition(params, step.mechanism.clipped_grad.frozen)
+  make = functools.partial(parameters.make_params, experiment.task)
+  params = jax.eval_shape(make, key_data, dict(example))
+  is_frozen = experiment.step.mechanism.clipped_grad.frozen
+  return clipping.partition(params, is_frozen)
 
 
 def arguments(
@@ -137,3 +156,100 @@ def memory(
     "accumulator": size((given[1].clipped_sum, given[1].low)),
     "batch": size(given[2]),
   }
+
+
+def lowered_sha256(
+  programs: Iterable[tuple[str, jax.stages.Lowered]],
+) -> str:
+  """Returns the digest of a run's programs, 64 hex digits.
+
+  Args:
+    programs: from `programs`.
+
+  Raises:
+    ValueError: a program calls back into Python.
+  """
+  digest = hashlib.sha256()
+  for name, program in programs:
+    text = program.as_text()
+    if "callback" in text:
+      raise errors.ArgumentError(
+        f"what a task from outside computes must be JAX alone, got a {name}"
+        " that calls back into Python (pure_callback, io_callback or"
+        " debug.print), by whose code a run cannot be told apart"
+      )
+    digest.update(hashlib.sha256(text.encode()).digest())
+  return digest.hexdigest()
+
+
+def programs(
+  step: step_lib.Step,
+  start: parameters.Parameters,
+  *,
+  row: PyTree,
+  chunk_size: int,
+  frozen: PyTree | None,
+  has_schedule: bool,
+) -> Iterator[tuple[str, jax.stages.Lowered]]:
+  """Yields the programs of a run and their names, not compiled.
+
+  Args:
+    step: the two halves of a step.
+    start: the parameters before the first step.
+    row: shapes of a row of a chunk.
+    chunk_size: rows that the mesh computes at once.
+    frozen: the frozen parameters, or None.
+    has_schedule: whether the plan's numbers change, so that `apply` takes the
+      number of the release.
+  """
+  yield "initial state", start.lowered(step)
+  shapes = jax.eval_shape(step.initial, start.shapes)
+  if isinstance(step, exact_step.ExactStep):
+    yield from _exact_programs(step, shapes, row, frozen)
+    return
+  accumulate: Any = step.accumulate
+  apply: Any = step.apply
+  state = placed(shapes, step.state_specs(shapes), step.mesh)
+  given = arguments(step, state, row, chunk_size, frozen)
+  yield "chunk", accumulate.lower(*given)
+  release_index = [np.int32(0)] if has_schedule else []
+  accumulator, key = given[1], given[4]
+  yield "update", apply.lower(state, accumulator, key, *release_index)
+
+
+def _exact_programs(
+  step: exact_step.ExactStep,
+  state: step_lib.TrainState,
+  row: PyTree,
+  frozen: PyTree | None,
+) -> Iterator[tuple[str, jax.stages.Lowered]]:
+  """Yields the programs of exact sums, which are for one device each."""
+  size = step.mechanism.exact_group_size
+  whole = jax.eval_shape(step.zeros, state.params)
+  total = jax.eval_shape(step.reduce, whole)
+  key = jax.eval_shape(noise.as_key, np.zeros(2, np.uint32))
+  one = lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
+  group = lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype)
+  if frozen is not None:
+    frozen = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen
+    )
+  yield (
+    "group",
+    exact_step.add_group.lower(
+      step.mechanism,
+      state.params,
+      jax.tree.map(one, whole),
+      jax.tree.map(group, row),
+      group(jax.ShapeDtypeStruct((), jnp.bool_)),
+      key,
+      0,
+      frozen,
+    ),
+  )
+  yield (
+    "update",
+    exact_step.finish.lower(
+      step.mechanism, step.optimizer, step.ema_decay, state, *total, key
+    ),
+  )

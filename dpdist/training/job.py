@@ -4,9 +4,8 @@ from collections.abc import Callable
 import dataclasses
 import functools
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any
 
-from flax import linen as nn
 import jax
 from jax.sharding import Mesh
 import ml_collections
@@ -16,10 +15,10 @@ import optax
 from dpdist import config as config_lib
 from dpdist import errors
 from dpdist import registry
+from dpdist.data import dataset as dataset_lib
 from dpdist.data import retry
 from dpdist.data import sources
 from dpdist.data import users
-from dpdist.data.datasets import datasets
 from dpdist.data.features import features
 from dpdist.distributed import collectives
 from dpdist.distributed import mesh as mesh_lib
@@ -29,7 +28,10 @@ from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
 from dpdist.privacy import plan as plan_lib
 from dpdist.reporting import console
-from dpdist.tasks import classification
+from dpdist.tasks import held_out
+from dpdist.tasks import parts as parts_lib
+from dpdist.tasks import task as task_lib
+from dpdist.training import abstract_step
 from dpdist.training import data_checks
 from dpdist.training import parameters
 from dpdist.training import setup
@@ -41,7 +43,9 @@ from dpdist.workdir import resume
 PyTree = Any
 
 
-class Job(NamedTuple):
+# Its repr may end up in a log, and the secret must not.
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class Job:
   """A run that is ready to start or to go on.
 
   Attributes:
@@ -61,22 +65,24 @@ class Job(NamedTuple):
     train_digest: SHA-256 that names their content, hex.
     own_digest: this release's name of it, if the run began under another.
     earlier: returns its other names; see `admission.known_as`.
-    features_sha256: of the features that replace inputs; "" without any.
-    outside_sha256: of the data set's code, if it is not ours; else "".
-    layer_rules_sha256: of the layer rules that are not ours; "" without any.
-    test: all held-out examples, arrays "inputs" and "targets".
-    evaluate: from parameters to held-out metrics; see `losses.evaluator`.
-    model: maps inputs to logits.
+    test: all held-out examples, by name.
+    evaluate: maps parameters to held-out metrics.
+    task: what is trained.
     row: shapes and dtypes of what is clipped as one: example, user, group.
     params: the trained parameters' shapes.
+    initial: the parameters before the first step.
     init: makes the state before the first step, on the mesh; before a run
       begins, with `dpdist.training.setup.PUBLIC_KEY_DATA`.
     frozen: the frozen parameters, on the mesh, None where one is trained; None
       if there are none.
-    frozen_sha256: of the frozen parameters; "" if there are none.
-    weights_sha256: of the parameters that were read from disk; "" if none.
+    made_of: by name, the SHA-256 of what decides a step besides settings and
+      data, where there is any: "weights_sha256" of the parameters that were
+      read from disk, "frozen_sha256" of the frozen ones, "features_sha256" of
+      features that replace inputs, "KIND_code_sha256" of code from outside,
+      "layer_rules_sha256" of its rules for layers, and "lowered_sha256" of what
+      all that computes.
     step: the two halves of a step.
-    learning_rate: as a function of the step.
+    learning_rate: as a function of the step; None if it is unknown.
     chunk_size: examples, or users, that the whole mesh computes at once.
     close: stops waiting for data that does not come.
   """
@@ -95,31 +101,21 @@ class Job(NamedTuple):
   train_digest: str
   own_digest: str
   earlier: Callable[[], list[str]]
-  features_sha256: str
-  outside_sha256: str
-  layer_rules_sha256: str
   test: dict[str, np.ndarray]
-  evaluate: Callable[..., dict[str, float]]
-  model: nn.Module
+  evaluate: held_out.Evaluator
+  task: task_lib.Task
   row: dict[str, jax.ShapeDtypeStruct]
   params: PyTree
+  initial: parameters.Parameters
   init: functools.partial[step_lib.TrainState]
   frozen: PyTree | None
-  frozen_sha256: str
-  weights_sha256: str
+  made_of: dict[str, str]
   step: step_lib.Step
-  learning_rate: optax.Schedule
+  learning_rate: optax.Schedule | None
   chunk_size: int
   close: Callable[[], None]
 
-  @property
-  def made_of(self) -> dict[str, str]:
-    """Returns, by name, the SHA-256 of weights, features, outside code."""
-    facts = self._asdict().items()
-    return {k: v for k, v in facts if k.endswith("_sha256") and v}
-
   def __repr__(self) -> str:
-    # The repr may end up in a log, and the secret must not.
     return f"Job(plan={self.plan!r}, writer={self.writer!r}, ...)"
 
 
@@ -127,6 +123,7 @@ def prepare(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   ledger: ledger_lib.Ledger | None,
+  parts: parts_lib.Parts = parts_lib.NAMED,
   *,
   try_out: Callable[[Job], int] | None = None,
 ) -> Job:
@@ -139,6 +136,7 @@ def prepare(
     workdir: the run's directory; made if missing.
     ledger: of the run; opened if it is new, else compared with the settings.
       None in the processes that are not the primary process.
+    parts: what is given as objects.
     try_out: maps the job, not begun, to its chunk size; see
       `dpdist.training.dry_run`.
 
@@ -151,9 +149,10 @@ def prepare(
     dpdist.errors.PeerError: the primary process raised one of these.
   """
   try:
-    job = _prepared(config, workdir, ledger)
+    job = _prepared(config, workdir, ledger, parts)
     if try_out is not None:
-      job = job._replace(chunk_size=try_out(job))
+      job = dataclasses.replace(job, chunk_size=try_out(job))
+    job = _with_lowered(job, parts)
     return _begun(config, workdir, job)
   except ValueError as error:
     # So that a command can tell a user's mistake from a later failure.
@@ -166,15 +165,14 @@ def _prepared(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   ledger: ledger_lib.Ledger | None,
+  parts: parts_lib.Parts,
 ) -> Job:
   """Returns the job, not begun; writes nothing."""
-  mesh, splits, train_digest, earlier, features_sha256, close = (
-    collectives.run_on_all(lambda: _load(config))
+  mesh, dataset, train_digest, earlier, features_sha256, close = (
+    collectives.run_on_all(lambda: _load(config, parts))
   )
-  outside_sha256 = collectives.run_on_all(
-    lambda: registry.code_sha256(
-      "dataset", config.data.name, setting="data.name"
-    )
+  code: dict[str, str] = collectives.run_on_all(
+    lambda: parts.code_sha256(config)
   )
   fingerprint.check_code()
   environment = fingerprint.environment(mesh)
@@ -185,58 +183,93 @@ def _prepared(
     jax_config=environment["jax_config"],
     training_data=train_digest,
     training_features=features_sha256,
-    code_outside=outside_sha256,
+    code_outside=code,
   )
   own_digest = train_digest
   train_digest = resume.known_as(ledger, own_digest, earlier)
   plan, changes, found = resume.decide(config, workdir, ledger, train_digest)
   collectives.assert_equal(plan=plan.fingerprint())
-  experiment = setup.build(config, mesh, plan=plan)
+  experiment = setup.build(config, mesh, plan=plan, parts=parts)
   # The step has the rules that were registered when it was built.
   layer_rules_sha256 = collectives.run_on_all(
     lambda: registry.outside_sha256("layer_rule")
   )
   collectives.assert_equal(layer_rules=layer_rules_sha256)
-  model, step = experiment.model, experiment.step
+  task, step = experiment.task, experiment.step
   size = experiment.chunk_size
   test, row, start = collectives.run_on_all(
-    lambda: data_checks.fit(config, splits, model, setup.PUBLIC_KEY_DATA)
+    lambda: data_checks.fit(config, dataset, task, setup.PUBLIC_KEY_DATA)
   )
   collectives.assert_equal(model_weights=start.weights_sha256)
   for shapes in (start.shapes, start.frozen_shapes):
     step.specs(shapes)  # Raises if the mesh does not fit them.
+  whole = step_lib.whole(start.shapes, start.frozen_shapes)
+  evaluate = collectives.run_on_all(
+    lambda: held_out.Evaluator(task, test, mesh, whole)
+  )
   frozen = start.frozen(step)
+  made_of = {
+    "features_sha256": features_sha256,
+    "layer_rules_sha256": layer_rules_sha256,
+    "frozen_sha256": parameters.frozen_sha256(frozen),
+    "weights_sha256": start.weights_sha256,
+    **code,
+  }
   return Job(
-    plan,
-    changes,
-    config_lib.privacy_dict(config),
-    ledger,
-    None,
-    0,
-    [],
-    found,
-    b"",
-    mesh,
-    splits.train,
-    train_digest,
-    own_digest,
-    earlier,
-    features_sha256,
-    outside_sha256,
-    layer_rules_sha256,
-    test,
-    classification.evaluator(model, test, mesh),
-    model,
-    row,
-    start.shapes,
-    functools.partial(start.initializer(step), setup.PUBLIC_KEY_DATA),
-    frozen,
-    parameters.frozen_sha256(frozen),
-    start.weights_sha256,
-    step,
-    experiment.learning_rate,
-    size,
-    close,
+    plan=plan,
+    changes=changes,
+    settings=config_lib.privacy_dict(config),
+    ledger=ledger,
+    budget=None,
+    writer=0,
+    notices=[],
+    found=found,
+    secret=b"",
+    mesh=mesh,
+    train_source=dataset.train,
+    train_digest=train_digest,
+    own_digest=own_digest,
+    earlier=earlier,
+    test=test,
+    evaluate=evaluate,
+    task=task,
+    row=row,
+    params=start.shapes,
+    init=functools.partial(start.initializer(step), setup.PUBLIC_KEY_DATA),
+    initial=start,
+    frozen=frozen,
+    made_of={name: value for name, value in made_of.items() if value},
+    step=step,
+    learning_rate=experiment.learning_rate,
+    chunk_size=size,
+    close=close,
+  )
+
+
+def _with_lowered(job: Job, parts: parts_lib.Parts) -> Job:
+  """Adds the digest of what a run with code from outside computes."""
+  outside = [
+    x for x in job.made_of if "_code_" in x or x == "layer_rules_sha256"
+  ]
+  if not parts.is_any_given and not outside:
+    return job
+  digest = str(
+    collectives.run_on_all(
+      lambda: abstract_step.lowered_sha256(
+        abstract_step.programs(
+          job.step,
+          job.initial,
+          row=job.row,
+          chunk_size=job.chunk_size,
+          frozen=job.frozen,
+          has_schedule=len(job.plan.phases) > 1,
+        )
+      )
+    )
+  )
+  collectives.assert_equal(lowered_step=digest)
+  return dataclasses.replace(
+    job, made_of=job.made_of | {"lowered_sha256": digest}
   )
 
 
@@ -282,7 +315,8 @@ def _begun(
 
   begun = collectives.run_on_primary(begin)
   key_data = mechanism.Streams(secret, "").key_data("init")
-  return job._replace(
+  return dataclasses.replace(
+    job,
     budget=budget,
     writer=begun["writer"],
     notices=begun["notices"],
@@ -292,12 +326,20 @@ def _begun(
 
 
 def _load(
-  config: ml_collections.ConfigDict,
+  config: ml_collections.ConfigDict, parts: parts_lib.Parts
 ) -> tuple[
-  Mesh, datasets.Splits, str, Callable[[], list[str]], str, Callable[[], None]
+  Mesh,
+  dataset_lib.Dataset,
+  str,
+  Callable[[], list[str]],
+  str,
+  Callable[[], None],
 ]:
   """Loads what any single process may fail to find: devices and data."""
-  setup.check(config)  # Before features are computed, which may take long.
+  # Before features are computed, which may take long.
+  setup.check(config)
+  parts.make_task(config)
+  parts.make_optimizer(config)
   mesh = mesh_lib.make(config.mesh)
   name, path = config.data.name, config.data.path
 
@@ -310,7 +352,8 @@ def _load(
       tell=console.warn,
     )
 
-  train, test = datasets.load(config.data)
+  dataset = parts.load_dataset(config)
+  train, test = dataset.train, dataset.test
   features_sha256 = sources.encoding_digest(train)
   if isinstance(train, features.FeatureSource):
     features_sha256 = train.sha256
@@ -342,5 +385,5 @@ def _load(
       f" {config.privacy.num_examples}",
       hint=errors.Hint(flags=(f"--config.privacy.num_examples={num_rows}",)),
     )
-  splits = datasets.Splits(train, retried(test))
-  return mesh, splits, manifest, earlier, features_sha256, examples.close
+  dataset = dataset_lib.Dataset(train, retried(test))
+  return mesh, dataset, manifest, earlier, features_sha256, examples.close

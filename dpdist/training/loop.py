@@ -205,7 +205,7 @@ class Loop:
       release_index = self._session.position.first_release + t
       values = {
         "epsilon": self._session.epsilon(done),
-        "learning_rate": float(job.learning_rate(t)),
+        **self._learning_rate(t),
         "noisy_gradient_norm": float(made.released["noisy_gradient_norm"]),
         "noise_norm": job.step.mechanism.noise_norm(num_entries, release_index),
         "examples_per_second": self._clock.examples_per_second(),
@@ -213,6 +213,10 @@ class Loop:
       row = run_reporter.Row(done, values, self.scores, sensitive, machines)
       for observer in self._observers:
         observer.on_row(row)
+
+  def _learning_rate(self, t: int) -> dict[str, float]:
+    rate = self._job.learning_rate
+    return {} if rate is None else {"learning_rate": float(rate(t))}
 
   def _save(self, t: int) -> None:
     self._progress.enter(t, "saving")

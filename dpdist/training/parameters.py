@@ -15,85 +15,73 @@ import functools
 import re
 from typing import Any
 
-from flax import linen as nn
 import jax
-import ml_collections
 import numpy as np
 
 from dpdist import clipping
-from dpdist import models
 from dpdist.assets import weights as weights_lib
 from dpdist.clipping import freezing
 from dpdist.noise import noise
+from dpdist.tasks import task as task_lib
 from dpdist.training import step as step_lib
 from dpdist.workdir import fingerprint
 
 PyTree = Any
 
 
-def frozen_paths(
-  config: ml_collections.ConfigDict,
-) -> Callable[[str], bool] | None:
+def frozen_paths(trainable: str) -> Callable[[str], bool] | None:
   """Returns a function from a parameter's path to whether it is frozen.
 
   Returns None if no parameter is frozen.
 
   Args:
-    config: `config.model`.
+    trainable: of a `dpdist.Task`.
 
   Raises:
     ValueError: trainable is no regular expression.
   """
-  if not config.trainable:
+  if not trainable:
     return None
   try:
-    pattern = re.compile(config.trainable)
+    pattern = re.compile(trainable)
   except re.error as error:
     raise ValueError(
-      f"model.trainable must be a regular expression, got"
-      f" {config.trainable!r}: {error}"
+      f"model.trainable must be a regular expression, got {trainable!r}:"
+      f" {error}"
     ) from error
   return lambda path: pattern.search(path) is None
 
 
-def of(
-  config: ml_collections.ConfigDict,
-  model: nn.Module,
-  key_data: Any,
-  example: Any,
-) -> "Parameters":
-  """Reads a run's weights from disk, if it has any.
+def of(task: task_lib.Task, key_data: Any, example: Any) -> "Parameters":
+  """Reads a task's weights from disk, if it has any.
 
   Args:
-    config: `config.model`.
-    model: the config's model.
-    key_data: see `Parameters`.
-    example: see `Parameters`.
+    task: what is trained.
+    key_data: uint32 [2], the key of the stream "init".
+    example: arrays of one example by name, or their shapes; no value is used.
 
-  Shapes of key_data and example are enough for all but `Parameters.init`.
+  The shape of key_data is enough for all but `Parameters.init`.
 
   Raises:
-    ValueError, ModuleNotFoundError: see `Parameters` and `models.from_disk`.
+    ValueError, ModuleNotFoundError: the weights cannot be read, or do not fit;
+      see `Parameters`.
   """
-  weights = models.from_disk(config, model)
-  is_frozen = frozen_paths(config)
-  make = functools.partial(make_params, model)
+  zeros = {name: np.zeros(x.shape, x.dtype) for name, x in example.items()}
   return Parameters(
-    make, key_data, example, weights, config.trainable, is_frozen
+    make=functools.partial(make_params, task),
+    key_data=key_data,
+    example=zeros,
+    weights=task.pretrained() if task.pretrained is not None else {},
+    trainable=task.trainable,
+    is_frozen=frozen_paths(task.trainable),
   )
 
 
 def make_params(
-  model: nn.Module, key_data: jax.Array, example: jax.Array
+  task: task_lib.Task, key_data: jax.Array, example: PyTree
 ) -> PyTree:
-  """Returns a model's initial parameters.
-
-  Args:
-    model: maps the inputs of one example to logits.
-    key_data: uint32 [2], the key of the stream "init".
-    example: inputs of one example, of which only the shape matters.
-  """
-  return model.init(noise.as_key(key_data), example)["params"]
+  """Returns a task's initial parameters, from data of the key of "init"."""
+  return task.init(noise.as_key(key_data), example)
 
 
 def frozen_sha256(frozen: PyTree | None) -> str:
@@ -112,9 +100,9 @@ class Parameters:
   Attributes:
     make: (key_data, example) -> initial parameters of the whole model; traced.
     key_data: uint32 [2], the key of the stream "init".
-    example: inputs of one example, of which only the shape matters.
+    example: zeros in the place of an example's arrays, by name.
     weights: from disk, by path; they replace initial ones.
-    trainable: the setting `model.trainable`, for messages.
+    trainable: of the task, for messages.
     is_frozen: from `frozen_paths`.
 
   Raises:
@@ -178,16 +166,30 @@ class Parameters:
   ) -> Callable[[Any], step_lib.TrainState]:
     """Returns `init` as a function of the key_data, which compiles once."""
 
-    def make(
-      key_data: Any, example: Any, weights: Mapping[str, jax.Array]
-    ) -> PyTree:
-      return self._part(
-        _replaced(self.make(key_data, example), weights), is_frozen=False
-      )
-
-    trained = {k: v for k, v in self.weights.items() if not self._frozen(k)}
-    run = step.initializer(make, self.key_data, self.example, trained)
+    trained = self._trained_weights
+    run = step.initializer(
+      self._trained_params, self.key_data, self.example, trained
+    )
     return lambda key_data: run(key_data, self.example, trained)
+
+  def lowered(self, step: step_lib.Step) -> jax.stages.Lowered:
+    """Returns what makes the state before the first step, not compiled."""
+
+    def initial(*args: Any) -> step_lib.TrainState:
+      return step.initial(self._trained_params(*args))
+
+    args = (self.key_data, self.example, self._trained_weights)
+    return jax.jit(initial).lower(*args)
+
+  def _trained_params(
+    self, key_data: Any, example: Any, weights: Mapping[str, jax.Array]
+  ) -> PyTree:
+    params = _replaced(self.make(key_data, example), weights)
+    return self._part(params, is_frozen=False)
+
+  @property
+  def _trained_weights(self) -> dict[str, np.ndarray]:
+    return {k: v for k, v in self.weights.items() if not self._frozen(k)}
 
   def frozen(self, step: step_lib.Step) -> PyTree | None:
     """Returns the frozen parameters, on the step's mesh; None without any."""

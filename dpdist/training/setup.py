@@ -1,27 +1,28 @@
 """Builds what a run trains from its settings, checked before any charge."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
+import functools
 import math
 from typing import Any
 
-from flax import linen as nn
 from jax.sharding import Mesh
 import ml_collections
 import numpy as np
 import optax
 
+from dpdist import _validation
 from dpdist import config as config_lib
 from dpdist import errors
-from dpdist import models
 from dpdist.data import augment
+from dpdist.data import dataset as dataset_lib
 from dpdist.data import users
-from dpdist.data.features import features
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.mechanism import mechanism
 from dpdist.privacy import plan as plan_lib
-from dpdist.tasks import classification
-from dpdist.tasks import optimizers
+from dpdist.tasks import parts as parts_lib
+from dpdist.tasks import per_unit
+from dpdist.tasks import task as task_lib
 from dpdist.training import exact_step
 from dpdist.training import parameters
 from dpdist.training import step as step_lib
@@ -31,12 +32,26 @@ PUBLIC_KEY_DATA = np.zeros(2, np.uint32)
 
 
 def largest_integers(
-  config: ml_collections.ConfigDict, row: dict[str, Any]
+  task: task_lib.Task,
+  row: Mapping[str, Any],
+  held_out: Callable[[], Mapping[str, np.ndarray]],
 ) -> dict[str, int]:
-  """Returns the largest integers of each array, from the settings alone."""
-  inputs = max(config.model.num_outputs, config.model.vocabulary) - 1
-  others = config.model.num_outputs - 1
-  return {name: inputs if name == "inputs" else others for name in row}
+  """Returns public upper bounds of each array's integers.
+
+  Args:
+    task: knows them, or some of them.
+    row: shapes of arrays by name.
+    held_out: returns all held-out examples; called only if it matters.
+  """
+  largest = {}
+  for name, shape in row.items():
+    if name in task.largest_integers:
+      largest[name] = task.largest_integers[name]
+    elif np.issubdtype(shape.dtype, np.integer):
+      largest[name] = int(held_out()[name].max())
+    else:
+      largest[name] = 1
+  return largest
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,17 +60,19 @@ class Experiment:
 
   Attributes:
     config: all settings.
+    parts: what is given as objects.
     plan: the numbers.
-    model: maps the inputs of one example to logits.
+    task: what is trained.
     step: the two halves of a step.
-    learning_rate: as a function of the step.
+    learning_rate: as a function of the step; None if it is unknown.
   """
 
   config: ml_collections.ConfigDict
+  parts: parts_lib.Parts
   plan: plan_lib.PrivacyPlan
-  model: nn.Module
+  task: task_lib.Task
   step: step_lib.Step
-  learning_rate: optax.Schedule
+  learning_rate: optax.Schedule | None
 
   @property
   def mesh(self) -> Mesh:
@@ -71,17 +88,19 @@ class Experiment:
     """
     return chunk_size(self.config, self.plan, self.mesh)
 
-  def parameters(self, key_data: Any, inputs: Any) -> parameters.Parameters:
-    """Returns the initial parameters.
+  @functools.cached_property
+  def dataset(self) -> dataset_lib.Dataset:
+    """Returns the data set, which is opened when it is first used."""
+    return self.parts.load_dataset(self.config)
 
-    Args:
-      key_data: uint32 [2], the key of the stream "init".
-      inputs: of one example; shapes are enough for all but `Parameters.init`.
+  @functools.cached_property
+  def held_out(self) -> dict[str, np.ndarray]:
+    """Returns all held-out examples."""
+    return self.dataset.test.read(np.arange(len(self.dataset.test)))
 
-    Raises:
-      ValueError: weights from disk do not fit the model.
-    """
-    return parameters.of(self.config.model, self.model, key_data, inputs)
+  def largest_integers(self, row: Mapping[str, Any]) -> dict[str, int]:
+    """Returns public upper bounds of the integers in a row of a chunk."""
+    return largest_integers(self.task, row, lambda: self.held_out)
 
 
 def build(
@@ -89,6 +108,7 @@ def build(
   mesh: Mesh | None = None,
   *,
   plan: plan_lib.PrivacyPlan | None = None,
+  parts: parts_lib.Parts = parts_lib.NAMED,
   platform: str | None = None,
 ) -> Experiment:
   """Builds what a config trains.
@@ -97,35 +117,35 @@ def build(
     config: all settings.
     mesh: None: a mesh of this machine's devices, as the config divides them.
     plan: None: a plan made from the config.
+    parts: what is given as objects.
     platform: the platform it is compiled for; see `dpdist.clipped_grad`.
 
   Raises:
     ValueError: names the setting, its value and what would be right.
   """
+  config = parts.settings(config)
   check(config)
   if plan is None:
     plan = plan_lib.make_plan(config_lib.privacy_config(config))
   if mesh is None:
     mesh = mesh_lib.make(config.mesh)
-  model = models.make(config.model)
-  optimizer, learning_rate = optimizers.make(
-    config.optimizer, config.privacy.num_steps
-  )
-  step = _step(config, plan, model, optimizer, mesh, platform)
-  return Experiment(config, plan, model, step, learning_rate)
+  task = parts.make_task(config)
+  optimizer, learning_rate = parts.make_optimizer(config)
+  step = _step(config, plan, task, optimizer, mesh, platform)
+  return Experiment(config, parts, plan, task, step, learning_rate)
 
 
 def _step(
   config: ml_collections.ConfigDict,
   plan: plan_lib.PrivacyPlan,
-  model: nn.Module,
+  task: task_lib.Task,
   optimizer: optax.GradientTransformation,
   mesh: Mesh,
   platform: str | None,
 ) -> step_lib.Step:
   exact = config.clipping.exact_sum
   make = exact_step.ExactStep if exact else step_lib.Step
-  rules = models.partitioning(model)
+  rules = task.partitioning
   if mesh.shape["model"] > 1 and (exact or not rules):
     reason = (
       "with clipping.exact_sum"
@@ -139,12 +159,12 @@ def _step(
   return make(
     mechanism.make(
       plan,
-      loss_fn(config, model),
+      loss_fn(config, task),
       method=config.clipping.method,
       microbatch_size=config.clipping.microbatch_size or None,
       exact_group_size=config.clipping.exact_group_size if exact else None,
       platform=platform,
-      frozen=parameters.frozen_paths(config.model),
+      frozen=parameters.frozen_paths(task.trainable),
     ),
     optimizer,
     mesh,
@@ -154,47 +174,49 @@ def _step(
 
 
 def loss_fn(
-  config: ml_collections.ConfigDict, model: nn.Module
+  config: ml_collections.ConfigDict, task: task_lib.Task
 ) -> Callable[..., Any]:
   """Returns the loss of what is clipped as one: of an example, or a mean."""
-  loss = classification.cross_entropy(model)
+
+  def loss(params: Any, example: Any, rng: Any) -> tuple[Any, None]:
+    value = task.loss(params, example, rng)
+    if not isinstance(value, tuple) or len(value) != 2:
+      raise errors.ArgumentError(
+        f"loss of a task must return (loss, aux), got {type(value).__name__}"
+      )
+    # What it returns besides is computed from one private example.
+    return value[0], None
+
   copies = config.augmentation
   if copies.multiplicity:
     change = augment.flip_and_crop(flip=copies.flip, crop=copies.crop)
-    loss = classification.mean_over_copies(loss, change, copies.multiplicity)
+    loss = per_unit.mean_over_copies(loss, change, copies.multiplicity)
   if config.data.examples_per_unit or config.privacy.group_size > 1:
-    return classification.mean_over_unit(loss, empty_slot=users.SLOT_IS_EMPTY)
+    return per_unit.mean_over_unit(loss, empty_slot=users.SLOT_IS_EMPTY)
   return loss
 
 
 def check(config: ml_collections.ConfigDict) -> None:
   """Raises ValueError for settings that are otherwise checked too late."""
-  if not 0 <= config.ema_decay < 1:
-    raise ValueError(
-      f"ema_decay must be at least 0 and below 1, got {config.ema_decay}"
-    )
-  if config.max_checkpoints < 2:
-    raise ValueError(
-      "max_checkpoints must be at least 2, so that one is whole while the next"
-      f" is written, got {config.max_checkpoints}"
-    )
-  for section, name in (
-    (config, "eval_every"),
-    (config, "checkpoint_every"),
-    (config, "stuck_after"),
-    (config.data, "num_threads"),
-    (config.data, "prefetch"),
-    (config.sentinel, "every"),
+  check = _validation.check
+  check("ema_decay", config.ema_decay, _validation.real(at_least=0, below=1))
+  _validation.require(
+    config.max_checkpoints >= 2,
+    "max_checkpoints",
+    "at least 2, so that one is whole while the next is written",
+    config.max_checkpoints,
+  )
+  check("stuck_after", config.stuck_after, _validation.real(at_least=0))
+  for name in (
+    "eval_every",
+    "checkpoint_every",
+    "data.num_threads",
+    "data.prefetch",
+    "sentinel.every",
   ):
-    if section[name] < 0:
-      raise ValueError(f"{name} must be at least 0, got {section[name]}")
-  ahead = features.blocks_ahead(config.data.get("features", ""))
-  if config.model.name == "bert" and config.model.first_block != ahead:
-    raise ValueError(
-      f"model.first_block must be {ahead}, the blocks that are run ahead with"
-      f" data.features={config.data.get('features', '')!r}, got"
-      f" {config.model.first_block}"
-    )
+    section, _, key = name.rpartition(".")
+    value = (config[section] if section else config)[key]
+    check(name, value, _validation.integer(0))
 
 
 def chunk_size(

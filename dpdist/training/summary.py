@@ -16,7 +16,7 @@ from dpdist.privacy import plan as plan_lib
 from dpdist.privacy import rounding as rounding_lib
 from dpdist.privacy import statement
 from dpdist.reporting import console
-from dpdist.tasks import chance
+from dpdist.tasks import held_out
 from dpdist.training import job as job_lib
 
 
@@ -145,18 +145,15 @@ def result(
     "ledger_head": ledger.head,
     "environment": environment,
   }
-  if job.frozen_sha256:
-    values["frozen_sha256"] = job.frozen_sha256
-  if job.weights_sha256:
-    values["weights_sha256"] = job.weights_sha256
+  for name in ("frozen_sha256", "weights_sha256"):
+    if name in job.made_of:
+      values[name] = job.made_of[name]
   for name, score in scores.items():
     group, metric = name.split("/")
     values.setdefault(group, {})[metric] = score
-  targets = job.test["targets"]
   best = values.get("test_ema", values["test"])
-  values["held_out_problem"] = chance.problem(values["test"], targets) and (
-    chance.problem(best, targets)
-  )
+  problem = lambda scores: held_out.problem(job.task, scores, job.test)
+  values["held_out_problem"] = problem(values["test"]) and problem(best)
   return values
 
 
@@ -178,11 +175,11 @@ def end_rows(
       f" {values['delta']:g}",
     ),
     ("guarantee", values["guarantee"]),
-    ("test accuracy", f"{values['test']['accuracy']:.4f}"),
   ]
-  if "test_ema" in values:
-    accuracy = values["test_ema"]["accuracy"]
-    rows.append(("test accuracy, average", f"{accuracy:.4f}"))
+  for group, which in (("test", ""), ("test_ema", ", average")):
+    # The metric that a task names first is the one to look at.
+    for name, value in [*values.get(group, {}).items()][:1]:
+      rows.append((f"test {name}{which}", f"{value:.4f}"))
   if values.get("held_out_problem"):
     rows.append(("WARNING", values["held_out_problem"]))
   return rows + [
@@ -197,10 +194,8 @@ def _frozen_rows(job: job_lib.Job) -> list[tuple[str, str]]:
   if job.frozen is not None:
     count = console.human_count(_size(job.frozen))
     rows.append(("frozen parameters", count))
-  if job.weights_sha256:
-    rows.append(
-      ("weights from disk", f"taken for public, {job.weights_sha256[:12]}")
-    )
+  if weights := job.made_of.get("weights_sha256"):
+    rows.append(("weights from disk", f"taken for public, {weights[:12]}"))
   return rows
 
 

@@ -20,6 +20,7 @@ import pathlib
 from typing import Any
 
 import ml_collections
+import optax
 
 from dpdist import config as config_lib
 from dpdist import errors
@@ -34,6 +35,7 @@ from dpdist.reporting import console
 from dpdist.reporting import report
 from dpdist.reporting import run_reporter
 from dpdist.reporting import telemetry
+from dpdist.tasks import parts as parts_lib
 from dpdist.training import data_checks
 from dpdist.training import dry_run
 from dpdist.training import job as job_lib
@@ -56,7 +58,12 @@ _OWN_ERRORS = (
 
 
 def train(
-  config: ml_collections.ConfigDict, workdir: str | os.PathLike[str]
+  config: ml_collections.ConfigDict,
+  workdir: str | os.PathLike[str],
+  *,
+  task: Any = None,
+  dataset: Any = None,
+  optimizer: optax.GradientTransformation | None = None,
 ) -> dict[str, Any]:
   """Trains, or goes on training, under the config's privacy budget.
 
@@ -66,6 +73,11 @@ def train(
   Args:
     config: settings; see `dpdist.config.default`.
     workdir: a local directory for everything the run writes; made if missing.
+    task: what is trained: a `dpdist.Task`, or an object with its attributes;
+      None: what the config names.
+    dataset: what it is trained on: a `dpdist.Dataset`, or an object with its
+      attributes; None: what the config names.
+    optimizer: what turns noisy means into updates; None: what the config names.
 
   Returns:
     The contents of `result.json`.
@@ -87,11 +99,12 @@ def train(
   """
   try:
     config_lib.check(config)
+    parts = parts_lib.of(task, dataset, optimizer)
   except ValueError as error:
     raise errors.SettingsError(
       str(error), hint=getattr(error, "hint", None)
     ) from error
-  workdir = pathlib.Path(workdir)
+  config, workdir = parts.settings(config), pathlib.Path(workdir)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(preemption.Notice())
     progress = progress_lib.Progress()
@@ -109,6 +122,7 @@ def train(
       config,
       workdir,
       ledger,
+      parts,
       try_out=functools.partial(dry_run.run, config, progress),
     )
     stack.callback(job.close)
@@ -117,7 +131,7 @@ def train(
         workdir / "checkpoints",
         writer=job.writer,
         max_to_keep=config.max_checkpoints,
-        frozen_sha256=job.frozen_sha256,
+        frozen_sha256=job.made_of.get("frozen_sha256", ""),
       )
     )
     return _run(config, workdir, job, checkpoints, stop, progress)
@@ -150,7 +164,7 @@ def _run(
       state.params,
       job.frozen,
       row=job.row,
-      largest=setup.largest_integers(config, job.row),
+      largest=setup.largest_integers(job.task, job.row, lambda: job.test),
       chunk_size=job.chunk_size,
       is_watched=config.sentinel.every > 0,
     )
@@ -159,7 +173,12 @@ def _run(
     observers: list[loop_lib.Observer] = []
     if job.ledger is not None:
       reporter = run_reporter.RunReporter(
-        config, workdir, start, last, epsilon_planned
+        config,
+        workdir,
+        start,
+        last,
+        epsilon_planned,
+        held_out=job.evaluate.names,
       )
       recorder = epsilon_recorder.EpsilonRecorder(job.ledger)
       observers += [stack.enter_context(reporter)]

@@ -14,7 +14,7 @@ from dpdist.data import augment
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.mechanism import mechanism
 from dpdist.privacy import plan as plan_lib
-from dpdist.tasks import classification
+from dpdist.tasks import per_unit
 from dpdist.training import step as step_lib
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -77,7 +77,7 @@ def _step(num_devices):
       target_delta=1e-5,
     )
   )
-  loss = classification.mean_over_copies(_loss, _change(), _COPIES)
+  loss = per_unit.mean_over_copies(_loss, _change(), _COPIES)
   mesh = mesh_lib.make(
     ml_collections.ConfigDict({"data": num_devices, "fsdp": 1, "model": 1}),
   )

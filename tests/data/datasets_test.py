@@ -14,6 +14,7 @@ import pytest
 from dpdist.assets import fetch
 from dpdist.data import array_record
 from dpdist.data.datasets import datasets
+from dpdist.data.datasets import idx
 from dpdist.data.features import scattering
 
 # The idx format: type code, big-endian struct letter, NumPy name.
@@ -25,6 +26,10 @@ IDX_TYPES = [
   (0x0D, "f", "float32"),
   (0x0E, "d", "float64"),
 ]
+
+
+def _parts(dataset):
+  return dataset.train, dataset.test
 
 
 def config(**fields):
@@ -62,7 +67,7 @@ def write_idx_directory(directory, *, compress=()):
 def test_digits():
   splits = datasets.load(config(name="digits"))
   assert (len(splits.train), len(splits.test)) == (1438, 359)
-  for source in splits:
+  for source in _parts(splits):
     batch = everything(source)
     assert batch["inputs"].shape[1:] == (8, 8, 1)
     assert batch["inputs"].dtype == np.float32
@@ -146,7 +151,9 @@ def test_too_short_text_says_how_many_pieces_it_has(tmp_path):
 
 @pytest.mark.parametrize("field", ["sequence_length", "num_train", "num_test"])
 def test_text_sizes_are_checked(field):
-  with pytest.raises(ValueError, match=f"{field} must be at least 1, got 0"):
+  with pytest.raises(
+    ValueError, match=f"{field} must be an integer >= 1, got 0"
+  ):
     datasets.load(text_config("", **{field: 0}))
 
 
@@ -154,7 +161,7 @@ def test_text_sizes_are_checked(field):
 def test_idx_directory(tmp_path, compress):
   expected = write_idx_directory(tmp_path, compress=compress)
   splits = datasets.load(config(name="idx", path=str(tmp_path)))
-  for source, (images, labels) in zip(splits, expected, strict=True):
+  for source, (images, labels) in zip(_parts(splits), expected, strict=True):
     batch = everything(source)
     assert batch["inputs"].shape == (len(images), 28, 28, 1)
     assert batch["inputs"].dtype == np.float32
@@ -173,7 +180,7 @@ def test_idx_manifest_is_over_decoded_content(tmp_path):
     (tmp_path / name).mkdir()
     write_idx_directory(tmp_path / name, compress=compress)
     splits = datasets.load(config(name="idx", path=str(tmp_path / name)))
-    manifests.append([source.content_digest() for source in splits])
+    manifests.append([source.content_digest() for source in _parts(splits)])
   assert manifests[0] == manifests[1]
   path = tmp_path / "plain" / "train-labels-idx1-ubyte"
   data = bytearray(path.read_bytes())
@@ -198,7 +205,7 @@ def test_missing_idx_file_names_the_path_and_a_way_out(tmp_path, missing):
 def test_read_idx_types(tmp_path, code, letter, name):
   values = np.array([[1, 2, 3], [100, 5, 6]])
   (tmp_path / "a").write_bytes(idx_bytes(values.astype(name), code, letter))
-  array = datasets.read_idx(tmp_path / "a")
+  array = idx.read(tmp_path / "a")
   np.testing.assert_array_equal(array, values)
   assert array.dtype == np.dtype(name)
   assert array.dtype.isnative
@@ -236,7 +243,7 @@ def test_read_idx_types(tmp_path, code, letter, name):
 def test_read_idx_refuses_damaged_files(tmp_path, data, message):
   (tmp_path / "a").write_bytes(data)
   with pytest.raises(ValueError, match=message) as caught:
-    datasets.read_idx(tmp_path / "a")
+    idx.read(tmp_path / "a")
   assert str(tmp_path / "a") in str(caught.value)
 
 
@@ -264,7 +271,7 @@ def test_idx_refuses_what_are_not_images_and_labels(
   (tmp_path / "images").write_bytes(images)
   (tmp_path / "labels").write_bytes(labels)
   with pytest.raises(ValueError, match=f"{culprit} must hold"):
-    datasets.idx(tmp_path / "images", tmp_path / "labels")
+    idx.load(tmp_path / "images", tmp_path / "labels")
 
 
 def rows(start, stop):
@@ -277,7 +284,7 @@ def rows(start, stop):
 
 def check_rows(splits, num_train, num_test):
   expected = rows(0, num_train), rows(num_train, num_train + num_test)
-  for source, arrays in zip(splits, expected, strict=True):
+  for source, arrays in zip(_parts(splits), expected, strict=True):
     batch = everything(source)
     assert batch.keys() == arrays.keys()
     for name, array in arrays.items():
@@ -367,7 +374,7 @@ def test_features_take_the_place_of_inputs(tmp_path, monkeypatch):
   splits = datasets.load(
     config(name="idx", path=str(tmp_path), features="scattering")
   )
-  for source, of in zip(splits, plain, strict=True):
+  for source, of in zip(_parts(splits), _parts(plain), strict=True):
     batch = everything(source)
     expected = scattering.transform(everything(of)["inputs"])
     np.testing.assert_array_equal(batch["inputs"], expected.astype(np.float16))

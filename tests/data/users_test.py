@@ -238,7 +238,8 @@ def _write(directory, name, parts):
 @pytest.mark.parametrize("name", ["npz", "parquet", "array_record"])
 def test_files_say_whose_an_example_is(tmp_path, name):
   _write(tmp_path, name, _rows())
-  train, test = datasets.load(_config(tmp_path, name))
+  dataset = datasets.load(_config(tmp_path, name))
+  train, test = dataset.train, dataset.test
   assert len(train) == 3
   batch = train.read(np.arange(3))
   assert batch["inputs"].tolist() == [[2, 0], [1, 3], [4, 0]]
@@ -258,14 +259,14 @@ def test_identities_may_be_in_a_dictionary_and_in_two_files(tmp_path):
       pyarrow.table(columns), tmp_path / f"train{number}.parquet"
     )
   parquet.write_table(pyarrow.table(test), tmp_path / "test.parquet")
-  train, _ = datasets.load(_config(tmp_path, "parquet"))
+  train = datasets.load(_config(tmp_path, "parquet")).train
   batch = train.read(np.arange(3))
   assert batch["inputs"].tolist() == [[2, 0], [1, 3], [4, 0]]
 
 
 def test_integers_name_users_too(tmp_path):
   _write(tmp_path, "parquet", _rows((7, 7, -1), (8,)))
-  train, _ = datasets.load(_config(tmp_path, "parquet"))
+  train = datasets.load(_config(tmp_path, "parquet")).train
   assert train.read(np.arange(2))["inputs"].tolist() == [[3, 0], [1, 2]]
 
 
@@ -275,8 +276,11 @@ def test_integers_name_users_too(tmp_path):
 @pytest.mark.parametrize(
   ("changes", "message"),
   [
-    ({"examples_per_unit": 0}, "examples_per_unit must be at least 1, got 0"),
-    ({"num_units": 0}, "num_units must be at least 1, got 0"),
+    (
+      {"examples_per_unit": 0},
+      "examples_per_unit must be an integer >= 1, got 0",
+    ),
+    ({"num_units": 0}, "num_units must be an integer >= 1, got 0"),
     ({"num_units": 5}, r"unit_of_example must be in \[0, num_units=5\), got 1"),
     ({"unit_of_example": OWNERS - 2}, "unit_of_example must be in .* got -1"),
     (

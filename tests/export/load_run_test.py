@@ -179,7 +179,7 @@ def test_exported_parameters_are_those_of_the_run(
   logits = model.apply({"params": params}, found.test["inputs"][0])
   np.testing.assert_array_equal(
     logits,
-    found.model.apply({"params": wanted}, found.test["inputs"][0]),
+    found.task.predict(wanted, {"inputs": found.test["inputs"][0]}),
   )
 
 

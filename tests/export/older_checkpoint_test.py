@@ -11,6 +11,7 @@ import types
 import numpy as np
 import pytest
 
+import dpdist
 from dpdist import config as config_lib
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.export import export
@@ -18,7 +19,6 @@ from dpdist.export import load_run
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import composition
 from dpdist.privacy import plan as plan_lib
-from dpdist.tasks import classification
 
 
 def _plan(**changes):
@@ -64,10 +64,11 @@ def run(tmp_path, monkeypatch):
     ledger.reserve_through(40)
   ledger = ledger_lib.Ledger(tmp_path / "ledger")
   (saved,) = ledger.checkpoints
-  monkeypatch.setattr(
-    classification,
-    "evaluator",
-    lambda *_: lambda params: {"accuracy": 0.5, "loss": 0.7},
+  metrics = {"accuracy": (0.5, 1), "loss": (0.7, 1)}
+  task = dpdist.Task(
+    init=lambda key, example: {"w": 0.0},
+    loss=lambda params, example, rng: (0.0, None),
+    metrics=lambda params, example: metrics,
   )
   state = types.SimpleNamespace(
     params={"w": np.ones(3, np.float32)}, ema_params=None
@@ -78,7 +79,7 @@ def run(tmp_path, monkeypatch):
   }
   mesh = mesh_lib.make({"data": -1, "fsdp": 1, "model": 1})
   return load_run.Released(
-    config_lib.default(), ledger, saved, None, mesh, state, test, {}
+    config_lib.default(), ledger, saved, task, mesh, state, test, {}
   )
 
 

@@ -14,6 +14,7 @@ import pyarrow
 from pyarrow import parquet
 
 from dpdist.data import array_record
+from dpdist.data import dataset as dataset_lib
 from dpdist.data.datasets import chitchat
 from dpdist.data.datasets import datasets
 from dpdist.keys import keys
@@ -40,9 +41,9 @@ def _config(name: str, folder: pathlib.Path, **fields: Any) -> Any:
   return ml_collections.ConfigDict({**given, **fields})
 
 
-def _check(splits: datasets.Splits) -> None:
+def _check(dataset: dataset_lib.Dataset) -> None:
   """Reads all that there is."""
-  for source in splits:
+  for source in (dataset.train, dataset.test):
     for rows in (np.arange(len(source)), np.zeros(0, np.int64)):
       for name, array in source.read(rows).items():
         if len(array) != len(rows) or array.dtype.hasobject:

@@ -8,7 +8,8 @@ import pytest
 from dpdist import config as config_lib
 from dpdist import models
 from dpdist.distributed import mesh as mesh_lib
-from dpdist.tasks import classification
+from dpdist.tasks import cross_entropy
+from dpdist.tasks import held_out
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -150,7 +151,8 @@ def test_evaluator_averages_over_every_held_out_example_once(size):
   params = model.init(jax.random.key(0), test["inputs"][0])["params"]
   params["Dense_0"]["kernel"] = jnp.asarray(rng.normal(size=(8, 10)))
   mesh = mesh_lib.make({"data": 4, "fsdp": 2, "model": 1})
-  got = classification.evaluator(model, test, mesh)(params)
+  task = cross_entropy.classification(model)
+  got = held_out.Evaluator(task, test, mesh, params)(params)
   apply = jax.vmap(lambda x: model.apply({"params": params}, x))
   logits = np.asarray(apply(test["inputs"]), np.float64)
   log_probs = logits - np.log(np.exp(logits).sum(1, keepdims=True))
@@ -175,7 +177,8 @@ def test_a_pass_holds_no_more_logits_than_fit():
     "targets": np.tile(np.arange(size, dtype=np.int32)[:, None], (1, 64)),
   }
   mesh = mesh_lib.make({"data": 2, "fsdp": 1, "model": 1}, jax.devices()[:2])
-  run = classification.evaluator(Wide(), test, mesh)
+  task = cross_entropy.classification(Wide())
+  run = held_out.Evaluator(task, test, mesh, jnp.float32(0))
   shapes = []
   put = jax.make_array_from_callback
 
@@ -199,9 +202,7 @@ def test_cross_entropy_of_a_sequence_is_its_mean():
   inputs = _INPUTS["decoder"]
   params = model.init(jax.random.key(0), inputs)["params"]
   example = {"inputs": inputs, "targets": np.roll(inputs, -1)}
-  loss, aux = classification.cross_entropy(model)(
-    params, example, jax.random.key(0)
-  )
+  loss, aux = cross_entropy.loss_of(model)(params, example, jax.random.key(0))
   log_probs = jax.nn.log_softmax(model.apply({"params": params}, inputs))
   expected = -np.mean(np.asarray(log_probs)[np.arange(12), example["targets"]])
   np.testing.assert_allclose(loss, expected, rtol=1e-5)

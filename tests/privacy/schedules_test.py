@@ -20,7 +20,7 @@ from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
 from dpdist.privacy import composition
 from dpdist.privacy import plan as plan_lib
-from dpdist.tasks import classification
+from dpdist.tasks import per_unit
 from dpdist.training import step as step_lib
 
 _CONFIG = dpdist.PrivacyConfig(
@@ -185,7 +185,7 @@ def test_one_row_moves_a_groups_sum_by_two_clip_norms_at_most():
   np.testing.assert_array_equal(rows["x"][1], source.read(np.arange(4, 8))["x"])
   plan = _plan(group_size=4, neighboring_relation="zero_out")
   linear = lambda w, example, rng: (10 * jnp.sum(w["w"] * example["x"]), None)
-  loss = classification.mean_over_unit(linear, empty_slot=users.SLOT_IS_EMPTY)
+  loss = per_unit.mean_over_unit(linear, empty_slot=users.SLOT_IS_EMPTY)
   step = step_lib.Step(
     mechanism.make(plan, loss),
     optax.sgd(1.0),

@@ -14,6 +14,7 @@ from dpdist import config as config_lib
 from dpdist.profiling import forecast
 from dpdist.profiling import roofline
 from dpdist.training import abstract_step
+from dpdist.training import setup
 
 _LARGE = (
   # What must fit: a 1B decoder, as published, and an 8B one.
@@ -152,16 +153,28 @@ def test_fewer_chips_take_longer():
   assert rows[-1]["efficiency"] == pytest.approx(33 * 4 / (9 * 16))
 
 
+_PLAN = {
+  "num_examples": 10,
+  "expected_batch_size": 2.0,
+  "num_steps": 2,
+  "noise_multiplier": 1.0,
+}
+
+
 def test_tokens_need_no_data():
   config = config_lib.default()
   config.model.name = "stacked_decoder"
   config.data.name = "array_record"
   config.data.sequence_length = 12
-  found = abstract_step.example(config)
+  config.model.update({"width": 8, "depth": 1, "num_heads": 2})
+  config.privacy.update(_PLAN)
+  found = abstract_step.example(setup.build(config))
   assert {name: x.shape for name, x in found.items()} == {
     "inputs": (12,),
     "targets": (12,),
   }
   config = config_lib.default()
-  found = abstract_step.example(config)
+  config.model.width = 8
+  config.privacy.update(_PLAN)
+  found = abstract_step.example(setup.build(config))
   assert found["inputs"].shape == (8, 8, 1)

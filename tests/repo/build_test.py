@@ -32,11 +32,12 @@ LAYERS = (
   ("dpdist/clipping/layers",),
   ("dpdist/clipping/engines",),
   ("dpdist/accounting", "dpdist/clipping", "dpdist/noise", "dpdist/sampling"),
-  ("dpdist/data", "dpdist/models", "dpdist/privacy", "dpdist/tasks"),
+  ("dpdist/data", "dpdist/models", "dpdist/privacy"),
   ("dpdist/data/builders", "dpdist/data/features", "dpdist/mechanism")
   + ("dpdist/reporting", "dpdist:config"),
   ("dpdist/data:api", "dpdist/data/datasets", "dpdist/ledger")
   + ("dpdist/sensitivity",),
+  ("dpdist/tasks",),
   ("dpdist/workdir",),
   ("dpdist/frontends", "dpdist/training"),
   ("dpdist/export", "dpdist/profiling"),

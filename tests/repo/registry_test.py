@@ -20,7 +20,7 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 _DATASET = """
 import numpy as np
 from dpdist.data import arrays
-from dpdist.data.datasets import datasets
+import dpdist
 
 
 def load(config):
@@ -30,7 +30,33 @@ def load(config):
     "inputs": rng.normal(size=(n, 4)).astype(np.float32),
     "targets": rng.integers(0, 2, n).astype(np.int32),
   })
-  return datasets.Splits(part(32), part(8))
+  return dpdist.Dataset(part(32), part(8))
+"""
+
+_PARTS = """
+from flax import linen as nn
+import jax.numpy as jnp
+import optax
+
+import dpdist
+
+
+class Net(nn.Module):
+  @nn.compact
+  def __call__(self, x):
+    return nn.Dense(10)(jnp.tanh(x.ravel()))
+
+
+def make_model(config):
+  return Net()
+
+
+def make_task(config):
+  return dpdist.tasks.classification(Net())
+
+
+def make_optimizer(learning_rate, scale=1.0):
+  return optax.sgd(scale * learning_rate(0))
 """
 
 _ENGINE = """
@@ -120,6 +146,24 @@ def test_other_code_from_outside_gets_other_keys(
   after = ledger_lib.Ledger(workdir / "ledger").branches
   assert len(after) == len(before) + 1
   assert after[-1].identity != before[-1].identity
+
+
+@pytest.mark.parametrize("setting", ["task", "model.name", "optimizer.name"])
+def test_so_does_a_task_a_model_and_an_optimizer_from_outside(
+  outside, tmp_path, monkeypatch, setting
+):
+  function = f"make_{setting.partition('.')[0]}"
+  changes = {setting: f"toy_data:{function}", "data.name": "digits"}
+  changes["model.num_outputs"] = 10
+
+  for number, source in enumerate((_PARTS, _PARTS + "# Another.\n")):
+    (outside / "toy_data.py").write_text(source)
+    _start_again(monkeypatch)
+    changes |= {"privacy.num_examples": 1438, "privacy.num_steps": 2}
+    dpdist.train(_config(**changes), tmp_path / "run")
+    branches = ledger_lib.Ledger(tmp_path / "run" / "ledger").branches
+    assert len(branches) == number + 1
+    (tmp_path / "run" / "result.json").unlink()
 
 
 def _package(outside):

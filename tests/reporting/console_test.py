@@ -92,12 +92,11 @@ def test_plain_progress_is_one_line_per_metrics(capsys):
 
 
 def test_plain_progress_is_never_wrapped(capsys):
+  names = ("accuracy", "loss", "perplexity")
   metrics = {
-    f"{data}/{name}": 0.5
-    for data in ("test", "test_ema")
-    for name in ("accuracy", "loss", "perplexity")
+    f"{data}/{name}": 0.5 for data in ("test", "test_ema") for name in names
   }
-  with console_lib.Progress(10) as progress:
+  with console_lib.Progress(10, held_out=names) as progress:
     progress.update(10, metrics=metrics)
   (line,) = capsys.readouterr().out.splitlines()
   assert line.startswith("step 10/10  test accuracy 0.500  test loss 0.500")

@@ -90,10 +90,11 @@ class _Made:
       "targets": jax.ShapeDtypeStruct((6,) if is_text else (), "i4"),
     }
     self.row = abstract_step.unit(config, one)
-    experiment = setup.build(config, meshes.of(name))
-    model, self.step = experiment.model, experiment.step
-    inputs = np.zeros(one["inputs"].shape, one["inputs"].dtype)
-    params = parameters.make_params(model, np.zeros(2, np.uint32), inputs)
+    self.experiment = setup.build(config, meshes.of(name))
+    self.step = self.experiment.step
+    task = self.experiment.task
+    zeros = {name: np.zeros(x.shape, x.dtype) for name, x in one.items()}
+    params = parameters.make_params(task, np.zeros(2, np.uint32), zeros)
     # No part of it begins as 0.
     draw = lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32)
     trained, frozen = clipping.partition(
@@ -120,7 +121,7 @@ class _Made:
       self.params,
       self.frozen,
       row=self.row,
-      largest=setup.largest_integers(self.config, self.row),
+      largest=self.experiment.largest_integers(self.row),
       chunk_size=_ROWS,
     )
 

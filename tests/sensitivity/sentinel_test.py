@@ -30,9 +30,9 @@ from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
 from dpdist.sensitivity import comparison
 from dpdist.sensitivity import made_up_examples
-from dpdist.tasks import classification
+from dpdist.tasks import cross_entropy
+from dpdist.tasks import from_config
 from dpdist.training import exact_step
-from dpdist.training import parameters
 from dpdist.training import setup
 from dpdist.training import step as step_lib
 from dpdist.training import step_sentinel
@@ -258,10 +258,11 @@ def test_made_up_tokens_are_as_large_as_any_that_a_model_looks_up(
   name, changes, most
 ):
   config = config_lib.default()
-  config.model.update({"name": name, **changes})
+  sizes = {"width": 4, "depth": 1, "num_heads": 2}
+  config.model.update({"name": name, **sizes, **changes})
   tokens = jax.ShapeDtypeStruct((6,), jnp.int32)
   row = {"inputs": tokens, "targets": tokens}
-  largest = setup.largest_integers(config, row)
+  largest = setup.largest_integers(from_config.make(config), row, dict)
   tried = [case.example for case in made_up_examples.cases(row, largest)]
   reached = {k: max(x[k].max() for x in tried) for k in row}
   assert reached == {"inputs": most, "targets": changes["num_outputs"] - 1}
@@ -531,8 +532,8 @@ def test_models_raise_no_alarm(name):
     x = rng.normal(size=(32, *inputs)).astype(np.float32)
   y = rng.integers(0, 16, (32, *targets)).astype(np.int32)
   batch = {"inputs": x, "targets": y}
-  params = parameters.make_params(model, np.zeros(2, np.uint32), x[0])
-  loss = classification.cross_entropy(model)
+  params = model.init(jax.random.key(0), x[0])["params"]
+  loss = cross_entropy.loss_of(model)
   key = jax.random.key(0)
   report = dpdist.check_sensitivity(
     loss, params, batch, l2_clip_norm=_CLIP, has_aux=True, rng=key

@@ -10,8 +10,9 @@ from configs import digits
 import dpdist
 from dpdist import models
 from dpdist.data import arrays as arrays_lib
-from dpdist.data.datasets import datasets
-from dpdist.tasks import classification
+from dpdist.data import dataset as dataset_lib
+from dpdist.tasks import cross_entropy
+from dpdist.tasks import from_config
 from dpdist.training import data_checks
 from dpdist.training import setup
 from dpdist.workdir import resume
@@ -40,9 +41,9 @@ def _arrays(count, **changed):
 
 
 def _fit(config, train, test):
-  splits = datasets.Splits(*map(arrays_lib.ArraySource, (train, test)))
-  model = models.make(config.model)
-  return data_checks.fit(config, splits, model, setup.PUBLIC_KEY_DATA)
+  splits = dataset_lib.Dataset(*map(arrays_lib.ArraySource, (train, test)))
+  task = from_config.make(config)
+  return data_checks.fit(config, splits, task, setup.PUBLIC_KEY_DATA)
 
 
 def _both(**changed):
@@ -214,7 +215,7 @@ def test_a_training_label_that_no_class_has_adds_nothing(method):
   params = init(jax.random.key(0), np.zeros(4, np.float32))["params"]
   grads = jax.jit(
     dpdist.clipped_grad(
-      classification.cross_entropy(model),
+      cross_entropy.loss_of(model),
       l2_clip_norm=1.0,
       has_aux=True,
       method=method,
@@ -242,7 +243,7 @@ def test_of_a_sequence_labels_that_no_class_has_count_for_nothing():
       return variables["params"][inputs]
 
   table = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32)
-  loss = classification.cross_entropy(Table())
+  loss = cross_entropy.loss_of(Table())
   inputs = np.arange(4)
   of = lambda *targets: loss(
     table, {"inputs": inputs, "targets": np.array(targets)}, None
@@ -288,9 +289,8 @@ def test_a_run_is_refused_in_a_sentence_and_has_spent_nothing(tmp_path):
   )
   assert done.code == 2, done.err
   (said,) = done.err.splitlines()
-  assert said.startswith(
-    "error: targets in the training part of data set 'npz'"
-  )
+  assert said.startswith("error: data set 'npz'")
+  assert "must fit the task: targets in the training part must be" in said
   spent = commands.run("budget", workdir)
   assert spent.code == 0, spent.err
   assert spent.out.split()[:2] == ["steps_spent", "0"]

@@ -14,8 +14,8 @@ from dpdist.keys import keys
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import plan as plan_lib
+from dpdist.tasks import held_out
 from dpdist.training import dry_run
-from dpdist.training import job as job_lib
 from dpdist.training import step as step_lib
 from dpdist.workdir import checkpoints
 from dpdist.workdir import manifest
@@ -183,9 +183,7 @@ def test_nor_does_one_whose_second_half_fails(tmp_path, monkeypatch, half):
   if half == "apply":
     _patched(monkeypatch, step_lib.Step, "apply", lambda compiled: fails)
   else:
-    monkeypatch.setattr(
-      job_lib.classification, "evaluator", lambda model, test, mesh: fails
-    )
+    monkeypatch.setattr(held_out.Evaluator, "__call__", fails)
   with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
     dpdist.train(_config(), tmp_path)
   assert _nothing_is_left(tmp_path)

@@ -22,7 +22,7 @@ from dpdist.mechanism import stats as stats_lib
 from dpdist.models import cnn
 from dpdist.models import decoder
 from dpdist.sums import fixed_point
-from dpdist.tasks import classification
+from dpdist.tasks import cross_entropy
 from dpdist.training import exact_step
 from dpdist.training import step as step_lib
 from dpdist.workdir import fingerprint
@@ -96,7 +96,7 @@ def _problem(name):
 def _mechanism(model_name):
   model, _, _ = _problem(model_name)
   return mechanism.make(
-    _plan(), classification.cross_entropy(model), exact_group_size=_GROUP
+    _plan(), cross_entropy.loss_of(model), exact_group_size=_GROUP
   )
 
 
@@ -242,7 +242,7 @@ def test_removing_any_example_moves_the_sum_within_the_sensitivity():
   step = dataclasses.replace(_step("mlp", "adam"), mesh=meshes.of("2"))
   rng = np.random.default_rng(2)
   # Dropout would go by the place; here every example keeps its gradient.
-  loss = lambda p, e, rng: classification.cross_entropy(_NoDropout())(p, e, rng)
+  loss = lambda p, e, rng: cross_entropy.loss_of(_NoDropout())(p, e, rng)
   step = dataclasses.replace(
     step, mechanism=mechanism.make(_plan(), loss, exact_group_size=_GROUP)
   )

@@ -30,7 +30,7 @@ from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
 from dpdist.models import bert
 from dpdist.models import lora
-from dpdist.tasks import classification
+from dpdist.tasks import cross_entropy
 from dpdist.training import exact_step
 from dpdist.training import job as job_lib
 from dpdist.training import parameters
@@ -93,9 +93,7 @@ def _whole():
 
 
 def _is_frozen():
-  config = config_lib.default().model
-  config.trainable = _TRAINABLE
-  return parameters.frozen_paths(config)
+  return parameters.frozen_paths(_TRAINABLE)
 
 
 @functools.cache
@@ -112,7 +110,7 @@ def _mechanism(exact_group_size=None):
   )
   return mechanism.make(
     plan,
-    classification.cross_entropy(_model()),
+    cross_entropy.loss_of(_model()),
     exact_group_size=exact_group_size,
     frozen=_is_frozen(),
   )
@@ -146,7 +144,7 @@ def _one_step(mesh_name, exact_group_size=None):
 def _by_hand():
   """The clipped sum, one example after the other, of trained ones alone."""
   trained, frozen = clipping.partition(_whole(), _is_frozen())
-  loss_fn = classification.cross_entropy(_model())
+  loss_fn = cross_entropy.loss_of(_model())
 
   @jax.jit
   def clipped(trained, example):
@@ -222,15 +220,14 @@ def _weights():
 
 
 def _parameters(weights, trainable=_TRAINABLE):
-  config = config_lib.default().model
-  config.trainable = trainable
+  task = cross_entropy.classification(_model())
   return parameters.Parameters(
-    functools.partial(parameters.make_params, _model()),
+    functools.partial(parameters.make_params, task),
     np.array([1, 2], np.uint32),
-    _tokens()["inputs"][0],
+    {"inputs": _tokens()["inputs"][0]},
     weights,
     trainable,
-    parameters.frozen_paths(config),
+    parameters.frozen_paths(trainable),
   )
 
 
@@ -374,7 +371,7 @@ def test_a_frozen_parameter_stays_and_is_in_no_checkpoint(finished):
   with resume.open_ledger(_config(), workdir) as ledger:
     job = job_lib.prepare(_config(), workdir, ledger)
   assert fingerprint.params_sha256(job.frozen) == result["frozen_sha256"]
-  assert result["weights_sha256"] == job.weights_sha256
+  assert result["weights_sha256"] == job.made_of["weights_sha256"]
   path = next((workdir / "checkpoints").glob("writer_*/8"))
   tree = json.loads((path / "state" / "_METADATA").read_text())["tree_metadata"]
   kept = {

@@ -23,7 +23,7 @@ from dpdist import config as config_lib
 from dpdist import models
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.mechanism import mechanism
-from dpdist.tasks import classification
+from dpdist.tasks import cross_entropy
 from dpdist.training import parameters
 from dpdist.training import step as step_lib
 from tests.support import meshes
@@ -247,13 +247,13 @@ def _step(name, mesh, **changes):
       noise_multiplier=1.0,
     )
   )
-  bound = mechanism.make(plan, classification.cross_entropy(model))
+  bound = mechanism.make(plan, cross_entropy.loss_of(model))
   return step_lib.Step(
     dataclasses.replace(bound, **changes),
     optax.adam(1e-2),
     mesh,
     0.9,
-    models.partitioning(model),
+    model.partitioning,
   )
 
 
@@ -374,9 +374,10 @@ def _step_state(mesh_name):
 
 @pytest.mark.slow
 def test_init_from_makes_the_same_parameters_in_place():
-  model = _model("stacked_decoder")
-  words, example = np.array([3, 4], np.uint32), _tokens()[0, :-1]
-  make = functools.partial(parameters.make_params, model)
+  task = cross_entropy.classification(_model("stacked_decoder"))
+  words = np.array([3, 4], np.uint32)
+  example = {"inputs": _tokens()[0, :-1]}
+  make = functools.partial(parameters.make_params, task)
   one = _step("stacked_decoder", _mesh("one")).init_from(make, words, example)
   step = _step("stacked_decoder", _mesh("data, fsdp, model"))
   many = step.init_from(make, words, example)

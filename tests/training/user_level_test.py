@@ -22,10 +22,12 @@ from dpdist.data.datasets import datasets
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.ledger import ledger
 from dpdist.mechanism import mechanism
-from dpdist.tasks import classification
+from dpdist.tasks import cross_entropy
+from dpdist.tasks import per_unit
 from dpdist.training import abstract_step
 from dpdist.training import data_checks
 from dpdist.training import exact_step
+from dpdist.training import setup
 from dpdist.training import step as step_lib
 from dpdist.workdir import verify
 
@@ -44,8 +46,8 @@ def _model():
 
 
 MODEL = _model()
-LOSS = classification.mean_over_unit(
-  classification.cross_entropy(MODEL), empty_slot=users_lib.SLOT_IS_EMPTY
+LOSS = per_unit.mean_over_unit(
+  cross_entropy.loss_of(MODEL), empty_slot=users_lib.SLOT_IS_EMPTY
 )
 
 
@@ -74,7 +76,7 @@ def _params():
 @functools.cache
 def _gradient(user):
   """Of the mean loss of a user's examples, each taken by itself; flat."""
-  loss = classification.cross_entropy(MODEL)
+  loss = cross_entropy.loss_of(MODEL)
   grad = jax.grad(lambda p, e: loss(p, e, jax.random.key(0))[0])
   rows = {k: x[user] for k, x in _users().items()}
   total = [np.zeros(24)]
@@ -188,9 +190,7 @@ def test_a_user_without_an_example_has_no_loss_and_no_gradient():
 
 def test_each_slot_has_its_own_rng():
   noisy = lambda p, example, rng: (jax.random.normal(rng), None)
-  loss = classification.mean_over_unit(
-    noisy, empty_slot=users_lib.SLOT_IS_EMPTY
-  )
+  loss = per_unit.mean_over_unit(noisy, empty_slot=users_lib.SLOT_IS_EMPTY)
   unit = {k: jnp.asarray(x[1]) for k, x in _users().items()}
   key = jax.random.key(5)
   draws = [jax.random.normal(k) for k in jax.random.split(key, SLOTS)]
@@ -338,7 +338,7 @@ def test_bad_settings_are_named_before_anything_is_spent(
 def test_shapes_that_are_compiled_for_are_those_that_are_read(directory):
   config = _config(directory)
   row = datasets.load(config.data).train.read(np.arange(1))
-  example = abstract_step.example(config)
+  example = abstract_step.example(setup.build(config))
   found = abstract_step.unit(config, example)
   assert {k: (x.shape[1:], x.dtype) for k, x in row.items()} == {
     k: (x.shape, x.dtype) for k, x in found.items()

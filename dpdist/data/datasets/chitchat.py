@@ -11,6 +11,7 @@ import json
 
 import numpy as np
 
+from dpdist import _validation
 from dpdist.assets import tokenizers
 from dpdist.data import arrays as arrays_lib
 from dpdist.data import sources
@@ -50,10 +51,9 @@ def load(
   Raises:
     ValueError: an argument is out of its range, or the file is another one.
   """
-  if sequence_length < 1:
-    raise ValueError(
-      f"data.sequence_length must be at least 1, got {sequence_length}"
-    )
+  _validation.require(
+    sequence_length >= 1, "data.sequence_length", "at least 1", sequence_length
+  )
   texts = _texts(path)
   size = sequence_length + 1  # One token more: the last target.
   encode = tokenizers.load(tokenizer).encode

@@ -1,0 +1,166 @@
+"""Computes a task's metrics of held-out examples.
+
+Held-out examples are not protected: their metrics are released without noise.
+"""
+
+from collections.abc import Mapping
+import math
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+import numpy as np
+
+from dpdist import errors
+from dpdist.distributed import mesh as mesh_lib
+from dpdist.tasks import task as task_lib
+
+PyTree = Any
+
+# Most bytes of predictions on a device in one pass over held-out examples: the
+# logits of a large vocabulary need far more memory than a training step.
+_MOST_BYTES = 1 << 28
+_NAME = re.compile(r"[A-Za-z0-9_.@-]+")
+
+
+class Evaluator:
+  """Maps parameters to held-out metrics.
+
+  Attributes:
+    names: of the metrics, which are the task's declared ones.
+  """
+
+  def __init__(
+    self,
+    task: task_lib.Task,
+    test: Mapping[str, np.ndarray],
+    mesh: Mesh,
+    params: PyTree,
+  ):
+    """Traces the task's metrics; computes none yet.
+
+    Args:
+      task: whose metrics.
+      test: arrays of all held-out examples.
+      mesh: the examples are divided over it, in passes of about 1,024, or as
+        many as have 256 MiB of predictions on a device.
+      params: all parameters, or their shapes.
+
+    Raises:
+      ValueError: the metrics are not {name: (value, weight)} of plain names.
+    """
+    self._test, self._mesh = test, mesh
+    self._size = len(next(iter(test.values())))
+    self._metrics = task.metrics or _loss_alone(task)
+    # In the order of the task: JAX sorts the names of a mapping.
+    self.names: tuple[str, ...] = ()
+
+    def traced(params: PyTree, example: PyTree) -> PyTree:
+      found = _checked(self._metrics(params, example))
+      self.names = tuple(found)
+      return found
+
+    example = {
+      name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+      for name, x in test.items()
+    }
+    found = jax.eval_shape(traced, params, example)
+    if task.predict is not None:
+      found = jax.eval_shape(task.predict, params, example)
+    size = sum(leaf.size for leaf in jax.tree.leaves(found))
+    shards = mesh_lib.num_example_shards(mesh)
+    fitting = max(1, _MOST_BYTES // (4 * max(1, size))) * shards
+    rows = min(1024, self._size, fitting)
+    self._rows = rows + -rows % shards
+    self._sums = jax.jit(self.sums)
+
+  def __call__(
+    self, params: PyTree, num_passes: int | None = None
+  ) -> dict[str, float]:
+    """Returns the metrics: sums of values over sums of weights.
+
+    Args:
+      params: all parameters.
+      num_passes: makes only so many passes, and the metrics are wrong: use it
+        to compile and to see whether it fits in memory.
+    """
+    total = {name: [0.0, 0.0] for name in self.names}
+    for start in range(0, self._size, self._rows)[:num_passes]:
+      rows = np.arange(start, start + self._rows)
+      last = self._size - 1
+      batch = {
+        name: self._put(array[np.minimum(rows, last)])
+        for name, array in self._test.items()
+      }
+      found = self._sums(params, batch, self._put(rows <= last))
+      for name, sums in total.items():
+        for i, value in enumerate(found[name]):
+          sums[i] += float(value)
+    return {name: sums[0] / (sums[1] or 1) for name, sums in total.items()}
+
+  def sums(
+    self, params: PyTree, batch: Mapping[str, jax.Array], is_real: jax.Array
+  ) -> PyTree:
+    """Returns a pass's sums of values and weights, by name; traced."""
+    metrics = lambda params, example: _checked(self._metrics(params, example))
+    found = jax.vmap(metrics, (None, 0))(params, batch)
+
+    def add(x: jax.Array) -> jax.Array:
+      if jnp.issubdtype(x.dtype, jnp.floating):
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+      kept = is_real.reshape(is_real.shape + (1,) * (x.ndim - 1))
+      return jnp.sum(jnp.where(kept, x, 0))
+
+    return jax.tree.map(add, found)
+
+  def _put(self, x: np.ndarray) -> jax.Array:
+    return jax.make_array_from_callback(
+      x.shape, mesh_lib.examples(self._mesh), lambda i: x[i]
+    )
+
+
+def problem(
+  task: task_lib.Task,
+  scores: Mapping[str, float],
+  test: Mapping[str, np.ndarray],
+) -> str:
+  """Returns a sentence that says why such a model is of no use; "" if not."""
+  if task.problem is not None:
+    return task.problem(scores, test)
+  for name, value in scores.items():
+    if not math.isfinite(value):
+      return f"the held-out {name} is {value}: the model is of no use"
+  return ""
+
+
+def _loss_alone(task: task_lib.Task) -> Any:
+  """Returns metrics of the loss, under a fixed key."""
+
+  def metrics(params: PyTree, example: PyTree) -> PyTree:
+    loss, _ = task.loss(params, example, jax.random.key(0))
+    return {"loss": (loss, 1)}
+
+  return metrics
+
+
+def _checked(found: Any) -> dict[str, tuple[jax.Array, jax.Array]]:
+  """Returns metrics as arrays.
+
+  Raises:
+    ValueError: they are not {name: (value, weight)}.
+  """
+  rule = "a task's metrics must return {name: (value, weight)}"
+  if not isinstance(found, Mapping) or not found:
+    raise errors.ArgumentError(f"{rule}, got {found!r}")
+  arrays = {}
+  for name, pair in found.items():
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+      raise errors.ArgumentError(
+        f"{rule} with names of letters, digits and any of _.@-, got {name!r}"
+      )
+    if not isinstance(pair, tuple) or len(pair) != 2:
+      raise errors.ArgumentError(f"{rule}, got {pair!r} for {name!r}")
+    arrays[name] = (jnp.asarray(pair[0]), jnp.asarray(pair[1]))
+  return arrays

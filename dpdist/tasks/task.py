@@ -1,0 +1,119 @@
+"""The interface of what is trained: parameters, a loss and held-out metrics.
+
+    task = dpdist.Task(init=init, loss=loss, metrics=metrics)
+    dpdist.train(config, workdir, task=task, dataset=dataset)
+
+Training knows no model, no loss and no metric but through a task. The models of
+this project become tasks by `dpdist.tasks.from_config`.
+
+Guarantees:
+  * `init` gets zeros in the place of an example. What the parameters begin at
+    depends on no example.
+  * `check`, `metrics` and `problem` get held-out examples, which the guarantee
+    does not cover, and the shapes of training examples, never their values.
+  * What `loss` returns beside the loss is dropped.
+"""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from dpdist import errors
+from dpdist.distributed import mesh
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+  """What is trained: functions of parameters and of one example.
+
+  An example is a mapping from names to arrays without a batch axis, as the data
+  set holds it. All functions must be pure and traceable by JAX, except `check`,
+  `problem`, `example` and `pretrained`, which run in Python.
+
+  Attributes:
+    init: (key, example) -> parameters, a pytree of float arrays. Only the
+      shapes and dtypes of the example matter: it holds zeros.
+    loss: (params, example, rng) -> (loss, aux), a float scalar, and what is
+      dropped; see `dpdist.clipped_grad`.
+    metrics: (params, example) -> {name: (value, weight)} of one held-out
+      example. A metric is the sum of all values over the sum of all weights;
+      either may be an array, as over the places of a sequence. Its names are
+      the task's declared metrics, "test/NAME" in the results, and no other
+      name may be written. None: {"loss": (loss, 1)}, under one fixed rng.
+    partitioning: how the mesh axis `model` divides parameters; see
+      `dpdist.distributed.mesh.Rules`. Empty: not at all.
+    predict: (params, example) -> what is predicted, such as logits. As many
+      held-out examples are evaluated at once as their predictions fit the
+      memory. None: as their metrics do.
+    check: (example, test) -> None, which raises ValueError if data and task do
+      not fit: example has the shapes of a training example, test are all
+      held-out examples, NumPy arrays by name.
+    problem: (scores, test) -> a sentence that says why a model with these
+      held-out metrics is of no use, or "". None: a metric that is not finite
+      is a problem.
+    example: () -> the shapes of one example, where they are known without data.
+      None: the first example is read for them.
+    largest_integers: by name of an array, a public upper bound of its
+      integers, for made-up examples. Others: the largest that is held out.
+    pretrained: () -> parameters that are read from disk, NumPy arrays by path,
+      as "dense/kernel"; they replace initial ones, and count as public. None:
+      there are none.
+    trainable: a regular expression that is searched for in each parameter's
+      path; if it is not found, the parameter is frozen. Frozen parameters must
+      be pretrained. "": all are trained.
+  """
+
+  init: Callable[[Any, PyTree], PyTree]
+  loss: Callable[[PyTree, PyTree, Any], tuple[Any, PyTree]]
+  metrics: Callable[[PyTree, PyTree], Mapping[str, tuple[Any, Any]]] | None = (
+    None
+  )
+  partitioning: mesh.Rules = ()
+  predict: Callable[[PyTree, PyTree], PyTree] | None = None
+  check: (
+    Callable[[Mapping[str, Any], Mapping[str, np.ndarray]], None] | None
+  ) = None
+  problem: (
+    Callable[[Mapping[str, float], Mapping[str, np.ndarray]], str] | None
+  ) = None
+  example: Callable[[], PyTree] | None = None
+  largest_integers: Mapping[str, int] = dataclasses.field(default_factory=dict)
+  pretrained: Callable[[], Mapping[str, np.ndarray]] | None = None
+  trainable: str = ""
+
+  def __post_init__(self) -> None:
+    for name in _FUNCTIONS:
+      value = getattr(self, name)
+      if not callable(value) and (value is not None or name in _NEEDED):
+        raise errors.ArgumentError(
+          f"{name} of a task must be a function, got {value!r}"
+        )
+
+
+_NEEDED = ("init", "loss")
+_FUNCTIONS = (*_NEEDED, "metrics", "predict", "check", "problem") + (
+  "example",
+  "pretrained",
+)
+
+
+def of(thing: Any) -> Task:
+  """Returns a thing as a task: it is one, or has attributes of these names.
+
+  Raises:
+    ValueError: it has no `init` or no `loss`.
+  """
+  if isinstance(thing, Task):
+    return thing
+  missing = [name for name in _NEEDED if not hasattr(thing, name)]
+  if missing:
+    raise errors.ArgumentError(
+      "task must be a dpdist.Task or have its attributes, got"
+      f" {type(thing).__name__} without {', '.join(missing)}"
+    )
+  names = [field.name for field in dataclasses.fields(Task)]
+  return Task(**{x: getattr(thing, x) for x in names if hasattr(thing, x)})

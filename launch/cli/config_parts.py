@@ -1,0 +1,58 @@
+"""Reads the parts of a run that a config file defines beside get_config().
+
+    def get_task(config): ...       # Returns a dpdist.Task.
+    def get_dataset(config): ...    # Returns a dpdist.Dataset.
+    def get_optimizer(config): ...  # Returns an optax.GradientTransformation.
+
+Each may be left out: then the part is what the config names.
+"""
+
+import functools
+import importlib.util
+import pathlib
+import sys
+import types
+
+from absl import flags
+from ml_collections import config_flags
+
+from dpdist.tasks import parts as parts_lib
+
+_KINDS = ("task", "dataset", "optimizer")
+
+
+def load(flag: str) -> parts_lib.Parts:
+  """Returns what the file of a config flag defines, made from its settings.
+
+  Args:
+    flag: the name of the flag; if it is not set, nothing is given.
+
+  Raises:
+    ValueError: a function returns what is no such part.
+  """
+  holder = flags.FLAGS[flag]
+  if holder.value is None:
+    return parts_lib.NAMED
+  path = config_flags.get_config_filename(holder).split(":", 1)[0]
+  module = _module(pathlib.Path(path).resolve())
+  return parts_lib.of(
+    **{
+      kind: getattr(module, f"get_{kind}")(holder.value)
+      for kind in _KINDS
+      if hasattr(module, f"get_{kind}")
+    }
+  )
+
+
+@functools.cache
+def _module(path: pathlib.Path) -> types.ModuleType:
+  """Imports a file, once, by a name that does not depend on its folder."""
+  name = f"config_file_{path.stem}"
+  spec = importlib.util.spec_from_file_location(name, path)
+  assert spec is not None
+  assert spec.loader is not None
+  module = importlib.util.module_from_spec(spec)
+  # So that the digest of its code finds it by the name of its functions' home.
+  sys.modules[name] = module
+  spec.loader.exec_module(module)
+  return module
