@@ -10,11 +10,11 @@ scipy, which takes longer to load than a ledger.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import hashlib
-import itertools
 import json
 import numbers
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from dpdist import errors
 from dpdist.accounting import search
 from dpdist.accounting import step_events
 from dpdist.privacy import rules
@@ -49,7 +49,7 @@ class Sampling:
     group_size: how many consecutive rows are averaged and clipped as one; at
       least 1. Each row is protected, although one row can reverse its group's
       gradient. Neither groups nor cycles go with "add_or_remove_one": see
-      `dpdist.accounting.step_events`.
+      `dpdist.accounting.proofs`.
     noise_schedule: pairs (step, noise_multiplier), each of which holds from its
       step on; steps rise. Not with a target epsilon.
     batch_size_schedule: pairs (step, expected_batch_size), in the same way.
@@ -89,7 +89,7 @@ class PrivacyConfig(Sampling):
 
   Raises:
     ValueError: if an attribute is out of its range, or if no mechanism with a
-      proof has these settings; see `dpdist.accounting.step_events`.
+      proof has these settings; see `dpdist.accounting.proofs`.
   """
 
   num_examples: int
@@ -161,8 +161,7 @@ class PrivacyPlan(Sampling):
 
   def probability(self, phase: schedule.Phase) -> float:
     """Returns the sampling probability of each row under a phase."""
-    q = phase.expected_batch_size * self.cycle_length / self.num_examples
-    return min(1.0, q)  # Rounding may make it a bit more than 1.
+    return rules.probability(self, phase)
 
   @property
   def num_units(self) -> int:
@@ -185,9 +184,7 @@ class PrivacyPlan(Sampling):
     """Returns the phase at a step of the plan, counted from 0."""
     return [found for found in self.phases if found.start <= step][-1]
 
-  def steps(
-    self, num_steps: int | None = None
-  ) -> list[tuple[step_events.Pair, int]]:
+  def steps(self, num_steps: int | None = None) -> step_events.Steps:
     """Returns what the accountants compose for the first steps of the plan.
 
     Args:
@@ -195,32 +192,7 @@ class PrivacyPlan(Sampling):
         phase holds.
     """
     stop = self.num_steps if num_steps is None else num_steps
-    ends = [phase.start for phase in self.phases[1:]] + [stop]
-    # The cycles that fall into each phase, in part or as a whole.
-    turns = [
-      (
-        phase.start // self.cycle_length,
-        step_events.num_turns(min(end, stop), self.cycle_length),
-        phase,
-      )
-      for phase, end in zip(self.phases, ends, strict=True)
-      if min(end, stop) > phase.start
-    ]
-    bounds = sorted({x for first, last, _ in turns for x in (first, last)})
-    # Which phase a row's turn falls into depends on its part. A row has at
-    # most one step in a cycle, so take the worst phase of each cycle.
-    return [
-      (
-        rules.pair_of(
-          self,
-          min(x.noise_multiplier for x in found),
-          max(self.probability(x) for x in found),
-        ),
-        last - first,
-      )
-      for first, last in itertools.pairwise(bounds)
-      if (found := [x for start, end, x in turns if start <= first < end])
-    ]
+    return rules.steps(self, self.phases, stop)
 
   def epsilon(self, num_steps: int | None = None) -> float:
     """Returns the epsilon, at `delta`, of a run that stops after some steps.
@@ -363,10 +335,10 @@ def make_plan(config: PrivacyConfig) -> PrivacyPlan:
         f"noise_multiplier must be at least {search.NO_NOISE:g}, below which"
         f" epsilon is infinite, got {sigma}"
       )
-  if plan.accountant == "rdp" and not all(p.has_renyi for p, _ in plan.steps()):
-    raise ValueError(
-      "accountant must be 'pld' for truncated samples and several examples a"
-      " user, got 'rdp'"
+  loose = [event.loose_rdp for event, _ in plan.steps() if event.loose_rdp]
+  if plan.accountant == "rdp" and loose:
+    raise errors.ArgumentError(
+      f"accountant must be 'pld' with {loose[0]}, got 'rdp'"
     )
   return plan
 

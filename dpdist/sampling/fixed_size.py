@@ -15,7 +15,7 @@ class FixedSizeSampler:
 
   At each step all subsets of that size are equally likely. The privacy of such
   steps is that of replacing one example by another, with twice the sensitivity;
-  see `dpdist.accounting.step_events`.
+  see `dpdist.accounting.gaussian_events`.
 
   Guarantees:
     Given uniform words, every subset has the same probability, and the subsets
