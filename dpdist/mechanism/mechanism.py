@@ -27,12 +27,12 @@ import numpy as np
 import optax
 
 from dpdist import clipping
-from dpdist import sampling
 from dpdist.keys import keys
 from dpdist.noise import noise
 from dpdist.privacy import plan as plan_lib
 from dpdist.privacy import rounding
-from dpdist.privacy import schedule
+from dpdist.privacy import rules
+from dpdist.sampling import sampler
 from dpdist.sums import compensated
 from dpdist.sums import fixed_point
 
@@ -310,7 +310,7 @@ class Streams:
 
   def sampler(
     self, plan: plan_lib.PrivacyPlan, first_release: int = 0
-  ) -> Callable[[int], np.ndarray]:
+  ) -> sampler.Sampler:
     """Returns a sampler of the plan's units: rows, or groups of rows.
 
     Args:
@@ -319,7 +319,13 @@ class Streams:
     """
     seed = keys.derive(self.secret, "sampling", branch=self.branch)
     samplers = [
-      _sampler(plan, phase, first_release, seed) for phase in plan.phases
+      rules.sampling_of(plan).make(
+        plan,
+        phase.expected_batch_size,
+        seed=seed,
+        first_release=first_release,
+      )
+      for phase in plan.phases
     ]
     if len(samplers) == 1:
       return samplers[0]
@@ -340,39 +346,3 @@ class Streams:
     """Returns the uint32 [2] of the key."""
     key = keys.derive(self.secret, stream, branch=self.branch)
     return keys.key_data(key, step)
-
-
-def _sampler(
-  plan: plan_lib.PrivacyPlan,
-  phase: schedule.Phase,
-  first_release: int,
-  seed: bytes,
-) -> Callable[[int], np.ndarray]:
-  """Returns the sampler of one phase of a plan."""
-  units, q = plan.num_units, plan.probability(phase)
-  if plan.sampling == "fixed_size":
-    return sampling.FixedSizeSampler(
-      num_examples=units,
-      batch_size=int(phase.expected_batch_size),
-      seed=seed,
-    )
-  if plan.sampling == "truncated_poisson":
-    assert plan.truncated_batch_size is not None
-    return sampling.TruncatedPoissonSampler(
-      num_examples=units,
-      sampling_probability=q,
-      truncated_batch_size=plan.truncated_batch_size,
-      seed=seed,
-    )
-  if plan.sampling == "cyclic_poisson":
-    return sampling.CyclicPoissonSampler(
-      num_examples=units,
-      sampling_probability=q,
-      cycle_length=plan.cycle_length,
-      # A later branch's may be negative; Python's remainder is not.
-      offset=first_release % plan.cycle_length,
-      seed=seed,
-    )
-  return sampling.PoissonSampler(
-    num_examples=units, sampling_probability=q, seed=seed
-  )

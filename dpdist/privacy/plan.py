@@ -19,6 +19,7 @@ from dpdist.accounting import search
 from dpdist.accounting import step_events
 from dpdist.privacy import rules
 from dpdist.privacy import schedule
+from dpdist.sampling import sampler
 
 if TYPE_CHECKING:
   import dp_accounting
@@ -161,12 +162,13 @@ class PrivacyPlan(Sampling):
 
   def probability(self, phase: schedule.Phase) -> float:
     """Returns the sampling probability of each row under a phase."""
-    return rules.probability(self, phase)
+    sampling = rules.sampling_of(self)
+    return sampling.probability(self, phase.expected_batch_size)
 
   @property
   def num_units(self) -> int:
     """Returns the number of rows, or groups of rows, to draw from."""
-    return -(-self.num_examples // self.group_size)
+    return sampler.num_units(self)
 
   @property
   def phases(self) -> tuple[schedule.Phase, ...]:

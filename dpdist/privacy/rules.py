@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from dpdist import _validation
+from dpdist import registry
+from dpdist import sampling as sampling  # Registers ours.
 from dpdist.accounting import proofs as proofs  # Registers ours.
 from dpdist.accounting import search
 from dpdist.accounting import step_events
 from dpdist.privacy import schedule
+from dpdist.sampling import sampler
 
 _RULES = {
   "target_epsilon": _validation.POSITIVE,
@@ -40,7 +43,7 @@ def check(record: Any) -> None:
   for name in ("noise_schedule", "batch_size_schedule"):
     value = schedule.checked(name, getattr(record, name), record.num_steps)
     object.__setattr__(record, name, value)
-  num_units = -(-record.num_examples // record.group_size)
+  num_units = sampler.num_units(record)
   if record.cycle_length > num_units:
     raise ValueError(
       f"cycle_length must be at most {num_units}, the rows or groups of rows"
@@ -58,11 +61,7 @@ def check(record: Any) -> None:
       raise ValueError(
         f"expected_batch_size must be at most {over}, got {size!r}"
       )
-    if record.sampling == "fixed_size" and size != int(size):
-      raise ValueError(
-        "expected_batch_size must be whole with sampling='fixed_size', got"
-        f" {size!r}"
-      )
+  sampling_of(record).check(record)
   # Raises for settings of no mechanism.
   steps(record, [schedule.Phase(0, 1.0, record.expected_batch_size)], 1)
 
@@ -80,12 +79,15 @@ def steps(
   Raises:
     ValueError: there is no proof of the mechanism with these settings.
   """
+  probability = sampling_of(record).probability
   # A neighbour has one row more or one less.
   may_grow = record.neighboring_relation == "add_or_remove_one"
   numbers = step_events.Numbers(
     phases=tuple(
       step_events.Phase(
-        phase.start, phase.noise_multiplier, probability(record, phase)
+        phase.start,
+        phase.noise_multiplier,
+        probability(record, phase.expected_batch_size),
       )
       for phase in phases
     ),
@@ -101,7 +103,10 @@ def steps(
   return step_events.steps(numbers, sampling=record.sampling)
 
 
-def probability(record: Any, phase: schedule.Phase) -> float:
-  """Returns the sampling probability of each row under a phase."""
-  q = phase.expected_batch_size * record.cycle_length / record.num_examples
-  return min(1.0, q)  # Rounding may make it a bit more than 1.
+def sampling_of(record: Any) -> sampler.Sampling:
+  """Returns the sampling of a config or a plan.
+
+  Raises:
+    ValueError: there is none of that name.
+  """
+  return registry.resolve("sampling", record.sampling, setting="sampling")()
