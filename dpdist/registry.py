@@ -118,6 +118,12 @@ def resolve(kind: str, name: str, *, setting: str) -> Any:
   return found.thing
 
 
+def load(kind: str, name: str, *, setting: str) -> None:
+  """Imports a thing that is not ours, so that it registers what it needs."""
+  if ":" in name or name in _entry_points(kind):
+    resolve(kind, name, setting=setting)
+
+
 def code_sha256(kind: str, name: str, *, setting: str) -> str:
   """Returns the SHA-256 of a thing's code outside of this project; "" of none.
 

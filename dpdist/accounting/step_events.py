@@ -165,13 +165,18 @@ def find(sampling: str, noise: str, clipper: str) -> Proof:
   """
   name = _name(sampling, noise, clipper)
   if not registry.is_known("proof", name):
-    rest = f"/{noise}/{clipper}"
-    proven = [x.removesuffix(rest) for x in registry.names("proof")
-              if x.endswith(rest)]  # fmt: skip
+    known = [proven.rsplit("/", 2) for proven in registry.names("proof")]
+    samplings = [x for x, *rest in known if rest == [noise, clipper]]
+    if samplings:
+      raise errors.ArgumentError(
+        f"sampling must be one of {samplings}, which have a proof with"
+        f" noise={noise!r} and clipping={clipper!r} (no proof, no run), got"
+        f" {sampling!r}"
+      )
+    pairs = sorted({f"{x!r} and {y!r}" for _, x, y in known})
     raise errors.ArgumentError(
-      f"sampling must be one of {proven}, which have a proof with"
-      f" noise={noise!r} and clipping={clipper!r} (no proof, no run), got"
-      f" {sampling!r}"
+      "noise and clipping must have a proof together (no proof, no run), as"
+      f" {' or '.join(pairs)} have, got {noise!r} and {clipper!r}"
     )
   return registry.resolve("proof", name, setting="the proof")
 

@@ -374,7 +374,7 @@ def _releases(
     num_threads=program.num_threads,
     prefetch=program.prefetch,
   ):
-    accumulator = step.zeros(state.params)
+    accumulator = step.begin(state)
     key = streams.key("model_rng", t)
     for i, chunk in enumerate(chunks):
       batch, is_padding_example = jax.tree.map(put, tuple(chunk))

@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import json
 import numbers
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 from dpdist import errors
 from dpdist.accounting import search
@@ -34,15 +34,22 @@ IMMUTABLE_FIELDS = (
 )
 
 
+# Pairs of name and value, as plans are compared and hashed; given as a dict.
+Options: TypeAlias = Mapping[str, Any] | tuple[tuple[str, Any], ...]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-  """How rows are drawn for a step, in a config as in its plan.
+class MechanismSettings:
+  """What a step does, in a config as in its plan.
+
+  Sampling, noise and clipping must have a proof together.
 
   Attributes:
     sampling: "poisson"; "truncated_poisson", whose draws are cut to
       `truncated_batch_size`; "cyclic_poisson", which draws from `cycle_length`
       parts of the rows in turn; or "fixed_size", which draws without
-      replacement, anew at each step, and needs "replace_one".
+      replacement, anew at each step, and needs "replace_one"; or
+      "package.module:attribute", see `dpdist.sampling.sampler.Sampling`.
     truncated_batch_size: most rows in a step; only for "truncated_poisson".
     cycle_length: number of parts; only for "cyclic_poisson".
     examples_per_user: most rows that one protected person may have, each drawn
@@ -55,6 +62,12 @@ class Sampling:
       step on; steps rise. Not with a target epsilon.
     batch_size_schedule: pairs (step, expected_batch_size), in the same way.
     unit: what a row is: "example" or "user".
+    noise: "gaussian", or "package.module:attribute", see
+      `dpdist.noise.noise_mechanism.NoiseMechanism`.
+    noise_options: its options, as a dict: numbers, texts and booleans by name.
+    clipping: "fixed", or "package.module:attribute", see
+      `dpdist.clipping.Clipper`.
+    clipping_options: its options, likewise.
   """
 
   sampling: str = "poisson"
@@ -65,16 +78,20 @@ class Sampling:
   noise_schedule: schedule.Schedule = ()
   batch_size_schedule: schedule.Schedule = ()
   unit: str = "example"
+  noise: str = "gaussian"
+  noise_options: Options = ()
+  clipping: str = "fixed"
+  clipping_options: Options = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrivacyConfig(Sampling):
+class PrivacyConfig(MechanismSettings):
   """The privacy settings of a run, as you write them.
 
   Give exactly one of `target_epsilon` and `noise_multiplier`; the other
   follows from it.
 
-  Attributes, beside those of `Sampling`:
+  Attributes, beside those of `MechanismSettings`:
     num_examples: rows of the training set, a public number.
     expected_batch_size: mean number of rows in a step, above 0 and at most
       `num_examples`; must be whole only with sampling="fixed_size".
@@ -123,10 +140,10 @@ class PrivacyConfig(Sampling):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrivacyPlan(Sampling):
+class PrivacyPlan(MechanismSettings):
   """The numbers that a run is bound to; `make_plan` makes it.
 
-  Attributes, beside those of `Sampling`:
+  Attributes, beside those of `MechanismSettings`:
     num_examples: rows of the training set.
     expected_batch_size: mean number of rows in a step, a float.
     num_steps: number of noisy updates that the plan covers.
@@ -360,8 +377,13 @@ def _to_dict(record: PrivacyConfig | PrivacyPlan) -> dict[str, Any]:
   kept |= {"target_delta"}
   defaults = _defaults(type(record))
   return {
-    # JSON reads tuples back as lists.
-    name: [*map(list, value)] if name.endswith("_schedule") else value
+    name: _json_able(name, value)
     for name, value in dataclasses.asdict(record).items()
     if name in kept or value != defaults[name]
   }
+
+
+def _json_able(name: str, value: Any) -> Any:
+  if name.endswith("_schedule"):
+    return [*map(list, value)]  # JSON reads tuples back as lists.
+  return dict(value) if name.endswith("_options") else value

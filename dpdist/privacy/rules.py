@@ -26,6 +26,10 @@ _RULES = {
   "accountant": _validation.one_of(("pld", "rdp")),
   "neighboring_relation": _validation.one_of(step_events.NEIGHBORING_RELATIONS),
   "unit": _validation.one_of(("example", "user")),
+  **dict.fromkeys(
+    ("sampling", "noise", "clipping"),
+    _validation.Rule("a name", str, str, bool),
+  ),
 }
 
 
@@ -43,6 +47,8 @@ def check(record: Any) -> None:
   for name in ("noise_schedule", "batch_size_schedule"):
     value = schedule.checked(name, getattr(record, name), record.num_steps)
     object.__setattr__(record, name, value)
+  for name in ("noise_options", "clipping_options"):
+    object.__setattr__(record, name, _options(name, getattr(record, name)))
   num_units = sampler.num_units(record)
   if record.cycle_length > num_units:
     raise ValueError(
@@ -62,6 +68,9 @@ def check(record: Any) -> None:
         f"expected_batch_size must be at most {over}, got {size!r}"
       )
   sampling_of(record).check(record)
+  # Code from outside brings its proof along.
+  registry.load("noise", record.noise, setting="noise")
+  registry.load("clipper", record.clipping, setting="clipping")
   # Raises for settings of no mechanism.
   steps(record, [schedule.Phase(0, 1.0, record.expected_batch_size)], 1)
 
@@ -99,8 +108,31 @@ def steps(
     examples_per_user=record.examples_per_user,
     group_size=record.group_size,
     may_grow=may_grow,
+    noise_options=record.noise_options,
+    clipping_options=record.clipping_options,
   )
-  return step_events.steps(numbers, sampling=record.sampling)
+  return step_events.steps(
+    numbers,
+    sampling=record.sampling,
+    noise=record.noise,
+    clipping=record.clipping,
+  )
+
+
+def _options(name: str, value: Any) -> tuple[tuple[str, Any], ...]:
+  """Returns options as pairs in the order of their names."""
+  try:
+    options = dict(value)
+  except (TypeError, ValueError):
+    options = {"": None}
+  is_plain = all(
+    isinstance(key, str) and key and isinstance(x, bool | int | float | str)
+    for key, x in options.items()
+  )
+  _validation.require(
+    is_plain, name, "a dict of numbers, texts and booleans by name", value
+  )
+  return tuple(sorted(options.items()))
 
 
 def sampling_of(record: Any) -> sampler.Sampling:

@@ -27,6 +27,7 @@ from dpdist.keys import keys
 from dpdist.ledger import data_budget
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
+from dpdist.mechanism import outside_code
 from dpdist.privacy import plan as plan_lib
 from dpdist.reporting import console
 from dpdist.tasks import classification
@@ -63,6 +64,8 @@ class Job(NamedTuple):
     earlier: returns its other names; see `admission.known_as`.
     features_sha256: of the features that replace inputs; "" without any.
     outside_sha256: of the data set's code, if it is not ours; else "".
+    mechanism_sha256: of the code of sampling, noise and clipping that is not
+      ours; "" if there is none.
     test: all held-out examples, arrays "inputs" and "targets".
     evaluate: from parameters to held-out metrics; see `losses.evaluator`.
     model: maps inputs to logits.
@@ -96,6 +99,7 @@ class Job(NamedTuple):
   earlier: Callable[[], list[str]]
   features_sha256: str
   outside_sha256: str
+  mechanism_sha256: str
   test: dict[str, np.ndarray]
   evaluate: Callable[..., dict[str, float]]
   model: nn.Module
@@ -174,6 +178,9 @@ def _prepared(
       "dataset", config.data.name, setting="data.name"
     )
   )
+  mechanism_sha256 = collectives.run_on_all(
+    lambda: outside_code.sha256(config_lib.privacy_config(config))
+  )
   fingerprint.check_code()
   environment = fingerprint.environment(mesh)
   collectives.assert_equal(
@@ -183,7 +190,7 @@ def _prepared(
     jax_config=environment["jax_config"],
     training_data=train_digest,
     training_features=features_sha256,
-    code_outside=outside_sha256,
+    code_outside=outside_sha256 + mechanism_sha256,
   )
   own_digest = train_digest
   train_digest = resume.known_as(ledger, own_digest, earlier)
@@ -216,6 +223,7 @@ def _prepared(
     earlier,
     features_sha256,
     outside_sha256,
+    mechanism_sha256,
     test,
     classification.evaluator(model, test, mesh),
     model,
