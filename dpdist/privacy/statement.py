@@ -20,7 +20,7 @@ def of_plan(plan: plan_lib.PrivacyPlan) -> str:
   drawn = rules.sampling_of(plan).describe(plan)
   return (
     f"{unit(plan)} {drawn} Gradients are clipped to l2 norm"
-    f" {plan.l2_clip_norm}, and {_noise(plan)}"
+    f" {plan.l2_clip_norm}, and {_noise(plan)}{_parts(plan)}"
     f" All {plan.num_steps:,} steps together are (epsilon, delta)-"
     f"differentially private with epsilon = {rounded_up(plan.epsilon())} and"
     f" delta = {plan.delta:g}, by the {plan.accountant.upper()} accountant."
@@ -101,6 +101,17 @@ def rounded_up(epsilon: float, decimals: int | None = None) -> str:
 def sampling(plan: plan_lib.PrivacyPlan) -> str:
   """Says how steps sample, in a word or two."""
   return rules.sampling_of(plan).summary(plan)
+
+
+def _parts(plan: plan_lib.PrivacyPlan) -> str:
+  """Names the noise and the clipping, unless both are the usual ones."""
+  if plan.noise == "gaussian" and plan.clipping == "fixed":
+    return ""
+  return (
+    f" Noise is drawn by {plan.noise!r} {dict(plan.noise_options)}, and"
+    f" gradients are clipped by {plan.clipping!r}"
+    f" {dict(plan.clipping_options)}; epsilon is by their proof."
+  )
 
 
 def _noise(plan: plan_lib.PrivacyPlan) -> str:

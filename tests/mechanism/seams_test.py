@@ -19,6 +19,7 @@ from dpdist.clipping import clipper
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
+from dpdist.privacy import statement
 from dpdist.sums import fixed_point
 from dpdist.training import exact_step
 from dpdist.training import step as step_lib
@@ -256,6 +257,7 @@ def test_a_run_trains_with_a_part_from_outside(toy, outside, tmp_path):
   )
   assert name in plan.to_dict().values()
   assert type(plan).from_dict(plan.to_dict()) == plan
+  assert name in statement.of_plan(plan) or toy == "toy_sampling"
   # The steps of the plan are those of the proof.
   q = 1.0 if toy == "toy_sampling" else 0.25
   assert result["epsilon"] == dpdist.accounting.epsilon(
