@@ -1,7 +1,8 @@
 """Finds things by the names that settings give them, ours or somebody else's.
 
-A setting names a thing of some kind: a data set, an engine, a sampling.
-`resolve` finds it
+A setting names a thing of some kind: a data set, an engine, a sampling. Layer
+rules are named by none: all that are registered are used. `resolve` finds a
+thing
 
   * by a name that was registered, as all of ours are;
   * as "package.module:attribute", which is imported;
@@ -42,7 +43,10 @@ _OURS = (_ROOT / "dpdist", _ROOT / "launch")
 _CODE = (".py", ".pyc", *machinery.EXTENSION_SUFFIXES)
 _STARTED = time.time()
 # Kinds of which a run computes something; an engine only starts it.
-_DECIDE_STEPS = ("dataset", "sampling", "noise", "clipper", "proof")
+_DECIDE_STEPS = (
+  *("dataset", "layer_rule"),
+  *("sampling", "noise", "clipper", "proof"),
+)
 
 
 class _Thing(NamedTuple):
@@ -96,6 +100,31 @@ def names(kind: str) -> list[str]:
 def is_known(kind: str, name: str) -> bool:
   """Returns whether a name is registered or is an entry point."""
   return name in _things.get(kind, {}) or name in _entry_points(kind)
+
+
+def registered(kind: str) -> list[tuple[str, Any]]:
+  """Returns what was registered, by name, sorted; no entry points."""
+  return sorted(
+    (name, found.thing) for name, found in _things.get(kind, {}).items()
+  )
+
+
+def outside_sha256(kind: str) -> str:
+  """Returns the SHA-256 of all registered code outside of this project.
+
+  Returns:
+    "" if there is none.
+
+  Raises:
+    ValueError: some code is in no file, or a file was changed since.
+  """
+  parts = []
+  for name, thing in sorted(_things.get(kind, {}).items()):
+    setting = f"{kind} {name!r}"
+    if _modules(thing, setting):
+      resolve(kind, name, setting=setting)
+      parts.append(f"{name}\0{code_sha256(kind, name, setting=setting)}\0")
+  return hashlib.sha256("".join(parts).encode()).hexdigest() if parts else ""
 
 
 def resolve(kind: str, name: str, *, setting: str) -> Any:

@@ -24,20 +24,20 @@ whole does not need it: it adds up `fn(params, batch).sum`.
 """
 
 import dataclasses
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dpdist.clipping import checks
+from dpdist import _validation
+from dpdist import errors
 from dpdist.clipping import freezing
 from dpdist.clipping import transform
 from dpdist.sums import compensated
 
 PyTree = Any
 
-_REDUCTIONS = ("sum", "mean")
+_REDUCTION = _validation.one_of(("sum", "mean"))
 
 
 class LogicalBatch(NamedTuple):
@@ -79,25 +79,20 @@ class VirtualStep:
       ValueError: with the argument's name, its value and what would be right.
     """
     if not isinstance(fn, transform.ClippedGrad):
-      raise ValueError(f"fn must come from dpdist.clipped_grad, got {fn!r}")
-    if reduction not in _REDUCTIONS:
-      raise ValueError(
-        f"reduction must be one of {_REDUCTIONS}, got {reduction!r}"
+      raise errors.ArgumentError(
+        f"fn must come from dpdist.clipped_grad, got {fn!r}"
       )
-    is_size = (
-      isinstance(expected_batch_size, int | float)
-      and not isinstance(expected_batch_size, bool)
-      and 0 < expected_batch_size < math.inf
-    )
-    if reduction == "mean" and not is_size:
-      raise ValueError(
-        "expected_batch_size must be finite and above 0 for the reduction"
-        f" 'mean', got {expected_batch_size!r}"
+    _validation.check("reduction", reduction, _REDUCTION)
+    if reduction == "mean":
+      _validation.check(
+        "expected_batch_size", expected_batch_size, _validation.POSITIVE
       )
-    if reduction == "sum" and expected_batch_size is not None:
-      raise ValueError(
-        "expected_batch_size must be None for the reduction 'sum', which"
-        f" divides by nothing, got {expected_batch_size!r}"
+    else:
+      _validation.require(
+        expected_batch_size is None,
+        "expected_batch_size",
+        "None for the reduction 'sum', which divides by nothing",
+        expected_batch_size,
       )
     self._fn = fn
     self._divisor = float(expected_batch_size or 1)
@@ -194,8 +189,6 @@ class VirtualStep:
   ) -> tuple[transform.ClippedGrad, Any]:
     """Returns fn with this clip norm, and it compiled with the addition."""
     fn = self._fn
-    if l2_clip_norm is not None:
-      checks.norms(l2_clip_norm)
     norms, structure = jax.tree.flatten(l2_clip_norm)
     if (*norms, structure) not in self._compiled:
       if l2_clip_norm is not None:
@@ -216,20 +209,20 @@ class VirtualStep:
   ) -> compensated.Sum:
     """Returns the sum so far, which must be like params, or zeros."""
     trainable, _ = freezing.partition(params, fn.frozen)
-    like = jax.tree.map(
+    template = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(
         jnp.shape(x), jnp.promote_types(jnp.result_type(x), jnp.float32)
       ),
       trainable,
     )
     if not self._fns:
-      return compensated.zeros_like(like)
+      return compensated.zeros_like(template)
     before = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), self._total.high
     )
-    if before != like:
-      raise ValueError(
+    if before != template:
+      raise errors.ArgumentError(
         "params must be like those of the mini-batches before,"
-        f" {before}, got {like}: call finish or clear in between"
+        f" {before}, got {template}: call finish or clear in between"
       )
     return self._total

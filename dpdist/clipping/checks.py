@@ -3,7 +3,6 @@
 from collections.abc import Iterator, Sequence
 import contextlib
 import functools
-import math
 from typing import Any
 
 import jax
@@ -11,6 +10,8 @@ from jax.extend import core
 import jax.numpy as jnp
 import numpy as np
 
+from dpdist import _validation
+from dpdist import errors
 from dpdist.clipping.trace import program
 from dpdist.clipping.trace import varying_axes
 from dpdist.clipping.trace.program import Block
@@ -18,16 +19,12 @@ from dpdist.clipping.trace.program import Block
 PyTree = Any
 
 _NUMBERS = (jax.Array, np.ndarray, np.generic, int, float, complex)
-_METHODS = ("auto", "bookkeeping", "two_pass", "vmap")
-_PLATFORMS = ("cpu", "gpu", "tpu")
+_METHOD = _validation.one_of(("auto", "bookkeeping", "two_pass", "vmap"))
+_PLATFORM = _validation.one_of(("cpu", "gpu", "tpu"))
 # Between these, dividing by a norm, or by a norm plus gamma, neither underflows
 # nor overflows in float32.
-_SMALLEST_NORM, _LARGEST_NORM = 1e-12, 1e18
-_SHARDED = (
-  "{} is sharded outside jax.shard_map, where per-example gradients cannot be"
-  " trusted: call clipped_grad inside"
-  " jax.shard_map; got sharding {}"
-)
+_NORM = _validation.real(at_least=1e-12, at_most=1e18)
+_GAMMA = _validation.real(at_least=1e-12)
 
 
 def arguments(
@@ -40,55 +37,34 @@ def arguments(
 ) -> None:
   """Checks the arguments of `clipped_grad`."""
   norms(l2_clip_norm)
-  if method not in _METHODS:
-    raise ValueError(f"method must be one of {_METHODS}, got {method!r}")
-  if platform is not None and platform not in _PLATFORMS:
-    raise ValueError(
-      f"platform must be None or one of {_PLATFORMS}, got {platform!r}"
-    )
-  if normalize_gamma is not None and (
-    not _is_number(normalize_gamma) or normalize_gamma < _SMALLEST_NORM
-  ):
-    raise ValueError(
-      f"normalize_gamma must be None or finite and at least {_SMALLEST_NORM},"
-      f" got {normalize_gamma!r}"
-    )
-  if microbatch_size is not None and (
-    isinstance(microbatch_size, bool)
-    or not isinstance(microbatch_size, int)
-    or microbatch_size < 1
-  ):
-    raise ValueError(
-      f"microbatch_size must be None or an int above 0, got {microbatch_size!r}"
-    )
+  _validation.check("method", method, _METHOD)
+  if platform is not None:
+    _validation.check("platform", platform, _PLATFORM)
+  if normalize_gamma is not None:
+    _validation.check("normalize_gamma", normalize_gamma, _GAMMA)
+  if microbatch_size is not None:
+    _validation.check("microbatch_size", microbatch_size, _validation.COUNT)
 
 
 def norms(l2_clip_norm: PyTree) -> None:
   """Raises ValueError for clip norms that are invalid or missing."""
-  for norm in jax.tree.leaves(l2_clip_norm):
-    if not _is_number(norm) or not _SMALLEST_NORM <= norm <= _LARGEST_NORM:
-      raise ValueError(
-        f"l2_clip_norm must be finite and at least {_SMALLEST_NORM}, and at"
-        f" most {_LARGEST_NORM:g}, got {norm!r}"
-      )
-  if not jax.tree.leaves(l2_clip_norm):
-    raise ValueError(f"l2_clip_norm must hold a norm, got {l2_clip_norm!r}")
-
-
-def _is_number(x: Any) -> bool:
-  return (
-    isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
-  )
+  leaves = jax.tree.leaves(l2_clip_norm)
+  if not leaves:
+    raise errors.ArgumentError(
+      f"l2_clip_norm must hold a norm, got {l2_clip_norm!r}"
+    )
+  for norm in leaves:
+    _validation.check("l2_clip_norm", norm, _NORM)
 
 
 def whole(tree: PyTree, axes: frozenset[str]) -> None:
   """Raises ValueError for parameters that are divided without param_specs."""
-  found = varying_axes.varying_axes(tree) - axes
-  if found:
-    raise ValueError(
+  divided = varying_axes.varying_axes(tree) - axes
+  if divided:
+    raise errors.ArgumentError(
       "params must be whole on every device, or come with param_specs, but they"
-      f" vary over the mesh axes {sorted(found)}, along which the batch is not"
-      " divided: norms would be of parts"
+      f" vary over the mesh axes {sorted(divided)}, along which the batch is"
+      " not divided: norms would be of parts"
     )
 
 
@@ -96,12 +72,12 @@ def params(tree: PyTree) -> None:
   """Raises ValueError for parameters that are not floating arrays."""
   for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]:
     if not isinstance(leaf, _NUMBERS):
-      raise ValueError(
+      raise errors.ArgumentError(
         "params must hold floating arrays alone, got a"
         f" {type(leaf).__name__} at params{jax.tree_util.keystr(path)}"
       )
     if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-      raise ValueError(
+      raise errors.ArgumentError(
         "params must hold floating arrays alone, got dtype"
         f" {jnp.result_type(leaf)} at params{jax.tree_util.keystr(path)}: pass"
         " it as part of the batch, or let loss_fn close over it"
@@ -111,23 +87,23 @@ def params(tree: PyTree) -> None:
 def loss(block: Block, shape: Any, axes: frozenset[str]) -> None:
   """Raises ValueError for a loss that is no number or uses other examples."""
   if shape.shape or not jnp.issubdtype(shape.dtype, jnp.floating):
-    raise ValueError(
+    raise errors.ArgumentError(
       "loss_fn must return one floating number for one example, got shape"
       f" {shape.shape} and dtype {shape.dtype}"
     )
   divided = axes | varying_axes.untold_axes(axes)
   collective = varying_axes.collective_over(block.jaxpr.jaxpr, divided)
   if collective is not None:
-    raise ValueError(
+    raise errors.ArgumentError(
       "loss_fn must use one example alone, but it mixes the examples of several"
       f" devices by {collective} over the mesh axes {sorted(divided)}, along"
       " which the batch is divided"
     )
-  found = varying_axes.abstract_varying_axes(shape)
-  if found != axes:
-    raise ValueError(
+  of_loss = varying_axes.abstract_varying_axes(shape)
+  if of_loss != axes:
+    raise errors.ArgumentError(
       "loss_fn must use one example alone, but its value varies over the"
-      f" mesh axes {sorted(found)} while the batch varies over"
+      f" mesh axes {sorted(of_loss)} while the batch varies over"
       f" {sorted(axes)}: it closes over data that should be"
       " passed in the batch, or depends on neither"
     )
@@ -145,7 +121,7 @@ def derivatives(
     axes: the mesh axes along which the batch is divided.
   """
   closed = block.jaxpr
-  if not any(program.uses(eqn, "custom_") for eqn in closed.jaxpr.eqns):
+  if not any(program.calls(eqn, "custom_") for eqn in closed.jaxpr.eqns):
     return
 
   def loss(params: list[Any]) -> jax.Array:
@@ -154,7 +130,7 @@ def derivatives(
   gradient = jax.make_jaxpr(jax.grad(loss))(values[:num_params])
   collective = varying_axes.collective_over(gradient.jaxpr, axes)
   if collective is not None:
-    raise ValueError(
+    raise errors.ArgumentError(
       "loss_fn must use one example alone, but a derivative written by hand"
       f" mixes the gradients of several devices by {collective} over the mesh"
       f" axes {sorted(axes)}, along which the batch is divided"
@@ -166,8 +142,8 @@ def randomness(jaxpr: Any) -> None:
 
   With them, norm and sum could be those of two different gradients.
   """
-  if any(program.uses(eqn, "rng_uniform") for eqn in jaxpr.eqns):
-    raise ValueError(
+  if any(program.calls(eqn, "rng_uniform") for eqn in jaxpr.eqns):
+    raise errors.ArgumentError(
       "loss_fn must draw its random numbers from its rng by jax.random, got"
       " jax.lax.rng_uniform, which draws others each time it is run"
     )
@@ -181,7 +157,7 @@ def effects(names: Sequence[str]) -> Iterator[None]:
   except Exception as error:
     if not names:
       raise
-    raise ValueError(
+    raise errors.ArgumentError(
       "loss_fn must have no effects but those that jax.vmap and jax.grad know"
       f" how to handle, got {list(names)}: {str(error).splitlines()[0]}"
     ) from error
@@ -191,17 +167,11 @@ def batch_size(batch: PyTree) -> int:
   shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(batch)]
   sizes = {shape[0] if shape else None for shape in shapes}
   if len(sizes) != 1 or None in sizes or 0 in sizes:
-    raise ValueError(
+    raise errors.ArgumentError(
       "batch must hold arrays with one common leading axis of at least 1, got"
       f" shapes {shapes}"
     )
   return shapes[0][0]
-
-
-def group_size(size: int) -> None:
-  """Checks the group size of `into_groups`."""
-  if isinstance(size, bool) or not isinstance(size, int) or size < 1:
-    raise ValueError(f"group_size must be an int above 0, got {size!r}")
 
 
 def padding(is_padding_example: Any, batch_size: int) -> jax.Array:
@@ -209,7 +179,7 @@ def padding(is_padding_example: Any, batch_size: int) -> jax.Array:
   if is_padding_example is None:
     return jnp.zeros((batch_size,), bool)
   if jnp.shape(is_padding_example) != (batch_size,):
-    raise ValueError(
+    raise errors.ArgumentError(
       "is_padding_example must have one entry an example, shape"
       f" ({batch_size},), got {jnp.shape(is_padding_example)}"
     )
@@ -230,7 +200,7 @@ def sharding(**arguments: PyTree) -> None:
   """
   for name, leaf in _outside_shard_map(arguments):
     if varying_axes.is_divided_explicitly(leaf):
-      raise ValueError(_SHARDED.format(name, jax.typeof(leaf).sharding))
+      _refuse(name, jax.typeof(leaf).sharding)
     if not isinstance(leaf, jax.core.Tracer):
       _refuse_sharding(name, getattr(leaf, "sharding", None))
 
@@ -255,7 +225,15 @@ def _outside_shard_map(arguments: PyTree) -> Iterator[tuple[str, Any]]:
 
 def _refuse_sharding(name: str, sharding: Any) -> None:
   if sharding is not None and not sharding.is_fully_replicated:
-    raise ValueError(_SHARDED.format(name, sharding))
+    _refuse(name, sharding)
+
+
+def _refuse(name: str, sharding: Any) -> None:
+  raise errors.ArgumentError(
+    f"{name} is sharded outside jax.shard_map, where per-example gradients"
+    " cannot be trusted: call clipped_grad inside jax.shard_map; got sharding"
+    f" {sharding}"
+  )
 
 
 def per_example_keys(
@@ -265,20 +243,20 @@ def per_example_keys(
     return None
   dtype = getattr(rng, "dtype", None)
   if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
-    raise ValueError(
+    raise errors.ArgumentError(
       "rng must be typed PRNG keys, as jax.random.wrap_key_data makes of random"
       f" words, got {f'dtype {dtype}' if dtype is not None else repr(rng)}"
     )
   if rng.shape == (batch_size,):
     return rng
   if rng.shape:
-    raise ValueError(
+    raise errors.ArgumentError(
       f"rng must be one key or one an example, shape ({batch_size},), got"
       f" shape {rng.shape}"
     )
   divided = axes | varying_axes.untold_axes(axes)
   if divided and not varying_axes.varying_axes(rng):
-    raise ValueError(
+    raise errors.ArgumentError(
       "rng is one key that is equal on every device, so that examples on"
       " different devices would share randomness: inside jax.shard_map pass"
       " one key an example"

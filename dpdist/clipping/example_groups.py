@@ -27,6 +27,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpdist import _validation
+from dpdist import errors
 from dpdist.clipping import checks
 
 PyTree = Any
@@ -54,10 +56,10 @@ def into_groups(
     ValueError: group_size does not divide the batch, or is_padding_example does
       not fit it.
   """
-  checks.group_size(group_size)
+  _validation.check("group_size", group_size, _validation.COUNT)
   size = checks.batch_size(batch)
   if size % group_size:
-    raise ValueError(
+    raise errors.ArgumentError(
       f"group_size must divide the batch of {size}, got {group_size}"
     )
   is_padding = checks.padding(is_padding_example, size)
@@ -104,7 +106,7 @@ def mean_of_group(
     )
     losses, aux = out if has_aux else (out, None)
     if jnp.ndim(losses) != 1:
-      raise ValueError(
+      raise errors.ArgumentError(
         "loss_fn must return one floating number for one example, got shape"
         f" {jnp.shape(losses)[1:]}"
       )

@@ -3,15 +3,9 @@
 from collections.abc import Sequence
 import math
 
+from dpdist.clipping.layers.rules import Form
 from dpdist.clipping.layers.rules import Rule
-from dpdist.clipping.trace.program import Site
-
-_WAYS = {
-  "gram": "norm from inner products of positions",
-  "diagonal": "norm from inner products of pixels",
-  "keep": "formed and kept",
-  "drop": "formed for the norm",
-}
+from dpdist.clipping.trace.program import WeightUse
 
 
 def table(
@@ -30,11 +24,12 @@ def table(
   head = ("parameters", "where", "rule", "flops", "bytes", "kept")
   rows = [head]
   for rule in rules:
+    by_parameter = " (by parameter)" if rule.form is Form.PARAMETERS else ""
     rows.append(
       (
         ", ".join(names[i] for i in sorted(rule.leaves)),
-        " + ".join(_place(site) for site in rule.sites),
-        _WAYS[rule.way] + (" (by parameter)" * (rule.view == "parameters")),
+        " + ".join(_place(use) for use in rule.uses),
+        rule.strategy.text + by_parameter,
         f"{rule.cost.flops:.2g}",
         f"{rule.cost.bytes:.2g}",
         f"{rule.cost.kept:.2g}",
@@ -64,17 +59,17 @@ def ways(
   """Returns a phrase for each named parameter that says how it is clipped."""
   if method == "vmap":
     return dict.fromkeys(names, "every gradient formed and kept (vmap)")
-  found = dict.fromkeys(names, "not used by the loss")
+  phrases = dict.fromkeys(names, "not used by the loss")
   for rule in rules:
-    places = " + ".join(_place(site) for site in rule.sites)
+    places = " + ".join(_place(use) for use in rule.uses)
     for i in rule.leaves:
-      found[names[i]] = f"{_WAYS[rule.way]}, {places} ({method})"
-  return found
+      phrases[names[i]] = f"{rule.strategy.text}, {places} ({method})"
+  return phrases
 
 
-def _place(site: Site) -> str:
-  shape = "x".join(map(str, site.weight_shape)) or "scalar"
-  loops = math.prod(site.lengths)
-  return f"{site.name} {shape}" + (
+def _place(use: WeightUse) -> str:
+  shape = "x".join(map(str, use.weight_shape)) or "scalar"
+  loops = math.prod(use.lengths)
+  return f"{use.name} {shape}" + (
     f" in {loops} iterations" if loops > 1 else ""
   )

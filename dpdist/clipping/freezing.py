@@ -19,6 +19,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dpdist import errors
+
 PyTree = Any
 # A prefix pytree of bools, True where frozen, or (path) -> bool.
 Frozen = PyTree | Callable[[str], bool] | None
@@ -74,7 +76,7 @@ def split(
   flat, structure = jax.tree.flatten(params)
   flags = _flags(params, frozen, structure)
   if flags and all(flags):
-    raise ValueError(
+    raise errors.ArgumentError(
       f"frozen must leave a parameter to train, got {frozen!r} for the"
       f" parameters {names(params)}"
     )
@@ -107,7 +109,7 @@ def partition(params: PyTree, frozen: Frozen) -> tuple[PyTree, PyTree]:
 def merge(trainable: PyTree, frozen: PyTree) -> PyTree:
   """Puts the two trees that `partition` returned together again."""
   return jax.tree.map(
-    lambda mine, other: other if mine is None else mine,
+    lambda one, other: other if one is None else one,
     trainable,
     frozen,
     is_leaf=lambda x: x is None,
@@ -120,7 +122,7 @@ def check(frozen: Frozen) -> None:
     return
   for leaf in jax.tree.leaves(frozen):
     if not isinstance(leaf, bool):
-      raise ValueError(
+      raise errors.ArgumentError(
         "frozen must hold bools, True where a parameter is frozen, or be a"
         f" predicate on its path, got {leaf!r}"
       )
@@ -137,7 +139,7 @@ def _flags(params: PyTree, frozen: Frozen, structure: Any) -> list[bool]:
   try:
     subtrees = prefix.flatten_up_to(params)
   except ValueError as error:
-    raise ValueError(
+    raise errors.ArgumentError(
       "frozen must be a bool or a prefix pytree of params, got"
       f" {frozen!r} for the parameters {names(params)}"
     ) from error
@@ -152,12 +154,12 @@ def _told(paths: list[str], frozen: Callable[[str], bool]) -> list[bool]:
   flags = [frozen(path) for path in paths]
   for path, flag in zip(paths, flags, strict=True):
     if not isinstance(flag, bool):
-      raise ValueError(
+      raise errors.ArgumentError(
         f"frozen must return True or False, got {flag!r} for {path!r}"
       )
   # A misspelt name would train parameters that should stay frozen.
   if paths and not any(flags):
-    raise ValueError(
+    raise errors.ArgumentError(
       f"frozen must be True of some parameter, got False for all of {paths}:"
       " pass None to train them all"
     )

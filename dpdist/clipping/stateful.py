@@ -27,6 +27,7 @@ import jax
 import jax.numpy as jnp
 
 from dpdist import clipping
+from dpdist import errors
 from dpdist.clipping import checks
 from dpdist.clipping import freezing
 from dpdist.clipping.trace import dependence
@@ -142,13 +143,13 @@ class StatefulGrad:
     try:
       _, (state, metrics) = shapes
     except (TypeError, ValueError):
-      raise ValueError(
+      raise errors.ArgumentError(
         "loss_fn must return (loss, (new network_state, metrics)), got"
         f" {jax.tree.structure(shapes)}"
       ) from None
     if not isinstance(metrics, Mapping) or set(metrics) != {*self.aggregate}:
       names = sorted(metrics) if isinstance(metrics, Mapping) else metrics
-      raise ValueError(
+      raise errors.ArgumentError(
         "aggregate must name each metric of loss_fn and no other, got"
         f" {sorted(self.aggregate)} for the metrics {names}"
       )
@@ -164,7 +165,7 @@ class StatefulGrad:
       if flag
     ]
     if mixed:
-      raise ValueError(
+      raise errors.ArgumentError(
         "network_state must not depend on the examples or their randomness, or"
         f" it would release them, got {mixed} computed from them, as by batch"
         " norm: use GroupNorm or LayerNorm, which keep no state"
@@ -199,7 +200,7 @@ def with_state(
   """
   for name, how in aggregate.items():
     if how not in _AGGREGATIONS:
-      raise ValueError(
+      raise errors.ArgumentError(
         f"aggregate must be of {_AGGREGATIONS}, got {how!r} for {name!r}"
       )
 
@@ -230,7 +231,7 @@ def _check_like(before: PyTree, after: PyTree) -> None:
     lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), tree
   )
   if describe(before) != describe(after):
-    raise ValueError(
+    raise errors.ArgumentError(
       "network_state must keep its structure, shapes and dtypes, got"
       f" {describe(after)} from {describe(before)}"
     )

@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpdist import errors
 from dpdist.clipping import checks
 from dpdist.clipping import freezing
 from dpdist.clipping import transform
-from dpdist.clipping.engines import norm_groups
 from dpdist.clipping.engines import vmap
-from dpdist.clipping.engines.clip_norms import Scaling
 from dpdist.clipping.layers import norms
 from dpdist.clipping.trace import varying_axes
 
@@ -78,7 +77,7 @@ def unsafe_statistics(
   """
   axes = varying_axes.divided_axes((batch, is_padding_example, rng))
   if axes:
-    raise ValueError(
+    raise errors.ArgumentError(
       "batch must be on one device for statistics, got one that is divided"
       f" along {sorted(axes)}"
     )
@@ -89,11 +88,8 @@ def unsafe_statistics(
   )
 
   parts = freezing.split(params, fn.frozen)
-  groups = norm_groups.groups(params, fn.l2_clip_norm, parts.is_frozen)
+  scaling, groups = fn.scaling(params)
   thresholds, structure = jax.tree.flatten(fn.l2_clip_norm)
-  scaling = Scaling(
-    tuple(map(float, thresholds)), fn.rescale_to_unit_norm, fn.normalize_gamma
-  )
   keep = ~checks.padding(is_padding_example, size)
   factors = scaling.of_norms(jax.tree.leaves(grads.grad_norms), keep)
 
@@ -103,7 +99,7 @@ def unsafe_statistics(
     vmap.scaled(g, factors[group])
     for g, group in zip(before, groups, strict=True)
   ]
-  found = [vmap.norms_of(g) for g in before]
+  all_norms = [vmap.norms_of(g) for g in before]
   paths = freezing.names(parts.of_trainable(parts.trainable))
   for i, (path, group) in enumerate(zip(paths, groups, strict=True)):
     hook(
@@ -111,7 +107,7 @@ def unsafe_statistics(
         path,
         factors[group],
         thresholds[group],
-        found[i],
+        all_norms[i],
         before[i],
         after[i],
       )
@@ -121,7 +117,7 @@ def unsafe_statistics(
       "",
       jax.tree.unflatten(structure, factors),
       fn.l2_clip_norm,
-      functools.reduce(norms.hypot, found, jnp.zeros((size,))),
+      functools.reduce(norms.hypot, all_norms, jnp.zeros((size,))),
       parts.of_trainable(before),
       parts.of_trainable(after),
     )

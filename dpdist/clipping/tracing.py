@@ -1,16 +1,20 @@
 """Traces the loss of one example, analyzes it and chooses a clipping method."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+import functools
 from typing import Any, NamedTuple
 import warnings
 
 import jax
 
+from dpdist import errors
 from dpdist.clipping import checks
 from dpdist.clipping import freezing
+from dpdist.clipping.layers import layer_rule
+from dpdist.clipping.layers import rules
 from dpdist.clipping.trace import program
 from dpdist.clipping.trace import shards
-from dpdist.clipping.trace import splitting
+from dpdist.clipping.trace import split
 from dpdist.clipping.trace import varying_axes
 
 PyTree = Any
@@ -21,7 +25,7 @@ class Traced(NamedTuple):
 
   Attributes:
     loss_fn: (trainable leaves, frozen leaves, *example) -> (loss, aux).
-    block: the loss as a block of equations and sites.
+    block: the loss as a block of equations and weight uses.
     shapes: the shapes of (loss, aux).
     effects: names of the effects that prevent such an analysis.
   """
@@ -52,7 +56,7 @@ class Traced(NamedTuple):
     if other and wanted in ("auto", "vmap"):
       return "vmap", f"the loss also varies over the mesh axes {sorted(other)}"
     if other:
-      raise ValueError(
+      raise errors.ArgumentError(
         "method must be 'auto' or 'vmap' for a loss that also varies over the"
         f" mesh axes {sorted(other)}, got {wanted!r}"
       )
@@ -81,6 +85,7 @@ def trace(
   has_aux: bool,
   parts: freezing.Split,
   examples: tuple[PyTree, ...],
+  layer_rules: Sequence[layer_rule.LayerRule],
 ) -> Traced:
   """Traces a loss of one example.
 
@@ -89,6 +94,7 @@ def trace(
     has_aux: whether loss_fn returns (loss, aux).
     parts: the parameters.
     examples: pytrees with a leading axis; shapes are enough.
+    layer_rules: the rules of layers, in order.
 
   Raises:
     ValueError: the loss uses other examples, or random numbers that do not come
@@ -115,7 +121,7 @@ def trace(
   except NameError as error:
     if "axis name" not in str(error):
       raise
-    raise ValueError(
+    raise errors.ArgumentError(
       "loss_fn must use one example alone, but it uses a named axis over"
       f" several ({error}): statistics of a batch, as of batch norm, make"
       " an example's gradient depend on the others; use group or layer norm"
@@ -125,7 +131,12 @@ def trace(
   effects = program.effects(closed.jaxpr)
   if effects:  # It is not analyzed: all of it counts as data.
     num_leaves = num_constants = 0
-  block = splitting.split(closed, num_leaves, num_constants)
+  block = split.split(
+    closed,
+    num_leaves,
+    num_constants,
+    functools.partial(rules.find, layer_rules),
+  )
   return Traced(joined, block, shapes, effects)
 
 

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import jax
 
+from dpdist import _validation
 from dpdist.clipping import arguments
 from dpdist.clipping import checks
 from dpdist.clipping import explain
@@ -14,12 +15,13 @@ from dpdist.clipping import freezing
 from dpdist.clipping import tracing
 from dpdist.clipping import watched
 from dpdist.clipping.engines import bookkeeping
+from dpdist.clipping.engines import clip_norms
 from dpdist.clipping.engines import microbatches
-from dpdist.clipping.engines import norm_groups
 from dpdist.clipping.engines import two_pass
 from dpdist.clipping.engines import vmap
 from dpdist.clipping.engines.clip_norms import Scaling
 from dpdist.clipping.layers import costs
+from dpdist.clipping.layers import layer_rule
 from dpdist.clipping.layers import rules
 from dpdist.clipping.trace import shards
 from dpdist.clipping.trace import varying_axes
@@ -68,7 +70,10 @@ class ClippedGrads(NamedTuple):
 # Compared by identity, so that it can be passed to jax.jit whatever it holds.
 @dataclasses.dataclass(frozen=True, eq=False)
 class ClippedGrad:
-  """See `clipped_grad`, which makes it."""
+  """See `clipped_grad`, which makes it.
+
+  It uses the layer rules that are registered when it is made.
+  """
 
   loss_fn: Callable[..., Any]
   l2_clip_norm: PyTree
@@ -79,6 +84,19 @@ class ClippedGrad:
   platform: str | None = None
   normalize_gamma: float | None = None
   frozen: freezing.Frozen = None
+  layer_rules: tuple[layer_rule.LayerRule, ...] = dataclasses.field(
+    default_factory=rules.registered
+  )
+
+  def __post_init__(self) -> None:
+    checks.arguments(
+      l2_clip_norm=self.l2_clip_norm,
+      method=self.method,
+      microbatch_size=self.microbatch_size,
+      platform=self.platform,
+      normalize_gamma=self.normalize_gamma,
+    )
+    freezing.check(self.frozen)
 
   def sensitivity(
     self, neighboring_relation: str = "add_or_remove_one"
@@ -98,11 +116,11 @@ class ClippedGrad:
     Raises:
       ValueError: the relation is unknown.
     """
-    if neighboring_relation not in _SENSITIVITY_FACTOR:
-      raise ValueError(
-        "neighboring_relation must be one of"
-        f" {sorted(_SENSITIVITY_FACTOR)}, got {neighboring_relation!r}"
-      )
+    _validation.check(
+      "neighboring_relation",
+      neighboring_relation,
+      _validation.one_of(_SENSITIVITY_FACTOR),
+    )
     norms = jax.tree.leaves(self.l2_clip_norm)
     if self.rescale_to_unit_norm:
       norms = [1.0] * len(norms)
@@ -166,7 +184,9 @@ class ClippedGrad:
     parts, leaves = call.parts, call.parts.trainable
     scaling, groups, norm_def = self._scaling(call.params, parts.is_frozen)
     # Only shapes are needed; the gathered values are unused.
-    traced = tracing.trace(self.loss_fn, self.has_aux, parts, call.examples)
+    traced = tracing.trace(
+      self.loss_fn, self.has_aux, parts, call.examples, self.layer_rules
+    )
     arguments.check_traced(call, traced)
     method, _ = traced.method(self.method, call.axes)
 
@@ -274,7 +294,9 @@ class ClippedGrad:
       rng = jax.eval_shape(lambda k: jax.random.split(k, 1), rng)
     examples = (batch,) if rng is None else (batch, rng)
     parts = freezing.split(params, self.frozen)
-    traced = tracing.trace(self.loss_fn, self.has_aux, parts, examples)
+    traced = tracing.trace(
+      self.loss_fn, self.has_aux, parts, examples, self.layer_rules
+    )
     scaling, groups, _ = self._scaling(params, parts.is_frozen)
     axes = varying_axes.varying_axes(examples)
     method, reason = traced.method(self.method, axes)
@@ -291,10 +313,7 @@ class ClippedGrad:
 
   @property
   def _platform(self) -> str:
-    if self.platform is not None:
-      return self.platform
-    backend = jax.default_backend()
-    return {"cuda": "gpu", "rocm": "gpu"}.get(backend, backend)
+    return self.platform or costs.default_platform()
 
   def _problem(
     self,
@@ -309,7 +328,7 @@ class ClippedGrad:
       model = model.without_keeping()
     return bookkeeping.Problem(
       traced.block,
-      rules.choose(traced.block.all_sites(), groups, model),
+      rules.choose(traced.block.all_uses(), groups, model),
       parts.trainable,
       parts.frozen,
       groups,
@@ -320,12 +339,12 @@ class ClippedGrad:
   def _scaling(
     self, params: PyTree, is_frozen: Sequence[bool]
   ) -> tuple[Scaling, list[int], Any]:
-    groups = norm_groups.groups(params, self.l2_clip_norm, is_frozen)
+    groups = clip_norms.groups(params, self.l2_clip_norm, is_frozen)
     norms, structure = jax.tree.flatten(self.l2_clip_norm)
     scaling = Scaling(
       tuple(float(norm) for norm in norms),
       self.rescale_to_unit_norm,
-      self.normalize_gamma,
+      None if self.normalize_gamma is None else float(self.normalize_gamma),
     )
     return scaling, groups, structure
 
@@ -397,28 +416,14 @@ def clipped_grad(
   Raises:
     ValueError: with the argument's name, its value and what would be right.
   """
-  fn = ClippedGrad(
+  return ClippedGrad(
     loss_fn,
     l2_clip_norm,
-    has_aux,
-    method,
-    microbatch_size,
-    rescale_to_unit_norm,
-    platform,
-    normalize_gamma,
-    frozen,
+    has_aux=has_aux,
+    method=method,
+    microbatch_size=microbatch_size,
+    rescale_to_unit_norm=rescale_to_unit_norm,
+    platform=platform,
+    normalize_gamma=normalize_gamma,
+    frozen=frozen,
   )
-  _check(fn)
-  return fn
-
-
-def _check(fn: ClippedGrad) -> None:
-  """Raises ValueError for an argument that is out of its range."""
-  checks.arguments(
-    l2_clip_norm=fn.l2_clip_norm,
-    method=fn.method,
-    microbatch_size=fn.microbatch_size,
-    platform=fn.platform,
-    normalize_gamma=fn.normalize_gamma,
-  )
-  freezing.check(fn.frozen)

@@ -35,6 +35,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dpdist import errors
 from dpdist.clipping import freezing
 from dpdist.clipping import tracing
 from dpdist.clipping.engines.clip_norms import Scaling
@@ -139,8 +140,8 @@ class Watched(Scaling):
 
   def _of_group(self, group: int) -> list[Any]:
     return [
-      x if mine == group else jax.tree.map(jnp.zeros_like, x)
-      for x, mine in zip(self.direction, self.groups, strict=True)
+      x if its_group == group else jax.tree.map(jnp.zeros_like, x)
+      for x, its_group in zip(self.direction, self.groups, strict=True)
     ]
 
   def _confirmed(
@@ -205,13 +206,13 @@ def seen(grads: Any) -> tuple[Any, Seen | None]:
   is_finite = jnp.stack(
     [jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(grads.sum)]
   )
-  found = jnp.sum(grads.found, axis=0, dtype=jnp.int32) + ~is_finite
+  counts = jnp.sum(grads.found, axis=0, dtype=jnp.int32) + ~is_finite
   # A sum of clipped gradients cannot be like that, and no example can be named.
   kept = jax.tree.map(
     lambda x: jnp.where(jnp.all(is_finite), x, 0), (grads.sum, grads.low)
   )
   grads = grads._replace(sum=kept[0], low=kept[1])
-  return grads, Seen(found[None], grads.grad_norms)
+  return grads, Seen(counts[None], grads.grad_norms)
 
 
 def laid_out(
@@ -233,7 +234,7 @@ def laid_out(
   wanted = [x.part if isinstance(x, shards.Shard) else x for x in leaves]
   kinds = [[(x.shape, x.dtype) for x in xs] for xs in (found, wanted)]
   if kinds[0] != kinds[1]:
-    raise ValueError(
+    raise errors.ArgumentError(
       "direction must be like the parameters that are trained,"
       f" {kinds[1]}, got {kinds[0]}"
     )

@@ -122,14 +122,14 @@ def measurer(
       [_length([x - y]) for x, y in zip(xs, ys, strict=True)]
     )
     return Measured(
-      lengths[0],
-      jnp.stack(norms),
-      lengths[1],
-      lengths[2],
-      jnp.stack([jnp.all(jnp.isfinite(x)) for x in sums]),
-      jnp.stack([_length([x]) for x in directions[1]]),
-      far(directions[0], directions[1]),
-      far(directions[2], directions[1]),
+      length=lengths[0],
+      norm=jnp.stack(norms),
+      truth=lengths[1],
+      again=lengths[2],
+      is_finite=jnp.stack([jnp.all(jnp.isfinite(x)) for x in sums]),
+      share=jnp.stack([_length([x]) for x in directions[1]]),
+      differs=far(directions[0], directions[1]),
+      varies=far(directions[2], directions[1]),
     )
 
   return measure
@@ -153,9 +153,11 @@ def judge(
   scaling, groups = clipped_grad.scaling(params)
   seen = Measured(*[np.asarray(x, np.float64) for x in measured])
   for i, bound in enumerate(scaling.bounds):
-    mine = [leaf for leaf, group in enumerate(groups) if group == i]
-    by = lambda sizes, mine=mine: tuple(sorted(mine, key=lambda x: -sizes[x]))
-    endless = tuple(leaf for leaf in mine if not seen.is_finite[leaf])
+    leaves = [leaf for leaf, group in enumerate(groups) if group == i]
+    by = lambda sizes, leaves=leaves: tuple(
+      sorted(leaves, key=lambda x: -sizes[x])
+    )
+    endless = tuple(leaf for leaf in leaves if not seen.is_finite[leaf])
     if endless:
       return Problem("is not finite", endless)
     if seen.length[i] > (1 + LONGER) * bound:
@@ -166,7 +168,7 @@ def judge(
     truth = seen.truth[i]
     if not 0 < truth < math.inf:
       continue
-    change = max(abs(seen.again[i] / truth - 1), *seen.varies[mine])
+    change = max(abs(seen.again[i] / truth - 1), *seen.varies[leaves])
     if not change <= _STEADY:
       continue
     near = _TOLERANCE + 8 * change
@@ -185,7 +187,7 @@ def judge(
         by(seen.share),
       )
     is_seen = is_ordinary and expected > 0 and seen.length[i] > 0
-    if is_seen and np.max(seen.differs[mine]) > near:
+    if is_seen and np.max(seen.differs[leaves]) > near:
       what = "does not point where the gradient does"
       return Problem(what, by(seen.differs))
   return None
@@ -233,7 +235,7 @@ def blamed(
       frozen=None if is_alone else functools.partial(operator.ne, name),
       microbatch_size=None,
     )
-    mine, rest = clipping.partition(params, alone.frozen)
+    trained_alone, rest = clipping.partition(params, alone.frozen)
     measure = measurer(alone)
 
     def one(
@@ -249,8 +251,8 @@ def blamed(
       norms = [x[0] for x in jax.tree.leaves(out.grad_norms)]
       return measure(params, rest, example, rng, out.sum, norms)
 
-    found = jax.device_get(jax.jit(one)(mine, rest))
-    if judge(alone, params, found, is_ordinary=False) is not None:
+    measured = jax.device_get(jax.jit(one)(trained_alone, rest))
+    if judge(alone, params, measured, is_ordinary=False) is not None:
       return [leaf]
   return []
 
@@ -269,7 +271,9 @@ def _lengths(
 ) -> jax.Array:
   return jnp.stack(
     [
-      _length([x for x, mine in zip(xs, groups, strict=True) if mine == i])
+      _length(
+        [x for x, its_group in zip(xs, groups, strict=True) if its_group == i]
+      )
       for i in range(count)
     ]
   )
@@ -310,7 +314,5 @@ def _rounding(
   jaxpr = jax.make_jaxpr(loss)(*args).jaxpr
   if any(map(program.computes_narrow, jaxpr.eqns)):
     unit = max(unit, 2.0**-8)
-  platform = clipped_grad.platform or {"cuda": "gpu", "rocm": "gpu"}.get(
-    jax.default_backend(), jax.default_backend()
-  )
+  platform = clipped_grad.platform or costs.default_platform()
   return max(unit, costs.unit_roundoff(platform, None))

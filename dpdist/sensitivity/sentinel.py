@@ -99,15 +99,17 @@ def check_sensitivity(
   drawn = jax.tree.map(lambda x: numbers.normal(size=x.shape), trained)
   both = trained, jax.jit(trials.moved)(trained, drawn)
   program = trials.Program(
-    clipped_grad,
-    (params, clipping.merge(both[1], constants)),
-    jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch),
-    jax.tree.map(largest_integer, batch),
-    rows,
-    rows,
-    lambda number: number % rows,
-    lambda number, *given: iter([one(both[number], constants, *given)]),
-    None if rngs is None else lambda row: rngs[row],
+    clipped_grad=clipped_grad,
+    params=(params, clipping.merge(both[1], constants)),
+    row=jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batch
+    ),
+    largest=jax.tree.map(largest_integer, batch),
+    rows=rows,
+    most=rows,
+    place=lambda number: number % rows,
+    run=lambda number, *args: iter([one(both[number], constants, *args)]),
+    key=None if rngs is None else lambda row: rngs[row],
   )
   return trials.search(program)
 

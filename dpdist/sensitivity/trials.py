@@ -101,8 +101,8 @@ def search(program: Program) -> Report:
       is_padding = np.arange(program.rows) != row
       if is_full:
         is_padding[:] = False
-      for found in program.run(number, batch, is_padding, row):
-        problem = _problem(program, case, number, found, is_full=is_full)
+      for measured in program.run(number, batch, is_padding, row):
+        problem = _problem(program, case, number, measured, is_full=is_full)
         text = ""
         if problem is not None:
           key = None if program.key is None else program.key(row)
@@ -160,11 +160,11 @@ def _worst(
     x.is_fully_replicated for x in jax.tree.leaves(params)
   ):
     alone = jax.tree.map(lambda x: x.addressable_data(0), params)
-    found = comparison.blamed(
+    wrong_alone = comparison.blamed(
       program.clipped_grad, alone, example, key, problem.leaves
     )
-    if found:
-      return found[0]
+    if wrong_alone:
+      return wrong_alone[0]
   return problem.leaves[0]
 
 

@@ -66,6 +66,7 @@ class Job(NamedTuple):
     outside_sha256: of the data set's code, if it is not ours; else "".
     mechanism_sha256: of the code of sampling, noise and clipping that is not
       ours; "" if there is none.
+    layer_rules_sha256: of the layer rules that are not ours; "" without any.
     test: all held-out examples, arrays "inputs" and "targets".
     evaluate: from parameters to held-out metrics; see `losses.evaluator`.
     model: maps inputs to logits.
@@ -100,6 +101,7 @@ class Job(NamedTuple):
   features_sha256: str
   outside_sha256: str
   mechanism_sha256: str
+  layer_rules_sha256: str
   test: dict[str, np.ndarray]
   evaluate: Callable[..., dict[str, float]]
   model: nn.Module
@@ -197,6 +199,11 @@ def _prepared(
   plan, changes, found = resume.decide(config, workdir, ledger, train_digest)
   collectives.assert_equal(plan=plan.fingerprint())
   experiment = setup.build(config, mesh, plan=plan)
+  # The step has the rules that were registered when it was built.
+  layer_rules_sha256 = collectives.run_on_all(
+    lambda: registry.outside_sha256("layer_rule")
+  )
+  collectives.assert_equal(layer_rules=layer_rules_sha256)
   model, step = experiment.model, experiment.step
   size = experiment.chunk_size
   test, row, start = collectives.run_on_all(
@@ -224,6 +231,7 @@ def _prepared(
     features_sha256,
     outside_sha256,
     mechanism_sha256,
+    layer_rules_sha256,
     test,
     classification.evaluator(model, test, mesh),
     model,

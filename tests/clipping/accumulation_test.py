@@ -143,7 +143,7 @@ def test_inside_shard_map():
   ("arguments", "message"),
   [
     ((_FN, "max"), r"reduction .*'sum', 'mean'.*'max'"),
-    ((_FN, "mean"), r"expected_batch_size .* above 0 .* None"),
+    ((_FN, "mean"), r"expected_batch_size .* > 0, got None"),
     ((_FN, "mean", 0), r"expected_batch_size .* 0"),
     ((_FN, "mean", float("nan")), r"expected_batch_size .* nan"),
     ((_FN, "mean", True), r"expected_batch_size .* True"),

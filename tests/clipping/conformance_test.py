@@ -22,6 +22,8 @@ import pytest
 from dpdist import clipping
 from dpdist.clipping.layers import convolution
 from dpdist.clipping.layers import costs
+from dpdist.clipping.layers import kernel_gradients
+from dpdist.clipping.layers import layer_rule
 from dpdist.clipping.layers import rules
 
 _BATCH = 16
@@ -857,7 +859,7 @@ def test_convolutions_as_for_a_tpu(
   name, min_groups, method, sharded, monkeypatch
 ):
   # Both ways to form a gradient, and no rounding, for which norms get room.
-  monkeypatch.setattr(convolution, "_MIN_GROUPS", min_groups)
+  monkeypatch.setattr(kernel_gradients, "_MIN_GROUPS", min_groups)
   monkeypatch.setitem(costs.MODELS, "tpu", _PRICES["memory is free"])
   with jax.default_matmul_precision("highest"):
     got = _compute(
@@ -868,21 +870,25 @@ def test_convolutions_as_for_a_tpu(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["gram", "diagonal"])
+@pytest.mark.parametrize(
+  "strategy", [layer_rule.GRAM, convolution.DIAGONAL_GRAM], ids=lambda s: s.text
+)
 @pytest.mark.parametrize("name", _CONVOLVES)
-def test_norms_of_convolutions_that_are_never_formed(name, way, monkeypatch):
+def test_norms_of_convolutions_that_are_never_formed(
+  name, strategy, monkeypatch
+):
   # No price makes these the cheapest for kernels as small as here.
   taken = []
-  offered = rules._ways
+  offered = rules._strategies
 
-  def ways(*args):
-    found = dict(offered(*args))
-    if way in found:
-      taken.append(way)
-      return {way: found[way]}
+  def strategies(*args):
+    found = offered(*args)
+    if strategy in found:
+      taken.append(strategy)
+      return {strategy: found[strategy]}
     return found
 
-  monkeypatch.setattr(rules, "_ways", ways)
+  monkeypatch.setattr(rules, "_strategies", strategies)
   got = _compute(*_problem(name), method="bookkeeping", sharded=True)
   expected = _reference(name)
   # These norms have room for what rounding may hide: they are never less.

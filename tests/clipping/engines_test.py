@@ -572,7 +572,7 @@ def test_explain_says_what_is_done_and_why(capsys):
   rows = {line.split()[0]: line for line in text.splitlines()[2:]}
   assert set(rows) == {f"['{name}']" for name in params}
   assert "dot_general 4x6" in rows["['a']"]
-  assert "promotion 6" in rows["['b']"]
+  assert "per-example fallback 6" in rows["['b']"]
   # Nothing is done, and no memory spent, for a frozen parameter.
   assert rows["['frozen']"].split()[-3:] == ["0", "0", "0"]
   vmap = clipping.clipped_grad(loss, l2_clip_norm=1.0, method="vmap")

@@ -113,7 +113,9 @@ def test_groups_on_eight_devices():
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, True, "2"])
 def test_a_group_size_is_a_count(size):
-  with pytest.raises(ValueError, match=rf"group_size must be an int .*{size}"):
+  with pytest.raises(
+    ValueError, match=rf"group_size must be an integer .*{size}"
+  ):
     clipping.into_groups(jnp.ones(8), size)
 
 

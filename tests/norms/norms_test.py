@@ -15,7 +15,9 @@ import numpy as np
 import pytest
 
 from dpdist import clipping
+from dpdist.clipping.layers import convolution
 from dpdist.clipping.layers import inner_products
+from dpdist.clipping.layers import layer_rule
 from dpdist.clipping.layers import norms
 from dpdist.clipping.layers import rules
 
@@ -159,15 +161,24 @@ def _batch():
   return batch, _true_norms(batch)
 
 
+_STRATEGIES = {
+  "gram": layer_rule.GRAM,
+  "diagonal": convolution.DIAGONAL_GRAM,
+  "keep": layer_rule.STORE,
+  "drop": layer_rule.RECOMPUTE,
+  "": None,
+}
+
+
 def _take(way, monkeypatch):
-  """Has rules take a way wherever there is one."""
-  offered = rules._ways
+  """Has rules take a strategy wherever it is offered."""
+  offered, strategy = rules._strategies, _STRATEGIES[way]
 
-  def ways(*args):
-    found = dict(offered(*args))
-    return {way: found[way]} if way in found else found
+  def strategies(*args):
+    found = offered(*args)
+    return {strategy: found[strategy]} if strategy in found else found
 
-  monkeypatch.setattr(rules, "_ways", ways)
+  monkeypatch.setattr(rules, "_strategies", strategies)
 
 
 # Several clip norms are a matter of book-keeping, so that two passes get one.

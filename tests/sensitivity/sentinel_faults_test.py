@@ -17,11 +17,14 @@ from dpdist import errors
 from dpdist.clipping import watched
 from dpdist.clipping.engines import clip_norms
 from dpdist.clipping.engines import two_pass
+from dpdist.clipping.layers import convolution
 from dpdist.clipping.layers import dense
+from dpdist.clipping.layers import embedding
+from dpdist.clipping.layers import factors
+from dpdist.clipping.layers import layer_rule
 from dpdist.clipping.layers import norms
 from dpdist.clipping.layers import pixels
 from dpdist.clipping.layers import rules
-from dpdist.clipping.layers import weight_gradients
 
 
 def _plain(x, axes=None):
@@ -47,13 +50,13 @@ def _pixels_as_they_are(monkeypatch):
   )
   monkeypatch.setattr(pixels, "norms", plain)
   monkeypatch.setattr(pixels, "_SMALLEST_PATCH", -1.0)
-  _take("diagonal", monkeypatch)
+  _take(convolution.DIAGONAL_GRAM, monkeypatch)
 
 
-def _take(way, monkeypatch):
-  offered = rules._ways
+def _take(strategy, monkeypatch):
+  offered = rules._strategies
   monkeypatch.setattr(
-    rules, "_ways", lambda *args: {way: dict(offered(*args))[way]}
+    rules, "_strategies", lambda *args: {strategy: offered(*args)[strategy]}
   )
 
 
@@ -74,14 +77,14 @@ def _convolution():
 
 
 def _ids_in_their_own_dtype(monkeypatch):
-  def lookup(site, indices, cotangent):
-    size, width = site.eqn.invars[0].aval.shape
+  def lookup(use, indices, cotangent):
+    size, width = use.eqn.invars[0].aval.shape
     ids, columns = indices.reshape(-1), cotangent.reshape(-1, width)
     inside = (ids >= 0) & (ids < jnp.asarray(size).astype(ids.dtype))
     columns = jnp.where(inside[:, None], columns, 0)
-    return dense.Lookup(ids.astype(jnp.int32), columns)
+    return factors.Lookup(ids.astype(jnp.int32), columns)
 
-  monkeypatch.setattr(dense, "lookup", lookup)
+  monkeypatch.setattr(embedding, "lookup", lookup)
 
 
 def _bytes():
@@ -142,12 +145,12 @@ def _rescaled():
 
 
 def _no_floor(monkeypatch):
-  def magnitude(site, x, g):
-    rows, columns = dense.dense(site, x, g)
+  def terms(rule, use, x, g):
+    rows, columns = rule.to_factors(use, x, g)
     return jnp.sum(_plain(rows, -1) * _plain(columns, -1))
 
-  monkeypatch.setattr(weight_gradients, "magnitude", magnitude)
-  _take("drop", monkeypatch)
+  monkeypatch.setattr(dense.DotGeneral, "terms", terms)
+  _take(layer_rule.RECOMPUTE, monkeypatch)
 
 
 def _mirrored():

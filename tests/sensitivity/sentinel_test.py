@@ -93,7 +93,7 @@ def _weaken(monkeypatch, name, part):
 
   def wrong(problem, rule, *args):
     size, formed = norm(problem, rule, *args)
-    is_it = any(site.name == name for site in rule.sites)
+    is_it = any(use.name == name for use in rule.uses)
     return size * (part if is_it else 1), formed
 
   monkeypatch.setattr(bookkeeping, "norm", wrong)

@@ -288,7 +288,14 @@ def test_processes_agree_on_all_that_a_step_is_made_of_before_it_is_charged(
 ):
   _, agreed, workdir = noted
   assert set(agreed) == {
-    *("settings", "code", "code_outside", "packages", "jax_config"),
+    *(
+      "settings",
+      "code",
+      "code_outside",
+      "layer_rules",
+      "packages",
+      "jax_config",
+    ),
     *("training_data", "training_features", "model_weights"),
     *("plan", "secret_file"),
   }

@@ -18,19 +18,16 @@ import jax.numpy as jnp
 from dpdist.clipping.engines import sharing
 from dpdist.clipping.engines import vmap
 from dpdist.clipping.engines.clip_norms import Scaling
-from dpdist.clipping.layers import convolution
 from dpdist.clipping.layers import costs
-from dpdist.clipping.layers import dense
 from dpdist.clipping.layers import inner_products
 from dpdist.clipping.layers import norms
-from dpdist.clipping.layers import pixels
-from dpdist.clipping.layers import weight_gradients
+from dpdist.clipping.layers.rules import Form
 from dpdist.clipping.layers.rules import Rule
 from dpdist.clipping.trace import evaluate
 from dpdist.clipping.trace import shards
 from dpdist.clipping.trace import varying_axes
 from dpdist.clipping.trace.program import Block
-from dpdist.clipping.trace.program import Site
+from dpdist.clipping.trace.program import WeightUse
 
 PyTree = Any
 Key = tuple[int, ...]
@@ -40,8 +37,8 @@ class Problem(NamedTuple):
   """The input of the engines that does not depend on examples.
 
   Attributes:
-    block: the loss of one example, split into equations and sites.
-    rules: cover all its sites.
+    block: the loss of one example, split into equations and weight uses.
+    rules: cover all its uses.
     leaves: the trained parameters; some may be `shards.Shard`s.
     frozen: the frozen parameters; some may be `shards.Shard`s.
     groups: for each parameter the number of the group it is clipped with.
@@ -65,9 +62,9 @@ class Problem(NamedTuple):
     """Returns the relative error of the operands of a sum's products."""
     return max(
       (
-        costs.unit_roundoff(self.platform, site.eqn.params.get("precision"))
-        for site in rule.sites
-        if site.eqn is not None
+        costs.unit_roundoff(self.platform, use.eqn.params.get("precision"))
+        for use in rule.uses
+        if use.eqn is not None
       ),
       default=0.0,
     )
@@ -95,41 +92,37 @@ def clipped_sum(
   less = [jnp.zeros(keep.shape, jnp.float32) for _ in total]
   kept = []
   for rule in problem.rules:
-    found, formed = norms_of(problem, rule, operands, cotangents)
-    for group, mine in found.items():
-      total[group] = norms.hypot(total[group], mine)
-    kept.append(formed if rule.way == "keep" else None)
-    if rule.way == "keep":
+    of_groups, formed = norms_of(problem, rule, operands, cotangents)
+    for group, of_rule in of_groups.items():
+      total[group] = norms.hypot(total[group], of_rule)
+    kept.append(formed if rule.strategy.stores else None)
+    if rule.strategy.stores:
       continue
     group = problem.groups[min(rule.leaves)]
-    for site in rule.sites:
-      x, g = operands[site.key], cotangents[site.key]
-      other = x if _scales_cotangent(site, x, g) else g
-      less[group] += jax.vmap(functools.partial(lost, site))(other)
+    for use in rule.uses:
+      x, g = operands[use.key], cotangents[use.key]
+      other = x if _scales_cotangent(use, x, g) else g
+      less[group] += jax.vmap(functools.partial(lost, use))(other)
   scales, total = problem.scaling.scales(total, keep, less)
   sums = weighted_sum(problem, operands, cotangents, kept, scales)
   return problem.scaling.enlarged(sums, problem.groups), outs, total
 
 
-def lost(site: Site, other: jax.Array) -> jax.Array:
+def lost(use: WeightUse, other: jax.Array) -> jax.Array:
   """Bounds the norm of what underflow takes from an example's product.
 
-  Args:
-    site: a product, one side of which is multiplied with at most 1.
-    other: the other side, for one example.
-
-  Returns:
-    A scalar. Each entry of the product is a sum of products of a lost number,
-    at most the smallest normal one, and an entry of the other side. The bound
-    is that number times the sum of the other side's magnitudes, times the
-    square root of the number of entries.
+  One side of the product is multiplied with at most 1; `other` is the other
+  side, for one example. Each entry of the product is a sum of products of a
+  lost number, at most the smallest normal one, and an entry of the other side.
+  The bound is that number times the sum of the other side's magnitudes, times
+  the square root of the number of entries.
   """
-  if site.name == "gather":
-    return jnp.zeros((), jnp.float32)  # A lookup multiplies nothing.
-  each = math.sqrt(math.prod(site.weight_shape)) * float(
+  if not use.layer.multiplies:
+    return jnp.zeros((), jnp.float32)
+  each = math.sqrt(math.prod(use.weight_shape)) * float(
     jnp.finfo(other.dtype if other.dtype.itemsize > 4 else jnp.float32).tiny
   )
-  other = weight_gradients.widen(other)
+  other = norms.widen(other)
   return jnp.sum(jnp.abs(other * each)).astype(jnp.float32)
 
 
@@ -140,13 +133,13 @@ def backward(
 
   Returns:
     The data operands of products and the gradients of the tapped values, both
-    by site and with a leading axis B; and the outputs of the loss.
+    by use and with a leading axis B; and the outputs of the loss.
   """
   size = examples[0].shape[0]
   taps = varying_axes.cast_to_varying(
     {
-      site.key: jnp.zeros((size, *site.tap_shape), site.out.dtype)
-      for site in problem.block.all_sites()
+      use.key: jnp.zeros((size, *use.tap_shape), use.out.dtype)
+      for use in problem.block.all_uses()
     },
     varying_axes.varying_axes((list(problem.leaves), list(examples))),
   )
@@ -174,25 +167,21 @@ def norms_of(
 ) -> tuple[dict[int, jax.Array], Any]:
   """Returns the norms of a rule's gradients, by group, and the gradients.
 
-  Args:
-    problem: the loss, its parameters and the scaling.
-    rule: the rule.
-    operands: the products' data operands, by site; leading axis B. Those of
-      other rules are ignored.
-    cotangents: the gradients of the sites' outputs, in the same form.
+  Operands and cotangents have a leading axis B; those of other rules are
+  ignored.
 
   Returns:
-    [B] for each group; and the gradients in the form of `rule.view`, leading
+    [B] for each group; and the gradients in the form of `rule.form`, leading
     axis B, None where they are not formed.
   """
-  operands = {s.key: operands[s.key] for s in rule.sites if s.eqn is not None}
-  cotangents = {s.key: cotangents[s.key] for s in rule.sites}
-  if rule.view != "parameters":
+  operands = {s.key: operands[s.key] for s in rule.uses if s.eqn is not None}
+  cotangents = {s.key: cotangents[s.key] for s in rule.uses}
+  if rule.form is not Form.PARAMETERS:
     group = problem.groups[min(rule.leaves)]
-    found, formed = jax.vmap(functools.partial(norm, problem, rule))(
+    of_rule, formed = jax.vmap(functools.partial(norm, problem, rule))(
       operands, cotangents
     )
-    return {group: found}, formed
+    return {group: of_rule}, formed
 
   # Gathered here, so that it is not done for each example.
   problem = problem._replace(
@@ -215,7 +204,7 @@ def norms_of(
   # Taking gradients to the parameters passes over them many times. Where the
   # gradients of all examples do not fit in the cache, take one at a time.
   (size,) = {len(x) for x in cotangents.values()}
-  size *= 4 * sum(math.prod(site.weight_shape) for site in rule.sites)
+  size *= 4 * sum(math.prod(use.weight_shape) for use in rule.uses)
   if problem.platform == "cpu" and size > costs.CACHE_BYTES["cpu"]:
     return jax.lax.map(one, (operands, cotangents))
   return jax.vmap(one)((operands, cotangents))
@@ -229,46 +218,41 @@ def norm(
 ) -> tuple[jax.Array, jax.Array | None]:
   """Returns the norm of one example's gradient, and the gradient itself.
 
-  Args:
-    problem: the loss, its parameters and the scaling.
-    rule: the rule; its view is not "parameters".
-    operands: the products' data operands, by site.
-    cotangents: the gradients of the sites' outputs.
+  The rule's form is not PARAMETERS.
 
   Returns:
-    A scalar; and the gradient in the form of `rule.view`, None if not formed.
+    A scalar; and the gradient in the form of `rule.form`, None if not formed.
   """
-  if rule.way in ("gram", "diagonal"):
-    return _norm_unformed(problem, rule, operands, cotangents), None
-  of_weights = _of_weights(problem, rule, operands, cotangents)
-  formed: Any = sum(
-    weight_gradients.placed(site, of_weights[site.key], rule.sites[0])
-    for site in rule.sites
-  )
-  if rule.way == "keep":
+  unit_roundoff = problem.unit_roundoff(rule)
+  if not rule.strategy.forms:
+    return rule.norm_unformed(operands, cotangents, unit_roundoff), None
+  formed = rule.gradient(_of_weights(problem, rule, operands, cotangents))
+  if rule.strategy.stores:
     formed = sharing.computed_once(formed)
-  found = norms.of(formed)
-  if rule.way == "drop":
+  result = norms.of(formed)
+  if not rule.strategy.stores:
     # The sum is computed by another product, in which terms that cancel here
     # may leave their rounding errors.
     size: Any = sum(
-      weight_gradients.magnitude(s, operands.get(s.key), cotangents[s.key])
-      for s in rule.sites
+      s.layer.terms(s, operands.get(s.key), cotangents[s.key])
+      for s in rule.uses
     )
-    found = jnp.maximum(found, inner_products.SUMMED**0.5 * size)
+    result = jnp.maximum(result, inner_products.SUMMED**0.5 * size)
     # Both products round.
     twice = 2 * sum(
-      weight_gradients.positions(s, operands.get(s.key)) for s in rule.sites
+      s.layer.positions(s, operands.get(s.key)) for s in rule.uses
     )
-    found = inner_products.with_room(found, size, twice, 0.0)
-    unit_roundoff = problem.unit_roundoff(rule)
+    result = inner_products.with_room(result, size, twice, 0.0)
     if unit_roundoff:
+      # What is not multiplied is not rounded.
       terms: Any = sum(
-        weight_gradients.terms(site, operands[site.key], cotangents[site.key])
-        for site in rule.sites
+        s.layer.terms(s, operands[s.key], cotangents[s.key])
+        if s.layer.multiplies
+        else jnp.zeros((), norms.wide(cotangents[s.key].dtype))
+        for s in rule.uses
       )
-      found = inner_products.with_room(found, terms, 0, unit_roundoff)
-  return found, formed
+      result = inner_products.with_room(result, terms, 0, unit_roundoff)
+  return result, formed
 
 
 def _of_weights(
@@ -277,39 +261,13 @@ def _of_weights(
   operands: dict[Key, jax.Array],
   cotangents: dict[Key, jax.Array],
 ) -> dict[Key, jax.Array]:
-  """Returns the gradients of the sites' weights for one example."""
+  """Returns the gradients of the uses' weights for one example."""
   return {
-    site.key: weight_gradients.weight_gradient(
-      site, operands.get(site.key), cotangents[site.key], problem.platform
+    use.key: use.layer.gradient(
+      use, operands.get(use.key), cotangents[use.key], problem.platform
     )
-    for site in rule.sites
+    for use in rule.uses
   }
-
-
-def _norm_unformed(
-  problem: Problem,
-  rule: Rule,
-  operands: dict[Key, jax.Array],
-  cotangents: dict[Key, jax.Array],
-) -> jax.Array:
-  first = rule.sites[0]
-  precision = first.eqn.params.get("precision")
-  unit_roundoff = problem.unit_roundoff(rule)
-  if rule.view == "factors":
-    return dense.norm(
-      [
-        weight_gradients.factor(s, first, operands, cotangents)
-        for s in rule.sites
-      ],
-      unit_roundoff,
-      precision,
-    )
-  x, g = operands[first.key], cotangents[first.key]
-  if rule.way == "gram":
-    return dense.norm(
-      [convolution.patches(first, x, g)], unit_roundoff, precision
-    )
-  return pixels.norm(first, x, g, unit_roundoff)
 
 
 def to_leaves(
@@ -320,10 +278,10 @@ def to_leaves(
   """Takes gradients of weights to parameters; see `to_parameters`."""
   known = problem.inputs(())
   values = [*known, *[None] * (len(problem.block.kinds) - len(known))]
-  found = evaluate.to_parameters(problem.block, values, cotangents)
+  gradients = evaluate.to_parameters(problem.block, values, cotangents)
   return {
-    i: weight_gradients.widen(x)
-    for i, x in enumerate(found)
+    i: norms.widen(x)
+    for i, x in enumerate(gradients)
     if x is not None and i in wanted
   }
 
@@ -339,8 +297,8 @@ def weighted_sum(
 
   Args:
     problem: the loss, its parameters and the scaling.
-    operands: the products' data operands, by site; leading axis B.
-    cotangents: the gradients of the sites' outputs, in the same form.
+    operands: the products' data operands, by use; leading axis B.
+    cotangents: the gradients of the uses' outputs, in the same form.
     kept: for each rule its gradients as `norm` returns them, or None.
     scales: for each group, [B].
 
@@ -351,9 +309,9 @@ def weighted_sum(
   groups = problem.groups
   of_weights: dict[Key, jax.Array] = {}
   of_leaves: dict[int, jax.Array] = {}
-  products: list[tuple[Site, jax.Array]] = []
+  products: list[tuple[WeightUse, jax.Array]] = []
   for rule, formed in zip(problem.rules, kept, strict=True):
-    if rule.view == "parameters" and formed is not None:
+    if rule.form is Form.PARAMETERS and formed is not None:
       for i, x in formed.items():
         of_leaves[i] = vmap.weighted_sum(x, scales[groups[i]])
       continue
@@ -361,9 +319,9 @@ def weighted_sum(
     # shares in a product cannot be scaled separately.
     scale = scales[groups[min(rule.leaves)]]
     if formed is None:
-      products.extend((site, scale) for site in rule.sites)
+      products.extend((use, scale) for use in rule.uses)
     else:
-      of_weights[rule.sites[0].key] = vmap.weighted_sum(formed, scale)
+      of_weights[rule.uses[0].key] = vmap.weighted_sum(formed, scale)
   of_weights |= _products(
     problem, products, operands, cotangents, scales[0] != 0
   )
@@ -376,7 +334,7 @@ def weighted_sum(
 
 def _products(
   problem: Problem,
-  sites: Sequence[tuple[Site, jax.Array]],
+  uses: Sequence[tuple[WeightUse, jax.Array]],
   operands: dict[Key, jax.Array],
   cotangents: dict[Key, jax.Array],
   keep: jax.Array,
@@ -386,13 +344,13 @@ def _products(
   An example that is left out may hold NaN on both sides, so both become 0.
   """
   scaled, others = {}, {}
-  for site, scale in sites:
-    x, g = operands[site.key], weight_gradients.widen(cotangents[site.key])
-    if _scales_cotangent(site, x, g):
-      scaled[site.key], others[site.key] = _scaled(scale, g), x
+  for use, scale in uses:
+    x, g = operands[use.key], norms.widen(cotangents[use.key])
+    if _scales_cotangent(use, x, g):
+      scaled[use.key], others[use.key] = _scaled(scale, g), x
     else:
-      scaled[site.key], others[site.key] = (
-        _scaled(scale, weight_gradients.widen(x)),
+      scaled[use.key], others[use.key] = (
+        _scaled(scale, norms.widen(x)),
         g,
       )
   only_kept = lambda others: {
@@ -404,20 +362,18 @@ def _products(
   else:
     others = jax.lax.cond(jnp.all(keep), lambda x: x, only_kept, others)
   sums = {}
-  for site, _ in sites:
-    one, other = scaled[site.key], others[site.key]
-    x, g = operands[site.key], cotangents[site.key]
-    if _scales_cotangent(site, x, g):
+  for use, _ in uses:
+    one, other = scaled[use.key], others[use.key]
+    x, g = operands[use.key], cotangents[use.key]
+    if _scales_cotangent(use, x, g):
       one, other = other, one
-    sums[site.key] = weight_gradients.product_gradient(
-      site, one, other, (False, *site.weight.loops)
-    )
+    sums[use.key] = use.layer.weighted_sum(use, one, other)
   return sums
 
 
-def _scales_cotangent(site: Site, x: jax.Array, g: jax.Array) -> bool:
-  """Returns whether the cotangent is the smaller one, and is scaled."""
-  return site.name == "gather" or g.size <= x.size
+def _scales_cotangent(use: WeightUse, x: jax.Array, g: jax.Array) -> bool:
+  """Returns whether the cotangent is scaled, and not the operand."""
+  return not use.layer.multiplies or g.size <= x.size
 
 
 def _rows(scale: jax.Array, x: jax.Array) -> jax.Array:

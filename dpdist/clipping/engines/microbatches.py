@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpdist import errors
 from dpdist.clipping.layers import costs
 from dpdist.clipping.trace import varying_axes
 from dpdist.clipping.trace.program import Block
@@ -22,10 +23,10 @@ def automatic_size(block: Block, batch_size: int, platform: str) -> int:
   """Chooses how many examples to work on at once."""
   if platform not in costs.CACHE_BYTES:
     return batch_size
-  sites = list(block.all_sites())
-  whole = 2 * 4 * batch_size * sum(math.prod(site.tap_shape) for site in sites)
+  uses = list(block.all_uses())
+  whole = 2 * 4 * batch_size * sum(math.prod(use.tap_shape) for use in uses)
   # Each part reads the weights and updates their sums once more.
-  weights = 4 * sum(math.prod(site.weight_shape) for site in sites)
+  weights = 4 * sum(math.prod(use.weight_shape) for use in uses)
   parts = 1
   while (
     parts < _MOST_PARTS
@@ -69,7 +70,7 @@ def run(
     alone, loss, norms, aux = function(*args)
     return compensated.Sum(alone, None), loss, norms, aux
   if batch_size % size:
-    raise ValueError(
+    raise errors.ArgumentError(
       f"microbatch_size must divide the batch of {batch_size}, got {size}"
     )
   parts = batch_size // size
@@ -125,7 +126,9 @@ def _unrolled(
   return total, jax.tree.map(lambda *x: jnp.stack(x), *all_rest)
 
 
-def _added(total: compensated.Sum, more: list[jax.Array]) -> compensated.Sum:
+def _added(
+  total: compensated.Sum, part_sums: list[jax.Array]
+) -> compensated.Sum:
   if total.low is None:
-    return compensated.Sum(jax.tree.map(jnp.add, total.high, more), None)
-  return compensated.add(total, more)
+    return compensated.Sum(jax.tree.map(jnp.add, total.high, part_sums), None)
+  return compensated.add(total, part_sums)

@@ -26,12 +26,14 @@ import jax.numpy as jnp
 from dpdist.clipping.engines import bookkeeping
 from dpdist.clipping.engines import sharing
 from dpdist.clipping.engines import vmap
+from dpdist.clipping.layers import layer_rule
 from dpdist.clipping.layers import norms
+from dpdist.clipping.layers.rules import Form
 from dpdist.clipping.layers.rules import Rule
 from dpdist.clipping.trace import evaluate
 from dpdist.clipping.trace import shards
 from dpdist.clipping.trace import varying_axes
-from dpdist.clipping.trace.program import Site
+from dpdist.clipping.trace.program import WeightUse
 
 Key = tuple[int, ...]
 
@@ -44,8 +46,8 @@ def clipped_sum(
   """Sums clipped per-example gradients; see `bookkeeping.clipped_sum`."""
   if not _takes_two_passes(problem):
     return bookkeeping.clipped_sum(problem, examples, keep)
-  found, lost, kept, outs = _norms(problem, examples, keep.shape)
-  scales, found = problem.scaling.scales(found, keep, lost)
+  of_groups, lost, kept, outs = _norms(problem, examples, keep.shape)
+  scales, of_groups = problem.scaling.scales(of_groups, keep, lost)
   (scale,) = scales
   sums = {i: vmap.weighted_sum(x, scale) for i, x in kept.items()}
   some = scale != 0
@@ -61,7 +63,7 @@ def clipped_sum(
   for i, leaf in enumerate(problem.leaves):
     if i in kept:
       (others[i],) = shards.sums([leaf], [sums[i]])
-  return problem.scaling.enlarged(others, problem.groups), outs, found
+  return problem.scaling.enlarged(others, problem.groups), outs, of_groups
 
 
 def _takes_two_passes(problem: bookkeeping.Problem) -> bool:
@@ -76,7 +78,7 @@ def _takes_two_passes(problem: bookkeeping.Problem) -> bool:
     and problem.block.is_wide()
     and not problem.block.has_custom_vjp()
     and not any(
-      rule.way == "keep" and problem.unit_roundoff(rule) > 0
+      rule.strategy.stores and problem.unit_roundoff(rule) > 0
       for rule in problem.rules
     )
   )
@@ -98,28 +100,28 @@ def _norms(
     examples would be rounded differently. The outputs of the loss.
   """
   inside = {
-    rule.sites[0].key: _summed_by_a_product(rule)
+    rule.uses[0].key: _summed_by_a_product(rule)
     for rule in problem.rules
     if _is_local(rule)
   }
   taps = {
-    site.key: jnp.zeros((*shape, *site.lengths, 2), jnp.float32)
-    if site.key in inside
-    else jnp.zeros((*shape, *site.tap_shape), site.out.dtype)
-    for site in problem.block.all_sites()
+    use.key: jnp.zeros((*shape, *use.lengths, 2), jnp.float32)
+    if use.key in inside
+    else jnp.zeros((*shape, *use.tap_shape), use.out.dtype)
+    for use in problem.block.all_uses()
   }
   taps = varying_axes.cast_to_varying(
     taps, varying_axes.varying_axes((list(problem.leaves), list(examples)))
   )
 
   def product(
-    site: Site, weight: jax.Array, operand: jax.Array, tap: Any
+    use: WeightUse, weight: jax.Array, operand: jax.Array, tap: Any
   ) -> jax.Array:
     operand = _as_in_the_other_pass(operand)
-    if site.key not in inside:
-      out = evaluate.tapped(site, weight, operand, tap)
+    if use.key not in inside:
+      out = evaluate.tapped(use, weight, operand, tap)
     else:
-      out = _with_norm(problem, inside[site.key], weight, operand, tap)
+      out = _with_norm(problem, inside[use.key], weight, operand, tap)
     return _as_in_the_other_pass(out)
 
   def losses(taps: dict[Key, jax.Array]) -> tuple[jax.Array, Any]:
@@ -128,7 +130,7 @@ def _norms(
         problem.block,
         problem.inputs(example),
         taps,
-        product=product,
+        evaluate.Hooks(product),
       )
       return outs, {k: x for k, x in operands.items() if k not in inside}
 
@@ -143,24 +145,24 @@ def _norms(
   kept: dict[int, jax.Array] = {}
   for rule in map(_summed_by_a_product, problem.rules):
     group = problem.groups[min(rule.leaves)]
-    first = rule.sites[0]
+    first = rule.uses[0]
     if first.key in inside:
       # Each iteration of a loop has its own weight.
       both = cotangents[first.key].reshape(*shape, -1, 2)
       total[group] = norms.hypot(total[group], norms.of(both[..., 0], -1))
       lost[group] += jnp.sum(both[..., 1], -1)
       continue
-    mine = {s.key: sharing.computed_once(cotangents[s.key]) for s in rule.sites}
-    found, formed = bookkeeping.norms_of(problem, rule, operands, mine)
-    for i, norm in found.items():
+    own = {s.key: sharing.computed_once(cotangents[s.key]) for s in rule.uses}
+    of_rule, formed = bookkeeping.norms_of(problem, rule, operands, own)
+    for i, norm in of_rule.items():
       total[i] = norms.hypot(total[i], norm)
-    if rule.view == "parameters":
+    if rule.form is Form.PARAMETERS:
       kept |= formed
       continue
-    for site in rule.sites:
-      if site.eqn is not None:
-        of_one = functools.partial(bookkeeping.lost, site)
-        lost[group] += jax.vmap(of_one)(operands[site.key])
+    for use in rule.uses:
+      if use.eqn is not None:
+        of_one = functools.partial(bookkeeping.lost, use)
+        lost[group] += jax.vmap(of_one)(operands[use.key])
   return total, lost, kept, outs
 
 
@@ -177,18 +179,18 @@ def _as_in_the_other_pass(x: jax.Array) -> jax.Array:
 
 def _summed_by_a_product(rule: Rule) -> Rule:
   """Returns the rule with gradients formed only for the norm."""
-  if rule.way != "keep" or rule.view == "parameters":
+  if not rule.strategy.stores or rule.form is Form.PARAMETERS:
     return rule
-  return dataclasses.replace(rule, way="drop")
+  return dataclasses.replace(rule, strategy=layer_rule.RECOMPUTE)
 
 
 def _is_local(rule: Rule) -> bool:
   """Returns whether a rule needs one operand and one gradient at a time."""
-  (first, *more) = rule.sites
+  (first, *others) = rule.uses
   return (
-    not more
+    not others
     and first.eqn is not None
-    and rule.view != "parameters"
+    and rule.form is not Form.PARAMETERS
     and all(first.weight.loops)
   )
 
@@ -204,9 +206,9 @@ def _with_norm(
 
   The tap's gradient is that norm, and what underflow may take from the sum.
   """
-  (site,) = rule.sites
+  (use,) = rule.uses
   lone = dataclasses.replace(
-    site, lengths=(), weight=site.weight._replace(loops=())
+    use, lengths=(), weight=use.weight._replace(loops=())
   )
   run = lambda weight, operand: evaluate.tapped(lone, weight, operand, None)
 
@@ -232,9 +234,9 @@ def _with_norm(
       of_operand = None
     norm, _ = bookkeeping.norm(
       problem,
-      dataclasses.replace(rule, sites=(lone,)),
-      {site.key: operand},
-      {site.key: cotangent},
+      dataclasses.replace(rule, uses=(lone,)),
+      {use.key: operand},
+      {use.key: cotangent},
     )
     lost = bookkeeping.lost(lone, operand)
     return None, of_operand, jnp.stack([norm.astype(jnp.float32), lost])
@@ -252,16 +254,11 @@ def _weighted_gradient(
 ) -> list[Any]:
   """Runs the second pass: sums scaled gradients, except of some parameters.
 
-  Args:
-    problem: the loss, its parameters and the scaling.
-    examples: must not hold NaN.
-    scale: [B].
-    some: whether any scale is not 0. If none is, all sums are 0, and so is what
-      this device adds to the sum of a shard.
-    others: the numbers of parameters that are left out.
+  Examples must not hold NaN. If `some` says that no scale [B] is other than 0,
+  all sums are 0, and so is what this device adds to the sum of a shard.
 
   Returns:
-    For each parameter its sum, None where it is left out.
+    For each parameter its sum, None for the numbers in `others`.
   """
   wanted = [i for i in range(len(problem.leaves)) if i not in others]
 
@@ -270,16 +267,16 @@ def _weighted_gradient(
 
   def loss(leaves: list[Any], example: Any, scale: jax.Array) -> jax.Array:
     def product(
-      site: Site, weight: jax.Array, operand: jax.Array, tap: Any
+      use: WeightUse, weight: jax.Array, operand: jax.Array, tap: Any
     ) -> jax.Array:
       still = jax.lax.stop_gradient
       operand = _as_in_the_other_pass(operand)
       # Never computed forward: its value is unused.
-      of_weight = evaluate.tapped(site, weight, still(operand), tap)
-      out = evaluate.tapped(site, still(weight), operand, tap)
+      of_weight = evaluate.tapped(use, weight, still(operand), tap)
+      out = evaluate.tapped(use, still(weight), operand, tap)
       return _as_in_the_other_pass(_with_scaled(out, of_weight, scale))
 
-    def promote(weight: jax.Array) -> jax.Array:
+    def on_fallback(weight: jax.Array) -> jax.Array:
       return _with_scaled(jax.lax.stop_gradient(weight), weight, scale)
 
     values = [*leaves, *problem.frozen, *example]
@@ -287,9 +284,7 @@ def _weighted_gradient(
       problem.block,
       values,
       {},
-      product=product,
-      gather=gather,
-      promote=promote,
+      evaluate.Hooks(product, gather, on_fallback),
     )[0][0]
 
   def losses(trained: list[Any]) -> jax.Array:

@@ -1,21 +1,17 @@
-"""Estimates what the ways to a norm cost on each backend.
+"""Estimates what the strategies for a norm cost on each backend.
 
-A way costs time, for arithmetic and memory traffic, and memory. The constants
-are rough: they only have to rank the ways. The ranking was measured on a CPU
-and read off programs compiled for a TPU; see `tests/benchmarks/clipping.py` and
-`clipping_tpu.py` beside it.
+A strategy costs time, for arithmetic and memory traffic, and memory. The
+constants are rough: they only have to rank strategies. The ranking was measured
+on a CPU and read off programs compiled for a TPU; see
+`tests/benchmarks/clipping.py` and `clipping_tpu.py` beside it.
 """
 
+from collections.abc import Sequence
 import contextlib
-import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-
-from dpdist.clipping.layers import convolution
-from dpdist.clipping.layers import dense
-from dpdist.clipping.trace.program import Site
 
 
 class Cost(NamedTuple):
@@ -84,6 +80,12 @@ _UNIT_ROUNDOFF = {
 _FORMAT = {"cpu": "F32", "gpu": "TF32", "tpu": "BF16"}
 
 
+def default_platform() -> str:
+  """Returns the default device's platform: "cpu", "gpu" or "tpu"."""
+  backend = jax.default_backend()
+  return {"cuda": "gpu", "rocm": "gpu"}.get(backend, backend)
+
+
 def unit_roundoff(platform: str, precision: Any) -> float:
   """Bounds the relative error with which a float32 product rounds its operands.
 
@@ -127,65 +129,20 @@ MODELS = {
 }
 
 
-def forming(site: Site, model: Model) -> Cost:
-  """Returns the cost of forming the gradient of a product's weight."""
-  if site.name == "gather":
-    # Adds a row to the table for each position.
-    return Cost(0, 4.0 * math.prod(site.tap_shape), 0)
-  if site.name == "dot_general":
-    count, positions, rows, columns = dense.sizes(site)
-    read = positions * (rows + columns)
-  else:
-    s = convolution.sizes(site)
-    count = s.groups * math.prod(site.lengths)
-    positions, rows, columns = s.positions, s.offsets * s.inputs, s.outputs
-    read = positions * columns
-    read += positions * rows if model.reads_patches else s.padded * s.inputs
-  flops = count * model.product(rows, positions, columns)
-  return Cost(flops, 4.0 * count * read, 0)
+def gram(sizes: Sequence[tuple[int, int, int, int]], model: Model) -> Cost:
+  """Returns the cost of all pairs' inner products, of rows and of columns.
 
-
-def gram(sites: tuple[Site, ...], model: Model) -> Cost:
-  """Returns the cost of all pairs' inner products, of rows and of columns."""
-  count, positions = 1, 0
-  widths: tuple[int, ...] = (0, 0)
-  for site in sites:
-    if site.name == "gather":
-      n = site.eqn.invars[0].aval.shape[1]
-      positions += math.prod(site.tap_shape) // max(1, n)
-      widths = (widths[0], max(widths[1], n))
-    else:
-      count, more, *mine = dense.sizes(site)
-      positions += more
-      widths = max(widths, tuple(mine), key=sum)
+  Args:
+    sizes: (S, T, m, n) of each list of factors; S is the same for all.
+    model: the backend's speed.
+  """
+  (count, *_), *_ = sizes
+  positions = sum(more for _, more, _, _ in sizes)
+  widths = max(((m, n) for _, _, m, n in sizes), key=sum)
   if positions == 1:
     return Cost(0, 4.0 * count * sum(widths), 0)
   return Cost(
     count * sum(model.product(positions, n, positions) for n in widths),
     4.0 * count * (4 * positions**2 + positions * sum(widths)),
-    0,
-  )
-
-
-def patch_gram(s: convolution.Sizes, model: Model) -> Cost:
-  """Returns the cost of `gram` for a convolution's patches."""
-  rows = s.offsets * s.inputs
-  pairs = lambda width: model.product(s.positions, width, s.positions)
-  passed = model.patch_passes * s.positions * (rows + s.outputs)
-  return Cost(
-    s.groups * (pairs(rows) + pairs(s.outputs)),
-    4.0 * s.groups * (4 * s.positions**2 + passed),
-    0,
-  )
-
-
-def diagonal_gram(s: convolution.Sizes, model: Model) -> Cost:
-  """Returns the cost of pixels' inner products, summed along diagonals."""
-  pairs = lambda width: model.product(s.cells, width, s.cells)
-  pixels = s.phases * s.cells * s.inputs + s.cells * s.outputs
-  return Cost(
-    s.groups * (s.phases * pairs(s.inputs) + pairs(s.outputs)),
-    # Padding, sorting and shifting are passes of their own.
-    4.0 * s.groups * (4 * (s.phases + 1) * s.cells**2 + 6 * pixels),
     0,
   )

@@ -1,334 +1,112 @@
-"""Per-example gradients of dense products, kept as two factors.
+"""The rule of dense layers: matrix products, and those of any other axes."""
 
-The gradient of one example with respect to the weight of a product is a sum of
-outer products over all positions t at which the weight was used: of a row (what
-the weight was multiplied with) and a column (the gradient of the result). Its
-norm can be computed from these factors without forming it,
-
-  || sum_t r_t c_t^T ||^2 = sum_{t,u} <r_t, r_u> <c_t, c_u>
-
-(Goodfellow 2015, "Efficient Per-Example Gradient Computations", for one
-position; Li et al. 2022, "Large Language Models Can Be Strong Differentially
-Private Learners", section 4, for many). An embedding is a product whose rows
-are one-hot, and is kept as indices.
-
-Guarantees:
-  * A computed norm is too small by at most 2^-11 of itself, whatever finite
-    numbers the factors hold. The sum over t and u may cancel, and float32 then
-    returns anything near 0: an example whose terms cancel would pass unclipped.
-    `norm` therefore adds what rounding can hide, and nothing is squared before
-    it is scaled.
-"""
-
-from collections.abc import Sequence
 import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dpdist.clipping.layers import inner_products
-from dpdist.clipping.layers import norms
-from dpdist.clipping.trace.program import Site
-
-
-class Dense(NamedTuple):
-  """Rows [S, T, m] and columns [S, T, n]; S weights of m rows and n columns."""
-
-  rows: jax.Array
-  columns: jax.Array
-
-
-class Lookup(NamedTuple):
-  """One-hot rows, as indices [T] into a table, and columns [T, n]."""
-
-  indices: jax.Array
-  columns: jax.Array
-
-
-class Layout(NamedTuple):
-  """The axes of an array that the S, m and n of factors correspond to.
-
-  Attributes:
-    steps: the array, as an image of parameters.
-    batch: axes of S.
-    rows: axes of m.
-    columns: axes of n.
-  """
-
-  steps: tuple[Any, ...]
-  batch: tuple[int, ...]
-  rows: tuple[int, ...]
-  columns: tuple[int, ...]
+from dpdist import registry
+from dpdist.clipping.layers import costs
+from dpdist.clipping.layers import factors
+from dpdist.clipping.layers import layer_rule
+from dpdist.clipping.trace import program
+from dpdist.clipping.trace.program import WeightUse
 
 
 class _DotAxes(NamedTuple):
-  """The roles of the axes of a dot_general's weight and of its operand."""
+  """The (batch, contracted, free) axes of a weight and of what it met."""
 
   weight: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
   operand: tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]
 
 
-def dot_axes(site: Site) -> _DotAxes:
-  """Returns (batch, contracted, free) axes of the weight and data operand."""
-  contracted, batch = site.eqn.params["dimension_numbers"]
+@registry.register("layer_rule", "dot_general")
+class DotGeneral(layer_rule.LayerRule):
+  """Its factors are contracted entries, and the weight's free entries."""
+
+  primitive = "dot_general"
+  weight_operands = (0, 1)
+
+  def matches(self, eqn: Any) -> bool:
+    return program.is_floating(eqn)
+
+  def layout(self, use: WeightUse) -> factors.Layout | None:
+    return factors.layout(use, _axes(use).weight)
+
+  def to_factors(
+    self, use: WeightUse, operand: jax.Array, cotangent: jax.Array
+  ) -> factors.Dense:
+    """Returns the factors, in the dtype of the model.
+
+    Iterations that share the weight count as positions.
+    """
+    _, _, m, n = self.factor_sizes(use)
+    batch, contracted, free = _axes(use).operand
+    num_batch, num_free = len(batch), len(free)
+    num_loops = len(use.lengths)
+    each = [i for i in range(num_loops) if use.weight.loops[i]]
+    shared = [i for i in range(num_loops) if not use.weight.loops[i]]
+    shift = lambda axes: [a + num_loops for a in axes]
+    rows = jnp.transpose(
+      operand,
+      [*each, *shift(batch), *shared, *shift(free), *shift(contracted)],
+    )
+    # The output has the batch axes, then each operand's free axes in turn.
+    b = shift(range(num_batch))
+    rest = shift(range(num_batch, cotangent.ndim - num_loops))
+    if use.operand:
+      of_operand, of_weight = rest[:num_free], rest[num_free:]
+    else:
+      first = len(rest) - num_free
+      of_operand, of_weight = rest[first:], rest[:first]
+    columns = jnp.transpose(
+      cotangent, [*each, *b, *shared, *of_operand, *of_weight]
+    )
+    lead = math.prod(rows.shape[: len(each) + num_batch])
+    return factors.Dense(
+      rows.reshape(lead, -1, m) if m else rows.reshape(lead, 0, 0),
+      columns.reshape(lead, -1, n) if n else columns.reshape(lead, 0, 0),
+    )
+
+  def factor_sizes(self, use: WeightUse) -> tuple[int, int, int, int]:
+    weight = use.eqn.invars[use.operand].aval.shape
+    operand = use.eqn.invars[1 - use.operand].aval.shape
+    axes = _axes(use)
+    size = lambda shape, which: math.prod(shape[a] for a in which)
+    loops = list(zip(use.lengths, use.weight.loops, strict=True))
+    return (
+      size(weight, axes.weight[0]) * math.prod(n for n, each in loops if each),
+      size(operand, axes.operand[2])
+      * math.prod(n for n, each in loops if not each),
+      size(weight, axes.weight[1]),
+      size(weight, axes.weight[2]),
+    )
+
+  def forming_cost(self, use: WeightUse, model: costs.Model) -> costs.Cost:
+    count, positions, rows, columns = self.factor_sizes(use)
+    return costs.Cost(
+      count * model.product(rows, positions, columns),
+      4.0 * count * (positions * (rows + columns)),
+      0,
+    )
+
+  def positions(self, use: WeightUse, operand: jax.Array | None) -> int:
+    del operand
+    return self.factor_sizes(use)[1]
+
+  def terms(
+    self, use: WeightUse, operand: jax.Array | None, cotangent: jax.Array
+  ) -> jax.Array:
+    assert operand is not None
+    return factors.sum_of_norms(self.to_factors(use, operand, cotangent))
+
+
+def _axes(use: WeightUse) -> _DotAxes:
+  contracted, batch = use.eqn.params["dimension_numbers"]
   roles = []
-  for i, x in enumerate(site.eqn.invars):
+  for i, x in enumerate(use.eqn.invars):
     used = {*contracted[i], *batch[i]}
     free = tuple(a for a in range(len(x.aval.shape)) if a not in used)
     roles.append((tuple(batch[i]), tuple(contracted[i]), free))
-  return _DotAxes(roles[site.operand], roles[1 - site.operand])
-
-
-def layout(site: Site) -> Layout | None:
-  """Returns how the factors of a site's weight lie on parameters.
-
-  Returns:
-    None for a site without factors, or a weight that is no image of parameters.
-  """
-  origin = site.weight.origin
-  if origin is None or site.name not in ("dot_general", "gather"):
-    return None
-  if site.name == "gather":
-    if any(site.weight.loops):
-      return None
-    roles: tuple[tuple[int, ...], ...] = ((), (0,), (1,))
-  else:
-    roles = dot_axes(site).weight
-  steps = origin.steps
-  # A transposed weight has the same entries, as with tied embeddings.
-  while steps[-1][0] == "transpose":
-    permutation = steps[-1][1]
-    steps = steps[:-1]
-    roles = tuple(tuple(permutation[a] for a in axes) for axes in roles)
-  return Layout(steps, *roles)
-
-
-def swapped(one: Layout, other: Layout) -> bool | None:
-  """Returns whether rows and columns are swapped in another layout of an array.
-
-  Returns:
-    False if the layouts are equal, True if rows and columns are swapped, None
-    if the factors cannot be used together.
-  """
-  if one == other:
-    return False
-  if one == other._replace(rows=other.columns, columns=other.rows):
-    return True
-  return None
-
-
-def sizes(site: Site) -> tuple[int, int, int, int]:
-  """Returns (S, T, m, n) of a dot's factors for one example."""
-  weight = site.eqn.invars[site.operand].aval.shape
-  operand = site.eqn.invars[1 - site.operand].aval.shape
-  axes = dot_axes(site)
-  size = lambda shape, which: math.prod(shape[a] for a in which)
-  loops = list(zip(site.lengths, site.weight.loops, strict=True))
-  return (
-    size(weight, axes.weight[0]) * math.prod(n for n, each in loops if each),
-    size(operand, axes.operand[2])
-    * math.prod(n for n, each in loops if not each),
-    size(weight, axes.weight[1]),
-    size(weight, axes.weight[2]),
-  )
-
-
-def dense(site: Site, operand: jax.Array, cotangent: jax.Array) -> Dense:
-  """Returns the factors of a dot_general for one example.
-
-  Args:
-    site: a dot_general.
-    operand: the data operand; a leading axis for each loop.
-    cotangent: the gradient of the output; a leading axis for each loop.
-
-  Returns:
-    Rows of contracted entries, columns of the weight's free entries; in the
-    dtype of the model. Iterations that share the weight count as positions.
-  """
-  _, _, m, n = sizes(site)
-  batch, contracted, free = dot_axes(site).operand
-  num_batch, num_free = len(batch), len(free)
-  num_loops = len(site.lengths)
-  each = [i for i in range(num_loops) if site.weight.loops[i]]
-  shared = [i for i in range(num_loops) if not site.weight.loops[i]]
-  shift = lambda axes: [a + num_loops for a in axes]
-  rows = jnp.transpose(
-    operand,
-    [*each, *shift(batch), *shared, *shift(free), *shift(contracted)],
-  )
-  # The output has the batch axes, then each operand's free axes in turn.
-  b = shift(range(num_batch))
-  rest = shift(range(num_batch, cotangent.ndim - num_loops))
-  if site.operand:
-    mine, theirs = rest[:num_free], rest[num_free:]
-  else:
-    theirs, mine = (
-      rest[: len(rest) - num_free],
-      rest[len(rest) - num_free :],
-    )
-  columns = jnp.transpose(cotangent, [*each, *b, *shared, *mine, *theirs])
-  lead = math.prod(rows.shape[: len(each) + num_batch])
-  return Dense(
-    rows.reshape(lead, -1, m) if m else rows.reshape(lead, 0, 0),
-    columns.reshape(lead, -1, n) if n else columns.reshape(lead, 0, 0),
-  )
-
-
-def lookup(site: Site, indices: jax.Array, cotangent: jax.Array) -> Lookup:
-  """Returns the factors of an example's embedding lookup, loops included."""
-  table = site.eqn.invars[0].aval.shape
-  # The number of rows may be too large for the dtype of the ids: uint8 holds
-  # 256 ids, but not the number 256.
-  if indices.dtype.itemsize < 4:
-    indices = indices.astype(jnp.int32)
-  indices = indices.reshape(-1)
-  columns = cotangent.reshape(-1, table[1])
-  inside = (indices >= 0) & (indices < table[0])
-  # Plain indexing assumes ids in bounds, and reads the nearest row for others.
-  # The gradient's scatter nevertheless drops what is out of bounds.
-  if site.eqn.params["mode"] != jax.lax.GatherScatterMode.CLIP:
-    columns = jnp.where(inside[:, None], columns, 0)
-  return Lookup(jnp.clip(indices, 0, table[0] - 1), columns)
-
-
-def transposed(factor: Dense) -> Dense:
-  """Returns the factors of the transposed weight."""
-  return Dense(factor.columns, factor.rows)
-
-
-def norm(
-  factors: Sequence[Dense | Lookup],
-  unit_roundoff: float,
-  precision: Any = None,
-) -> jax.Array:
-  """Returns the norm of the sum of some factors' gradients, never too small.
-
-  Args:
-    factors: factors of one weight, in one layout, for one example.
-    unit_roundoff: relative error with which the summing product rounds its
-      operands; 0 if it does not round them.
-    precision: precision of the products.
-
-  Returns:
-    Scalar, float32 or wider.
-  """
-  units, power = _units(factors)
-  terms: Any = sum(
-    jnp.sum(unit.row_norms * unit.column_norms, axis=-1) for unit in units
-  )
-  positions = sum(unit.columns.shape[-2] for unit in units)
-  root = terms
-  if positions > 1:
-    square: Any = 0.0
-    error: Any = 0.0
-    for i, one in enumerate(units):
-      for j, other in enumerate(units[: i + 1]):
-        inner, more = _inner(one, other, precision)
-        times = 1 if i == j else 2
-        square, error = square + times * inner, error + times * more
-    root = inner_products.from_inner_products(square, error, terms)
-  length = lambda x: jnp.sqrt(jnp.sum(jnp.square(x)))
-  root = inner_products.with_room(
-    length(root), length(terms), positions, unit_roundoff
-  )
-  return norms.times_power_of_two(root, power)
-
-
-def sum_of_norms(factor: Dense) -> jax.Array:
-  """Returns sum_t |r_t| |c_t|, a scalar."""
-  rows, columns = (norms.of(x, -1) for x in factor)
-  products, power = norms.products(rows, columns)
-  return norms.times_power_of_two(jnp.sum(products), power)
-
-
-class _Unit(NamedTuple):
-  """Factors whose entries can all be squared.
-
-  Attributes:
-    rows: [S, T, m]; None if they are one-hot.
-    indices: [T] of one-hot rows; otherwise None.
-    columns: [S, T, n].
-    row_norms: [S, T].
-    column_norms: [S, T].
-  """
-
-  rows: jax.Array | None
-  indices: jax.Array | None
-  columns: jax.Array
-  row_norms: jax.Array
-  column_norms: jax.Array
-
-
-def _units(
-  factors: Sequence[Dense | Lookup],
-) -> tuple[list[_Unit], jax.Array]:
-  """Scales factors, and returns the power of two that was taken out.
-
-  Each row and each column is scaled by itself: a small row may meet a large
-  column. Where terms differ much in size, the smaller ones may vanish.
-  """
-  scaled = []
-  power = jnp.full((), norms.OF_ZERO)
-  for factor in factors:
-    if isinstance(factor, Lookup):
-      rows, of_rows = None, jnp.zeros((), jnp.int32)
-      columns, of_columns = norms.scaled(factor.columns[None], -1)
-    else:
-      rows, of_rows = norms.scaled(factor.rows, -1)
-      columns, of_columns = norms.scaled(factor.columns, -1)
-    power = jnp.maximum(
-      power, jnp.max(of_rows + of_columns, initial=norms.OF_ZERO)
-    )
-    scaled.append((rows, columns, of_rows + of_columns))
-  units = []
-  for factor, (rows, columns, of_both) in zip(factors, scaled, strict=True):
-    columns = norms.times_power_of_two(columns, of_both - power)
-    # Otherwise the compiler would move powers of two out of the products again.
-    rows, columns = jax.lax.optimization_barrier((rows, columns))
-    column_norms = _norms(columns)
-    if isinstance(factor, Lookup):
-      one_hot = jnp.ones_like(column_norms)
-      unit = _Unit(None, factor.indices, columns, one_hot, column_norms)
-    else:
-      unit = _Unit(rows, None, columns, _norms(rows), column_norms)
-    units.append(unit)
-  return units, power
-
-
-def _norms(x: jax.Array) -> jax.Array:
-  return jnp.sqrt(jnp.sum(jnp.square(x.astype(norms.wide(x.dtype))), axis=-1))
-
-
-def _inner(
-  one: _Unit, other: _Unit, precision: Any
-) -> tuple[jax.Array, jax.Array]:
-  """Returns two gradients' inner product for each of the S weights.
-
-  The second result is by how much it may be too small.
-  """
-  rows, error = _inner_rows(one, other, precision)
-  columns, more = inner_products.gram(one.columns, other.columns, precision)
-  pairs = inner_products.InnerProducts
-  return inner_products.sum_of_products(
-    pairs(rows, one.row_norms, other.row_norms, error),
-    pairs(columns, one.column_norms, other.column_norms, more),
-  )
-
-
-def _inner_rows(
-  one: _Unit, other: _Unit, precision: Any
-) -> tuple[jax.Array, float]:
-  if one.rows is not None and other.rows is not None:
-    return inner_products.gram(one.rows, other.rows, precision)
-  dtype = norms.wide(one.columns.dtype)
-  # One-hot rows select entries of other rows.
-  if one.rows is not None:
-    return one.rows[:, :, other.indices].astype(dtype), 0.0
-  assert one.indices is not None
-  if other.rows is not None:
-    picked = other.rows[:, :, one.indices].astype(dtype)
-    return jnp.swapaxes(picked, -1, -2), 0.0
-  assert other.indices is not None
-  same = one.indices[:, None] == other.indices[None, :]
-  return same[None].astype(dtype), 0.0
+  return _DotAxes(roles[use.operand], roles[1 - use.operand])

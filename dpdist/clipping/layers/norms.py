@@ -27,6 +27,11 @@ def wide(dtype: Any) -> Any:
   return jnp.promote_types(dtype, jnp.float32)
 
 
+def widen(x: jax.Array) -> jax.Array:
+  """Casts to float32, unless the dtype is wider."""
+  return x.astype(wide(x.dtype))
+
+
 def of(x: jax.Array, axes: int | Sequence[int] | None = None) -> jax.Array:
   """Returns the norm of x along some axes, or of all of it; float32 or wider.
 

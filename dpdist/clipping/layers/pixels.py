@@ -12,10 +12,10 @@ import math
 import jax
 import jax.numpy as jnp
 
-from dpdist.clipping.layers import convolution
 from dpdist.clipping.layers import inner_products
+from dpdist.clipping.layers import kernel_gradients
 from dpdist.clipping.layers import norms
-from dpdist.clipping.trace.program import Site
+from dpdist.clipping.trace.program import WeightUse
 
 # With the largest pixel scaled to about 1, inner products of a patch with a
 # larger norm can be trusted: squares are far above what underflows.
@@ -23,26 +23,17 @@ _SMALLEST_PATCH = 2.0**-40
 
 
 def norm(
-  site: Site, x: jax.Array, cotangent: jax.Array, unit_roundoff: float
+  use: WeightUse, x: jax.Array, cotangent: jax.Array, unit_roundoff: float
 ) -> jax.Array:
-  """Returns the norm of that gradient, never too small; see `dense.norm`.
+  """Returns the norm of that gradient, never too small; see `factors.norm`.
 
   An offset of the kernel moves both pixels of a pair. With the pixels of the
   padded input in one row, that is a shift along a diagonal. With strides, the
-  pixels are first sorted into phases, of which each offset meets one.
-
-  Args:
-    site: a conv_general_dilated.
-    x: the input, without loops.
-    cotangent: the gradient of the output.
-    unit_roundoff: relative error with which the summing product rounds its
-      operands; 0 if it does not round them.
-
-  Returns:
-    Scalar, float32 or wider.
+  pixels are first sorted into phases, of which each offset meets one. The input
+  and the cotangent are without loops. The result is a scalar, float32 or wider.
   """
-  g = convolution.geometry(site)
-  x, cotangent = convolution.arrange(g, x, cotangent)
+  g = kernel_gradients.geometry(use)
+  x, cotangent = kernel_gradients.arrange(g, x, cotangent)
   x, cells = _phases(g, x)
   room = [(0, n - size) for n, size in zip(cells, g.output, strict=True)]
   cotangent = jnp.pad(cotangent, [(0, 0), *room, (0, 0), (0, 0)])
@@ -66,7 +57,7 @@ def norm(
   # Otherwise the compiler would move powers of two out of the products again.
   x, outs = jax.lax.optimization_barrier((x, outs))
 
-  precision = site.eqn.params["precision"]
+  precision = use.eqn.params["precision"]
   pairs, of_pairs = inner_products.gram(x, x, precision)
   of_pairs += sum(g.kernel) * float(jnp.finfo(pairs.dtype).eps) / 2
   pairs = _sum_of_shifts(g, pairs, cells, 2, jnp.add)
@@ -82,14 +73,14 @@ def norm(
   root = inner_products.with_room(
     length(root),
     length(terms),
-    convolution.sizes(site).positions,
+    kernel_gradients.sizes(use).positions,
     unit_roundoff,
   )
   return norms.times_power_of_two(root, power)
 
 
 def _phases(
-  g: convolution.Geometry, x: jax.Array
+  g: kernel_gradients.Geometry, x: jax.Array
 ) -> tuple[jax.Array, list[int]]:
   """Sorts the pixels of [rows, *space, groups, channels] into phases.
 
@@ -115,20 +106,16 @@ def _phases(
 
 
 def _sum_of_shifts(
-  g: convolution.Geometry,
+  g: kernel_gradients.Geometry,
   x: jax.Array,
   cells: Sequence[int],
   moved: int,
   add: Callable[[jax.Array, jax.Array], jax.Array],
 ) -> jax.Array:
-  """Sums over the offsets of the kernel.
+  """Sums over the offsets of the kernel; x is [*phases, groups, pixels].
 
-  Args:
-    g: the convolution.
-    x: [*phases, groups, pixels], or with two axes of pixels.
-    cells: cells along each axis of space.
-    moved: how many of the last axes hold pixels, which all move together.
-    add: adds two arrays.
+  Its last axes, of which there are `moved`, hold pixels and move together.
+  There are `cells` along each axis of space.
 
   Returns:
     [groups, pixels] or [groups, pixels, pixels], with those pixels that all

@@ -33,10 +33,10 @@ def dependent(jaxpr: Any, marked: Sequence[bool]) -> list[bool]:
       is_outside = is_outside or any(inputs)
       env.update((x, is_outside) for x in eqn.outvars)
       continue
-    found = (
+    flags = (
       _equation(eqn, inputs) if any(inputs) else [False] * len(eqn.outvars)
     )
-    env.update(zip(eqn.outvars, found, strict=True))
+    env.update(zip(eqn.outvars, flags, strict=True))
   return [read(x) for x in jaxpr.outvars]
 
 

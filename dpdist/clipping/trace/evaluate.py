@@ -1,13 +1,14 @@
-"""Runs a loss that `splitting.py` split, forward and back to its parameters.
+"""Runs a loss that `split.py` split, forward and back to its parameters.
 
-A tap is a zero that is added to the output of a site. The gradient of the loss
-with respect to all taps takes one backward pass through the activations alone,
-in which no gradient of a parameter is formed. Norms and sums need only this
-gradient and the data operands that met the weights.
+A tap is a zero that is added where a weight is used: to the output of a
+product, or to a weight that becomes data. The gradient of the loss with respect
+to all taps takes one backward pass through the activations alone, in which no
+gradient of a parameter is formed. Norms and sums need only this gradient and
+the data operands that met the weights.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core
@@ -17,47 +18,53 @@ from dpdist.clipping.trace import program
 from dpdist.clipping.trace import shards
 from dpdist.clipping.trace.program import Block
 from dpdist.clipping.trace.program import Kind
-from dpdist.clipping.trace.program import Site
+from dpdist.clipping.trace.program import WeightUse
 
 PyTree = Any
 Key = tuple[int, ...]
-# Runs a product: (site, weight, operand, tap) -> output.
-Product = Callable[[Site, jax.Array, jax.Array, Any], jax.Array]
-# Is applied to a weight where it becomes data: (weight) -> weight.
-Promote = Callable[[jax.Array], jax.Array]
-# Gathers a parameter's parts: (shard) -> array.
-Gather = Callable[[shards.Shard], jax.Array]
 
 
 def tapped(
-  site: Site, weight: jax.Array, operand: jax.Array, tap: Any
+  use: WeightUse, weight: jax.Array, operand: jax.Array, tap: Any
 ) -> jax.Array:
   """Runs a product as the model does, and adds the tap, a zero, to it."""
-  values = [operand, weight] if site.operand else [weight, operand]
-  (out,) = program.bind(site.eqn, values)
+  values = [operand, weight] if use.operand else [weight, operand]
+  (out,) = program.bind(use.eqn, values)
   return out if tap is None else out + tap
+
+
+class Hooks(NamedTuple):
+  """What is done where weights are used.
+
+  Attributes:
+    product: runs a product: (use, weight, operand, tap) -> output.
+    gather: gathers a shard and its other parts, where it is used.
+    on_fallback: is applied to a weight where it becomes data.
+  """
+
+  product: Callable[[WeightUse, jax.Array, jax.Array, Any], jax.Array] = tapped
+  gather: Callable[[shards.Shard], jax.Array] = shards.Shard.whole
+  on_fallback: Callable[[jax.Array], jax.Array] = lambda weight: weight
+
+
+_PLAIN = Hooks()
 
 
 def forward(
   block: Block,
   values: Sequence[Any],
   taps: Mapping[Key, Any],
-  *,
-  product: Product = tapped,
-  gather: Gather = shards.Shard.whole,
-  promote: Promote = lambda weight: weight,
+  hooks: Hooks = _PLAIN,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
   """Runs a block on one example.
 
   Args:
-    block: from `splitting.split`.
+    block: from `split.split`.
     values: the values of its inputs; those of weights and constants may be
       `shards.Shard`s.
-    taps: for each site's key, what is added to its output; a site without a tap
+    taps: for each use's key, what is added to its output; a use without a tap
       runs unchanged. In a loop, a leading axis is over the iterations.
-    product: runs the products.
-    gather: gathers a shard and its other parts, where it is used.
-    promote: is applied to a weight where it becomes data.
+    hooks: what is done where weights are used.
 
   Returns:
     The outputs; and the data operand of every product, by key, with a leading
@@ -66,7 +73,7 @@ def forward(
   jaxpr = block.jaxpr.jaxpr
   env = dict(zip(jaxpr.constvars, block.jaxpr.consts, strict=True))
   env.update(zip(jaxpr.invars, values, strict=True))
-  promoted: dict[Any, Any] = {}
+  as_data: dict[Any, Any] = {}
   operands: dict[Key, jax.Array] = {}
 
   def read_part(atom: Any) -> Any:
@@ -74,42 +81,40 @@ def forward(
 
   def read(atom: Any) -> Any:
     if isinstance(read_part(atom), shards.Shard):
-      env[atom] = gather(env[atom])
+      env[atom] = hooks.gather(env[atom])
     return read_part(atom)
 
   def read_data(atom: Any) -> Any:
     if block.kind_of(atom) != Kind.WEIGHT:
       return read(atom)
-    if atom not in promoted:
-      if atom in block.promotions:
-        tap = taps.get(block.sites[block.promotions[atom]].key)
-        weight = promote(read(atom))
-        promoted[atom] = weight if tap is None else weight + tap
+    if atom not in as_data:
+      if atom in block.fallbacks:
+        tap = taps.get(block.uses[block.fallbacks[atom]].key)
+        weight = hooks.on_fallback(read(atom))
+        as_data[atom] = weight if tap is None else weight + tap
       else:
         eqn = block.definition[atom]
-        (promoted[atom],) = program.bind(
-          eqn, [read_data(x) for x in eqn.invars]
-        )
-    return promoted[atom]
+        (as_data[atom],) = program.bind(eqn, [read_data(x) for x in eqn.invars])
+    return as_data[atom]
 
   for number, eqn in enumerate(jaxpr.eqns):
     kinds = [block.kind_of(x) for x in (*eqn.invars, *eqn.outvars)]
     if Kind.DATA not in kinds:
       outs = program.bind(eqn, [read(x) for x in eqn.invars])
-    elif number in block.sites:
-      site = block.sites[number]
-      weight = read(eqn.invars[site.operand])
-      operand = read(eqn.invars[1 - site.operand])
-      operands[site.key] = operand
-      outs = [product(site, weight, operand, taps.get(site.key))]
+    elif number in block.uses:
+      use = block.uses[number]
+      weight = read(eqn.invars[use.operand])
+      operand = read(eqn.invars[1 - use.operand])
+      operands[use.key] = operand
+      outs = [hooks.product(use, weight, operand, taps.get(use.key))]
     elif number in block.blocks:
       inner = block.blocks[number]
       arguments = [
         read_data(x) if kind == Kind.DATA else read_part(x)
         for x, kind in zip(eqn.invars, inner.kinds, strict=True)
       ]
-      outs, more = _inner(eqn, inner, arguments, taps, product, gather, promote)
-      operands.update(more)
+      outs, inner_operands = _inner(eqn, inner, arguments, taps, hooks)
+      operands.update(inner_operands)
     else:
       outs = program.bind(eqn, [read_data(x) for x in eqn.invars])
     env.update(zip(eqn.outvars, outs, strict=True))
@@ -123,15 +128,18 @@ def _inner(
   block: Block,
   values: Sequence[Any],
   taps: Mapping[Key, Any],
-  product: Product,
-  gather: Gather,
-  promote: Promote,
+  hooks: Hooks,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
   """Runs a block inside another one, with that block's own taps."""
-  keys = [site.key for site in block.all_sites() if site.key in taps]
-  run = _loop if block.loop is not None else _rematerialised
-  mine = {key: taps[key] for key in keys}
-  return run(eqn, block, values, mine, product, gather, promote)
+  keys = [use.key for use in block.all_uses() if use.key in taps]
+  own = {key: taps[key] for key in keys}
+  if block.loop is not None:
+    return _loop(eqn, block, values, own, hooks)
+  return jax.checkpoint(
+    lambda values, taps: forward(block, values, taps, hooks),
+    prevent_cse=eqn.params["prevent_cse"],
+    policy=eqn.params["policy"],
+  )(list(values), own)
 
 
 def _loop(
@@ -139,15 +147,13 @@ def _loop(
   body: Block,
   values: Sequence[Any],
   taps: dict[Key, Any],
-  product: Product,
-  gather: Gather,
-  promote: Promote,
+  hooks: Hooks,
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
   num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+  gather = lambda x: hooks.gather(x) if isinstance(x, shards.Shard) else x
   # Gathers once for all iterations what is the same in all of them, and what is
   # divided along them.
-  once = lambda x: gather(x) if isinstance(x, shards.Shard) else x
-  consts = [once(x) for x in values[:num_consts]]
+  consts = [gather(x) for x in values[:num_consts]]
   carry = values[num_consts : num_consts + num_carry]
   stacked = [
     gather(x) if isinstance(x, shards.Shard) and x.divides_rows() else x
@@ -156,14 +162,7 @@ def _loop(
 
   def step(carry: Any, xs: Any) -> tuple[Any, Any]:
     now, taps_now = xs
-    outs, operands = forward(
-      body,
-      [*consts, *carry, *now],
-      taps_now,
-      product=product,
-      gather=gather,
-      promote=promote,
-    )
+    outs, operands = forward(body, [*consts, *carry, *now], taps_now, hooks)
     return outs[:num_carry], (outs[num_carry:], operands)
 
   carry, (ys, operands) = jax.lax.scan(
@@ -177,32 +176,6 @@ def _loop(
   return [*carry, *ys], operands
 
 
-def _rematerialised(
-  eqn: Any,
-  block: Block,
-  values: Sequence[Any],
-  taps: dict[Key, Any],
-  product: Product,
-  gather: Gather,
-  promote: Promote,
-) -> tuple[list[Any], dict[Key, jax.Array]]:
-  def run(values: Any, taps: Any) -> Any:
-    return forward(
-      block,
-      values,
-      taps,
-      product=product,
-      gather=gather,
-      promote=promote,
-    )
-
-  return jax.checkpoint(
-    run,
-    prevent_cse=eqn.params["prevent_cse"],
-    policy=eqn.params["policy"],
-  )(list(values), taps)
-
-
 def to_parameters(
   block: Block,
   values: Sequence[Any],
@@ -214,11 +187,11 @@ def to_parameters(
   examples, or for the gradient of a single example.
 
   Args:
-    block: from `splitting.split`.
+    block: from `split.split`.
     values: the values of the inputs; those of data are not used, the others may
       be `shards.Shard`s.
-    cotangents: for some sites' keys, the gradient with respect to the site's
-      weight, of shape `Site.weight_shape`.
+    cotangents: for some uses' keys, the gradient with respect to the weight, of
+      shape `WeightUse.weight_shape`.
 
   Returns:
     For each input that is a weight, its gradient; None for the others. It is
@@ -242,28 +215,28 @@ def to_parameters(
   def add(var: Any, cotangent: jax.Array) -> None:
     sums[var] = sums[var] + cotangent if var in sums else cotangent
 
-  for site in block.sites.values():
-    if site.key in cotangents:
-      add(site.var, cotangents[site.key])
+  for use in block.uses.values():
+    if use.key in cotangents:
+      add(use.var, cotangents[use.key])
   for number, inner in block.blocks.items():
-    keys = [s.key for s in inner.all_sites() if s.key in cotangents]
+    keys = [s.key for s in inner.all_uses() if s.key in cotangents]
     if not keys:
       continue
     eqn = jaxpr.eqns[number]
     arguments = _arguments(block, eqn, inner, inputs, constants)
     back = to_parameters if inner.loop is None else _back_through_loop
-    found = back(inner, arguments, {k: cotangents[k] for k in keys})
-    for x, cotangent in zip(eqn.invars, found, strict=True):
+    of_inputs = back(inner, arguments, {k: cotangents[k] for k in keys})
+    for x, cotangent in zip(eqn.invars, of_inputs, strict=True):
       if cotangent is not None:
         add(x, cotangent)
 
   result = {x: sums[x] for x in inputs if x in sums}
   derived = [x for x in sums if x not in inputs]
   if derived:
-    more = _back_to_inputs(
+    of_derived = _back_to_inputs(
       block, inputs, constants, {x: sums[x] for x in derived}
     )
-    for x, gradient in zip(inputs, more, strict=True):
+    for x, gradient in zip(inputs, of_derived, strict=True):
       result[x] = result[x] + gradient if x in result else gradient
   return [
     result.get(x, jnp.zeros_like(inputs[x])) if x in inputs else None
@@ -304,11 +277,7 @@ def _back_to_inputs(
 ) -> list[jax.Array]:
   """Takes gradients of values computed from weights back to the weights.
 
-  Args:
-    block: the block that computes the values.
-    inputs: the weights, widened.
-    constants: the other inputs.
-    sums: the gradients, by the variable they belong to.
+  Inputs are widened weights; sums are by the variable that they belong to.
 
   Returns:
     What to add to the gradient of each input.
@@ -317,29 +286,29 @@ def _back_to_inputs(
   narrow = {x for x in derived if block.weights[x].narrow}
 
   def run(values: list[Any]) -> list[Any]:
-    given = {**constants, **dict(zip(names, values, strict=True))}
-    wide = _weights(block, given, set(derived) - narrow, wide=True)
+    known = {**constants, **dict(zip(names, values, strict=True))}
+    wide = _weights(block, known, set(derived) - narrow, wide=True)
     # Values that cannot be widened are computed from the rounded inputs.
-    plain = {x: given[x].astype(x.aval.dtype) for x in names}
+    plain = {x: known[x].astype(x.aval.dtype) for x in names}
     env = _weights(block, {**constants, **plain}, narrow, wide=False)
     return [(env if x in narrow else wide)[x] for x in derived]
 
   outputs, pull = jax.vjp(run, list(inputs.values()))
-  (found,) = pull(
+  (gradients,) = pull(
     [sums[x].astype(out.dtype) for x, out in zip(derived, outputs, strict=True)]
   )
-  return found
+  return gradients
 
 
 def _back_through_loop(
   body: Block, values: Sequence[Any], cotangents: Mapping[Key, jax.Array]
 ) -> list[jax.Array | None]:
   """Does the same for a loop; inputs that differ by iteration are stacked."""
-  sites = {site.key: site for site in body.all_sites()}
+  uses = {use.key: use for use in body.all_uses()}
   mapped = {
     key: x
     for key, x in cotangents.items()
-    if sites[key].weight.loops[body.depth]
+    if uses[key].weight.loops[body.depth]
   }
   shared = {key: x for key, x in cotangents.items() if key not in mapped}
   stacked = [
@@ -361,10 +330,10 @@ def _back_through_loop(
   ]
   total: list[jax.Array | None] = [None] * len(values)
   if mapped:
-    found = jax.lax.map(lambda args: once(*args), (slices, mapped))
+    by_iteration = jax.lax.map(lambda args: once(*args), (slices, mapped))
     total = [
       x if x is None or each else jnp.sum(x, axis=0)
-      for x, each in zip(found, stacked, strict=True)
+      for x, each in zip(by_iteration, stacked, strict=True)
     ]
   if shared:
     # The iterations' gradients are summed already, so any slice will do. Inputs

@@ -2,19 +2,20 @@
 
 A loss is traced for one example and read as a list of equations. Every value
 in it is a constant, a weight (computed from parameters and constants alone) or
-data. A place where a weight meets data is a site. There are two sorts:
+data. A place where a weight meets data is a weight use. There are two sorts:
 
-* A product: dot, convolution or embedding lookup. The weight stays one array
-  for all examples. An example's gradient with respect to it is a function of
-  two small arrays, the data operand and the gradient of the output.
-* A promotion: anything else (a bias, a scale, a branch, a custom derivative,
-  ...). There the weight becomes data, and JAX differentiates it for each
-  example. This is exact for every program that JAX can differentiate; it costs
-  one gradient of that weight for each example.
+* A product: a layer with a rule, such as a dot, a convolution or an embedding
+  lookup. The weight stays one array for all examples. An example's gradient
+  with respect to it is a function of two small arrays, the data operand and the
+  gradient of the output.
+* A per-example fallback: anything else (a bias, a scale, a branch, a custom
+  derivative, ...). There the weight becomes data, and JAX differentiates it for
+  each example. This is exact for every program that JAX can differentiate; it
+  costs one gradient of that weight for each example.
 
-Loops and rematerialised parts become blocks of their own, with their sites.
-This module defines the terms. `splitting.py` finds the sites, `evaluate.py`
-runs the result.
+Loops and rematerialised parts become blocks of their own, with their uses.
+This module defines the terms. `split.py` finds the uses, `evaluate.py` runs the
+result.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -78,13 +79,15 @@ class Weight(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Site:
+class WeightUse:
   """A place where a weight meets data.
 
   Attributes:
     key: its place: an equation's number for each enclosing block, then its own;
-      promotions have negative numbers.
-    eqn: the product; None for a promotion.
+      fallbacks have negative numbers.
+    eqn: the product; None for a fallback.
+    layer: the `dpdist.clipping.layers.layer_rule.LayerRule` of the product, or
+      that of fallbacks.
     operand: which operand of the product is the weight.
     var: the weight, a variable of its block.
     weight: what is known about the weight.
@@ -94,6 +97,7 @@ class Site:
 
   key: tuple[int, ...]
   eqn: Any
+  layer: Any
   operand: int
   var: Any
   weight: Weight
@@ -102,8 +106,8 @@ class Site:
 
   @property
   def name(self) -> str:
-    """Returns the primitive's name, or "promotion"."""
-    return "promotion" if self.eqn is None else self.eqn.primitive.name
+    """Returns what the rule is for: a primitive, or the fallback."""
+    return str(self.layer.primitive)
 
   @property
   def tap_shape(self) -> tuple[int, ...]:
@@ -131,8 +135,8 @@ class Block:
     first_stacked: inputs from this one on have a slice for each iteration.
     kind: the kind of every variable.
     weights: what is known about every weight variable.
-    sites: products and promotions by number.
-    promotions: the number of each weight variable that becomes data.
+    uses: products and fallbacks by number.
+    fallbacks: the number of each weight variable that becomes data.
     definition: the equation that defines each weight variable.
     blocks: inner blocks by their equation's number.
   """
@@ -145,21 +149,21 @@ class Block:
   first_stacked: int = 0
   kind: dict[Any, Kind] = dataclasses.field(default_factory=dict)
   weights: dict[Any, Weight] = dataclasses.field(default_factory=dict)
-  sites: dict[int, Site] = dataclasses.field(default_factory=dict)
-  promotions: dict[Any, int] = dataclasses.field(default_factory=dict)
+  uses: dict[int, WeightUse] = dataclasses.field(default_factory=dict)
+  fallbacks: dict[Any, int] = dataclasses.field(default_factory=dict)
   definition: dict[Any, Any] = dataclasses.field(default_factory=dict)
   blocks: dict[int, "Block"] = dataclasses.field(default_factory=dict)
 
-  def all_sites(self) -> Iterator[Site]:
-    """Yields its sites and those of the blocks in it, in order of execution."""
-    yield from self.sites.values()
+  def all_uses(self) -> Iterator[WeightUse]:
+    """Yields its uses and those of inner blocks, in order of execution."""
+    yield from self.uses.values()
     for block in self.blocks.values():
-      yield from block.all_sites()
+      yield from block.all_uses()
 
   def convolves(self) -> bool:
     """Returns whether there is any convolution in it."""
     return any(
-      uses(eqn, "conv_general_dilated") for eqn in self.jaxpr.jaxpr.eqns
+      calls(eqn, "conv_general_dilated") for eqn in self.jaxpr.jaxpr.eqns
     )
 
   def rematerialises(self) -> bool:
@@ -212,8 +216,8 @@ def effects(program: Any) -> tuple[str, ...]:
   Args:
     program: a jaxpr or an equation.
   """
-  found = {type(effect).__name__ for effect in program.effects}
-  return tuple(sorted(found.difference(_KNOWN_EFFECTS)))
+  names = {type(effect).__name__ for effect in program.effects}
+  return tuple(sorted(names.difference(_KNOWN_EFFECTS)))
 
 
 def bind(eqn: Any, values: Sequence[Any], **changed: Any) -> list[Any]:
@@ -256,15 +260,23 @@ def without_calls(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
 
 def has_custom_vjp(eqn: Any) -> bool:
   """Returns whether an equation is or calls one with a custom derivative."""
-  return uses(eqn, "custom_vjp")
+  return calls(eqn, "custom_vjp")
 
 
-def uses(eqn: Any, prefix: str) -> bool:
+def calls(eqn: Any, prefix: str) -> bool:
   """Returns whether an equation is or calls a primitive with this prefix."""
   return eqn.primitive.name.startswith(prefix) or any(
-    uses(inner, prefix)
+    calls(inner, prefix)
     for jaxpr in core.jaxprs_in_params(eqn.params)
     for inner in jaxpr.eqns
+  )
+
+
+def is_floating(eqn: Any) -> bool:
+  """Returns whether all operands and results are floats."""
+  return all(
+    jnp.issubdtype(x.aval.dtype, jnp.floating)
+    for x in (*eqn.invars, *eqn.outvars)
   )
 
 

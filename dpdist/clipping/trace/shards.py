@@ -17,6 +17,8 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec
 
+from dpdist import errors
+
 PyTree = Any
 
 
@@ -93,7 +95,7 @@ def _wrap(leaf: jax.Array, spec: PartitionSpec, axes: frozenset[str]) -> Any:
     return leaf
   if len(named) > 1 or named[0][1] not in axes:
     # A sum over devices with the same examples would count them twice.
-    raise ValueError(
+    raise errors.ArgumentError(
       "param_specs must name at most one mesh axis a parameter, of those along"
       f" which the batch is divided, {sorted(axes)}, got {spec}"
     )

@@ -68,17 +68,17 @@ def collective_over(jaxpr: Any, axes: frozenset[str]) -> str | None:
   """
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
-    over = eqn.params.get("axes", eqn.params.get("axis_name", ()))
-    over = set(over) if isinstance(over, tuple | list) else {over}
-    if over & axes and name not in _NOT_COLLECTIVE:
+    along = eqn.params.get("axes", eqn.params.get("axis_name", ()))
+    along = set(along) if isinstance(along, tuple | list) else {along}
+    if along & axes and name not in _NOT_COLLECTIVE:
       return name
     for sub in jax.tree.leaves(
       list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")
     ):
       inner = getattr(sub, "jaxpr", sub)
-      found = hasattr(inner, "eqns") and collective_over(inner, axes)
-      if found:
-        return found
+      inner_name = hasattr(inner, "eqns") and collective_over(inner, axes)
+      if inner_name:
+        return inner_name
   return None
 
 

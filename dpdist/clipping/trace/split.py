@@ -1,6 +1,6 @@
 """Finds where the parameters of a loss meet its data; see `program.py`."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import math
 from typing import Any
 
@@ -12,16 +12,13 @@ from dpdist.clipping.trace import program
 from dpdist.clipping.trace.program import Block
 from dpdist.clipping.trace.program import Kind
 from dpdist.clipping.trace.program import Origin
-from dpdist.clipping.trace.program import Site
 from dpdist.clipping.trace.program import Weight
+from dpdist.clipping.trace.program import WeightUse
 
 _REMAT = ("remat", "remat2", "checkpoint")
-# Products with a weight in operand i; anything else is promoted.
-_PRODUCTS = {
-  "dot_general": (0, 1),
-  "conv_general_dilated": (1,),
-  "gather": (0,),
-}
+# Returns the rule of an equation whose operand of this number is a weight, None
+# if there is none; or of fallbacks, if the equation is None.
+FindLayer = Callable[[Any, int], Any]
 # Equations that only move entries or change their signs: a gradient has the
 # same norm before and after.
 _ISOMETRIES = (
@@ -49,7 +46,10 @@ _WIDENED = (
 
 
 def split(
-  closed: core.ClosedJaxpr, num_leaves: int, num_constants: int = 0
+  closed: core.ClosedJaxpr,
+  num_leaves: int,
+  num_constants: int,
+  find_layer: FindLayer,
 ) -> Block:
   """Finds what every value depends on, and where weights meet data.
 
@@ -59,6 +59,7 @@ def split(
       data. The first output is the loss, the others are its aux.
     num_leaves: number of trained parameters.
     num_constants: number of frozen parameters.
+    find_layer: finds the rules of products.
 
   Returns:
     The block of the whole program. Its first output is data.
@@ -76,15 +77,23 @@ def split(
     )
     for i in range(num_leaves)
   ]
-  return _Splitter((), ()).split(Block(closed, kinds, 1), weights, {})
+  return _Splitter((), (), find_layer).split(
+    Block(closed, kinds, 1), weights, {}
+  )
 
 
 class _Splitter:
   """Walks one block; see `split`."""
 
-  def __init__(self, prefix: tuple[int, ...], lengths: tuple[int, ...]):
+  def __init__(
+    self,
+    prefix: tuple[int, ...],
+    lengths: tuple[int, ...],
+    find_layer: FindLayer,
+  ):
     self._prefix = prefix
     self._lengths = lengths
+    self._find_layer = find_layer
 
   def split(
     self,
@@ -92,15 +101,12 @@ class _Splitter:
     weights: Sequence[Weight],
     loops: dict[Any, tuple[bool, ...]],
   ) -> Block:
-    """Fills in the block.
+    """Fills in an empty block, and returns it.
 
     Args:
-      block: an empty block.
+      block: the block.
       weights: what is known about its weight inputs, in order.
       loops: for constant inputs, in which of the loops they differ, if in any.
-
-    Returns:
-      The block.
     """
     self._block = block
     self._loops = loops
@@ -116,7 +122,7 @@ class _Splitter:
     for number, eqn in enumerate(jaxpr.eqns):
       self._equation(number, eqn)
     for out in jaxpr.outvars[: block.num_data_outs]:
-      self._promote(out)
+      self._fall_back(out)
     return block
 
   def _equation(self, number: int, eqn: Any) -> None:
@@ -128,7 +134,7 @@ class _Splitter:
     elif max(kinds) == Kind.WEIGHT and _must_be_data(eqn):
       self._label(eqn, Kind.DATA)
       for x in eqn.invars:
-        self._promote(x)
+        self._fall_back(x)
     elif max(kinds) == Kind.WEIGHT:
       self._weight_equation(eqn)
     elif Kind.WEIGHT not in kinds:
@@ -136,15 +142,20 @@ class _Splitter:
     else:
       self._label(eqn, Kind.DATA)
       name = eqn.primitive.name
-      if self._is_product(eqn, kinds):
-        self._product(number, eqn, kinds.index(Kind.WEIGHT))
+      layer = self._layer_of(eqn, kinds)
+      if layer is not None:
+        operand = kinds.index(Kind.WEIGHT)
+        (out,) = eqn.outvars
+        self._add_use(
+          number, eqn, layer, operand, eqn.invars[operand], out.aval
+        )
       elif name == "scan":
         self._scan(number, eqn, kinds)
       elif name in _REMAT:
         self._remat(number, eqn, kinds)
       else:
         for x in eqn.invars:
-          self._promote(x)
+          self._fall_back(x)
 
   def _label(self, eqn: Any, kind: Kind) -> None:
     self._block.kind.update((x, kind) for x in eqn.outvars)
@@ -231,11 +242,11 @@ class _Splitter:
       return origin
     return origin.then("slice", tuple(starts), tuple(limits))
 
-  def _promote(self, atom: Any) -> None:
+  def _fall_back(self, atom: Any) -> None:
     block = self._block
     if block.kind_of(atom) != Kind.WEIGHT:
       return
-    # Promote where it is smallest: a bias before it is broadcast to all
+    # Make it data where it is smallest: a bias before it is broadcast to all
     # positions.
     best = atom
     while atom in block.definition:
@@ -246,46 +257,42 @@ class _Splitter:
       (atom,) = inputs
       if math.prod(atom.aval.shape) <= math.prod(best.aval.shape):
         best = atom
-    if best not in block.promotions:
-      number = -1 - len(block.promotions)
-      block.promotions[best] = number
-      self._site(number, None, 0, best, best.aval)
+    if best not in block.fallbacks:
+      number = -1 - len(block.fallbacks)
+      block.fallbacks[best] = number
+      layer = self._find_layer(None, 0)
+      self._add_use(number, None, layer, 0, best, best.aval)
 
-  # Sites, where weights meet data.
+  # Weight uses, where weights meet data.
 
-  def _is_product(self, eqn: Any, kinds: Sequence[Kind]) -> bool:
-    name = eqn.primitive.name
-    if name not in _PRODUCTS or kinds.count(Kind.WEIGHT) != 1:
-      return False
+  def _layer_of(self, eqn: Any, kinds: Sequence[Kind]) -> Any:
+    """Returns the rule of an equation that is a product, or None."""
+    if len(kinds) != 2 or len(eqn.outvars) != 1:
+      return None
+    if kinds.count(Kind.WEIGHT) != 1 or not _is_of_one_range(eqn):
+      return None
+    operand = kinds.index(Kind.WEIGHT)
+    (out,) = eqn.outvars
     if not all(
       jnp.issubdtype(x.aval.dtype, jnp.floating)
-      for x in (eqn.outvars[0], eqn.invars[kinds.index(Kind.WEIGHT)])
+      for x in (out, eqn.invars[operand])
     ):
-      return False
-    if name == "conv_general_dilated" and eqn.params["batch_group_count"] != 1:
-      return False
-    if name == "gather":
-      if not _is_lookup(eqn):
-        return False
-    elif not _is_of_one_range(eqn):
-      return False
-    return kinds.index(Kind.WEIGHT) in _PRODUCTS[name]
+      return None
+    return self._find_layer(eqn, operand)
 
-  def _product(self, number: int, eqn: Any, operand: int) -> None:
-    self._site(number, eqn, operand, eqn.invars[operand], eqn.outvars[0].aval)
-
-  def _site(
-    self, number: int, eqn: Any, operand: int, var: Any, out: Any
+  def _add_use(
+    self, number: int, eqn: Any, layer: Any, operand: int, var: Any, out: Any
   ) -> None:
     block = self._block
-    block.sites[number] = Site(
-      (*self._prefix, number),
-      eqn,
-      operand,
-      var,
-      block.weights[var],
-      self._lengths,
-      jax.ShapeDtypeStruct(out.shape, out.dtype),
+    block.uses[number] = WeightUse(
+      key=(*self._prefix, number),
+      eqn=eqn,
+      layer=layer,
+      operand=operand,
+      var=var,
+      weight=block.weights[var],
+      lengths=self._lengths,
+      out=jax.ShapeDtypeStruct(out.shape, out.dtype),
     )
 
   def _scan(self, number: int, eqn: Any, kinds: list[Kind]) -> None:
@@ -296,7 +303,7 @@ class _Splitter:
     if length == 0:
       # Its body never runs, so nothing in it has a gradient.
       for x in eqn.invars:
-        self._promote(x)
+        self._fall_back(x)
       return
     kinds = [Kind.DATA if i in carry else k for i, k in enumerate(kinds)]
 
@@ -313,7 +320,7 @@ class _Splitter:
     body = program.without_calls(params["jaxpr"])
     while True:
       block = _Splitter(
-        (*self._prefix, number), (*self._lengths, length)
+        (*self._prefix, number), (*self._lengths, length), self._find_layer
       ).split(
         Block(
           body,
@@ -330,12 +337,12 @@ class _Splitter:
           if kinds[i] == Kind.CONSTANT
         },
       )
-      # If a weight that all iterations share were promoted inside, it would
-      # have a gradient for each of them: promote it outside.
+      # If a weight that all iterations share became data inside, it would
+      # have a gradient for each of them: make it data outside.
       shared = frozenset().union(
         *(
           _inputs_of(block, var)
-          for var in block.promotions
+          for var in block.fallbacks
           if not block.weights[var].loops[-1]
         )
       )
@@ -352,7 +359,9 @@ class _Splitter:
 
   def _remat(self, number: int, eqn: Any, kinds: list[Kind]) -> None:
     body = program.without_calls(core.ClosedJaxpr(eqn.params["jaxpr"], ()))
-    block = _Splitter((*self._prefix, number), self._lengths).split(
+    block = _Splitter(
+      (*self._prefix, number), self._lengths, self._find_layer
+    ).split(
       Block(body, tuple(kinds), len(eqn.outvars), len(self._lengths)),
       [
         self._block.weights[x]
@@ -375,7 +384,7 @@ class _Splitter:
     self._block.blocks[number] = block
     for x, kind in zip(eqn.invars, kinds, strict=True):
       if kind == Kind.DATA:
-        self._promote(x)
+        self._fall_back(x)
 
 
 def _inputs_of(block: Block, var: Any) -> frozenset[Any]:
@@ -408,26 +417,5 @@ def _is_of_one_range(eqn: Any) -> bool:
   one.
   """
   dtypes = [x.aval.dtype for x in (*eqn.invars, *eqn.outvars)]
-  if not all(jnp.issubdtype(x, jnp.floating) for x in dtypes):
-    return False
-  return len({jnp.promote_types(x, jnp.float32) for x in dtypes}) == 1
-
-
-def _is_lookup(eqn: Any) -> bool:
-  """Returns whether a gather takes whole rows of a table, one for each index.
-
-  JAX checks bounds in the indices' dtype, in which rows of a larger table may
-  seem to be outside, and drops their gradients.
-  """
-  numbers = eqn.params["dimension_numbers"]
-  shape = eqn.invars[0].aval.shape
-  return (
-    len(shape) == 2
-    and shape[0] - 1 <= jnp.iinfo(eqn.invars[1].aval.dtype).max
-    and tuple(numbers.collapsed_slice_dims) == (0,)
-    and tuple(numbers.start_index_map) == (0,)
-    and not numbers.operand_batching_dims
-    and tuple(eqn.params["slice_sizes"]) == (1, shape[1])
-    and eqn.invars[1].aval.shape[-1:] == (1,)
-    and tuple(numbers.offset_dims) == (len(eqn.outvars[0].aval.shape) - 1,)
-  )
+  floats = [x for x in dtypes if jnp.issubdtype(x, jnp.floating)]
+  return len({jnp.promote_types(x, jnp.float32) for x in floats}) == 1
