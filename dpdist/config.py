@@ -17,6 +17,12 @@ from ml_collections import config_dict
 from dpdist import errors
 from dpdist.privacy import plan as plan_lib
 
+# Sections whose settings are those of what another setting names.
+_FREE_SECTIONS = (
+  "config.optimizer.options",
+  "config.privacy.noise_options",
+  "config.privacy.clipping_options",
+)
 _FILE = "config.json"
 """The file in a run directory that holds the settings of the last start."""
 
@@ -162,6 +168,12 @@ def privacy_defaults() -> ml_collections.ConfigDict:
   privacy.noise_schedule = ()  # (step, noise_multiplier): from a step on
   privacy.batch_size_schedule = ()  # (step, expected_batch_size)
   privacy.unit = "example"  # what a row is: example or user
+  # What adds noise and what clips, or package.module:attribute; see
+  # docs/mechanisms.md.
+  privacy.noise = "gaussian"
+  privacy.noise_options = ml_collections.ConfigDict()
+  privacy.clipping = "fixed"
+  privacy.clipping_options = ml_collections.ConfigDict()
   return privacy
 
 
@@ -252,7 +264,7 @@ def _check_section(
       f" dpdist.config.default(), got a {type(section).__name__}"
     )
   missing, unknown = {*right} - {*section}, {*section} - {*right}
-  if name == "config.optimizer.options":
+  if name in _FREE_SECTIONS:
     return
   if missing or unknown:
     raise ValueError(

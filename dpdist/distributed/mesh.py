@@ -202,6 +202,23 @@ def stacked(spec: PartitionSpec) -> PartitionSpec:
   return PartitionSpec(summed_axes(spec), *spec)
 
 
+def specs_of_parts(tree: Any, params: Any, specs: Any) -> Any:
+  """Returns the layout of a tree whose parts like params lie like them."""
+  structure: Any = jax.tree.structure(params)
+  shapes = [x.shape for x in jax.tree.leaves(params)]
+
+  def is_like(part: Any) -> bool:
+    return bool(jax.tree.structure(part) == structure) and shapes == [
+      x.shape for x in jax.tree.leaves(part)
+    ]
+
+  return jax.tree.map(
+    lambda part: specs if is_like(part) else REPLICATED,
+    tree,
+    is_leaf=is_like,
+  )
+
+
 def constrain(tree: Any, specs: Any, mesh: Mesh) -> Any:
   """Constrains the layout of a traced pytree."""
   return jax.tree.map(

@@ -119,14 +119,15 @@ class DataBudget:
           f" {self._terms.neighboring_relation!r}, got"
           f" {plan.neighboring_relation!r}"
         )
-    pairs = [x for plan, num_steps in parts for x in plan.steps(num_steps)]
-    if not all(pair.has_renyi for pair, _ in pairs):
-      raise errors.RefusedError(
-        "a data set's budget adds up Renyi divergences, which there are not for"
-        " sampling='truncated_poisson' and examples_per_user above 1"
-      )
+    steps = [x for plan, num_steps in parts for x in plan.steps(num_steps)]
+    for event, _ in steps:
+      if event.loose_rdp:
+        raise errors.RefusedError(
+          "a data set's budget adds up Renyi divergences, which there are not"
+          f" for {event.loose_rdp}"
+        )
     return math.fsum(
-      rdp.divergence(pair, count, self._terms.order) for pair, count in pairs
+      rdp.divergence(event, count, self._terms.order) for event, count in steps
     )
 
   def make(

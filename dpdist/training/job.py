@@ -26,6 +26,7 @@ from dpdist.keys import keys
 from dpdist.ledger import data_budget
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
+from dpdist.mechanism import outside_code
 from dpdist.privacy import plan as plan_lib
 from dpdist.reporting import console
 from dpdist.tasks import held_out
@@ -78,9 +79,8 @@ class Job:
     made_of: by name, the SHA-256 of what decides a step besides settings and
       data, where there is any: "weights_sha256" of the parameters that were
       read from disk, "frozen_sha256" of the frozen ones, "features_sha256" of
-      features that replace inputs, "KIND_code_sha256" of code from outside,
-      "layer_rules_sha256" of its rules for layers, and "lowered_sha256" of what
-      all that computes.
+      features that replace inputs, "KIND_code_sha256" of code from outside, and
+      "lowered_sha256" of what such code computes.
     step: the two halves of a step.
     learning_rate: as a function of the step; None if it is unknown.
     chunk_size: examples, or users, that the whole mesh computes at once.
@@ -171,9 +171,7 @@ def _prepared(
   mesh, dataset, train_digest, earlier, features_sha256, close = (
     collectives.run_on_all(lambda: _load(config, parts))
   )
-  code: dict[str, str] = collectives.run_on_all(
-    lambda: parts.code_sha256(config)
-  )
+  code = collectives.run_on_all(lambda: _outside_code(config, parts))
   fingerprint.check_code()
   environment = fingerprint.environment(mesh)
   collectives.assert_equal(
@@ -190,17 +188,15 @@ def _prepared(
   plan, changes, found = resume.decide(config, workdir, ledger, train_digest)
   collectives.assert_equal(plan=plan.fingerprint())
   experiment = setup.build(config, mesh, plan=plan, parts=parts)
-  # The step has the rules that were registered when it was built.
-  layer_rules_sha256 = collectives.run_on_all(
-    lambda: registry.outside_sha256("layer_rule")
-  )
-  collectives.assert_equal(layer_rules=layer_rules_sha256)
+  rules_code = collectives.run_on_all(_rules_code)
   task, step = experiment.task, experiment.step
   size = experiment.chunk_size
   test, row, start = collectives.run_on_all(
     lambda: data_checks.fit(config, dataset, task, setup.PUBLIC_KEY_DATA)
   )
-  collectives.assert_equal(model_weights=start.weights_sha256)
+  collectives.assert_equal(
+    model_weights=start.weights_sha256, layer_rules=rules_code
+  )
   for shapes in (start.shapes, start.frozen_shapes):
     step.specs(shapes)  # Raises if the mesh does not fit them.
   whole = step_lib.whole(start.shapes, start.frozen_shapes)
@@ -210,10 +206,10 @@ def _prepared(
   frozen = start.frozen(step)
   made_of = {
     "features_sha256": features_sha256,
-    "layer_rules_sha256": layer_rules_sha256,
     "frozen_sha256": parameters.frozen_sha256(frozen),
     "weights_sha256": start.weights_sha256,
     **code,
+    **rules_code,
   }
   return Job(
     plan=plan,
@@ -246,12 +242,22 @@ def _prepared(
   )
 
 
+def _outside_code(
+  config: ml_collections.ConfigDict, parts: parts_lib.Parts
+) -> dict[str, str]:
+  """Returns the digests of all code of the settings that is not ours."""
+  mechanism_code = outside_code.sha256(config_lib.privacy_config(config))
+  return parts.code_sha256(config) | {"mechanism_code_sha256": mechanism_code}
+
+
+def _rules_code() -> dict[str, str]:
+  # The step has the rules that were registered when it was built.
+  return {"layer_rules_code_sha256": registry.outside_sha256("layer_rule")}
+
+
 def _with_lowered(job: Job, parts: parts_lib.Parts) -> Job:
   """Adds the digest of what a run with code from outside computes."""
-  outside = [
-    x for x in job.made_of if "_code_" in x or x == "layer_rules_sha256"
-  ]
-  if not parts.is_any_given and not outside:
+  if not parts.is_any_given and not any("_code_" in x for x in job.made_of):
     return job
   digest = str(
     collectives.run_on_all(

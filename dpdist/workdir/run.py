@@ -87,6 +87,8 @@ class Run:
       ("batch_size_schedule", ()),
       ("cycle_length", 1),
       ("group_size", 1),
+      ("noise", "gaussian"),
+      ("clipping", "fixed"),
     ):
       if getattr(config, name) != right:
         raise ValueError(

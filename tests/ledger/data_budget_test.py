@@ -15,8 +15,8 @@ import dpdist
 from dpdist import config as config_lib
 from dpdist import errors
 from dpdist import sampling
+from dpdist.accounting import gaussian_events
 from dpdist.accounting import rdp
-from dpdist.accounting import step_events
 from dpdist.data import array_record
 from dpdist.data import sources
 from dpdist.ledger import budgets
@@ -77,7 +77,7 @@ def _admit(budget, ledger, **kwargs):
 
 
 def _pair(sigma):
-  return step_events.of(noise_multiplier=sigma, sampling_probability=0.01)
+  return gaussian_events.AddRemove(sigma, 0.01)
 
 
 def test_costs_are_divergences_at_one_order(tmp_path):

@@ -12,6 +12,7 @@ import pytest
 from configs import digits
 import dpdist
 from dpdist import sampling
+from dpdist.accounting import gaussian_events
 from dpdist.data import arrays as arrays_lib
 from dpdist.data import users
 from dpdist.distributed import mesh as mesh_lib
@@ -169,8 +170,9 @@ def test_a_group_is_one_gradient_in_training(tmp_path):
   ledger = ledger_lib.Ledger(tmp_path / "ledger")
   assert ledger.plan.group_size == 4
   assert result["epsilon"] == ledger.plan.epsilon()
-  ((pair, count),) = ledger.plan.steps()
-  assert (pair.kind, pair.sigma, count) == ("opposite", 1.0, 3)
+  ((event, count),) = ledger.plan.steps()
+  assert event == gaussian_events.Replace(1.0, event.q)
+  assert count == 3
 
 
 def test_one_row_moves_a_groups_sum_by_two_clip_norms_at_most():
