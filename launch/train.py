@@ -98,7 +98,7 @@ def _main() -> int:
   except (
     errors.PeerError,
     errors.LostError,
-    errors.MeetError,
+    errors.ConnectError,
   ) as error:
     return messages.show(messages.Message(str(error)))
   except errors.ReadError as error:

@@ -37,10 +37,10 @@ def run_on_primary(make: Callable[[], Any]) -> Any:
   if jax.process_count() == 1:
     return make()
   if not is_primary():
-    told = _broadcast(None)
-    if "problem" in told:
-      raise errors.PeerError(f"process 0 stopped: {told['problem']}")
-    return told["value"]
+    received = _broadcast(None)
+    if "problem" in received:
+      raise errors.PeerError(f"process 0 stopped: {received['problem']}")
+    return received["value"]
   try:
     value = make()
   except Exception as error:

@@ -78,9 +78,9 @@ class Peer:
         return None
     return messages
 
-  def sign(self, now: float) -> stalls.Sign:
+  def status(self, now: float) -> stalls.ProcessStatus:
     """Returns what the process last reported."""
-    return stalls.Sign(*self._last, silence=now - self._heard)
+    return stalls.ProcessStatus(*self._last, silence=now - self._heard)
 
   def _greet(self, message: dict[str, Any]) -> None:
     if not secrets.compare_digest(message["hello"], self._token):

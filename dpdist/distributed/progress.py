@@ -59,7 +59,7 @@ class Progress:
     self._seconds[before.phase] += now - before.since
     self.now = Now(step, phase, now)
 
-  def take(self) -> dict[str, float]:
+  def drain(self) -> dict[str, float]:
     """Returns seconds by phase, of phases that ended since the last call."""
     seconds = dict(self._seconds)
     self._seconds.clear()

@@ -17,7 +17,7 @@ _UNLIMITED = ("starting", "compiling", "evaluating", "saving", "finishing")
 _MOST_NAMED = 4
 
 
-class Sign(NamedTuple):
+class ProcessStatus(NamedTuple):
   """What a process last reported.
 
   Attributes:
@@ -33,11 +33,11 @@ class Sign(NamedTuple):
   silence: float
 
 
-def silent(signs: Mapping[str, Sign], stuck_after: float) -> str:
+def silent(statuses: Mapping[str, ProcessStatus], stuck_after: float) -> str:
   """Names the processes that have not reported for too long.
 
   Args:
-    signs: last reports of processes, by name.
+    statuses: last reports of processes, by name.
     stuck_after: see `stuck`.
 
   Returns:
@@ -46,21 +46,23 @@ def silent(signs: Mapping[str, Sign], stuck_after: float) -> str:
   if not stuck_after:
     return ""
   patience = min(SILENT_SECONDS, stuck_after)
-  names = [name for name, sign in signs.items() if sign.silence > patience]
+  names = [
+    name for name, status in statuses.items() if status.silence > patience
+  ]
   if not names:
     return ""
-  sign = signs[names[0]]
+  status = statuses[names[0]]
   return (
-    f"{_names(names)} not heard of for {sign.silence:.0f} s, and last told of"
-    f" {_place(sign)}"
+    f"{_names(names)} not heard of for {status.silence:.0f} s, and last"
+    f" reported {_place(status)}"
   )
 
 
-def stuck(signs: Mapping[str, Sign], stuck_after: float) -> str:
+def stuck(statuses: Mapping[str, ProcessStatus], stuck_after: float) -> str:
   """Names the processes that a job waits for, if it has waited too long.
 
   Args:
-    signs: last reports of all processes, by name.
+    statuses: last reports of all processes, by name.
     stuck_after: seconds that a phase of a step may take; 0 for any time.
 
   Returns:
@@ -68,30 +70,32 @@ def stuck(signs: Mapping[str, Sign], stuck_after: float) -> str:
   """
   if not stuck_after:
     return ""
-  first = min(map(_position, signs.values()))
+  first = min(map(_position, statuses.values()))
   behind = {
-    name: sign for name, sign in signs.items() if _position(sign) == first
+    name: status
+    for name, status in statuses.items()
+    if _position(status) == first
   }
-  seconds = min(sign.seconds for sign in behind.values())
-  (sign, *_) = behind.values()
-  if sign.phase in _UNLIMITED or seconds <= stuck_after:
+  seconds = min(status.seconds for status in behind.values())
+  (status, *_) = behind.values()
+  if status.phase in _UNLIMITED or seconds <= stuck_after:
     return ""
-  where = f"stuck in {_place(sign)} for {seconds:.0f} s"
-  if len(behind) == len(signs) > 1:
-    return f"all {len(signs)} processes are {where}"
+  where = f"stuck in {_place(status)} for {seconds:.0f} s"
+  if len(behind) == len(statuses) > 1:
+    return f"all {len(statuses)} processes are {where}"
   return f"{_names(list(behind))} {where}, and the others wait"
 
 
-def _position(sign: Sign) -> tuple[int, int]:
-  phase = "computing" if sign.phase == "compiling" else sign.phase
-  return sign.step, progress.PHASES.index(phase)
+def _position(status: ProcessStatus) -> tuple[int, int]:
+  phase = "computing" if status.phase == "compiling" else status.phase
+  return status.step, progress.PHASES.index(phase)
 
 
-def _place(sign: Sign) -> str:
-  if sign.step < 0:
-    return sign.phase
+def _place(status: ProcessStatus) -> str:
+  if status.step < 0:
+    return status.phase
   # People count steps from 1, and so does the console.
-  return f"step {sign.step + 1} ({sign.phase})"
+  return f"step {status.step + 1} ({status.phase})"
 
 
 def _names(names: list[str]) -> str:

@@ -34,7 +34,7 @@ _ENGINES = {
 }
 
 
-class Meeting(NamedTuple):
+class Coordinator(NamedTuple):
   """How a process connects to the others.
 
   Attributes:
@@ -52,7 +52,7 @@ class Meeting(NamedTuple):
 
 def find(
   flags: Mapping[str, object], environment: Mapping[str, str]
-) -> Meeting | None:
+) -> Coordinator | None:
   """Finds out how to connect to the other processes.
 
   Args:
@@ -73,15 +73,15 @@ def find(
     return _explicit({v: environment.get(v) for v in _VARIABLES.values()})
   for engine, variable in _ENGINES.items():
     if (_number(environment.get(variable)) or 0) > 1:
-      return Meeting(None, None, None, engine)
+      return Coordinator(None, None, None, engine)
   # A pod of TPUs lists its workers here, by itself or through Kubernetes.
   workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
   if len(workers) > 1:
-    return Meeting(None, None, None, "gketpu")
+    return Coordinator(None, None, None, "gketpu")
   return None
 
 
-def _explicit(given: Mapping[str, object]) -> Meeting:
+def _explicit(given: Mapping[str, object]) -> Coordinator:
   (where, address), (many, count), (which, number) = given.items()
   missing = [name for name, value in given.items() if value in (None, "")]
   if missing:
@@ -101,7 +101,7 @@ def _explicit(given: Mapping[str, object]) -> Meeting:
     raise errors.StartError(
       f"{which} must be below {many}={count}, got {number}"
     )
-  return Meeting(str(address), int(str(count)), int(str(number)))
+  return Coordinator(str(address), int(str(count)), int(str(number)))
 
 
 def _number(value: object) -> int | None:
@@ -119,29 +119,29 @@ def start(flags: Mapping[str, object], *, timeout: int = 300) -> None:
   Raises:
     StartError: the flags or variables make no sense, or this host would give
       the others an address at which they cannot reach it.
-    MeetError: the processes could not be connected. Where time runs out inside
-      JAX, the process prints that and exits with 1.
+    ConnectError: the processes could not be connected. Where time runs out
+      inside JAX, the process prints that and exits with 1.
   """
   if timeout < 1:
     raise errors.StartError(
       f"--start_timeout must be at least 1, got {timeout}"
     )
-  meeting = find(flags, os.environ)
-  if meeting is None or meeting.num_processes == 1:
+  coordinator = find(flags, os.environ)
+  if coordinator is None or coordinator.num_processes == 1:
     return
   began = time.monotonic()
-  if meeting.address is not None:
-    host = meeting.address.rpartition(":")[0].strip("[]")
+  if coordinator.address is not None:
+    host = coordinator.address.rpartition(":")[0].strip("[]")
     check_own_name(socket.gethostname(), resolve(host, timeout))
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   # It would swallow signals; see `dpdist.distributed.preemption`.
   jax.config.update("jax_enable_preemption_service", False)
   left = max(1, timeout - int(time.monotonic() - began))
-  where = meeting.address or f"the address that {meeting.engine} names"
+  where = coordinator.address or f"the address that {coordinator.engine} names"
   problem = (
-    f"the processes of the job did not meet at {where} within {left} s: check"
-    " that all were started, that process 0 runs there and that no firewall is"
-    " between"
+    f"the processes of the job did not connect at {where} within {left} s:"
+    " check that all were started, that process 0 runs there and that no"
+    " firewall is between"
   )
   # At its timeout JAX would abort the process and print a page of text.
   timer = threading.Timer(left, _give_up, [problem])
@@ -149,20 +149,20 @@ def start(flags: Mapping[str, object], *, timeout: int = 300) -> None:
   timer.start()
   try:
     jax.distributed.initialize(
-      meeting.address,
-      meeting.num_processes,
-      meeting.process_id,
-      cluster_detection_method=meeting.engine,
+      coordinator.address,
+      coordinator.num_processes,
+      coordinator.process_id,
+      cluster_detection_method=coordinator.engine,
       # Process 0 listens here alone. JAX's default is all networks.
       coordinator_bind_address=(
-        meeting.address if loopback(meeting.address) else None
+        coordinator.address if loopback(coordinator.address) else None
       ),
       initialization_timeout=left + _MARGIN_SECONDS,
       shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
   except Exception as error:
     reason = str(error).splitlines()[0] if str(error) else repr(error)
-    raise errors.MeetError(f"{problem} ({reason})") from error
+    raise errors.ConnectError(f"{problem} ({reason})") from error
   finally:
     timer.cancel()
 
@@ -179,7 +179,7 @@ def resolve(host: str, timeout: float) -> list[str]:
   be resolved only seconds after the pod starts.
 
   Raises:
-    MeetError: the name has no address within timeout seconds.
+    ConnectError: the name has no address within timeout seconds.
     StartError: it never will have one.
   """
   end = time.monotonic() + timeout
@@ -193,7 +193,7 @@ def resolve(host: str, timeout: float) -> list[str]:
       ) from error
     except socket.gaierror as error:
       if time.monotonic() >= end:
-        raise errors.MeetError(
+        raise errors.ConnectError(
           f"the coordinator's host {host!r} has no address after {timeout} s"
           f" ({error.strerror}): check its name, and that this host can resolve"
           " it"

@@ -52,7 +52,7 @@ class Released(NamedTuple):
 
   config: ml_collections.ConfigDict
   ledger: ledger_lib.Ledger
-  saved: history.Saved
+  saved: history.CheckpointRef
   model: nn.Module
   mesh: Mesh
   state: step_lib.TrainState
@@ -163,7 +163,7 @@ def evaluate(released: Released) -> dict[str, Any]:
 
 def _find(
   workdir: pathlib.Path, ledger: ledger_lib.Ledger, step: int | None
-) -> history.Saved:
+) -> history.CheckpointRef:
   """Returns the newest whole checkpoint of a step."""
   folder = workdir / "checkpoints"
   there = [

@@ -30,7 +30,7 @@ FIELDS: dict[str, dict[str, type]] = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Terms:
+class BudgetTerms:
   """What a data set may spend.
 
   Attributes:
@@ -49,7 +49,7 @@ class Terms:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stake:
+class Allocation:
   """What one run has reserved.
 
   Attributes:
@@ -81,12 +81,12 @@ class Reservation:
   free: int
 
 
-def write_terms(terms: Terms, data: str) -> dict[str, Any]:
+def write_terms(terms: BudgetTerms, data: str) -> dict[str, Any]:
   """Returns the record that makes the budget of a data set."""
   return {"format": _FORMAT, "data": data, **dataclasses.asdict(terms)}
 
 
-def read_terms(record: Mapping[str, Any], data: str) -> Terms:
+def read_terms(record: Mapping[str, Any], data: str) -> BudgetTerms:
   """Checks the record that makes a budget, and returns its terms.
 
   Raises:
@@ -101,8 +101,8 @@ def read_terms(record: Mapping[str, Any], data: str) -> Terms:
     and record["order"] in rdp.WHOLE_ORDERS
   ):
     raise ValueError("terms that are none")
-  names = [field.name for field in dataclasses.fields(Terms)]
-  return Terms(**{name: record[name] for name in names})
+  names = [field.name for field in dataclasses.fields(BudgetTerms)]
+  return BudgetTerms(**{name: record[name] for name in names})
 
 
 def best_order(epsilon: float, delta: float) -> tuple[int, float]:

@@ -55,7 +55,7 @@ class DataBudget:
   Attributes:
     terms: None before the budget is made.
     same_as: the manifest that the budget was made under, if it is another.
-    stakes: by a random name.
+    allocations: by a random name.
     reservations: by label.
   """
 
@@ -77,20 +77,20 @@ class DataBudget:
       # Absolute, so that a run finds it from any working directory.
       self.root = os.path.abspath(self.root)
     self.data = data
-    self.terms: budget_records.Terms | None = None
+    self.terms: budget_records.BudgetTerms | None = None
     self.same_as = ""
-    self.stakes: dict[str, budget_records.Stake] = {}
+    self.allocations: dict[str, budget_records.Allocation] = {}
     self.reservations: dict[str, budget_records.Reservation] = {}
-    # The stake of this process's run, and the head that it last recorded.
+    # The allocation of this process's run, and the head that it last recorded.
     self._mine, self._told = "", ""
-    self._log = records.Log(self.root.rstrip("/") + "/" + data, self._take)
+    self._log = records.Log(self.root.rstrip("/") + "/" + data, self._apply)
 
   @property
   def reserved(self) -> float:
     """Returns the sum of all costs, a divergence."""
     return math.fsum(
       [
-        *(stake.cost for stake in self.stakes.values()),
+        *(allocation.cost for allocation in self.allocations.values()),
         *(r.cost * r.free for r in self.reservations.values()),
       ]
     )
@@ -150,7 +150,7 @@ class DataBudget:
         f"data_budget.epsilon must be finite and > 0, got {epsilon}"
       )
     order, divergence = budget_records.best_order(epsilon, delta)
-    terms = budget_records.Terms(
+    terms = budget_records.BudgetTerms(
       epsilon, delta, neighboring_relation, order, divergence
     )
 
@@ -237,7 +237,7 @@ class DataBudget:
 
     self._log.propose(decide)
 
-  def admit(
+  def allocate(
     self,
     ledger: ledger_lib.Ledger,
     parts: Sequence[plan_lib.PlanUse],
@@ -254,10 +254,10 @@ class DataBudget:
       parts: what it will have spent at the end of its plan.
       label: of the run, for people.
       reservation: the label of a reservation to take the cost from; "": none. A
-        run that has a stake already does not use it.
+        run that has an allocation already does not use it.
 
     Returns:
-      The name of the run's stake.
+      The name of the run's allocation.
 
     Raises:
       RefusedError: the budget would be exceeded; nothing is reserved.
@@ -271,7 +271,7 @@ class DataBudget:
         slot = self._slot(cost, reservation)
         body = {"stake": fresh, "label": label, "reservation": slot}
         return "admit", {**body, "cost": cost, "head": ledger.head}
-      more = cost - self.stakes[name].cost
+      more = cost - self.allocations[name].cost
       if more > 0:
         self._check_fits(more, f"what changed in {label!r}")
       # The plan may be smaller now, and the reserved cost with it: it still
@@ -284,7 +284,7 @@ class DataBudget:
     self._mine, self._told = name, ledger.head
     return name
 
-  def follow(self, ledger: ledger_lib.Ledger) -> None:
+  def advance(self, ledger: ledger_lib.Ledger) -> None:
     """Records a ledger's new head, before anything it charged is released.
 
     Args:
@@ -295,7 +295,7 @@ class DataBudget:
     """
 
     def decide() -> tuple[str, Mapping[str, Any]]:
-      if self.stakes[self._mine].head != self._told:
+      if self.allocations[self._mine].head != self._told:
         raise errors.LedgerError(
           "a copy of this run went on in its place, by the budget of its data"
           " set; this process must stop"
@@ -305,7 +305,7 @@ class DataBudget:
     self._log.propose(decide)
     self._told = ledger.head
 
-  def give_back(self, ledger: ledger_lib.Ledger) -> float:
+  def refund(self, ledger: ledger_lib.Ledger) -> float:
     """Gives back what a run that was ended had reserved and did not spend.
 
     A run whose clipping did not bound what an example can do, or whose record
@@ -318,7 +318,7 @@ class DataBudget:
       The divergence that was given back.
 
     Raises:
-      ValueError: the run was not ended, or has no stake here.
+      ValueError: the run was not ended, or has no allocation here.
     """
     if not ledger.is_ended:
       raise ValueError("ledger must be of a run that was ended")
@@ -329,26 +329,26 @@ class DataBudget:
       name = self._find(ledger)
       if name is None:
         raise ValueError(
-          "ledger must be of a run that holds a stake in this budget"
+          "ledger must be of a run that holds an allocation in this budget"
         )
-      if self.stakes[name].is_ended:
+      if self.allocations[name].is_ended:
         given = 0.0
         return None
       cost = self.cost(ledger.spent)
       if ledger.unsound or history.TOO_LONG in ledger.notices:
-        cost = self.stakes[name].cost
-      given = self.stakes[name].cost - cost
+        cost = self.allocations[name].cost
+      given = self.allocations[name].cost - cost
       return "end", {"stake": name, "cost": cost, "head": ledger.head}
 
     self._log.propose(decide)
     return given
 
   def holds(self, ledger: ledger_lib.Ledger) -> bool:
-    """Returns whether a run, and not a copy of it, has a stake here."""
+    """Returns whether a run, and not a copy of it, has an allocation here."""
     return self._find(ledger) is not None
 
   @property
-  def _terms(self) -> budget_records.Terms:
+  def _terms(self) -> budget_records.BudgetTerms:
     if self.terms is None:
       raise ValueError(
         f"there is no budget for data set {self.data[:12]} in {self.root}"
@@ -356,9 +356,9 @@ class DataBudget:
     return self.terms
 
   def _find(self, ledger: ledger_lib.Ledger) -> str | None:
-    """Returns the name of the ledger's stake; None for a copy or a new run."""
-    for name, stake in self.stakes.items():
-      if ledger.has_been_at(stake.head):
+    """Returns the name of the allocation; None for a copy or a new run."""
+    for name, allocation in self.allocations.items():
+      if ledger.has_been_at(allocation.head):
         return name
     return None
 
@@ -396,7 +396,7 @@ class DataBudget:
         f" {terms.order}, since runs are chosen one after the other)"
       )
 
-  def _take(self, record: dict[str, Any]) -> None:
+  def _apply(self, record: dict[str, Any]) -> None:
     """Updates the state by one record; the only way state changes."""
     kind = record["kind"]
     if kind == "lost":
@@ -426,16 +426,16 @@ class DataBudget:
       if record["reservation"]:
         free = self.reservations[record["reservation"]].free
         self._free(record["reservation"], free - 1)
-      self.stakes[record["stake"]] = budget_records.Stake(
+      self.allocations[record["stake"]] = budget_records.Allocation(
         record["label"], record["cost"], record["head"]
       )
     else:
-      stake = self.stakes[record["stake"]]
-      self.stakes[record["stake"]] = dataclasses.replace(
-        stake,
+      allocation = self.allocations[record["stake"]]
+      self.allocations[record["stake"]] = dataclasses.replace(
+        allocation,
         head=record["head"],
-        cost=record.get("cost", stake.cost),
-        is_ended=stake.is_ended or kind == "end",
+        cost=record.get("cost", allocation.cost),
+        is_ended=allocation.is_ended or kind == "end",
       )
 
   def _free(self, label: str, free: int) -> None:

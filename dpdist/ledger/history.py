@@ -47,7 +47,7 @@ _CHARGING = ("open", "segment", "reserve", "unstarted", "lost")
 _PARTS = 100
 
 
-class Saved(NamedTuple):
+class CheckpointRef(NamedTuple):
   """A checkpoint that is on disk.
 
   Attributes:
@@ -128,22 +128,22 @@ class History:
     branches: the branches of the run, in order.
     checkpoints: every recorded checkpoint, in order.
     num_writers: processes that have written so far.
-    given_back: steps that were charged ahead, never begun, and are no longer
-      charged.
+    refunded_steps: steps that were charged ahead, never begun, and are no
+      longer charged.
     secret_hash: see `dpdist.keys.secret_hash`; "" before a run is opened.
     is_ended: whether nothing can be charged any more.
-    places: where the run has, or was about to take, a stake in a data set's
-      budget, in order: dicts of "root", "data" and "stake", which is "" before
-      it is taken.
+    places: where the run has, or was about to take, an allocation in a data
+      set's budget, in order: dicts of "root", "data" and "stake", which is ""
+      before it is taken.
   """
 
   def __init__(self) -> None:
     self.records: list[dict[str, Any]] = []
     self.segments: list[Segment] = []
     self.branches: list[Branch] = []
-    self.checkpoints: list[Saved] = []
+    self.checkpoints: list[CheckpointRef] = []
     self.num_writers = 0
-    self.given_back = 0
+    self.refunded_steps = 0
     self.secret_hash = ""
     self.is_ended = False
     self.places: list[dict[str, str]] = []
@@ -224,8 +224,8 @@ class History:
     return self.branches[-1].stop_step + remaining
 
   @property
-  def stakes(self) -> list[dict[str, str]]:
-    """Returns those of `places` whose stake was taken."""
+  def allocations(self) -> list[dict[str, str]]:
+    """Returns those of `places` whose allocation was taken."""
     return [place for place in self.places if place["stake"]]
 
   @property
@@ -255,7 +255,7 @@ class History:
     """Returns either "holds", or "void: " and why."""
     return "void: " + "; ".join(self.notices) if self.notices else "holds"
 
-  def take(self, record: dict[str, Any]) -> None:
+  def apply(self, record: dict[str, Any]) -> None:
     """Updates the state by one record; the only way state changes."""
     self.check(record)
     self.records.append(record)
@@ -304,14 +304,16 @@ class History:
       self.branches[-1] = dataclasses.replace(branch, stop_step=stop)
       if kind == "unstarted":
         self._kept = stop
-        self.given_back += branch.stop_step - stop
+        self.refunded_steps += branch.stop_step - stop
     elif kind == "checkpoint":
       branch, digest = self.branches[-1], record["digest"]
       self.branches[-1] = dataclasses.replace(
         branch, bases=(*branch.bases, digest)
       )
       self._kept = max(self._kept, record["step"])
-      self.checkpoints.append(Saved(record["step"], digest, record["writer"]))
+      self.checkpoints.append(
+        CheckpointRef(record["step"], digest, record["writer"])
+      )
 
   def check(self, record: Mapping[str, Any]) -> None:
     """Raises ValueError for a record that makes no sense here."""

@@ -17,7 +17,7 @@ Guarantees:
     or to a copy of one, comes on top of what it had charged.
   * Only what was never begun is given back. A writer that ends in an orderly
     way takes back the charge of steps that it charged itself and that neither
-    it nor anyone else began; see `give_back`. A writer that dies takes back
+    it nor anyone else began; see `refund`. A writer that dies takes back
     nothing.
   * Never past the plan. The steps charged in a segment, on all its branches,
     are at most its plan's num_steps.
@@ -42,7 +42,6 @@ from dpdist.privacy import plan as plan_lib
 
 # Settings that cannot change: every guarantee of a run depends on them.
 _IMMUTABLE_FIELDS = ("neighboring_relation", "target_delta")
-Saved = history.Saved
 
 
 class Ledger(history.History):
@@ -64,7 +63,7 @@ class Ledger(history.History):
       LedgerError: a record is missing, altered or out of order.
     """
     super().__init__()
-    self._log = records.Log(location, self.take)
+    self._log = records.Log(location, self.apply)
 
   def __enter__(self) -> Self:
     return self
@@ -157,7 +156,7 @@ class Ledger(history.History):
     }
     if data != before.data:
       changes["data"] = (
-        f"training data: manifest {before.data[:12]} -> {data[:12]}"
+        f"training data: digest {before.data[:12]} -> {data[:12]}"
       )
     forbidden = [changes[name] for name in _IMMUTABLE_FIELDS if name in changes]
     if secret_hash != self.secret_hash:
@@ -279,7 +278,7 @@ class Ledger(history.History):
       branch = self.branches[-1]
     return True
 
-  def give_back(self, begun: int) -> int:
+  def refund(self, begun: int) -> int:
     """Takes back the charge of the current branch's steps that nobody began.
 
     Must be called at this process's end, or where it must charge them again.
@@ -336,18 +335,18 @@ class Ledger(history.History):
     if not self.is_ended:
       self._append("end")
 
-  def record_stake(self, *, root: str, data: str, stake: str) -> None:
-    """Records the run's stake in a data set's budget.
+  def record_allocation(self, *, root: str, data: str, allocation: str) -> None:
+    """Records the run's allocation in a data set's budget.
 
     See `dpdist.ledger.data_budget`.
 
     Args:
       root: of the budgets.
       data: the manifest of the data set, hex.
-      stake: the run's name there; "": it is about to get one.
+      allocation: the run's name there; "": it is about to get one.
     """
-    body = {"root": root, "data": data, "stake": stake}
-    about_to = not stake and any(
+    body = {"root": root, "data": data, "stake": allocation}
+    about_to = not allocation and any(
       (place["root"], place["data"]) == (root, data) for place in self.places
     )
     if body not in self.places and not about_to:

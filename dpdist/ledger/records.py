@@ -75,14 +75,14 @@ class Log:
   def __init__(
     self,
     location: str | os.PathLike[str],
-    take: Callable[[dict[str, Any]], None],
+    apply: Callable[[dict[str, Any]], None],
   ):
     """Reads and checks every record.
 
     Args:
       location: a local path, a URL such as s3://bucket/path, or the JSON of a
         tensorstore key-value store's spec. It need not exist.
-      take: called with each record that is read or written; raises ValueError,
+      apply: called with each record that is read or written; raises ValueError,
         KeyError, TypeError or IndexError for one that makes no sense.
 
     Raises:
@@ -90,7 +90,7 @@ class Log:
       RecordError: a record is missing, altered or out of order.
     """
     self._store = _result(stores.opening(location))
-    self._take = take
+    self._apply = apply
     self._lock = threading.Lock()
     self._token = ""
     self._beats = 0
@@ -155,7 +155,8 @@ class Log:
     Args:
       decide: returns the record's kind and its fields, or None if there is
         nothing to write. If other processes wrote first, it is called again
-        after `take` was called with their records. Its exceptions come through.
+        after `apply` was called with their records. Its exceptions come
+        through.
 
     Raises:
       RecordError: the store failed, and the record may have been written or
@@ -214,7 +215,7 @@ class Log:
         )
     first = len(self.records)
     reads = [self._store.read(name) for name in names[first:]]
-    values = [sealed_json.written(_result(read).value) for read in reads]
+    values = [sealed_json.trim(_result(read).value) for read in reads]
     for i, value in enumerate(values):
       seq = first + i
       if sealed_json.is_whole(value):
@@ -253,7 +254,7 @@ class Log:
       lost += 1
     if lost:
       record["torn"] = self.heads[-lost:]
-    value = sealed_json.sealed(record)
+    value = sealed_json.seal(record)
     self._create(seq, value)
     self._add(value)
 
@@ -267,7 +268,7 @@ class Log:
           f"ledger record {seq} does not follow record {seq - 1}: one of them"
           " is another's"
         )
-      self._take(record)
+      self._apply(record)
     except (ValueError, KeyError, TypeError, IndexError) as error:
       raise errors.LedgerError(
         f"ledger record {seq} cannot be understood: {error!r}"
@@ -277,7 +278,7 @@ class Log:
 
   def _lose(self, value: bytes) -> None:
     record = {"seq": len(self.records), "kind": "lost"}
-    self._take(record)
+    self._apply(record)
     self.records.append(record)
     self.heads.append(sealed_json.digest(value))
 
@@ -295,7 +296,7 @@ class Log:
           # A condition that does not hold gives an empty generation.
           if stamp.generation:
             return
-        elif sealed_json.written(found.value) == value:
+        elif sealed_json.trim(found.value) == value:
           return  # An attempt had succeeded, though its answer was lost.
         else:
           raise errors.ShutOutError(_shut_out(seq))
@@ -341,11 +342,11 @@ class Log:
       "open": is_open,
       "writer": self._token,
       "beat": self._beats,
-      **liveness.card(),
+      **liveness.process_id(),
     }
     _result(
       self._store.write(
-        _HEAD, sealed_json.sealed(value), if_equal=found.stamp.generation
+        _HEAD, sealed_json.seal(value), if_equal=found.stamp.generation
       )
     )
 
@@ -396,7 +397,7 @@ def _result(future: Any) -> Any:
 
 
 def _head_of(found: Any) -> dict[str, Any]:
-  value = sealed_json.written(found.value)
+  value = sealed_json.trim(found.value)
   if not sealed_json.is_whole(value):
     raise errors.LedgerError(f"the ledger's {_HEAD} was altered")
   head = json_fields.parse(value, _HEAD)

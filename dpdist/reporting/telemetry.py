@@ -74,7 +74,7 @@ def measure(progress: progress_lib.Progress, num_steps: int) -> str:
   Returns:
     JSON: means over the steps, in seconds, and memory now, in bytes.
   """
-  seconds = progress.take()
+  seconds = progress.drain()
   mean = lambda *phases: (
     sum(seconds.get(x, 0.0) for x in phases) / max(1, num_steps)
   )

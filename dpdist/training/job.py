@@ -51,7 +51,7 @@ class Job(NamedTuple):
     settings: the privacy settings, as the ledger records them.
     ledger: in agreement with the settings, and written by this process; None in
       the processes that are not the primary process.
-    budget: the data set's, in which the run's stake covers `plan`; or None.
+    budget: the data set's, with an allocation that covers `plan`; or None.
     writer: the number of the process that writes.
     notices: what must be shown with any figure from this run.
     found: the checkpoint to go on from.
@@ -60,7 +60,7 @@ class Job(NamedTuple):
     train_source: the private examples or users; call its `close` at the end.
     train_digest: SHA-256 that names their content, hex.
     own_digest: this release's name of it, if the run began under another.
-    earlier: returns its other names; see `admission.known_as`.
+    earlier: returns its other names; see `resume.recorded_digest`.
     features_sha256: of the features that replace inputs; "" without any.
     outside_sha256: of the data set's code, if it is not ours; else "".
     test: all held-out examples, arrays "inputs" and "targets".
@@ -87,7 +87,7 @@ class Job(NamedTuple):
   budget: data_budget.DataBudget | None
   writer: int
   notices: list[str]
-  found: manifest.Found
+  found: manifest.ResumePoint
   secret: bytes
   mesh: Mesh
   train_source: sources.Source
@@ -186,8 +186,10 @@ def _prepared(
     code_outside=outside_sha256,
   )
   own_digest = train_digest
-  train_digest = resume.known_as(ledger, own_digest, earlier)
-  plan, changes, found = resume.decide(config, workdir, ledger, train_digest)
+  train_digest = resume.recorded_digest(ledger, own_digest, earlier)
+  plan, changes, found = resume.resolve_plan(
+    config, workdir, ledger, train_digest
+  )
   collectives.assert_equal(plan=plan.fingerprint())
   experiment = setup.build(config, mesh, plan=plan)
   model, step = experiment.model, experiment.step
@@ -259,7 +261,7 @@ def _begun(
 
   def begin() -> dict[str, Any]:
     assert ledger is not None
-    resume.begin(
+    resume.open_or_resume(
       config,
       workdir,
       ledger,

@@ -111,7 +111,9 @@ class Checkpoints:
     except (OSError, ValueError) as error:  # ValueError: tensorstore's.
       raise errors.SaveError(f"{path} could not be saved: {error}") from error
 
-  def restore(self, like: PyTree, saved: history.Saved) -> tuple[PyTree, str]:
+  def restore(
+    self, like: PyTree, saved: history.CheckpointRef
+  ) -> tuple[PyTree, str]:
     """Restores a checkpoint whose manifest was verified.
 
     Args:
@@ -139,7 +141,7 @@ class Checkpoints:
     _check_frozen(path, restored.meta, self._frozen_sha256)
     return restored.state, restored.meta["ledger_head"]
 
-  def delete_old(self, known: Sequence[history.Saved]) -> None:
+  def delete_old(self, known: Sequence[history.CheckpointRef]) -> None:
     """Deletes all but the newest checkpoints, of all writers so far.
 
     Args:
@@ -167,7 +169,7 @@ class Checkpoints:
 def read(
   directory: str | os.PathLike[str],
   like: PyTree,
-  saved: history.Saved,
+  saved: history.CheckpointRef,
   *,
   frozen_sha256: str = "",
 ) -> PyTree:
@@ -213,7 +215,9 @@ def _shapes(like: PyTree) -> PyTree:
 
 
 @contextlib.contextmanager
-def _fitting(path: pathlib.Path, saved: history.Saved) -> Iterator[None]:
+def _fitting(
+  path: pathlib.Path, saved: history.CheckpointRef
+) -> Iterator[None]:
   try:
     yield
   except (KeyError, TypeError, ValueError) as error:

@@ -180,7 +180,7 @@ def _other_variables() -> str:
 def fingerprint(
   config: Mapping[str, Any],
   plan_fingerprint: str,
-  data_manifest: str,
+  data_digest: str,
   environments: Sequence[Mapping[str, Any]],
   made_of: Mapping[str, str] | None = None,
 ) -> str:
@@ -192,7 +192,7 @@ def fingerprint(
   Args:
     config: all settings, JSON-able.
     plan_fingerprint: of the plan.
-    data_manifest: of the training set.
+    data_digest: of the training set.
     environments: from `environment`, of every process in order.
     made_of: by name, SHA-256 of the parameters that were read from disk or are
       frozen, and of the features that replace inputs, if there are any; their
@@ -215,7 +215,7 @@ def fingerprint(
       environments = [json.loads(kind) for kind in kinds]
       numbers = {k: v for k, v in numbers.items() if k not in _TOPOLOGY}
   parts: list[Any] = [
-    *(numbers, plan_fingerprint, data_manifest),
+    *(numbers, plan_fingerprint, data_digest),
     *(list(environments), dict(made_of or {})),
   ]
   text = _canonical(parts)

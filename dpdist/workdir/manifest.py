@@ -19,7 +19,7 @@ from dpdist.ledger import history
 _MANIFEST = "dpdist_manifest.json"
 
 
-class Found(NamedTuple):
+class ResumePoint(NamedTuple):
   """The checkpoint that a run can go on from.
 
   Attributes:
@@ -27,11 +27,13 @@ class Found(NamedTuple):
     rejected: why newer checkpoints were passed over; one line each.
   """
 
-  saved: history.Saved | None
+  saved: history.CheckpointRef | None
   rejected: list[str]
 
 
-def newest(directory: pathlib.Path, known: Sequence[history.Saved]) -> Found:
+def newest(
+  directory: pathlib.Path, known: Sequence[history.CheckpointRef]
+) -> ResumePoint:
   """Finds the newest checkpoint that is whole and in the ledger.
 
   Args:
@@ -42,12 +44,14 @@ def newest(directory: pathlib.Path, known: Sequence[history.Saved]) -> Found:
   for saved in reversed(known):
     wrong = problem(location(directory, saved), saved.digest)
     if wrong is None:
-      return Found(saved, rejected)
+      return ResumePoint(saved, rejected)
     rejected.append(f"checkpoint of step {saved.step} passed over: {wrong}")
-  return Found(None, rejected)
+  return ResumePoint(None, rejected)
 
 
-def location(directory: pathlib.Path, saved: history.Saved) -> pathlib.Path:
+def location(
+  directory: pathlib.Path, saved: history.CheckpointRef
+) -> pathlib.Path:
   """Returns a checkpoint's directory, below the run's checkpoints."""
   return folder(directory, saved.writer) / str(saved.step)
 

@@ -1,8 +1,8 @@
 """Decides whether a run may start or go on, and under which plan.
 
 The decisions depend on the ledger, the data set's budget and the checkpoints
-that exist. `begin` writes; `decide` only leaves a note, in the directory of a
-new run, that no run has begun there yet.
+that exist. `open_or_resume` writes; `resolve_plan` only leaves a note, in the
+directory of a new run, that no run has begun there yet.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,7 +56,7 @@ def open_ledger(
   return ledger
 
 
-def known_as(
+def recorded_digest(
   ledger: ledger_lib.Ledger | None,
   train_digest: str,
   earlier: Callable[[], Sequence[str]],
@@ -82,12 +82,12 @@ def known_as(
   return str(collectives.run_on_primary(look))
 
 
-def decide(
+def resolve_plan(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   ledger: ledger_lib.Ledger | None,
   train_digest: str,
-) -> tuple[plan_lib.PrivacyPlan, list[str], manifest.Found]:
+) -> tuple[plan_lib.PrivacyPlan, list[str], manifest.ResumePoint]:
   """Returns the plan, what changed, and the checkpoint, in all processes.
 
   Raises:
@@ -116,11 +116,13 @@ def decide(
 
   told = collectives.run_on_primary(look)
   saved, rejected = told["found"]
-  found = manifest.Found(history.Saved(*saved) if saved else None, rejected)
+  found = manifest.ResumePoint(
+    history.CheckpointRef(*saved) if saved else None, rejected
+  )
   return plan_lib.PrivacyPlan.from_dict(told["plan"]), told["changes"], found
 
 
-def begin(
+def open_or_resume(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   ledger: ledger_lib.Ledger,
@@ -151,17 +153,19 @@ def begin(
     )
   (workdir / NOT_BEGUN).unlink(missing_ok=True)
   if budget is not None:
-    # Recorded before the stake is taken, so that no stake exists without a run
+    # Recorded before the allocation is made, so that none exists without a run
     # that knows of it.
-    ledger.record_stake(root=budget.root, data=budget.data, stake="")
+    ledger.record_allocation(root=budget.root, data=budget.data, allocation="")
     ended = ledger.spent if is_changed else ledger.spent[:-1]
-    stake = budget.admit(
+    allocation = budget.allocate(
       ledger,
       [*ended, plan_lib.PlanUse(plan, plan.num_steps)],
       label=str(workdir.absolute()),
       reservation=config.data_budget.reservation,
     )
-    ledger.record_stake(root=budget.root, data=budget.data, stake=stake)
+    ledger.record_allocation(
+      root=budget.root, data=budget.data, allocation=allocation
+    )
   if config.insecure_seed is not None:
     ledger.notice(
       "insecure_seed fixes every random stream, so anyone can subtract the"
@@ -178,7 +182,7 @@ def _plan(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   ledger: ledger_lib.Ledger,
-  found: manifest.Found,
+  found: manifest.ResumePoint,
   train_digest: str,
 ) -> tuple[plan_lib.PrivacyPlan, list[str]]:
   """Returns the plan to go on under, and what changed since the last one."""
@@ -220,14 +224,14 @@ def shared_budget(
 ) -> data_budget.DataBudget | None:
   """Returns the data set's budget; makes it if it is missing.
 
-  For `earlier` see `known_as`.
+  For `earlier` see `recorded_digest`.
   """
   settings = config.data_budget
   if not settings.location:
-    if ledger.stakes:
+    if ledger.allocations:
       raise ValueError(
         "data_budget.location must be that of the budget in which this run has"
-        f" its stake, {ledger.stakes[-1]['root']!r}, got ''"
+        f" its allocation, {ledger.allocations[-1]['root']!r}, got ''"
       )
     return None
   budget = budgets.open_or_make(
@@ -239,12 +243,15 @@ def shared_budget(
     earlier=earlier,
     tell=console.warn,
   )
-  for stake in ledger.stakes:
-    if stake["data"] == budget.data and stake["stake"] not in budget.stakes:
+  for allocation in ledger.allocations:
+    if (
+      allocation["data"] == budget.data
+      and allocation["stake"] not in budget.allocations
+    ):
       raise ValueError(
         "data_budget.location must be that of the budget in which this run has"
-        f" its stake, {stake['root']!r}, got {settings.location!r}, which does"
-        " not know of it: it is another one, or was rolled back"
+        f" its allocation, {allocation['root']!r}, got {settings.location!r},"
+        " which does not know of it: it is another one, or was rolled back"
       )
   return budget
 

@@ -100,7 +100,7 @@ class Run:
       )
     self.workdir = pathlib.Path(workdir)
     self.plan: plan_lib.PrivacyPlan
-    self.saved: history.Saved | None = None
+    self.saved: history.CheckpointRef | None = None
     self.saved_head = ""
     self._insecure_seed = insecure_seed
     self._notices = notices
@@ -226,7 +226,7 @@ class Run:
         self._directory, writer=ledger.writer
       ) as checkpoints:
 
-        def note(saved: history.Saved, head: str) -> None:
+        def note(saved: history.CheckpointRef, head: str) -> None:
           # The state in memory is the newest checkpoint now.
           self.saved, self.saved_head, self._head = saved, head, ledger.head
 

@@ -13,7 +13,7 @@ its first computation on data. A step whose computation failed counts as begun,
 since how much of it was computed cannot be known. Nothing is given back
 
   * that was charged before this process wrote the ledger, which another process
-    may have begun (see `dpdist.ledger.ledger.Ledger.give_back`);
+    may have begun (see `dpdist.ledger.ledger.Ledger.refund`);
   * by a job of several processes, of which one may be further on than another;
   * by a process that dies: it has no time to.
 
@@ -94,7 +94,7 @@ class Session:
     *,
     start_step: int | None,
     budget: data_budget.DataBudget | None = None,
-    on_save: Callable[[history.Saved, str], None] | None = None,
+    on_save: Callable[[history.CheckpointRef, str], None] | None = None,
     warn: Callable[[str], None] = console.warn,
   ):
     """Stores the arguments; charges nothing yet.
@@ -106,7 +106,7 @@ class Session:
       position: of the branch that the ledger was resumed on.
       start_step: the first step that will be computed. None: for a loop of
         unknown code; nothing is given back before it has called `begin`.
-      budget: of the data set, in which the run has a stake; or None.
+      budget: of the data set, in which the run has an allocation; or None.
       on_save: is called with each new checkpoint, and the ledger's head that it
         was saved under.
       warn: is called with a sentence to show.
@@ -136,7 +136,7 @@ class Session:
     if self._ledger is None or jax.process_count() > 1 or self._begun is None:
       return
     try:
-      if self._ledger.give_back(self._begun):
+      if self._ledger.refund(self._begun):
         self._update_budget()
     except errors.LedgerError as problem:
       # For example, another process went on with the run. Too much stays
@@ -240,4 +240,4 @@ class Session:
   def _update_budget(self) -> None:
     if self._budget is not None:
       assert self._ledger is not None
-      self._budget.follow(self._ledger)
+      self._budget.advance(self._ledger)

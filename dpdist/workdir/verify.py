@@ -106,8 +106,8 @@ def _steps(ledger: ledger_lib.Ledger) -> Finding:
     f"{ledger.spent_steps} of {planned} charged, on"
     f" {branches} branch{'es' * (branches != 1)}"
   )
-  if ledger.given_back:
-    found += f"; {ledger.given_back} charged ahead were given back"
+  if ledger.refunded_steps:
+    found += f"; {ledger.refunded_steps} charged ahead were given back"
   # When the records were read, it was checked that each plan holds, that each
   # checkpoint is of steps that were charged, and that nothing was given back
   # that another writer charged or that a checkpoint has.
@@ -133,7 +133,7 @@ def _recorded_epsilons(ledger: ledger_lib.Ledger) -> Finding:
     found, count = "", 0
     past = history.History()
     for record in ledger.records:
-      past.take(record)
+      past.apply(record)
       if record["kind"] != "epsilons":
         continue
       count += 1
@@ -158,22 +158,22 @@ def _recorded_epsilons(ledger: ledger_lib.Ledger) -> Finding:
 def _data_budget(ledger: ledger_lib.Ledger) -> Finding:
   """Checks that what the run spent was reserved in the data set's budget."""
   what, found, problem = "data budget", [], ""
-  for place in ledger.stakes:
+  for place in ledger.allocations:
     budget = data_budget.DataBudget(place["root"], place["data"])
-    stake = budget.stakes.get(place["stake"])
-    if stake is None or budget.terms is None:
-      return Finding(what, budget.root, "the run has no stake in it")
+    allocation = budget.allocations.get(place["stake"])
+    if allocation is None or budget.terms is None:
+      return Finding(what, budget.root, "the run has no allocation in it")
     found.append(
-      f"{budget.share(stake.cost):.2%} reserved for this run, of epsilon"
+      f"{budget.share(allocation.cost):.2%} reserved for this run, of epsilon"
       f" {budget.terms.epsilon:g} at delta {budget.terms.delta:g}"
     )
     if budget.reserved > budget.terms.divergence * (1 + _TOLERANCE):
       problem = "more is reserved than the data set may spend"
-    if place != ledger.stakes[-1]:
+    if place != ledger.allocations[-1]:
       continue
-    if not ledger.has_been_at(stake.head):
+    if not ledger.has_been_at(allocation.head):
       problem = "a copy of this run went on in its place"
-    elif budget.cost(ledger.spent) > stake.cost * (1 + _TOLERANCE):
+    elif budget.cost(ledger.spent) > allocation.cost * (1 + _TOLERANCE):
       problem = "the run spent more than was reserved for it"
   return Finding(what, "; ".join(found) or "none shared", problem)
 

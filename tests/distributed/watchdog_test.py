@@ -59,11 +59,11 @@ def test_a_stranger_is_not_heard(pair, data):
 
 
 def test_a_process_alone_watches_nobody():
-  with watchdog.Watch(progress_lib.Progress(), 600.0) as alone:
+  with watchdog.Watchdog(progress_lib.Progress(), 600.0) as alone:
     assert alone is not None
   with (
     pytest.raises(ZeroDivisionError),
-    watchdog.Watch(progress_lib.Progress(), 600.0),
+    watchdog.Watchdog(progress_lib.Progress(), 600.0),
   ):
     1 / 0  # noqa: B018
 
@@ -97,7 +97,7 @@ def _call(told):
 
 def test_once_all_are_there_no_stranger_gets_in_or_stays(one_of_two):
   told = one_of_two(0)
-  with watchdog.Watch(progress_lib.Progress(), 600.0):
+  with watchdog.Watchdog(progress_lib.Progress(), 600.0):
     silent = _call(told)
     with silent, _call(told) as loud, _call(told) as other:
       loud.sendall(b"[" * 50_000 + b"\n")
@@ -117,7 +117,7 @@ def test_nobody_waits_for_a_cause_from_a_leader_that_has_left(one_of_two):
     one_of_two(
       1, {"port": server.getsockname()[1], "token": "t", "host": "host-a"}
     )
-    watching = watchdog.Watch(progress_lib.Progress(), 600.0)
+    watching = watchdog.Watchdog(progress_lib.Progress(), 600.0)
     watching.__enter__()
     leader, _ = server.accept()
     with leader:
@@ -143,6 +143,6 @@ def test_processes_of_one_machine_are_not_there_for_others(
     watchdog.distributed.global_state, "coordinator_address", address
   )
   one_of_two(0)
-  with watchdog.Watch(progress_lib.Progress(), 600.0) as watching:
+  with watchdog.Watchdog(progress_lib.Progress(), 600.0) as watching:
     listens_at = watching._server.getsockname()[0]
   assert (f"{listens_at}:1" == address) == own

@@ -73,11 +73,7 @@ class _Record:
 def test_fields_are_held_to_a_table():
   assert type(_Record(np.int64(2)).size) is int
   assert _Record(1, None, "anything").limit is None
-  with pytest.raises(
-    ValueError, match=r"^limit .* >= 1, got 0"
-  ):
+  with pytest.raises(ValueError, match=r"^limit .* >= 1, got 0"):
     _Record(1, 0)
-  with pytest.raises(
-    ValueError, match=r"^size .* >= 1, got None"
-  ):
+  with pytest.raises(ValueError, match=r"^size .* >= 1, got None"):
     _Record(None)
