@@ -10,23 +10,26 @@ from typing import Any
 from dpdist.accounting import rdp
 
 _FORMAT = 1
-_MAKE = {"epsilon": float, "delta": float, "neighboring_relation": str}
-_GROW = {"stake": str, "cost": float, "head": str}
-# The fields that a record of each kind must have.
+# The fields that a record of each kind must have, and their types.
+# fmt: off
 FIELDS: dict[str, dict[str, type]] = {
   "make": {
-    **{"format": int, "data": str, **_MAKE, "order": int, "divergence": float}
+    "format": int, "data": str, "epsilon": float, "delta": float,
+    "neighboring_relation": str, "order": int, "divergence": float,
   },
-  # The budget of this data set is the one that was made under another manifest
+  # The budget of this data set is the one that was made under another digest
   # of the same content.
   "same": {"data": str},
   "reserve": {"label": str, "cost": float, "count": int},
   "cancel": {"label": str},
-  "admit": {**_GROW, "label": str, "reservation": str},
-  "grow": _GROW,
+  "admit": {
+    "stake": str, "cost": float, "head": str, "label": str, "reservation": str,
+  },
+  "grow": {"stake": str, "cost": float, "head": str},
   "follow": {"stake": str, "head": str},
-  "end": _GROW,
+  "end": {"stake": str, "cost": float, "head": str},
 }
+# fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +103,7 @@ def read_terms(record: Mapping[str, Any], data: str) -> BudgetTerms:
     and record["divergence"] > 0
     and record["order"] in rdp.WHOLE_ORDERS
   ):
-    raise ValueError("terms that are none")
+    raise ValueError("terms that no budget can have")
   names = [field.name for field in dataclasses.fields(BudgetTerms)]
   return BudgetTerms(**{name: record[name] for name in names})
 

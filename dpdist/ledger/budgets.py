@@ -18,7 +18,7 @@ def find(
 ) -> data_budget.DataBudget:
   """Finds the budget of a data set, also if an earlier release made it.
 
-  An earlier release may have identified the data by another manifest, one that
+  An earlier release may have identified the data by another digest, one that
   depends on the names of files. So that files may be renamed from now on, a
   record says that the two are the same. Earlier releases may have made several
   budgets for one content, as for an .npz and an ArrayRecord of it. Then nothing
@@ -27,7 +27,7 @@ def find(
   Args:
     root: see `dpdist.ledger.data_budget.DataBudget`.
     data: see `dpdist.ledger.data_budget.DataBudget`.
-    earlier: returns other manifests of the same content, like
+    earlier: returns other digests of the same content, like
       `dpdist.data.sources.earlier_digests`; called only if it matters.
 
   Returns:

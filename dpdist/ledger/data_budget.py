@@ -33,6 +33,7 @@ import os
 import secrets
 from typing import Any
 
+from dpdist import _validation
 from dpdist import errors
 from dpdist.accounting import rdp
 from dpdist.files import json_fields
@@ -54,7 +55,7 @@ class DataBudget:
 
   Attributes:
     terms: None before the budget is made.
-    same_as: the manifest that the budget was made under, if it is another.
+    same_as: the digest that the budget was made under, if it is another.
     allocations: by a random name.
     reservations: by label.
   """
@@ -65,7 +66,7 @@ class DataBudget:
     Args:
       root: a local path or a URL; see `dpdist.ledger.records.Log`. It need not
         exist.
-      data: the manifest of the training set, hex.
+      data: the content digest of the training set, hex.
 
     Raises:
       ValueError: root is neither a local path nor a URL.
@@ -82,7 +83,7 @@ class DataBudget:
     self.allocations: dict[str, budget_records.Allocation] = {}
     self.reservations: dict[str, budget_records.Reservation] = {}
     # The allocation of this process's run, and the head that it last recorded.
-    self._mine, self._told = "", ""
+    self._own, self._own_head = "", ""
     self._log = records.Log(self.root.rstrip("/") + "/" + data, self._apply)
 
   @property
@@ -143,12 +144,8 @@ class DataBudget:
       ValueError: an argument is out of its range.
       RefusedError: the budget has other terms.
     """
-    if not 0 < delta < 1:
-      raise ValueError(f"data_budget.delta must be in (0, 1), got {delta}")
-    if not 0 < epsilon < math.inf:
-      raise ValueError(
-        f"data_budget.epsilon must be finite and > 0, got {epsilon}"
-      )
+    _validation.check("data_budget.delta", delta, _validation.DELTA)
+    _validation.check("data_budget.epsilon", epsilon, _validation.POSITIVE)
     order, divergence = budget_records.best_order(epsilon, delta)
     terms = budget_records.BudgetTerms(
       epsilon, delta, neighboring_relation, order, divergence
@@ -175,10 +172,10 @@ class DataBudget:
     self._log.propose(decide)
 
   def refer_to(self, data: str) -> None:
-    """Records that this budget is the one of another manifest.
+    """Records that this budget is the one of another digest.
 
     Raises:
-      RefusedError: this manifest has a budget of its own.
+      RefusedError: this digest has a budget of its own.
     """
 
     def decide() -> tuple[str, Mapping[str, Any]] | None:
@@ -208,10 +205,8 @@ class DataBudget:
       ValueError: an argument is not as described.
       RefusedError: the budget would be exceeded; nothing is reserved.
     """
-    if count < 1:
-      raise ValueError(f"count must be at least 1, got {count}")
-    if not 0 <= cost < math.inf:
-      raise ValueError(f"cost must be finite and >= 0, got {cost}")
+    _validation.check("count", count, _validation.COUNT)
+    _validation.check("cost", cost, _validation.real(at_least=0))
 
     def decide() -> tuple[str, Mapping[str, Any]]:
       if not label or label in self.reservations:
@@ -269,41 +264,46 @@ class DataBudget:
       name = self._find(ledger)
       if name is None:
         slot = self._slot(cost, reservation)
-        body = {"stake": fresh, "label": label, "reservation": slot}
-        return "admit", {**body, "cost": cost, "head": ledger.head}
+        return "admit", {
+          "stake": fresh,
+          "label": label,
+          "reservation": slot,
+          "cost": cost,
+          "head": ledger.head,
+        }
       more = cost - self.allocations[name].cost
       if more > 0:
         self._check_fits(more, f"what changed in {label!r}")
       # The plan may be smaller now, and the reserved cost with it: it still
-      # covers all that was charged, and charging more needs another admission.
+      # covers all that was charged, and charging more needs another `allocate`.
       return "grow", {"stake": name, "cost": cost, "head": ledger.head}
 
     self._log.propose(decide)
     name = self._find(ledger)
     assert name is not None  # Its head was just recorded.
-    self._mine, self._told = name, ledger.head
+    self._own, self._own_head = name, ledger.head
     return name
 
   def advance(self, ledger: ledger_lib.Ledger) -> None:
     """Records a ledger's new head, before anything it charged is released.
 
     Args:
-      ledger: of the run that was admitted.
+      ledger: of the run that `allocate` was called with.
 
     Raises:
       dpdist.errors.LedgerError: a copy of the run went on in its place.
     """
 
     def decide() -> tuple[str, Mapping[str, Any]]:
-      if self.allocations[self._mine].head != self._told:
+      if self.allocations[self._own].head != self._own_head:
         raise errors.LedgerError(
           "a copy of this run went on in its place, by the budget of its data"
           " set; this process must stop"
         )
-      return "follow", {"stake": self._mine, "head": ledger.head}
+      return "follow", {"stake": self._own, "head": ledger.head}
 
     self._log.propose(decide)
-    self._told = ledger.head
+    self._own_head = ledger.head
 
   def refund(self, ledger: ledger_lib.Ledger) -> float:
     """Gives back what a run that was ended had reserved and did not spend.
@@ -411,34 +411,33 @@ class DataBudget:
     first = self.terms is None and not self.same_as
     if (kind in ("make", "same")) != first:
       raise ValueError(f"a record of kind {kind!r} in this place")
-    if kind == "same":
-      self.same_as = record["data"]
-      return
-    if kind == "make":
-      self.terms = budget_records.read_terms(record, self.data)
-    elif kind == "reserve":
-      self.reservations[record["label"]] = budget_records.Reservation(
-        record["label"], record["cost"], record["count"]
-      )
-    elif kind == "cancel":
-      self._free(record["label"], 0)
-    elif kind == "admit":
-      if record["reservation"]:
-        free = self.reservations[record["reservation"]].free
-        self._free(record["reservation"], free - 1)
-      self.allocations[record["stake"]] = budget_records.Allocation(
-        record["label"], record["cost"], record["head"]
-      )
-    else:
-      allocation = self.allocations[record["stake"]]
-      self.allocations[record["stake"]] = dataclasses.replace(
-        allocation,
-        head=record["head"],
-        cost=record.get("cost", allocation.cost),
-        is_ended=allocation.is_ended or kind == "end",
-      )
+    match record:
+      case {"kind": "make"}:
+        self.terms = budget_records.read_terms(record, self.data)
+      case {"kind": "same", "data": data}:
+        self.same_as = data
+      case {"kind": "reserve", "label": label, "cost": cost, "count": count}:
+        self.reservations[label] = budget_records.Reservation(
+          label, cost, count
+        )
+      case {"kind": "cancel", "label": label}:
+        self._set_free(label, 0)
+      case {"kind": "admit", "stake": name, "reservation": reservation}:
+        if reservation:
+          self._set_free(reservation, self.reservations[reservation].free - 1)
+        self.allocations[name] = budget_records.Allocation(
+          record["label"], record["cost"], record["head"]
+        )
+      case {"kind": "grow" | "follow" | "end", "stake": name, "head": head}:
+        before = self.allocations[name]
+        self.allocations[name] = dataclasses.replace(
+          before,
+          head=head,
+          cost=record.get("cost", before.cost),
+          is_ended=before.is_ended or kind == "end",
+        )
 
-  def _free(self, label: str, free: int) -> None:
+  def _set_free(self, label: str, free: int) -> None:
     if free < 0:
       raise ValueError(f"reservation {label!r} has no run left")
     self.reservations[label] = dataclasses.replace(

@@ -113,7 +113,7 @@ _OTHER_SEGMENTS = {
 }
 
 
-@pytest.mark.parametrize("name", history._SEGMENT)
+@pytest.mark.parametrize("name", history.FIELDS["segment"])
 def test_every_field_of_a_segment_changes_the_identity(name):
   other = _branch(segment={name: _OTHER_SEGMENTS[name]})
   assert other.identity != _branch().identity
@@ -124,7 +124,7 @@ _OTHER_RUNS = {"run": "another run", "secret_hash": None, "format": None}
 
 
 @pytest.mark.parametrize(
-  "name", sorted(set(history._FIELDS["open"]) - set(history._SEGMENT))
+  "name", sorted(set(history.FIELDS["open"]) - set(history.FIELDS["segment"]))
 )
 def test_every_field_of_a_run_changes_the_identity(name):
   other = _OTHER_RUNS[name]
@@ -140,7 +140,7 @@ _OTHER_BRANCHES = {
 }
 
 
-@pytest.mark.parametrize("name", history._FIELDS["branch"])
+@pytest.mark.parametrize("name", history.FIELDS["branch"])
 def test_every_field_of_a_branch_changes_the_identity(name):
   other = _branch(**_OTHER_BRANCHES[name])
   assert other.identity != _branch().identity
