@@ -21,7 +21,7 @@ from ml_collections import config_flags
 
 import dpdist
 from dpdist import errors
-from dpdist.distributed import signals
+from dpdist.distributed import preemption
 from dpdist.distributed import startup
 from dpdist.distributed import watchdog
 from dpdist.workdir import fingerprint
@@ -84,7 +84,7 @@ def _main() -> int:
     # For the time after the run, until this process has ended, since the others
     # may be waited for: a process that is asked to stop when all have stopped
     # because of another would count as killed.
-    signals.Signals(lambda name: None).__enter__()
+    preemption.Signals(lambda name: None).__enter__()
     dpdist.train(_CONFIG.value, str(_WORKDIR.value))
   except (
     errors.SettingsError,

@@ -8,7 +8,7 @@ import threading
 import time
 from typing import Any
 
-from dpdist.distributed import stalls
+from dpdist.distributed import progress
 
 _LONGEST_LINE = 65536
 _SEND_SECONDS = 5.0
@@ -43,7 +43,7 @@ class Peer:
     self._buffer = b""
     self._lock = threading.Lock()
     self._heard = time.monotonic()
-    self._last: tuple[int, str, float] = (-1, "starting", 0.0)
+    self._last = progress.ProcessStatus(-1, "starting", 0.0)
 
   def send(self, message: dict[str, Any]) -> None:
     """Sends a message; a failure to send shows up at the next receive."""
@@ -71,20 +71,20 @@ class Peer:
           self._greet(message)
         elif "beat" in message:
           step, phase, seconds = message["beat"]
-          self._last = (step, phase, seconds)
+          self._last = progress.ProcessStatus(step, phase, seconds)
         else:
           messages.append(message)
       except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return messages
 
-  def status(self, now: float) -> stalls.ProcessStatus:
+  def status(self, now: float) -> progress.ProcessStatus:
     """Returns what the process last reported."""
-    return stalls.ProcessStatus(*self._last, silence=now - self._heard)
+    return self._last._replace(silence=now - self._heard)
 
   def _greet(self, message: dict[str, Any]) -> None:
     if not secrets.compare_digest(message["hello"], self._token):
-      raise ValueError("a stranger")
+      raise ValueError("another token")
     self.number = int(message["number"])
     self.name = name(self.number, str(message["host"]))
 
@@ -97,11 +97,6 @@ def greeting(token: str, number: int, host: str) -> dict[str, Any]:
 def name(number: int, host: str) -> str:
   """Returns the name of a process for messages to people."""
   return f"process {number} ({host})"
-
-
-def host_of(address: str) -> str:
-  """Returns the host of HOST:PORT."""
-  return address.rpartition(":")[0].strip("[]")
 
 
 def listen(address: str = "") -> socket.socket:

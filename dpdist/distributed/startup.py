@@ -131,8 +131,8 @@ def start(flags: Mapping[str, object], *, timeout: int = 300) -> None:
     return
   began = time.monotonic()
   if coordinator.address is not None:
-    host = coordinator.address.rpartition(":")[0].strip("[]")
-    check_own_name(socket.gethostname(), resolve(host, timeout))
+    addresses = resolve(host_of(coordinator.address), timeout)
+    check_own_name(socket.gethostname(), addresses)
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   # It would swallow signals; see `dpdist.distributed.preemption`.
   jax.config.update("jax_enable_preemption_service", False)
@@ -201,13 +201,18 @@ def resolve(host: str, timeout: float) -> list[str]:
       time.sleep(min(1, max(0.0, end - time.monotonic())))
 
 
+def host_of(address: str) -> str:
+  """Returns the host of HOST:PORT."""
+  return address.rpartition(":")[0].strip("[]")
+
+
 def loopback(address: str | None) -> str:
   """Returns the host of HOST:PORT if it is a loopback address; else "".
 
   All processes are on one machine then. A host name proves nothing: other
   machines may resolve it to another address.
   """
-  host = (address or "").rpartition(":")[0].strip("[]")
+  host = host_of(address or "")
   try:
     return host if ipaddress.ip_address(host).is_loopback else ""
   except ValueError:

@@ -36,7 +36,6 @@ from dpdist import errors
 from dpdist.distributed import collectives
 from dpdist.distributed import peers
 from dpdist.distributed import progress as progress_lib
-from dpdist.distributed import stalls
 from dpdist.distributed import startup
 
 _FAILED = 1
@@ -167,37 +166,28 @@ class Watchdog:
 
   def _connect(self) -> None:
     """Connects the other processes to the primary process."""
-    token = secrets.token_hex(16)
+    server = collectives.run_on_primary(self._listen)
+    collectives.run_on_all(lambda: self._call_primary(**server))
 
-    def call() -> dict[str, Any]:
-      where = distributed.global_state.coordinator_address
-      server = self._stack.enter_context(peers.listen(startup.loopback(where)))
-      self._server = server
-      self._selector.register(
-        server, selectors.EVENT_READ, lambda: self._accept(server, token)
-      )
-      return {
-        "port": server.getsockname()[1],
-        "token": token,
-        "host": platform.node(),
-      }
+  def _listen(self) -> dict[str, Any]:
+    """Opens the primary process's server; returns how to reach it."""
+    where = distributed.global_state.coordinator_address
+    server = self._stack.enter_context(peers.listen(startup.loopback(where)))
+    self._server, token = server, secrets.token_hex(16)
+    self._selector.register(
+      server, selectors.EVENT_READ, lambda: self._accept(server, token)
+    )
+    port = server.getsockname()[1]
+    return {"port": port, "token": token, "host_name": platform.node()}
 
-    server = collectives.run_on_primary(call)
-
-    def connect() -> None:
-      if collectives.is_primary():
-        return
-      # This process reaches the primary process at the host of JAX's service.
-      host = peers.host_of(distributed.global_state.coordinator_address or "")
-      primary = self._add(
-        socket.create_connection((host, server["port"]), _CALL_SECONDS)
-      )
-      primary.number, primary.name = 0, peers.name(0, server["host"])
-      primary.send(
-        peers.greeting(server["token"], jax.process_index(), platform.node())
-      )
-
-    collectives.run_on_all(connect)
+  def _call_primary(self, *, port: int, token: str, host_name: str) -> None:
+    if collectives.is_primary():
+      return
+    # This process reaches the primary process at the host of JAX's service.
+    host = startup.host_of(distributed.global_state.coordinator_address or "")
+    primary = self._add(socket.create_connection((host, port), _CALL_SECONDS))
+    primary.number, primary.name = 0, peers.name(0, host_name)
+    primary.send(peers.greeting(token, jax.process_index(), platform.node()))
 
   def _add(self, connection: socket.socket, token: str = "") -> peers.Peer:
     peer = peers.Peer(self._stack.enter_context(connection), token)
@@ -219,8 +209,8 @@ class Watchdog:
       now = time.monotonic()
       if now >= next_beat:
         next_beat = now + _BEAT_SECONDS
-        at = self._progress.now
-        self._send_all({"beat": [at.step, at.phase, now - at.since]})
+        step, phase, seconds, _ = self._progress.status()
+        self._send_all({"beat": [step, phase, seconds]})
       cause = self._diagnose(now)
       if cause is not None:
         self._shut_down(cause)
@@ -239,12 +229,11 @@ class Watchdog:
       for peer in self._peers
       if peer.name and not peer.is_excused
     }
-    text = stalls.silent(statuses, self._stuck_after)
+    text = progress_lib.find_silent(statuses, self._stuck_after)
     if not text and collectives.is_primary():
-      at = self._progress.now
-      mine = stalls.ProcessStatus(at.step, at.phase, now - at.since, 0.0)
-      statuses[peers.name(0, platform.node())] = mine
-      text = stalls.stuck(statuses, self._stuck_after)
+      own = peers.name(0, platform.node())
+      statuses[own] = self._progress.status()
+      text = progress_lib.find_stuck(statuses, self._stuck_after)
     return _Cause(text) if text else None
 
   def _shut_down(self, cause: _Cause) -> None:
@@ -282,8 +271,8 @@ class Watchdog:
     self._selector.unregister(self._server)
     self._server.close()
     self._server = None
-    strangers = [peer for peer in self._peers if not peer.name]
-    for peer in strangers:
+    unknown = [peer for peer in self._peers if not peer.name]
+    for peer in unknown:
       if not peer.is_closed:
         self._close(peer)
       self._peers.remove(peer)
