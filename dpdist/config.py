@@ -15,6 +15,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from dpdist import errors
+from dpdist.files import atomic
 from dpdist.privacy import plan as plan_lib
 
 _FILE = "config.json"
@@ -275,10 +276,8 @@ def save(
   workdir: str | os.PathLike[str], config: ml_collections.ConfigDict
 ) -> None:
   """Writes a run's settings to its directory, to be read by later commands."""
-  path = pathlib.Path(workdir) / _FILE
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-  os.replace(temporary, path)
+  text = json.dumps(config.to_dict(), indent=2) + "\n"
+  atomic.write(pathlib.Path(workdir) / _FILE, text.encode())
 
 
 def load(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:

@@ -92,7 +92,7 @@ def load(
   like = abstract_step.state(experiment.step, model, inputs)
   key_data = jax.ShapeDtypeStruct((2,), np.uint32)
   frozen = experiment.parameters(key_data, inputs).frozen(experiment.step)
-  restored = checkpoints.read(
+  restored, _ = checkpoints.restore(
     workdir / "checkpoints",
     like,
     saved,

@@ -19,6 +19,7 @@ import os
 import pathlib
 from typing import Any, Self
 
+from dpdist.files import atomic
 from dpdist.files import json_fields
 from dpdist.reporting import tensorboard
 
@@ -116,7 +117,8 @@ class Writer:
     kept = [row for row in read(workdir) if row["step"] <= start_step]
     # Rewriting also repairs a half-written last line, which an append would
     # bury.
-    _replace(workdir / _FILE, "".join(map(_line, kept)))
+    text = "".join(map(_line, kept))
+    atomic.write(workdir / _FILE, text.encode(), is_durable=True)
     with contextlib.ExitStack() as stack:
       self._file = stack.enter_context(
         open(workdir / _FILE, "a", encoding="ascii")
@@ -237,13 +239,3 @@ def read(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
 def _line(row: Mapping[str, Any]) -> str:
   """Returns the line of a row; strict JSON whatever the values."""
   return json.dumps(json_fields.strict(row), allow_nan=False) + "\n"
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-  """Puts `text` at `path`; after a crash all of it is there, or none."""
-  temporary = path.with_name(path.name + ".tmp")
-  with open(temporary, "w", encoding="ascii") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)

@@ -13,6 +13,7 @@ import os
 import pathlib
 from typing import NamedTuple
 
+from dpdist.files import atomic
 from dpdist.files import json_fields
 from dpdist.ledger import history
 
@@ -89,10 +90,7 @@ def write(path: pathlib.Path) -> str:
   # Orbax does not sync its files, and a manifest must not outlive them.
   for file in _files(path):
     sync(file)
-  temporary = path / (_MANIFEST + ".tmp")
-  temporary.write_bytes(text)
-  sync(temporary)
-  temporary.rename(path / _MANIFEST)
+  atomic.write(path / _MANIFEST, text, is_durable=True)
   for directory in [path, *(d for d in path.rglob("*") if d.is_dir())]:
     sync(directory)
   sync(path.parent)
@@ -113,10 +111,8 @@ def problem(path: pathlib.Path, digest: str) -> str | None:
   if hashlib.sha256(text).hexdigest() != digest:
     return "its manifest is not the one in the ledger"
   try:
-    expected, found = (
-      json_fields.parse(text, "its manifest"),
-      _file_digests(path),
-    )
+    expected = json_fields.parse(text, "its manifest")
+    found = _file_digests(path)
   except ValueError as error:
     return str(error)
   except OSError as error:

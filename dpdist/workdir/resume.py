@@ -29,6 +29,11 @@ NOT_BEGUN = "not_begun"
 """In the directory of a run that was started and has not begun: it was refused
 for its data or for what a step on zeros showed, or is about to begin."""
 
+INSECURE_SEED = (
+  "insecure_seed fixes every random stream, so anyone can subtract the noise"
+)
+"""The notice of a run that can be repeated."""
+
 _NOTE = "No run has begun here, and nothing is spent.\n"
 
 
@@ -61,14 +66,14 @@ def recorded_digest(
   train_digest: str,
   earlier: Callable[[], Sequence[str]],
 ) -> str:
-  """Returns the manifest that names a run's data, in every process.
+  """Returns the digest that names a run's data, in every process.
 
-  A run that began under an earlier release keeps the manifest it has.
+  A run that began under an earlier release keeps the digest it has.
 
   Args:
     ledger: of the run; None in the processes that are not the primary process.
     train_digest: of the training set.
-    earlier: returns other manifests of the same content; called only if it
+    earlier: returns other digests of the same content; called only if it
       matters.
   """
 
@@ -114,12 +119,13 @@ def resolve_plan(
       (workdir / NOT_BEGUN).write_text(_NOTE)
     return {"plan": plan.to_dict(), "changes": changes, "found": found}
 
-  told = collectives.run_on_primary(look)
-  saved, rejected = told["found"]
+  resolved = collectives.run_on_primary(look)
+  saved, rejected = resolved["found"]
   found = manifest.ResumePoint(
     history.CheckpointRef(*saved) if saved else None, rejected
   )
-  return plan_lib.PrivacyPlan.from_dict(told["plan"]), told["changes"], found
+  plan = plan_lib.PrivacyPlan.from_dict(resolved["plan"])
+  return plan, resolved["changes"], found
 
 
 def open_or_resume(
@@ -167,10 +173,7 @@ def open_or_resume(
       root=budget.root, data=budget.data, allocation=allocation
     )
   if config.insecure_seed is not None:
-    ledger.notice(
-      "insecure_seed fixes every random stream, so anyone can subtract the"
-      " noise"
-    )
+    ledger.notice(INSECURE_SEED)
   if config.unsafe_metrics:
     ledger.notice(
       "unsafe_metrics shows training loss, batch size and clip fraction, which"
