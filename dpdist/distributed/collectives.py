@@ -66,10 +66,10 @@ def run_on_all(make: Callable[[], Any]) -> Any:
     value = make()
   except Exception as error:
     problem = error
-  told = gather("" if problem is None else str(problem) or repr(problem))
+  problems = gather("" if problem is None else str(problem) or repr(problem))
   if problem is not None:
     raise problem
-  for number, text in enumerate(told):
+  for number, text in enumerate(problems):
     if text:
       raise errors.PeerError(f"process {number} stopped: {text}")
   return value

@@ -7,9 +7,10 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from dpdist import errors
 from dpdist.accounting import rdp
 
-_FORMAT = 1
+FORMAT = 1
 # The fields that a record of each kind must have, and their types.
 # fmt: off
 FIELDS: dict[str, dict[str, type]] = {
@@ -84,18 +85,13 @@ class Reservation:
   free: int
 
 
-def write_terms(terms: BudgetTerms, data: str) -> dict[str, Any]:
-  """Returns the record that makes the budget of a data set."""
-  return {"format": _FORMAT, "data": data, **dataclasses.asdict(terms)}
-
-
 def read_terms(record: Mapping[str, Any], data: str) -> BudgetTerms:
   """Checks the record that makes a budget, and returns its terms.
 
   Raises:
     ValueError: it is of another format or data set, or has an impossible value.
   """
-  if record["format"] != _FORMAT or record["data"] != data:
+  if record["format"] != FORMAT or record["data"] != data:
     raise ValueError("another format, or another data set")
   if not (
     0 < record["delta"] < 1
@@ -120,7 +116,7 @@ def best_order(epsilon: float, delta: float) -> tuple[int, float]:
   }
   order = max(room, key=lambda order: room[order] / order)
   if room[order] <= 0:
-    raise ValueError(
+    raise errors.ArgumentError(
       f"data_budget.epsilon must be large enough for data_budget.delta={delta},"
       f" got {epsilon}"
     )

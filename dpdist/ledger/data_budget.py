@@ -135,13 +135,10 @@ class DataBudget:
   ) -> None:
     """Makes the budget, or compares these terms with those it already has.
 
-    Args:
-      epsilon: of all runs together, above 0.
-      delta: in (0, 1).
-      neighboring_relation: of every run.
+    See `dpdist.ledger.budget_records.BudgetTerms`.
 
     Raises:
-      ValueError: an argument is out of its range.
+      ArgumentError: a term is out of its range.
       RefusedError: the budget has other terms.
     """
     _validation.check("data_budget.delta", delta, _validation.DELTA)
@@ -153,7 +150,8 @@ class DataBudget:
 
     def decide() -> tuple[str, Mapping[str, Any]] | None:
       if self.terms is None:
-        return "make", budget_records.write_terms(terms, self.data)
+        facts = {"format": budget_records.FORMAT, "data": self.data}
+        return "make", facts | dataclasses.asdict(terms)
       # Compares what was given, not what was computed from it: another machine
       # may round otherwise.
       if (epsilon, delta, neighboring_relation) != (
@@ -202,17 +200,16 @@ class DataBudget:
       count: how many runs there are, at least 1.
 
     Raises:
-      ValueError: an argument is not as described.
+      ArgumentError: an argument is not as described.
       RefusedError: the budget would be exceeded; nothing is reserved.
     """
     _validation.check("count", count, _validation.COUNT)
     _validation.check("cost", cost, _validation.real(at_least=0))
 
     def decide() -> tuple[str, Mapping[str, Any]]:
-      if not label or label in self.reservations:
-        raise ValueError(
-          f"label must be a name that no reservation has yet, got {label!r}"
-        )
+      is_new = bool(label) and label not in self.reservations
+      rule = "a name that no reservation has yet"
+      _validation.require(is_new, "label", rule, label)
       each = cost * (1 + _CALIBRATION)
       self._check_fits(each * count, f"{count} runs")
       return "reserve", {"label": label, "cost": each, "count": count}
@@ -223,7 +220,7 @@ class DataBudget:
     """Gives back a reservation whose runs never came.
 
     Raises:
-      ValueError: there is no such reservation.
+      ArgumentError: there is no such reservation.
     """
 
     def decide() -> tuple[str, Mapping[str, Any]]:
@@ -318,30 +315,30 @@ class DataBudget:
       The divergence that was given back.
 
     Raises:
-      ValueError: the run was not ended, or has no allocation here.
+      ArgumentError: the run was not ended, or has no allocation here.
     """
     if not ledger.is_ended:
-      raise ValueError("ledger must be of a run that was ended")
-    given = 0.0
+      raise errors.ArgumentError("ledger must be of a run that was ended")
+    refunded = 0.0
 
     def decide() -> tuple[str, Mapping[str, Any]] | None:
-      nonlocal given
+      nonlocal refunded
+      refunded = 0.0
       name = self._find(ledger)
       if name is None:
-        raise ValueError(
+        raise errors.ArgumentError(
           "ledger must be of a run that holds an allocation in this budget"
         )
       if self.allocations[name].is_ended:
-        given = 0.0
         return None
       cost = self.cost(ledger.spent)
       if ledger.unsound or history.TOO_LONG in ledger.notices:
         cost = self.allocations[name].cost
-      given = self.allocations[name].cost - cost
+      refunded = self.allocations[name].cost - cost
       return "end", {"stake": name, "cost": cost, "head": ledger.head}
 
     self._log.propose(decide)
-    return given
+    return refunded
 
   def holds(self, ledger: ledger_lib.Ledger) -> bool:
     """Returns whether a run, and not a copy of it, has an allocation here."""
@@ -379,10 +376,8 @@ class DataBudget:
     return reservation
 
   def _reservation(self, label: str) -> budget_records.Reservation:
-    if label not in self.reservations:
-      raise ValueError(
-        f"reservation must be one of {sorted(self.reservations)}, got {label!r}"
-      )
+    names = sorted(self.reservations)
+    _validation.require(label in names, "reservation", f"one of {names}", label)
     return self.reservations[label]
 
   def _check_fits(self, cost: float, what: str) -> None:

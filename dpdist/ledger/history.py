@@ -112,7 +112,7 @@ class Segment:
     plan: the numbers that its steps are bound to; it counts steps from the
       segment's start.
     config: the privacy settings that it came from, as the user gave them.
-    data: the manifest of the training set, hex.
+    data: the content digest of the training set, hex.
     start_step: updates made before it.
     charged: steps that may have been released in it.
   """
@@ -132,7 +132,7 @@ class History:
     segments: the plans of the run, in order, and what was charged under each.
     branches: the branches of the run, in order.
     checkpoints: every recorded checkpoint, in order.
-    num_writers: processes that have written so far.
+    writer: the number of the latest process to write, from 1.
     refunded_steps: steps that were charged ahead, never begun, and are no
       longer charged.
     secret_hash: see `dpdist.keys.secret_hash`; "" before a run is opened.
@@ -147,7 +147,7 @@ class History:
     self.segments: list[Segment] = []
     self.branches: list[Branch] = []
     self.checkpoints: list[CheckpointRef] = []
-    self.num_writers = 0
+    self.writer = 0
     self.refunded_steps = 0
     self.secret_hash = ""
     self.is_ended = False
@@ -288,7 +288,7 @@ class History:
     json_fields.check(record, FIELDS[kind])
     match record:
       case {"kind": "writer"}:
-        self.num_writers += 1
+        self.writer += 1
       case {"kind": "lost"}:
         # Before a run is opened and after its end nothing can be charged; in
         # between, a lost record counts as the most that one can charge.

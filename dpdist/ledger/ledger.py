@@ -96,11 +96,6 @@ class Ledger(history.History):
     """Returns whether a head is the ledger's, now or at an earlier record."""
     return head in self._log.heads
 
-  @property
-  def writer(self) -> int:
-    """Returns the number of the latest process to write, from 1."""
-    return self.num_writers
-
   def open(
     self,
     *,
@@ -115,7 +110,7 @@ class Ledger(history.History):
     Args:
       config: the privacy settings as the user gave them, JSON-able.
       plan: made from the settings.
-      data: the manifest of the training set, hex.
+      data: the content digest of the training set, hex.
       secret_hash: see `dpdist.keys.secret_hash`.
       run: a random name of the run, so that runs with one secret do not share
         keys; "" for a run that must be repeatable, and has no guarantee.
@@ -134,12 +129,7 @@ class Ledger(history.History):
   def changes(
     self, *, config: Mapping[str, Any], data: str, secret_hash: str
   ) -> dict[str, str]:
-    """Compares the settings of a restart with those of the current segment.
-
-    Args:
-      config: see `open`.
-      data: see `open`.
-      secret_hash: see `open`.
+    """Compares what `open` was given with that of a restart.
 
     Returns:
       What changed, a line for each name, "data" among them. If anything did, a
@@ -182,10 +172,9 @@ class Ledger(history.History):
     """Opens a segment under another plan; `resume` must then open a branch.
 
     Args:
-      config: see `open`.
-      plan: what remains of the run; see
-        `dpdist.privacy.composition.plan_after`.
-      data: see `open`.
+      config: the privacy settings now.
+      plan: of what remains; see `dpdist.privacy.composition.plan_after`.
+      data: the content digest of the training set now, hex.
       start_step: updates made so far.
     """
     self._append(
@@ -315,11 +304,9 @@ class Ledger(history.History):
     )
 
   def notice(self, text: str, *, unsound: bool = False) -> None:
-    """Records, once, what weakens or voids the run's guarantee.
+    """Records, once, a sentence on what weakens or voids the run's guarantee.
 
-    Args:
-      text: a sentence.
-      unsound: whether the record cannot be relied on either.
+    With `unsound` it says that the record cannot be relied on either.
     """
     if text not in (self.unsound if unsound else self.notices):
       self._append(
@@ -338,12 +325,10 @@ class Ledger(history.History):
   def record_allocation(self, *, root: str, data: str, allocation: str) -> None:
     """Records the run's allocation in a data set's budget.
 
-    See `dpdist.ledger.data_budget`.
-
     Args:
-      root: of the budgets.
-      data: the manifest of the data set, hex.
-      allocation: the run's name there; "": it is about to get one.
+      root: of the budgets; see `dpdist.ledger.data_budget`.
+      data: the content digest of the data set, hex.
+      allocation: its name there; "": the run is about to get one.
     """
     body = {"root": root, "data": data, "stake": allocation}
     about_to = not allocation and any(
@@ -358,13 +343,10 @@ class Ledger(history.History):
     spent: Mapping[str, float | None],
     planned: Mapping[str, float | None],
   ) -> None:
-    """Records the epsilon of the charged steps, for those who read the ledger.
+    """Records epsilons of `spent` and `planned`, for those who read the ledger.
 
-    The record is a convenience: only the charges count.
-
-    Args:
-      spent: epsilon of `spent`, by accountant; None: not valid.
-      planned: epsilon of `planned`, by accountant; None: not valid.
+    The record is a convenience: only the charges count. Epsilons are by
+    accountant; None where it is not valid.
     """
     self._append("epsilons", spent=dict(spent), planned=dict(planned))
 

@@ -87,7 +87,7 @@ class Log:
 
     Raises:
       ValueError: location is none of these.
-      RecordError: a record is missing, altered or out of order.
+      LedgerError: a record is missing, altered or out of order.
     """
     self._store = _result(stores.opening(location))
     self._apply = apply
@@ -109,7 +109,7 @@ class Log:
     """Makes this process the writer.
 
     Raises:
-      RecordError: another process is writing, or has begun to since the log was
+      LedgerError: another process is writing, or has begun to since the log was
         read; or the store failed.
     """
     before = self._read_head()
@@ -136,7 +136,7 @@ class Log:
       **body: its fields, JSON-able.
 
     Raises:
-      RecordError: this process is not the writer, or no longer; or the store
+      LedgerError: this process is not the writer, or no longer; or the store
         failed, and the record may have been written or not.
     """
     if not self._token:
@@ -159,7 +159,7 @@ class Log:
         through.
 
     Raises:
-      RecordError: the store failed, and the record may have been written or
+      LedgerError: the store failed, and the record may have been written or
         not; or the log is damaged.
     """
     with self._lock:
@@ -181,7 +181,7 @@ class Log:
           return
 
   def confirm(self) -> None:
-    """Raises RecordError if another process has begun to write."""
+    """Raises LedgerError if another process has begun to write."""
     with self._lock:
       if self._is_shut_out():
         raise errors.ShutOutError(_shut_out(len(self.records)))
@@ -383,7 +383,7 @@ def folders(root: str | os.PathLike[str]) -> list[str]:
 
   Raises:
     ValueError: root cannot hold logs.
-    RecordError: the store failed.
+    LedgerError: the store failed.
   """
   keys = _result(_result(stores.opening(root)).list())
   return sorted({key.decode().partition("/")[0] for key in keys if b"/" in key})

@@ -74,10 +74,21 @@ def ledger_heads(directory: pathlib.Path) -> dict[str, str]:
   found = {}
   for file in sorted(directory.glob("writer_*/*/meta/metadata")):
     with contextlib.suppress(OSError, ValueError):
-      meta = json_fields.parse(file.read_bytes(), "metadata")
-      json_fields.check(meta, {"ledger_head": str})
-      found[str(file.parent.parent)] = meta["ledger_head"]
+      path = file.parent.parent
+      found[str(path)] = ledger_head(path)
   return found
+
+
+def ledger_head(path: pathlib.Path) -> str:
+  """Returns the ledger's head that a checkpoint was saved under.
+
+  Raises:
+    OSError, ValueError: it cannot be read.
+  """
+  file = path / "meta" / "metadata"
+  meta = json_fields.parse(file.read_bytes(), "its metadata")
+  json_fields.check(meta, {"ledger_head": str})
+  return str(meta["ledger_head"])
 
 
 def write(path: pathlib.Path) -> str:
