@@ -82,7 +82,7 @@ def data_defaults() -> ml_collections.ConfigDict:
   # examples of a user in a step. 0: the unit is an example.
   data.examples_per_unit = 0
   data.unit_column = "user"  # the user of each example
-  # At least the first 12 digits of the training set's manifest, to declare that
+  # At least the first 12 digits of the training set's digest, to declare that
   # a run's data changed since it began.
   data.changed_to = ""
   data.num_threads = 4  # threads that read ahead

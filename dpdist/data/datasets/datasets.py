@@ -163,7 +163,7 @@ def idx(
 ) -> arrays_lib.ArraySource:
   """Reads images and labels from a pair of idx files.
 
-  Pixels stay uint8 in memory; the manifest is over the decoded arrays, so a
+  Pixels stay uint8 in memory; the digest is over the decoded arrays, so a
   file and its gzipped copy have the same.
 
   Returns:
