@@ -29,9 +29,7 @@ class Peer:
   def __init__(self, connection: socket.socket, token: str = ""):
     """Wraps a connection to a process that has not said who it is.
 
-    Args:
-      connection: to it.
-      token: that it has to know; "" if this process made the connection.
+    It has to know the token; "" if this process made the connection.
     """
     connection.settimeout(_SEND_SECONDS)
     self.connection = connection
@@ -100,11 +98,9 @@ def name(number: int, host: str) -> str:
 
 
 def listen(address: str = "") -> socket.socket:
-  """Opens a server socket on a free port.
+  """Opens a server socket on a free port of an address.
 
-  Args:
-    address: where to listen; "": on all addresses of this machine, by IPv4 and,
-      where there is one, IPv6.
+  "" is all addresses of this machine, by IPv4 and, where there is one, IPv6.
   """
   if address:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET

@@ -38,11 +38,7 @@ class Signals:
   """
 
   def __init__(self, receive: Callable[[str], None]):
-    """Stores the callback; installs nothing yet.
-
-    Args:
-      receive: is called in the main thread with the signal's name.
-    """
+    """Stores a callback that the main thread calls with the signal's name."""
     self._receive = receive
     self._first: float | None = None
     self._previous: dict[signal.Signals, Any] = {}

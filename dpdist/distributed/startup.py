@@ -38,10 +38,11 @@ class Coordinator(NamedTuple):
   """How a process connects to the others.
 
   Attributes:
-    address: host and port of process 0; None where the engine knows it.
-    num_processes: of the job; None where the engine knows it.
-    process_id: of this process; None where the engine knows it.
-    engine: JAX's name of the engine; None where the other three are given.
+    address: host and port of process 0.
+    num_processes: of the job.
+    process_id: of this process.
+    engine: JAX's name of the engine that knows these three, which are None
+      then.
   """
 
   address: str | None
@@ -222,15 +223,8 @@ def loopback(address: str | None) -> str:
 def check_own_name(name: str, coordinator: list[str]) -> None:
   """Refuses a host that would give other hosts 127.0.0.1 as its address.
 
-  Gloo sends the others the address that the host's own name resolves to.
-
-  Args:
-    name: of this host.
-    coordinator: addresses of process 0.
-
-  Raises:
-    StartError: this host's name has loopback addresses alone, and process 0 is
-      on another host.
+  Gloo sends the others the address that the host's own name resolves to. Where
+  process 0, by its addresses, is on this host too, any will do.
   """
   if any(_is_own(address) for address in coordinator):
     return

@@ -316,10 +316,9 @@ class Watchdog:
 
 
 def leave(code: int) -> NoReturn:
-  """Ends this process at once.
+  """Ends this process at once, where other processes may be lost.
 
-  For use where other processes may be lost: at Python's ordinary end, JAX waits
-  for them and then aborts.
+  At Python's ordinary end, JAX waits for them and then aborts.
   """
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):

@@ -197,7 +197,7 @@ class DataBudget:
     Args:
       label: a name that no reservation has yet.
       cost: the divergence of each run.
-      count: how many runs there are, at least 1.
+      count: how many runs there are.
 
     Raises:
       ArgumentError: an argument is not as described.
@@ -284,8 +284,7 @@ class DataBudget:
   def advance(self, ledger: ledger_lib.Ledger) -> None:
     """Records a ledger's new head, before anything it charged is released.
 
-    Args:
-      ledger: of the run that `allocate` was called with.
+    `allocate` must have been called with the ledger.
 
     Raises:
       dpdist.errors.LedgerError: a copy of the run went on in its place.

@@ -56,9 +56,9 @@ PATIENCE_SECONDS = 20.0
 
 _HEAD = "head.json"
 _HEAD_FIELDS = {
-  **{"seq": int, "head": str, "open": bool, "writer": str, "beat": int},
-  **{"pid": int, "started": str, "host": str, "host_name": str},
-}
+  "seq": int, "head": str, "open": bool, "writer": str, "beat": int,
+  "pid": int, "started": str, "host": str, "host_name": str,
+}  # fmt: skip
 _RECORD = re.compile(r"\d{12}\.json")
 _ATTEMPTS = 5
 
@@ -129,11 +129,7 @@ class Log:
     atexit.register(self._stop_heart)
 
   def append(self, kind: str, **body: Any) -> None:
-    """Writes a record durably.
-
-    Args:
-      kind: the kind of record.
-      **body: its fields, JSON-able.
+    """Writes a record, with its kind and its JSON-able fields, durably.
 
     Raises:
       LedgerError: this process is not the writer, or no longer; or the store

@@ -51,7 +51,7 @@ class Checkpoints:
     Args:
       directory: a local path.
       writer: the number of this process; see
-        `dpdist.ledger.ledger.Ledger.writer`.
+        `dpdist.ledger.history.History.writer`.
       max_to_keep: how many checkpoints to keep; older ones are deleted.
       frozen_sha256: of the frozen parameters; "" if there are none.
     """
