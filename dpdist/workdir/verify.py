@@ -290,7 +290,7 @@ _CHECKS: dict[
   "plan": _plan,
   "steps": _steps,
   "epsilon spent": _epsilon,
-  "epsilons recorded": _recorded_epsilons,
+  "epsilons told": _recorded_epsilons,
   "data budget": _data_budget,
   "checkpoints": _checkpoints,
   "metrics": _metrics,

@@ -105,7 +105,7 @@ def test_a_result_that_claims_something_else_is_found(run, changes, message):
     (0.2, set()),  # A tighter bound was found since.
     (1 - 1e-5, set()),
     (1 + 1e-5, set()),  # Losses are cut into other cells.
-    (1.01, {"plan", "epsilons recorded", "result"}),  # It was no bound.
+    (1.01, {"plan", "epsilons told", "result"}),  # It was no bound.
   ],
 )
 def test_a_record_of_an_older_version_is_held_against_the_bounds_of_today(
