@@ -169,7 +169,7 @@ def test_nothing_is_found_where_nothing_is(searched):
 
 
 def test_every_stream_of_the_package_is_looked_for():
-  pattern = r'(?:derive\([\w.]+,\s*|streams?\.key\(|words\(|\.key\()"(\w+)"'
+  pattern = r'(?:derive\([\w.]+,\s*|streams?\.key\(|key_data\(|\.key\()"(\w+)"'
   used = set()
   for path in (_ROOT / "dpdist").rglob("*.py"):
     used |= set(re.findall(pattern, path.read_text()))
