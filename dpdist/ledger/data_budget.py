@@ -346,7 +346,7 @@ class DataBudget:
   @property
   def _terms(self) -> budget_records.BudgetTerms:
     if self.terms is None:
-      raise ValueError(
+      raise errors.ArgumentError(
         f"there is no budget for data set {self.data[:12]} in {self.root}"
       )
     return self.terms

@@ -96,18 +96,18 @@ def resolve_plan(
   """Returns the plan, what changed, and the checkpoint, in all processes.
 
   Raises:
-    ValueError: the run cannot go on with these settings.
+    RefusedError: the run cannot go on with these settings.
   """
 
   def look() -> dict[str, Any]:
     assert ledger is not None
     if ledger.is_ended:
-      raise ValueError(
+      raise errors.RefusedError(
         "workdir must not hold a run that was ended, and what it had left given"
         f" back, got {str(workdir)!r}: start a new run in a new directory"
       )
     if history.TOO_LONG in ledger.notices:
-      raise ValueError(
+      raise errors.RefusedError(
         "workdir must not hold a run that the sentinel stopped, whose guarantee"
         f" is void for good, got {str(workdir)!r}: see what launch.check says"
         " of the settings, and start a new run in a new directory"
@@ -143,7 +143,7 @@ def open_or_resume(
   """Makes this process the writer, and reserves the run's budget."""
   is_void = config.insecure_seed is not None or config.unsafe_metrics
   if budget is not None and is_void:
-    raise ValueError(
+    raise errors.ArgumentError(
       "data_budget.location must be '' for a run without a guarantee, which no"
       " budget can cover (insecure_seed or unsafe_metrics), got"
       f" {budget.root!r}"
@@ -201,7 +201,7 @@ def _plan(
   if "data" in changes and not (
     len(declared) >= 12 and train_digest.startswith(declared)
   ):
-    raise ValueError(
+    raise errors.RefusedError(
       f"{changes['data']}: a run sees one data set. To go on with another,"
       " which the guarantee then covers too, declare it with"
       f" --config.data.changed_to={train_digest[:12]}; got {declared!r}"
@@ -232,7 +232,7 @@ def shared_budget(
   settings = config.data_budget
   if not settings.location:
     if ledger.allocations:
-      raise ValueError(
+      raise errors.RefusedError(
         "data_budget.location must be that of the budget in which this run has"
         f" its allocation, {ledger.allocations[-1]['root']!r}, got ''"
       )
@@ -251,7 +251,7 @@ def shared_budget(
       allocation["data"] == budget.data
       and allocation["stake"] not in budget.allocations
     ):
-      raise ValueError(
+      raise errors.RefusedError(
         "data_budget.location must be that of the budget in which this run has"
         f" its allocation, {allocation['root']!r}, got {settings.location!r},"
         " which does not know of it: it is another one, or was rolled back"
@@ -271,7 +271,7 @@ def secret(
     return keys.insecure_secret(config.insecure_seed)
   path = pathlib.Path(config.secret_file or workdir / "secret")
   if not is_new and not path.exists():
-    raise ValueError(
+    raise errors.ArgumentError(
       "secret_file must be the secret that this run began with, but there is"
       f" no {path}: without it the run cannot go on"
     )
