@@ -29,11 +29,6 @@ NOT_BEGUN = "not_begun"
 """In the directory of a run that was started and has not begun: it was refused
 for its data or for what a step on zeros showed, or is about to begin."""
 
-INSECURE_SEED = (
-  "insecure_seed fixes every random stream, so anyone can subtract the noise"
-)
-"""The notice of a run that can be repeated."""
-
 _NOTE = "No run has begun here, and nothing is spent.\n"
 
 
@@ -140,7 +135,11 @@ def open_or_resume(
   secret_hash: str,
   is_changed: bool,
 ) -> None:
-  """Makes this process the writer, and reserves the run's budget."""
+  """Makes this process the writer, opens a new run, and allocates its budget.
+
+  A run has a random name, which its keys depend on; only one that is to be
+  repeatable has none.
+  """
   is_void = config.insecure_seed is not None or config.unsafe_metrics
   if budget is not None and is_void:
     raise errors.ArgumentError(
@@ -173,7 +172,10 @@ def open_or_resume(
       root=budget.root, data=budget.data, allocation=allocation
     )
   if config.insecure_seed is not None:
-    ledger.notice(INSECURE_SEED)
+    ledger.notice(
+      "insecure_seed fixes every random stream, so anyone can subtract the"
+      " noise"
+    )
   if config.unsafe_metrics:
     ledger.notice(
       "unsafe_metrics shows training loss, batch size and clip fraction, which"

@@ -104,7 +104,12 @@ class Run:
     self.saved_head = ""
     # What of a config `resume` reads.
     self._config = ml_collections.ConfigDict(
-      {"insecure_seed": insecure_seed, "ledger": "", "secret_file": ""}
+      {
+        "insecure_seed": insecure_seed,
+        "ledger": "",
+        "secret_file": "",
+        "unsafe_metrics": False,
+      }
     )
     self._notices = notices
     self._settings = config.to_dict()
@@ -201,18 +206,17 @@ class Run:
       secret_hash = keys.secret_hash(secret)
       if not ledger.is_new:
         self._refuse_changes(ledger, data, secret_hash)
-      ledger.acquire()
-      is_repeatable = self._config.insecure_seed is not None
-      if ledger.is_new:
-        ledger.open(
-          config=self._settings,
-          plan=self.plan,
-          data=data,
-          secret_hash=secret_hash,
-          run="" if is_repeatable else secrets.token_hex(16),
-        )
-      if is_repeatable:
-        ledger.notice(resume.INSECURE_SEED)
+      resume.open_or_resume(
+        self._config,
+        self.workdir,
+        ledger,
+        None,
+        plan=self.plan,
+        settings=self._settings,
+        data=data,
+        secret_hash=secret_hash,
+        is_changed=False,
+      )
       for text in self._notices:
         ledger.notice(text)
       ledger.resume(
