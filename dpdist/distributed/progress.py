@@ -83,14 +83,9 @@ class Progress:
 def find_silent(
   statuses: Mapping[str, ProcessStatus], stuck_after: float
 ) -> str:
-  """Names the processes that have not reported for too long.
+  """Names the processes that have not reported for too long; "": none.
 
-  Args:
-    statuses: last reports of processes, by name.
-    stuck_after: see `find_stuck`.
-
-  Returns:
-    What is wrong; "" if nothing is.
+  For the arguments see `find_stuck`.
   """
   if not stuck_after:
     return ""

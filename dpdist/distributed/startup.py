@@ -54,15 +54,12 @@ class Coordinator(NamedTuple):
 def find(
   flags: Mapping[str, object], environment: Mapping[str, str]
 ) -> Coordinator | None:
-  """Finds out how to connect to the other processes.
+  """Finds out how to connect to the other processes, if there are any.
 
   Args:
     flags: "coordinator_address", "num_processes" and "process_id"; None where
       they are not given.
     environment: environment variables.
-
-  Returns:
-    None for a job of one process.
 
   Raises:
     StartError: names the value that makes no sense, and what would be right.

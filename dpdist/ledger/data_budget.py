@@ -70,8 +70,7 @@ class DataBudget:
 
     Raises:
       ValueError: root is neither a local path nor a URL.
-      dpdist.errors.LedgerError: a record is missing, altered or out of
-        order.
+      LedgerError: a record is missing, altered or out of order.
     """
     self.root = os.fspath(root)
     if "://" not in self.root:

@@ -241,11 +241,7 @@ class Ledger(history.History):
   def reserve_through(self, stop_step: int) -> bool:
     """Charges the current branch's steps before stop_step, durably.
 
-    Args:
-      stop_step: exclusive; steps already charged cost nothing.
-
-    Returns:
-      Whether a step was charged.
+    Returns whether a step was charged; steps already charged cost nothing.
 
     Raises:
       RefusedError: the plan would be exceeded; nothing is charged.

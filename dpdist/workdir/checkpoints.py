@@ -50,8 +50,7 @@ class Checkpoints:
 
     Args:
       directory: a local path.
-      writer: the number of this process; see
-        `dpdist.ledger.history.History.writer`.
+      writer: see `dpdist.ledger.history.History.writer`.
       max_to_keep: how many checkpoints to keep; older ones are deleted.
       frozen_sha256: of the frozen parameters; "" if there are none.
     """
@@ -122,9 +121,8 @@ class Checkpoints:
   def delete_old(self, known: Sequence[history.CheckpointRef]) -> None:
     """Deletes all but the newest checkpoints, of all writers so far.
 
-    Args:
-      known: the checkpoints in the ledger, oldest first; the newest must be
-        this writer's.
+    Those in the ledger are given, oldest first; the newest must be this
+    writer's.
     """
     keep = {
       manifest.location(self._directory, saved)

@@ -206,10 +206,6 @@ def unrepeatable(platform: str, xla_flags: str) -> str:
   A GPU sums in the order in which its threads finish, unless a flag of XLA
   forbids it. The noise of a replay that differs in a single bit could be
   subtracted, so there every start has a fingerprint of its own.
-
-  Args:
-    platform: of the devices, as JAX names it.
-    xla_flags: the environment variable XLA_FLAGS.
   """
   if platform in ("cpu", "tpu"):
     return ""

@@ -35,11 +35,9 @@ class ResumePoint(NamedTuple):
 def newest(
   directory: pathlib.Path, known: Sequence[history.CheckpointRef]
 ) -> ResumePoint:
-  """Finds the newest checkpoint that is whole and in the ledger.
+  """Finds the newest whole checkpoint of those in the ledger, oldest first.
 
-  Args:
-    directory: of the run's checkpoints; it need not exist.
-    known: the checkpoints in the ledger, oldest first.
+  The directory of the run's checkpoints need not exist.
   """
   rejected: list[str] = []
   for saved in reversed(known):
@@ -63,13 +61,10 @@ def folder(directory: pathlib.Path, writer: int) -> pathlib.Path:
 
 
 def ledger_heads(directory: pathlib.Path) -> dict[str, str]:
-  """Returns the ledger's head that each checkpoint of a run was saved under.
+  """Returns, by a checkpoint's path, the head that it was saved under.
 
-  Args:
-    directory: of the run's checkpoints; it need not exist.
-
-  Returns:
-    Heads by path of the checkpoint; those that cannot be read are left out.
+  The directory of the run's checkpoints need not exist. Those that cannot be
+  read are left out.
   """
   found = {}
   for file in sorted(directory.glob("writer_*/*/meta/metadata")):
@@ -80,11 +75,7 @@ def ledger_heads(directory: pathlib.Path) -> dict[str, str]:
 
 
 def ledger_head(path: pathlib.Path) -> str:
-  """Returns the ledger's head that a checkpoint was saved under.
-
-  Raises:
-    OSError, ValueError: it cannot be read.
-  """
+  """Returns the ledger's head that a checkpoint was saved under."""
   file = path / "meta" / "metadata"
   meta = json_fields.parse(file.read_bytes(), "its metadata")
   json_fields.check(meta, {"ledger_head": str})
@@ -92,11 +83,7 @@ def ledger_head(path: pathlib.Path) -> str:
 
 
 def write(path: pathlib.Path) -> str:
-  """Writes the manifest of a directory, and syncs everything in it.
-
-  Returns:
-    SHA-256 of the manifest, hex.
-  """
+  """Writes a directory's manifest, and syncs all; returns its SHA-256, hex."""
   text = json.dumps(_file_digests(path), sort_keys=True, indent=1).encode()
   # Orbax does not sync its files, and a manifest must not outlive them.
   for file in _files(path):
@@ -109,11 +96,9 @@ def write(path: pathlib.Path) -> str:
 
 
 def problem(path: pathlib.Path, digest: str) -> str | None:
-  """Returns what is wrong with a directory; None if it is whole.
+  """Returns what is wrong with a directory of which `write` returned a digest.
 
-  Args:
-    path: of the directory.
-    digest: what `write` returned.
+  None if it is whole.
   """
   try:
     text = (path / _MANIFEST).read_bytes()

@@ -63,13 +63,8 @@ def recorded_digest(
 ) -> str:
   """Returns the digest that names a run's data, in every process.
 
-  A run that began under an earlier release keeps the digest it has.
-
-  Args:
-    ledger: of the run; None in the processes that are not the primary process.
-    train_digest: of the training set.
-    earlier: returns other digests of the same content; called only if it
-      matters.
+  A run that began under an earlier release keeps the digest it has, which is
+  among those that `earlier` returns; it is called only if it matters.
   """
 
   def look() -> str:
