@@ -96,8 +96,15 @@ def _arrays():
   return {"x": x, "y": y, "x_test": x[:50], "y_test": y[:50]}
 
 
+def _examples():
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  return {"x": draw(512, 3), "y": draw(512, 2)}
+
+
 # By what stands in a block: what else is around it on the page.
 _AROUND = {
+  "for t in range(plan.num_steps)": _examples,
   "gradients = dpdist.private_gradients": lambda: {
     **{"dpdist": dpdist, "secret": bytes(32)}
   },

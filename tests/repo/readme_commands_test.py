@@ -195,6 +195,18 @@ def test_planning_prints_what_the_page_shows(monkeypatch):
   assert shown in done.out
 
 
+@pytest.mark.slow
+def test_the_page_on_tuning_shows_rows_of_its_table(monkeypatch):
+  monkeypatch.chdir(_ROOT)
+  page = (_ROOT / "docs/tuning.md").read_text()
+  shown = re.findall(r"(?m)^ {14,}[\d.]+ .*$", page)
+  (text,) = (t for *_, t in _blocks() if "--table" in t and "wrn" in t)
+  ((_, arguments),) = map(_python, _commands(text))
+  done = commands.run("budget", *arguments)
+  assert len(shown) >= 5
+  assert [row for row in shown if row not in done.out] == []
+
+
 @pytest.mark.parametrize(
   "text",
   [

@@ -125,3 +125,42 @@ def test_as_many_known_bugs_as_are_stated():
   text = _read("docs/mutation_gate.md")
   assert f"holds {bugs} patches for {len(patches.KINDS)}\nkinds" in text
   assert f"{bugs} known bugs" in _read("CHANGELOG.md")
+
+
+@functools.cache
+def _messages():
+  """All strings of the program, in which NUL stands for each value."""
+  found = []
+  for folder in ("dpdist", "launch"):
+    for path in (_ROOT / folder).rglob("*.py"):
+      for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.JoinedStr):
+          found.append([getattr(x, "value", "") for x in node.values])
+        elif isinstance(node, ast.Constant):
+          found.append([node.value])
+  return "\n".join(
+    "".join(part if isinstance(part, str) else "\0" for part in parts)
+    for parts in found
+  )
+
+
+def _is_said(line):
+  """Whether the program says a line, in which `...` stands for each value."""
+  text = re.sub("^(error|WARNING): ", "", line).strip(". ")
+  pattern = re.escape(text).replace(re.escape("..."), "\0+")
+  return re.search(pattern, _messages()) is not None
+
+
+def test_troubleshooting_quotes_what_the_program_says():
+  blocks = re.findall(
+    r"(?ms)^```text\n(.*?)^```$", _read("docs/troubleshooting.md")
+  )
+  lines = [line for block in blocks for line in block.splitlines()]
+  assert len(lines) > 25
+  assert [line for line in lines if not _is_said(line)] == []
+
+
+def test_what_the_program_does_not_say_is_found():
+  assert _is_said("error: privacy.unit must be ... with ...")
+  assert not _is_said("error: privacy.unit must be ... on Sundays")
+  assert not _is_said("error: privacy.unit must with ...")
