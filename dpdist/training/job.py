@@ -56,7 +56,7 @@ class Job:
     settings: the privacy settings, as the ledger records them.
     ledger: in agreement with the settings, and written by this process; None in
       the processes that are not the primary process.
-    budget: the data set's, in which the run's stake covers `plan`; or None.
+    budget: the data set's, with an allocation that covers `plan`; or None.
     writer: the number of the process that writes.
     notices: what must be shown with any figure from this run.
     found: the checkpoint to go on from.
@@ -65,7 +65,7 @@ class Job:
     train_source: the private examples or users; call its `close` at the end.
     train_digest: SHA-256 that names their content, hex.
     own_digest: this release's name of it, if the run began under another.
-    earlier: returns its other names; see `admission.known_as`.
+    earlier: returns its other names; see `resume.recorded_digest`.
     test: all held-out examples, by name.
     evaluate: maps parameters to held-out metrics.
     task: what is trained.
@@ -94,7 +94,7 @@ class Job:
   budget: data_budget.DataBudget | None
   writer: int
   notices: list[str]
-  found: manifest.Found
+  found: manifest.ResumePoint
   secret: bytes
   mesh: Mesh
   train_source: sources.Source
@@ -184,13 +184,14 @@ def _prepared(
     code_outside=code,
   )
   own_digest = train_digest
-  train_digest = resume.known_as(ledger, own_digest, earlier)
-  plan, changes, found = resume.decide(config, workdir, ledger, train_digest)
+  train_digest = resume.recorded_digest(ledger, own_digest, earlier)
+  plan, changes, found = resume.resolve_plan(
+    config, workdir, ledger, train_digest
+  )
   collectives.assert_equal(plan=plan.fingerprint())
   experiment = setup.build(config, mesh, plan=plan, parts=parts)
   rules_code = collectives.run_on_all(_rules_code)
   task, step = experiment.task, experiment.step
-  size = experiment.chunk_size
   test, row, start = collectives.run_on_all(
     lambda: data_checks.fit(config, dataset, task, setup.PUBLIC_KEY_DATA)
   )
@@ -237,7 +238,7 @@ def _prepared(
     made_of={name: value for name, value in made_of.items() if value},
     step=step,
     learning_rate=experiment.learning_rate,
-    chunk_size=size,
+    chunk_size=experiment.chunk_size,
     close=close,
   )
 
@@ -306,7 +307,7 @@ def _begun(
 
   def begin() -> dict[str, Any]:
     assert ledger is not None
-    resume.begin(
+    resume.open_or_resume(
       config,
       workdir,
       ledger,

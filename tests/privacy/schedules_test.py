@@ -299,8 +299,8 @@ def test_replacing_has_twice_the_noise_of_adding():
 
 def _history(plan, events):
   past = history.History()
-  past.take({"kind": "writer"})
-  past.take(
+  past.apply({"kind": "writer"})
+  past.apply(
     {
       "kind": "open",
       "format": history.FORMAT,
@@ -314,7 +314,7 @@ def _history(plan, events):
   )
   for start, stop in events:
     number = len(past.branches)
-    past.take(
+    past.apply(
       {
         "kind": "branch",
         "branch": number,
@@ -324,7 +324,7 @@ def _history(plan, events):
       }
     )
     for step in range(start + 1, stop + 1):
-      past.take({"kind": "reserve", "branch": number, "stop_step": step})
+      past.apply({"kind": "reserve", "branch": number, "stop_step": step})
   return past
 
 
