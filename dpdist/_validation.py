@@ -106,7 +106,7 @@ def check(name: str, value: Any, rule: Rule) -> Any:
   is_kind = isinstance(value, rule.kind)
   if isinstance(value, bool) and rule.kind is not bool:
     is_kind = False
-  if isinstance(value, int) and abs(value) >= _LARGEST:
+  if rule.plain is float and isinstance(value, int) and abs(value) >= _LARGEST:
     is_kind = False
   require(is_kind and rule.holds(rule.plain(value)), name, rule.text, value)
   return rule.plain(value)

@@ -15,8 +15,15 @@ import ml_collections
 from ml_collections import config_dict
 
 from dpdist import errors
+from dpdist.files import atomic
 from dpdist.privacy import plan as plan_lib
 
+# Sections whose settings are those of what another setting names.
+_FREE_SECTIONS = (
+  "config.optimizer.options",
+  "config.privacy.noise_options",
+  "config.privacy.clipping_options",
+)
 _FILE = "config.json"
 """The file in a run directory that holds the settings of the last start."""
 
@@ -84,7 +91,7 @@ def data_defaults() -> ml_collections.ConfigDict:
   # examples of a user in a step. 0: the unit is an example.
   data.examples_per_unit = 0
   data.unit_column = "user"  # the user of each example
-  # At least the first 12 digits of the training set's manifest, to declare that
+  # At least the first 12 digits of the training set's digest, to declare that
   # a run's data changed since it began.
   data.changed_to = ""
   data.num_threads = 4  # threads that read ahead
@@ -162,6 +169,12 @@ def privacy_defaults() -> ml_collections.ConfigDict:
   privacy.noise_schedule = ()  # (step, noise_multiplier): from a step on
   privacy.batch_size_schedule = ()  # (step, expected_batch_size)
   privacy.unit = "example"  # what a row is: example or user
+  # What adds noise and what clips, or package.module:attribute; see
+  # docs/mechanisms.md.
+  privacy.noise = "gaussian"
+  privacy.noise_options = ml_collections.ConfigDict()
+  privacy.clipping = "fixed"
+  privacy.clipping_options = ml_collections.ConfigDict()
   return privacy
 
 
@@ -252,7 +265,7 @@ def _check_section(
       f" dpdist.config.default(), got a {type(section).__name__}"
     )
   missing, unknown = {*right} - {*section}, {*section} - {*right}
-  if name == "config.optimizer.options":
+  if name in _FREE_SECTIONS:
     return
   if missing or unknown:
     raise ValueError(
@@ -280,10 +293,8 @@ def save(
   workdir: str | os.PathLike[str], config: ml_collections.ConfigDict
 ) -> None:
   """Writes a run's settings to its directory, to be read by later commands."""
-  path = pathlib.Path(workdir) / _FILE
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json.dumps(config.to_dict(), indent=2) + "\n")
-  os.replace(temporary, path)
+  text = json.dumps(config.to_dict(), indent=2) + "\n"
+  atomic.write(pathlib.Path(workdir) / _FILE, text.encode())
 
 
 def load(workdir: str | os.PathLike[str]) -> ml_collections.ConfigDict:

@@ -142,7 +142,7 @@ class LostError(Hinted, RuntimeError):
   """
 
 
-class MeetError(Hinted, RuntimeError):
+class ConnectError(Hinted, RuntimeError):
   """The other processes could not be reached in time at the start."""
 
 

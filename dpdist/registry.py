@@ -1,8 +1,8 @@
 """Finds things by the names that settings give them, ours or somebody else's.
 
-A setting names a thing of some kind: "dataset", "model", "optimizer", "task" or
-"engine". Layer rules are named by none: all that are registered are used.
-`resolve` finds a thing
+A setting names a thing of some kind: a data set, a task, an engine, a sampling.
+Layer rules are named by none: all that are registered are used. `resolve` finds
+a thing
 
   * by a name that was registered, as all of ours are;
   * as "package.module:attribute", which is imported;
@@ -19,8 +19,7 @@ Guarantees:
   * The digest is of what this process runs. It is taken when the code is
     registered or first resolved. A run is refused if a file was edited after
     that, or after the process had imported it.
-  * A named thing, a data set, and a layer rule, whose code has no file, such as
-    a notebook's, is refused.
+  * What decides a step is refused where its code has no file, as a notebook's.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -45,7 +44,10 @@ _OURS = (_ROOT / "dpdist", _ROOT / "launch")
 _CODE = (".py", ".pyc", *machinery.EXTENSION_SUFFIXES)
 _STARTED = time.time()
 # Kinds of which a run computes something; an engine only starts it.
-_DECIDE_STEPS = ("dataset", "layer_rule", "model", "optimizer", "task")
+_DECIDE_STEPS = (
+  *("dataset", "task", "model", "optimizer", "layer_rule"),
+  *("sampling", "noise", "clipper", "proof"),
+)
 
 
 class _Thing(NamedTuple):
@@ -60,13 +62,18 @@ _things: dict[str, dict[str, _Thing]] = {}
 _digests: dict[str, str] = {}
 
 
-def register(kind: str, *names: str) -> Callable[[_T], _T]:
+def register(kind: str, *names: str, module: str = "") -> Callable[[_T], _T]:
   """Returns a decorator that registers a thing by its names.
+
+  Args:
+    kind: what it is, as "dataset".
+    *names: its names.
+    module: the module that registers it; "": the one that calls this.
 
   Raises:
     ValueError: another thing of the kind has a name already.
   """
-  caller = sys._getframe(1).f_globals["__name__"]
+  caller = module or sys._getframe(1).f_globals["__name__"]
 
   def put(thing: _T) -> _T:
     known = _things.setdefault(kind, {})
@@ -77,10 +84,10 @@ def register(kind: str, *names: str) -> Callable[[_T], _T]:
           f" {known[name].thing!r}"
         )
       known[name] = _Thing(thing, caller)
-    module = _spelt_out(caller)
-    if kind in _DECIDE_STEPS and not _is_ours(module) and [*_files(module)]:
+    code = _spelt_out(caller)
+    if kind in _DECIDE_STEPS and not _is_ours(code) and [*_files(code)]:
       # Now, while the module is being imported: it is what this process runs.
-      _digests.setdefault(module, _sha256(module, f"a {kind}"))
+      _digests.setdefault(code, _sha256(code, f"a {kind}"))
     return thing
 
   return put
@@ -88,8 +95,12 @@ def register(kind: str, *names: str) -> Callable[[_T], _T]:
 
 def names(kind: str) -> list[str]:
   """Returns the names that are registered or are entry points, sorted."""
-  points = {point.name for point in metadata.entry_points(group=_group(kind))}
-  return sorted({*_things.get(kind, {}), *points})
+  return sorted({*_things.get(kind, {}), *_entry_points(kind)})
+
+
+def is_known(kind: str, name: str) -> bool:
+  """Returns whether a name is registered or is an entry point."""
+  return name in _things.get(kind, {}) or name in _entry_points(kind)
 
 
 def registered(kind: str) -> list[tuple[str, Any]]:
@@ -117,11 +128,6 @@ def outside_sha256(kind: str) -> str:
   return hashlib.sha256("".join(parts).encode()).hexdigest() if parts else ""
 
 
-def is_known(kind: str, name: str) -> bool:
-  """Returns whether `resolve` may find a thing."""
-  return ":" in name or name in names(kind)
-
-
 def resolve(kind: str, name: str, *, setting: str) -> Any:
   """Finds a thing.
 
@@ -140,6 +146,12 @@ def resolve(kind: str, name: str, *, setting: str) -> Any:
     if module not in _digests:
       _digests[module] = _sha256(module, setting)
   return found.thing
+
+
+def load(kind: str, name: str, *, setting: str) -> None:
+  """Imports a thing that is not ours, so that it registers what it needs."""
+  if ":" in name or name in _entry_points(kind):
+    resolve(kind, name, setting=setting)
 
 
 def code_sha256(kind: str, name: str, *, setting: str) -> str:
@@ -212,6 +224,11 @@ def _home(thing: Any) -> str:
 def _find(kind: str, name: str, setting: str) -> _Thing:
   if name in _things.get(kind, {}):
     return _things[kind][name]
+  if name in _entry_points(kind):
+    point = _entry_points(kind)[name]
+    if kind in _DECIDE_STEPS:
+      _refuse_edited(point.module, setting)
+    return _Thing(point.load(), point.module)
   module, has_attribute, attribute = name.partition(":")
   if has_attribute:
     if kind in _DECIDE_STEPS:
@@ -224,10 +241,6 @@ def _find(kind: str, name: str, setting: str) -> _Thing:
         f" got {name!r}: {error}"
       ) from error
     return _Thing(thing, module)
-  for point in metadata.entry_points(group=_group(kind), name=name):
-    if kind in _DECIDE_STEPS:
-      _refuse_edited(point.module, setting)
-    return _Thing(point.load(), point.module)
   raise errors.ArgumentError(
     f"{setting} must be one of {names(kind)}, or package.module:attribute, got"
     f" {name!r}"
@@ -258,6 +271,10 @@ def _spelt_out(module: str) -> str:
 
 def _is_ours(module: str) -> bool:
   # By the place: a package of that name may be somebody else's.
+  file = getattr(sys.modules.get(module), "__file__", None)
+  if file:
+    path = pathlib.Path(file).resolve()
+    return any(path.is_relative_to(folder) for folder in _OURS)
   paths = [path.resolve() for _, path in _files(module)]
   return bool(paths) and all(
     any(path.is_relative_to(folder) for folder in _OURS) for path in paths
@@ -308,5 +325,8 @@ def _files(module: str) -> Iterator[tuple[str, pathlib.Path]]:
     yield pathlib.Path(file).name, pathlib.Path(file)
 
 
-def _group(kind: str) -> str:
-  return f"dpdist.{kind}"
+@functools.cache
+def _entry_points(kind: str) -> dict[str, metadata.EntryPoint]:
+  """Returns the entry points of a kind, by name; read once a process."""
+  points = metadata.entry_points(group=f"dpdist.{kind}")
+  return {point.name: point for point in points}

@@ -217,7 +217,7 @@ def _ended(workdir: str) -> dict[str, Any]:
     for root, data in sorted(places):
       budget = data_budget.DataBudget(root, data)
       if budget.holds(ledger):
-        given = budget.give_back(ledger)
+        given = budget.refund(ledger)
         facts[f"share_given_back_{data[:12]}"] = budget.share(given)
     return facts
 
@@ -243,11 +243,11 @@ def _of_data(budget: Any) -> dict[str, Any]:
   terms = budget.terms
   rows = [
     {
-      "share": budget.share(stake.cost),
-      "state": "ended" if stake.is_ended else "may go on",
-      "run": stake.label,
+      "share": budget.share(allocation.cost),
+      "state": "ended" if allocation.is_ended else "may go on",
+      "run": allocation.label,
     }
-    for stake in budget.stakes.values()
+    for allocation in budget.allocations.values()
   ]
   rows += [
     {

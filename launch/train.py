@@ -19,7 +19,7 @@ import jax
 
 import dpdist
 from dpdist import errors
-from dpdist.distributed import signals
+from dpdist.distributed import preemption
 from dpdist.distributed import startup
 from dpdist.distributed import watchdog
 from dpdist.workdir import fingerprint
@@ -82,7 +82,7 @@ def _main() -> int:
     # For the time after the run, until this process has ended, since the others
     # may be waited for: a process that is asked to stop when all have stopped
     # because of another would count as killed.
-    signals.Signals(lambda name: None).__enter__()
+    preemption.Signals(lambda name: None).__enter__()
     parts = config_parts.load("config")
     dpdist.train(_CONFIG.value, _WORKDIR.value, **vars(parts))
   except (
@@ -97,7 +97,7 @@ def _main() -> int:
   except (
     errors.PeerError,
     errors.LostError,
-    errors.MeetError,
+    errors.ConnectError,
   ) as error:
     return messages.show(messages.Message(str(error)))
   except errors.ReadError as error:

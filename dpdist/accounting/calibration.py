@@ -8,9 +8,10 @@ when one has exactly one example more than the other.
 
 Further keyword arguments choose another way of sampling, another neighboring
 relation, several examples a user, or groups that are clipped as one:
-`sampling`, `neighboring_relation`, `num_examples`, `truncated_batch_size`,
-`cycle_length`, `examples_per_user`, `group_size`. They are described at
-`dpdist.accounting.step_events.of`.
+`sampling`, `noise`, `clipping`, `neighboring_relation`, `num_examples`,
+`truncated_batch_size`, `cycle_length`, `examples_per_user`, `group_size`. They
+are described at `dpdist.accounting.step_events.Numbers`. `sampling`, `noise`
+and `clipping` must have a proof together, see `dpdist.accounting.proofs`.
 
 There are two accountants:
 
@@ -26,19 +27,20 @@ There are two accountants:
 This module never imports jax, so that a budget can be read without it.
 """
 
-from collections.abc import Callable
-import math
-import numbers
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import dp_accounting
 
+from dpdist import _validation
+from dpdist import errors
 from dpdist.accounting import accountants
+from dpdist.accounting import proofs as proofs
 from dpdist.accounting import search
 from dpdist.accounting import step_events
 
 _MOST_STEPS = 10**9
-_LARGEST_WHOLE = 2**1000
+_LARGEST_WHOLE = 2**1000  # Larger ones are too large for a float.
 
 
 def training_event(
@@ -54,7 +56,7 @@ def training_event(
     noise_multiplier: noise standard deviation over l2 sensitivity, at least 0.
     sampling_probability: probability of each example at each step, in (0, 1].
     num_steps: number of noisy updates, at least 0.
-    **settings: see `dpdist.accounting.step_events.of`.
+    **settings: see `dpdist.accounting.step_events.Numbers`.
 
   Returns:
     A `NoOpDpEvent` for no step at all, otherwise a `SelfComposedDpEvent` of the
@@ -84,7 +86,7 @@ def epsilon(
     num_steps: number of noisy updates, at least 0.
     delta: in (0, 1).
     accountant: "pld" or "rdp".
-    **settings: see `dpdist.accounting.step_events.of`.
+    **settings: see `dpdist.accounting.step_events.Numbers`.
 
   Returns:
     Epsilon, at least 0: 0.0 for no step at all, infinity for steps without
@@ -118,7 +120,7 @@ def delta(
     sampling_probability: probability of each example at each step, in (0, 1].
     num_steps: number of noisy updates, at least 0.
     accountant: "pld" or "rdp".
-    **settings: see `dpdist.accounting.step_events.of`.
+    **settings: see `dpdist.accounting.step_events.Numbers`.
 
   Returns:
     Delta, in [0, 1].
@@ -149,7 +151,7 @@ def calibrate_noise_multiplier(
     sampling_probability: probability of each example at each step, in (0, 1].
     num_steps: number of noisy updates, at least 0.
     accountant: "pld" or "rdp".
-    **settings: see `dpdist.accounting.step_events.of`.
+    **settings: see `dpdist.accounting.step_events.Numbers`.
 
   Returns:
     The smallest number of six significant digits for which `epsilon` is at most
@@ -168,7 +170,6 @@ def calibrate_noise_multiplier(
   _steps(1.0, q, count, settings)  # Raises for settings of no mechanism.
   if count == 0:
     return 0.0
-
   return least_noise_multiplier(
     lambda sigma: _steps(sigma, q, count, settings),
     target_epsilon=target,
@@ -187,7 +188,7 @@ def least_noise_multiplier(
   """Does what `calibrate_noise_multiplier` does, for steps that differ.
 
   Args:
-    steps: maps a noise multiplier to pairs, and how often each is composed.
+    steps: maps a noise multiplier to events, and how often each is composed.
     target_epsilon: the budget, above 0.
     delta: in (0, 1).
     accountant: "pld" or "rdp".
@@ -207,7 +208,7 @@ def least_noise_multiplier(
     slope=1.0,
   )
   if index is None:
-    raise ValueError(
+    raise errors.ArgumentError(
       "target_epsilon must be within reach of noise_multiplier="
       f"{search.MOST_NOISE:g}, got {target_epsilon} for delta={delta}"
     )
@@ -231,7 +232,7 @@ def calibrate_num_steps(
     noise_multiplier: noise standard deviation over l2 sensitivity, at least 0.
     sampling_probability: probability of each example at each step, in (0, 1].
     accountant: "pld" or "rdp".
-    **settings: see `dpdist.accounting.step_events.of`.
+    **settings: see `dpdist.accounting.step_events.Numbers`.
 
   Raises:
     ValueError: if an argument is out of its range, if a single step already
@@ -256,12 +257,12 @@ def calibrate_num_steps(
   )
   if count is None:
     least = spent(1, accountant)
-    raise ValueError(
+    raise errors.ArgumentError(
       f"target_epsilon must be at least {least:.6g}, which one step spends at "
       f"noise_multiplier={noise_multiplier}, got {target_epsilon}"
     )
   if count > _MOST_STEPS:
-    raise ValueError(
+    raise errors.ArgumentError(
       f"target_epsilon must be small enough to be spent in {_MOST_STEPS} "
       f"steps at noise_multiplier={noise_multiplier}, got {target_epsilon}"
     )
@@ -287,7 +288,8 @@ def calibrate_batch_size(
     num_steps: number of noisy updates, at least 0.
     num_examples: size of the training set, at least 1.
     accountant: "pld" or "rdp".
-    **settings: those of `dpdist.accounting.step_events.of` but `num_examples`.
+    **settings: see `dpdist.accounting.step_events.Numbers`; without
+      `num_examples`.
 
   Returns:
     An integer in [1, num_examples]; the sampling probability is that integer
@@ -304,15 +306,14 @@ def calibrate_batch_size(
   delta = _check("delta", delta)
   accountant = _check("accountant", accountant)
 
-  if settings.get("sampling") == "truncated_poisson":
-    # A neighbour has one row more or one less.
-    relation = settings.get("neighboring_relation", "add_or_remove_one")
-    may_grow = relation == "add_or_remove_one"
-    settings |= {"num_examples": size + may_grow, "may_grow": may_grow}
+  # A neighbour has one row more or one less.
+  relation = settings.get("neighboring_relation", "add_or_remove_one")
+  may_grow = relation == "add_or_remove_one"
+  settings |= {"num_examples": size + may_grow, "may_grow": may_grow}
   in_turn = accountants.in_turn(_steps(sigma, 1.0, 1, settings), accountant)
   turns = settings.get("cycle_length", 1)
   if turns > size:
-    raise ValueError(
+    raise errors.ArgumentError(
       f"cycle_length must be at most num_examples={size}, got {turns}"
     )
 
@@ -329,7 +330,7 @@ def calibrate_batch_size(
   )
   if batch is None:
     least = spent(1, accountant)
-    raise ValueError(
+    raise errors.ArgumentError(
       f"target_epsilon must be at least {least:.6g}, which an expected batch "
       f"of 1 spends at noise_multiplier={noise_multiplier}, "
       f"got {target_epsilon}"
@@ -341,47 +342,36 @@ def _steps(
   noise_multiplier: float,
   sampling_probability: float,
   num_steps: int,
-  settings: dict[str, Any],
-) -> accountants.Steps:
-  pair = step_events.of(
-    noise_multiplier=_check("noise_multiplier", noise_multiplier),
-    sampling_probability=_check("sampling_probability", sampling_probability),
-    **settings,
+  settings: Mapping[str, Any],
+) -> step_events.Steps:
+  """Returns what the accountants compose."""
+  names = ("sampling", "noise", "clipping")
+  mechanism = {name: settings[name] for name in names if name in settings}
+  phase = step_events.Phase(
+    0,
+    _check("noise_multiplier", noise_multiplier),
+    _check("sampling_probability", sampling_probability),
   )
-  count = _check("num_steps", num_steps)
-  turns = step_events.num_turns(count, settings.get("cycle_length", 1))
-  return ((pair, turns),)
+  numbers = step_events.Numbers(
+    phases=(phase,),
+    num_steps=_check("num_steps", num_steps),
+    **{k: v for k, v in settings.items() if k not in names},
+  )
+  return step_events.steps(numbers, **mechanism)
 
 
-# --- Arguments ----------------------------------------------------------------
-
-_REAL, _WHOLE = (float, numbers.Real), (int, numbers.Integral)
-
-# For each argument: the type to convert to, the types accepted, a condition,
-# and that condition in words. NaN meets no condition.
-_RULES: dict[str, tuple[tuple[Any, Any], Callable[[Any], bool], str]] = {
-  "noise_multiplier": (
-    _REAL,
-    lambda x: 0 <= x <= search.MOST_NOISE,
-    f"finite and >= 0, and at most {search.MOST_NOISE:g}",
-  ),
-  "sampling_probability": (_REAL, lambda x: 0 < x <= 1, "in (0, 1]"),
-  "num_steps": (_WHOLE, lambda x: x >= 0, "an integer >= 0"),
-  "num_examples": (_WHOLE, lambda x: x >= 1, "an integer >= 1"),
-  "delta": (_REAL, lambda x: 0 < x < 1, "in (0, 1)"),
-  "epsilon": (_REAL, lambda x: 0 <= x < math.inf, "finite and >= 0"),
-  "target_epsilon": (_REAL, lambda x: 0 < x < math.inf, "finite and > 0"),
-  "accountant": ((str, str), lambda x: x in ("pld", "rdp"), "'pld' or 'rdp'"),
+_RULES = {
+  "noise_multiplier": _validation.real(at_least=0, at_most=search.MOST_NOISE),
+  "sampling_probability": _validation.PROBABILITY,
+  "num_steps": _validation.integer(0, _LARGEST_WHOLE),
+  "num_examples": _validation.COUNT,
+  "delta": _validation.DELTA,
+  "epsilon": _validation.real(at_least=0),
+  "target_epsilon": _validation.POSITIVE,
+  "accountant": _validation.one_of(("pld", "rdp")),
 }
 
 
 def _check(name: str, value: Any) -> Any:
   """Returns the value as a plain float, int or str."""
-  (plain, kind), holds, right = _RULES[name]
-  # Some integers are too large for a float.
-  is_small = not isinstance(value, int) or abs(value) < _LARGEST_WHOLE
-  if isinstance(value, kind) and not isinstance(value, bool) and is_small:
-    checked = plain(value)
-    if holds(checked):
-      return checked
-  raise ValueError(f"{name} must be {right}, got {value!r}")
+  return _validation.check(name, value, _RULES[name])

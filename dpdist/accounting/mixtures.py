@@ -1,10 +1,10 @@
-"""The pair of distributions that dominates a step, and its privacy losses.
+"""The pairs of distributions that dominate a step, and their privacy losses.
 
-A pair of `dpdist.accounting.step_events` has one direction, or two where adding
-a unit and removing it differ. A direction is a mixture of sides; an observer
-may be assumed to know which side a step is on. A side is P against Q: two
-mixtures of Gaussians on a line, whose likelihood ratio rises along it. Steps
-compose by the distribution under P of the loss log P/Q.
+An event of `dpdist.accounting.step_events` has one direction, or two where
+adding a unit and removing it differ. A direction is a mixture of sides; an
+observer may be assumed to know which side a step is on. A side is P against Q:
+two mixtures of Gaussians on a line, whose likelihood ratio rises along it.
+Steps compose by the distribution under P of the loss log P/Q.
 
 Here that distribution is made of atoms. The line is cut into bins, and the mass
 of P and Q in a bin is moved to the losses at its ends, so that both masses are
@@ -23,13 +23,11 @@ import numpy as np
 from scipy import special
 from scipy import stats
 
-from dpdist.accounting import step_events
-
 # The most bins of a side. Where these are too few, losses are rounded up.
 _MOST_BINS = 2**18
 # In a bin with losses further apart, three nodes are too few: round them up.
 _FAR = 0.1
-# Smaller weights of "binomial" are left out: they are below anyone's delta.
+# Smaller weights of `binomial` are left out: they are below anyone's delta.
 _TINY = 1e-300
 # SciPy's binomial tails: a bound on their relative error; the smallest used.
 _UP, _RARE = 1 + 1e-11, 1e-280
@@ -80,39 +78,36 @@ class Atoms(NamedTuple):
   infinite: float
 
 
-@functools.lru_cache(maxsize=256)
-def directions(pair: step_events.Pair) -> tuple[Direction, ...]:
-  """Returns a pair's directions; all steps of a run have the same one."""
-  sigma, q = pair.sigma, pair.q
-  if pair.kind == "exchange":
-    return ((_presence(sigma, q)._replace(is_folded=True),),)
-  if pair.kind == "opposite":
-    p, other = _two(q, 1.0), _two(q, -1.0)
-    return ((Side(1.0, p, other, sigma),),)
-  if pair.kind == "binomial":
-    rows = range(pair.rows + 1)
-    weights = stats.binom.pmf(rows, pair.rows, q).tolist()
-    mixture = tuple(
-      (w, float(k)) for w, k in zip(weights, rows, strict=True) if w > _TINY
-    )
-    side = Side(1.0, mixture, ((1.0, 0.0),), sigma)
-    return (side,), (_turned(side),)
-  if pair.kind == "truncated":
-    sizes = [pair.num_examples, pair.num_examples - 1][: 1 + pair.is_either]
-    return tuple(way for size in sizes for way in _truncated(pair, size))
-  side = _presence(sigma, q)
-  return (side,), (_turned(side),)
-
-
 def _two(q: float, mean: float) -> Mixture:
   return ((1 - q, 0.0), (q, mean)) if q < 1 else ((1.0, mean),)
 
 
-def _presence(sigma: float, q: float, mean: float = 1.0) -> Side:
+def shifted(sigma: float, q: float, mean: float = 1.0) -> Side:
+  """Returns noise that is moved with probability q, against noise alone."""
   return Side(1.0, _two(q, mean), ((1.0, 0.0),), sigma)
 
 
-def _turned(side: Side) -> Side:
+def folded(sigma: float, q: float, mean: float = 1.0) -> Side:
+  """Returns `shifted`, of which every order takes the worse direction."""
+  return shifted(sigma, q, mean)._replace(is_folded=True)
+
+
+def opposite(sigma: float, q: float) -> Side:
+  """Returns noise that is moved to one side, against the other side."""
+  return Side(1.0, _two(q, 1.0), _two(q, -1.0), sigma)
+
+
+def binomial(sigma: float, q: float, num_rows: int) -> Side:
+  """Returns noise on as many of the rows as are drawn, against noise alone."""
+  rows = range(num_rows + 1)
+  weights = stats.binom.pmf(rows, num_rows, q).tolist()
+  mixture = tuple(
+    (w, float(k)) for w, k in zip(weights, rows, strict=True) if w > _TINY
+  )
+  return Side(1.0, mixture, ((1.0, 0.0),), sigma)
+
+
+def reversed_side(side: Side) -> Side:
   """Returns Q against P, with the line reversed."""
   p, q = (
     tuple((w, 0.0 - m) for w, m in mixture) for mixture in (side.q, side.p)
@@ -120,27 +115,39 @@ def _turned(side: Side) -> Side:
   return side._replace(p=p, q=q)
 
 
-def _truncated(pair: step_events.Pair, size: int) -> tuple[Direction, ...]:
-  """Returns the directions of "truncated" if the larger data set has `size`."""
-  whole = _presence(pair.sigma, pair.q)
+def truncated(
+  sigma: float, q: float, size: int, limit: int, *, is_in_place: bool
+) -> tuple[Direction, ...]:
+  """Returns the directions of a sample that is cut.
+
+  Args:
+    sigma: standard deviation of the noise.
+    q: the probability that a row is drawn.
+    size: rows of the larger data set.
+    limit: the most rows that are kept.
+    is_in_place: whether a missing row leaves its place empty.
+  """
+  whole = shifted(sigma, q)
   # At least as many other rows are drawn as are kept.
-  is_cut = stats.binom.sf(pair.limit - 1, size - 1, pair.q)
+  is_cut = stats.binom.sf(limit - 1, size - 1, q)
   if not is_cut > 0:
-    return (whole,), (_turned(whole),)
+    return (whole,), (reversed_side(whole),)
   # Do not divide by what is rarer than anyone's delta: it may underflow.
-  q = pair.q
+  kept_q = q
   if is_cut > _RARE:
-    kept = stats.binom.sf(pair.limit, size, pair.q) * pair.limit / size
-    q = min(q, _UP * kept / is_cut)
-  found = []
-  for turn in (lambda side: side, _turned):
-    cut = _presence(pair.sigma, q, 2.0)
-    cut = cut._replace(is_folded=True) if pair.is_in_place else turn(cut)
+    kept = stats.binom.sf(limit, size, q) * limit / size
+    kept_q = min(q, _UP * kept / is_cut)
+  directions = []
+  for turn in (lambda side: side, reversed_side):
+    if is_in_place:
+      cut = folded(sigma, kept_q, 2.0)
+    else:
+      cut = turn(shifted(sigma, kept_q, 2.0))
     sides = [cut._replace(share=min(1.0, _UP * is_cut))]
     if is_cut < 1:
       sides.append(turn(whole)._replace(share=min(1.0, _UP * (1 - is_cut))))
-    found.append(tuple(sides))
-  return tuple(found)
+    directions.append(tuple(sides))
+  return tuple(directions)
 
 
 def loss(side: Side, x: np.ndarray) -> np.ndarray:

@@ -21,12 +21,12 @@ from dpdist.accounting import loss_grid
 from dpdist.accounting import mixtures
 from dpdist.accounting import step_events
 
-Steps: TypeAlias = tuple[tuple[step_events.Pair, int], ...]
+Steps: TypeAlias = tuple[tuple[step_events.StepEvent, int], ...]
 # If log delta is found to be so far below the guess, too much of it may come
 # from infinite losses.
 _FAR_BELOW = 4.0
-# Smaller deltas are near the least double. With more steps, rounding dominates.
-SMALLEST_DELTA, MOST_STEPS = 1e-250, 10**11
+# Smaller deltas are near the least double.
+SMALLEST_DELTA = 1e-250
 # A rough bound at this order is enough to choose the order.
 _ROUGH_ORDER = 2.0
 # Where rounding hides delta, other orders may be better: the factor from one to
@@ -39,7 +39,7 @@ def epsilon(steps: Steps, delta: float) -> float:
   """Returns an upper bound on the epsilon that steps spend.
 
   Args:
-    steps: pairs, and how often each is composed, at least one.
+    steps: events, and how often each is composed, at least one.
     delta: at least `SMALLEST_DELTA`.
   """
   log = math.log(delta)
@@ -153,7 +153,7 @@ def _ways(steps: Steps) -> list[loss_grid.Way]:
   Steps of several kinds have one or more directions in common, as those of
   truncated samples do.
   """
-  found = [(mixtures.directions(pair), count) for pair, count in steps]
+  found = [(event.pld(), count) for event, count in steps]
   most = max(len(directions) for directions, _ in found)
   return [
     _gaussians_as_one([(x[i % len(x)], count) for x, count in found])

@@ -1,25 +1,21 @@
 """Computes Renyi divergences of a step of DP-SGD, and epsilon from them.
 
-They are integrals over both distributions of a pair; those of "presence" are
+They are integrals over both distributions of a pair; those of `AddRemove` are
 the sampled Gaussian mechanism's (Mironov, Talwar & Zhang 2019,
-arXiv:1908.10530). "binomial" and "truncated" have none here. Arguments are
-not checked here: `dpdist.accounting.calibration` and
-`dpdist.accounting.step_events` do that.
+arXiv:1908.10530). Arguments are not checked here:
+`dpdist.accounting.calibration` and `dpdist.accounting.proofs` do that.
 
 Imports no jax.
 """
 
-from collections.abc import Sequence
 import functools
 import math
 
-import dp_accounting
 from dp_accounting.rdp import rdp_privacy_accountant
 import numpy as np
 from scipy import special
 
 from dpdist.accounting import mixtures
-from dpdist.accounting import search
 from dpdist.accounting import step_events
 
 # Orders that are fixed beforehand are among these. With much noise the best
@@ -28,7 +24,7 @@ WHOLE_ORDERS = (
   *range(2, 64),
   *(x for k in range(6, 30) for x in (3 * 2 ** (k - 1), 2 ** (k + 1))),
 )
-_ORDERS = np.array([*(1 + x / 10 for x in range(1, 100)), *WHOLE_ORDERS[9:]])
+ORDERS = np.array([*(1 + x / 10 for x in range(1, 100)), *WHOLE_ORDERS[9:]])
 _LOW = 64.0  # Orders up to it are integrated at the same nodes.
 # Ratios of orders to the best one, and the share of delta of each.
 _LADDER = {
@@ -42,66 +38,36 @@ _MOST_PANELS = 2**15
 _STEEP = 1e-5
 
 
-def step_event(pair: step_events.Pair) -> dp_accounting.DpEvent:
-  """Returns one step as an event for dp_accounting's accountants.
-
-  The event of "opposite" is meant for its PLD accountant under REPLACE_ONE,
-  which takes the noise in units of the clip norm. That of "exchange" is meant
-  for its RDP accountant under REPLACE_ONE, which takes the noise in units of
-  the exchange; its PLD accountant takes it in half that unit. For a truncated
-  sample the event is that of the pair with more rows.
-  """
-  event: dp_accounting.DpEvent = dp_accounting.GaussianDpEvent(pair.sigma)
-  if pair.kind == "truncated":
-    return dp_accounting.TruncatedSubsampledGaussianDpEvent(
-      pair.num_examples, pair.q, pair.limit, pair.sigma
-    )
-  if pair.kind == "binomial":
-    rows = range(pair.rows + 1)
-    weights = [
-      math.comb(pair.rows, k) * pair.q**k * (1 - pair.q) ** (pair.rows - k)
-      for k in rows
-    ]
-    return dp_accounting.MixtureOfGaussiansDpEvent(
-      pair.sigma, [float(k) for k in rows], weights
-    )
-  if pair.q == 1.0:
-    return event
-  if pair.kind == "exchange":
-    return dp_accounting.SampledWithoutReplacementDpEvent(1, pair.q, event)
-  return dp_accounting.PoissonSampledDpEvent(pair.q, event)
-
-
 @functools.lru_cache(maxsize=1024)
-def step_divergences(pair: step_events.Pair) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the Renyi orders and one step's divergence at each, float64.
+def step_divergences(
+  side: mixtures.Side, mean_shift: float
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns the orders and a bound on the divergence at each, float64.
 
-  The pair must have a Renyi bound.
+  Args:
+    side: P against Q, whose divergence is the larger one of both directions.
+    mean_shift: how far apart the means of P and Q are.
   """
-  is_low = _ORDERS <= _LOW
+  is_low = ORDERS <= _LOW
   divergences = np.concatenate(
     [
-      _integrals(pair, _ORDERS[is_low]),
-      *(_integrals(pair, np.array([x])) for x in _ORDERS[~is_low]),
+      _integrals(side, ORDERS[is_low]),
+      *(_integrals(side, np.array([x])) for x in ORDERS[~is_low]),
     ]
   )
   # Rounding may make the smallest divergences too small. The cost of a mean
   # shift of q alone is their true limit, and below all others.
-  shift = pair.q * (2 if pair.kind == "opposite" else 1)
-  divergences = np.maximum(divergences, _ORDERS * (shift / pair.sigma) ** 2 / 2)
+  least = ORDERS * (mean_shift / side.sigma) ** 2 / 2
+  divergences = np.maximum(divergences, least)
   divergences.setflags(write=False)  # Shared by every later query.
-  return _ORDERS, divergences
+  return ORDERS, divergences
 
 
-def _integrals(pair: step_events.Pair, orders: np.ndarray) -> np.ndarray:
-  """Computes divergences of P from Q by Gauss-Legendre quadrature.
-
-  For every pair with a bound, this is the larger of the two directions.
-  """
-  ((side,), *_) = mixtures.directions(pair)
+def _integrals(side: mixtures.Side, orders: np.ndarray) -> np.ndarray:
+  """Computes divergences of P from Q by Gauss-Legendre quadrature."""
   sigma, reach = side.sigma, side.reach
   unsampled = orders * (reach / sigma) ** 2 / 2
-  if pair.q == 1:
+  if len(side.p) == 1:  # Not sampled.
     return unsampled
   low = min(m for _, m in side.q) - 10 * sigma
   low = reach / 2 if side.is_folded else low
@@ -158,7 +124,9 @@ def _beyond(x: np.ndarray) -> np.ndarray:
   return np.where(np.abs(x) < 0.01, small, np.expm1(x) - x)
 
 
-def divergence(pair: step_events.Pair, num_steps: int, order: int) -> float:
+def divergence(
+  event: step_events.StepEvent, num_steps: int, order: int
+) -> float:
   """Returns the divergence of steps at one of `WHOLE_ORDERS`.
 
   At an order that was fixed beforehand, the divergences of parts that were
@@ -166,9 +134,9 @@ def divergence(pair: step_events.Pair, num_steps: int, order: int) -> float:
   """
   if num_steps == 0:
     return 0.0
-  if pair.sigma < search.NO_NOISE:
+  if not event.is_noisy:
     return math.inf
-  orders, divergences = step_divergences(pair)
+  orders, divergences = event.rdp()
   return num_steps * float(divergences[orders == order][0])
 
 
@@ -195,23 +163,19 @@ def largest_divergence(order: int, epsilon: float, delta: float) -> float:
   )
 
 
-def best_order(
-  steps: Sequence[tuple[step_events.Pair, int]], delta: float
-) -> int:
+def best_order(steps: step_events.Steps, delta: float) -> int:
   """Returns the order of `WHOLE_ORDERS` at which steps spend the least."""
   return min(
     WHOLE_ORDERS,
     key=lambda order: epsilon_at(
       order,
-      math.fsum(divergence(pair, count, order) for pair, count in steps),
+      math.fsum(divergence(event, count, order) for event, count in steps),
       delta,
     ),
   )
 
 
-def ladder(
-  steps: Sequence[tuple[step_events.Pair, int]], delta: float
-) -> dict[int, float]:
+def ladder(steps: step_events.Steps, delta: float) -> dict[int, float]:
   """Returns orders around the best one for steps, each with a share of delta.
 
   The others serve where other steps follow instead of these. With less noise

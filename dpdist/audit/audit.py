@@ -17,6 +17,7 @@ import numpy as np
 
 from dpdist import _validation
 from dpdist.accounting import accountants
+from dpdist.accounting import gaussian_events
 from dpdist.audit import bounds as bounds_lib
 from dpdist.audit import canaries
 from dpdist.privacy import plan as plan_lib
@@ -310,10 +311,15 @@ def _profile(
 ) -> Callable[[float], float]:
   """Returns a function from epsilon to the plan's delta after so many steps."""
   steps = plan.steps(num_steps)
-  if all(pair.q == 1 and pair.has_renyi for pair, _ in steps):
+  plain = [
+    (event.sigma, count)
+    for event, count in steps
+    if isinstance(event, gaussian_events.AddRemove) and event.q == 1
+  ]
+  if len(plain) == len(steps):
     # Gaussians that are not mixed compose to one (Dong, Roth & Su 2022,
     # corollary 2).
-    mu = math.sqrt(sum(count / pair.sigma**2 for pair, count in steps))
+    mu = math.sqrt(sum(count / sigma**2 for sigma, count in plain))
     return lambda epsilon: bounds_lib.gaussian_delta(mu, epsilon)
   return lambda epsilon: accountants.delta(steps, epsilon, plan.accountant)
 

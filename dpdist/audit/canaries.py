@@ -368,7 +368,7 @@ def _releases(
     num_threads=data.num_threads,
     prefetch=data.prefetch,
   ):
-    accumulator = step.zeros(state.params)
+    accumulator = step.begin(state)
     key = streams.key("model_rng", t)
     for i, chunk in enumerate(chunks):
       batch, is_padding_example = jax.tree.map(put, tuple(chunk))

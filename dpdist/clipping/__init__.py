@@ -2,6 +2,9 @@
 
 from dpdist.clipping.accumulation import LogicalBatch
 from dpdist.clipping.accumulation import VirtualStep
+from dpdist.clipping.clipper import Clipped
+from dpdist.clipping.clipper import Clipper
+from dpdist.clipping.clipper import Extra
 from dpdist.clipping.example_groups import into_groups
 from dpdist.clipping.example_groups import mean_of_group
 from dpdist.clipping.freezing import merge
@@ -13,8 +16,11 @@ from dpdist.clipping.transform import ClippedGrads
 from dpdist.clipping.transform import clipped_grad
 
 __all__ = [
+  "Clipped",
   "ClippedGrad",
   "ClippedGrads",
+  "Clipper",
+  "Extra",
   "LogicalBatch",
   "UnsafeStatistics",
   "VirtualStep",

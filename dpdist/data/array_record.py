@@ -47,7 +47,7 @@ class ArrayRecordSource:
     import grain
 
     self._paths = sources.check_paths(paths)
-    self._manifest: str | None = None
+    self._digest: str | None = None
     # Before anything is read, so that no change is missed.
     self._stamps = stamps.FileStamps(self._paths)
     with _array_record_errors():
@@ -123,7 +123,7 @@ class ArrayRecordSource:
     Raises:
       ValueError: records differ in shape.
     """
-    if self._manifest is None:
+    if self._digest is None:
       columns = sorted(self._spec.items())
       header = [
         [name, dtype.str, [len(self), *shape]]
@@ -132,8 +132,8 @@ class ArrayRecordSource:
       digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
       for block in self._columns():
         digest.update(block.tobytes())
-      self._manifest = digest.hexdigest()
-    return self._manifest
+      self._digest = digest.hexdigest()
+    return self._digest
 
   def _columns(self) -> Iterator[np.ndarray]:
     """Yields all examples in blocks of rows, column by column."""
@@ -167,11 +167,11 @@ class ArrayRecordSource:
     return self._stamps.changed(self._is_same)
 
   def _is_same(self) -> bool:
-    if self._manifest is None:
+    if self._digest is None:
       return True  # There is no digest yet that could have changed.
     try:
       # Opened anew, so that nothing comes from a reader's memory.
-      return ArrayRecordSource(self._paths).content_digest() == self._manifest
+      return ArrayRecordSource(self._paths).content_digest() == self._digest
     except ValueError:  # Other shapes, or no records.
       return False
 

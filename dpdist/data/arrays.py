@@ -18,13 +18,13 @@ class ArraySource:
 
   The arrays are not copied, so those of `np.load(..., mmap_mode="r")` stay on
   disk and a read touches only the rows that it asks for. They must not be
-  changed afterwards: the manifest is computed once.
+  changed afterwards: the digest is computed once.
 
   Args:
     arrays: by name, arrays of shape (num_examples, ...). No object dtypes.
     convert: applied to the rows that `read` selects, so that compact arrays
       (uint8 pixels, say) are turned into the model's inputs only when they are
-      read. The manifest covers `arrays`, not `convert`.
+      read. The digest covers `arrays`, not `convert`.
 
   Raises:
     ValueError: no arrays, unequal lengths, or an object dtype.
@@ -39,7 +39,7 @@ class ArraySource:
   ):
     self._arrays = {name: np.asarray(a) for name, a in arrays.items()}
     self.convert = convert
-    self._manifest: str | None = None
+    self._digest: str | None = None
     mapped = {_mapped_file(array) for array in self._arrays.values()} - {None}
     # A file that was removed by now cannot be changed by anyone.
     self._stamps = stamps.FileStamps(
@@ -90,8 +90,8 @@ class ArraySource:
     return self._stamps.is_touched()
 
   def _is_same(self) -> bool:
-    # Without a manifest there is nothing that could have changed.
-    return self._manifest is None or self._hashed() == self._manifest
+    # Without a digest there is nothing that could have changed.
+    return self._digest is None or self._hashed() == self._digest
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """See `dpdist.data.sources.Source.read`."""
@@ -101,12 +101,12 @@ class ArraySource:
 
   def content_digest(self) -> str:
     """Returns the SHA-256 of names, dtypes, shapes and bytes, by name."""
-    if self._manifest is None:
-      self._manifest = self._hashed()
-    return self._manifest
+    if self._digest is None:
+      self._digest = self._hashed()
+    return self._digest
 
   def _hashed(self) -> str:
-    """Returns the manifest of what the arrays hold now."""
+    """Returns the digest of what the arrays hold now."""
     arrays = sorted(self._arrays.items())
     header = [[name, a.dtype.str, a.shape] for name, a in arrays]
     digest = hashlib.sha256(json.dumps(header).encode() + b"\n")

@@ -100,7 +100,7 @@ class RetryingSource:
     return self._get(self._source.content_digest, 0)
 
   def earlier_digests(self) -> list[str]:
-    """See `sources.earlier_digests`; may take as long as the manifest."""
+    """See `sources.earlier_digests`; may take as long as the digest."""
     return list(self._get(lambda: sources.earlier_digests(self._source), 0))
 
   def changed_files(self) -> list[str]:
@@ -110,7 +110,7 @@ class RetryingSource:
       dpdist.errors.ReadError: the time limit is reached.
     """
     limit = self._stall_seconds
-    # It may take as long as `manifest`, if content has to be hashed again.
+    # As long as `content_digest` may take, if content has to be hashed again.
     if self._get(lambda: sources.is_touched(self._source), limit):
       limit = 0
     return list(self._get(lambda: sources.changed_files(self._source), limit))

@@ -72,11 +72,11 @@ class Source(Protocol):
 def changed_files(source: Source) -> list[str]:
   """Returns the files that a source reads from and that have changed since.
 
-  If this is empty, all that was read so far is what the manifest was computed
+  If this is empty, all that was read so far is what the digest was computed
   on. Two exceptions: what was changed and changed back in between, and what a
   program writes through a memory map of its own, which changes no time of the
   file. A source that reads from files after it was made has a method of this
-  name. It may take as long as the manifest did; see `is_touched`.
+  name. It may take as long as the digest did; see `is_touched`.
 
   Raises:
     OSError: the files cannot be checked now, but perhaps later.
@@ -109,7 +109,7 @@ def changed_error(changed: Sequence[str]) -> errors.ChangedError:
 def earlier_digests(source: Source) -> list[str]:
   """Returns digests that earlier releases may have recorded instead.
 
-  A source whose manifest was once computed differently has a method of this
+  A source whose digest was once computed differently has a method of this
   name.
   """
   return list(getattr(source, "earlier_digests", list)())

@@ -107,12 +107,12 @@ class UserSource:
 
     The number of slots does not count: the data is the same.
     """
-    return self._manifest_of(self.examples.content_digest())
+    return self._digest_of(self.examples.content_digest())
 
   def earlier_digests(self) -> list[str]:
     """See `dpdist.data.sources.earlier_digests`."""
     earlier = sources.earlier_digests(self.examples)
-    return [self._manifest_of(manifest) for manifest in earlier]
+    return [self._digest_of(digest) for digest in earlier]
 
   def encoding_digest(self) -> str:
     """See `dpdist.data.sources.encoding_digest`."""
@@ -126,7 +126,7 @@ class UserSource:
     """See `dpdist.data.sources.is_touched`."""
     return sources.is_touched(self.examples)
 
-  def _manifest_of(self, examples: str) -> str:
+  def _digest_of(self, examples: str) -> str:
     header = ["dpdist.units/v1", self.num_units, examples]
     digest = hashlib.sha256(json.dumps(header).encode() + b"\n")
     digest.update(self.unit_of_example.astype("<i8").tobytes())

@@ -26,8 +26,7 @@ def is_primary() -> bool:
 def run_on_primary(make: Callable[[], Any]) -> Any:
   """Runs `make` in the primary process and returns its result everywhere.
 
-  Args:
-    make: called in the primary process alone; returns something JSON-able.
+  The result must be JSON-able; it comes back as JSON does.
 
   Raises:
     PeerError: in the other processes, if `make` raised. In the primary process
@@ -37,24 +36,21 @@ def run_on_primary(make: Callable[[], Any]) -> Any:
   if jax.process_count() == 1:
     return make()
   if not is_primary():
-    told = _broadcast(None)
-    if "problem" in told:
-      raise errors.PeerError(f"process 0 stopped: {told['problem']}")
-    return told["value"]
+    received = _broadcast(None)
+    if "problem" in received:
+      raise errors.PeerError(f"process 0 stopped: {received['problem']}")
+    return received["value"]
   try:
     value = make()
   except Exception as error:
     _broadcast({"problem": str(error) or repr(error)})
     raise
-  # As the other processes will get it: tuples become lists.
+  # As the other processes get it: tuples become lists.
   return _broadcast({"value": value})["value"]
 
 
 def run_on_all(make: Callable[[], Any]) -> Any:
   """Runs `make` in every process and returns each process its own result.
-
-  Args:
-    make: called in every process.
 
   Raises:
     PeerError: it raised in another process. Where it raised, its own exception
@@ -66,10 +62,10 @@ def run_on_all(make: Callable[[], Any]) -> Any:
     value = make()
   except Exception as error:
     problem = error
-  told = gather("" if problem is None else str(problem) or repr(problem))
+  problems = gather("" if problem is None else str(problem) or repr(problem))
   if problem is not None:
     raise problem
-  for number, text in enumerate(told):
+  for number, text in enumerate(problems):
     if text:
       raise errors.PeerError(f"process {number} stopped: {text}")
   return value
@@ -91,10 +87,7 @@ def gather(text: str) -> list[str]:
 
 
 def assert_equal(**facts: Any) -> None:
-  """Raises an error unless all processes were started alike.
-
-  Args:
-    **facts: JSON-able values, by name.
+  """Raises an error unless JSON-able facts are the same in all processes.
 
   Raises:
     DisagreementError: names the first fact that differs, and where.

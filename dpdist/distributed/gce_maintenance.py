@@ -52,11 +52,7 @@ class Maintenance:
   """
 
   def __init__(self, receive: Callable[[str], None]):
-    """Stores the callback; sends no request yet.
-
-    Args:
-      receive: is called in a thread of its own, with what is to happen.
-    """
+    """Stores a callback that another thread calls with what will happen."""
     self._receive = receive
     self._left = threading.Event()
 
@@ -106,9 +102,8 @@ class _Values:
       try:
         value = self._get()
       except (OSError, http.client.HTTPException):
-        self._pause = min(
-          max(_PAUSE_SECONDS, 2 * self._pause), _LONGEST_PAUSE_SECONDS
-        )
+        longer = max(_PAUSE_SECONDS, 2 * self._pause)
+        self._pause = min(longer, _LONGEST_PAUSE_SECONDS)
       else:
         self._pause = _PAUSE_SECONDS
         return value

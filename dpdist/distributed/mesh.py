@@ -44,18 +44,12 @@ Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 def make(
   sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """Makes the mesh.
+  """Makes the mesh of devices; None: all those of the job.
 
-  Args:
-    sizes: an int for each of "data", "fsdp" and "model"; one of them may be -1
-      and takes the devices that remain.
-    devices: the devices to use, all of them; None: those of the job.
-
-  Returns:
-    A mesh with the axes `AXES`.
+  One of the sizes may be -1, and takes the devices that remain.
 
   Raises:
-    ValueError: the sizes do not fit the devices.
+    ArgumentError: the sizes do not fit the devices.
   """
   devices = jax.devices() if devices is None else devices
   shape = [sizes[axis] for axis in AXES]
@@ -139,7 +133,7 @@ def partition(params: Any, mesh: Mesh, rules: Rules = ()) -> Any:
     A PartitionSpec for each parameter.
 
   Raises:
-    ValueError: a rule does not fit a parameter's shape.
+    ArgumentError: a rule does not fit a parameter's shape.
   """
 
   def spec(path: Any, leaf: Any) -> PartitionSpec:
@@ -168,7 +162,7 @@ def _model_axes(
     if not re.search(pattern, name):
       continue
     if len(last) > len(shape):
-      raise ValueError(
+      raise errors.ArgumentError(
         f"the model's rule {pattern!r} must be for at most the {len(shape)}"
         f" dimensions of {name}, got {last}"
       )
@@ -200,6 +194,23 @@ def stacked(spec: PartitionSpec) -> PartitionSpec:
   There is one partial sum for each device along `summed_axes`.
   """
   return PartitionSpec(summed_axes(spec), *spec)
+
+
+def specs_of_parts(tree: Any, params: Any, specs: Any) -> Any:
+  """Returns the layout of a tree whose parts like params lie like them."""
+  structure: Any = jax.tree.structure(params)
+  shapes = [x.shape for x in jax.tree.leaves(params)]
+
+  def is_like(part: Any) -> bool:
+    return bool(jax.tree.structure(part) == structure) and shapes == [
+      x.shape for x in jax.tree.leaves(part)
+    ]
+
+  return jax.tree.map(
+    lambda part: specs if is_like(part) else REPLICATED,
+    tree,
+    is_leaf=is_like,
+  )
 
 
 def constrain(tree: Any, specs: Any, mesh: Mesh) -> Any:
@@ -292,10 +303,7 @@ def local_rows(
 ) -> np.ndarray:
   """Returns the rows of a chunk that a process holds, ascending, int64.
 
-  Args:
-    mesh: of the job.
-    chunk_size: examples that the whole mesh computes at once.
-    devices: of the process; None: those of this one.
+  The process has these devices; None: it is this one.
   """
   devices = mesh.local_devices if devices is None else devices
   indices = examples(mesh).devices_indices_map((chunk_size,))

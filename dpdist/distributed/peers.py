@@ -8,7 +8,7 @@ import threading
 import time
 from typing import Any
 
-from dpdist.distributed import stalls
+from dpdist.distributed import progress
 
 _LONGEST_LINE = 65536
 _SEND_SECONDS = 5.0
@@ -29,9 +29,7 @@ class Peer:
   def __init__(self, connection: socket.socket, token: str = ""):
     """Wraps a connection to a process that has not said who it is.
 
-    Args:
-      connection: to it.
-      token: that it has to know; "" if this process made the connection.
+    It has to know the token; "" if this process made the connection.
     """
     connection.settimeout(_SEND_SECONDS)
     self.connection = connection
@@ -43,7 +41,7 @@ class Peer:
     self._buffer = b""
     self._lock = threading.Lock()
     self._heard = time.monotonic()
-    self._last: tuple[int, str, float] = (-1, "starting", 0.0)
+    self._last = progress.ProcessStatus(-1, "starting", 0.0)
 
   def send(self, message: dict[str, Any]) -> None:
     """Sends a message; a failure to send shows up at the next receive."""
@@ -71,20 +69,20 @@ class Peer:
           self._greet(message)
         elif "beat" in message:
           step, phase, seconds = message["beat"]
-          self._last = (step, phase, seconds)
+          self._last = progress.ProcessStatus(step, phase, seconds)
         else:
           messages.append(message)
       except (ValueError, TypeError, KeyError, RecursionError):
         return None
     return messages
 
-  def sign(self, now: float) -> stalls.Sign:
+  def status(self, now: float) -> progress.ProcessStatus:
     """Returns what the process last reported."""
-    return stalls.Sign(*self._last, silence=now - self._heard)
+    return self._last._replace(silence=now - self._heard)
 
   def _greet(self, message: dict[str, Any]) -> None:
     if not secrets.compare_digest(message["hello"], self._token):
-      raise ValueError("a stranger")
+      raise ValueError("another token")
     self.number = int(message["number"])
     self.name = name(self.number, str(message["host"]))
 
@@ -99,17 +97,10 @@ def name(number: int, host: str) -> str:
   return f"process {number} ({host})"
 
 
-def host_of(address: str) -> str:
-  """Returns the host of HOST:PORT."""
-  return address.rpartition(":")[0].strip("[]")
-
-
 def listen(address: str = "") -> socket.socket:
-  """Opens a server socket on a free port.
+  """Opens a server socket on a free port of an address.
 
-  Args:
-    address: where to listen; "": on all addresses of this machine, by IPv4 and,
-      where there is one, IPv6.
+  "" is all addresses of this machine, by IPv4 and, where there is one, IPv6.
   """
   if address:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET

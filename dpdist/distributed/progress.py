@@ -1,11 +1,15 @@
-"""Records which phase of which step a process is in, and for how long.
+"""Records where in a step each process is, and finds those that stall a job.
 
-The training loop records it here, in less than a microsecond each time.
-`dpdist.distributed.watchdog` reads it to find the process that stalls a job,
-and `dpdist.reporting.telemetry` to show where the time goes.
+The training loop records its phases in a `Progress`, in less than a microsecond
+each time. `dpdist.distributed.watchdog` sends them to the primary process, and
+`dpdist.reporting.telemetry` shows where the time goes.
+
+In a job that hangs, nearly all processes wait for others. The ones that the
+others wait for are those behind all others, in step and phase.
 """
 
 import collections
+from collections.abc import Mapping
 import time
 from typing import NamedTuple
 
@@ -27,40 +31,116 @@ PHASES = (
 of computing a process needs no other one.
 """
 
+# A live process reports every few seconds. JAX aborts a job when it has not
+# heard from a process for 100 seconds, with a less clear message.
+SILENT_SECONDS = 60.0
+# These take as long as models, file systems and held-out data make them.
+_UNLIMITED = ("starting", "compiling", "evaluating", "saving", "finishing")
+_MOST_NAMED = 4
 
-class Now(NamedTuple):
-  """What a process is doing at a moment.
+
+class ProcessStatus(NamedTuple):
+  """What a process last reported.
 
   Attributes:
-    step: the step that it is in, from 0; -1 before the first.
+    step: the step that it was in, from 0; -1 before the first.
     phase: one of `PHASES`.
-    since: when the phase began, on the clock of `time.monotonic`.
+    seconds: how long it had been in the phase.
+    silence: seconds since that report.
   """
 
   step: int
   phase: str
-  since: float
+  seconds: float
+  silence: float = 0.0
 
 
 class Progress:
-  """Tracks what this process is doing.
-
-  Attributes:
-    now: may be read in any thread.
-  """
+  """Tracks what this process is doing. `status` may be called in any thread."""
 
   def __init__(self) -> None:
-    self.now = Now(-1, "starting", time.monotonic())
+    self._now = (-1, "starting", time.monotonic())
     self._seconds: dict[str, float] = collections.defaultdict(float)
 
   def enter(self, step: int, phase: str) -> None:
     """Records that a phase begins, and that the one before it ends."""
-    before, now = self.now, time.monotonic()
-    self._seconds[before.phase] += now - before.since
-    self.now = Now(step, phase, now)
+    (_, ended, since), now = self._now, time.monotonic()
+    self._seconds[ended] += now - since
+    self._now = (step, phase, now)
 
-  def take(self) -> dict[str, float]:
+  def status(self) -> ProcessStatus:
+    """Returns what this process is doing now."""
+    step, phase, since = self._now
+    return ProcessStatus(step, phase, time.monotonic() - since)
+
+  def drain(self) -> dict[str, float]:
     """Returns seconds by phase, of phases that ended since the last call."""
     seconds = dict(self._seconds)
     self._seconds.clear()
     return seconds
+
+
+def find_silent(
+  statuses: Mapping[str, ProcessStatus], stuck_after: float
+) -> str:
+  """Names the processes that have not reported for too long; "": none.
+
+  For the arguments see `find_stuck`.
+  """
+  if not stuck_after:
+    return ""
+  patience = min(SILENT_SECONDS, stuck_after)
+  silent = {k: s for k, s in statuses.items() if s.silence > patience}
+  if not silent:
+    return ""
+  (status, *_) = silent.values()
+  return (
+    f"{_names(silent)} not heard of for {status.silence:.0f} s, and last"
+    f" reported {_place(status)}"
+  )
+
+
+def find_stuck(
+  statuses: Mapping[str, ProcessStatus], stuck_after: float
+) -> str:
+  """Names the processes that a job waits for, if it has waited too long.
+
+  Args:
+    statuses: last reports of all processes, by name.
+    stuck_after: seconds that a phase of a step may take; 0 for any time.
+
+  Returns:
+    What is wrong; "" if nothing is.
+  """
+  if not stuck_after:
+    return ""
+  first = min(map(_position, statuses.values()))
+  behind = {k: s for k, s in statuses.items() if _position(s) == first}
+  seconds = min(status.seconds for status in behind.values())
+  (status, *_) = behind.values()
+  if status.phase in _UNLIMITED or seconds <= stuck_after:
+    return ""
+  where = f"stuck in {_place(status)} for {seconds:.0f} s"
+  if len(behind) == len(statuses) > 1:
+    return f"all {len(statuses)} processes are {where}"
+  return f"{_names(behind)} {where}, and the others wait"
+
+
+def _position(status: ProcessStatus) -> tuple[int, int]:
+  phase = "computing" if status.phase == "compiling" else status.phase
+  return status.step, PHASES.index(phase)
+
+
+def _place(status: ProcessStatus) -> str:
+  if status.step < 0:
+    return status.phase
+  # People count steps from 1, and so does the console.
+  return f"step {status.step + 1} ({status.phase})"
+
+
+def _names(statuses: Mapping[str, ProcessStatus]) -> str:
+  names = list(statuses)
+  text = ", ".join(names[:_MOST_NAMED])
+  if len(names) > _MOST_NAMED:
+    text += f" and {len(names) - _MOST_NAMED} more"
+  return f"{text} {'is' if len(names) == 1 else 'are'}"

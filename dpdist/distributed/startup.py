@@ -34,14 +34,15 @@ _ENGINES = {
 }
 
 
-class Meeting(NamedTuple):
+class Coordinator(NamedTuple):
   """How a process connects to the others.
 
   Attributes:
-    address: host and port of process 0; None where the engine knows it.
-    num_processes: of the job; None where the engine knows it.
-    process_id: of this process; None where the engine knows it.
-    engine: JAX's name of the engine; None where the other three are given.
+    address: host and port of process 0.
+    num_processes: of the job.
+    process_id: of this process.
+    engine: JAX's name of the engine that knows these three, which are None
+      then.
   """
 
   address: str | None
@@ -52,16 +53,13 @@ class Meeting(NamedTuple):
 
 def find(
   flags: Mapping[str, object], environment: Mapping[str, str]
-) -> Meeting | None:
-  """Finds out how to connect to the other processes.
+) -> Coordinator | None:
+  """Finds out how to connect to the other processes, if there are any.
 
   Args:
     flags: "coordinator_address", "num_processes" and "process_id"; None where
       they are not given.
     environment: environment variables.
-
-  Returns:
-    None for a job of one process.
 
   Raises:
     StartError: names the value that makes no sense, and what would be right.
@@ -73,15 +71,15 @@ def find(
     return _explicit({v: environment.get(v) for v in _VARIABLES.values()})
   for engine, variable in _ENGINES.items():
     if (_number(environment.get(variable)) or 0) > 1:
-      return Meeting(None, None, None, engine)
+      return Coordinator(None, None, None, engine)
   # A pod of TPUs lists its workers here, by itself or through Kubernetes.
   workers = environment.get("TPU_WORKER_HOSTNAMES", "").split(",")
   if len(workers) > 1:
-    return Meeting(None, None, None, "gketpu")
+    return Coordinator(None, None, None, "gketpu")
   return None
 
 
-def _explicit(given: Mapping[str, object]) -> Meeting:
+def _explicit(given: Mapping[str, object]) -> Coordinator:
   (where, address), (many, count), (which, number) = given.items()
   missing = [name for name, value in given.items() if value in (None, "")]
   if missing:
@@ -101,7 +99,7 @@ def _explicit(given: Mapping[str, object]) -> Meeting:
     raise errors.StartError(
       f"{which} must be below {many}={count}, got {number}"
     )
-  return Meeting(str(address), int(str(count)), int(str(number)))
+  return Coordinator(str(address), int(str(count)), int(str(number)))
 
 
 def _number(value: object) -> int | None:
@@ -119,29 +117,29 @@ def start(flags: Mapping[str, object], *, timeout: int = 300) -> None:
   Raises:
     StartError: the flags or variables make no sense, or this host would give
       the others an address at which they cannot reach it.
-    MeetError: the processes could not be connected. Where time runs out inside
-      JAX, the process prints that and exits with 1.
+    ConnectError: the processes could not be connected. Where time runs out
+      inside JAX, the process prints that and exits with 1.
   """
   if timeout < 1:
     raise errors.StartError(
       f"--start_timeout must be at least 1, got {timeout}"
     )
-  meeting = find(flags, os.environ)
-  if meeting is None or meeting.num_processes == 1:
+  coordinator = find(flags, os.environ)
+  if coordinator is None or coordinator.num_processes == 1:
     return
   began = time.monotonic()
-  if meeting.address is not None:
-    host = meeting.address.rpartition(":")[0].strip("[]")
-    check_own_name(socket.gethostname(), resolve(host, timeout))
+  if coordinator.address is not None:
+    addresses = resolve(host_of(coordinator.address), timeout)
+    check_own_name(socket.gethostname(), addresses)
   jax.config.update("jax_cpu_collectives_implementation", "gloo")
   # It would swallow signals; see `dpdist.distributed.preemption`.
   jax.config.update("jax_enable_preemption_service", False)
   left = max(1, timeout - int(time.monotonic() - began))
-  where = meeting.address or f"the address that {meeting.engine} names"
+  where = coordinator.address or f"the address that {coordinator.engine} names"
   problem = (
-    f"the processes of the job did not meet at {where} within {left} s: check"
-    " that all were started, that process 0 runs there and that no firewall is"
-    " between"
+    f"the processes of the job did not connect at {where} within {left} s:"
+    " check that all were started, that process 0 runs there and that no"
+    " firewall is between"
   )
   # At its timeout JAX would abort the process and print a page of text.
   timer = threading.Timer(left, _give_up, [problem])
@@ -149,20 +147,20 @@ def start(flags: Mapping[str, object], *, timeout: int = 300) -> None:
   timer.start()
   try:
     jax.distributed.initialize(
-      meeting.address,
-      meeting.num_processes,
-      meeting.process_id,
-      cluster_detection_method=meeting.engine,
+      coordinator.address,
+      coordinator.num_processes,
+      coordinator.process_id,
+      cluster_detection_method=coordinator.engine,
       # Process 0 listens here alone. JAX's default is all networks.
       coordinator_bind_address=(
-        meeting.address if loopback(meeting.address) else None
+        coordinator.address if loopback(coordinator.address) else None
       ),
       initialization_timeout=left + _MARGIN_SECONDS,
       shutdown_timeout_seconds=_SHUTDOWN_SECONDS,
     )
   except Exception as error:
     reason = str(error).splitlines()[0] if str(error) else repr(error)
-    raise errors.MeetError(f"{problem} ({reason})") from error
+    raise errors.ConnectError(f"{problem} ({reason})") from error
   finally:
     timer.cancel()
 
@@ -179,7 +177,7 @@ def resolve(host: str, timeout: float) -> list[str]:
   be resolved only seconds after the pod starts.
 
   Raises:
-    MeetError: the name has no address within timeout seconds.
+    ConnectError: the name has no address within timeout seconds.
     StartError: it never will have one.
   """
   end = time.monotonic() + timeout
@@ -193,12 +191,17 @@ def resolve(host: str, timeout: float) -> list[str]:
       ) from error
     except socket.gaierror as error:
       if time.monotonic() >= end:
-        raise errors.MeetError(
+        raise errors.ConnectError(
           f"the coordinator's host {host!r} has no address after {timeout} s"
           f" ({error.strerror}): check its name, and that this host can resolve"
           " it"
         ) from error
       time.sleep(min(1, max(0.0, end - time.monotonic())))
+
+
+def host_of(address: str) -> str:
+  """Returns the host of HOST:PORT."""
+  return address.rpartition(":")[0].strip("[]")
 
 
 def loopback(address: str | None) -> str:
@@ -207,7 +210,7 @@ def loopback(address: str | None) -> str:
   All processes are on one machine then. A host name proves nothing: other
   machines may resolve it to another address.
   """
-  host = (address or "").rpartition(":")[0].strip("[]")
+  host = host_of(address or "")
   try:
     return host if ipaddress.ip_address(host).is_loopback else ""
   except ValueError:
@@ -217,15 +220,8 @@ def loopback(address: str | None) -> str:
 def check_own_name(name: str, coordinator: list[str]) -> None:
   """Refuses a host that would give other hosts 127.0.0.1 as its address.
 
-  Gloo sends the others the address that the host's own name resolves to.
-
-  Args:
-    name: of this host.
-    coordinator: addresses of process 0.
-
-  Raises:
-    StartError: this host's name has loopback addresses alone, and process 0 is
-      on another host.
+  Gloo sends the others the address that the host's own name resolves to. Where
+  process 0, by its addresses, is on this host too, any will do.
   """
   if any(_is_own(address) for address in coordinator):
     return

@@ -36,7 +36,6 @@ from dpdist import errors
 from dpdist.distributed import collectives
 from dpdist.distributed import peers
 from dpdist.distributed import progress as progress_lib
-from dpdist.distributed import stalls
 from dpdist.distributed import startup
 
 _FAILED = 1
@@ -66,7 +65,7 @@ class _Cause(NamedTuple):
   number: int = -1
 
 
-class Watch:
+class Watchdog:
   """Ends this process in good time when others are lost; a context manager.
 
   Does nothing in a job of one process. In a job of several, all processes must
@@ -114,7 +113,7 @@ class Watch:
       return self
     with self._stack:
       self._stack.callback(self._selector.close)
-      self._meet()
+      self._connect()
       self._wake, waked = socket.socketpair()
       for end in (self._wake, waked):
         self._stack.enter_context(end)
@@ -122,7 +121,7 @@ class Watch:
       self._stack.callback(_abort_slowly())
       # Before the thread starts, which adds the connections that it accepts.
       self._stack = self._stack.pop_all()
-    self._thread = threading.Thread(target=self._look_out, daemon=True)
+    self._thread = threading.Thread(target=self._run, daemon=True)
     self._thread.start()
     return self
 
@@ -140,7 +139,7 @@ class Watch:
       self._is_over = True
       self._wake_up()
       self._thread.join()
-      self._tell({"bye": True})
+      self._send_all({"bye": True})
       self._stack.close()
       return
     self._fail(error)
@@ -163,53 +162,44 @@ class Watch:
       self._note_failure(0, peers.name(0, platform.node()), text)
       self._wake_up()
     else:
-      self._tell({"failed": text})
+      self._send_all({"failed": text})
 
-  def _meet(self) -> None:
+  def _connect(self) -> None:
     """Connects the other processes to the primary process."""
-    token = secrets.token_hex(16)
+    server = collectives.run_on_primary(self._listen)
+    collectives.run_on_all(lambda: self._call_primary(**server))
 
-    def call() -> dict[str, Any]:
-      where = distributed.global_state.coordinator_address
-      server = self._stack.enter_context(peers.listen(startup.loopback(where)))
-      self._server = server
-      self._selector.register(
-        server, selectors.EVENT_READ, lambda: self._accept(server, token)
-      )
-      return {
-        "port": server.getsockname()[1],
-        "token": token,
-        "host": platform.node(),
-      }
+  def _listen(self) -> dict[str, Any]:
+    """Opens the primary process's server; returns how to reach it."""
+    where = distributed.global_state.coordinator_address
+    server = self._stack.enter_context(peers.listen(startup.loopback(where)))
+    self._server, token = server, secrets.token_hex(16)
+    self._selector.register(
+      server, selectors.EVENT_READ, lambda: self._accept(server, token)
+    )
+    port = server.getsockname()[1]
+    return {"port": port, "token": token, "host_name": platform.node()}
 
-    told = collectives.run_on_primary(call)
-
-    def connect() -> None:
-      if collectives.is_primary():
-        return
-      # This process reaches the primary process at the host of JAX's service.
-      host = peers.host_of(distributed.global_state.coordinator_address or "")
-      leader = self._add(
-        socket.create_connection((host, told["port"]), _CALL_SECONDS)
-      )
-      leader.number, leader.name = 0, peers.name(0, told["host"])
-      leader.send(
-        peers.greeting(told["token"], jax.process_index(), platform.node())
-      )
-
-    collectives.run_on_all(connect)
+  def _call_primary(self, *, port: int, token: str, host_name: str) -> None:
+    if collectives.is_primary():
+      return
+    # This process reaches the primary process at the host of JAX's service.
+    host = startup.host_of(distributed.global_state.coordinator_address or "")
+    primary = self._add(socket.create_connection((host, port), _CALL_SECONDS))
+    primary.number, primary.name = 0, peers.name(0, host_name)
+    primary.send(peers.greeting(token, jax.process_index(), platform.node()))
 
   def _add(self, connection: socket.socket, token: str = "") -> peers.Peer:
     peer = peers.Peer(self._stack.enter_context(connection), token)
     self._peers.append(peer)
     self._selector.register(
-      connection, selectors.EVENT_READ, lambda: self._hear(peer)
+      connection, selectors.EVENT_READ, lambda: self._on_message(peer)
     )
     return peer
 
   # The methods below run in the watchdog's own thread.
 
-  def _look_out(self) -> None:
+  def _run(self) -> None:
     next_beat = 0.0
     while True:
       for key, _ in self._selector.select(_TICK_SECONDS):
@@ -219,14 +209,14 @@ class Watch:
       now = time.monotonic()
       if now >= next_beat:
         next_beat = now + _BEAT_SECONDS
-        at = self._progress.now
-        self._tell({"beat": [at.step, at.phase, now - at.since]})
-      cause = self._judge(now)
+        step, phase, seconds, _ = self._progress.status()
+        self._send_all({"beat": [step, phase, seconds]})
+      cause = self._diagnose(now)
       if cause is not None:
-        self._conclude(cause)
+        self._shut_down(cause)
         return
 
-  def _judge(self, now: float) -> _Cause | None:
+  def _diagnose(self, now: float) -> _Cause | None:
     """Returns why the job ends; None if it goes on."""
     if self._cause is not None:  # The primary process reported it.
       return self._cause
@@ -234,33 +224,32 @@ class Watch:
       if now < self._due:
         return None
       return _Cause(self._death) if self._death else self._failure
-    signs = {
-      peer.name: peer.sign(now)
+    statuses = {
+      peer.name: peer.status(now)
       for peer in self._peers
       if peer.name and not peer.is_excused
     }
-    text = stalls.silent(signs, self._stuck_after)
+    text = progress_lib.find_silent(statuses, self._stuck_after)
     if not text and collectives.is_primary():
-      at = self._progress.now
-      mine = stalls.Sign(at.step, at.phase, now - at.since, 0.0)
-      signs[peers.name(0, platform.node())] = mine
-      text = stalls.stuck(signs, self._stuck_after)
+      own = peers.name(0, platform.node())
+      statuses[own] = self._progress.status()
+      text = progress_lib.find_stuck(statuses, self._stuck_after)
     return _Cause(text) if text else None
 
-  def _conclude(self, cause: _Cause) -> None:
+  def _shut_down(self, cause: _Cause) -> None:
     """Makes all processes end."""
     self._cause = cause
     if collectives.is_primary():
-      self._tell({"cause": cause})
+      self._send_all({"cause": cause})
     else:
       # A primary process that was only slow learns why this process ended.
-      self._tell({"failed": cause.text})
+      self._send_all({"failed": cause.text})
     self._known.set()
     if not self._left.wait(_GRACE_SECONDS):
       os.write(2, f"error: {cause.text}\n".encode())
       os._exit(_FAILED)
 
-  def _tell(self, message: dict[str, Any]) -> None:
+  def _send_all(self, message: dict[str, Any]) -> None:
     for peer in self._peers:
       if peer.name and not peer.is_closed:
         peer.send(message)
@@ -269,12 +258,12 @@ class Watch:
     with contextlib.suppress(OSError):  # It disconnected before its greeting.
       self._add(server.accept()[0], token)
 
-  def _shut(self, peer: peers.Peer) -> None:
+  def _close(self, peer: peers.Peer) -> None:
     self._selector.unregister(peer.connection)
     peer.connection.close()
     peer.is_closed = True
 
-  def _shut_door(self) -> None:
+  def _stop_accepting(self) -> None:
     """Stops accepting connections once all processes are connected."""
     named = {peer.number for peer in self._peers if peer.name}
     if self._server is None or len(named) < jax.process_count() - 1:
@@ -282,24 +271,24 @@ class Watch:
     self._selector.unregister(self._server)
     self._server.close()
     self._server = None
-    strangers = [peer for peer in self._peers if not peer.name]
-    for peer in strangers:
+    unknown = [peer for peer in self._peers if not peer.name]
+    for peer in unknown:
       if not peer.is_closed:
-        self._shut(peer)
+        self._close(peer)
       self._peers.remove(peer)
 
-  def _hear(self, peer: peers.Peer) -> None:
+  def _on_message(self, peer: peers.Peer) -> None:
     if peer.is_closed:
       return
     messages = peer.receive()
     if messages is None:
-      self._shut(peer)
+      self._close(peer)
       if peer.name and not peer.is_excused:
         self._death = self._death or f"{peer.name} ended without a word"
         self._settle()
       peer.is_excused = True
       return
-    self._shut_door()
+    self._stop_accepting()
     for message in messages:
       if "cause" in message:
         self._cause = _Cause(*message["cause"])
@@ -327,10 +316,9 @@ class Watch:
 
 
 def leave(code: int) -> NoReturn:
-  """Ends this process at once.
+  """Ends this process at once, where other processes may be lost.
 
-  For use where other processes may be lost: at Python's ordinary end, JAX waits
-  for them and then aborts.
+  At Python's ordinary end, JAX waits for them and then aborts.
   """
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):

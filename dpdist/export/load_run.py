@@ -51,7 +51,7 @@ class Released(NamedTuple):
 
   config: ml_collections.ConfigDict
   ledger: ledger_lib.Ledger
-  saved: history.Saved
+  saved: history.CheckpointRef
   task: task_lib.Task
   mesh: Mesh
   state: step_lib.TrainState
@@ -93,7 +93,7 @@ def load(
   key_data = jax.ShapeDtypeStruct((2,), np.uint32)
   start = parameters.of(task, key_data, example)
   frozen = start.frozen(experiment.step)
-  restored = checkpoints.read(
+  restored, _ = checkpoints.restore(
     workdir / "checkpoints",
     template,
     saved,
@@ -167,7 +167,7 @@ def evaluate(released: Released) -> dict[str, Any]:
 
 def _find(
   workdir: pathlib.Path, ledger: ledger_lib.Ledger, step: int | None
-) -> history.Saved:
+) -> history.CheckpointRef:
   """Returns the newest whole checkpoint of a step."""
   folder = workdir / "checkpoints"
   there = [

@@ -1,1 +1,1 @@
-"""JSON that is checked when it is read, and stamps of files."""
+"""JSON that is checked when it is read, atomic writes, and stamps of files."""

@@ -17,22 +17,22 @@ def _canonical(value: Mapping[str, Any]) -> bytes:
   ).encode()
 
 
-def sealed(value: Mapping[str, Any]) -> bytes:
+def seal(value: Mapping[str, Any]) -> bytes:
   """Returns canonical JSON of a value with its digest, under "sha256"."""
   return _canonical({**value, "sha256": digest(_canonical(value))})
 
 
 def is_whole(value: bytes) -> bool:
-  """Returns whether a value is exactly what `sealed` returned."""
+  """Returns whether a value is exactly what `seal` returned."""
   try:
     body = json.loads(value)
     del body["sha256"]
-    return sealed(body) == value
+    return seal(body) == value
   except (ValueError, KeyError, TypeError, RecursionError):
     return False
 
 
-def written(value: bytes) -> bytes:
+def trim(value: bytes) -> bytes:
   """Returns a value without what a killed writer may have left at its end.
 
   On a disk, tensorstore overwrites the file that a killed process was writing,

@@ -10,7 +10,6 @@ from dpdist import clipping
 from dpdist.clipping import watched
 from dpdist.frontends import keras_loss
 from dpdist.mechanism import mechanism as mechanism_lib
-from dpdist.noise import noise
 from dpdist.privacy import plan as plan_lib
 from dpdist.sums import compensated
 
@@ -71,9 +70,9 @@ def of(
     step: jax.Array,
   ) -> tuple[list[jax.Array], list[jax.Array]]:
     bound = mechanism_lib.of(plan, clipped_grad([]))
-    noisy, _ = bound.add_noise(total, noise.GaussianNoiseState(step), key)
-    return model.optimizer.stateless_apply(
-      optimizer, bound.mean(noisy), trainable
-    )
+    state = bound.state_at(trainable, step)
+    noisy, state = bound.add_noise(total, state, key)
+    gradient, _ = bound.finish(noisy, state)
+    return model.optimizer.stateless_apply(optimizer, gradient, trainable)
 
   return Functions(clipped_grad, jax.jit(accumulate), jax.jit(update))

@@ -7,30 +7,34 @@ from collections.abc import Mapping
 import dataclasses
 from typing import Any
 
+from dpdist import errors
 from dpdist.accounting import rdp
 
-_FORMAT = 1
-_MAKE = {"epsilon": float, "delta": float, "neighboring_relation": str}
-_GROW = {"stake": str, "cost": float, "head": str}
-# The fields that a record of each kind must have.
+FORMAT = 1
+# The fields that a record of each kind must have, and their types.
+# fmt: off
 FIELDS: dict[str, dict[str, type]] = {
   "make": {
-    **{"format": int, "data": str, **_MAKE, "order": int, "divergence": float}
+    "format": int, "data": str, "epsilon": float, "delta": float,
+    "neighboring_relation": str, "order": int, "divergence": float,
   },
-  # The budget of this data set is the one that was made under another manifest
+  # The budget of this data set is the one that was made under another digest
   # of the same content.
   "same": {"data": str},
   "reserve": {"label": str, "cost": float, "count": int},
   "cancel": {"label": str},
-  "admit": {**_GROW, "label": str, "reservation": str},
-  "grow": _GROW,
+  "admit": {
+    "stake": str, "cost": float, "head": str, "label": str, "reservation": str,
+  },
+  "grow": {"stake": str, "cost": float, "head": str},
   "follow": {"stake": str, "head": str},
-  "end": _GROW,
+  "end": {"stake": str, "cost": float, "head": str},
 }
+# fmt: on
 
 
 @dataclasses.dataclass(frozen=True)
-class Terms:
+class BudgetTerms:
   """What a data set may spend.
 
   Attributes:
@@ -49,7 +53,7 @@ class Terms:
 
 
 @dataclasses.dataclass(frozen=True)
-class Stake:
+class Allocation:
   """What one run has reserved.
 
   Attributes:
@@ -81,18 +85,13 @@ class Reservation:
   free: int
 
 
-def write_terms(terms: Terms, data: str) -> dict[str, Any]:
-  """Returns the record that makes the budget of a data set."""
-  return {"format": _FORMAT, "data": data, **dataclasses.asdict(terms)}
-
-
-def read_terms(record: Mapping[str, Any], data: str) -> Terms:
+def read_terms(record: Mapping[str, Any], data: str) -> BudgetTerms:
   """Checks the record that makes a budget, and returns its terms.
 
   Raises:
     ValueError: it is of another format or data set, or has an impossible value.
   """
-  if record["format"] != _FORMAT or record["data"] != data:
+  if record["format"] != FORMAT or record["data"] != data:
     raise ValueError("another format, or another data set")
   if not (
     0 < record["delta"] < 1
@@ -100,9 +99,9 @@ def read_terms(record: Mapping[str, Any], data: str) -> Terms:
     and record["divergence"] > 0
     and record["order"] in rdp.WHOLE_ORDERS
   ):
-    raise ValueError("terms that are none")
-  names = [field.name for field in dataclasses.fields(Terms)]
-  return Terms(**{name: record[name] for name in names})
+    raise ValueError("terms that no budget can have")
+  names = [field.name for field in dataclasses.fields(BudgetTerms)]
+  return BudgetTerms(**{name: record[name] for name in names})
 
 
 def best_order(epsilon: float, delta: float) -> tuple[int, float]:
@@ -117,7 +116,7 @@ def best_order(epsilon: float, delta: float) -> tuple[int, float]:
   }
   order = max(room, key=lambda order: room[order] / order)
   if room[order] <= 0:
-    raise ValueError(
+    raise errors.ArgumentError(
       f"data_budget.epsilon must be large enough for data_budget.delta={delta},"
       f" got {epsilon}"
     )

@@ -18,16 +18,16 @@ def find(
 ) -> data_budget.DataBudget:
   """Finds the budget of a data set, also if an earlier release made it.
 
-  An earlier release may have identified the data by another manifest, one that
+  An earlier release may have identified the data by another digest, one that
   depends on the names of files. So that files may be renamed from now on, a
   record says that the two are the same. Earlier releases may have made several
   budgets for one content, as for an .npz and an ArrayRecord of it. Then nothing
   bounds the sum of what they allow, and nothing is spent from any of them.
 
   Args:
-    root: see `dpdist.ledger.data_budget.DataBudget`.
-    data: see `dpdist.ledger.data_budget.DataBudget`.
-    earlier: returns other manifests of the same content, like
+    root: of all budgets.
+    data: the content digest of the training set, hex.
+    earlier: returns other digests of the same content, like
       `dpdist.data.sources.earlier_digests`; called only if it matters.
 
   Returns:
@@ -83,13 +83,11 @@ def open_or_make(
   """Opens a data set's budget; makes it if epsilon and delta are given.
 
   Args:
-    root: see `dpdist.ledger.data_budget.DataBudget`.
-    data: see `dpdist.ledger.data_budget.DataBudget`.
-    epsilon: see `dpdist.ledger.data_budget.DataBudget.make`; None: the budget
-      must exist.
-    delta: see `dpdist.ledger.data_budget.DataBudget.make`; None: the budget
-      must exist.
-    neighboring_relation: see `dpdist.ledger.data_budget.DataBudget.make`.
+    root: of all budgets.
+    data: the content digest of the training set, hex.
+    epsilon: of all runs together; None: that of the budget, which must exist.
+    delta: likewise.
+    neighboring_relation: of every run.
     earlier: see `find`.
     tell: is called with a line of text if a budget is made beside others: the
       data set may have one of them, and have been changed since.
@@ -104,16 +102,15 @@ def open_or_make(
   if budget.terms is not None:
     epsilon = budget.terms.epsilon if epsilon is None else epsilon
     delta = budget.terms.delta if delta is None else delta
-  if epsilon is not None and delta is not None:
-    budget.make(
-      epsilon=epsilon, delta=delta, neighboring_relation=neighboring_relation
-    )
-  else:
-    raise ValueError(
+  if epsilon is None or delta is None:
+    raise errors.ArgumentError(
       "data_budget.epsilon and data_budget.delta must be given where the data"
       f" set has no budget yet, as in {os.fspath(root)!r}, got {epsilon} and"
       f" {delta}"
     )
+  budget.make(
+    epsilon=epsilon, delta=delta, neighboring_relation=neighboring_relation
+  )
   others = [name for name in records.folders(root) if name != budget.data]
   if is_new and others:
     tell(

@@ -33,6 +33,7 @@ import os
 import secrets
 from typing import Any
 
+from dpdist import _validation
 from dpdist import errors
 from dpdist.accounting import rdp
 from dpdist.files import json_fields
@@ -54,8 +55,8 @@ class DataBudget:
 
   Attributes:
     terms: None before the budget is made.
-    same_as: the manifest that the budget was made under, if it is another.
-    stakes: by a random name.
+    same_as: the digest that the budget was made under, if it is another.
+    allocations: by a random name.
     reservations: by label.
   """
 
@@ -65,32 +66,31 @@ class DataBudget:
     Args:
       root: a local path or a URL; see `dpdist.ledger.records.Log`. It need not
         exist.
-      data: the manifest of the training set, hex.
+      data: the content digest of the training set, hex.
 
     Raises:
       ValueError: root is neither a local path nor a URL.
-      dpdist.errors.LedgerError: a record is missing, altered or out of
-        order.
+      LedgerError: a record is missing, altered or out of order.
     """
     self.root = os.fspath(root)
     if "://" not in self.root:
       # Absolute, so that a run finds it from any working directory.
       self.root = os.path.abspath(self.root)
     self.data = data
-    self.terms: budget_records.Terms | None = None
+    self.terms: budget_records.BudgetTerms | None = None
     self.same_as = ""
-    self.stakes: dict[str, budget_records.Stake] = {}
+    self.allocations: dict[str, budget_records.Allocation] = {}
     self.reservations: dict[str, budget_records.Reservation] = {}
-    # The stake of this process's run, and the head that it last recorded.
-    self._mine, self._told = "", ""
-    self._log = records.Log(self.root.rstrip("/") + "/" + data, self._take)
+    # The allocation of this process's run, and the head that it last recorded.
+    self._own, self._own_head = "", ""
+    self._log = records.Log(self.root.rstrip("/") + "/" + data, self._apply)
 
   @property
   def reserved(self) -> float:
     """Returns the sum of all costs, a divergence."""
     return math.fsum(
       [
-        *(stake.cost for stake in self.stakes.values()),
+        *(allocation.cost for allocation in self.allocations.values()),
         *(r.cost * r.free for r in self.reservations.values()),
       ]
     )
@@ -119,14 +119,15 @@ class DataBudget:
           f" {self._terms.neighboring_relation!r}, got"
           f" {plan.neighboring_relation!r}"
         )
-    pairs = [x for plan, num_steps in parts for x in plan.steps(num_steps)]
-    if not all(pair.has_renyi for pair, _ in pairs):
-      raise errors.RefusedError(
-        "a data set's budget adds up Renyi divergences, which there are not for"
-        " sampling='truncated_poisson' and examples_per_user above 1"
-      )
+    steps = [x for plan, num_steps in parts for x in plan.steps(num_steps)]
+    for event, _ in steps:
+      if event.loose_rdp:
+        raise errors.RefusedError(
+          "a data set's budget adds up Renyi divergences, which there are not"
+          f" for {event.loose_rdp}"
+        )
     return math.fsum(
-      rdp.divergence(pair, count, self._terms.order) for pair, count in pairs
+      rdp.divergence(event, count, self._terms.order) for event, count in steps
     )
 
   def make(
@@ -134,29 +135,23 @@ class DataBudget:
   ) -> None:
     """Makes the budget, or compares these terms with those it already has.
 
-    Args:
-      epsilon: of all runs together, above 0.
-      delta: in (0, 1).
-      neighboring_relation: of every run.
+    See `dpdist.ledger.budget_records.BudgetTerms`.
 
     Raises:
-      ValueError: an argument is out of its range.
+      ArgumentError: a term is out of its range.
       RefusedError: the budget has other terms.
     """
-    if not 0 < delta < 1:
-      raise ValueError(f"data_budget.delta must be in (0, 1), got {delta}")
-    if not 0 < epsilon < math.inf:
-      raise ValueError(
-        f"data_budget.epsilon must be finite and > 0, got {epsilon}"
-      )
+    _validation.check("data_budget.delta", delta, _validation.DELTA)
+    _validation.check("data_budget.epsilon", epsilon, _validation.POSITIVE)
     order, divergence = budget_records.best_order(epsilon, delta)
-    terms = budget_records.Terms(
+    terms = budget_records.BudgetTerms(
       epsilon, delta, neighboring_relation, order, divergence
     )
 
     def decide() -> tuple[str, Mapping[str, Any]] | None:
       if self.terms is None:
-        return "make", budget_records.write_terms(terms, self.data)
+        facts = {"format": budget_records.FORMAT, "data": self.data}
+        return "make", facts | dataclasses.asdict(terms)
       # Compares what was given, not what was computed from it: another machine
       # may round otherwise.
       if (epsilon, delta, neighboring_relation) != (
@@ -175,10 +170,10 @@ class DataBudget:
     self._log.propose(decide)
 
   def refer_to(self, data: str) -> None:
-    """Records that this budget is the one of another manifest.
+    """Records that this budget is the one of another digest.
 
     Raises:
-      RefusedError: this manifest has a budget of its own.
+      RefusedError: this digest has a budget of its own.
     """
 
     def decide() -> tuple[str, Mapping[str, Any]] | None:
@@ -202,22 +197,19 @@ class DataBudget:
     Args:
       label: a name that no reservation has yet.
       cost: the divergence of each run.
-      count: how many runs there are, at least 1.
+      count: how many runs there are.
 
     Raises:
-      ValueError: an argument is not as described.
+      ArgumentError: an argument is not as described.
       RefusedError: the budget would be exceeded; nothing is reserved.
     """
-    if count < 1:
-      raise ValueError(f"count must be at least 1, got {count}")
-    if not 0 <= cost < math.inf:
-      raise ValueError(f"cost must be finite and >= 0, got {cost}")
+    _validation.check("count", count, _validation.COUNT)
+    _validation.check("cost", cost, _validation.real(at_least=0))
 
     def decide() -> tuple[str, Mapping[str, Any]]:
-      if not label or label in self.reservations:
-        raise ValueError(
-          f"label must be a name that no reservation has yet, got {label!r}"
-        )
+      is_new = bool(label) and label not in self.reservations
+      rule = "a name that no reservation has yet"
+      _validation.require(is_new, "label", rule, label)
       each = cost * (1 + _CALIBRATION)
       self._check_fits(each * count, f"{count} runs")
       return "reserve", {"label": label, "cost": each, "count": count}
@@ -228,7 +220,7 @@ class DataBudget:
     """Gives back a reservation whose runs never came.
 
     Raises:
-      ValueError: there is no such reservation.
+      ArgumentError: there is no such reservation.
     """
 
     def decide() -> tuple[str, Mapping[str, Any]]:
@@ -237,7 +229,7 @@ class DataBudget:
 
     self._log.propose(decide)
 
-  def admit(
+  def allocate(
     self,
     ledger: ledger_lib.Ledger,
     parts: Sequence[plan_lib.PlanUse],
@@ -254,10 +246,10 @@ class DataBudget:
       parts: what it will have spent at the end of its plan.
       label: of the run, for people.
       reservation: the label of a reservation to take the cost from; "": none. A
-        run that has a stake already does not use it.
+        run that has an allocation already does not use it.
 
     Returns:
-      The name of the run's stake.
+      The name of the run's allocation.
 
     Raises:
       RefusedError: the budget would be exceeded; nothing is reserved.
@@ -269,43 +261,47 @@ class DataBudget:
       name = self._find(ledger)
       if name is None:
         slot = self._slot(cost, reservation)
-        body = {"stake": fresh, "label": label, "reservation": slot}
-        return "admit", {**body, "cost": cost, "head": ledger.head}
-      more = cost - self.stakes[name].cost
+        return "admit", {
+          "stake": fresh,
+          "label": label,
+          "reservation": slot,
+          "cost": cost,
+          "head": ledger.head,
+        }
+      more = cost - self.allocations[name].cost
       if more > 0:
         self._check_fits(more, f"what changed in {label!r}")
       # The plan may be smaller now, and the reserved cost with it: it still
-      # covers all that was charged, and charging more needs another admission.
+      # covers all that was charged, and charging more needs another `allocate`.
       return "grow", {"stake": name, "cost": cost, "head": ledger.head}
 
     self._log.propose(decide)
     name = self._find(ledger)
     assert name is not None  # Its head was just recorded.
-    self._mine, self._told = name, ledger.head
+    self._own, self._own_head = name, ledger.head
     return name
 
-  def follow(self, ledger: ledger_lib.Ledger) -> None:
+  def advance(self, ledger: ledger_lib.Ledger) -> None:
     """Records a ledger's new head, before anything it charged is released.
 
-    Args:
-      ledger: of the run that was admitted.
+    `allocate` must have been called with the ledger.
 
     Raises:
       dpdist.errors.LedgerError: a copy of the run went on in its place.
     """
 
     def decide() -> tuple[str, Mapping[str, Any]]:
-      if self.stakes[self._mine].head != self._told:
+      if self.allocations[self._own].head != self._own_head:
         raise errors.LedgerError(
           "a copy of this run went on in its place, by the budget of its data"
           " set; this process must stop"
         )
-      return "follow", {"stake": self._mine, "head": ledger.head}
+      return "follow", {"stake": self._own, "head": ledger.head}
 
     self._log.propose(decide)
-    self._told = ledger.head
+    self._own_head = ledger.head
 
-  def give_back(self, ledger: ledger_lib.Ledger) -> float:
+  def refund(self, ledger: ledger_lib.Ledger) -> float:
     """Gives back what a run that was ended had reserved and did not spend.
 
     A run whose clipping did not bound what an example can do, or whose record
@@ -318,47 +314,47 @@ class DataBudget:
       The divergence that was given back.
 
     Raises:
-      ValueError: the run was not ended, or has no stake here.
+      ArgumentError: the run was not ended, or has no allocation here.
     """
     if not ledger.is_ended:
-      raise ValueError("ledger must be of a run that was ended")
-    given = 0.0
+      raise errors.ArgumentError("ledger must be of a run that was ended")
+    refunded = 0.0
 
     def decide() -> tuple[str, Mapping[str, Any]] | None:
-      nonlocal given
+      nonlocal refunded
+      refunded = 0.0
       name = self._find(ledger)
       if name is None:
-        raise ValueError(
-          "ledger must be of a run that holds a stake in this budget"
+        raise errors.ArgumentError(
+          "ledger must be of a run that holds an allocation in this budget"
         )
-      if self.stakes[name].is_ended:
-        given = 0.0
+      if self.allocations[name].is_ended:
         return None
       cost = self.cost(ledger.spent)
       if ledger.unsound or history.TOO_LONG in ledger.notices:
-        cost = self.stakes[name].cost
-      given = self.stakes[name].cost - cost
+        cost = self.allocations[name].cost
+      refunded = self.allocations[name].cost - cost
       return "end", {"stake": name, "cost": cost, "head": ledger.head}
 
     self._log.propose(decide)
-    return given
+    return refunded
 
   def holds(self, ledger: ledger_lib.Ledger) -> bool:
-    """Returns whether a run, and not a copy of it, has a stake here."""
+    """Returns whether a run, and not a copy of it, has an allocation here."""
     return self._find(ledger) is not None
 
   @property
-  def _terms(self) -> budget_records.Terms:
+  def _terms(self) -> budget_records.BudgetTerms:
     if self.terms is None:
-      raise ValueError(
+      raise errors.ArgumentError(
         f"there is no budget for data set {self.data[:12]} in {self.root}"
       )
     return self.terms
 
   def _find(self, ledger: ledger_lib.Ledger) -> str | None:
-    """Returns the name of the ledger's stake; None for a copy or a new run."""
-    for name, stake in self.stakes.items():
-      if ledger.has_been_at(stake.head):
+    """Returns the name of the allocation; None for a copy or a new run."""
+    for name, allocation in self.allocations.items():
+      if ledger.has_been_at(allocation.head):
         return name
     return None
 
@@ -379,10 +375,8 @@ class DataBudget:
     return reservation
 
   def _reservation(self, label: str) -> budget_records.Reservation:
-    if label not in self.reservations:
-      raise ValueError(
-        f"reservation must be one of {sorted(self.reservations)}, got {label!r}"
-      )
+    names = sorted(self.reservations)
+    _validation.require(label in names, "reservation", f"one of {names}", label)
     return self.reservations[label]
 
   def _check_fits(self, cost: float, what: str) -> None:
@@ -396,7 +390,7 @@ class DataBudget:
         f" {terms.order}, since runs are chosen one after the other)"
       )
 
-  def _take(self, record: dict[str, Any]) -> None:
+  def _apply(self, record: dict[str, Any]) -> None:
     """Updates the state by one record; the only way state changes."""
     kind = record["kind"]
     if kind == "lost":
@@ -411,34 +405,33 @@ class DataBudget:
     first = self.terms is None and not self.same_as
     if (kind in ("make", "same")) != first:
       raise ValueError(f"a record of kind {kind!r} in this place")
-    if kind == "same":
-      self.same_as = record["data"]
-      return
-    if kind == "make":
-      self.terms = budget_records.read_terms(record, self.data)
-    elif kind == "reserve":
-      self.reservations[record["label"]] = budget_records.Reservation(
-        record["label"], record["cost"], record["count"]
-      )
-    elif kind == "cancel":
-      self._free(record["label"], 0)
-    elif kind == "admit":
-      if record["reservation"]:
-        free = self.reservations[record["reservation"]].free
-        self._free(record["reservation"], free - 1)
-      self.stakes[record["stake"]] = budget_records.Stake(
-        record["label"], record["cost"], record["head"]
-      )
-    else:
-      stake = self.stakes[record["stake"]]
-      self.stakes[record["stake"]] = dataclasses.replace(
-        stake,
-        head=record["head"],
-        cost=record.get("cost", stake.cost),
-        is_ended=stake.is_ended or kind == "end",
-      )
+    match record:
+      case {"kind": "make"}:
+        self.terms = budget_records.read_terms(record, self.data)
+      case {"kind": "same", "data": data}:
+        self.same_as = data
+      case {"kind": "reserve", "label": label, "cost": cost, "count": count}:
+        self.reservations[label] = budget_records.Reservation(
+          label, cost, count
+        )
+      case {"kind": "cancel", "label": label}:
+        self._set_free(label, 0)
+      case {"kind": "admit", "stake": name, "reservation": reservation}:
+        if reservation:
+          self._set_free(reservation, self.reservations[reservation].free - 1)
+        self.allocations[name] = budget_records.Allocation(
+          record["label"], record["cost"], record["head"]
+        )
+      case {"kind": "grow" | "follow" | "end", "stake": name, "head": head}:
+        before = self.allocations[name]
+        self.allocations[name] = dataclasses.replace(
+          before,
+          head=head,
+          cost=record.get("cost", before.cost),
+          is_ended=before.is_ended or kind == "end",
+        )
 
-  def _free(self, label: str, free: int) -> None:
+  def _set_free(self, label: str, free: int) -> None:
     if free < 0:
       raise ValueError(f"reservation {label!r} has no run left")
     self.reservations[label] = dataclasses.replace(

@@ -52,7 +52,7 @@ class EpsilonRecorder:
       if self._work is None:
         self._charged = self._ledger.spent_steps
         self._work = self._pool.submit(
-          _epsilons, self._ledger.spent, self._ledger.planned
+          _epsilons, spent=self._ledger.spent, planned=self._ledger.planned
         )
       if not wait and not self._work.done():
         return
@@ -62,10 +62,5 @@ class EpsilonRecorder:
     self._seen = self._ledger.head
 
 
-def _epsilons(
-  spent: list[plan_lib.PlanUse], planned: list[plan_lib.PlanUse]
-) -> dict[str, Any]:
-  return {
-    "spent": composition.epsilons(spent),
-    "planned": composition.epsilons(planned),
-  }
+def _epsilons(**parts: list[plan_lib.PlanUse]) -> dict[str, Any]:
+  return {name: composition.epsilons(x) for name, x in parts.items()}

@@ -24,13 +24,17 @@ TOO_LONG = (
 # The version of the rule by which a new branch's identity is made; see
 # `_identity`. A branch whose record names no version is of version 1.
 IDENTITY_VERSION = 2
-_SEGMENT = {"config": dict, "plan": dict, "data": str, "start_step": int}
-# The fields that a record of each kind must have.
-_FIELDS: dict[str, dict[str, type]] = {
-  "writer": {},
-  "lost": {},
-  "open": {**_SEGMENT, "format": int, "secret_hash": str, "run": str},
-  "segment": _SEGMENT,
+# The fields that a record of each kind must have, and their types.
+# fmt: off
+FIELDS: dict[str, dict[str, type]] = {
+  "writer": {},  # A process began to write.
+  "lost": {},  # The machine stopped while this record was written.
+  "open": {
+    "config": dict, "plan": dict, "data": str, "start_step": int,
+    "format": int, "secret_hash": str, "run": str,
+  },
+  "segment": {"config": dict, "plan": dict, "data": str, "start_step": int},
+  # It may also name its "identity", the version of the rule that made it.
   "branch": {"branch": int, "start_step": int, "fingerprint": str, "base": str},
   "reserve": {"branch": int, "stop_step": int},
   # The steps from stop_step on: charged by the same writer, and never begun.
@@ -41,13 +45,14 @@ _FIELDS: dict[str, dict[str, type]] = {
   "epsilons": {"spent": dict, "planned": dict},
   "end": {},
 }
+# fmt: on
 # After these records, epsilons computed from the charges before are outdated.
 _CHARGING = ("open", "segment", "reserve", "unstarted", "lost")
 # A record charges at most this fraction of a plan, and at least one step.
 _PARTS = 100
 
 
-class Saved(NamedTuple):
+class CheckpointRef(NamedTuple):
   """A checkpoint that is on disk.
 
   Attributes:
@@ -107,7 +112,7 @@ class Segment:
     plan: the numbers that its steps are bound to; it counts steps from the
       segment's start.
     config: the privacy settings that it came from, as the user gave them.
-    data: the manifest of the training set, hex.
+    data: the content digest of the training set, hex.
     start_step: updates made before it.
     charged: steps that may have been released in it.
   """
@@ -127,23 +132,23 @@ class History:
     segments: the plans of the run, in order, and what was charged under each.
     branches: the branches of the run, in order.
     checkpoints: every recorded checkpoint, in order.
-    num_writers: processes that have written so far.
-    given_back: steps that were charged ahead, never begun, and are no longer
-      charged.
+    writer: the number of the latest process to write, from 1.
+    refunded_steps: steps that were charged ahead, never begun, and are no
+      longer charged.
     secret_hash: see `dpdist.keys.secret_hash`; "" before a run is opened.
     is_ended: whether nothing can be charged any more.
-    places: where the run has, or was about to take, a stake in a data set's
-      budget, in order: dicts of "root", "data" and "stake", which is "" before
-      it is taken.
+    places: where the run has, or was about to take, an allocation in a data
+      set's budget, in order: dicts of "root", "data" and "stake", which is ""
+      before it is taken.
   """
 
   def __init__(self) -> None:
     self.records: list[dict[str, Any]] = []
     self.segments: list[Segment] = []
     self.branches: list[Branch] = []
-    self.checkpoints: list[Saved] = []
-    self.num_writers = 0
-    self.given_back = 0
+    self.checkpoints: list[CheckpointRef] = []
+    self.writer = 0
+    self.refunded_steps = 0
     self.secret_hash = ""
     self.is_ended = False
     self.places: list[dict[str, str]] = []
@@ -224,8 +229,8 @@ class History:
     return self.branches[-1].stop_step + remaining
 
   @property
-  def stakes(self) -> list[dict[str, str]]:
-    """Returns those of `places` whose stake was taken."""
+  def allocations(self) -> list[dict[str, str]]:
+    """Returns those of `places` whose allocation was taken."""
     return [place for place in self.places if place["stake"]]
 
   @property
@@ -255,114 +260,120 @@ class History:
     """Returns either "holds", or "void: " and why."""
     return "void: " + "; ".join(self.notices) if self.notices else "holds"
 
-  def take(self, record: dict[str, Any]) -> None:
-    """Updates the state by one record; the only way state changes."""
-    self.check(record)
-    self.records.append(record)
-    kind = record["kind"]
-    if kind in ("writer", "lost") and self.branches:
-      self._kept = self.branches[-1].stop_step
-    if kind == "writer":
-      self.num_writers += 1
-    elif kind == "lost":
-      # Before a run is opened and after its end nothing can be charged; in
-      # between, a lost record counts as the most that one can charge.
-      if not self.is_new and not self.is_ended:
-        remaining = self.plan.num_steps - self.segment.charged
-        self._charge(min(most_steps(self.plan), remaining))
-    elif kind == "stake":
-      self.places.append({k: record[k] for k in ("root", "data", "stake")})
-    elif kind == "end":
-      self.is_ended = True
-    elif kind in ("open", "segment"):
-      if kind == "open":
-        self._run, self.secret_hash = record["run"], record["secret_hash"]
-      self._opened = {name: record[name] for name in _SEGMENT}
-      plan = plan_lib.PrivacyPlan.from_dict(record["plan"])
-      self.segments.append(
-        Segment(plan, record["config"], record["data"], record["start_step"])
-      )
-    elif kind == "branch":
-      start = record["start_step"]
-      self.branches.append(
-        Branch(
-          len(self.branches),
-          len(self.segments) - 1,
-          self._identity(record),
-          start,
-          start,
-          record["fingerprint"],
-          (record["base"],),
-          self.segment.charged,
-          record.get("identity", 1),
-        )
-      )
-      self._kept = start
-    elif kind in ("reserve", "unstarted"):
-      branch, stop = self.branches[-1], record["stop_step"]
-      self._charge(stop - branch.stop_step)
-      self.branches[-1] = dataclasses.replace(branch, stop_step=stop)
-      if kind == "unstarted":
-        self._kept = stop
-        self.given_back += branch.stop_step - stop
-    elif kind == "checkpoint":
-      branch, digest = self.branches[-1], record["digest"]
-      self.branches[-1] = dataclasses.replace(
-        branch, bases=(*branch.bases, digest)
-      )
-      self._kept = max(self._kept, record["step"])
-      self.checkpoints.append(Saved(record["step"], digest, record["writer"]))
-
   def check(self, record: Mapping[str, Any]) -> None:
     """Raises ValueError for a record that makes no sense here."""
+    trial = History()
+    for name in vars(trial):
+      # Lists of its own; the values in them never change.
+      value = getattr(self, name)
+      setattr(trial, name, [*value] if isinstance(value, list) else value)
+    trial.apply(dict(record))
+
+  def apply(self, record: dict[str, Any]) -> None:
+    """Updates the state by one record; the only way state changes.
+
+    Raises:
+      ValueError: the record makes no sense here; the state is as it was.
+    """
     kind = record["kind"]
-    if kind not in _FIELDS:
+    if kind not in FIELDS:
       raise ValueError(f"kind {kind!r}")
     if kind in ("writer", "lost"):
-      return
-    if (kind == "open") != self.is_new:
+      if self.branches:
+        self._kept = self.branches[-1].stop_step
+    elif (kind == "open") != self.is_new:
       raise ValueError(f"a record of kind {kind!r} in this place")
-    if self.is_ended:
+    elif self.is_ended:
       raise ValueError(f"a record of kind {kind!r} after the run's end")
-    json_fields.check(record, _FIELDS[kind])
-    if kind in ("open", "segment"):
-      if kind == "open" and record["format"] != FORMAT:
-        raise ValueError(f"format {record['format']}, expected {FORMAT}")
-      plan = plan_lib.PrivacyPlan.from_dict(record["plan"])
-      if kind == "segment" and any(
-        getattr(plan, name) != getattr(self.plan, name)
-        for name in plan_lib.IMMUTABLE_FIELDS
-      ):
-        raise ValueError("a segment with another delta or relation")
-    elif kind == "branch":
-      if record["branch"] != len(self.branches):
-        raise ValueError("a branch that does not follow")
-      if record.get("identity", 1) not in range(1, IDENTITY_VERSION + 1):
-        raise ValueError(f"a branch of identity version {record['identity']!r}")
-    elif kind == "reserve":
-      branch = self._current_branch(record)
-      more = record["stop_step"] - branch.stop_step
-      remaining = self.plan.num_steps - self.segment.charged
-      if not 0 < more <= min(most_steps(self.plan), remaining):
-        raise ValueError(f"a reservation of {more} steps")
-    elif kind == "unstarted":
-      branch = self._current_branch(record)
-      if not self._kept <= record["stop_step"] < branch.stop_step:
-        raise ValueError(
-          f"steps from {record['stop_step']} on given back, where those before"
-          f" {self._kept} may have begun and those before {branch.stop_step}"
-          " are charged"
-        )
-    elif kind == "checkpoint":
-      branch = self._current_branch(record)
-      if not branch.start_step <= record["step"] <= branch.stop_step:
-        raise ValueError(f"a checkpoint of step {record['step']}, not charged")
-    elif kind == "epsilons":
-      told = [*record["spent"].values(), *record["planned"].values()]
-      if not all(x is None or json_fields.is_of(float, x) for x in told):
-        raise ValueError("an epsilon that is no number")
+    json_fields.check(record, FIELDS[kind])
+    match record:
+      case {"kind": "writer"}:
+        self.writer += 1
+      case {"kind": "lost"}:
+        # Before a run is opened and after its end nothing can be charged; in
+        # between, a lost record counts as the most that one can charge.
+        if not self.is_new and not self.is_ended:
+          self._charge(self._most_to_charge)
+      case {"kind": "open" | "segment"}:
+        self._open_segment(record)
+      case {"kind": "branch"}:
+        self._open_branch(record)
+      case {"kind": "reserve", "stop_step": stop_step}:
+        branch = self._current_branch(record)
+        more = stop_step - branch.stop_step
+        if not 0 < more <= self._most_to_charge:
+          raise ValueError(f"a reservation of {more} steps")
+        self._charge(more)
+        self.branches[-1] = dataclasses.replace(branch, stop_step=stop_step)
+      case {"kind": "unstarted", "stop_step": stop_step}:
+        branch = self._current_branch(record)
+        if not self._kept <= stop_step < branch.stop_step:
+          raise ValueError(
+            f"steps from {stop_step} on given back, where those before"
+            f" {self._kept} may have begun and those before {branch.stop_step}"
+            " are charged"
+          )
+        self._charge(stop_step - branch.stop_step)
+        self.branches[-1] = dataclasses.replace(branch, stop_step=stop_step)
+        self._kept = stop_step
+        self.refunded_steps += branch.stop_step - stop_step
+      case {"kind": "checkpoint", "step": step, "digest": digest}:
+        branch = self._current_branch(record)
+        if not branch.start_step <= step <= branch.stop_step:
+          raise ValueError(f"a checkpoint of step {step}, not charged")
+        bases = (*branch.bases, digest)
+        self.branches[-1] = dataclasses.replace(branch, bases=bases)
+        self._kept = max(self._kept, step)
+        self.checkpoints.append(CheckpointRef(step, digest, record["writer"]))
+      case {"kind": "stake"}:
+        self.places.append({name: record[name] for name in FIELDS["stake"]})
+      case {"kind": "epsilons", "spent": spent, "planned": planned}:
+        values = [*spent.values(), *planned.values()]
+        if not all(x is None or json_fields.is_of(float, x) for x in values):
+          raise ValueError("an epsilon that is no number")
+      case {"kind": "end"}:
+        self.is_ended = True
+    self.records.append(record)
 
-  def _identity(self, record: Mapping[str, Any]) -> str:
+  def _open_segment(self, record: Mapping[str, Any]) -> None:
+    plan = plan_lib.PrivacyPlan.from_dict(record["plan"])
+    if record["kind"] == "open":
+      if record["format"] != FORMAT:
+        raise ValueError(f"format {record['format']}, expected {FORMAT}")
+      self._run, self.secret_hash = record["run"], record["secret_hash"]
+    elif any(
+      getattr(plan, name) != getattr(self.plan, name)
+      for name in plan_lib.IMMUTABLE_FIELDS
+    ):
+      raise ValueError("a segment with another delta or relation")
+    self._opened = {name: record[name] for name in FIELDS["segment"]}
+    self.segments.append(
+      Segment(plan, record["config"], record["data"], record["start_step"])
+    )
+
+  def _open_branch(self, record: Mapping[str, Any]) -> None:
+    if record["branch"] != len(self.branches):
+      raise ValueError("a branch that does not follow")
+    version = record.get("identity", 1)
+    if version not in range(1, IDENTITY_VERSION + 1):
+      raise ValueError(f"a branch of identity version {version!r}")
+    start_step = record["start_step"]
+    self.branches.append(
+      Branch(
+        number=len(self.branches),
+        segment=len(self.segments) - 1,
+        identity=self._identity(record, version),
+        start_step=start_step,
+        stop_step=start_step,
+        fingerprint=record["fingerprint"],
+        bases=(record["base"],),
+        charged=self.segment.charged,
+        version=version,
+      )
+    )
+    self._kept = start_step
+
+  def _identity(self, record: Mapping[str, Any], version: int) -> str:
     """Returns what a new branch's keys depend on: all that decides releases.
 
     A copy of a run directory could open another branch under the same number,
@@ -375,14 +386,19 @@ class History:
       "run": self._run,
       "segment": [len(self.segments) - 1, self._opened],
       "charged": self.segment.charged,
-      "branch": {name: record[name] for name in _FIELDS["branch"]},
+      "branch": {name: record[name] for name in FIELDS["branch"]},
     }
-    if record.get("identity", 1) == 1:
-      # The rule of version 1; some runs have such branches.
+    if version == 1:  # Some runs have such branches.
       names = ("branch", "start_step", "fingerprint", "base")
       facts = [self._run, *(record[name] for name in names)]
     text = json.dumps(facts, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
+
+  @property
+  def _most_to_charge(self) -> int:
+    """Returns how many steps the next record may charge."""
+    remaining = self.plan.num_steps - self.segment.charged
+    return min(most_steps(self.plan), remaining)
 
   def _charge(self, num_steps: int) -> None:
     charged = self.segment.charged + num_steps

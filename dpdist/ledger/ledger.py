@@ -17,7 +17,7 @@ Guarantees:
     or to a copy of one, comes on top of what it had charged.
   * Only what was never begun is given back. A writer that ends in an orderly
     way takes back the charge of steps that it charged itself and that neither
-    it nor anyone else began; see `give_back`. A writer that dies takes back
+    it nor anyone else began; see `refund`. A writer that dies takes back
     nothing.
   * Never past the plan. The steps charged in a segment, on all its branches,
     are at most its plan's num_steps.
@@ -42,7 +42,6 @@ from dpdist.privacy import plan as plan_lib
 
 # Settings that cannot change: every guarantee of a run depends on them.
 _IMMUTABLE_FIELDS = ("neighboring_relation", "target_delta")
-Saved = history.Saved
 
 
 class Ledger(history.History):
@@ -64,7 +63,7 @@ class Ledger(history.History):
       LedgerError: a record is missing, altered or out of order.
     """
     super().__init__()
-    self._log = records.Log(location, self.take)
+    self._log = records.Log(location, self.apply)
 
   def __enter__(self) -> Self:
     return self
@@ -97,11 +96,6 @@ class Ledger(history.History):
     """Returns whether a head is the ledger's, now or at an earlier record."""
     return head in self._log.heads
 
-  @property
-  def writer(self) -> int:
-    """Returns the number of the latest process to write, from 1."""
-    return self.num_writers
-
   def open(
     self,
     *,
@@ -116,7 +110,7 @@ class Ledger(history.History):
     Args:
       config: the privacy settings as the user gave them, JSON-able.
       plan: made from the settings.
-      data: the manifest of the training set, hex.
+      data: the content digest of the training set, hex.
       secret_hash: see `dpdist.keys.secret_hash`.
       run: a random name of the run, so that runs with one secret do not share
         keys; "" for a run that must be repeatable, and has no guarantee.
@@ -135,12 +129,7 @@ class Ledger(history.History):
   def changes(
     self, *, config: Mapping[str, Any], data: str, secret_hash: str
   ) -> dict[str, str]:
-    """Compares the settings of a restart with those of the current segment.
-
-    Args:
-      config: see `open`.
-      data: see `open`.
-      secret_hash: see `open`.
+    """Compares what `open` was given with that of a restart.
 
     Returns:
       What changed, a line for each name, "data" among them. If anything did, a
@@ -157,7 +146,7 @@ class Ledger(history.History):
     }
     if data != before.data:
       changes["data"] = (
-        f"training data: manifest {before.data[:12]} -> {data[:12]}"
+        f"training data: digest {before.data[:12]} -> {data[:12]}"
       )
     forbidden = [changes[name] for name in _IMMUTABLE_FIELDS if name in changes]
     if secret_hash != self.secret_hash:
@@ -183,10 +172,9 @@ class Ledger(history.History):
     """Opens a segment under another plan; `resume` must then open a branch.
 
     Args:
-      config: see `open`.
-      plan: what remains of the run; see
-        `dpdist.privacy.composition.plan_after`.
-      data: see `open`.
+      config: the privacy settings now.
+      plan: of what remains; see `dpdist.privacy.composition.plan_after`.
+      data: the content digest of the training set now, hex.
       start_step: updates made so far.
     """
     self._append(
@@ -253,11 +241,7 @@ class Ledger(history.History):
   def reserve_through(self, stop_step: int) -> bool:
     """Charges the current branch's steps before stop_step, durably.
 
-    Args:
-      stop_step: exclusive; steps already charged cost nothing.
-
-    Returns:
-      Whether a step was charged.
+    Returns whether a step was charged; steps already charged cost nothing.
 
     Raises:
       RefusedError: the plan would be exceeded; nothing is charged.
@@ -279,7 +263,7 @@ class Ledger(history.History):
       branch = self.branches[-1]
     return True
 
-  def give_back(self, begun: int) -> int:
+  def refund(self, begun: int) -> int:
     """Takes back the charge of the current branch's steps that nobody began.
 
     Must be called at this process's end, or where it must charge them again.
@@ -316,11 +300,9 @@ class Ledger(history.History):
     )
 
   def notice(self, text: str, *, unsound: bool = False) -> None:
-    """Records, once, what weakens or voids the run's guarantee.
+    """Records, once, a sentence on what weakens or voids the run's guarantee.
 
-    Args:
-      text: a sentence.
-      unsound: whether the record cannot be relied on either.
+    With `unsound` it says that the record cannot be relied on either.
     """
     if text not in (self.unsound if unsound else self.notices):
       self._append(
@@ -336,18 +318,16 @@ class Ledger(history.History):
     if not self.is_ended:
       self._append("end")
 
-  def record_stake(self, *, root: str, data: str, stake: str) -> None:
-    """Records the run's stake in a data set's budget.
-
-    See `dpdist.ledger.data_budget`.
+  def record_allocation(self, *, root: str, data: str, allocation: str) -> None:
+    """Records the run's allocation in a data set's budget.
 
     Args:
-      root: of the budgets.
-      data: the manifest of the data set, hex.
-      stake: the run's name there; "": it is about to get one.
+      root: of the budgets; see `dpdist.ledger.data_budget`.
+      data: the content digest of the data set, hex.
+      allocation: its name there; "": the run is about to get one.
     """
-    body = {"root": root, "data": data, "stake": stake}
-    about_to = not stake and any(
+    body = {"root": root, "data": data, "stake": allocation}
+    about_to = not allocation and any(
       (place["root"], place["data"]) == (root, data) for place in self.places
     )
     if body not in self.places and not about_to:
@@ -359,13 +339,10 @@ class Ledger(history.History):
     spent: Mapping[str, float | None],
     planned: Mapping[str, float | None],
   ) -> None:
-    """Records the epsilon of the charged steps, for those who read the ledger.
+    """Records epsilons of `spent` and `planned`, for those who read the ledger.
 
-    The record is a convenience: only the charges count.
-
-    Args:
-      spent: epsilon of `spent`, by accountant; None: not valid.
-      planned: epsilon of `planned`, by accountant; None: not valid.
+    The record is a convenience: only the charges count. Epsilons are by
+    accountant; None where it is not valid.
     """
     self._append("epsilons", spent=dict(spent), planned=dict(planned))
 

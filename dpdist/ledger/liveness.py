@@ -7,8 +7,8 @@ import platform
 from typing import Any
 
 
-def card() -> dict[str, Any]:
-  """Returns a JSON-able card by which others can recognize this process."""
+def process_id() -> dict[str, Any]:
+  """Identifies this process to others, in a form that JSON can hold."""
   return {
     "pid": os.getpid(),
     "started": _started(os.getpid()),
@@ -17,12 +17,12 @@ def card() -> dict[str, Any]:
   }
 
 
-def is_gone(card: Mapping[str, Any]) -> bool:
-  """Returns whether the process that a card names is known to have ended."""
+def is_gone(process: Mapping[str, Any]) -> bool:
+  """Returns whether a process (see `process_id`) is known to have ended."""
   return (
-    bool(card["host"])
-    and card["host"] == _host()
-    and card["started"] != _started(card["pid"])
+    bool(process["host"])
+    and process["host"] == _host()
+    and process["started"] != _started(process["pid"])
   )
 
 

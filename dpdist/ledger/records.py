@@ -56,9 +56,9 @@ PATIENCE_SECONDS = 20.0
 
 _HEAD = "head.json"
 _HEAD_FIELDS = {
-  **{"seq": int, "head": str, "open": bool, "writer": str, "beat": int},
-  **{"pid": int, "started": str, "host": str, "host_name": str},
-}
+  "seq": int, "head": str, "open": bool, "writer": str, "beat": int,
+  "pid": int, "started": str, "host": str, "host_name": str,
+}  # fmt: skip
 _RECORD = re.compile(r"\d{12}\.json")
 _ATTEMPTS = 5
 
@@ -75,22 +75,22 @@ class Log:
   def __init__(
     self,
     location: str | os.PathLike[str],
-    take: Callable[[dict[str, Any]], None],
+    apply: Callable[[dict[str, Any]], None],
   ):
     """Reads and checks every record.
 
     Args:
       location: a local path, a URL such as s3://bucket/path, or the JSON of a
         tensorstore key-value store's spec. It need not exist.
-      take: called with each record that is read or written; raises ValueError,
+      apply: called with each record that is read or written; raises ValueError,
         KeyError, TypeError or IndexError for one that makes no sense.
 
     Raises:
       ValueError: location is none of these.
-      RecordError: a record is missing, altered or out of order.
+      LedgerError: a record is missing, altered or out of order.
     """
     self._store = _result(stores.opening(location))
-    self._take = take
+    self._apply = apply
     self._lock = threading.Lock()
     self._token = ""
     self._beats = 0
@@ -109,7 +109,7 @@ class Log:
     """Makes this process the writer.
 
     Raises:
-      RecordError: another process is writing, or has begun to since the log was
+      LedgerError: another process is writing, or has begun to since the log was
         read; or the store failed.
     """
     before = self._read_head()
@@ -129,14 +129,10 @@ class Log:
     atexit.register(self._stop_heart)
 
   def append(self, kind: str, **body: Any) -> None:
-    """Writes a record durably.
-
-    Args:
-      kind: the kind of record.
-      **body: its fields, JSON-able.
+    """Writes a record, with its kind and its JSON-able fields, durably.
 
     Raises:
-      RecordError: this process is not the writer, or no longer; or the store
+      LedgerError: this process is not the writer, or no longer; or the store
         failed, and the record may have been written or not.
     """
     if not self._token:
@@ -155,10 +151,11 @@ class Log:
     Args:
       decide: returns the record's kind and its fields, or None if there is
         nothing to write. If other processes wrote first, it is called again
-        after `take` was called with their records. Its exceptions come through.
+        after `apply` was called with their records. Its exceptions come
+        through.
 
     Raises:
-      RecordError: the store failed, and the record may have been written or
+      LedgerError: the store failed, and the record may have been written or
         not; or the log is damaged.
     """
     with self._lock:
@@ -180,7 +177,7 @@ class Log:
           return
 
   def confirm(self) -> None:
-    """Raises RecordError if another process has begun to write."""
+    """Raises LedgerError if another process has begun to write."""
     with self._lock:
       if self._is_shut_out():
         raise errors.ShutOutError(_shut_out(len(self.records)))
@@ -214,7 +211,7 @@ class Log:
         )
     first = len(self.records)
     reads = [self._store.read(name) for name in names[first:]]
-    values = [sealed_json.written(_result(read).value) for read in reads]
+    values = [sealed_json.trim(_result(read).value) for read in reads]
     for i, value in enumerate(values):
       seq = first + i
       if sealed_json.is_whole(value):
@@ -253,7 +250,7 @@ class Log:
       lost += 1
     if lost:
       record["torn"] = self.heads[-lost:]
-    value = sealed_json.sealed(record)
+    value = sealed_json.seal(record)
     self._create(seq, value)
     self._add(value)
 
@@ -267,7 +264,7 @@ class Log:
           f"ledger record {seq} does not follow record {seq - 1}: one of them"
           " is another's"
         )
-      self._take(record)
+      self._apply(record)
     except (ValueError, KeyError, TypeError, IndexError) as error:
       raise errors.LedgerError(
         f"ledger record {seq} cannot be understood: {error!r}"
@@ -277,7 +274,7 @@ class Log:
 
   def _lose(self, value: bytes) -> None:
     record = {"seq": len(self.records), "kind": "lost"}
-    self._take(record)
+    self._apply(record)
     self.records.append(record)
     self.heads.append(sealed_json.digest(value))
 
@@ -295,7 +292,7 @@ class Log:
           # A condition that does not hold gives an empty generation.
           if stamp.generation:
             return
-        elif sealed_json.written(found.value) == value:
+        elif sealed_json.trim(found.value) == value:
           return  # An attempt had succeeded, though its answer was lost.
         else:
           raise errors.ShutOutError(_shut_out(seq))
@@ -341,11 +338,11 @@ class Log:
       "open": is_open,
       "writer": self._token,
       "beat": self._beats,
-      **liveness.card(),
+      **liveness.process_id(),
     }
     _result(
       self._store.write(
-        _HEAD, sealed_json.sealed(value), if_equal=found.stamp.generation
+        _HEAD, sealed_json.seal(value), if_equal=found.stamp.generation
       )
     )
 
@@ -382,7 +379,7 @@ def folders(root: str | os.PathLike[str]) -> list[str]:
 
   Raises:
     ValueError: root cannot hold logs.
-    RecordError: the store failed.
+    LedgerError: the store failed.
   """
   keys = _result(_result(stores.opening(root)).list())
   return sorted({key.decode().partition("/")[0] for key in keys if b"/" in key})
@@ -396,7 +393,7 @@ def _result(future: Any) -> Any:
 
 
 def _head_of(found: Any) -> dict[str, Any]:
-  value = sealed_json.written(found.value)
+  value = sealed_json.trim(found.value)
   if not sealed_json.is_whole(value):
     raise errors.LedgerError(f"the ledger's {_HEAD} was altered")
   head = json_fields.parse(value, _HEAD)

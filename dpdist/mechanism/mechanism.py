@@ -15,31 +15,31 @@ are those of its release, that is its place among all steps charged under the
 plan. Every release happens once, even if steps were charged and lost.
 """
 
-import bisect
 from collections.abc import Callable
 import dataclasses
+import functools
 import math
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
+from dpdist import _validation
 from dpdist import clipping
-from dpdist import sampling
-from dpdist.keys import keys
-from dpdist.noise import noise
+from dpdist import errors
+from dpdist import registry
+from dpdist.clipping import clipper as clipper_lib
+from dpdist.mechanism import state as state_lib
+from dpdist.mechanism import streams
+from dpdist.noise import noise_mechanism
 from dpdist.privacy import plan as plan_lib
 from dpdist.privacy import rounding
-from dpdist.privacy import schedule
 from dpdist.sums import compensated
 from dpdist.sums import fixed_point
 
 PyTree = Any
-# Inside `Mechanism` the name `noise` is a method.
-_NoiseState = noise.GaussianNoiseState
-
+Streams = streams.Streams
 # With exact sums, the clip norm in use is smaller by this part, a thousandth.
 _ROOM = 2.0**-10
 # In standard deviations; a float32 normal is at most 5.42.
@@ -81,29 +81,160 @@ class Mechanism:
   noise_stddev: float
   exact_group_size: int | None = None
 
-  def noise(
-    self, key: jax.Array, release_index: jax.Array | None = None
-  ) -> optax.GradientTransformation:
-    """Returns the noise mechanism for sums over all devices.
+  @functools.cached_property
+  def clipper(self) -> clipping.Clipper:
+    """Returns the plan's clipper, of `clipped_grad`."""
+    make = registry.resolve("clipper", self.plan.clipping, setting="clipping")
+    return make(self.clipped_grad, **dict(self.plan.clipping_options))
+
+  @functools.cached_property
+  def noise(self) -> noise_mechanism.NoiseMechanism:
+    """Returns the plan's noise mechanism."""
+    make = registry.resolve("noise", self.plan.noise, setting="noise")
+    return make(**dict(self.plan.noise_options))
+
+  def init(self, params: PyTree) -> Any:
+    """Returns the state before step 0: the noise's, and what is learned."""
+    like = self.with_extra(params, jnp.zeros)
+    learned, state = self.clipper.init(), self.noise.init(like)
+    if not jax.tree.leaves(learned):
+      return state
+    return state_lib.MechanismState(state, learned)
+
+  def learned(self, state: Any) -> PyTree:
+    """Returns what the clipper has learned, from the state."""
+    return getattr(state, "learned", ())
+
+  def state_at(self, params: PyTree, num_draws: jax.Array) -> Any:
+    """Returns the state after so many steps, if it is a matter of counting."""
+    state = self.init(params)
+    if self.noise.restarts != "from_index" or isinstance(
+      state, state_lib.MechanismState
+    ):
+      raise errors.ArgumentError(
+        "noise and clipping must be such that their state after a step follows"
+        f" from its number, got {self.plan.noise!r} and {self.plan.clipping!r}"
+      )
+    return state._replace(draws=num_draws)
+
+  def with_extra(
+    self, gradient: PyTree, leaf: Callable[[tuple[int, ...]], Any]
+  ) -> PyTree:
+    """Makes a tree like the sum of one like params and, by shape, of leaves."""
+    extra = {
+      name: leaf(part.shape) for name, part in self.clipper.extra.items()
+    }
+    return clipping.Clipped(gradient, extra) if extra else gradient
+
+  def gradient_of(self, total: PyTree) -> PyTree:
+    """Returns the part of a tree like the sum that is like params."""
+    return total.gradient if self.clipper.extra else total
+
+  def clipped_sum(
+    self,
+    params: PyTree,
+    batch: PyTree,
+    learned: PyTree = (),
+    *,
+    is_padding_example: jax.Array,
+    **arguments: Any,
+  ) -> clipping.ClippedGrads:
+    """Returns the clipped sum of a batch, with the extra leaves.
 
     Args:
+      params: as for `dpdist.clipping.ClippedGrad`, like all not named here.
+      batch: likewise.
+      learned: what the clipper has learned.
+      is_padding_example: [B] bool.
+      **arguments: likewise.
+    """
+    grads = self.clipper.clip(
+      params,
+      batch,
+      learned,
+      is_padding_example=is_padding_example,
+      **arguments,
+    )
+    if not self.clipper.extra:
+      return grads
+    values = self.clipper.observe(grads, learned)
+    add_up = lambda x: clipper_lib.add_up(x, is_padding_example, self._bound)
+    sums = {name: add_up(values[name]) for name in self.clipper.extra}
+    low = grads.low
+    if low is not None:
+      low = clipping.Clipped(low, jax.tree.map(jnp.zeros_like, sums))
+    return grads._replace(sum=clipping.Clipped(grads.sum, sums), low=low)
+
+  def draw_noise(
+    self,
+    like: PyTree,
+    state: Any,
+    key: jax.Array,
+    release_index: jax.Array | None = None,
+  ) -> tuple[PyTree, Any]:
+    """Draws the noise of a step, for sums over all devices.
+
+    Guarantees:
+      All leaves together are one Gaussian mechanism with the plan's noise
+      multiplier: one with a share s of what a step spends has 1 / sqrt(s) of
+      the noise that it would have alone, and the shares add up to 1.
+
+    Args:
+      like: zeros like the sum.
+      state: from `init` or the previous step.
       key: a typed PRNG key.
       release_index: int32 scalar, the step's release; needed with a schedule.
+
+    Returns:
+      The noise, and the state after the step.
     """
-    if not self.plan.noise_schedule:
-      return noise.gaussian_noise(self.noise_stddev, key)
-    stddevs = [
-      phase.noise_multiplier * self.sensitivity for phase in self.plan.phases
-    ]
-    return noise.gaussian_noise(self._now(stddevs, release_index), key)
+    of_gradient: Any = self.noise_stddev
+    if self.plan.noise_schedule:
+      scale = self.noise_stddev_over(1.0)
+      of_gradient = self._now(
+        [phase.noise_multiplier * scale for phase in self.plan.phases],
+        release_index,
+      )
+    stddev = of_gradient
+    if self.clipper.extra:
+      extra = {
+        name: of_gradient * math.sqrt(self._gradient_share / part.share)
+        for name, part in self.clipper.extra.items()
+      }
+      stddev = clipping.Clipped(of_gradient, extra)
+    is_learned = isinstance(state, state_lib.MechanismState)
+    drawn, after = self.noise.draw(
+      like,
+      state.noise if is_learned else state,
+      key=key,
+      release_index=release_index,
+      stddev=stddev,
+    )
+    return drawn, state._replace(noise=after) if is_learned else after
+
+  @property
+  def _bound(self) -> float:
+    """Returns the most that an example counts in the sum of an extra leaf."""
+    return clipper_lib.bound(self.clipped_grad.sensitivity())
+
+  @property
+  def _gradient_share(self) -> float:
+    """Returns the part of what a step spends that the gradient has."""
+    return 1.0 - math.fsum(part.share for part in self.clipper.extra.values())
+
+  def noise_stddev_over(self, noise_multiplier: float) -> float:
+    """Returns the standard deviation on an entry of the gradient's sum."""
+    factor = self.noise.sensitivity_factor(self.plan.num_steps)
+    factor /= math.sqrt(self._gradient_share)
+    return noise_multiplier * self.sensitivity * factor
 
   def add_noise(
     self,
     total: compensated.Sum,
-    state: _NoiseState,
+    state: Any,
     key: jax.Array,
     release_index: jax.Array | None = None,
-  ) -> tuple[PyTree, _NoiseState]:
+  ) -> tuple[PyTree, Any]:
     """Adds the noise of a step to its clipped sum.
 
     Guarantees:
@@ -112,22 +243,41 @@ class Mechanism:
 
     Args:
       total: the sum over all devices.
-      state: the state of the noise.
-      key: as for `noise`.
-      release_index: as for `noise`.
+      state: as for `draw_noise`, like the rest.
+      key: likewise.
+      release_index: likewise.
 
     Returns:
-      The noisy sum, and the next state of the noise.
+      The noisy sum, and the state after the step.
     """
     zeros = jax.tree.map(jnp.zeros_like, total.high)
-    drawn, state = self.noise(key, release_index).update(zeros, state)
+    drawn, state = self.draw_noise(zeros, state, key, release_index)
     return compensated.add_once(total, drawn).high, state
+
+  def finish(
+    self, noisy_sum: PyTree, state: Any, release_index: jax.Array | None = None
+  ) -> tuple[PyTree, Any]:
+    """Returns the gradient for the optimizer, and the state after the step.
+
+    The arguments are what `add_noise` returned, and its release_index.
+    """
+    mean, extra = self.mean(noisy_sum, release_index), {}
+    if self.clipper.extra:
+      extra = {name: x / self._bound for name, x in mean.extra.items()}
+    mean, learned = self.clipper.finish(
+      self.gradient_of(mean), extra, self.learned(state)
+    )
+    if isinstance(state, state_lib.MechanismState):
+      state = state._replace(learned=learned)
+    return mean, state
 
   def grid(self, params: PyTree, num_devices: int) -> tuple[float, ...]:
     """Returns the units of the sum over devices; see `rounding.grid`."""
-    return rounding.grid(
-      self.plan, num_devices, sum(x.size for x in jax.tree.leaves(params))
-    )
+    return rounding.grid(self.plan, num_devices, self._num_entries(params))
+
+  def _num_entries(self, params: PyTree) -> int:
+    leaves = jax.tree.leaves(self.with_extra(params, np.zeros))
+    return sum(leaf.size for leaf in leaves)
 
   def noise_norm(self, num_entries: int, release_index: int) -> float:
     """Returns the root-mean-square norm of the noise in the mean gradient.
@@ -140,7 +290,7 @@ class Mechanism:
     """
     phase = self.plan.phase(release_index)
     size = phase.expected_batch_size / self.plan.group_size
-    stddev = phase.noise_multiplier * self.sensitivity / size
+    stddev = self.noise_stddev_over(phase.noise_multiplier) / size
     return stddev * math.sqrt(num_entries)
 
   def mean(
@@ -150,7 +300,7 @@ class Mechanism:
 
     Args:
       noisy_sum: pytree of arrays.
-      release_index: as for `noise`.
+      release_index: as for `draw_noise`.
     """
     sizes = [
       phase.expected_batch_size / self.plan.group_size
@@ -184,7 +334,9 @@ class Mechanism:
   @property
   def largest_noise(self) -> float:
     """Returns a bound on every entry of the noise."""
-    return _LARGEST_NORMAL * self.noise_stddev
+    share = self._gradient_share
+    least = min([share, *(x.share for x in self.clipper.extra.values())])
+    return _LARGEST_NORMAL * self.noise_stddev * math.sqrt(share / least)
 
   @property
   def largest_sum(self) -> float:
@@ -202,7 +354,7 @@ class Mechanism:
       largest=self.largest_sum,
       # Each group adds two terms: its sum, and what rounding left out of it.
       num_terms=2 * self._most_groups,
-      num_entries=sum(leaf.size for leaf in jax.tree.leaves(params)),
+      num_entries=self._num_entries(params),
       tolerance=(_ROOM - rounding.ROOM) * self.plan.l2_clip_norm,
     )
 
@@ -216,8 +368,16 @@ def of(
   example of a group can do.
   """
   sensitivity = clipped_grad.sensitivity(plan.neighboring_relation)
-  stddev = plan.noise_multiplier * sensitivity
-  return Mechanism(plan, clipped_grad, sensitivity, stddev)
+  made = Mechanism(plan, clipped_grad, sensitivity, 0.0)
+  if made._gradient_share <= 0 or any(
+    part.share <= 0 for part in made.clipper.extra.values()
+  ):
+    raise errors.ArgumentError(
+      "shares of extra leaves must be above 0 and leave some for the gradient,"
+      f" got {dict(made.clipper.extra)}"
+    )
+  stddev = made.noise_stddev_over(plan.noise_multiplier)
+  return dataclasses.replace(made, noise_stddev=stddev)
 
 
 def make(
@@ -251,17 +411,12 @@ def make(
   """
   if exact_group_size is not None:
     for name in ("noise_schedule", "batch_size_schedule"):
-      if getattr(plan, name):
-        raise ValueError(
-          f"{name} must be empty with exact sums, got {getattr(plan, name)}"
-        )
-    if not 1 <= exact_group_size <= _LARGEST_GROUP:
-      raise ValueError(
-        f"exact_group_size must be in [1, {_LARGEST_GROUP}], got"
-        f" {exact_group_size}"
-      )
+      value = getattr(plan, name)
+      _validation.require(not value, name, "empty with exact sums", value)
+    rule = _validation.integer(1, _LARGEST_GROUP)
+    _validation.check("exact_group_size", exact_group_size, rule)
     if microbatch_size is not None and exact_group_size % microbatch_size:
-      raise ValueError(
+      raise errors.ArgumentError(
         f"microbatch_size must divide the exact_group_size of"
         f" {exact_group_size}, got {microbatch_size}"
       )
@@ -291,88 +446,3 @@ def make(
       f" {plan.noise_multiplier}"
     )
   return made
-
-
-@dataclasses.dataclass(frozen=True, repr=False)
-class Streams:
-  """The random streams of one branch of a run.
-
-  They depend only on the secret and the branch. A branch may have other data or
-  other numbers than the one before it, so all of its keys are new.
-
-  Attributes:
-    secret: 32 bytes; see `dpdist.keys`.
-    branch: the branch's identity; see `dpdist.ledger.history.Branch`.
-  """
-
-  secret: bytes
-  branch: str
-
-  def sampler(
-    self, plan: plan_lib.PrivacyPlan, first_release: int = 0
-  ) -> Callable[[int], np.ndarray]:
-    """Returns a sampler of the plan's units: rows, or groups of rows.
-
-    Args:
-      plan: the plan.
-      first_release: step 0's; see `dpdist.ledger.history.Branch.release_index`.
-    """
-    seed = keys.derive(self.secret, "sampling", branch=self.branch)
-    samplers = [
-      _sampler(plan, phase, first_release, seed) for phase in plan.phases
-    ]
-    if len(samplers) == 1:
-      return samplers[0]
-    starts = [phase.start for phase in plan.phases]
-
-    def scheduled(step: int) -> np.ndarray:
-      # All settings may share a seed: they never draw at the same step.
-      index = bisect.bisect_right(starts, step + first_release) - 1
-      return samplers[index](step)
-
-    return scheduled
-
-  def key(self, stream: str, step: int | None = None) -> jax.Array:
-    """Returns a typed PRNG key for a named stream."""
-    return noise.as_key(self.key_data(stream, step))
-
-  def key_data(self, stream: str, step: int | None = None) -> np.ndarray:
-    """Returns the uint32 [2] of the key."""
-    key = keys.derive(self.secret, stream, branch=self.branch)
-    return keys.key_data(key, step)
-
-
-def _sampler(
-  plan: plan_lib.PrivacyPlan,
-  phase: schedule.Phase,
-  first_release: int,
-  seed: bytes,
-) -> Callable[[int], np.ndarray]:
-  """Returns the sampler of one phase of a plan."""
-  units, q = plan.num_units, plan.probability(phase)
-  if plan.sampling == "fixed_size":
-    return sampling.FixedSizeSampler(
-      num_examples=units,
-      batch_size=int(phase.expected_batch_size),
-      seed=seed,
-    )
-  if plan.sampling == "truncated_poisson":
-    assert plan.truncated_batch_size is not None
-    return sampling.TruncatedPoissonSampler(
-      num_examples=units,
-      sampling_probability=q,
-      truncated_batch_size=plan.truncated_batch_size,
-      seed=seed,
-    )
-  if plan.sampling == "cyclic_poisson":
-    return sampling.CyclicPoissonSampler(
-      num_examples=units,
-      sampling_probability=q,
-      cycle_length=plan.cycle_length,
-      # A later branch's may be negative; Python's remainder is not.
-      offset=first_release % plan.cycle_length,
-      seed=seed,
-    )
-  return sampling.PoissonSampler(
-    num_examples=units, sampling_probability=q, seed=seed
-  )

@@ -82,19 +82,22 @@ class PrivateGradientFn:
     """Returns the first step's noise standard deviation on a sum's entry."""
     return self.mechanism.noise_stddev
 
-  def init(self, params: PyTree) -> noise.GaussianNoiseState:
-    """Returns the state before the first step, which is only a counter."""
-    return noise.gaussian_noise(self.noise_stddev, self._key).init(params)
+  def init(self, params: PyTree) -> Any:
+    """Returns the state before the first step.
+
+    It is only a counter, unless noise or clipping remember anything.
+    """
+    return self.mechanism.init(params)
 
   def __call__(
     self,
     params: PyTree,
     batch: PyTree,
-    state: noise.GaussianNoiseState,
+    state: Any,
     *,
     is_padding_example: jax.Array | None = None,
     rng: jax.Array | None = None,
-  ) -> tuple[PrivateGradients, noise.GaussianNoiseState]:
+  ) -> tuple[PrivateGradients, Any]:
     """Computes one step's gradient; may be compiled.
 
     Args:
@@ -143,17 +146,17 @@ class PrivateGradientFn:
       batch, is_padding_row = clipping.into_groups(
         batch, size, is_padding_example=~is_real
       )
-    got = self.clipped_grad(
-      params, batch, is_padding_example=is_padding_row, rng=rng
+    made = self.mechanism
+    learned = made.learned(state)
+    got = made.clipped_sum(
+      params, batch, learned, is_padding_example=is_padding_row, rng=rng
     )
     release_index = state.draws
-    noisy, state = self.mechanism.add_noise(
+    noisy, state = made.add_noise(
       compensated.of(got.sum, got.low), state, self._key, release_index
     )
-    gradient = jax.tree.map(
-      lambda x: jnp.where(left, x, jnp.nan),
-      self.mechanism.mean(noisy, release_index),
-    )
+    gradient, state = made.finish(noisy, state, release_index)
+    gradient = jax.tree.map(lambda x: jnp.where(left, x, jnp.nan), gradient)
     num_in_row = jnp.sum(is_real.reshape(is_padding_row.shape[0], -1), axis=1)
     aux = got.aux
     if size > 1:

@@ -1,12 +1,14 @@
-"""Statistics of a step's drawn examples, all of them sensitive."""
+"""What a step has added up so far: sums and statistics, all of it sensitive."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from dpdist import clipping
 from dpdist.mechanism import mechanism as mechanism_lib
+
+PyTree = Any
 
 
 class Stats(NamedTuple):
@@ -24,6 +26,25 @@ class Stats(NamedTuple):
   num_clipped: jax.Array
   num_nonfinite: jax.Array
   loss: jax.Array
+
+
+class Accumulator(NamedTuple):
+  """A step's sums so far, separate for each device that divides the examples.
+
+  Attributes:
+    clipped_sum: pytree like params, with any extra leaves of the clipper,
+      float32 or wider, with a leading axis over those devices; where `fsdp`
+      divides an array, over those along `data`.
+    stats: Stats of [devices] arrays.
+    low: like clipped_sum, what rounding left out of it: the true sum is
+      clipped_sum + low. (): nothing, as for integers.
+    learned: what the clipper has learned before the step; (): nothing.
+  """
+
+  clipped_sum: PyTree
+  stats: Stats
+  low: PyTree = ()
+  learned: PyTree = ()
 
 
 def no_stats(shards: int) -> Stats:

@@ -5,17 +5,19 @@ state)`, and a counter. All its randomness is a function of (seed, counter,
 leaf), so a checkpoint has to keep only the counter.
 """
 
+import dataclasses
 import functools
 import hashlib
 import logging
 import math
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dpdist import registry
 from dpdist.keys import keys
 
 
@@ -73,25 +75,59 @@ def gaussian_noise(
   key = key_of(seed)
 
   def init(params: Any) -> GaussianNoiseState:
-    del params
-    return GaussianNoiseState(jnp.zeros((), jnp.int32))
+    return Gaussian().init(params)
 
   def update(
     updates: Any, state: GaussianNoiseState, params: Any = None
   ) -> tuple[Any, GaussianNoiseState]:
     del params
-    step_key = jax.random.fold_in(key, state.draws)
-    leaves, structure = jax.tree.flatten(updates)
-    noisy = []
-    for index, leaf in enumerate(leaves):
-      dtype = jnp.promote_types(leaf.dtype, jnp.float32)
-      leaf_key = jax.random.fold_in(step_key, index)
-      noise = jax.random.normal(leaf_key, leaf.shape, dtype)
-      noisy.append(leaf.astype(dtype) + stddev * noise)
-    state = GaussianNoiseState(state.draws + 1)
-    return jax.tree.unflatten(structure, noisy), state
+    return _add(updates, state, key, stddev)
 
   return optax.GradientTransformation(init, update)
+
+
+@registry.register("noise", "gaussian")
+@dataclasses.dataclass(frozen=True)
+class Gaussian:
+  """Independent noise at each step; see `noise_mechanism.NoiseMechanism`."""
+
+  restarts: ClassVar[Literal["from_index", "from_state"]] = "from_index"
+
+  def sensitivity_factor(self, num_steps: int) -> float:
+    return 1.0
+
+  def init(self, params: Any) -> GaussianNoiseState:
+    return GaussianNoiseState(jnp.zeros((), jnp.int32))
+
+  def draw(
+    self,
+    like: Any,
+    state: GaussianNoiseState,
+    *,
+    key: jax.Array,
+    release_index: jax.Array | None,
+    stddev: Any,
+  ) -> tuple[Any, GaussianNoiseState]:
+    return _add(like, state, key, stddev)
+
+
+def _add(
+  total: Any, state: GaussianNoiseState, key: jax.Array, stddev: Any
+) -> tuple[Any, GaussianNoiseState]:
+  """Adds noise to a sum; stddev is a prefix pytree of it."""
+  step_key = jax.random.fold_in(key, state.draws)
+  leaves, structure = jax.tree.flatten(total)
+  stddevs = jax.tree.broadcast(stddev, total)
+  noisy = []
+  for index, (leaf, scale) in enumerate(
+    zip(leaves, jax.tree.leaves(stddevs), strict=True)
+  ):
+    dtype = jnp.promote_types(leaf.dtype, jnp.float32)
+    leaf_key = jax.random.fold_in(step_key, index)
+    noise = jax.random.normal(leaf_key, leaf.shape, dtype)
+    noisy.append(leaf.astype(dtype) + scale * noise)
+  state = GaussianNoiseState(state.draws + 1)
+  return jax.tree.unflatten(structure, noisy), state
 
 
 def as_key(key_data: np.ndarray | jax.Array) -> jax.Array:

@@ -42,11 +42,10 @@ from dpdist.privacy import statement as statement_lib
 
 def valid_accountants(parts: Sequence[plan_lib.PlanUse]) -> tuple[str, ...]:
   """Returns the accountants, maybe none, valid for parts chosen in turn."""
-  pairs = _pairs(parts)
   valid = []
   if not _was_chosen_on_the_way(parts):
     valid.append("pld")
-  if all(pair.has_renyi for pair in pairs):
+  if not any(event.loose_rdp for event in _events(parts)):
     valid.append("rdp")
   return tuple(valid)
 
@@ -105,7 +104,7 @@ def epsilon(
     )
   if _was_chosen_on_the_way(parts):
     return _filtered(parts, by_one_order)
-  return accountants.epsilon([*_pairs(parts).items()], first.delta, accountant)
+  return accountants.epsilon([*_events(parts).items()], first.delta, accountant)
 
 
 def guaranteed(bounds: Sequence[Sequence[plan_lib.PlanUse]]) -> float:
@@ -290,14 +289,14 @@ def _filtered(
   parts: Sequence[plan_lib.PlanUse], by_one_order: bool = False
 ) -> float:
   """Returns the least epsilon of the filters."""
-  first, pairs = parts[0].plan, _pairs(parts).items()
+  first, events = parts[0].plan, _events(parts).items()
   shares = rdp.ladder(first.steps(), first.delta)
   if by_one_order:
     shares = {rdp.best_order(first.steps(), first.delta): first.delta}
   return min(
     rdp.epsilon_at(
       order,
-      math.fsum(rdp.divergence(pair, count, order) for pair, count in pairs),
+      math.fsum(rdp.divergence(event, count, order) for event, count in events),
       delta,
     )
     for order, delta in shares.items()
@@ -307,16 +306,18 @@ def _filtered(
 def _was_chosen_on_the_way(parts: Sequence[plan_lib.PlanUse]) -> bool:
   """Returns whether later steps may depend on what earlier ones released.
 
-  They do not where there is one plan, with or without a schedule, or one pair.
+  They do not where there is one plan, with or without a schedule, or one event.
   """
   taken = [part for part in parts if part.num_steps]
-  return len(taken) > 1 and len(_pairs(parts)) > 1
+  return len(taken) > 1 and len(_events(parts)) > 1
 
 
-def _pairs(parts: Sequence[plan_lib.PlanUse]) -> dict[step_events.Pair, int]:
-  """Returns how often each pair is composed."""
-  found: dict[step_events.Pair, int] = {}
+def _events(
+  parts: Sequence[plan_lib.PlanUse],
+) -> dict[step_events.StepEvent, int]:
+  """Returns how often each event is composed."""
+  counts: dict[step_events.StepEvent, int] = {}
   for plan, num_steps in parts:
-    for pair, count in plan.steps(num_steps):
-      found[pair] = found.get(pair, 0) + count
-  return found
+    for event, count in plan.steps(num_steps):
+      counts[event] = counts.get(event, 0) + count
+  return counts

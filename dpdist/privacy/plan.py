@@ -10,15 +10,16 @@ scipy, which takes longer to load than a ledger.
 from collections.abc import Mapping, Sequence
 import dataclasses
 import hashlib
-import itertools
 import json
 import numbers
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+from dpdist import errors
 from dpdist.accounting import search
 from dpdist.accounting import step_events
 from dpdist.privacy import rules
 from dpdist.privacy import schedule
+from dpdist.sampling import sampler
 
 if TYPE_CHECKING:
   import dp_accounting
@@ -33,15 +34,22 @@ IMMUTABLE_FIELDS = (
 )
 
 
+# Pairs of name and value, as plans are compared and hashed; given as a dict.
+Options: TypeAlias = Mapping[str, Any] | tuple[tuple[str, Any], ...]
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Sampling:
-  """How rows are drawn for a step, in a config as in its plan.
+class MechanismSettings:
+  """What a step does, in a config as in its plan.
+
+  Sampling, noise and clipping must have a proof together.
 
   Attributes:
     sampling: "poisson"; "truncated_poisson", whose draws are cut to
       `truncated_batch_size`; "cyclic_poisson", which draws from `cycle_length`
       parts of the rows in turn; or "fixed_size", which draws without
-      replacement, anew at each step, and needs "replace_one".
+      replacement, anew at each step, and needs "replace_one"; or
+      "package.module:attribute", see `dpdist.sampling.sampler.Sampling`.
     truncated_batch_size: most rows in a step; only for "truncated_poisson".
     cycle_length: number of parts; only for "cyclic_poisson".
     examples_per_user: most rows that one protected person may have, each drawn
@@ -49,11 +57,17 @@ class Sampling:
     group_size: how many consecutive rows are averaged and clipped as one; at
       least 1. Each row is protected, although one row can reverse its group's
       gradient. Neither groups nor cycles go with "add_or_remove_one": see
-      `dpdist.accounting.step_events`.
+      `dpdist.accounting.proofs`.
     noise_schedule: pairs (step, noise_multiplier), each of which holds from its
       step on; steps rise. Not with a target epsilon.
     batch_size_schedule: pairs (step, expected_batch_size), in the same way.
     unit: what a row is: "example" or "user".
+    noise: "gaussian", or "package.module:attribute", see
+      `dpdist.noise.noise_mechanism.NoiseMechanism`.
+    noise_options: its options, as a dict: numbers, texts and booleans by name.
+    clipping: "fixed", or "package.module:attribute", see
+      `dpdist.clipping.Clipper`.
+    clipping_options: its options, likewise.
   """
 
   sampling: str = "poisson"
@@ -64,16 +78,20 @@ class Sampling:
   noise_schedule: schedule.Schedule = ()
   batch_size_schedule: schedule.Schedule = ()
   unit: str = "example"
+  noise: str = "gaussian"
+  noise_options: Options = ()
+  clipping: str = "fixed"
+  clipping_options: Options = ()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrivacyConfig(Sampling):
+class PrivacyConfig(MechanismSettings):
   """The privacy settings of a run, as you write them.
 
   Give exactly one of `target_epsilon` and `noise_multiplier`; the other
   follows from it.
 
-  Attributes, beside those of `Sampling`:
+  Attributes, beside those of `MechanismSettings`:
     num_examples: rows of the training set, a public number.
     expected_batch_size: mean number of rows in a step, above 0 and at most
       `num_examples`; must be whole only with sampling="fixed_size".
@@ -89,7 +107,7 @@ class PrivacyConfig(Sampling):
 
   Raises:
     ValueError: if an attribute is out of its range, or if no mechanism with a
-      proof has these settings; see `dpdist.accounting.step_events`.
+      proof has these settings; see `dpdist.accounting.proofs`.
   """
 
   num_examples: int
@@ -122,10 +140,10 @@ class PrivacyConfig(Sampling):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class PrivacyPlan(Sampling):
+class PrivacyPlan(MechanismSettings):
   """The numbers that a run is bound to; `make_plan` makes it.
 
-  Attributes, beside those of `Sampling`:
+  Attributes, beside those of `MechanismSettings`:
     num_examples: rows of the training set.
     expected_batch_size: mean number of rows in a step, a float.
     num_steps: number of noisy updates that the plan covers.
@@ -161,13 +179,13 @@ class PrivacyPlan(Sampling):
 
   def probability(self, phase: schedule.Phase) -> float:
     """Returns the sampling probability of each row under a phase."""
-    q = phase.expected_batch_size * self.cycle_length / self.num_examples
-    return min(1.0, q)  # Rounding may make it a bit more than 1.
+    sampling = rules.sampling_of(self)
+    return sampling.probability(self, phase.expected_batch_size)
 
   @property
   def num_units(self) -> int:
     """Returns the number of rows, or groups of rows, to draw from."""
-    return -(-self.num_examples // self.group_size)
+    return sampler.num_units(self)
 
   @property
   def phases(self) -> tuple[schedule.Phase, ...]:
@@ -185,9 +203,7 @@ class PrivacyPlan(Sampling):
     """Returns the phase at a step of the plan, counted from 0."""
     return [found for found in self.phases if found.start <= step][-1]
 
-  def steps(
-    self, num_steps: int | None = None
-  ) -> list[tuple[step_events.Pair, int]]:
+  def steps(self, num_steps: int | None = None) -> step_events.Steps:
     """Returns what the accountants compose for the first steps of the plan.
 
     Args:
@@ -195,32 +211,7 @@ class PrivacyPlan(Sampling):
         phase holds.
     """
     stop = self.num_steps if num_steps is None else num_steps
-    ends = [phase.start for phase in self.phases[1:]] + [stop]
-    # The cycles that fall into each phase, in part or as a whole.
-    turns = [
-      (
-        phase.start // self.cycle_length,
-        step_events.num_turns(min(end, stop), self.cycle_length),
-        phase,
-      )
-      for phase, end in zip(self.phases, ends, strict=True)
-      if min(end, stop) > phase.start
-    ]
-    bounds = sorted({x for first, last, _ in turns for x in (first, last)})
-    # Which phase a row's turn falls into depends on its part. A row has at
-    # most one step in a cycle, so take the worst phase of each cycle.
-    return [
-      (
-        rules.pair_of(
-          self,
-          min(x.noise_multiplier for x in found),
-          max(self.probability(x) for x in found),
-        ),
-        last - first,
-      )
-      for first, last in itertools.pairwise(bounds)
-      if (found := [x for start, end, x in turns if start <= first < end])
-    ]
+    return rules.steps(self, self.phases, stop)
 
   def epsilon(self, num_steps: int | None = None) -> float:
     """Returns the epsilon, at `delta`, of a run that stops after some steps.
@@ -363,10 +354,10 @@ def make_plan(config: PrivacyConfig) -> PrivacyPlan:
         f"noise_multiplier must be at least {search.NO_NOISE:g}, below which"
         f" epsilon is infinite, got {sigma}"
       )
-  if plan.accountant == "rdp" and not all(p.has_renyi for p, _ in plan.steps()):
-    raise ValueError(
-      "accountant must be 'pld' for truncated samples and several examples a"
-      " user, got 'rdp'"
+  loose = [event.loose_rdp for event, _ in plan.steps() if event.loose_rdp]
+  if plan.accountant == "rdp" and loose:
+    raise errors.ArgumentError(
+      f"accountant must be 'pld' with {loose[0]}, got 'rdp'"
     )
   return plan
 
@@ -386,8 +377,13 @@ def _to_dict(record: PrivacyConfig | PrivacyPlan) -> dict[str, Any]:
   kept |= {"target_delta"}
   defaults = _defaults(type(record))
   return {
-    # JSON reads tuples back as lists.
-    name: [*map(list, value)] if name.endswith("_schedule") else value
+    name: _json_able(name, value)
     for name, value in dataclasses.asdict(record).items()
     if name in kept or value != defaults[name]
   }
+
+
+def _json_able(name: str, value: Any) -> Any:
+  if name.endswith("_schedule"):
+    return [*map(list, value)]  # JSON reads tuples back as lists.
+  return dict(value) if name.endswith("_options") else value

@@ -16,7 +16,7 @@ import math
 from typing import NamedTuple
 
 from dpdist.privacy import plan as plan_lib
-from dpdist.privacy import schedule
+from dpdist.privacy import rules
 
 # A step has more than `most_examples` with a probability below this.
 TAIL = 2.0**-64
@@ -184,36 +184,10 @@ def _rests(unit: float, num_devices: int, num_entries: int) -> float:
 def most_examples(plan: plan_lib.PrivacyPlan) -> int:
   """Returns the most units of privacy that a step can hold.
 
-  With Poisson sampling a step has more with a probability below `TAIL`, by
-  Chernoff's bound: P(X >= k) <= exp(-n D(k/n || q)).
+  If the sampling has no bound, more are drawn with a probability below `TAIL`.
   """
-  return max(_most(plan, phase) for phase in plan.phases)
-
-
-def _most(plan: plan_lib.PrivacyPlan, phase: schedule.Phase) -> int:
-  count = -(-plan.num_units // plan.cycle_length)
-  if plan.sampling == "fixed_size":
-    return math.ceil(phase.expected_batch_size)
-  if plan.truncated_batch_size is not None:
-    count = min(count, plan.truncated_batch_size)
-    return count
-  q = plan.probability(phase)
-  if q >= 1:
-    return count
-  low, high = min(count, math.ceil(count * q)), count
-  while low < high:
-    middle = (low + high) // 2
-    if _exponent(middle + 1, count, q) > -math.log(TAIL):
-      high = middle
-    else:
-      low = middle + 1
-  return low
-
-
-def _exponent(k: int, n: int, q: float) -> float:
-  """Returns n D(k/n || q) of Chernoff's bound, for k >= n q; inf for k > n."""
-  if k > n:
-    return math.inf
-  p = k / n
-  rest = 0.0 if k == n else (1 - p) * math.log((1 - p) / (1 - q))
-  return n * (p * math.log(p / q) + rest)
+  sampling = rules.sampling_of(plan)
+  return max(
+    sampling.most_rows(plan, phase.expected_batch_size, TAIL)
+    for phase in plan.phases
+  )

@@ -1,49 +1,35 @@
 """Checks the numbers of a config and of its plan."""
 
-from collections.abc import Callable
-import dataclasses
-import math
-import numbers
+from collections.abc import Sequence
 from typing import Any
 
+from dpdist import _validation
+from dpdist import registry
+from dpdist import sampling as sampling  # Registers ours.
+from dpdist.accounting import proofs as proofs  # Registers ours.
 from dpdist.accounting import search
 from dpdist.accounting import step_events
 from dpdist.privacy import schedule
+from dpdist.sampling import sampler
 
-_LARGEST_WHOLE = 2**63
-_REAL, _WHOLE = (float, numbers.Real), (int, numbers.Integral)
-_POSITIVE = (_REAL, lambda x: 0 < x < math.inf, "finite and > 0")
-_COUNT = (_WHOLE, lambda x: x >= 1, "an integer >= 1")
-_DELTA = (_REAL, lambda x: 0 < x < 1, "in (0, 1)")
-
-
-def _one_of(choices: tuple[str, ...]) -> tuple[Any, Callable[[Any], bool], str]:
-  return (str, str), lambda x: x in choices, f"one of {choices}"
-
-
-# For each attribute: the type to convert to, the types accepted, a condition,
-# and that condition in words. NaN meets no condition.
-_RULES: dict[str, tuple[tuple[Any, Any], Callable[[Any], bool], str]] = {
-  "num_examples": _COUNT,
-  "expected_batch_size": _POSITIVE,
-  "num_steps": _COUNT,
-  "l2_clip_norm": _POSITIVE,
-  "target_delta": _DELTA,
-  "delta": _DELTA,
-  "target_epsilon": _POSITIVE,
-  "noise_multiplier": (
-    _REAL,
-    lambda x: 0 < x <= search.MOST_NOISE,
-    f"finite and > 0, and at most {search.MOST_NOISE:g}",
+_RULES = {
+  "target_epsilon": _validation.POSITIVE,
+  "expected_batch_size": _validation.POSITIVE,
+  "l2_clip_norm": _validation.POSITIVE,
+  "noise_multiplier": _validation.real(above=0, at_most=search.MOST_NOISE),
+  **dict.fromkeys(("delta", "target_delta"), _validation.DELTA),
+  **dict.fromkeys(
+    ("num_examples", "num_steps", "truncated_batch_size", "cycle_length")
+    + ("examples_per_user", "group_size"),
+    _validation.COUNT,
   ),
-  "accountant": ((str, str), lambda x: x in ("pld", "rdp"), "'pld' or 'rdp'"),
-  "truncated_batch_size": _COUNT,
-  "cycle_length": _COUNT,
-  "examples_per_user": _COUNT,
-  "group_size": _COUNT,
-  "neighboring_relation": _one_of(step_events.NEIGHBORING_RELATIONS),
-  "sampling": _one_of(step_events.SAMPLINGS),
-  "unit": _one_of(("example", "user")),
+  "accountant": _validation.one_of(("pld", "rdp")),
+  "neighboring_relation": _validation.one_of(step_events.NEIGHBORING_RELATIONS),
+  "unit": _validation.one_of(("example", "user")),
+  **dict.fromkeys(
+    ("sampling", "noise", "clipping"),
+    _validation.Rule("a name", str, str, bool),
+  ),
 }
 
 
@@ -56,24 +42,14 @@ def check(record: Any) -> None:
   Raises:
     ValueError: with the attribute's name, its value and what would be right.
   """
-  # Schedules last: their check uses other attributes, which must be valid.
-  is_last = lambda field: field.name.endswith("_schedule")
-  for field in sorted(dataclasses.fields(record), key=is_last):
-    value = getattr(record, field.name)
-    if value is None and "None" in str(field.type):
-      continue
-    if field.name.endswith("_schedule"):
-      value = schedule.checked(field.name, value, record.num_steps)
-    else:
-      (plain, kind), holds, right = _RULES[field.name]
-      # Some integers are too large for a float.
-      is_small = not isinstance(value, int) or abs(value) < _LARGEST_WHOLE
-      if not (schedule.is_a(kind, value) and is_small and holds(plain(value))):
-        raise ValueError(f"{field.name} must be {right}, got {value!r}")
-      value = plain(value)
-    # The fingerprint of a plan must not depend on whether 1 or 1.0 was written.
-    object.__setattr__(record, field.name, value)
-  num_units = -(-record.num_examples // record.group_size)
+  # The fingerprint of a plan must not depend on whether 1 or 1.0 was written.
+  _validation.check_fields(record, _RULES)
+  for name in ("noise_schedule", "batch_size_schedule"):
+    value = schedule.checked(name, getattr(record, name), record.num_steps)
+    object.__setattr__(record, name, value)
+  for name in ("noise_options", "clipping_options"):
+    object.__setattr__(record, name, _options(name, getattr(record, name)))
+  num_units = sampler.num_units(record)
   if record.cycle_length > num_units:
     raise ValueError(
       f"cycle_length must be at most {num_units}, the rows or groups of rows"
@@ -91,27 +67,78 @@ def check(record: Any) -> None:
       raise ValueError(
         f"expected_batch_size must be at most {over}, got {size!r}"
       )
-    if record.sampling == "fixed_size" and size != int(size):
-      raise ValueError(
-        "expected_batch_size must be whole with sampling='fixed_size', got"
-        f" {size!r}"
-      )
-  pair_of(record, 1.0, 1.0)  # Raises for settings of no mechanism.
+  sampling_of(record).check(record)
+  # Code from outside brings its proof along.
+  registry.load("noise", record.noise, setting="noise")
+  registry.load("clipper", record.clipping, setting="clipping")
+  # Raises for settings of no mechanism.
+  steps(record, [schedule.Phase(0, 1.0, record.expected_batch_size)], 1)
 
 
-def pair_of(record: Any, noise_multiplier: float, q: float) -> step_events.Pair:
-  is_truncated = record.sampling == "truncated_poisson"
+def steps(
+  record: Any, phases: Sequence[schedule.Phase], num_steps: int
+) -> step_events.Steps:
+  """Returns what the accountants compose for steps of a config or a plan.
+
+  Args:
+    record: a config or a plan; see `dpdist.privacy.plan`.
+    phases: in order of steps; the first one starts at step 0.
+    num_steps: the number of steps.
+
+  Raises:
+    ValueError: there is no proof of the mechanism with these settings.
+  """
+  probability = sampling_of(record).probability
   # A neighbour has one row more or one less.
-  may_grow = is_truncated and record.neighboring_relation == "add_or_remove_one"
-  return step_events.of(
-    noise_multiplier=noise_multiplier,
-    sampling_probability=q,
-    sampling=record.sampling,
+  may_grow = record.neighboring_relation == "add_or_remove_one"
+  numbers = step_events.Numbers(
+    phases=tuple(
+      step_events.Phase(
+        phase.start,
+        phase.noise_multiplier,
+        probability(record, phase.expected_batch_size),
+      )
+      for phase in phases
+    ),
+    num_steps=num_steps,
     neighboring_relation=record.neighboring_relation,
-    num_examples=record.num_examples + may_grow if is_truncated else None,
+    num_examples=record.num_examples + may_grow,
     truncated_batch_size=record.truncated_batch_size,
     cycle_length=record.cycle_length,
     examples_per_user=record.examples_per_user,
     group_size=record.group_size,
     may_grow=may_grow,
+    noise_options=record.noise_options,
+    clipping_options=record.clipping_options,
   )
+  return step_events.steps(
+    numbers,
+    sampling=record.sampling,
+    noise=record.noise,
+    clipping=record.clipping,
+  )
+
+
+def _options(name: str, value: Any) -> tuple[tuple[str, Any], ...]:
+  """Returns options as pairs in the order of their names."""
+  try:
+    options = dict(value)
+  except (TypeError, ValueError):
+    options = {"": None}
+  is_plain = all(
+    isinstance(key, str) and key and isinstance(x, bool | int | float | str)
+    for key, x in options.items()
+  )
+  _validation.require(
+    is_plain, name, "a dict of numbers, texts and booleans by name", value
+  )
+  return tuple(sorted(options.items()))
+
+
+def sampling_of(record: Any) -> sampler.Sampling:
+  """Returns the sampling of a config or a plan.
+
+  Raises:
+    ValueError: there is none of that name.
+  """
+  return registry.resolve("sampling", record.sampling, setting="sampling")()

@@ -10,15 +10,17 @@ import decimal
 import math
 
 from dpdist.privacy import plan as plan_lib
+from dpdist.privacy import rules
 
 _MANY = 6  # The most settings of a schedule that are listed.
 
 
 def of_plan(plan: plan_lib.PrivacyPlan) -> str:
   """Returns the statement of all steps of a plan."""
+  drawn = rules.sampling_of(plan).describe(plan)
   return (
-    f"{unit(plan)} {_sampling(plan)} Gradients are clipped to l2 norm"
-    f" {plan.l2_clip_norm}, and {_noise(plan)}"
+    f"{unit(plan)} {drawn} Gradients are clipped to l2 norm"
+    f" {plan.l2_clip_norm}, and {_noise(plan)}{_parts(plan)}"
     f" All {plan.num_steps:,} steps together are (epsilon, delta)-"
     f"differentially private with epsilon = {rounded_up(plan.epsilon())} and"
     f" delta = {plan.delta:g}, by the {plan.accountant.upper()} accountant."
@@ -98,62 +100,17 @@ def rounded_up(epsilon: float, decimals: int | None = None) -> str:
 
 def sampling(plan: plan_lib.PrivacyPlan) -> str:
   """Says how steps sample, in a word or two."""
-  return {
-    "poisson": "Poisson",
-    "truncated_poisson": f"Poisson, cut to {plan.truncated_batch_size}",
-    "cyclic_poisson": f"Poisson, from {plan.cycle_length} parts in turn",
-    "fixed_size": "fixed size, without replacement",
-  }[plan.sampling]
+  return rules.sampling_of(plan).summary(plan)
 
 
-def _sampling(plan: plan_lib.PrivacyPlan) -> str:
-  what = plan.unit
-  grouped = ""
-  if plan.group_size > 1:
-    grouped = f", in groups of {plan.group_size},"
-    what = f"group of {plan.group_size} {plan.unit}s"
-  probability = (
-    f"with probability q = {plan.expected_batch_size:g} /"
-    f" {plan.num_examples / plan.cycle_length:,.12g} ="
-    f" {plan.sampling_probability:.6g}"
-  )
-  changing = " at first; it changes on a schedule" * bool(
-    plan.batch_size_schedule
-  )
-  if plan.sampling == "fixed_size":
-    return (
-      f"At each step {plan.expected_batch_size:g} of them are drawn without"
-      f" replacement, all subsets alike, so each {probability}{changing}."
-    )
-  group = ""
-  if plan.group_size > 1:
-    group = (
-      " The gradients of a group are averaged and clipped as one, which one"
-      f" {plan.unit} can turn over"
-    )
-    # This is no more than once the sensitivity under "replace_one".
-    group += (
-      "."
-      if plan.neighboring_relation == "replace_one"
-      else ": their sum moves by up to twice the clip norm."
-    )
-  if plan.sampling == "cyclic_poisson":
-    return (
-      f"The {plan.unit}s{grouped} are in {plan.cycle_length} parts that take"
-      " turns. At"
-      f" each step every {what} of one part is drawn, apart from all others"
-      f" (cyclic Poisson sampling), {probability}{changing}. Each takes part in"
-      f" at most one step of a turn.{group}"
-    )
-  cut = ""
-  if plan.sampling == "truncated_poisson":
-    cut = (
-      f" Of a sample of more than {plan.truncated_batch_size}, as many are"
-      " kept, all subsets alike (truncated Poisson sampling)."
-    )
+def _parts(plan: plan_lib.PrivacyPlan) -> str:
+  """Names the noise and the clipping, unless both are the usual ones."""
+  if plan.noise == "gaussian" and plan.clipping == "fixed":
+    return ""
   return (
-    f"At each step every {what} is drawn, apart from all others (Poisson"
-    f" sampling), {probability}{changing}.{cut}{group}"
+    f" Noise is drawn by {plan.noise!r} {dict(plan.noise_options)}, and"
+    f" gradients are clipped by {plan.clipping!r}"
+    f" {dict(plan.clipping_options)}; epsilon is by their proof."
   )
 
 

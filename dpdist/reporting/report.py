@@ -11,6 +11,7 @@ import os
 import pathlib
 from typing import Any
 
+from dpdist.files import atomic
 from dpdist.files import json_fields
 from dpdist.privacy import statement as statement_lib
 from dpdist.reporting import metrics as metrics_lib
@@ -184,10 +185,7 @@ def _put(path: pathlib.Path, title: str, body: str) -> pathlib.Path:
     f"<title>{title}</title>\n<style>{_STYLE}</style>\n"
     f"</head>\n<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
   )
-  # Renamed into place, so that a reader never opens half a page.
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(page, encoding="utf-8")
-  os.replace(temporary, path)
+  atomic.write(path, page.encode())
   return path
 
 

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 import contextlib
 import json
 import operator
-import os
 import pathlib
 from typing import Any, Self
 
 from dpdist import _validation
+from dpdist.files import atomic
 from dpdist.files import json_fields
 from dpdist.reporting import tensorboard
 
@@ -47,7 +47,8 @@ class Log:
     kept = [row for row in read(path) if row["step"] <= start_step]
     # Rewriting also repairs a half-written last line, which an append would
     # bury.
-    _replace(path, "".join(map(_line, kept)))
+    text = "".join(map(_line, kept))
+    atomic.write(path, text.encode(), is_durable=True)
     with contextlib.ExitStack() as stack:
       self._file = stack.enter_context(open(path, "a", encoding="ascii"))
       self._board = stack.enter_context(
@@ -126,13 +127,3 @@ def read(path: pathlib.Path) -> list[dict[str, Any]]:
 
 def _line(row: Mapping[str, Any]) -> str:
   return json.dumps(json_fields.strict(row), allow_nan=False) + "\n"
-
-
-def _replace(path: pathlib.Path, text: str) -> None:
-  """Puts `text` at `path`; after a crash all of it is there, or none."""
-  temporary = path.with_name(path.name + ".tmp")
-  with open(temporary, "w", encoding="ascii") as file:
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(temporary, path)

@@ -56,7 +56,7 @@ def measure(progress: progress_lib.Progress, num_steps: int) -> str:
 
   Times are seconds, means over `num_steps`; memory is bytes, now.
   """
-  seconds = progress.take()
+  seconds = progress.drain()
   mean = lambda *phases: (
     sum(seconds.get(x, 0.0) for x in phases) / max(1, num_steps)
   )

@@ -2,7 +2,7 @@
 
 from dpdist.sampling.cyclic import CyclicPoissonSampler as CyclicPoissonSampler
 from dpdist.sampling.fixed_size import FixedSizeSampler as FixedSizeSampler
-from dpdist.sampling.fixed_size import (
+from dpdist.sampling.poisson import PoissonSampler as PoissonSampler
+from dpdist.sampling.truncated_poisson import (
   TruncatedPoissonSampler as TruncatedPoissonSampler,
 )
-from dpdist.sampling.poisson import PoissonSampler as PoissonSampler

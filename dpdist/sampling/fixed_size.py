@@ -1,13 +1,19 @@
-"""Samplers of uniform subsets, whose size is fixed or bounded.
+"""Sampling of uniform subsets of a fixed size.
 
 As in `dpdist.sampling.poisson`, draws depend on the words of Philox and on
 integers alone. A subset is made of the first distinct numbers of a sequence of
 independent uniform ones. It is exactly uniform over all subsets of its size.
 """
 
+import math
+
 import numpy as np
 
+from dpdist import errors
+from dpdist import registry
+from dpdist.sampling import philox
 from dpdist.sampling import poisson
+from dpdist.sampling import sampler
 
 
 class FixedSizeSampler:
@@ -15,7 +21,7 @@ class FixedSizeSampler:
 
   At each step all subsets of that size are equally likely. The privacy of such
   steps is that of replacing one example by another, with twice the sensitivity;
-  see `dpdist.accounting.step_events`.
+  see `dpdist.accounting.gaussian_events`.
 
   Guarantees:
     Given uniform words, every subset has the same probability, and the subsets
@@ -38,13 +44,13 @@ class FixedSizeSampler:
     Raises:
       ValueError: An argument is not as described.
     """
-    self.num_examples = poisson.check_int(
+    self.num_examples = philox.check_int(
       "num_examples", num_examples, 1, 1 << 62
     )
-    self.batch_size = poisson.check_int(
+    self.batch_size = philox.check_int(
       "batch_size", batch_size, 1, self.num_examples
     )
-    self._key = poisson.philox_key(seed)
+    self._key = philox.philox_key(seed)
 
   def __repr__(self) -> str:
     return (
@@ -65,79 +71,71 @@ class FixedSizeSampler:
     Raises:
       ValueError: `step` is not as described.
     """
-    step = poisson.check_int("step", step, 0, (1 << 63) - 1)
-    return _subset(self._key, step, self.num_examples, self.batch_size)
+    step = philox.check_int("step", step, 0, (1 << 63) - 1)
+    return uniform_subset(self._key, step, self.num_examples, self.batch_size)
 
 
-class TruncatedPoissonSampler:
-  """Draws like `PoissonSampler`, and keeps at most `truncated_batch_size`.
+@registry.register("sampling", "fixed_size")
+class FixedSize:
+  """Draws as many rows at each step; see `sampler.Sampling`."""
 
-  Of a larger sample a uniform subset is kept. That costs much privacy unless
-  the bound is several standard deviations above the mean. The accountant must
-  know of it: see `dpdist.accounting.calibration`.
+  probability = staticmethod(sampler.mean_probability)
 
-  Attributes:
-    num_examples: The number of examples that are drawn from.
-    sampling_probability: The probability of each, before the cut.
-    truncated_batch_size: The most examples that are kept.
-  """
+  def check(self, numbers: sampler.Numbers) -> None:
+    later = [size for _, size in numbers.batch_size_schedule]
+    for size in (numbers.expected_batch_size, *later):
+      if size != int(size):
+        raise errors.ArgumentError(
+          "expected_batch_size must be whole with sampling='fixed_size', got"
+          f" {size!r}"
+        )
 
-  def __init__(
+  def typical_rows(self, numbers: sampler.Numbers, batch_size: float) -> int:
+    size = math.ceil(batch_size / numbers.group_size)
+    return min(size, sampler.num_units(numbers))
+
+  def most_rows(
+    self, numbers: sampler.Numbers, batch_size: float, tail: float
+  ) -> int:
+    return math.ceil(batch_size)
+
+  def make(
     self,
+    numbers: sampler.Numbers,
+    batch_size: float,
     *,
-    num_examples: int,
-    sampling_probability: float,
-    truncated_batch_size: int,
-    seed: int | bytes,
-  ):
-    """Checks the arguments.
-
-    Args:
-      num_examples: See `PoissonSampler`.
-      sampling_probability: See `PoissonSampler`.
-      truncated_batch_size: At least 1.
-      seed: See `PoissonSampler`.
-
-    Raises:
-      ValueError: An argument is not as described.
-    """
-    self._whole = poisson.PoissonSampler(
-      num_examples=num_examples,
-      sampling_probability=sampling_probability,
+    seed: bytes,
+    first_release: int,
+  ) -> FixedSizeSampler:
+    return FixedSizeSampler(
+      num_examples=sampler.num_units(numbers),
+      batch_size=int(batch_size),
       seed=seed,
     )
-    self.num_examples = self._whole.num_examples
-    self.sampling_probability = self._whole.sampling_probability
-    self.truncated_batch_size = poisson.check_int(
-      "truncated_batch_size", truncated_batch_size, 1, 1 << 62
-    )
-    self._key = poisson.philox_key(seed)
 
-  def __repr__(self) -> str:
+  def summary(self, numbers: sampler.Numbers) -> str:
+    return "fixed size, without replacement"
+
+  def describe(self, numbers: sampler.Numbers) -> str:
+    size = numbers.expected_batch_size
+    how_likely = sampler.in_words(numbers, self.probability(numbers, size))
     return (
-      f"TruncatedPoissonSampler(num_examples={self.num_examples}, "
-      f"sampling_probability={self.sampling_probability}, "
-      f"truncated_batch_size={self.truncated_batch_size}, seed=<secret>)"
+      f"At each step {size:g} of them are drawn without replacement, all"
+      f" subsets alike, so each {how_likely}."
     )
 
-  def __call__(self, step: int) -> np.ndarray:
-    """Draws the examples of a step; see `PoissonSampler`."""
-    drawn = self._whole(step)
-    if drawn.size <= self.truncated_batch_size:
-      return drawn
-    kept = _subset(self._key, step, drawn.size, self.truncated_batch_size)
-    return drawn[kept]
 
-
-def _subset(key: np.ndarray, step: int, size: int, count: int) -> np.ndarray:
+def uniform_subset(
+  key: np.ndarray, step: int, size: int, count: int
+) -> np.ndarray:
   """Returns a uniform subset of `count` of range(size), sorted, int64."""
   if 2 * count > size:  # Drawing what is left out takes fewer words.
     everything = np.arange(size, dtype=np.int64)
     if count == size:
       return everything
-    return np.delete(everything, _subset(key, step, size, size - count))
+    return np.delete(everything, uniform_subset(key, step, size, size - count))
   bits = max(1, (size - 1).bit_length())
-  stream = poisson.stream(key, step, poisson.SUBSET)
+  stream = philox.stream(key, step, poisson.SUBSET)
   found = np.empty(0, np.uint64)
   while found.size < count:
     # On average at least half of the words are below size, and at least half of

@@ -16,11 +16,13 @@ CPU, nor a new version of NumPy can change a draw.
 
 import bisect
 from collections.abc import Callable, Sequence
-import hashlib
 import math
-import operator
 
 import numpy as np
+
+from dpdist import registry
+from dpdist.sampling import philox
+from dpdist.sampling import sampler
 
 # Below this probability the cost is per drawn example (`_sparse`). From it on
 # the cost is per example (`_dense`), which is as fast and needs no rejection.
@@ -103,9 +105,11 @@ class PoissonSampler:
     Raises:
       ValueError: An argument is not as described.
     """
-    self.num_examples = check_int("num_examples", num_examples, 1, 1 << 62)
+    self.num_examples = philox.check_int(
+      "num_examples", num_examples, 1, 1 << 62
+    )
     self.sampling_probability = _check_probability(sampling_probability)
-    self._key = philox_key(seed)
+    self._key = philox.philox_key(seed)
     if self.sampling_probability < _DENSE_FROM:
       self._block_bits = _block_bits(
         self.num_examples, self.sampling_probability
@@ -133,7 +137,7 @@ class PoissonSampler:
     Raises:
       ValueError: `step` is not as described.
     """
-    step = check_int("step", step, 0, (1 << 63) - 1)
+    step = philox.check_int("step", step, 0, (1 << 63) - 1)
     if self.sampling_probability == 1:
       return np.arange(self.num_examples, dtype=np.int64)
     if self.sampling_probability >= _DENSE_FROM:
@@ -186,15 +190,7 @@ class PoissonSampler:
   def _stream(
     self, step: int, purpose: int, group: int = 0, *, attempt: int = 0
   ) -> np.random.Philox:
-    return stream(self._key, step, purpose, group, attempt=attempt)
-
-
-def stream(
-  key: np.ndarray, step: int, purpose: int, group: int = 0, *, attempt: int = 0
-) -> np.random.Philox:
-  """Returns the words of one purpose, from word 4 * group on."""
-  counter = np.array([group, attempt, purpose, step], dtype=np.uint64)
-  return np.random.Philox(counter=counter, key=key)
+    return philox.stream(self._key, step, purpose, group, attempt=attempt)
 
 
 def _block_bits(num_examples: int, probability: float) -> int:
@@ -267,31 +263,6 @@ def _invert(
   return counts.astype(np.int64, copy=False)
 
 
-def philox_key(seed: int | bytes) -> np.ndarray:
-  """Returns the uint64[2] key of a seed."""
-  if isinstance(seed, bytes):
-    if not seed:
-      raise ValueError("seed must be an int or non-empty bytes, got b''")
-    encoded = b"bytes:" + seed
-  elif isinstance(seed, (int, np.integer)) and not isinstance(seed, bool):
-    encoded = b"int:" + format(operator.index(seed), "x").encode()
-  else:
-    # A seed is secret even if its type is wrong.
-    raise ValueError(
-      f"seed must be an int or non-empty bytes, got a {type(seed).__name__}"
-    )
-  digest = hashlib.sha256(b"dpdist.sampling/philox_key/v1\0" + encoded).digest()
-  return np.frombuffer(digest[:16], dtype="<u8").astype(np.uint64)
-
-
-def check_int(name: str, value: int, low: int, high: int) -> int:
-  """Returns an argument as an int; raises ValueError if it is not one."""
-  is_integer = isinstance(value, (int, np.integer))
-  if not is_integer or isinstance(value, bool) or not low <= value <= high:
-    raise ValueError(f"{name} must be an int in [{low}, {high}], got {value!r}")
-  return operator.index(value)
-
-
 def _check_probability(value: float) -> float:
   is_number = isinstance(value, (int, float, np.integer, np.floating))
   # Written so that it refuses NaN, and wider floats that float64 rounds to 0.
@@ -301,3 +272,88 @@ def _check_probability(value: float) -> float:
       f"sampling_probability must be a number in (0, 1], got {value!r}"
     )
   return float(value)
+
+
+@registry.register("sampling", "poisson")
+class Poisson:
+  """Draws every row, or group, by itself; see `sampler.Sampling`."""
+
+  probability = staticmethod(sampler.mean_probability)
+
+  def check(self, numbers: sampler.Numbers) -> None:
+    """Raises nothing: all numbers of a plan will do."""
+
+  def typical_rows(self, numbers: sampler.Numbers, batch_size: float) -> int:
+    # Three deviations above the mean: about one step in a thousand has more.
+    batch = batch_size / numbers.group_size
+    size = math.ceil(batch + 3 * math.sqrt(batch))
+    return min(size, sampler.num_units(numbers))
+
+  def most_rows(
+    self, numbers: sampler.Numbers, batch_size: float, tail: float
+  ) -> int:
+    """Uses Chernoff's bound: P(X >= k) <= exp(-n D(k/n || q))."""
+    count = -(-sampler.num_units(numbers) // numbers.cycle_length)
+    q = self.probability(numbers, batch_size)
+    if q >= 1:
+      return count
+    low, high = min(count, math.ceil(count * q)), count
+    while low < high:
+      middle = (low + high) // 2
+      if _exponent(middle + 1, count, q) > -math.log(tail):
+        high = middle
+      else:
+        low = middle + 1
+    return low
+
+  def make(
+    self,
+    numbers: sampler.Numbers,
+    batch_size: float,
+    *,
+    seed: bytes,
+    first_release: int,
+  ) -> sampler.Sampler:
+    return PoissonSampler(
+      num_examples=sampler.num_units(numbers),
+      sampling_probability=self.probability(numbers, batch_size),
+      seed=seed,
+    )
+
+  def summary(self, numbers: sampler.Numbers) -> str:
+    return "Poisson"
+
+  def describe(self, numbers: sampler.Numbers) -> str:
+    what = numbers.unit
+    if numbers.group_size > 1:
+      what = f"group of {numbers.group_size} {numbers.unit}s"
+    q = self.probability(numbers, numbers.expected_batch_size)
+    return (
+      f"At each step every {what} is drawn, apart from all others (Poisson"
+      f" sampling), {sampler.in_words(numbers, q)}.{describe_groups(numbers)}"
+    )
+
+
+def describe_groups(numbers: sampler.Numbers) -> str:
+  """Returns a sentence on what one row can do to its group; "" of none."""
+  if numbers.group_size == 1:
+    return ""
+  # This is no more than once the sensitivity under "replace_one".
+  far = (
+    "."
+    if numbers.neighboring_relation == "replace_one"
+    else ": their sum moves by up to twice the clip norm."
+  )
+  return (
+    " The gradients of a group are averaged and clipped as one, which one"
+    f" {numbers.unit} can turn over{far}"
+  )
+
+
+def _exponent(k: int, n: int, q: float) -> float:
+  """Returns n D(k/n || q) of Chernoff's bound, for k >= n q; inf for k > n."""
+  if k > n:
+    return math.inf
+  p = k / n
+  rest = 0.0 if k == n else (1 - p) * math.log((1 - p) / (1 - q))
+  return n * (p * math.log(p / q) + rest)

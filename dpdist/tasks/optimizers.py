@@ -47,7 +47,7 @@ def make(
 
 def is_registered(name: str) -> bool:
   """Returns whether a name is no optax optimizer, but one that was added."""
-  return registry.is_known("optimizer", name)
+  return ":" in name or registry.is_known("optimizer", name)
 
 
 def _maker(name: str) -> Callable[..., optax.GradientTransformation]:

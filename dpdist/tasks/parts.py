@@ -124,7 +124,8 @@ class Parts:
       ]
       found["task"] = _code_of(functions, "task")
     # A task from outside need not look at the model.
-    if registry.is_known("model", config.model.name):
+    name = config.model.name
+    if ":" in name or registry.is_known("model", name):
       found["model"] = registry.code_sha256(
         "model", config.model.name, setting="model.name"
       )

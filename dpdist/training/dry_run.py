@@ -93,7 +93,7 @@ def _accumulated(
 
   def accumulate() -> tuple[step_lib.Accumulator | None, str]:
     try:
-      accumulator = job.step.zeros(state.params)
+      accumulator = job.step.begin(state)
       # Two chunks, like a draw of the run that needs more than one.
       for first_row in (0, size):
         accumulator = job.step.accumulate(

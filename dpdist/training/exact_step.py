@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jax.sharding import SingleDeviceSharding
 import optax
 
+from dpdist import errors
 from dpdist.clipping import watched
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.mechanism import mechanism as mechanism_lib
@@ -59,6 +60,11 @@ class ExactStep(step_lib.Step):
         f"clipping.exact_sum must be False where more than"
         f" {fixed_point.MOST_DEVICES} devices divide the examples, got {shards}"
       )
+    if jax.tree.leaves(self.mechanism.clipper.init()):
+      raise errors.ArgumentError(
+        "clipping.exact_sum must be False with a clipper that learns, got"
+        f" {self.mechanism.plan.clipping!r}"
+      )
 
   def specs(self, params: PyTree) -> PyTree:
     """Returns specs by which nothing is divided."""
@@ -72,7 +78,8 @@ class ExactStep(step_lib.Step):
     def zeros(params: PyTree) -> step_lib.Accumulator:
       form = self.mechanism.sum_format(params)
       sums = jax.tree.map(
-        lambda x: fixed_point.zeros(form, (shards, *x.shape)), params
+        lambda x: fixed_point.zeros(form, (shards, *x.shape)),
+        self.mechanism.with_extra(params, jnp.zeros),
       )
       return step_lib.Accumulator(sums, stats_lib.no_stats(shards))
 
@@ -154,7 +161,7 @@ class ExactStep(step_lib.Step):
 
   @functools.cached_property
   def total(self) -> Callable[..., Any]:
-    """Returns the compiled (params, accumulator) -> sum over all devices."""
+    """Returns the compiled (params, accumulator) -> gradients' sum."""
 
     def total(params: PyTree, accumulator: step_lib.Accumulator) -> PyTree:
       form = self.mechanism.sum_format(params)
@@ -164,7 +171,7 @@ class ExactStep(step_lib.Step):
           form, fixed_point.carry(sums), jnp.promote_types(x.dtype, jnp.float32)
         ),
         params,
-        limbs,
+        self.mechanism.gradient_of(limbs),
       )
 
     return jax.jit(total)
@@ -204,7 +211,7 @@ def add_group(
   form = mechanism.sum_format(params)
   rows = first_row + jnp.arange(is_padding_example.shape[0])
   rngs = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
-  grads = mechanism.clipped_grad(
+  grads = mechanism.clipped_sum(
     step_lib.whole(params, frozen),
     batch,
     is_padding_example=is_padding_example,
@@ -251,11 +258,9 @@ def finish(
   form = mechanism.sum_format(state.params)
   zeros = jax.tree.map(
     lambda x: jnp.zeros(x.shape, jnp.promote_types(x.dtype, jnp.float32)),
-    state.params,
+    mechanism.with_extra(state.params, jnp.zeros),
   )
-  noise, noise_state = mechanism.noise(noise_key).update(
-    zeros, state.noise_state
-  )
+  noise, noise_state = mechanism.draw_noise(zeros, state.noise_state, noise_key)
   # More examples than plan.num_examples would break the format's bounds.
   is_sound = num_examples <= mechanism.plan.num_examples
 

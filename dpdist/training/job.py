@@ -26,6 +26,7 @@ from dpdist.keys import keys
 from dpdist.ledger import data_budget
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
+from dpdist.mechanism import outside_code
 from dpdist.privacy import plan as plan_lib
 from dpdist.reporting import console
 from dpdist.tasks import held_out
@@ -55,7 +56,7 @@ class Job:
     settings: the privacy settings, as the ledger records them.
     ledger: in agreement with the settings, and written by this process; None in
       the processes that are not the primary process.
-    budget: the data set's, in which the run's stake covers `plan`; or None.
+    budget: the data set's, with an allocation that covers `plan`; or None.
     writer: the number of the process that writes.
     notices: what must be shown with any figure from this run.
     found: the checkpoint to go on from.
@@ -64,7 +65,7 @@ class Job:
     train_source: the private examples or users; call its `close` at the end.
     train_digest: SHA-256 that names their content, hex.
     own_digest: this release's name of it, if the run began under another.
-    earlier: returns its other names; see `admission.known_as`.
+    earlier: returns its other names; see `resume.recorded_digest`.
     test: all held-out examples, by name.
     evaluate: maps parameters to held-out metrics.
     task: what is trained.
@@ -78,9 +79,8 @@ class Job:
     made_of: by name, the SHA-256 of what decides a step besides settings and
       data, where there is any: "weights_sha256" of the parameters that were
       read from disk, "frozen_sha256" of the frozen ones, "features_sha256" of
-      features that replace inputs, "KIND_code_sha256" of code from outside,
-      "layer_rules_sha256" of its rules for layers, and "lowered_sha256" of what
-      all that computes.
+      features that replace inputs, "KIND_code_sha256" of code from outside, and
+      "lowered_sha256" of what such code computes.
     step: the two halves of a step.
     learning_rate: as a function of the step; None if it is unknown.
     chunk_size: examples, or users, that the whole mesh computes at once.
@@ -94,7 +94,7 @@ class Job:
   budget: data_budget.DataBudget | None
   writer: int
   notices: list[str]
-  found: manifest.Found
+  found: manifest.ResumePoint
   secret: bytes
   mesh: Mesh
   train_source: sources.Source
@@ -171,9 +171,7 @@ def _prepared(
   mesh, dataset, train_digest, earlier, features_sha256, close = (
     collectives.run_on_all(lambda: _load(config, parts))
   )
-  code: dict[str, str] = collectives.run_on_all(
-    lambda: parts.code_sha256(config)
-  )
+  code = collectives.run_on_all(lambda: _outside_code(config, parts))
   fingerprint.check_code()
   environment = fingerprint.environment(mesh)
   collectives.assert_equal(
@@ -186,21 +184,20 @@ def _prepared(
     code_outside=code,
   )
   own_digest = train_digest
-  train_digest = resume.known_as(ledger, own_digest, earlier)
-  plan, changes, found = resume.decide(config, workdir, ledger, train_digest)
+  train_digest = resume.recorded_digest(ledger, own_digest, earlier)
+  plan, changes, found = resume.resolve_plan(
+    config, workdir, ledger, train_digest
+  )
   collectives.assert_equal(plan=plan.fingerprint())
   experiment = setup.build(config, mesh, plan=plan, parts=parts)
-  # The step has the rules that were registered when it was built.
-  layer_rules_sha256 = collectives.run_on_all(
-    lambda: registry.outside_sha256("layer_rule")
-  )
-  collectives.assert_equal(layer_rules=layer_rules_sha256)
+  rules_code = collectives.run_on_all(_rules_code)
   task, step = experiment.task, experiment.step
-  size = experiment.chunk_size
   test, row, start = collectives.run_on_all(
     lambda: data_checks.fit(config, dataset, task, setup.PUBLIC_KEY_DATA)
   )
-  collectives.assert_equal(model_weights=start.weights_sha256)
+  collectives.assert_equal(
+    model_weights=start.weights_sha256, layer_rules=rules_code
+  )
   for shapes in (start.shapes, start.frozen_shapes):
     step.specs(shapes)  # Raises if the mesh does not fit them.
   whole = step_lib.whole(start.shapes, start.frozen_shapes)
@@ -210,10 +207,10 @@ def _prepared(
   frozen = start.frozen(step)
   made_of = {
     "features_sha256": features_sha256,
-    "layer_rules_sha256": layer_rules_sha256,
     "frozen_sha256": parameters.frozen_sha256(frozen),
     "weights_sha256": start.weights_sha256,
     **code,
+    **rules_code,
   }
   return Job(
     plan=plan,
@@ -241,17 +238,27 @@ def _prepared(
     made_of={name: value for name, value in made_of.items() if value},
     step=step,
     learning_rate=experiment.learning_rate,
-    chunk_size=size,
+    chunk_size=experiment.chunk_size,
     close=close,
   )
 
 
+def _outside_code(
+  config: ml_collections.ConfigDict, parts: parts_lib.Parts
+) -> dict[str, str]:
+  """Returns the digests of all code of the settings that is not ours."""
+  mechanism_code = outside_code.sha256(config_lib.privacy_config(config))
+  return parts.code_sha256(config) | {"mechanism_code_sha256": mechanism_code}
+
+
+def _rules_code() -> dict[str, str]:
+  # The step has the rules that were registered when it was built.
+  return {"layer_rules_code_sha256": registry.outside_sha256("layer_rule")}
+
+
 def _with_lowered(job: Job, parts: parts_lib.Parts) -> Job:
   """Adds the digest of what a run with code from outside computes."""
-  outside = [
-    x for x in job.made_of if "_code_" in x or x == "layer_rules_sha256"
-  ]
-  if not parts.is_any_given and not outside:
+  if not parts.is_any_given and not any("_code_" in x for x in job.made_of):
     return job
   digest = str(
     collectives.run_on_all(
@@ -300,7 +307,7 @@ def _begun(
 
   def begin() -> dict[str, Any]:
     assert ledger is not None
-    resume.begin(
+    resume.open_or_resume(
       config,
       workdir,
       ledger,

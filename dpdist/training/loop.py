@@ -157,7 +157,7 @@ class Loop:
     """Makes a step from the chunks that were drawn for it."""
     step, state, streams = self._job.step, self.state, self._session.streams
     self._progress.enter(t, "computing")
-    accumulator = step.zeros(state.params)
+    accumulator = step.begin(state)
     self._sentinel.begin(t, state.params)
     step_key = streams.key("model_rng", t)
     self._session.begin(t)

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
-import math
 from typing import Any
 
 from jax.sharding import Mesh
@@ -20,6 +19,7 @@ from dpdist.data import users
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.mechanism import mechanism
 from dpdist.privacy import plan as plan_lib
+from dpdist.privacy import rules
 from dpdist.tasks import parts as parts_lib
 from dpdist.tasks import per_unit
 from dpdist.tasks import task as task_lib
@@ -236,11 +236,7 @@ def chunk_size(
         hint=errors.Hint(flags=("--config.chunk_size=0",)),
       )
     return config.chunk_size
-  # Three deviations above the mean: about one step in a thousand needs two.
-  batch = max(x.expected_batch_size for x in plan.phases) / plan.group_size
-  if plan.sampling == "fixed_size":
-    size = math.ceil(batch)
-  else:
-    size = math.ceil(batch + 3 * math.sqrt(batch))
-  size = min(size, plan.truncated_batch_size or size, plan.num_units)
+  size = rules.sampling_of(plan).typical_rows(
+    plan, max(x.expected_batch_size for x in plan.phases)
+  )
   return size + -size % multiple

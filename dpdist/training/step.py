@@ -36,10 +36,10 @@ from dpdist.clipping import watched
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.mechanism import mechanism as mechanism_lib
 from dpdist.mechanism import stats as stats_lib
-from dpdist.noise import noise
 from dpdist.sums import compensated
 
 PyTree = Any
+Accumulator = stats_lib.Accumulator
 
 
 class TrainState(NamedTuple):
@@ -50,30 +50,14 @@ class TrainState(NamedTuple):
     params: the model's parameters; None where one is frozen.
     opt_state: the optimizer's state.
     ema_params: exponential moving average of params; None without one.
-    noise_state: the noise mechanism's counter.
+    noise_state: of the mechanism; see `Mechanism.init`.
   """
 
   step: jax.Array
   params: PyTree
   opt_state: PyTree
   ema_params: PyTree | None
-  noise_state: noise.GaussianNoiseState
-
-
-class Accumulator(NamedTuple):
-  """A step's sums so far, separate for each device that divides the examples.
-
-  Attributes:
-    clipped_sum: pytree like params, float32 or wider, with a leading axis over
-      those devices; where `fsdp` divides an array, over those along `data`.
-    stats: Stats of [devices] arrays.
-    low: like clipped_sum, what rounding left out of it: the true sum is
-      clipped_sum + low. (): nothing, as for integers.
-  """
-
-  clipped_sum: PyTree
-  stats: stats_lib.Stats
-  low: PyTree = ()
+  noise_state: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,13 +101,28 @@ class Step:
       params=specs,
       opt_state=opt_state,
       ema_params=None if state.ema_params is None else specs,
+      noise_state=mesh_lib.specs_of_parts(
+        state.noise_state, state.params, specs
+      ),
     )
 
   def accumulator_specs(self, params: PyTree) -> PyTree:
     """Returns the layout of an accumulator: of PartitionSpecs."""
-    sums = jax.tree.map(mesh_lib.stacked, self.specs(params))
+    sums = jax.tree.map(mesh_lib.stacked, self._sum_specs(self.specs(params)))
     stats = jax.tree.map(lambda x: mesh_lib.EXAMPLES, stats_lib.no_stats(1))
-    return Accumulator(sums, stats, sums)
+    learned = self.mechanism.clipper.init()
+    learned = jax.tree.map(lambda x: mesh_lib.REPLICATED, learned)
+    return Accumulator(sums, stats, sums, learned)
+
+  def _sum_specs(self, specs: PyTree) -> PyTree:
+    """Returns the layout of a sum, from that of its gradient."""
+    return self.mechanism.with_extra(specs, lambda shape: mesh_lib.REPLICATED)
+
+  def begin(self, state: TrainState) -> Accumulator:
+    """Returns an empty accumulator for the step after a state."""
+    # A copy: state and accumulator are donated by different calls.
+    learned = jax.tree.map(jnp.copy, self.mechanism.learned(state.noise_state))
+    return self.zeros(state.params)._replace(learned=learned)
 
   def init(self, params: PyTree) -> TrainState:
     """Returns the state before the first step, from whole parameters."""
@@ -169,13 +168,14 @@ class Step:
       opt_state=self.optimizer.init(params),
       # A copy: state and average may be donated in the same call.
       ema_params=jax.tree.map(jnp.copy, params) if self.ema_decay else None,
-      noise_state=noise.GaussianNoiseState(jnp.zeros((), jnp.int32)),
+      noise_state=self.mechanism.init(params),
     )
 
   @functools.cached_property
   def zeros(self) -> Callable[..., Any]:
     """Returns the compiled function (params) -> an empty Accumulator."""
     shards = mesh_lib.num_example_shards(self.mesh)
+    learned = self.mechanism.clipper.init()
 
     def zeros(params: PyTree) -> Accumulator:
       sums = jax.tree.map(
@@ -183,12 +183,13 @@ class Step:
           (self._num_summed(spec), *x.shape),
           jnp.promote_types(x.dtype, jnp.float32),
         ),
-        params,
-        self.specs(params),
+        self.mechanism.with_extra(params, jnp.zeros),
+        self._sum_specs(self.specs(params)),
       )
       empty = compensated.zeros_like(sums)
       return self._constrained(
-        params, Accumulator(empty.high, stats_lib.no_stats(shards), empty.low)
+        params,
+        Accumulator(empty.high, stats_lib.no_stats(shards), empty.low, learned),
       )
 
     return jax.jit(zeros)
@@ -216,9 +217,10 @@ class Step:
     rngs: jax.Array,
   ) -> Any:
     """Does a device's part of `accumulate`, with its part of the chunk."""
-    grads = self.mechanism.clipped_grad(
+    grads = self.mechanism.clipped_sum(
       whole(params, frozen),
       batch,
+      accumulator.learned,
       is_padding_example=is_padding_example,
       rng=rngs,
       param_specs=specs,
@@ -233,7 +235,7 @@ class Step:
     before = compensated.Sum(accumulator.clipped_sum, accumulator.low)
     total = compensated.add(before, more, low)
     stats = jax.tree.map(jnp.add, accumulator.stats, stats)
-    after = Accumulator(total.high, stats, total.low)
+    after = Accumulator(total.high, stats, total.low, accumulator.learned)
     return after if seen is None else (after, seen)
 
   @functools.cached_property
@@ -278,9 +280,9 @@ class Step:
         jax.tree.map(mesh_lib.without_model, self.specs(x))
         for x in (params, frozen)
       )
-      stacked: Any = jax.tree.map(mesh_lib.stacked, specs)
-      sums: Any = Accumulator(
-        stacked, self.accumulator_specs({}).stats, stacked
+      stacked: Any = jax.tree.map(mesh_lib.stacked, self._sum_specs(specs))
+      sums: Any = self.accumulator_specs({})._replace(
+        clipped_sum=stacked, low=stacked
       )
       run = jax.shard_map(
         functools.partial(self._add_chunk, whole(specs, frozen_specs)),
@@ -303,13 +305,13 @@ class Step:
 
   @functools.cached_property
   def total(self) -> Callable[..., Any]:
-    """Returns the compiled (params, accumulator) -> sum over all devices."""
+    """Returns the compiled (params, accumulator) -> gradients' sum."""
 
     def total(params: PyTree, accumulator: Accumulator) -> PyTree:
       summed = jax.tree.map(
         lambda high, low: jnp.sum(high + low, 0),
-        accumulator.clipped_sum,
-        accumulator.low,
+        self.mechanism.gradient_of(accumulator.clipped_sum),
+        self.mechanism.gradient_of(accumulator.low),
       )
       return mesh_lib.constrain(summed, self.specs(params), self.mesh)
 
@@ -333,7 +335,7 @@ class Step:
     """
 
     def reduce(params: PyTree, total: compensated.Sum) -> compensated.Sum:
-      specs = self.specs(params)
+      specs = self._sum_specs(self.specs(params))
       both = compensated.Sum(specs, specs)
       if mesh_lib.num_example_shards(self.mesh) == 1:
         # There is nothing to add up. XLA fails on a sum over axes of size 1
@@ -414,11 +416,13 @@ def update(
   ema_decay: float,
   state: TrainState,
   noisy_sum: PyTree,
-  noise_state: noise.GaussianNoiseState,
+  noise_state: Any,
   release_index: jax.Array | None = None,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Returns the state after the step, and released metrics, from noisy sums."""
-  gradient = mechanism.mean(noisy_sum, release_index)
+  gradient, noise_state = mechanism.finish(
+    noisy_sum, noise_state, release_index
+  )
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   new_state = TrainState(

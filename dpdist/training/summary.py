@@ -1,7 +1,6 @@
 """The tables and results that a run shows at its start and its end."""
 
 from collections.abc import Sequence
-import os
 import pathlib
 from typing import Any
 
@@ -9,6 +8,7 @@ import jax
 import numpy as np
 
 from dpdist.distributed import mesh as mesh_lib
+from dpdist.files import atomic
 from dpdist.files import json_fields
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import composition
@@ -159,9 +159,7 @@ def result(
 
 def write_result(path: pathlib.Path, values: dict[str, Any]) -> None:
   """Writes JSON so that a reader finds the old file or the new, never half."""
-  temporary = path.with_name(path.name + ".tmp")
-  temporary.write_text(json_fields.text(values) + "\n")
-  os.replace(temporary, path)
+  atomic.write(path, (json_fields.text(values) + "\n").encode())
 
 
 def end_rows(

@@ -109,7 +109,7 @@ def train(
     stop = stack.enter_context(preemption.Notice())
     progress = progress_lib.Progress()
     stack.enter_context(
-      watchdog.Watch(progress, config.stuck_after, own=_OWN_ERRORS)
+      watchdog.Watchdog(progress, config.stuck_after, own=_OWN_ERRORS)
     )
     ledger: ledger_lib.Ledger | None = None
 

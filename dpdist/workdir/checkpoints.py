@@ -14,7 +14,7 @@ dead and goes on writing, it writes where no other process reads.
 Nothing random is stored: keys are functions of the secret and the step.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 import contextlib
 import json
 import os
@@ -50,8 +50,7 @@ class Checkpoints:
 
     Args:
       directory: a local path.
-      writer: the number of this process; see
-        `dpdist.ledger.ledger.Ledger.writer`.
+      writer: see `dpdist.ledger.history.History.writer`.
       max_to_keep: how many checkpoints to keep; older ones are deleted.
       frozen_sha256: of the frozen parameters; "" if there are none.
     """
@@ -111,40 +110,19 @@ class Checkpoints:
     except (OSError, ValueError) as error:  # ValueError: tensorstore's.
       raise errors.SaveError(f"{path} could not be saved: {error}") from error
 
-  def restore(self, like: PyTree, saved: history.Saved) -> tuple[PyTree, str]:
-    """Restores a checkpoint whose manifest was verified.
+  def restore(
+    self, like: PyTree, saved: history.CheckpointRef
+  ) -> tuple[PyTree, str]:
+    """Restores a checkpoint whose manifest was verified; see `restore`."""
+    return restore(
+      self._directory, like, saved, frozen_sha256=self._frozen_sha256
+    )
 
-    Args:
-      like: pytree of arrays with the shapes, dtypes and shardings to restore
-        to.
-      saved: the checkpoint; see `dpdist.workdir.manifest.newest`.
-
-    Returns:
-      The pytree that was saved, and the head of the ledger at that time.
-
-    Raises:
-      MismatchError: the checkpoint has other parameters than like, or was
-        trained with other frozen ones.
-    """
-    path = manifest.location(self._directory, saved)
-    with _fitting(path, saved):
-      restored = self._manager.restore(
-        saved.step,
-        args=ocp.args.Composite(
-          state=ocp.args.StandardRestore(_shapes(like)),
-          meta=ocp.args.JsonRestore(),
-        ),
-        directory=path.parent,
-      )
-    _check_frozen(path, restored.meta, self._frozen_sha256)
-    return restored.state, restored.meta["ledger_head"]
-
-  def delete_old(self, known: Sequence[history.Saved]) -> None:
+  def delete_old(self, known: Sequence[history.CheckpointRef]) -> None:
     """Deletes all but the newest checkpoints, of all writers so far.
 
-    Args:
-      known: the checkpoints in the ledger, oldest first; the newest must be
-        this writer's.
+    Those in the ledger are given, oldest first; the newest must be this
+    writer's.
     """
     keep = {
       manifest.location(self._directory, saved)
@@ -164,23 +142,23 @@ class Checkpoints:
           path.rmdir()
 
 
-def read(
+def restore(
   directory: str | os.PathLike[str],
   like: PyTree,
-  saved: history.Saved,
+  saved: history.CheckpointRef,
   *,
   frozen_sha256: str = "",
-) -> PyTree:
+) -> tuple[PyTree, str]:
   """Restores a checkpoint and changes nothing in the run directory.
 
   Args:
     directory: of the run's checkpoints.
-    like: as for `Checkpoints.restore`; shapes with shardings are enough.
+    like: pytree with the shapes, dtypes and shardings to restore to.
     saved: the checkpoint; its manifest must have been verified.
     frozen_sha256: of the frozen parameters; "" if there are none.
 
   Returns:
-    The pytree that was saved.
+    The pytree that was saved, and the head of the ledger at that time.
 
   Raises:
     MismatchError: the checkpoint has other parameters than like, or was trained
@@ -188,16 +166,6 @@ def read(
   """
   path = manifest.location(pathlib.Path(directory).absolute(), saved)
   meta = json.loads((path / "meta" / "metadata").read_text())
-  _check_frozen(path, meta, frozen_sha256)
-  # Without a manager, which would delete what it takes for leftovers of a run
-  # that is writing.
-  with ocp.StandardCheckpointer() as checkpointer, _fitting(path, saved):
-    return checkpointer.restore(path / "state", _shapes(like))
-
-
-def _check_frozen(
-  path: pathlib.Path, meta: Mapping[str, Any], frozen_sha256: str
-) -> None:
   beside = meta.get("frozen_sha256", "")
   if beside != frozen_sha256:
     raise errors.MismatchError(
@@ -206,16 +174,12 @@ def _check_frozen(
       f" have {frozen_sha256 or 'none'}: go on with those that the run began"
       " with"
     )
-
-
-def _shapes(like: PyTree) -> PyTree:
-  return jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
-
-
-@contextlib.contextmanager
-def _fitting(path: pathlib.Path, saved: history.Saved) -> Iterator[None]:
+  shapes = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
   try:
-    yield
+    # Without a manager, which would delete what it takes for leftovers of a run
+    # that is writing.
+    with ocp.StandardCheckpointer() as checkpointer:
+      state = checkpointer.restore(path / "state", shapes)
   except (KeyError, TypeError, ValueError) as error:
     # Its bytes are right, so the settings must have changed.
     raise errors.MismatchError(
@@ -223,3 +187,4 @@ def _fitting(path: pathlib.Path, saved: history.Saved) -> Iterator[None]:
       " optimizer and ema_decay of these settings; go on with those that the"
       " run began with"
     ) from error
+  return state, meta["ledger_head"]

@@ -21,57 +21,40 @@ from dpdist.distributed import mesh as mesh_lib
 _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "ml_dtypes")
 # Prefixes of the installed packages that a GPU computes with.
 _GPU_PACKAGES = ("jax-cuda", "jax-rocm", "nvidia-")
+# fmt: off
 # JAX's own options that change what a program computes.
 _JAX_CONFIG = (
-  "eager_constant_folding",
-  "jax_allow_f16_reductions",
-  "jax_bcoo_cusparse_lowering",
-  "jax_compiler_enable_remat_pass",
-  "jax_cpu_collectives_implementation",
-  "jax_custom_vjp3",
-  "jax_default_matmul_precision",
-  "jax_default_prng_impl",
-  "jax_disable_jit",
-  "jax_disable_most_optimizations",
-  "jax_embedded_constants_max_bytes",
-  "jax_enable_pgle",
-  "jax_enable_x64",
-  "jax_exec_time_optimization_effort",
-  "jax_high_dynamic_range_gumbel",
-  "jax_memory_fitting_effort",
-  "jax_memory_fitting_level",
-  "jax_numpy_dtype_promotion",
-  "jax_optimization_level",
-  "jax_pallas_use_mosaic_gpu",
+  "eager_constant_folding", "jax_allow_f16_reductions",
+  "jax_bcoo_cusparse_lowering", "jax_compiler_enable_remat_pass",
+  "jax_cpu_collectives_implementation", "jax_custom_vjp3",
+  "jax_default_matmul_precision", "jax_default_prng_impl", "jax_disable_jit",
+  "jax_disable_most_optimizations", "jax_embedded_constants_max_bytes",
+  "jax_enable_pgle", "jax_enable_x64", "jax_exec_time_optimization_effort",
+  "jax_high_dynamic_range_gumbel", "jax_memory_fitting_effort",
+  "jax_memory_fitting_level", "jax_numpy_dtype_promotion",
+  "jax_optimization_level", "jax_pallas_use_mosaic_gpu",
   "jax_ragged_dot_use_gpu_pallas_triton_lowering",
-  "jax_ragged_dot_use_ragged_dot_instruction",
-  "jax_random_seed_offset",
-  "jax_remat3",
-  "jax_scan3",
-  "jax_softmax_custom_jvp",
-  "jax_threefry_gpu_kernel_lowering",
-  "jax_threefry_partitionable",
-  "jax_use_direct_linearize",
-  "jax_use_shardy_partitioner",
+  "jax_ragged_dot_use_ragged_dot_instruction", "jax_random_seed_offset",
+  "jax_remat3", "jax_scan3", "jax_softmax_custom_jvp",
+  "jax_threefry_gpu_kernel_lowering", "jax_threefry_partitionable",
+  "jax_use_direct_linearize", "jax_use_shardy_partitioner",
   "jax_use_simplified_jaxpr_constants",
 )
 # Environment variables that may change it too, and whose values are not secret.
 _VARIABLES = (
-  *("CUBLAS_WORKSPACE_CONFIG", "JAX_DEFAULT_MATMUL_PRECISION"),
-  *("JAX_DEFAULT_PRNG_IMPL", "JAX_DISABLE_MOST_OPTIMIZATIONS"),
-  *("JAX_ENABLE_X64", "JAX_NUM_CPU_DEVICES", "JAX_NUM_PROCESSES"),
-  *("JAX_NUMPY_DTYPE_PROMOTION", "JAX_PLATFORMS"),
-  *("JAX_THREEFRY_PARTITIONABLE", "NCCL_ALGO", "NCCL_PROTO", "NPROC"),
-  *("NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "PJRT_NPROC"),
+  "CUBLAS_WORKSPACE_CONFIG", "JAX_DEFAULT_MATMUL_PRECISION",
+  "JAX_DEFAULT_PRNG_IMPL", "JAX_DISABLE_MOST_OPTIMIZATIONS", "JAX_ENABLE_X64",
+  "JAX_NUM_CPU_DEVICES", "JAX_NUM_PROCESSES", "JAX_NUMPY_DTYPE_PROMOTION",
+  "JAX_PLATFORMS", "JAX_THREEFRY_PARTITIONABLE", "NCCL_ALGO", "NCCL_PROTO",
+  "NPROC", "NVIDIA_TF32_OVERRIDE", "OMP_NUM_THREADS", "PJRT_NPROC",
 )
 # Other variables with these prefixes may change it. Their contents are unknown,
 # so they are compared by a digest. Not all of TF_: Terraform's variables begin
 # so as well, and TF_VAR_ and TF_TOKEN_ hold credentials.
 _COMPARED = (
-  *("CUBLAS", "CUDA_", "CUDNN_", "DNNL_", "FLAX_", "JAX_", "LIBTPU_", "NCCL_"),
-  *("NVIDIA_TF32", "OMP_", "ONEDNN_", "TF_CUBLAS", "TF_CUDNN"),
-  *("TF_DETERMINISTIC", "TF_DISABLE", "TF_ENABLE", "TF_FORCE", "TF_GPU"),
-  *("TF_USE", "TF_XLA", "XLA_"),
+  "CUBLAS", "CUDA_", "CUDNN_", "DNNL_", "FLAX_", "JAX_", "LIBTPU_", "NCCL_",
+  "NVIDIA_TF32", "OMP_", "ONEDNN_", "TF_CUBLAS", "TF_CUDNN", "TF_DETERMINISTIC",
+  "TF_DISABLE", "TF_ENABLE", "TF_FORCE", "TF_GPU", "TF_USE", "TF_XLA", "XLA_",
 )
 # Values of flags that are too plain to hold anything private.
 _PLAIN = re.compile(r"[\w.,+-]{0,32}")
@@ -82,27 +65,22 @@ _COMPARED_ALONE = ("other_variables_sha256", "xla_files")
 _THREADS = 32
 # Settings that no bit of a step depends on.
 _HARMLESS = (
-  "checkpoint_every",
-  "data_budget",
-  "eval_every",
-  "ledger",
-  "max_checkpoints",
-  "secret_file",
-  "stuck_after",
-  "unsafe_metrics",
+  "checkpoint_every", "data_budget", "eval_every", "ledger", "max_checkpoints",
+  "secret_file", "stuck_after", "unsafe_metrics",
 )
 _HARMLESS_DATA = (
-  *("changed_to", "num_threads", "path", "prefetch"),
-  *("retry_seconds", "stall_seconds"),
+  "changed_to", "num_threads", "path", "prefetch", "retry_seconds",
+  "stall_seconds",
 )
 # The path that weights are read from; their contents do count.
 _HARMLESS_MODEL = ("weights",)
 # Variables that number this process, or say how to reach the others.
 _WHO = (
-  *("CUDA_VISIBLE_DEVICES", "JAX_COORDINATOR_ADDRESS"),
-  *("JAX_COORDINATOR_BIND_ADDRESS", "JAX_LOCAL_DEVICE_IDS"),
-  *("JAX_PARTITION_INDEX", "JAX_PROCESS_ID", "JAX_SLICE_INDEX"),
+  "CUDA_VISIBLE_DEVICES", "JAX_COORDINATOR_ADDRESS",
+  "JAX_COORDINATOR_BIND_ADDRESS", "JAX_LOCAL_DEVICE_IDS", "JAX_PARTITION_INDEX",
+  "JAX_PROCESS_ID", "JAX_SLICE_INDEX",
 )
+# fmt: on
 # Settings that exact sums make harmless too: the number of devices and
 # processes.
 _TOPOLOGY = ("chunk_size", "mesh")
@@ -180,7 +158,7 @@ def _other_variables() -> str:
 def fingerprint(
   config: Mapping[str, Any],
   plan_fingerprint: str,
-  data_manifest: str,
+  data_digest: str,
   environments: Sequence[Mapping[str, Any]],
   made_of: Mapping[str, str] | None = None,
 ) -> str:
@@ -192,7 +170,7 @@ def fingerprint(
   Args:
     config: all settings, JSON-able.
     plan_fingerprint: of the plan.
-    data_manifest: of the training set.
+    data_digest: of the training set.
     environments: from `environment`, of every process in order.
     made_of: by name, SHA-256 of the parameters that were read from disk or are
       frozen, and of the features that replace inputs, if there are any; their
@@ -215,7 +193,7 @@ def fingerprint(
       environments = [json.loads(kind) for kind in kinds]
       numbers = {k: v for k, v in numbers.items() if k not in _TOPOLOGY}
   parts: list[Any] = [
-    *(numbers, plan_fingerprint, data_manifest),
+    *(numbers, plan_fingerprint, data_digest),
     *(list(environments), dict(made_of or {})),
   ]
   text = _canonical(parts)
@@ -228,10 +206,6 @@ def unrepeatable(platform: str, xla_flags: str) -> str:
   A GPU sums in the order in which its threads finish, unless a flag of XLA
   forbids it. The noise of a replay that differs in a single bit could be
   subtracted, so there every start has a fingerprint of its own.
-
-  Args:
-    platform: of the devices, as JAX names it.
-    xla_flags: the environment variable XLA_FLAGS.
   """
   if platform in ("cpu", "tpu"):
     return ""

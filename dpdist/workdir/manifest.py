@@ -13,13 +13,14 @@ import os
 import pathlib
 from typing import NamedTuple
 
+from dpdist.files import atomic
 from dpdist.files import json_fields
 from dpdist.ledger import history
 
 _MANIFEST = "dpdist_manifest.json"
 
 
-class Found(NamedTuple):
+class ResumePoint(NamedTuple):
   """The checkpoint that a run can go on from.
 
   Attributes:
@@ -27,27 +28,29 @@ class Found(NamedTuple):
     rejected: why newer checkpoints were passed over; one line each.
   """
 
-  saved: history.Saved | None
+  saved: history.CheckpointRef | None
   rejected: list[str]
 
 
-def newest(directory: pathlib.Path, known: Sequence[history.Saved]) -> Found:
-  """Finds the newest checkpoint that is whole and in the ledger.
+def newest(
+  directory: pathlib.Path, known: Sequence[history.CheckpointRef]
+) -> ResumePoint:
+  """Finds the newest whole checkpoint of those in the ledger, oldest first.
 
-  Args:
-    directory: of the run's checkpoints; it need not exist.
-    known: the checkpoints in the ledger, oldest first.
+  The directory of the run's checkpoints need not exist.
   """
   rejected: list[str] = []
   for saved in reversed(known):
     wrong = problem(location(directory, saved), saved.digest)
     if wrong is None:
-      return Found(saved, rejected)
+      return ResumePoint(saved, rejected)
     rejected.append(f"checkpoint of step {saved.step} passed over: {wrong}")
-  return Found(None, rejected)
+  return ResumePoint(None, rejected)
 
 
-def location(directory: pathlib.Path, saved: history.Saved) -> pathlib.Path:
+def location(
+  directory: pathlib.Path, saved: history.CheckpointRef
+) -> pathlib.Path:
   """Returns a checkpoint's directory, below the run's checkpoints."""
   return folder(directory, saved.writer) / str(saved.step)
 
@@ -58,37 +61,34 @@ def folder(directory: pathlib.Path, writer: int) -> pathlib.Path:
 
 
 def ledger_heads(directory: pathlib.Path) -> dict[str, str]:
-  """Returns the ledger's head that each checkpoint of a run was saved under.
+  """Returns, by a checkpoint's path, the head that it was saved under.
 
-  Args:
-    directory: of the run's checkpoints; it need not exist.
-
-  Returns:
-    Heads by path of the checkpoint; those that cannot be read are left out.
+  The directory of the run's checkpoints need not exist. Those that cannot be
+  read are left out.
   """
   found = {}
   for file in sorted(directory.glob("writer_*/*/meta/metadata")):
     with contextlib.suppress(OSError, ValueError):
-      meta = json_fields.parse(file.read_bytes(), "metadata")
-      json_fields.check(meta, {"ledger_head": str})
-      found[str(file.parent.parent)] = meta["ledger_head"]
+      path = file.parent.parent
+      found[str(path)] = ledger_head(path)
   return found
 
 
-def write(path: pathlib.Path) -> str:
-  """Writes the manifest of a directory, and syncs everything in it.
+def ledger_head(path: pathlib.Path) -> str:
+  """Returns the ledger's head that a checkpoint was saved under."""
+  file = path / "meta" / "metadata"
+  meta = json_fields.parse(file.read_bytes(), "its metadata")
+  json_fields.check(meta, {"ledger_head": str})
+  return str(meta["ledger_head"])
 
-  Returns:
-    SHA-256 of the manifest, hex.
-  """
+
+def write(path: pathlib.Path) -> str:
+  """Writes a directory's manifest, and syncs all; returns its SHA-256, hex."""
   text = json.dumps(_file_digests(path), sort_keys=True, indent=1).encode()
   # Orbax does not sync its files, and a manifest must not outlive them.
   for file in _files(path):
     sync(file)
-  temporary = path / (_MANIFEST + ".tmp")
-  temporary.write_bytes(text)
-  sync(temporary)
-  temporary.rename(path / _MANIFEST)
+  atomic.write(path / _MANIFEST, text, is_durable=True)
   for directory in [path, *(d for d in path.rglob("*") if d.is_dir())]:
     sync(directory)
   sync(path.parent)
@@ -96,11 +96,9 @@ def write(path: pathlib.Path) -> str:
 
 
 def problem(path: pathlib.Path, digest: str) -> str | None:
-  """Returns what is wrong with a directory; None if it is whole.
+  """Returns what is wrong with a directory of which `write` returned a digest.
 
-  Args:
-    path: of the directory.
-    digest: what `write` returned.
+  None if it is whole.
   """
   try:
     text = (path / _MANIFEST).read_bytes()
@@ -109,10 +107,8 @@ def problem(path: pathlib.Path, digest: str) -> str | None:
   if hashlib.sha256(text).hexdigest() != digest:
     return "its manifest is not the one in the ledger"
   try:
-    expected, found = (
-      json_fields.parse(text, "its manifest"),
-      _file_digests(path),
-    )
+    expected = json_fields.parse(text, "its manifest")
+    found = _file_digests(path)
   except ValueError as error:
     return str(error)
   except OSError as error:

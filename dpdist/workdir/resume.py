@@ -1,8 +1,8 @@
 """Decides whether a run may start or go on, and under which plan.
 
 The decisions depend on the ledger, the data set's budget and the checkpoints
-that exist. `begin` writes; `decide` only leaves a note, in the directory of a
-new run, that no run has begun there yet.
+that exist. `open_or_resume` writes; `resolve_plan` only leaves a note, in the
+directory of a new run, that no run has begun there yet.
 """
 
 from collections.abc import Callable, Sequence
@@ -56,20 +56,15 @@ def open_ledger(
   return ledger
 
 
-def known_as(
+def recorded_digest(
   ledger: ledger_lib.Ledger | None,
   train_digest: str,
   earlier: Callable[[], Sequence[str]],
 ) -> str:
-  """Returns the manifest that names a run's data, in every process.
+  """Returns the digest that names a run's data, in every process.
 
-  A run that began under an earlier release keeps the manifest it has.
-
-  Args:
-    ledger: of the run; None in the processes that are not the primary process.
-    train_digest: of the training set.
-    earlier: returns other manifests of the same content; called only if it
-      matters.
+  A run that began under an earlier release keeps the digest it has, which is
+  among those that `earlier` returns; it is called only if it matters.
   """
 
   def look() -> str:
@@ -82,27 +77,27 @@ def known_as(
   return str(collectives.run_on_primary(look))
 
 
-def decide(
+def resolve_plan(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   ledger: ledger_lib.Ledger | None,
   train_digest: str,
-) -> tuple[plan_lib.PrivacyPlan, list[str], manifest.Found]:
+) -> tuple[plan_lib.PrivacyPlan, list[str], manifest.ResumePoint]:
   """Returns the plan, what changed, and the checkpoint, in all processes.
 
   Raises:
-    ValueError: the run cannot go on with these settings.
+    RefusedError: the run cannot go on with these settings.
   """
 
   def look() -> dict[str, Any]:
     assert ledger is not None
     if ledger.is_ended:
-      raise ValueError(
+      raise errors.RefusedError(
         "workdir must not hold a run that was ended, and what it had left given"
         f" back, got {str(workdir)!r}: start a new run in a new directory"
       )
     if history.TOO_LONG in ledger.notices:
-      raise ValueError(
+      raise errors.RefusedError(
         "workdir must not hold a run that the sentinel stopped, whose guarantee"
         f" is void for good, got {str(workdir)!r}: see what launch.check says"
         " of the settings, and start a new run in a new directory"
@@ -114,13 +109,16 @@ def decide(
       (workdir / NOT_BEGUN).write_text(_NOTE)
     return {"plan": plan.to_dict(), "changes": changes, "found": found}
 
-  told = collectives.run_on_primary(look)
-  saved, rejected = told["found"]
-  found = manifest.Found(history.Saved(*saved) if saved else None, rejected)
-  return plan_lib.PrivacyPlan.from_dict(told["plan"]), told["changes"], found
+  resolved = collectives.run_on_primary(look)
+  saved, rejected = resolved["found"]
+  found = manifest.ResumePoint(
+    history.CheckpointRef(*saved) if saved else None, rejected
+  )
+  plan = plan_lib.PrivacyPlan.from_dict(resolved["plan"])
+  return plan, resolved["changes"], found
 
 
-def begin(
+def open_or_resume(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   ledger: ledger_lib.Ledger,
@@ -132,10 +130,14 @@ def begin(
   secret_hash: str,
   is_changed: bool,
 ) -> None:
-  """Makes this process the writer, and reserves the run's budget."""
+  """Makes this process the writer, opens a new run, and allocates its budget.
+
+  A run has a random name, which its keys depend on; only one that is to be
+  repeatable has none.
+  """
   is_void = config.insecure_seed is not None or config.unsafe_metrics
   if budget is not None and is_void:
-    raise ValueError(
+    raise errors.ArgumentError(
       "data_budget.location must be '' for a run without a guarantee, which no"
       " budget can cover (insecure_seed or unsafe_metrics), got"
       f" {budget.root!r}"
@@ -151,17 +153,19 @@ def begin(
     )
   (workdir / NOT_BEGUN).unlink(missing_ok=True)
   if budget is not None:
-    # Recorded before the stake is taken, so that no stake exists without a run
+    # Recorded before the allocation is made, so that none exists without a run
     # that knows of it.
-    ledger.record_stake(root=budget.root, data=budget.data, stake="")
+    ledger.record_allocation(root=budget.root, data=budget.data, allocation="")
     ended = ledger.spent if is_changed else ledger.spent[:-1]
-    stake = budget.admit(
+    allocation = budget.allocate(
       ledger,
       [*ended, plan_lib.PlanUse(plan, plan.num_steps)],
       label=str(workdir.absolute()),
       reservation=config.data_budget.reservation,
     )
-    ledger.record_stake(root=budget.root, data=budget.data, stake=stake)
+    ledger.record_allocation(
+      root=budget.root, data=budget.data, allocation=allocation
+    )
   if config.insecure_seed is not None:
     ledger.notice(
       "insecure_seed fixes every random stream, so anyone can subtract the"
@@ -178,7 +182,7 @@ def _plan(
   config: ml_collections.ConfigDict,
   workdir: pathlib.Path,
   ledger: ledger_lib.Ledger,
-  found: manifest.Found,
+  found: manifest.ResumePoint,
   train_digest: str,
 ) -> tuple[plan_lib.PrivacyPlan, list[str]]:
   """Returns the plan to go on under, and what changed since the last one."""
@@ -194,7 +198,7 @@ def _plan(
   if "data" in changes and not (
     len(declared) >= 12 and train_digest.startswith(declared)
   ):
-    raise ValueError(
+    raise errors.RefusedError(
       f"{changes['data']}: a run sees one data set. To go on with another,"
       " which the guarantee then covers too, declare it with"
       f" --config.data.changed_to={train_digest[:12]}; got {declared!r}"
@@ -220,14 +224,14 @@ def shared_budget(
 ) -> data_budget.DataBudget | None:
   """Returns the data set's budget; makes it if it is missing.
 
-  For `earlier` see `known_as`.
+  For `earlier` see `recorded_digest`.
   """
   settings = config.data_budget
   if not settings.location:
-    if ledger.stakes:
-      raise ValueError(
+    if ledger.allocations:
+      raise errors.RefusedError(
         "data_budget.location must be that of the budget in which this run has"
-        f" its stake, {ledger.stakes[-1]['root']!r}, got ''"
+        f" its allocation, {ledger.allocations[-1]['root']!r}, got ''"
       )
     return None
   budget = budgets.open_or_make(
@@ -239,12 +243,15 @@ def shared_budget(
     earlier=earlier,
     tell=console.warn,
   )
-  for stake in ledger.stakes:
-    if stake["data"] == budget.data and stake["stake"] not in budget.stakes:
-      raise ValueError(
+  for allocation in ledger.allocations:
+    if (
+      allocation["data"] == budget.data
+      and allocation["stake"] not in budget.allocations
+    ):
+      raise errors.RefusedError(
         "data_budget.location must be that of the budget in which this run has"
-        f" its stake, {stake['root']!r}, got {settings.location!r}, which does"
-        " not know of it: it is another one, or was rolled back"
+        f" its allocation, {allocation['root']!r}, got {settings.location!r},"
+        " which does not know of it: it is another one, or was rolled back"
       )
   return budget
 
@@ -261,7 +268,7 @@ def secret(
     return keys.insecure_secret(config.insecure_seed)
   path = pathlib.Path(config.secret_file or workdir / "secret")
   if not is_new and not path.exists():
-    raise ValueError(
+    raise errors.ArgumentError(
       "secret_file must be the secret that this run began with, but there is"
       f" no {path}: without it the run cannot go on"
     )

@@ -78,7 +78,7 @@ class Run:
         back.
     """
     if not isinstance(config, plan_lib.PrivacyConfig | plan_lib.PrivacyPlan):
-      raise ValueError(
+      raise errors.ArgumentError(
         "config must be a dpdist.PrivacyConfig or a dpdist.PrivacyPlan, got"
         f" {config!r}"
       )
@@ -87,22 +87,32 @@ class Run:
       ("batch_size_schedule", ()),
       ("cycle_length", 1),
       ("group_size", 1),
+      ("noise", "gaussian"),
+      ("clipping", "fixed"),
     ):
       if getattr(config, name) != right:
-        raise ValueError(
+        raise errors.ArgumentError(
           f"{name} must be {right!r} here, got {getattr(config, name)!r}:"
           " dpdist.train knows of more"
         )
     if jax.process_count() > 1:
-      raise ValueError(
+      raise errors.ArgumentError(
         "workdir must be of one process here, got a job of"
         f" {jax.process_count()}: dpdist.train takes several"
       )
     self.workdir = pathlib.Path(workdir)
     self.plan: plan_lib.PrivacyPlan
-    self.saved: history.Saved | None = None
+    self.saved: history.CheckpointRef | None = None
     self.saved_head = ""
-    self._insecure_seed = insecure_seed
+    # What of a config `resume` reads.
+    self._config = ml_collections.ConfigDict(
+      {
+        "insecure_seed": insecure_seed,
+        "ledger": "",
+        "secret_file": "",
+        "unsafe_metrics": False,
+      }
+    )
     self._notices = notices
     self._settings = config.to_dict()
     if isinstance(config, plan_lib.PrivacyPlan):
@@ -156,10 +166,9 @@ class Run:
     """
     if self.saved is None:
       return like
-    with checkpoints_lib.Checkpoints(
-      self._directory, writer=self.saved.writer
-    ) as checkpoints:
-      state, self.saved_head = checkpoints.restore(like, self.saved)
+    state, self.saved_head = checkpoints_lib.restore(
+      self._directory, like, self.saved
+    )
     return state
 
   def check(self, num_steps: int) -> None:
@@ -171,7 +180,7 @@ class Run:
     spent = self.spent_steps
     left = self.plan.num_steps - spent
     if num_steps > left:
-      raise ValueError(
+      raise errors.ArgumentError(
         f"num_steps must be at most {left}, the updates that the budget has"
         f" left ({spent} of the plan's {self.plan.num_steps} are spent), got"
         f" {num_steps}"
@@ -195,25 +204,21 @@ class Run:
           f"the run in {self.workdir} has gone on since this object looked at"
           " it: open it anew"
         )
-      secret = self._secret(is_new=ledger.is_new)
+      secret = resume.secret(self._config, self.workdir, is_new=ledger.is_new)
       secret_hash = keys.secret_hash(secret)
       if not ledger.is_new:
         self._refuse_changes(ledger, data, secret_hash)
-      ledger.acquire()
-      if ledger.is_new:
-        is_repeatable = self._insecure_seed is not None
-        ledger.open(
-          config=self._settings,
-          plan=self.plan,
-          data=data,
-          secret_hash=secret_hash,
-          run="" if is_repeatable else secrets.token_hex(16),
-        )
-      if self._insecure_seed is not None:
-        ledger.notice(
-          "insecure_seed fixes every random stream, so anyone can subtract the"
-          " noise"
-        )
+      resume.open_or_resume(
+        self._config,
+        self.workdir,
+        ledger,
+        None,
+        plan=self.plan,
+        settings=self._settings,
+        data=data,
+        secret_hash=secret_hash,
+        is_changed=False,
+      )
       for text in self._notices:
         ledger.notice(text)
       ledger.resume(
@@ -226,7 +231,7 @@ class Run:
         self._directory, writer=ledger.writer
       ) as checkpoints:
 
-        def note(saved: history.Saved, head: str) -> None:
+        def note(saved: history.CheckpointRef, head: str) -> None:
           # The state in memory is the newest checkpoint now.
           self.saved, self.saved_head, self._head = saved, head, ledger.head
 
@@ -257,14 +262,7 @@ class Run:
     return self.workdir / "checkpoints"
 
   def _open(self) -> ledger_lib.Ledger:
-    config = ml_collections.ConfigDict({"ledger": ""})
-    return resume.open_ledger(config, self.workdir)
-
-  def _secret(self, *, is_new: bool) -> bytes:
-    config = ml_collections.ConfigDict(
-      {"insecure_seed": self._insecure_seed, "secret_file": ""}
-    )
-    return resume.secret(config, self.workdir, is_new=is_new)
+    return resume.open_ledger(self._config, self.workdir)
 
   def _refuse_changes(
     self, ledger: ledger_lib.Ledger, data: str, secret_hash: str
@@ -273,7 +271,7 @@ class Run:
       config=self._settings, data=data, secret_hash=secret_hash
     )
     if changes:
-      raise ValueError(
+      raise errors.RefusedError(
         f"workdir {str(self.workdir)!r} holds a run that began with other"
         " settings or data; go on with those, or start a new run in a new"
         " directory. Changed: " + "; ".join(changes.values())

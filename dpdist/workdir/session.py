@@ -13,7 +13,7 @@ its first computation on data. A step whose computation failed counts as begun,
 since how much of it was computed cannot be known. Nothing is given back
 
   * that was charged before this process wrote the ledger, which another process
-    may have begun (see `dpdist.ledger.ledger.Ledger.give_back`);
+    may have begun (see `dpdist.ledger.ledger.Ledger.refund`);
   * by a job of several processes, of which one may be further on than another;
   * by a process that dies: it has no time to.
 
@@ -94,7 +94,7 @@ class Session:
     *,
     start_step: int | None,
     budget: data_budget.DataBudget | None = None,
-    on_save: Callable[[history.Saved, str], None] | None = None,
+    on_save: Callable[[history.CheckpointRef, str], None] | None = None,
     warn: Callable[[str], None] = console.warn,
   ):
     """Stores the arguments; charges nothing yet.
@@ -106,7 +106,7 @@ class Session:
       position: of the branch that the ledger was resumed on.
       start_step: the first step that will be computed. None: for a loop of
         unknown code; nothing is given back before it has called `begin`.
-      budget: of the data set, in which the run has a stake; or None.
+      budget: of the data set, in which the run has an allocation; or None.
       on_save: is called with each new checkpoint, and the ledger's head that it
         was saved under.
       warn: is called with a sentence to show.
@@ -136,8 +136,8 @@ class Session:
     if self._ledger is None or jax.process_count() > 1 or self._begun is None:
       return
     try:
-      if self._ledger.give_back(self._begun):
-        self._update_budget()
+      if self._ledger.refund(self._begun):
+        self._advance_budget()
     except errors.LedgerError as problem:
       # For example, another process went on with the run. Too much stays
       # charged.
@@ -152,13 +152,11 @@ class Session:
       dpdist.errors.RefusedError: the plan would be exceeded.
       dpdist.errors.LedgerError: another process wrote to the ledger.
     """
+    collectives.run_on_primary(lambda: self._charge(stop_step))
 
-    def charge() -> None:
-      assert self._ledger is not None
-      if self._ledger.reserve_through(stop_step):
-        self._update_budget()
-
-    collectives.run_on_primary(charge)
+  def _charge(self, stop_step: int) -> None:
+    if self._primary_ledger.reserve_through(stop_step):
+      self._advance_budget()
 
   def begin(self, step: int) -> None:
     """Marks a step as begun; must precede its first computation on data.
@@ -195,12 +193,9 @@ class Session:
 
   def notice(self, text: str, *, unsound: bool = False) -> None:
     """Records what voids the guarantee."""
-
-    def record() -> None:
-      assert self._ledger is not None
-      self._ledger.notice(text, unsound=unsound)
-
-    collectives.run_on_primary(record)
+    collectives.run_on_primary(
+      lambda: self._primary_ledger.notice(text, unsound=unsound)
+    )
 
   def save(self, state: PyTree, step: int) -> None:
     """Saves a checkpoint of charged steps, and records it.
@@ -209,21 +204,9 @@ class Session:
       dpdist.errors.LedgerError: a step of it is not charged, or another process
         wrote to the ledger; nothing is saved then.
     """
-
-    def confirm() -> str:
-      assert self._ledger is not None
-      self._ledger.confirm()
-      charged = self._ledger.branches[-1].stop_step
-      if step > charged:
-        raise errors.LedgerError(
-          f"step must be at most {charged}, which is charged, got {step}"
-        )
-      return self._ledger.head
-
     if self._begun is not None:
       self._begun = max(self._begun, step)
-
-    head = str(collectives.run_on_primary(confirm))
+    head = str(collectives.run_on_primary(lambda: self._confirm(step)))
     digest = self._checkpoints.save(state, step=step, ledger_head=head)
     if self._ledger is None:
       return
@@ -232,12 +215,27 @@ class Session:
     if self._on_save is not None:
       self._on_save(self._ledger.checkpoints[-1], head)
 
+  def _confirm(self, step: int) -> str:
+    """Returns the ledger's head; the steps before `step` must be charged."""
+    ledger = self._primary_ledger
+    ledger.confirm()
+    charged = ledger.branches[-1].stop_step
+    if step > charged:
+      raise errors.LedgerError(
+        f"step must be at most {charged}, which is charged, got {step}"
+      )
+    return ledger.head
+
   def epsilon(self, step: int) -> float:
     """Returns what the steps before `step` spent; primary process only."""
-    assert self._ledger is not None
-    return composition.epsilon(self._ledger.spent_through(step))
+    return composition.epsilon(self._primary_ledger.spent_through(step))
 
-  def _update_budget(self) -> None:
+  @property
+  def _primary_ledger(self) -> ledger_lib.Ledger:
+    """Returns the ledger; may be asked for in the primary process alone."""
+    assert self._ledger is not None
+    return self._ledger
+
+  def _advance_budget(self) -> None:
     if self._budget is not None:
-      assert self._ledger is not None
-      self._budget.follow(self._ledger)
+      self._budget.advance(self._primary_ledger)

@@ -52,37 +52,28 @@ def verify(
 
   Returns:
     What was found, in the order of the checks. The record is sound if no
-    finding has a problem.
+    finding has a problem. A check that fails to run is a finding too.
   """
-  workdir = pathlib.Path(workdir)
-  return [
-    Finding(
-      "ledger",
-      f"{len(ledger.records)} records, unaltered; written to by"
-      f" {ledger.writer} process{'es' * (ledger.writer != 1)}",
-      "",
-    ),
-    Finding("guarantee", ledger.guarantee, "; ".join(ledger.unsound)),
-    _found("plan", lambda: _plan(ledger)),
-    _steps(ledger),
-    _found("epsilon spent", lambda: _epsilon(ledger)),
-    _found("epsilons told", lambda: _recorded_epsilons(ledger)),
-    _found("data budget", lambda: _data_budget(ledger)),
-    _found("checkpoints", lambda: _checkpoints(workdir, ledger)),
-    _found("metrics", lambda: _metrics(workdir, ledger)),
-    _found("result", lambda: _result(workdir, ledger)),
-  ]
+  findings = []
+  for what, check in _CHECKS.items():
+    try:
+      found, problem = check(pathlib.Path(workdir), ledger)
+    except (ValueError, OSError, errors.LedgerError) as error:
+      found, problem = "cannot be checked", str(error)
+    findings.append(Finding(what, found, problem))
+  return findings
 
 
-def _found(what: str, check: Callable[[], Finding]) -> Finding:
-  """Returns a check's finding; a check that fails to run is a finding too."""
-  try:
-    return check()
-  except (ValueError, OSError, errors.LedgerError) as error:
-    return Finding(what, "cannot be checked", str(error))
+def _records(_: pathlib.Path, ledger: ledger_lib.Ledger) -> tuple[str, str]:
+  count, writers = len(ledger.records), _count(ledger.writer, "process")
+  return f"{count} records, unaltered; written to by {writers}", ""
 
 
-def _plan(ledger: ledger_lib.Ledger) -> Finding:
+def _guarantee(_: pathlib.Path, ledger: ledger_lib.Ledger) -> tuple[str, str]:
+  return ledger.guarantee, "; ".join(ledger.unsound)
+
+
+def _plan(_: pathlib.Path, ledger: ledger_lib.Ledger) -> tuple[str, str]:
   plan, planned = ledger.plan, ledger.planned
   epsilon = composition.epsilon(planned)
   found = (
@@ -93,92 +84,90 @@ def _plan(ledger: ledger_lib.Ledger) -> Finding:
   if len(ledger.segments) > 1:
     found += f" with the {len(ledger.segments) - 1} before it"
   target = plan.target_epsilon
-  problem = ""
   if target is not None and not _is_bound(target, _least(planned)):
-    problem = f"it spends more than its target epsilon {target:g}"
-  return Finding("plan", found, problem)
+    return found, f"it spends more than its target epsilon {target:g}"
+  return found, ""
 
 
-def _steps(ledger: ledger_lib.Ledger) -> Finding:
+def _steps(_: pathlib.Path, ledger: ledger_lib.Ledger) -> tuple[str, str]:
   planned = sum(part.num_steps for part in ledger.planned)
-  branches = len(ledger.branches)
-  found = (
-    f"{ledger.spent_steps} of {planned} charged, on"
-    f" {branches} branch{'es' * (branches != 1)}"
-  )
-  if ledger.given_back:
-    found += f"; {ledger.given_back} charged ahead were given back"
+  branches = _count(len(ledger.branches), "branch")
+  found = f"{ledger.spent_steps} of {planned} charged, on {branches}"
+  if ledger.refunded_steps:
+    found += f"; {ledger.refunded_steps} charged ahead were given back"
   # When the records were read, it was checked that each plan holds, that each
   # checkpoint is of steps that were charged, and that nothing was given back
   # that another writer charged or that a checkpoint has.
-  return Finding("steps", found, "")
+  return found, ""
 
 
-def _epsilon(ledger: ledger_lib.Ledger) -> Finding:
-  found = ", ".join(
-    f"{value:.6g} ({name})"
-    for name, value in composition.epsilons(ledger.spent).items()
-    if value is not None
-  )
-  return Finding("epsilon spent", found, "")
+def _epsilon(_: pathlib.Path, ledger: ledger_lib.Ledger) -> tuple[str, str]:
+  epsilons = composition.epsilons(ledger.spent)
+  found = [f"{v:.6g} ({k})" for k, v in epsilons.items() if v is not None]
+  return ", ".join(found), ""
 
 
-def _recorded_epsilons(ledger: ledger_lib.Ledger) -> Finding:
+def _recorded_epsilons(
+  _: pathlib.Path, ledger: ledger_lib.Ledger
+) -> tuple[str, str]:
   """Recomputes every epsilon that the ledger recorded during the run.
 
   An older version may have recorded a larger one, with a looser bound.
   """
   count, problems = 0, []
   for by_one_order in (False, True):
-    found, count = "", 0
+    problem, count = "", 0
     past = history.History()
     for record in ledger.records:
-      past.take(record)
+      past.apply(record)
       if record["kind"] != "epsilons":
         continue
       count += 1
       for name, parts in (("spent", past.spent), ("planned", past.planned)):
         right = composition.epsilons(parts, by_one_order=by_one_order)
-        told = record[name]
-        if not found and (
-          right.keys() != told.keys()
-          or not all(_is_bound(told[k], right[k]) for k in right)
+        recorded = record[name]
+        if not problem and (
+          right.keys() != recorded.keys()
+          or not all(_is_bound(recorded[k], right[k]) for k in right)
         ):
-          found = f"record {record['seq']} says {name} {told}, it is {right}"
-    problems.append(found)
+          problem = (
+            f"record {record['seq']} says {name} {recorded}, it is {right}"
+          )
+    problems.append(problem)
     if len(ledger.segments) < 2:
       break  # There is no filter.
-  return Finding(
-    "epsilons told",
+  return (
     f"{count} recorded on the way",
     "" if "" in problems else problems[0],
   )
 
 
-def _data_budget(ledger: ledger_lib.Ledger) -> Finding:
+def _data_budget(_: pathlib.Path, ledger: ledger_lib.Ledger) -> tuple[str, str]:
   """Checks that what the run spent was reserved in the data set's budget."""
-  what, found, problem = "data budget", [], ""
-  for place in ledger.stakes:
+  found, problem = [], ""
+  for place in ledger.allocations:
     budget = data_budget.DataBudget(place["root"], place["data"])
-    stake = budget.stakes.get(place["stake"])
-    if stake is None or budget.terms is None:
-      return Finding(what, budget.root, "the run has no stake in it")
+    allocation = budget.allocations.get(place["stake"])
+    if allocation is None or budget.terms is None:
+      return budget.root, "the run has no allocation in it"
     found.append(
-      f"{budget.share(stake.cost):.2%} reserved for this run, of epsilon"
+      f"{budget.share(allocation.cost):.2%} reserved for this run, of epsilon"
       f" {budget.terms.epsilon:g} at delta {budget.terms.delta:g}"
     )
     if budget.reserved > budget.terms.divergence * (1 + _TOLERANCE):
       problem = "more is reserved than the data set may spend"
-    if place != ledger.stakes[-1]:
+    if place != ledger.allocations[-1]:
       continue
-    if not ledger.has_been_at(stake.head):
+    if not ledger.has_been_at(allocation.head):
       problem = "a copy of this run went on in its place"
-    elif budget.cost(ledger.spent) > stake.cost * (1 + _TOLERANCE):
+    elif budget.cost(ledger.spent) > allocation.cost * (1 + _TOLERANCE):
       problem = "the run spent more than was reserved for it"
-  return Finding(what, "; ".join(found) or "none shared", problem)
+  return "; ".join(found) or "none shared", problem
 
 
-def _checkpoints(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
+def _checkpoints(
+  workdir: pathlib.Path, ledger: ledger_lib.Ledger
+) -> tuple[str, str]:
   whole, problem = 0, ""
   for i, saved in enumerate(reversed(ledger.checkpoints)):
     path = manifest.location(workdir / "checkpoints", saved)
@@ -187,39 +176,35 @@ def _checkpoints(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
     wrong = manifest.problem(path, saved.digest)
     if wrong is None:
       whole += 1
-      meta = json_fields.parse(
-        (path / "meta" / "metadata").read_bytes(), "its metadata"
-      )
-      json_fields.check(meta, {"ledger_head": str})
-      if not ledger.has_been_at(meta["ledger_head"]):
+      if not ledger.has_been_at(manifest.ledger_head(path)):
         wrong = "it was saved under a ledger head that the ledger lacks"
     if wrong is not None and not problem:
       problem = f"step {saved.step}: {wrong}"
-  return Finding(
-    "checkpoints",
-    f"{len(ledger.checkpoints)} recorded, {whole} there and whole",
-    problem,
-  )
+  return f"{len(ledger.checkpoints)} recorded, {whole} there and whole", problem
 
 
-def _metrics(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
+def _metrics(
+  workdir: pathlib.Path, ledger: ledger_lib.Ledger
+) -> tuple[str, str]:
   rows = metrics.read(workdir)
-  told = max((row.get("epsilon", 0.0) for row in rows), default=0.0)
+  shown = max((row.get("epsilon", 0.0) for row in rows), default=0.0)
   spent = composition.epsilon(ledger.spent)
-  spent = max([spent, *_told(ledger, "spent")])
+  spent = max([spent, *_values_recorded(ledger, "spent")])
   problem = ""
-  if told > spent * (1 + _TOLERANCE):
-    problem = f"they tell of epsilon {told:.6g}, the ledger of {spent:.6g}"
+  if shown > spent * (1 + _TOLERANCE):
+    problem = f"they tell of epsilon {shown:.6g}, the ledger of {spent:.6g}"
   last = max((row["step"] for row in rows), default=0)
   if last > max((branch.stop_step for branch in ledger.branches), default=0):
     problem = f"they tell of step {last}, which was not charged"
-  return Finding("metrics", f"{len(rows)} rows, to step {last}", problem)
+  return f"{len(rows)} rows, to step {last}", problem
 
 
-def _result(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
+def _result(
+  workdir: pathlib.Path, ledger: ledger_lib.Ledger
+) -> tuple[str, str]:
   path = workdir / "result.json"
   if not path.exists():
-    return Finding("result", "none yet", "")
+    return "none yet", ""
   result = json_fields.parse(path.read_bytes(), "result.json")
   plan = ledger.plan
   expected: dict[str, Any] = {
@@ -238,9 +223,7 @@ def _result(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> Finding:
     if not _same(result.get(name), value)
   ]
   problems = _epsilons(ledger, result) + problems
-  return Finding(
-    "result", f"epsilon {result.get('epsilon')}", "; ".join(problems)
-  )
+  return f"epsilon {result.get('epsilon')}", "; ".join(problems)
 
 
 def _epsilons(ledger: ledger_lib.Ledger, result: dict[str, Any]) -> list[str]:
@@ -251,25 +234,20 @@ def _epsilons(ledger: ledger_lib.Ledger, result: dict[str, Any]) -> list[str]:
     checked = {"epsilon": spent}
   problems = []
   for name, (recorded, ways) in checked.items():
-    told = result.get(name)
-    if told == json_fields.strict(math.inf):
-      told = math.inf
+    value = result.get(name)
+    if value == json_fields.strict(math.inf):
+      value = math.inf
     least = max(map(_least, ways), default=0.0)
-    is_known = told in _told(ledger, recorded) or _same(
-      told, composition.guaranteed(ways)
+    is_known = value in _values_recorded(ledger, recorded) or _same(
+      value, composition.guaranteed(ways)
     )
-    if not (is_known and _is_bound(told, least)):
-      problems.append(f"{name} is {told!r}, by the ledger {least!r}")
+    if not (is_known and _is_bound(value, least)):
+      problems.append(f"{name} is {value!r}, by the ledger {least!r}")
   return problems
 
 
-def _told(ledger: ledger_lib.Ledger, name: str) -> list[float]:
-  """Returns the epsilons in the ledger; an older version's may be larger.
-
-  Args:
-    ledger: the run's.
-    name: "spent" or "planned".
-  """
+def _values_recorded(ledger: ledger_lib.Ledger, name: str) -> list[float]:
+  """Returns the epsilons in the ledger; an older version's may be larger."""
   return [
     value
     for record in ledger.records
@@ -287,14 +265,34 @@ def _least(parts: list[plan_lib.PlanUse]) -> float:
   )
 
 
-def _is_bound(told: Any, right: float | None) -> bool:
+def _is_bound(value: Any, right: float | None) -> bool:
   """Returns whether an epsilon is no less than it should be."""
-  if right is None or not isinstance(told, float):
-    return told is right
-  return told >= right * (1 - _CELLS)
+  if right is None or not isinstance(value, float):
+    return value is right
+  return value >= right * (1 - _CELLS)
 
 
 def _same(one: Any, other: Any) -> bool:
   if isinstance(one, float) and isinstance(other, float):
     return math.isclose(one, other, rel_tol=_TOLERANCE)
   return bool(one == other)
+
+
+def _count(number: int, name: str) -> str:
+  return f"{number} {name}" + ("es" if number != 1 else "")
+
+
+_CHECKS: dict[
+  str, Callable[[pathlib.Path, ledger_lib.Ledger], tuple[str, str]]
+] = {
+  "ledger": _records,
+  "guarantee": _guarantee,
+  "plan": _plan,
+  "steps": _steps,
+  "epsilon spent": _epsilon,
+  "epsilons told": _recorded_epsilons,
+  "data budget": _data_budget,
+  "checkpoints": _checkpoints,
+  "metrics": _metrics,
+  "result": _result,
+}

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import rich.console
 import rich.text
 
-from dpdist.distributed import signals
+from dpdist.distributed import preemption
 
 # The time from SIGTERM to SIGKILL.
 _TERM_SECONDS = 10.0
@@ -184,7 +184,7 @@ class Pod:
     now = time.monotonic()
     if not self.signals:
       self._first = now
-    elif now <= self._first + signals.ECHO_SECONDS:
+    elif now <= self._first + preemption.ECHO_SECONDS:
       # A closed terminal sends SIGHUP twice, by itself and by its shell.
       return
     self.signals.append(number)

@@ -4,6 +4,7 @@ import itertools
 import math
 
 from dp_accounting.pld import privacy_loss_distribution as pld_lib
+from dp_accounting.rdp import rdp_privacy_accountant
 import numpy as np
 import pytest
 from scipy import special
@@ -11,20 +12,24 @@ from scipy import special
 import dpdist
 from dpdist.accounting import accountants
 from dpdist.accounting import calibration
-from dpdist.accounting import rdp
+from dpdist.accounting import gaussian_events
 from dpdist.accounting import step_events
 
 _SIGMA, _Q = 0.8, 0.1
 _X = np.linspace(-14, 14, 40_001)
 
 
-def _exchange(sigma=_SIGMA, q=_Q):
-  return step_events.of(
-    noise_multiplier=sigma,
-    sampling_probability=q,
-    sampling="fixed_size",
-    neighboring_relation="replace_one",
+def _event(sigma=_SIGMA, q=_Q, sampling="poisson", **numbers):
+  phases = (step_events.Phase(0, sigma, q),)
+  ((event, _),) = step_events.steps(
+    step_events.Numbers(phases=phases, num_steps=1, **numbers),
+    sampling=sampling,
   )
+  return event
+
+
+def _exchange(sigma=_SIGMA, q=_Q):
+  return _event(sigma, q, "fixed_size", neighboring_relation="replace_one")
 
 
 def _density(*parts):
@@ -51,7 +56,7 @@ def test_no_exchange_is_worse_than_its_pair(world):
   p = _density((1 - _Q, without), (_Q, mine))
   q = _density((1 - _Q, without), (_Q, other))
   steps = [(_exchange(), 1)]
-  orders, divergences = rdp.step_divergences(_exchange())
+  orders, divergences = _exchange().rdp()
   for one, two in ((p, q), (q, p)):
     for epsilon in (0.0, 0.1, 0.5, 1.0):
       true = _hockey_stick(one, two, epsilon)
@@ -63,7 +68,14 @@ def test_no_exchange_is_worse_than_its_pair(world):
       assert divergences[orders == order][0] >= true - 1e-6
 
 
-@pytest.mark.parametrize("kind", ["presence", "opposite", "exchange"])
+@pytest.mark.parametrize(
+  "kind",
+  [
+    gaussian_events.AddRemove,
+    gaussian_events.Replace,
+    gaussian_events.ReplaceCoupled,
+  ],
+)
 @pytest.mark.parametrize(
   ("sigma", "q", "wanted"),
   [(0.8, 0.1, (1.5, 2, 5.5, 11)), (4.0, 1e-3, (1.1, 2, 10, 63)),
@@ -71,16 +83,16 @@ def test_no_exchange_is_worse_than_its_pair(world):
 )  # fmt: skip
 def test_renyi_divergences_are_those_of_the_pair(kind, sigma, q, wanted):
   """By sums over a fine line, of the worse one at every order."""
-  orders, divergences = rdp.step_divergences(step_events.Pair(kind, sigma, q))
+  orders, divergences = kind(sigma, q).rdp()
   for order in wanted:
-    low = 0.5 if kind == "exchange" else -10 * sigma
+    low = 0.5 if kind is gaussian_events.ReplaceCoupled else -10 * sigma
     x = np.arange(low, 2 * order + 10 * sigma, sigma / 2000)
-    if kind == "exchange":
+    if kind is gaussian_events.ReplaceCoupled:
       x += sigma / 4000  # Middles of cells from where the losses are 0.
     plain = np.exp(-0.5 * (x / sigma) ** 2)
     logs = [np.log1p(q * np.expm1((m * x - 0.5) / sigma**2)) for m in (1, -1)]
-    loss = logs[0] - logs[1] if kind == "opposite" else logs[0]
-    base = plain * np.exp(logs[1]) if kind == "opposite" else plain
+    loss = logs[0] - logs[1] if kind is gaussian_events.Replace else logs[0]
+    base = plain * np.exp(logs[1]) if kind is gaussian_events.Replace else plain
     # The moment less 1, and less what adds up to nothing to the first order.
     excess = lambda w, a, loss: np.where(
       a * loss < 300,
@@ -88,7 +100,7 @@ def test_renyi_divergences_are_those_of_the_pair(kind, sigma, q, wanted):
       np.exp(np.log(np.maximum(w, 1e-300)) + a * loss),
     )
     total = np.sum(excess(base, order, loss))
-    if kind == "exchange":
+    if kind is gaussian_events.ReplaceCoupled:
       total += np.sum(excess(base * np.exp(loss), order, -loss))
     total *= (x[1] - x[0]) / (sigma * math.sqrt(2 * math.pi))
     true = math.log1p(total) / (order - 1)
@@ -235,9 +247,7 @@ def _truncated_worlds(size, limit):
 @pytest.mark.slow
 @pytest.mark.parametrize(("size", "limit"), [(3, 1), (9, 1), (6, 2)])
 def test_no_cut_is_worse_than_its_pair(size, limit):
-  pair = step_events.of(
-    noise_multiplier=_SIGMA,
-    sampling_probability=_Q,
+  event = _event(
     sampling="truncated_poisson",
     num_examples=size,
     truncated_batch_size=limit,
@@ -247,8 +257,11 @@ def test_no_cut_is_worse_than_its_pair(size, limit):
     for epsilon in (0.0, 0.2, 1.0, 3.0):
       true = max(_hockey_stick(one, two, epsilon),
                  _hockey_stick(two, one, epsilon))  # fmt: skip
-      assert accountants.delta([(pair, 1)], epsilon, "pld") >= true - 1e-9
-      bound = accountants.delta([(pair.with_renyi, 1)], epsilon, "rdp")
+      assert accountants.delta([(event, 1)], epsilon, "pld") >= true - 1e-9
+      orders, divergences = event.rdp()
+      bound, _ = rdp_privacy_accountant.compute_delta(
+        orders, divergences, epsilon
+      )
       assert bound >= true - 1e-9
 
 
@@ -452,13 +465,13 @@ def test_a_curve_falls():
   [
     ({"sampling": "shuffled"}, "sampling must be one of .* got 'shuffled'"),
     ({"sampling": "fixed_size"}, "must be 'replace_one' with .*'fixed_size'"),
-    ({"truncated_batch_size": 5}, "truncated_batch_size must be given with"),
+    ({"truncated_batch_size": 5}, "truncated_batch_size must be None with"),
     ({"sampling": "truncated_poisson"}, "truncated_batch_size must be given"),
     (
       {"sampling": "truncated_poisson", "truncated_batch_size": 5},
       "num_examples must be given",
     ),
-    ({"cycle_length": 2}, "cycle_length must be 1 unless"),
+    ({"cycle_length": 2}, "cycle_length must be 1 with sampling='poisson'"),
     (
       {"group_size": 2},
       "'zero_out' or 'replace_one' with group_size above 1",

@@ -19,8 +19,8 @@ from dpdist import sampling
 from dpdist.audit import audit
 from dpdist.audit import bounds
 from dpdist.audit import canaries
-from dpdist.mechanism import mechanism
 from dpdist.privacy import plan as plan_lib
+from dpdist.sampling import poisson
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -137,7 +137,8 @@ def test_a_sampler_that_draws_more_than_it_says_is_refuted(monkeypatch):
   everyone = sampling.PoissonSampler(
     num_examples=_UNITS, sampling_probability=1.0, seed=1
   )
-  monkeypatch.setattr(mechanism, "_sampler", lambda *args: everyone)
+  make = lambda *args, **kwargs: everyone
+  monkeypatch.setattr(poisson.Poisson, "make", make)
   assert audit.audit(_program("sampled"), num_trials=2000, seed=1).is_refuted
 
 

@@ -229,8 +229,8 @@ def test_other_rules_get_other_keys(use_rules, tmp_path):
     made_of.append(job.made_of)
   once, again, other, without = made_of
   assert once == again
-  assert once["layer_rules_sha256"] != other["layer_rules_sha256"]
-  assert "layer_rules_sha256" not in without
+  assert once["layer_rules_code_sha256"] != other["layer_rules_code_sha256"]
+  assert "layer_rules_code_sha256" not in without
 
 
 def test_a_rule_is_a_layer_rule(monkeypatch):

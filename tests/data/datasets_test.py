@@ -175,20 +175,20 @@ def test_idx_directory(tmp_path, compress):
 
 
 def test_idx_manifest_is_over_decoded_content(tmp_path):
-  manifests = []
+  digests = []
   for name, compress in (("plain", ()), ("gz", ("train", "t10k"))):
     (tmp_path / name).mkdir()
     write_idx_directory(tmp_path / name, compress=compress)
     splits = datasets.load(config(name="idx", path=str(tmp_path / name)))
-    manifests.append([source.content_digest() for source in _parts(splits)])
-  assert manifests[0] == manifests[1]
+    digests.append([source.content_digest() for source in _parts(splits)])
+  assert digests[0] == digests[1]
   path = tmp_path / "plain" / "train-labels-idx1-ubyte"
   data = bytearray(path.read_bytes())
   data[-1] ^= 1
   path.write_bytes(data)
   splits = datasets.load(config(name="idx", path=str(tmp_path / "plain")))
-  assert splits.train.content_digest() != manifests[0][0]
-  assert splits.test.content_digest() == manifests[0][1]
+  assert splits.train.content_digest() != digests[0][0]
+  assert splits.test.content_digest() == digests[0][1]
 
 
 @pytest.mark.parametrize("missing", ["train-images-idx3", "t10k-labels-idx1"])

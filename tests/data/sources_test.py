@@ -123,15 +123,15 @@ def test_reads_from_many_threads_agree(make, tmp_path):
 
 
 def test_manifest_depends_on_content_alone(make, tmp_path):
-  manifests = []
+  digests = []
   for name in ("first", "second"):
     (tmp_path / name).mkdir()
     source = make(tmp_path / name)
-    manifests.append(source.content_digest())
+    digests.append(source.content_digest())
     source.read(np.array([1, 2]))
-    assert source.content_digest() == manifests[-1]
-  assert manifests[0] == manifests[1]
-  assert len(bytes.fromhex(manifests[0])) == 32
+    assert source.content_digest() == digests[-1]
+  assert digests[0] == digests[1]
+  assert len(bytes.fromhex(digests[0])) == 32
 
 
 # Arrays.
@@ -166,8 +166,8 @@ def test_array_manifest_changes_with_any_byte_name_dtype_or_shape():
     {**arrays, "inputs": arrays["inputs"].reshape(12, 2, 3)},
     {name: array[::-1] for name, array in arrays.items()},
   ]
-  manifests = {arrays_lib.ArraySource(v).content_digest() for v in variants}
-  assert len(manifests) == len(variants)
+  digests = {arrays_lib.ArraySource(v).content_digest() for v in variants}
+  assert len(digests) == len(variants)
 
 
 def test_array_manifest_ignores_layout_and_order_of_names():
@@ -176,15 +176,15 @@ def test_array_manifest_ignores_layout_and_order_of_names():
     "targets": arrays["targets"],
     "inputs": np.asfortranarray(arrays["inputs"]),
   }
-  manifest = arrays_lib.ArraySource(arrays).content_digest()
-  assert arrays_lib.ArraySource(same).content_digest() == manifest
+  digest = arrays_lib.ArraySource(arrays).content_digest()
+  assert arrays_lib.ArraySource(same).content_digest() == digest
 
 
 @pytest.mark.parametrize("block_bytes", [1, 50])
 def test_array_manifest_does_not_depend_on_the_block(monkeypatch, block_bytes):
-  manifest = arrays_lib.ArraySource(examples()).content_digest()
+  digest = arrays_lib.ArraySource(examples()).content_digest()
   monkeypatch.setattr(sources, "HASH_BLOCK_BYTES", block_bytes)
-  assert arrays_lib.ArraySource(examples()).content_digest() == manifest
+  assert arrays_lib.ArraySource(examples()).content_digest() == digest
 
 
 def test_arrays_on_disk_stay_there(tmp_path):
@@ -268,7 +268,7 @@ def test_array_record_manifest_is_of_the_examples_alone(tmp_path):
 
 
 def test_array_record_manifest_changes_with_any_example(tmp_path):
-  arrays, manifests = examples(), set()
+  arrays, digests = examples(), set()
   changed = {key: a.copy() for key, a in arrays.items()}
   changed["inputs"].view(np.uint8).flat[-1] ^= 1
   other = {key: a.copy() for key, a in arrays.items()}
@@ -281,8 +281,8 @@ def test_array_record_manifest_changes_with_any_example(tmp_path):
   ]
   for number, variant in enumerate(variants):
     source = _array_record(tmp_path / str(number), variant, 5)
-    manifests.add(source.content_digest())
-  assert len(manifests) == len(variants)
+    digests.add(source.content_digest())
+  assert len(digests) == len(variants)
 
 
 def test_array_record_manifest_changes_with_the_order_of_files(tmp_path):

@@ -173,9 +173,9 @@ def test_units_pass_on_what_is_asked_of_their_examples(tmp_path):
   arrays = {"inputs": np.arange(len(OWNERS))}
   source = of(Source(arrays))
   assert sources.changed_files(source) == ["train.array_record"]
-  # As it would be, were that the manifest of the examples.
+  # As it would be, were that the digest of the examples.
   other = Source(arrays)
-  other._manifest = "e" * 64
+  other._digest = "e" * 64
   assert sources.earlier_digests(source) == [of(other).content_digest()]
   plain = of(arrays_lib.ArraySource(arrays))
   assert sources.earlier_digests(plain) == []

@@ -52,7 +52,12 @@ def job(tmp_path):
   runs = []
 
   def start(
-    count, devices, *changes, args=((),), workdir=tmp_path / "run", leader=False
+    count,
+    devices,
+    *changes,
+    args=((),),
+    workdir=tmp_path / "run",
+    primary=False,
   ):
     address = _address()
     started = [
@@ -68,7 +73,7 @@ def job(tmp_path):
           _variables(address, count, i, devices)
           if count > 1
           else {"XLA_FLAGS": _variables("", 1, 0, devices)["XLA_FLAGS"]},
-          changes if i == (0 if leader else count - 1) else (),
+          changes if i == (0 if primary else count - 1) else (),
         ),
         aside=tmp_path / f"process{i}",
       )
@@ -210,7 +215,7 @@ def test_nobody_computes_a_step_that_could_not_be_charged(job, tmp_path):
   reserve = training.before(
     "dpdist.ledger.ledger:Ledger:reserve_through", 3, _fail
   )
-  runs = job(3, 1, reserve, leader=True)
+  runs = job(3, 1, reserve, primary=True)
   assert _codes(runs) == [1, 1, 1], runs[0].screen
   assert "error: no room for a record" in runs[0].screen
   for run in runs[1:]:
@@ -237,7 +242,7 @@ assert collectives.any_process(number == 1) is True
 collectives.assert_equal(same={"a": 1, "b": 2})
 for name, fact, error in (
   ("fact", number, errors.DisagreementError),
-  ("leader", lambda: 1 / 0, (ZeroDivisionError, errors.PeerError)[number]),
+  ("primary", lambda: 1 / 0, (ZeroDivisionError, errors.PeerError)[number]),
 ):
   try:
     if callable(fact):
@@ -270,5 +275,5 @@ def test_processes_tell_one_another():
   for out in said:
     assert "fact must be the same in all processes" in out
     assert "is not that of [1]" in out
-  assert "leader division by zero" in said[0]
-  assert "leader process 0 stopped: division by zero" in said[1]
+  assert "primary division by zero" in said[0]
+  assert "primary process 0 stopped: division by zero" in said[1]

@@ -7,7 +7,6 @@ import threading
 import pytest
 
 from dpdist.distributed import preemption
-from dpdist.distributed import signals
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -23,8 +22,8 @@ def test_first_signal_sets_the_flag_and_a_later_one_acts(monkeypatch, number):
       # What several senders pass on is one request.
       os.kill(os.getpid(), number)
       assert seen == []
-      now = signals.time.monotonic()
-      monkeypatch.setattr(signals.time, "monotonic", lambda: now + 2)
+      now = preemption.time.monotonic()
+      monkeypatch.setattr(preemption.time, "monotonic", lambda: now + 2)
       os.kill(os.getpid(), number)
       assert seen == ["before"]
       os.kill(os.getpid(), number)

@@ -79,7 +79,7 @@ def test_flags_that_make_no_sense_are_named():
 
 def test_a_name_that_does_not_come_up_is_told():
   with pytest.raises(
-    errors.MeetError, match=r"'no-such-host\.invalid' has no address"
+    errors.ConnectError, match=r"'no-such-host\.invalid' has no address"
   ):
     startup.resolve("no-such-host.invalid", 0.1)
   assert "127.0.0.1" in startup.resolve("localhost", 1)
@@ -191,5 +191,5 @@ def test_others_that_never_come_are_not_waited_for_for_ever(tmp_path, number):
   )
   assert run.returncode == 1
   assert not (tmp_path / "run" / "ledger").exists()
-  assert "error: the processes of the job did not meet" in run.stderr
+  assert "error: the processes of the job did not connect" in run.stderr
   assert "Traceback" not in run.stderr

@@ -34,7 +34,7 @@ def test_a_peer_is_known_by_its_token(pair):
   other.sendall(_line({"beat": [6, "reading", 0.5]}) + _line({"bye": True}))
   assert peer.receive() == [{"bye": True}]
   assert (peer.number, peer.name) == (3, "process 3 (host-b)")
-  assert peer.sign(0.0)[:3] == (6, "reading", 0.5)
+  assert peer.status(0.0)[:3] == (6, "reading", 0.5)
   other.close()
   assert peer.receive() is None
 
@@ -59,11 +59,11 @@ def test_a_stranger_is_not_heard(pair, data):
 
 
 def test_a_process_alone_watches_nobody():
-  with watchdog.Watch(progress_lib.Progress(), 600.0) as alone:
+  with watchdog.Watchdog(progress_lib.Progress(), 600.0) as alone:
     assert alone is not None
   with (
     pytest.raises(ZeroDivisionError),
-    watchdog.Watch(progress_lib.Progress(), 600.0),
+    watchdog.Watchdog(progress_lib.Progress(), 600.0),
   ):
     1 / 0  # noqa: B018
 
@@ -71,7 +71,7 @@ def test_a_process_alone_watches_nobody():
 @pytest.fixture
 def one_of_two(monkeypatch):
   """Makes this process one of a job of two, whose other one is the test."""
-  told = {}
+  server_at = {}
   monkeypatch.setattr(
     watchdog.distributed.global_state, "coordinator_address", "127.0.0.1:1"
   )
@@ -79,49 +79,49 @@ def one_of_two(monkeypatch):
   monkeypatch.setattr(jax, "process_count", lambda: 2)
   monkeypatch.setattr(collectives, "run_on_all", lambda make: make())
 
-  def become(number, leader=None):
+  def become(number, primary=None):
     def run_on_primary(make):
-      told.update(leader or make())
-      return told
+      server_at.update(primary or make())
+      return server_at
 
     monkeypatch.setattr(jax, "process_index", lambda: number)
     monkeypatch.setattr(collectives, "run_on_primary", run_on_primary)
-    return told
+    return server_at
 
   return become
 
 
-def _call(told):
-  return socket.create_connection(("127.0.0.1", told["port"]), 10)
+def _call(server_at):
+  return socket.create_connection(("127.0.0.1", server_at["port"]), 10)
 
 
 def test_once_all_are_there_no_stranger_gets_in_or_stays(one_of_two):
-  told = one_of_two(0)
-  with watchdog.Watch(progress_lib.Progress(), 600.0):
-    silent = _call(told)
-    with silent, _call(told) as loud, _call(told) as other:
+  server_at = one_of_two(0)
+  with watchdog.Watchdog(progress_lib.Progress(), 600.0):
+    silent = _call(server_at)
+    with silent, _call(server_at) as loud, _call(server_at) as other:
       loud.sendall(b"[" * 50_000 + b"\n")
       assert loud.recv(1) == b""
-      other.sendall(_line(peers.greeting(told["token"], 1, "host-b")))
+      other.sendall(_line(peers.greeting(server_at["token"], 1, "host-b")))
       with contextlib.suppress(ConnectionResetError):
         assert silent.recv(1) == b""
       with pytest.raises(ConnectionRefusedError):
-        _call(told)
+        _call(server_at)
       # Who is known is heard and told as before.
       assert json.loads(other.makefile().readline())["beat"][1] == "starting"
       other.sendall(_line({"bye": True}))
 
 
-def test_nobody_waits_for_a_cause_from_a_leader_that_has_left(one_of_two):
+def test_nobody_waits_for_a_cause_from_a_primary_that_has_left(one_of_two):
   with socket.create_server(("127.0.0.1", 0)) as server:
     one_of_two(
-      1, {"port": server.getsockname()[1], "token": "t", "host": "host-a"}
+      1, {"port": server.getsockname()[1], "token": "t", "host_name": "host-a"}
     )
-    watching = watchdog.Watch(progress_lib.Progress(), 600.0)
+    watching = watchdog.Watchdog(progress_lib.Progress(), 600.0)
     watching.__enter__()
-    leader, _ = server.accept()
-    with leader:
-      leader.sendall(_line({"bye": True}))
+    primary, _ = server.accept()
+    with primary:
+      primary.sendall(_line({"bye": True}))
     began = time.monotonic()
     watching.__exit__(ZeroDivisionError, ZeroDivisionError(), None)
     assert time.monotonic() < began + watchdog._PATIENCE_SECONDS
@@ -143,6 +143,6 @@ def test_processes_of_one_machine_are_not_there_for_others(
     watchdog.distributed.global_state, "coordinator_address", address
   )
   one_of_two(0)
-  with watchdog.Watch(progress_lib.Progress(), 600.0) as watching:
+  with watchdog.Watchdog(progress_lib.Progress(), 600.0) as watching:
     listens_at = watching._server.getsockname()[0]
   assert (f"{listens_at}:1" == address) == own

@@ -370,7 +370,7 @@ def test_a_fit_beyond_the_plan_or_of_other_data_is_refused(workdir):
   x, y = _without_gradient()
   with pytest.raises(ValueError, match=r"at most 1, .* \(3 of .* 4 .* got 2"):
     private.fit(x, y, epochs=2, steps_per_epoch=1)
-  with pytest.raises(ValueError, match="training data: manifest"):
+  with pytest.raises(ValueError, match="training data: digest"):
     private.fit(x + 1, y, epochs=1, steps_per_epoch=1)
   with pytest.raises(ValueError, match=r"x must .*=12 .* \(3, 12\)"):
     private.fit(x[:3], y)
@@ -552,7 +552,7 @@ def test_another_process_goes_on_with_the_budget(tmp_path):
   x, y = _data()
   with pytest.raises(ValueError, match="at most 2"):
     private.fit(x, y, epochs=1, steps_per_epoch=3)
-  with pytest.raises(ValueError, match="training data: manifest"):
+  with pytest.raises(ValueError, match="training data: digest"):
     private.fit(x + 1, y)
   same = _model(optimizer=keras.optimizers.Adam(0.1))
   with pytest.raises(ValueError, match="secret: hash"):

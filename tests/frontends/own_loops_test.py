@@ -74,7 +74,7 @@ def test_no_stretch_and_no_copy_of_a_run_has_the_keys_of_another(tmp_path):
 def test_a_directory_is_of_one_plan_and_one_data_set(tmp_path):
   run = run_lib.Run(tmp_path, _config())
   _step(run)
-  with pytest.raises(ValueError, match="training data: manifest"):
+  with pytest.raises(ValueError, match="training data: digest"):
     _step(run, "e" * 64)
   (tmp_path / "secret").unlink()
   with pytest.raises(ValueError, match="secret_file must be"):

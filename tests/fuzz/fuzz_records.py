@@ -9,6 +9,7 @@ from typing import Any
 from dpdist.files import sealed_json
 from dpdist.ledger import budgets
 from dpdist.ledger import data_budget
+from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.ledger import records
 from dpdist.privacy import plan as plan_lib
@@ -55,13 +56,15 @@ def write_run(workdir: pathlib.Path, root: pathlib.Path) -> None:
       secret_hash="5" * 64,
       run="r",
     )
-    ledger.record_stake(root=budget.root, data=_DATA, stake="")
-    stake = budget.admit(
+    ledger.record_allocation(root=budget.root, data=_DATA, allocation="")
+    allocation = budget.allocate(
       ledger,
       [plan_lib.PlanUse(first, 40), plan_lib.PlanUse(second, 30)],
       label="run",
     )
-    ledger.record_stake(root=budget.root, data=_DATA, stake=stake)
+    ledger.record_allocation(
+      root=budget.root, data=_DATA, allocation=allocation
+    )
     ledger.notice("something to be told")
     for segment in (first, second):
       if segment is second:
@@ -75,8 +78,8 @@ def write_run(workdir: pathlib.Path, root: pathlib.Path) -> None:
         fingerprint=str(segment.noise_multiplier),
       )
       ledger.reserve_through(5)
-      ledger.give_back(4)
-      budget.follow(ledger)
+      ledger.refund(4)
+      budget.advance(ledger)
       _save(workdir, ledger, 4 if segment is second else 2)
     ledger.record_epsilons(
       spent={"pld": None, "rdp": 1.0}, planned={"pld": None, "rdp": 2.0}
@@ -90,7 +93,7 @@ def write_run(workdir: pathlib.Path, root: pathlib.Path) -> None:
 
 
 def _save(workdir: pathlib.Path, ledger: ledger_lib.Ledger, step: int) -> None:
-  saved = ledger_lib.Saved(step, "", ledger.writer)
+  saved = history.CheckpointRef(step, "", ledger.writer)
   path = manifest.location(workdir / "checkpoints", saved)
   for name, text in {
     "meta/metadata": json.dumps({"step": step, "ledger_head": ledger.head}),
@@ -115,11 +118,11 @@ def resealed(
     elif i > number or number < 0:
       body["prev"] = head
     body.pop("sha256", None)
-    sealed[name] = sealed_json.sealed(body)
+    sealed[name] = sealed_json.seal(body)
     head = sealed_json.digest(sealed[name])
   body = dict(json.loads(values["head.json"]))
   body.pop("sha256")
-  sealed["head.json"] = sealed_json.sealed({**body, "head": head})
+  sealed["head.json"] = sealed_json.seal({**body, "head": head})
   return sealed
 
 
@@ -138,7 +141,7 @@ class Logs:
     head = dict(json.loads(self.ledger["head.json"]))
     head |= {"seq": len(ledger.records) - 1, "head": ledger._log.heads[-2]}
     head.pop("sha256")
-    self.head_before = sealed_json.sealed(head)
+    self.head_before = sealed_json.seal(head)
 
   def held(
     self, folder: pathlib.Path, files: dict[str, bytes], act: Any
@@ -204,7 +207,12 @@ def record(folder: pathlib.Path) -> outcomes.Kind:
 def _read_all(ledger: ledger_lib.Ledger) -> None:
   """Looks at all that a ledger says."""
   values = [ledger.spent_steps, ledger.guarantee, ledger.epsilons]
-  values += [ledger.stakes, ledger.checkpoints, ledger.branches, ledger.writer]
+  values += [
+    ledger.allocations,
+    ledger.checkpoints,
+    ledger.branches,
+    ledger.writer,
+  ]
   if not ledger.is_new:
     values += [ledger.spent, ledger.planned, ledger.plan.fingerprint()]
     if ledger.branches:
@@ -257,7 +265,7 @@ def head(folder: pathlib.Path) -> outcomes.Kind:
       changed = mangle.fields(rng, json.loads(files["head.json"]))
       changed.pop("sha256", None)
       try:
-        files["head.json"] = sealed_json.sealed(changed)
+        files["head.json"] = sealed_json.seal(changed)
       except (ValueError, TypeError):
         return "unsealable"
     path = logs.workdir / "ledger"
@@ -277,7 +285,12 @@ def _all_budgets(root: pathlib.Path) -> list[Any]:
   for budget in found:
     if budget.terms is not None:
       repr([budget.reserved, budget.epsilon, budget.reservations])
-      repr([budget.share(stake.cost) for stake in budget.stakes.values()])
+      repr(
+        [
+          budget.share(allocation.cost)
+          for allocation in budget.allocations.values()
+        ]
+      )
   return found
 
 

@@ -184,7 +184,7 @@ def test_fields_of_another_kind_are_no_record(run, record, problem):
     with pytest.raises(ValueError, match=problem):
       ledger.check(record)
     ledger.acquire()
-    ledger._log._take = lambda record: None
+    ledger._log._apply = lambda record: None
     kind = record.pop("kind")
     ledger._log.append(kind, **record)
   with pytest.raises(errors.LedgerError, match=problem):

@@ -155,7 +155,7 @@ run.resume(step=0, digest="", ledger_head="", fingerprint="")
 for step in (1, 2):
   run.reserve_through(step + 1)
   print("released", flush=True)
-  run.give_back(step)
+  run.refund(step)
 run.close()
 open(sys.argv[1] + "/end", "w").close()
 """

@@ -15,8 +15,8 @@ import dpdist
 from dpdist import config as config_lib
 from dpdist import errors
 from dpdist import sampling
+from dpdist.accounting import gaussian_events
 from dpdist.accounting import rdp
-from dpdist.accounting import step_events
 from dpdist.data import array_record
 from dpdist.data import sources
 from dpdist.ledger import budgets
@@ -72,12 +72,12 @@ def _run(path):
   return ledger
 
 
-def _admit(budget, ledger, **kwargs):
-  return budget.admit(ledger, _WHOLE, label="a run", **kwargs)
+def _allocate(budget, ledger, **kwargs):
+  return budget.allocate(ledger, _WHOLE, label="a run", **kwargs)
 
 
 def _pair(sigma):
-  return step_events.of(noise_multiplier=sigma, sampling_probability=0.01)
+  return gaussian_events.AddRemove(sigma, 0.01)
 
 
 def test_costs_are_divergences_at_one_order(tmp_path):
@@ -90,7 +90,7 @@ def test_costs_are_divergences_at_one_order(tmp_path):
   fits = int(terms.divergence / cost)
   assert fits > 3
   budget.reserve("all", cost, fits - 1)
-  _admit(budget, _run(tmp_path / "run"))
+  _allocate(budget, _run(tmp_path / "run"))
   assert budget.epsilon <= 3.0
   with pytest.raises(errors.RefusedError, match="would be exceeded"):
     budget.check(cost)
@@ -117,8 +117,8 @@ def test_all_or_nothing(tmp_path):
   assert not data_budget.DataBudget(tmp_path, _DATA).reservations
   budget.reserve("search", cost * 1.05, fits - 1)
   with pytest.raises(errors.RefusedError, match="this run would take"):
-    _admit(budget, _run(tmp_path / "run"))
-  assert not data_budget.DataBudget(tmp_path, _DATA).stakes
+    _allocate(budget, _run(tmp_path / "run"))
+  assert not data_budget.DataBudget(tmp_path, _DATA).allocations
 
 
 def test_a_search_has_its_room_whatever_comes_between(tmp_path):
@@ -130,110 +130,110 @@ def test_a_search_has_its_room_whatever_comes_between(tmp_path):
   budget.reserve("other", rest / 1.001, 1)
   total = budget.reserved
   for name in ("one", "two"):
-    _admit(budget, _run(tmp_path / name), reservation="search")
+    _allocate(budget, _run(tmp_path / name), reservation="search")
     assert budget.reserved == pytest.approx(total, rel=1e-4)
   with pytest.raises(errors.RefusedError, match="no run left"):
-    _admit(budget, _run(tmp_path / "three"), reservation="search")
+    _allocate(budget, _run(tmp_path / "three"), reservation="search")
   with pytest.raises(ValueError, match=r"one of \['other', 'search'\]"):
-    _admit(budget, _run(tmp_path / "three"), reservation="none")
+    _allocate(budget, _run(tmp_path / "three"), reservation="none")
 
 
 def test_a_run_that_is_dearer_than_its_room_is_refused(tmp_path):
   budget = _budget(tmp_path)
   budget.reserve("search", budget.cost(_WHOLE) / 2, 1)
   with pytest.raises(errors.RefusedError, match="is for runs that take"):
-    _admit(budget, _run(tmp_path / "one"), reservation="search")
+    _allocate(budget, _run(tmp_path / "one"), reservation="search")
 
 
 def test_a_restart_reserves_nothing_more(tmp_path):
   budget = _budget(tmp_path)
-  stake = _admit(budget, _run(tmp_path / "run"))
+  allocation = _allocate(budget, _run(tmp_path / "run"))
   for _ in range(3):
     ledger = _run(tmp_path / "run")
     budget = _budget(tmp_path)
-    assert _admit(budget, ledger) == stake
+    assert _allocate(budget, ledger) == allocation
     ledger.reserve_through(1)
-    budget.follow(ledger)
+    budget.advance(ledger)
   assert budget.reserved == budget.cost(_WHOLE)
 
 
 def test_a_changed_plan_reserves_the_difference_or_is_refused(tmp_path):
   budget = _budget(tmp_path)
   ledger = _run(tmp_path / "run")
-  _admit(budget, ledger)
+  _allocate(budget, ledger)
   cost = budget.cost(_WHOLE)
   longer = [plan_lib.PlanUse(_PLAN, 100), plan_lib.PlanUse(_PLAN, 50)]
-  budget.admit(ledger, longer, label="a run")
+  budget.allocate(ledger, longer, label="a run")
   assert budget.reserved == pytest.approx(1.5 * cost)
   dearer = [plan_lib.PlanUse(_PLAN, 100_000)]
   with pytest.raises(errors.RefusedError, match="what changed in 'a run'"):
-    budget.admit(ledger, dearer, label="a run")
+    budget.allocate(ledger, dearer, label="a run")
   # A plan holds all that was charged, so a smaller one gives the rest back.
-  budget.admit(ledger, _WHOLE, label="a run")
+  budget.allocate(ledger, _WHOLE, label="a run")
   assert budget.reserved == pytest.approx(cost)
 
 
 def test_a_copy_is_charged_by_itself(tmp_path):
   budget = _budget(tmp_path)
   ledger = _run(tmp_path / "run")
-  _admit(budget, ledger)
+  _allocate(budget, ledger)
   ledger.reserve_through(1)
-  budget.follow(ledger)
+  budget.advance(ledger)
   cost = budget.reserved
   shutil.copytree(tmp_path / "run", tmp_path / "copy")
   ledger.reserve_through(2)
-  budget.follow(ledger)
+  budget.advance(ledger)
   # The copy knows nothing of the last charge.
-  _admit(_budget(tmp_path), _run(tmp_path / "copy"))
+  _allocate(_budget(tmp_path), _run(tmp_path / "copy"))
   assert _budget(tmp_path).reserved == pytest.approx(2 * cost)
   ledger.reserve_through(3)
-  budget.follow(ledger)
+  budget.advance(ledger)
 
 
 def test_a_copy_that_goes_on_in_a_run_s_place_stops_the_run(tmp_path):
   """Before the run releases anything more; and then it has to pay anew."""
   budget = _budget(tmp_path)
   ledger = _run(tmp_path / "run")
-  stake = _admit(budget, ledger)
+  allocation = _allocate(budget, ledger)
   ledger.reserve_through(1)
-  budget.follow(ledger)
+  budget.advance(ledger)
   shutil.copytree(tmp_path / "run", tmp_path / "copy")
   copy = _run(tmp_path / "copy")
   other = _budget(tmp_path)
-  assert _admit(other, copy) == stake
+  assert _allocate(other, copy) == allocation
   assert other.reserved == other.cost(_WHOLE)
   ledger.reserve_through(2)
   with pytest.raises(errors.LedgerError, match="a copy of this run went on"):
-    budget.follow(ledger)
+    budget.advance(ledger)
   copy.reserve_through(2)
-  other.follow(copy)
+  other.advance(copy)
   again = _budget(tmp_path)
-  assert _admit(again, _run(tmp_path / "run")) != stake
+  assert _allocate(again, _run(tmp_path / "run")) != allocation
   assert again.reserved == pytest.approx(2 * again.cost(_WHOLE))
 
 
 def test_only_what_can_never_be_released_is_given_back(tmp_path):
   budget = _budget(tmp_path)
   ledger = _run(tmp_path / "run")
-  _admit(budget, ledger)
+  _allocate(budget, ledger)
   ledger.reserve_through(30)
-  budget.follow(ledger)
+  budget.advance(ledger)
   with pytest.raises(ValueError, match="of a run that was ended"):
-    budget.give_back(ledger)
+    budget.refund(ledger)
   shutil.copytree(tmp_path / "run", tmp_path / "copy")
   ledger.end()
   whole = budget.cost(_WHOLE)
-  assert budget.give_back(ledger) == pytest.approx(0.7 * whole)
+  assert budget.refund(ledger) == pytest.approx(0.7 * whole)
   assert budget.reserved == pytest.approx(0.3 * whole)
-  assert budget.give_back(ledger) == 0.0
-  # A copy of the time before the end could go on, but not on this stake.
+  assert budget.refund(ledger) == 0.0
+  # A copy of the time before the end could go on, but not on this allocation.
   copy = _run(tmp_path / "copy")
-  _admit(budget, copy)
+  _allocate(budget, copy)
   assert budget.reserved == pytest.approx(1.3 * whole)
   stranger = _run(tmp_path / "stranger")
   stranger.end()
-  with pytest.raises(ValueError, match="holds a stake"):
-    budget.give_back(stranger)
+  with pytest.raises(ValueError, match="holds an allocation"):
+    budget.refund(stranger)
 
 
 @pytest.mark.parametrize("is_too_long", [True, False])
@@ -242,59 +242,59 @@ def test_a_run_of_which_no_bound_is_known_gives_nothing_back(
 ):
   budget = _budget(tmp_path)
   ledger = _run(tmp_path / "run")
-  _admit(budget, ledger)
+  _allocate(budget, ledger)
   ledger.reserve_through(30)
-  budget.follow(ledger)
+  budget.advance(ledger)
   if is_too_long:
     ledger.notice(history.TOO_LONG)
   else:
     ledger.notice("files were changed", unsound=True)
   ledger.end()
   before = budget.reserved
-  assert budget.give_back(ledger) == 0
+  assert budget.refund(ledger) == 0
   assert budget.reserved == before
-  assert all(stake.is_ended for stake in budget.stakes.values())
+  assert all(allocation.is_ended for allocation in budget.allocations.values())
 
 
 def test_a_run_that_was_ended_stays_so(tmp_path):
   budget = _budget(tmp_path)
   ledger = _run(tmp_path / "run")
-  name = _admit(budget, ledger)
+  name = _allocate(budget, ledger)
   ledger.end()
-  budget.give_back(ledger)
-  budget.admit(ledger, ledger.spent, label="a run")
-  assert budget.stakes[name].is_ended
-  assert budget.give_back(ledger) == 0.0
+  budget.refund(ledger)
+  budget.allocate(ledger, ledger.spent, label="a run")
+  assert budget.allocations[name].is_ended
+  assert budget.refund(ledger) == 0.0
 
 
 def test_a_run_that_is_dearer_by_little_than_its_room_is_refused(tmp_path):
   budget = _budget(tmp_path)
   budget.reserve("search", budget.cost(_WHOLE) / 1.05, 1)
   with pytest.raises(errors.RefusedError, match="is for runs that take"):
-    _admit(budget, _run(tmp_path / "one"), reservation="search")
+    _allocate(budget, _run(tmp_path / "one"), reservation="search")
 
 
 def test_a_plan_that_grows_by_little_must_fit_too(tmp_path):
   budget = _budget(tmp_path)
   ledger = _run(tmp_path / "run")
-  _admit(budget, ledger)
+  _allocate(budget, ledger)
   rest = budget.terms.divergence - budget.reserved
   budget.reserve("other", rest / 1.001, 1)
   longer = [plan_lib.PlanUse(_PLAN, 150)]
   assert budget.cost(longer) - budget.cost(_WHOLE) < 1
   with pytest.raises(errors.RefusedError, match="what changed in 'a run'"):
-    budget.admit(ledger, longer, label="a run")
+    budget.allocate(ledger, longer, label="a run")
 
 
 def test_room_that_nobody_came_for_is_given_back(tmp_path):
   budget = _budget(tmp_path)
   cost = budget.cost(_WHOLE)
   budget.reserve("search", cost, 3)
-  _admit(budget, _run(tmp_path / "run"), reservation="search")
+  _allocate(budget, _run(tmp_path / "run"), reservation="search")
   budget.cancel("search")
   assert budget.reserved == pytest.approx(cost)
   with pytest.raises(errors.RefusedError, match="no run left"):
-    _admit(budget, _run(tmp_path / "late"), reservation="search")
+    _allocate(budget, _run(tmp_path / "late"), reservation="search")
 
 
 @pytest.mark.parametrize(
@@ -391,12 +391,12 @@ def test_a_cost_is_of_all_parts_also_of_equal_ones(tmp_path):
 def test_what_all_segments_spent_is_kept_when_the_rest_is_given_back(tmp_path):
   budget = _budget(tmp_path, epsilon=30.0)
   ledger = _changed_twice(tmp_path / "run")
-  budget.admit(ledger, ledger.planned, label="a run")
+  budget.allocate(ledger, ledger.planned, label="a run")
   whole = _cost(budget, (10, 20, 100))
   assert budget.reserved == pytest.approx(whole)
   ledger.end()
   spent = _cost(budget, (10, 20, 30))
-  assert budget.give_back(ledger) == pytest.approx(whole - spent)
+  assert budget.refund(ledger) == pytest.approx(whole - spent)
   assert budget.reserved == pytest.approx(spent)
 
 
@@ -411,7 +411,7 @@ def test_at_each_start_a_run_reserves_its_past_and_its_plan(
   config = config_lib.default()
   config.data_budget.location = budget.root
   plan = _PLANS[1] if is_changed else ledger.plan
-  resume.begin(
+  resume.open_or_resume(
     config,
     tmp_path,
     ledger,
@@ -426,8 +426,8 @@ def test_at_each_start_a_run_reserves_its_past_and_its_plan(
   if is_changed:
     expected += _cost(budget, (100,), [plan])
   assert budget.reserved == pytest.approx(expected)
-  (stake,) = ledger.stakes
-  assert (stake["root"], stake["data"]) == (budget.root, _DATA)
+  (allocation,) = ledger.allocations
+  assert (allocation["root"], allocation["data"]) == (budget.root, _DATA)
   ledger.close()
 
 
@@ -449,7 +449,7 @@ def test_a_budget_of_an_earlier_release_is_found_and_stays_found(tmp_path):
   """Under the manifest that it gave, and then whatever files are called."""
   root = tmp_path / "budgets"
   old = _budget(root)
-  _admit(old, _run(tmp_path / "run"))
+  _allocate(old, _run(tmp_path / "run"))
   asked, told = [], []
 
   def earlier():
@@ -458,7 +458,7 @@ def test_a_budget_of_an_earlier_release_is_found_and_stays_found(tmp_path):
 
   for number in range(3):
     found = _make(root, "e" * 64, earlier=earlier, tell=told.append)
-    assert (found.data, found.stakes) == (_DATA, old.stakes)
+    assert (found.data, found.allocations) == (_DATA, old.allocations)
     assert found.reserved == old.reserved > 0
     # The second time it is written down, and nobody need ask.
     assert len(asked) == 1, number
@@ -538,12 +538,12 @@ def test_a_run_of_an_earlier_release_goes_on_under_its_name(
   tmp_path, recorded, now, expected
 ):
   ledger = ledger_lib.Ledger(tmp_path)
-  assert resume.known_as(ledger, now, lambda: ["f" * 64]) == now
+  assert resume.recorded_digest(ledger, now, lambda: ["f" * 64]) == now
   ledger.acquire()
   ledger.open(
     config={}, plan=_PLAN, data=recorded, secret_hash="5" * 64, run="a run"
   )
-  assert resume.known_as(ledger, now, lambda: ["f" * 64]) == expected
+  assert resume.recorded_digest(ledger, now, lambda: ["f" * 64]) == expected
   ledger.close()
 
 
@@ -657,13 +657,15 @@ def test_runs_share_a_budget_and_give_back_what_they_leave(
   dpdist.train(_config(root), one)
   assert not _problems(one)
   (budget,) = budgets.all_below(root)
-  assert [stake.label for stake in budget.stakes.values()] == [str(one)]
+  assert [allocation.label for allocation in budget.allocations.values()] == [
+    str(one)
+  ]
   assert 0 < budget.epsilon <= 1.5
   # It was told of every charge, so that a copy could not go on for nothing.
   log = records.Log(one / "ledger", lambda record: None)
   last = max(r["seq"] for r in log.records if r["kind"] == "reserve")
-  (stake,) = budget.stakes.values()
-  assert stake.head == log.heads[last + 1]
+  (allocation,) = budget.allocations.values()
+  assert allocation.head == log.heads[last + 1]
   with pytest.raises(ValueError, match="would be exceeded"):
     dpdist.train(_config(root, **{"privacy.num_steps": 3000}), two)
   # All that is left of it says that none has begun there.
@@ -717,7 +719,7 @@ def test_a_run_cannot_leave_the_budget_that_it_has_its_stake_in(
   monkeypatch.chdir("/")
   dpdist.train(_config(one), tmp_path / "run")
   (budget,) = budgets.all_below(one)
-  assert len(budget.stakes) == 1
+  assert len(budget.allocations) == 1
 
 
 @pytest.mark.parametrize(
@@ -734,14 +736,14 @@ def test_a_stake_that_the_ledger_was_not_told_of_is_given_back(
 ):
   """The process was killed between the two."""
   with monkeypatch.context() as patch:
-    told = ledger_lib.Ledger.record_stake
+    told = ledger_lib.Ledger.record_allocation
 
     def killed(self, **place):
-      if place["stake"]:
+      if place["allocation"]:
         raise _StopError
       told(self, **place)
 
-    patch.setattr(ledger_lib.Ledger, "record_stake", killed)
+    patch.setattr(ledger_lib.Ledger, "record_allocation", killed)
     with pytest.raises(_StopError):
       dpdist.train(_config(tmp_path / "budgets"), tmp_path / "run")
   (budget,) = budgets.all_below(tmp_path / "budgets")
@@ -765,7 +767,7 @@ def test_a_run_that_spent_more_than_it_reserved_is_found(tmp_path):
   (problem,) = _problems(run)
   assert (problem.what, problem.problem) == (
     "data budget",
-    "the run has no stake in it",
+    "the run has no allocation in it",
   )
 
 

@@ -43,18 +43,18 @@ def _branch(
   run = history.History()
   whole = {**_SEGMENT, **dict(segment)}
   opens = {"format": history.FORMAT, "secret_hash": "5" * 64, "run": "a run"}
-  run.take({"kind": "open", **whole, **opens, **dict(opened)})
+  run.apply({"kind": "open", **whole, **opens, **dict(opened)})
   begin = {"kind": "branch", "start_step": 0, "fingerprint": "0", "base": ""}
-  run.take({**begin, "branch": 0})
-  run.take({"kind": "reserve", "branch": 0, "stop_step": 1})
+  run.apply({**begin, "branch": 0})
+  run.apply({"kind": "reserve", "branch": 0, "stop_step": 1})
   for _ in range(1 + segments):
-    run.take({"kind": "segment", **whole})
+    run.apply({"kind": "segment", **whole})
   for i in range(1, number):
-    run.take({**begin, "branch": i})
+    run.apply({**begin, "branch": i})
   for stop in range(1, 1 + before):
-    run.take({"kind": "reserve", "branch": number - 1, "stop_step": stop})
+    run.apply({"kind": "reserve", "branch": number - 1, "stop_step": stop})
   record = {"kind": "branch", "branch": number, **_BRANCH, **changes}
-  run.take(record | ({"identity": version} if version else {}))
+  run.apply(record | ({"identity": version} if version else {}))
   return run.branches[-1]
 
 
@@ -113,7 +113,7 @@ _OTHER_SEGMENTS = {
 }
 
 
-@pytest.mark.parametrize("name", history._SEGMENT)
+@pytest.mark.parametrize("name", history.FIELDS["segment"])
 def test_every_field_of_a_segment_changes_the_identity(name):
   other = _branch(segment={name: _OTHER_SEGMENTS[name]})
   assert other.identity != _branch().identity
@@ -124,7 +124,7 @@ _OTHER_RUNS = {"run": "another run", "secret_hash": None, "format": None}
 
 
 @pytest.mark.parametrize(
-  "name", sorted(set(history._FIELDS["open"]) - set(history._SEGMENT))
+  "name", sorted(set(history.FIELDS["open"]) - set(history.FIELDS["segment"]))
 )
 def test_every_field_of_a_run_changes_the_identity(name):
   other = _OTHER_RUNS[name]
@@ -140,7 +140,7 @@ _OTHER_BRANCHES = {
 }
 
 
-@pytest.mark.parametrize("name", history._FIELDS["branch"])
+@pytest.mark.parametrize("name", history.FIELDS["branch"])
 def test_every_field_of_a_branch_changes_the_identity(name):
   other = _branch(**_OTHER_BRANCHES[name])
   assert other.identity != _branch().identity

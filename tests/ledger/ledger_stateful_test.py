@@ -18,6 +18,7 @@ from hypothesis import stateful
 from hypothesis import strategies as st
 
 from dpdist import errors
+from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.ledger import records
 from dpdist.privacy import composition
@@ -152,7 +153,7 @@ class Machine(stateful.RuleBasedStateMachine):
     process = data.draw(st.sampled_from(self.processes))
     ledger = process.ledger
     digest, head = _digest(process.state, process.step), ledger.head
-    saved = ledger_lib.Saved(process.step, digest, ledger.writer)
+    saved = history.CheckpointRef(process.step, digest, ledger.writer)
     try:
       ledger.record_checkpoint(process.step, digest)
     except errors.LedgerError:
@@ -171,7 +172,7 @@ class Machine(stateful.RuleBasedStateMachine):
     """It gives back what it charged ahead and never began."""
     process = data.draw(st.sampled_from(self.processes))
     with contextlib.suppress(errors.LedgerError):  # It was shut out.
-      process.ledger.give_back(process.step)
+      process.ledger.refund(process.step)
     self._stop(process)
 
   def _stop(self, process):

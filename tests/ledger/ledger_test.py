@@ -153,7 +153,7 @@ _SAME = {"config": _SETTINGS, "data": "d" * 64, "secret_hash": "5" * 64}
     (
       {"data": "e" * 64},
       "data",
-      "training data: manifest dddddddddddd -> eeeeeeeeeeee",
+      "training data: digest dddddddddddd -> eeeeeeeeeeee",
     ),
   ],
 )
@@ -418,7 +418,7 @@ def test_an_interrupted_writer_writes_no_more(tmp_path):
     ledger.reserve_through(21)
   log.records = list(log.records)
   with pytest.raises(errors.LedgerError, match="was interrupted"):
-    ledger.give_back(20)
+    ledger.refund(20)
   assert ledger_lib.Ledger(tmp_path).spent_steps == 21
 
 

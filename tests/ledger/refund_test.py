@@ -68,10 +68,10 @@ def test_what_was_begun_stays_charged_and_the_rest_can_be_charged_again(
 ):
   ledger = _writer(tmp_path)
   ledger.reserve_through(10)
-  assert ledger.give_back(3) == 7
+  assert ledger.refund(3) == 7
   assert _charged(tmp_path) == (3, 3, 100)
-  assert ledger.give_back(3) == 0
-  assert ledger.give_back(2) == 0  # Nothing was charged since.
+  assert ledger.refund(3) == 0
+  assert ledger.refund(2) == 0  # Nothing was charged since.
   ledger.record_checkpoint(3, "three")
   ledger.close()
   # The next one goes on with the same keys, which those steps never met.
@@ -92,7 +92,7 @@ def test_the_whole_plan_can_be_made_after_any_number_of_stops(tmp_path):
     ledger.reserve_through(min(ledger.last_step, done + 30))
     done = min(ledger.last_step, done + 25)
     ledger.record_checkpoint(done, f"{done}")
-    ledger.give_back(done)
+    ledger.refund(done)
     ledger.close()
   assert done == 100
   ledger = ledger_lib.Ledger(tmp_path)
@@ -110,20 +110,20 @@ def test_what_an_earlier_process_charged_is_never_given_back(tmp_path):
   """It may have begun all of it, and may still be at it when it wakes."""
   _writer(tmp_path).reserve_through(10)
   again = _writer(tmp_path)
-  assert again.give_back(2) == 0
+  assert again.refund(2) == 0
   again.reserve_through(20)
-  assert again.give_back(2) == 10
+  assert again.refund(2) == 10
   assert _charged(tmp_path) == (10, 10, 100)
   # Nor by one that takes over what was given back once.
   third = _writer(tmp_path)
-  assert third.give_back(0) == 0
+  assert third.refund(0) == 0
 
 
 def test_another_branch_gives_back_its_own_steps_alone(tmp_path):
   _writer(tmp_path).reserve_through(10)
   again = _writer(tmp_path, fingerprint="other code")
   again.reserve_through(4)
-  assert again.give_back(0) == 4
+  assert again.refund(0) == 4
   assert _charged(tmp_path) == (10, 0, 90)
 
 
@@ -131,7 +131,7 @@ def test_what_a_checkpoint_has_is_never_given_back(tmp_path):
   ledger = _writer(tmp_path)
   ledger.reserve_through(10)
   ledger.record_checkpoint(6, "six")
-  assert ledger.give_back(2) == 4
+  assert ledger.refund(2) == 4
   assert _charged(tmp_path) == (6, 6, 100)
 
 
@@ -140,7 +140,7 @@ def test_a_process_that_was_shut_out_gives_nothing_back(tmp_path):
   first.reserve_through(10)
   second = _writer(tmp_path)
   with pytest.raises(errors.LedgerError, match="another process"):
-    first.give_back(1)
+    first.refund(1)
   assert second.spent_steps == _charged(tmp_path)[0] == 10
 
 
@@ -152,7 +152,7 @@ def test_a_charge_that_was_lost_stays_lost(tmp_path):
   (tmp_path / f"{number:012d}.json").write_bytes(b'{"torn')
   again = _writer(tmp_path)
   again.reserve_through(20)
-  assert again.give_back(0) == 10
+  assert again.refund(0) == 10
   assert _charged(tmp_path) == (11, 10, 99)
   again.close()
 
@@ -162,7 +162,7 @@ def test_where_the_record_itself_is_torn_all_stays_charged(tmp_path):
   ledger.reserve_through(10)
   head = (tmp_path / "head.json").read_bytes()
   number = len(ledger.records)
-  ledger.give_back(3)
+  ledger.refund(3)
   ledger.close()
   (tmp_path / "head.json").write_bytes(head)  # The power went before it.
   (tmp_path / f"{number:012d}.json").write_bytes(b'{"torn')
@@ -173,10 +173,10 @@ def test_under_another_plan_only_its_own_steps_are_given_back(tmp_path):
   ledger = _writer(tmp_path)
   ledger.reserve_through(10)
   ledger.open_segment(config={}, plan=_PLAN, data=_DATA, start_step=0)
-  assert ledger.give_back(0) == 0  # No branch has begun under it.
+  assert ledger.refund(0) == 0  # No branch has begun under it.
   ledger.resume(step=0, digest="", ledger_head="", fingerprint="f")
   ledger.reserve_through(5)
-  assert ledger.give_back(1) == 4
+  assert ledger.refund(1) == 4
   assert ledger.spent == [(_PLAN, 10), (_PLAN, 1)]
 
 
@@ -185,7 +185,7 @@ def test_epsilons_of_what_was_given_back_are_not_told(tmp_path):
   ledger.reserve_through(10)
   ledger.record_epsilons(spent={"rdp": 0.5}, planned={"rdp": 1.0})
   assert ledger.epsilons is not None
-  ledger.give_back(1)
+  ledger.refund(1)
   assert ledger.epsilons is None
   assert ledger_lib.Ledger(tmp_path).epsilons is None
 
@@ -210,7 +210,7 @@ def test_a_record_that_gives_back_what_it_may_not_is_found(
   ledger.record_checkpoint(6, "six")
   with pytest.raises(ValueError, match=message):
     ledger.check({**_UNSTARTED, "stop_step": stop_step})
-  ledger._log._take = lambda record: None
+  ledger._log._apply = lambda record: None
   ledger._log.append("unstarted", branch=0, stop_step=stop_step)
   ledger.close()
   with pytest.raises(errors.LedgerError, match=message):
@@ -234,14 +234,14 @@ def test_no_record_gives_back_after(before):
   whole = {"config": {}, "plan": _PLAN.to_dict(), "data": "", "start_step": 0}
   opens = {"format": history.FORMAT, "secret_hash": "", "run": "r"}
   branch = {"kind": "branch", "start_step": 0, "fingerprint": "f", "base": ""}
-  run.take({"kind": "open", **whole, **opens})
-  run.take({**branch, "branch": 0})
+  run.apply({"kind": "open", **whole, **opens})
+  run.apply({**branch, "branch": 0})
   for stop in range(1, 11):
-    run.take({"kind": "reserve", "branch": 0, "stop_step": stop})
+    run.apply({"kind": "reserve", "branch": 0, "stop_step": stop})
   run.check({**_UNSTARTED, "stop_step": 7})
   for record in before:
     full = {**branch, **record} if record["kind"] == "branch" else record
-    run.take({"branch": 0, **full})
+    run.apply({"branch": 0, **full})
   with pytest.raises(ValueError, match=r"begun|end|not the current"):
     run.check({**_UNSTARTED, "stop_step": 7})
 
@@ -252,7 +252,7 @@ def test_copies_that_give_back_otherwise_share_no_key(tmp_path):
   ledger.reserve_through(10)
   ledger.record_checkpoint(3, "three")
   shutil.copytree(tmp_path / "one", tmp_path / "copy")
-  ledger.give_back(3)
+  ledger.refund(3)
   ledger.close()
   again = {"step": 3, "digest": "three", "fingerprint": "new"}
   one = _writer(tmp_path / "one", **again).branches[-1]
@@ -263,7 +263,7 @@ def test_copies_that_give_back_otherwise_share_no_key(tmp_path):
   assert one.identity != other.identity
   # The copy can give back what it charged itself, and nothing of before.
   copy.reserve_through(9)
-  assert copy.give_back(4) == 5
+  assert copy.refund(4) == 5
   assert copy.spent_steps == 11
 
 
@@ -279,7 +279,7 @@ def _budget(path):
 def _ended(budget, ledger):
   """What is reserved once a run was ended, as a part of its plan's cost."""
   ledger.end()
-  budget.give_back(ledger)
+  budget.refund(ledger)
   whole = budget.cost([plan_lib.PlanUse(_PLAN, 100)])
   return pytest.approx(budget.reserved / whole)
 
@@ -289,22 +289,22 @@ def test_a_budget_follows_or_holds_too_much(tmp_path, is_told):
   """Also where the process died before it told of it."""
   budget, ledger = _budget(tmp_path / "root"), _writer(tmp_path / "run")
   whole = [plan_lib.PlanUse(_PLAN, 100)]
-  budget.admit(ledger, whole, label="run")
+  budget.allocate(ledger, whole, label="run")
   ledger.reserve_through(10)
-  budget.follow(ledger)
+  budget.advance(ledger)
   before = budget.reserved
-  ledger.give_back(3)
+  ledger.refund(3)
   if is_told:
-    budget.follow(ledger)
+    budget.advance(ledger)
   # All that the plan can come to is reserved until the run is ended.
   assert data_budget.DataBudget(tmp_path / "root", _DATA).reserved == before
   ledger.close()
   again = _writer(tmp_path / "run", step=0)
-  budget.admit(again, whole, label="run")
+  budget.allocate(again, whole, label="run")
   assert budget.reserved == before
-  assert len(budget.stakes) == 1
+  assert len(budget.allocations) == 1
   again.reserve_through(5)
-  budget.follow(again)
+  budget.advance(again)
   assert _ended(budget, again) == 5 / 100
 
 
@@ -312,21 +312,21 @@ def test_a_copy_from_before_pays_for_itself(tmp_path):
   """It would go on with what the run gave back."""
   budget, ledger = _budget(tmp_path / "root"), _writer(tmp_path / "run")
   whole = [plan_lib.PlanUse(_PLAN, 100)]
-  budget.admit(ledger, whole, label="run")
+  budget.allocate(ledger, whole, label="run")
   ledger.reserve_through(10)
-  budget.follow(ledger)
+  budget.advance(ledger)
   shutil.copytree(tmp_path / "run", tmp_path / "copy")
-  ledger.give_back(3)
-  budget.follow(ledger)
+  ledger.refund(3)
+  budget.advance(ledger)
   ledger.close()
   copy = _writer(tmp_path / "copy")
-  budget.admit(copy, whole, label="copy")
-  assert len(budget.stakes) == 2
+  budget.allocate(copy, whole, label="copy")
+  assert len(budget.allocations) == 2
   assert budget.reserved == pytest.approx(2 * budget.cost(whole))
   # What the run leaves is given back without a word of the copy's.
   ledger = _writer(tmp_path / "run")
   ledger.end()
-  budget.give_back(ledger)
+  budget.refund(ledger)
   assert budget.reserved == pytest.approx(
     budget.cost(whole) + budget.cost([plan_lib.PlanUse(_PLAN, 3)])
   )
@@ -347,7 +347,7 @@ def test_what_was_given_back_is_said_and_held_against_what_was_released(
   ledger.reserve_through(10)
   metrics = tmp_path / "metrics.jsonl"
   metrics.write_text('{"step": 3, "epsilon": 0.01}\n')
-  ledger.give_back(3)
+  ledger.refund(3)
   ledger.close()
   found = _findings(tmp_path)
   assert found["steps"].found == (
@@ -379,7 +379,7 @@ with open(sys.argv[1] + "/begun", "a") as begun:
   for life in range(2):
     run.reserve_through(3)
     print(sys.argv[2], 0, file=begun, flush=True)
-    run.give_back(1)
+    run.refund(1)
 run.close()
 """
 

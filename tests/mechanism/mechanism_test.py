@@ -38,7 +38,7 @@ def test_noise_norm_is_the_length_of_the_noise(changes, release):
   found = _mechanism(**changes)
   nothing = {"a": jnp.zeros(40_000), "b": jnp.zeros((200, 50))}
   step = jnp.int32(release)
-  noise = found.noise(jax.random.key(1), step)
-  noisy, _ = noise.update(nothing, noise.init(nothing))
+  state = found.init(nothing)
+  noisy, _ = found.draw_noise(nothing, state, jax.random.key(1), step)
   length = float(optax.tree.norm(found.mean(noisy, step)))
   assert length == pytest.approx(found.noise_norm(50_000, release), rel=0.02)

@@ -139,10 +139,10 @@ def test_a_sum_and_its_noise_are_rounded_together():
   high = rng.normal(size=4096).astype(np.float32)
   low = (high * rng.uniform(-1, 1, 4096) * 2.0**-25).astype(np.float32)
   key = jax.random.key(3)
-  state = made.noise(key).init(None)
+  state = made.init(None)
   total = compensated.Sum(jnp.asarray(high), jnp.asarray(low))
   got, after = jax.jit(made.add_noise)(total, state, key)
-  drawn, _ = jax.jit(made.noise(key).update)(jnp.zeros(4096), state)
+  drawn, _ = jax.jit(made.draw_noise)(jnp.zeros(4096), state, key)
   exact = high.astype(np.float64) + low + np.asarray(drawn, np.float64)
   assert int(after.draws) == 1
   # The product of noise and deviation may be fused into the sum: rare.

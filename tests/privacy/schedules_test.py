@@ -12,6 +12,7 @@ import pytest
 from configs import digits
 import dpdist
 from dpdist import sampling
+from dpdist.accounting import gaussian_events
 from dpdist.data import arrays as arrays_lib
 from dpdist.data import users
 from dpdist.distributed import mesh as mesh_lib
@@ -169,8 +170,9 @@ def test_a_group_is_one_gradient_in_training(tmp_path):
   ledger = ledger_lib.Ledger(tmp_path / "ledger")
   assert ledger.plan.group_size == 4
   assert result["epsilon"] == ledger.plan.epsilon()
-  ((pair, count),) = ledger.plan.steps()
-  assert (pair.kind, pair.sigma, count) == ("opposite", 1.0, 3)
+  ((event, count),) = ledger.plan.steps()
+  assert event == gaussian_events.Replace(1.0, event.q)
+  assert count == 3
 
 
 def test_one_row_moves_a_groups_sum_by_two_clip_norms_at_most():
@@ -297,8 +299,8 @@ def test_replacing_has_twice_the_noise_of_adding():
 
 def _history(plan, events):
   past = history.History()
-  past.take({"kind": "writer"})
-  past.take(
+  past.apply({"kind": "writer"})
+  past.apply(
     {
       "kind": "open",
       "format": history.FORMAT,
@@ -312,7 +314,7 @@ def _history(plan, events):
   )
   for start, stop in events:
     number = len(past.branches)
-    past.take(
+    past.apply(
       {
         "kind": "branch",
         "branch": number,
@@ -322,7 +324,7 @@ def _history(plan, events):
       }
     )
     for step in range(start + 1, stop + 1):
-      past.take({"kind": "reserve", "branch": number, "stop_step": step})
+      past.apply({"kind": "reserve", "branch": number, "stop_step": step})
   return past
 
 

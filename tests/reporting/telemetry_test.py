@@ -26,7 +26,7 @@ def test_time_is_that_of_the_phases(monkeypatch):
   ):
     progress.enter(3, phase)
     now += seconds
-  assert progress.now == (3, "evaluating", 25.0)
+  assert progress.status() == (3, "evaluating", 100.0, 0.0)
   row = json.loads(telemetry.measure(progress, 2))
   assert row.pop("host_bytes") > 1e6
   assert row == {

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dpdist
-from dpdist.sampling import poisson
+from dpdist.sampling import philox
 
 _STEPS = 4000
 
@@ -55,7 +55,7 @@ def test_a_cut_keeps_a_uniform_part_of_what_was_drawn():
 
 
 def test_what_a_cut_keeps_has_no_word_in_common_with_the_draw(monkeypatch):
-  words, make = [], poisson.stream
+  words, make = [], philox.stream
 
   class Listening:
     def __init__(self, *args, **kwargs):
@@ -67,7 +67,7 @@ def test_what_a_cut_keeps_has_no_word_in_common_with_the_draw(monkeypatch):
       words[-1].extend(found.tolist())
       return found
 
-  monkeypatch.setattr(poisson, "stream", Listening)
+  monkeypatch.setattr(philox, "stream", Listening)
   for q in (0.5, 0.05):  # Drawn in either of two ways.
     words.clear()
     cut = dpdist.TruncatedPoissonSampler(

@@ -286,9 +286,9 @@ def test_whoever_will_charge_a_step_tries_it_out(
     )
     ledger.resume(step=0, digest="", ledger_head="", fingerprint="f")
     _forked(ledger, charged)
-    saved = history.Saved(20, "twenty", 1)
+    saved = history.CheckpointRef(20, "twenty", 1)
     job = types.SimpleNamespace(
-      ledger=ledger, changes=[], found=manifest.Found(saved, [])
+      ledger=ledger, changes=[], found=manifest.ResumePoint(saved, [])
     )
     is_tried = dry_run._is_to_train(job)
     ledger.resume(

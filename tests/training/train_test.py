@@ -484,7 +484,7 @@ def test_a_changed_data_set_is_refused_unless_declared(tmp_path):
   dpdist.train(config(tmp_path / "one", **{"privacy.num_steps": 4}), run)
   before = ledger_lib.Ledger(run / "ledger").head
   longer = {"privacy.num_steps": 6}
-  with pytest.raises(ValueError, match="training data: manifest") as refused:
+  with pytest.raises(ValueError, match="training data: digest") as refused:
     dpdist.train(config(tmp_path / "two", **longer), run)
   assert ledger_lib.Ledger(run / "ledger").head == before
   declared = re.search("changed_to=([0-9a-f]{12})", str(refused.value))[1]
@@ -557,7 +557,7 @@ def test_a_changed_data_set_is_refused(tmp_path):
   write(0.25)
   dpdist.train(_config(**settings), tmp_path / "run")
   write(0.5)
-  with pytest.raises(ValueError, match="training data: manifest"):
+  with pytest.raises(ValueError, match="training data: digest"):
     dpdist.train(_config(**settings), tmp_path / "run")
 
 

@@ -324,10 +324,10 @@ def test_what_was_charged_and_never_begun_is_given_back(
   ledger = ledger_lib.Ledger(workdir / "ledger")
   assert ledger.spent_steps == 3
   assert not [f for f in verify.verify(workdir, ledger) if f.problem]
-  (stake,) = ledger.stakes
-  budget = data_budget.DataBudget(stake["root"], stake["data"])
+  (allocation,) = ledger.allocations
+  budget = data_budget.DataBudget(allocation["root"], allocation["data"])
   # It knows of the newest record, so that a copy from before pays by itself.
-  assert budget.stakes[stake["stake"]].head == ledger.head
+  assert budget.allocations[allocation["stake"]].head == ledger.head
   # Other code could not go on for free: now it may make the three that are
   # left, and no more.
   copy = tmp_path / "ended"
@@ -343,15 +343,15 @@ def test_what_was_charged_and_never_begun_is_given_back(
   assert charged == [(0, 3, 0), (0, 3, 3)]
   assert gone_on.spent_steps == 6
   # What is ended instead has spent the three, and the rest is given back.
-  budget = data_budget.DataBudget(stake["root"], stake["data"])
+  budget = data_budget.DataBudget(allocation["root"], allocation["data"])
   with ledger_lib.Ledger(copy / "ledger") as ended:
     ended.acquire()
-    budget.admit(
+    budget.allocate(
       ended, [plan_lib.PlanUse(ended.plan, 6)], label="a copy, which pays"
     )
     before = budget.reserved
     ended.end()
-    budget.give_back(ended)
+    budget.refund(ended)
   expected = budget.cost([plan_lib.PlanUse(ended.plan, 3)])
   assert before - budget.reserved == pytest.approx(expected)
 

@@ -12,7 +12,6 @@ import pytest
 from dpdist import errors
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.ledger import history
-from dpdist.ledger import ledger
 from dpdist.workdir import checkpoints as checkpoints_lib
 from dpdist.workdir import manifest
 
@@ -34,7 +33,7 @@ def _checkpoints(path, writer=1, **kwargs):
 def _save(checkpoints, step, value=None, writer=1):
   value = step if value is None else value
   digest = checkpoints.save(_state(value), step=step, ledger_head="")
-  return ledger.Saved(step, digest, writer)
+  return history.CheckpointRef(step, digest, writer)
 
 
 def _restored(checkpoints, path, known):
@@ -56,7 +55,7 @@ def test_round_trip_keeps_bits_and_sharding(tmp_path):
   with _checkpoints(tmp_path) as checkpoints:
     state = _state(3.0)
     digest = checkpoints.save(state, step=3, ledger_head="h")
-    saved = ledger.Saved(3, digest, 1)
+    saved = history.CheckpointRef(3, digest, 1)
     assert manifest.newest(tmp_path, [saved]) == (saved, [])
     got, head = checkpoints.restore(_state(0.0), saved)
   assert head == "h"
@@ -102,7 +101,7 @@ def test_missing_or_added_files_and_foreign_manifests_are_refused(tmp_path):
     assert manifest.newest(tmp_path, known).saved.step == 1
     victim.write_bytes(content)
     assert manifest.newest(tmp_path, known).saved.step == 2
-    foreign = [ledger.Saved(2, "0" * 64, 1)]
+    foreign = [history.CheckpointRef(2, "0" * 64, 1)]
     assert manifest.newest(tmp_path, foreign).saved is None
     next((tmp_path / "writer_000001" / "2").glob("*manifest.json")).unlink()
     assert manifest.newest(tmp_path, known).saved.step == 1
@@ -242,7 +241,7 @@ def test_a_deletion_that_was_cut_off_leaves_no_damaged_checkpoint(
 def test_what_cannot_be_read_is_told_of_without_its_path(tmp_path, monkeypatch):
   """It goes into report.html, and a path may hold what nobody should see."""
   directory = tmp_path / "a-token-in-a-path"
-  saved = history.Saved(3, "", 1)
+  saved = history.CheckpointRef(3, "", 1)
   path = manifest.location(directory, saved)
   path.mkdir(parents=True)
   (path / "data").write_bytes(b"x")

@@ -325,7 +325,7 @@ def _other(value):
 
 
 def _of(settings, environments=({"xla_flags": "", "variables": {}},), **given):
-  facts = {"plan_fingerprint": "p", "data_manifest": "d", "made_of": {}}
+  facts = {"plan_fingerprint": "p", "data_digest": "d", "made_of": {}}
   return fingerprint.fingerprint(
     settings, environments=environments, **{**facts, **given}
   )
@@ -382,7 +382,7 @@ def test_each_fact_of_an_environment_changes_the_fingerprint(
   "given",
   [
     {"plan_fingerprint": "q"},
-    {"data_manifest": "e"},
+    {"data_digest": "e"},
     {"made_of": {"weights_sha256": "w"}},
     {"made_of": {"frozen_sha256": "w"}},
     {"made_of": {"frozen_sha256": "v"}},
@@ -390,7 +390,7 @@ def test_each_fact_of_an_environment_changes_the_fingerprint(
   ],
 )
 def test_what_steps_are_made_of_changes_the_fingerprint(given):
-  every = [{}, {"plan_fingerprint": "q"}, {"data_manifest": "e"}]
+  every = [{}, {"plan_fingerprint": "q"}, {"data_digest": "e"}]
   every += [
     {"made_of": {name: value}}
     for name in ("weights_sha256", "frozen_sha256", "features_sha256")

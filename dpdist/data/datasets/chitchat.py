@@ -128,7 +128,7 @@ def _source(pieces: list[np.ndarray]) -> arrays_lib.ArraySource:
     return {"inputs": inputs, "targets": piece[..., 1:]}
 
   text = np.concatenate(pieces)
-  # The manifest is over these dtypes: bytes stay bytes.
+  # The digest is over these dtypes: bytes stay bytes.
   is_bytes = text.min(initial=0) >= 0 and text.max(initial=0) < 256
   return arrays_lib.ArraySource(
     {"text": text.astype(np.uint8 if is_bytes else np.int32)}, convert=convert

@@ -57,7 +57,7 @@ def blocks_ahead(name: str) -> int:
 class FeatureSource(arrays_lib.ArraySource):
   """Examples whose inputs are features, on disk.
 
-  The manifest is that of the examples that the features were made from: it
+  The digest is that of the examples that the features were made from: it
   identifies whose data is protected, so that runs on features spend the data
   set's budget too.
 
@@ -86,7 +86,7 @@ class FeatureSource(arrays_lib.ArraySource):
       stamps: of the file that stores them, from before it was hashed.
     """
     super().__init__({"inputs": inputs, "targets": targets})
-    self._manifest = source.content_digest()
+    self._digest = source.content_digest()
     self._source = source
     self._stamps = stamps
     self.sha256 = sha256
@@ -113,7 +113,7 @@ def of(source: sources.Source, name: str) -> FeatureSource:
 
   They are computed at first use, and stored as float16 below
   `dpdist.assets.fetch.cache()`, in a folder named by a hash of the examples'
-  manifest, the function and its version. Stored features are checked against
+  digest, the function and its version. Stored features are checked against
   their SHA-256.
 
   Args:
@@ -136,8 +136,8 @@ def of(source: sources.Source, name: str) -> FeatureSource:
       f"data.features must be '' or one of {sorted(_FEATURES)}, got {name!r}"
     )
   function, version = _FEATURES[name]
-  manifest = source.content_digest()
-  made_of = json.dumps([manifest, name, version]).encode()
+  digest = source.content_digest()
+  made_of = json.dumps([digest, name, version]).encode()
   folder = fetch.cache() / f"{name}-{hashlib.sha256(made_of).hexdigest()[:24]}"
   targets = _blocks(source, lambda batch: batch["targets"])
   if not folder.is_dir():

@@ -1,0 +1,125 @@
+"""The seam through which a run draws the rows of its steps.
+
+A `Sampling` is one module: it describes itself, checks the numbers that it is
+given, and makes samplers. It is registered by name, or named in settings as
+"package.module:attribute", and needs a proof of its own; see
+`dpdist.accounting.step_events`. NumPy only, so that a plan needs no jax.
+"""
+
+from typing import Protocol
+
+import numpy as np
+
+
+class Numbers(Protocol):
+  """What a sampling may know of a plan, or of a config; all of it is public."""
+
+  @property
+  def num_examples(self) -> int:
+    """Returns the number of rows."""
+
+  @property
+  def truncated_batch_size(self) -> int | None:
+    """Returns the most rows of a step, where there is a limit."""
+
+  @property
+  def cycle_length(self) -> int:
+    """Returns the number of parts of the rows that take turns."""
+
+  @property
+  def group_size(self) -> int:
+    """Returns how many rows are drawn and clipped as one."""
+
+  @property
+  def neighboring_relation(self) -> str:
+    """Returns the neighboring relation."""
+
+  @property
+  def unit(self) -> str:
+    """Returns what a row is."""
+
+  @property
+  def expected_batch_size(self) -> float:
+    """Returns the mean number of rows of the first step."""
+
+  @property
+  def batch_size_schedule(self) -> tuple[tuple[int, float], ...]:
+    """Returns by which steps, and how, that number changes."""
+
+
+class Sampler(Protocol):
+  """Draws steps: a pure function, so that every process draws the same."""
+
+  def __call__(self, step: int) -> np.ndarray:
+    """Returns int64 indices of rows or groups, strictly increasing; private."""
+
+
+class Sampling(Protocol):
+  """A way of sampling, made without arguments.
+
+  A batch size is the mean number of rows of a step, before groups are made.
+  """
+
+  def check(self, numbers: Numbers) -> None:
+    """Raises ValueError for numbers that cannot be sampled so."""
+
+  def probability(self, numbers: Numbers, batch_size: float) -> float:
+    """Returns the probability of each row in a step in which it can be drawn.
+
+    It is in (0, 1]; the proof of the sampling is about it.
+    """
+
+  def typical_rows(self, numbers: Numbers, batch_size: float) -> int:
+    """Returns how many rows or groups all but very few steps have at most."""
+
+  def most_rows(self, numbers: Numbers, batch_size: float, tail: float) -> int:
+    """Returns how many rows or groups a step has at most.
+
+    More are drawn with a probability below `tail`.
+    """
+
+  def make(
+    self,
+    numbers: Numbers,
+    batch_size: float,
+    *,
+    seed: bytes,
+    first_release: int,
+  ) -> Sampler:
+    """Returns a sampler, whose steps are all independent of each other.
+
+    Args:
+      numbers: of the plan.
+      batch_size: see the class.
+      seed: secret.
+      first_release: step 0's place among all steps charged under the plan; it
+        may be negative.
+    """
+
+  def summary(self, numbers: Numbers) -> str:
+    """Returns in a few words how steps sample."""
+
+  def describe(self, numbers: Numbers) -> str:
+    """Returns the sentences of the statement of what is guaranteed."""
+
+
+def num_units(numbers: Numbers) -> int:
+  """Returns the number of rows, or groups of rows, to draw from."""
+  return -(-numbers.num_examples // numbers.group_size)
+
+
+def mean_probability(numbers: Numbers, batch_size: float) -> float:
+  """Returns the probability of each row that is in turn."""
+  q = batch_size * numbers.cycle_length / numbers.num_examples
+  return min(1.0, q)  # Rounding may make it a bit more than 1.
+
+
+def in_words(numbers: Numbers, q: float) -> str:
+  """Returns how likely each row is drawn, as a part of a sentence."""
+  changing = (
+    " at first; it changes on a schedule" if numbers.batch_size_schedule else ""
+  )
+  return (
+    f"with probability q = {numbers.expected_batch_size:g} /"
+    f" {numbers.num_examples / numbers.cycle_length:,.12g} = {q:.6g}{changing}"
+  )
