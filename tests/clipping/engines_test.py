@@ -35,7 +35,14 @@ def _params():
   ("method", "platform"),
   [*((method, "cpu") for method in METHODS), ("bookkeeping", "tpu")],
 )
-@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e38])
+@pytest.mark.parametrize(
+  "bad",
+  [
+    np.nan,
+    *(pytest.param(x, marks=pytest.mark.slow) for x in (np.inf, -np.inf)),
+    1e38,
+  ],
+)
 def test_examples_that_are_not_finite_contribute_exactly_zero(
   method, platform, bad
 ):
@@ -149,8 +156,17 @@ def _cancelling_on_the_way_back(params, example):
   return h + jnp.dot(params["v"], example["y"])
 
 
-@pytest.mark.parametrize("norms", [1.0, {"v": 1.0, "w": 1.0}])
-@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize(
+  ("norms", "remat"),
+  [
+    (1.0, False),
+    ({"v": 1.0, "w": 1.0}, True),
+    *(
+      pytest.param(*x, marks=pytest.mark.slow)
+      for x in ((1.0, True), ({"v": 1.0, "w": 1.0}, False))
+    ),
+  ],
+)
 @pytest.mark.parametrize("method", METHODS)
 def test_what_cancels_for_the_norm_cancels_in_the_sum(method, remat, norms):
   loss = _cancelling_on_the_way_back

@@ -89,7 +89,13 @@ def _padding():
   return np.arange(_BATCH) % 5 == 3
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+  "method",
+  [
+    "bookkeeping",
+    *(pytest.param(m, marks=pytest.mark.slow) for m in ("two_pass", "vmap")),
+  ],
+)
 def test_sums_are_those_of_a_loss_that_closes_over_them(method):
   fn = clipping.clipped_grad(
     _loss, l2_clip_norm=5.0, method=method, frozen=_FROZEN
@@ -185,7 +191,13 @@ def _program(method, frozen):
   return flops, [shape for shape in shapes if like_a(shape)]
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+  "method",
+  [
+    "bookkeeping",
+    *(pytest.param(m, marks=pytest.mark.slow) for m in ("two_pass", "vmap")),
+  ],
+)
 def test_no_gradient_of_a_frozen_weight_is_formed(method):
   flops, formed = _program(method, None)
   assert formed

@@ -140,7 +140,9 @@ def test_bad_settings_are_named(changes, message):
     _make(**changes)
 
 
-@pytest.mark.parametrize("size", [5, 8, 1030])
+@pytest.mark.parametrize(
+  "size", [5, pytest.param(8, marks=pytest.mark.slow), 1030]
+)
 def test_evaluator_averages_over_every_held_out_example_once(size):
   model = _make(name="random_features")
   rng = np.random.default_rng(size)

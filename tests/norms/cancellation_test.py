@@ -91,9 +91,19 @@ def _cancelling(loss, size):
   return params, {name: as_batch(x) for name, x in example.items()}
 
 
-@pytest.mark.parametrize("method", _METHODS)
 @pytest.mark.parametrize(
-  "loss", [_activations, _positions, _convolution, _iterations, _lookups]
+  ("loss", "method"),
+  [
+    # Other ways than bookkeeping see an example's gradient as a whole.
+    pytest.param(
+      loss,
+      method,
+      marks=[pytest.mark.slow]
+      * (method != "bookkeeping" and loss != _positions),
+    )
+    for loss in (_activations, _positions, _convolution, _iterations, _lookups)
+    for method in _METHODS
+  ],
 )
 def test_terms_that_cancel_are_not_left_in_the_sum(loss, method):
   for own in (False, True):  # The custom derivative takes another way.

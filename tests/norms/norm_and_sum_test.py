@@ -116,7 +116,9 @@ def test_on_eight_devices_it_is_rounded_once_too(method):
   assert np.any(lengths > 0.9 * _CLIP_NORM)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize(
+  "dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("method", _METHODS)
 def test_what_a_narrow_model_rounds_is_rounded_for_norm_and_sum(method, dtype):
   fn = clipping.clipped_grad(_narrow, l2_clip_norm=_CLIP_NORM, method=method)

@@ -503,6 +503,7 @@ def test_clipped_grad_in_a_users_own_shard_map(model):
     np.testing.assert_allclose(total[name], alone[name], atol=1e-5)
 
 
+@pytest.mark.slow
 def test_clipped_grad_in_shard_map_without_vma_checks_and_in_microbatches():
   mesh = meshes.of("8")
   params, batch = _problem("dense")
@@ -601,7 +602,13 @@ def test_padding_and_keys_that_jit_shards_are_refused_with_convolutions(what):
     jax.jit(lambda p, b, k: fn(p, b, **k).sum)(params, batch, given)
 
 
-@pytest.mark.parametrize("method", ["bookkeeping", "two_pass", "vmap"])
+@pytest.mark.parametrize(
+  "method",
+  [
+    "bookkeeping",
+    *(pytest.param(m, marks=pytest.mark.slow) for m in ("two_pass", "vmap")),
+  ],
+)
 def test_a_batch_that_jit_shards_is_right_without_convolutions(method):
   mesh = meshes.of("8")
   params, batch = _problem("dense")

@@ -133,6 +133,7 @@ def _clipped(fn, mesh, params, batch, is_padding_example, specs=_SPECS):
     pytest.param("vmap", marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "remat", [True, pytest.param(False, marks=pytest.mark.slow)]
 )
