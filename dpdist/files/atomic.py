@@ -7,11 +7,8 @@ import pathlib
 def write(path: pathlib.Path, data: bytes, *, is_durable: bool = False) -> None:
   """Writes a file beside its place, and renames it into place.
 
-  Args:
-    path: of the file.
-    data: what it will hold.
-    is_durable: whether to sync it first, so that all of it is there after a
-      crash of the machine, or the old file is. The directory is not synced.
+  If is_durable, syncs it first, so that all of it is there after a crash of the
+  machine, or the old file is. The directory is not synced.
   """
   temporary = path.with_name(path.name + ".tmp")
   with open(temporary, "wb") as file:
