@@ -54,13 +54,9 @@ class Dataset:
   def over_users(self, slots: int, *, name: str) -> "Dataset":
     """Returns the data set with users as the rows of its training part.
 
-    Args:
-      slots: see `dpdist.data.users.UserSource`.
-      name: of what holds the users, for messages.
-
-    Raises:
-      ValueError: the users are not one for each example, or one is in both
-        parts.
+    See `dpdist.data.users.UserSource` for slots; `name` is of what holds the
+    users, for messages. Raises ValueError if the users are not one for each
+    example, or one is in both parts.
     """
     parts = (self.train, self.train_users), (self.test, self.test_users)
     for source, ids in parts:
@@ -93,11 +89,7 @@ class Dataset:
 
 
 def of(thing: Any) -> Dataset:
-  """Returns a thing as a data set: it is one, or has the parts of one.
-
-  Raises:
-    ValueError: it has no `train` or no `test`.
-  """
+  """Returns a thing as a data set: it is one, or has `train` and `test`."""
   if isinstance(thing, Dataset):
     return thing
   if not (hasattr(thing, "train") and hasattr(thing, "test")):

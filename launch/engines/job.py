@@ -106,11 +106,10 @@ class Job:
     )
 
   def train(self, python: str, secret_file: str = "") -> list[str]:
-    """Returns the command of one process.
+    """Returns the command of one process, which the Python at `python` runs.
 
-    Args:
-      python: the interpreter.
-      secret_file: where the engine puts the run's secret; "": as configured.
+    The engine puts the run's secret into secret_file; "" leaves it as
+    configured.
     """
     command = [python, "-u", "-m", "launch.train", *self.arguments]
     if secret_file:
