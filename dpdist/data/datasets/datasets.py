@@ -66,7 +66,7 @@ def load(
   The last four data sets take a `tokenizer` for their texts.
 
   With `examples_per_unit` above 0, the unit of privacy is a user, and train is
-  a `units.UserSource`. `unit_column` holds the user of each example, an integer
+  a `users.UserSource`. `unit_column` holds the user of each example, an integer
   or a string: it is a column of the Parquet files, an array of train.npz and
   test.npz, or, for array_record, an array in the order of the records in
   train_{unit_column}.npy and test_{unit_column}.npy. Test stays a source of
