@@ -20,8 +20,8 @@ class Tokenizer(NamedTuple):
 
   # Texts -> int32 arrays, without tokens for beginning or end.
   encode: Callable[[Sequence[str]], list[np.ndarray]]
-  begin: tuple[int, ...]  # Before a text; none for a language model.
-  end: tuple[int, ...]  # After it.
+  begin: tuple[int, ...]  # Tokens before a text; none for language models.
+  end: tuple[int, ...]  # Tokens after it.
   padding: int  # Pads shorter sequences; 0 unless the file has another.
   size: int  # How many different tokens there are.
 

@@ -62,9 +62,9 @@ def steps(
 
   Which examples are drawn, and how many, is private (see `Chunk`), and so is
   the number of chunks. Errors raised here name the step, never an index or a
-  count: ReadError for one of the source, and ValueError for a draw or a source
-  that breaks its contract. Other errors of the source and the sampler come
-  through unchanged, at the step that they belong to.
+  count: a ReadError that the source raised, and ValueError for a draw or a
+  source that breaks its contract. Other errors of the source and the sampler
+  come through unchanged, at the step that they belong to.
 
   Source and sampler are called from `num_threads` threads, each of which reads
   a step at a time; `prefetch` steps are held, ready or being read, ahead of the

@@ -205,11 +205,11 @@ def in_groups(examples: sources.Source, size: int) -> UserSource:
 
 
 def number(ids: np.ndarray, *, name: str) -> tuple[np.ndarray, int]:
-  """Numbers the units that a column of identities names.
+  """Numbers the units that a column of identities names, in their order.
 
-  Returns for each example its unit, int64 (num_examples,), in [0, count), in
-  the order of their identities, and the count. Raises ValueError if there are
-  no rows, or identities are neither integers nor strings.
+  Returns for each example its unit, int64 (num_examples,), in [0, count), and
+  the count. Raises ValueError if there are no rows, or identities are neither
+  integers nor strings.
   """
   ids = np.asarray(ids)
   if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iuUS":

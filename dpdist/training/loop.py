@@ -64,10 +64,11 @@ class Loop:
     stop: preemption.Notice,
     observers: Sequence[Observer] = (),
   ):
-    """Stores the arguments, of this process; makes no step yet.
+    """Stores the arguments; makes no step yet.
 
     The session charges the steps and saves them, `state` is where they begin,
-    and `stop` says when to stop early.
+    and `stop` says when to stop early. Progress and observers are of this
+    process.
     """
     self.state = state  # After the last step that was made.
     # Held-out metrics when they were last measured.

@@ -98,7 +98,7 @@ def build(
 ) -> Experiment:
   """Builds what a config trains, or raises ValueError for a wrong setting.
 
-  The mesh is by default of this machine's devices, as the config divides them,
+  By default the mesh is of this machine's devices, as the config divides them,
   and the plan is made from the config. See `dpdist.clipped_grad` for platform.
   """
   config = parts.settings(config)

@@ -48,7 +48,7 @@ class Checkpoints:
   ):
     """Opens or creates the folder of a writer, see `history.History.writer`.
 
-    Older checkpoints than the last max_to_keep are deleted. frozen_sha256 is ""
+    Checkpoints older than the last max_to_keep are deleted. frozen_sha256 is ""
     if no parameters are frozen.
     """
     self._directory = pathlib.Path(directory).absolute()
