@@ -114,11 +114,8 @@ def derivatives(
 ) -> None:
   """Raises ValueError for custom derivatives that use other examples.
 
-  Args:
-    block: the loss of one example.
-    values: its inputs, of which the first num_params are the parameters.
-    num_params: the number of parameters.
-    axes: the mesh axes along which the batch is divided.
+  `values` are the inputs of the block, the loss of one example; its first
+  num_params are the parameters. The batch is divided along `axes`.
   """
   closed = block.jaxpr
   if not any(program.calls(eqn, "custom_") for eqn in closed.jaxpr.eqns):
@@ -193,10 +190,7 @@ def sharding(**arguments: PyTree) -> None:
   outside shard_map, XLA's partitioner computes convolutions with a kernel or a
   kernel's gradient for each example wrongly, without an error. On a mesh of
   Explicit axes, which `jax.make_mesh` makes, the type of a value says how it is
-  sharded, inside a jit too.
-
-  Args:
-    **arguments: trees of arrays, by the name to show in the message.
+  sharded, inside a jit too. The arguments' names are shown in the message.
   """
   for name, leaf in _outside_shard_map(arguments):
     if varying_axes.is_divided_explicitly(leaf):
