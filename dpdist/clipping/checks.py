@@ -20,11 +20,12 @@ PyTree = Any
 
 _NUMBERS = (jax.Array, np.ndarray, np.generic, int, float, complex)
 _METHOD = _validation.one_of(("auto", "bookkeeping", "two_pass", "vmap"))
-_PLATFORM = _validation.one_of(("cpu", "gpu", "tpu"))
+_PLATFORM = _validation.optional(_validation.one_of(("cpu", "gpu", "tpu")))
 # Between these, dividing by a norm, or by a norm plus gamma, neither underflows
 # nor overflows in float32.
 _NORM = _validation.real(at_least=1e-12, at_most=1e18)
-_GAMMA = _validation.real(at_least=1e-12)
+_GAMMA = _validation.optional(_validation.real(at_least=1e-12))
+_SIZE = _validation.optional(_validation.COUNT)
 
 
 def arguments(
@@ -38,12 +39,9 @@ def arguments(
   """Checks the arguments of `clipped_grad`."""
   norms(l2_clip_norm)
   _validation.check("method", method, _METHOD)
-  if platform is not None:
-    _validation.check("platform", platform, _PLATFORM)
-  if normalize_gamma is not None:
-    _validation.check("normalize_gamma", normalize_gamma, _GAMMA)
-  if microbatch_size is not None:
-    _validation.check("microbatch_size", microbatch_size, _validation.COUNT)
+  _validation.check("platform", platform, _PLATFORM)
+  _validation.check("normalize_gamma", normalize_gamma, _GAMMA)
+  _validation.check("microbatch_size", microbatch_size, _SIZE)
 
 
 def norms(l2_clip_norm: PyTree) -> None:

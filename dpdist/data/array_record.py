@@ -1,6 +1,6 @@
 """Reads examples that stay in ArrayRecord files, one record each."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import copy
 import errno
@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from typing import Any
 
 import numpy as np
 
@@ -30,13 +31,19 @@ class ArrayRecordSource:
 
   Args:
     paths: one path or several.
+    decode: from a record to the arrays of its example; None: it is an .npz.
 
   Raises:
     ValueError: there is no such file, or it has no records.
     OSError: a file cannot be read, or is no ArrayRecord file.
   """
 
-  def __init__(self, paths: sources.Path | Sequence[sources.Path]):
+  def __init__(
+    self,
+    paths: sources.Path | Sequence[sources.Path],
+    *,
+    decode: Callable[[bytes], Mapping[str, Any]] | None = None,
+  ):
     import grain
 
     self._paths = sources.check_paths(paths)
@@ -49,7 +56,8 @@ class ArrayRecordSource:
       raise ValueError(f"paths must hold records, got {self._paths} with none")
     with _array_record_errors():
       first = self._records[0]
-    self._spec = _spec(_decode_record(first))
+    self._decode = decode or _decode_record
+    self._spec = _spec(self._example(first))
 
   def __len__(self) -> int:
     return len(self._records)
@@ -68,7 +76,7 @@ class ArrayRecordSource:
     if len(indices):
       records = self._fetch(indices.tolist())
       for row, record in enumerate(records):
-        example = _decode_record(record)
+        example = self._example(record)
         # Without this check, NumPy would broadcast or cast silently.
         if _spec(example) != self._spec:
           raise ValueError(
@@ -78,6 +86,20 @@ class ArrayRecordSource:
         for name, array in example.items():
           batch[name][row] = array
     return batch
+
+  def read_each(self, indices: np.ndarray) -> list[dict[str, np.ndarray]]:
+    """Reads examples one by one, which may differ in shape and dtype.
+
+    Args:
+      indices: of them; see `read`.
+    """
+    indices = sources.check_indices(indices, len(self))
+    records = self._fetch(indices.tolist()) if len(indices) else ()
+    return [self._example(record) for record in records]
+
+  def _example(self, record: bytes) -> dict[str, np.ndarray]:
+    example = self._decode(record)
+    return {name: np.asarray(value) for name, value in example.items()}
 
   def _fetch(self, indices: list[int]) -> Sequence[bytes]:
     records = self._records

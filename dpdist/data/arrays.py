@@ -76,6 +76,11 @@ class ArraySource:
     """Returns whether no read touches a file."""
     return not any(_is_mapped(array) for array in self._arrays.values())
 
+  @property
+  def files(self) -> list[str]:
+    """Returns the files that arrays are mapped from."""
+    return self._stamps.paths
+
   def changed_files(self) -> list[str]:
     """Returns changed files of mapped arrays; see `sources.changed_files`."""
     return self._stamps.changed(self._is_same)

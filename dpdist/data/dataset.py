@@ -120,6 +120,7 @@ def code(dataset: Dataset) -> list[Any]:
   while source is not None:
     found.append(type(source))
     found.append(getattr(source, "convert", None))
+    found += getattr(source, "functions", ())
     source = getattr(source, "examples", None)
   return [thing for thing in found if thing is not None]
 

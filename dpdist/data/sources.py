@@ -33,8 +33,8 @@ class Source(Protocol):
 
   `read` is called from several threads at once and must be thread-safe.
 
-  A source may have three more methods; see `changed_files`, `is_touched` and
-  `earlier_digests`, which call them.
+  A source may have four more methods; see `changed_files`, `is_touched`,
+  `earlier_digests` and `encoding_digest`, which call them.
   """
 
   def __len__(self) -> int:
@@ -113,6 +113,17 @@ def earlier_digests(source: Source) -> list[str]:
   name.
   """
   return list(getattr(source, "earlier_digests", list)())
+
+
+def encoding_digest(source: Source) -> str:
+  """Returns the SHA-256 of how examples are made of the content; "" if by code.
+
+  Two sources of one content and one code may still return other examples, if
+  they were given other numbers or lists to make them with. A run that changes
+  from one to the other must not meet the same keys again. A source that is
+  given such things has a method of this name.
+  """
+  return str(getattr(source, "encoding_digest", str)())
 
 
 @contextlib.contextmanager

@@ -114,6 +114,10 @@ class UserSource:
     earlier = sources.earlier_digests(self.examples)
     return [self._digest_of(digest) for digest in earlier]
 
+  def encoding_digest(self) -> str:
+    """See `dpdist.data.sources.encoding_digest`."""
+    return sources.encoding_digest(self.examples)
+
   def changed_files(self) -> list[str]:
     """See `dpdist.data.sources.changed_files`."""
     return sources.changed_files(self.examples)

@@ -361,7 +361,7 @@ def _load(
 
   dataset = parts.load_dataset(config)
   train, test = dataset.train, dataset.test
-  features_sha256 = ""
+  features_sha256 = sources.encoding_digest(train)
   if isinstance(train, features.FeatureSource):
     features_sha256 = train.sha256
   unit, group_size = "example", config.privacy.group_size
