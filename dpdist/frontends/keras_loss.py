@@ -42,8 +42,8 @@ def per_example_loss(
 
   The model, compiled and built, is applied to each example alone, as a batch of
   one, so that no layer can mix examples. Its randomness (dropout and the like)
-  is a function of its own key, and replaces the seeds among non_trainable, the
-  values of model.non_trainable_variables.
+  is a function of its own key. `non_trainable` holds the values of
+  model.non_trainable_variables; seeds among them are replaced.
 
   The loss takes (trainable, (x, y), rng), where trainable is the list of values
   of model.trainable_variables.

@@ -187,10 +187,10 @@ def blamed(
 ) -> list[int]:
   """Finds a parameter whose norm is wrong when it is trained alone.
 
-  Trains one parameter at a time, of at most `most`, and compiles a program for
-  each. params are whole, on one device. `leaves` are numbers of trained
+  Trains one parameter at a time, at most `most` of them, and compiles a program
+  for each. params are whole, on one device. `leaves` are numbers of trained
   parameters, the most suspect first. Returns the number of the first that is
-  wrong alone, if one is.
+  wrong alone; an empty list if none is.
   """
   parts = freezing.split(params, clipped_grad.frozen)
   trained = [

@@ -64,9 +64,9 @@ class Scaling:
   ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Computes the factors, without `enlargements`.
 
-    `norms` holds [B] for each group, float32 or wider. So does `lost`: by how
-    much a scaled gradient can be wrong because intermediate numbers are too
-    small for their dtype; it is empty if nothing is lost.
+    `norms` and `lost` hold [B] for each group, `norms` in float32 or wider.
+    `lost` says by how much a scaled gradient can be wrong because intermediate
+    numbers are too small for their dtype; it is empty if nothing is lost.
 
     Returns factors, at most 1, and norms, [B] for each group. An example is
     left out of all groups if the norm of one is not finite, and of a group if
