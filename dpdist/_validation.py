@@ -90,6 +90,16 @@ def one_of(choices: Collection[str]) -> Rule:
   )
 
 
+def optional(rule: Rule) -> Rule:
+  """Returns the rule for what may be None, which stays as it is."""
+  return Rule(
+    f"None or {rule.text}",
+    object,
+    lambda value: value if value is None else rule.plain(value),
+    lambda value: value is None or _meets(value, rule),
+  )
+
+
 COUNT = integer(1)
 POSITIVE = real(above=0)
 PROBABILITY = real(above=0, at_most=1)
@@ -103,13 +113,18 @@ def check(name: str, value: Any, rule: Rule) -> Any:
   Raises:
     errors.ArgumentError: with the argument's name, its value and the rule.
   """
-  is_kind = isinstance(value, rule.kind)
-  if isinstance(value, bool) and rule.kind is not bool:
-    is_kind = False
-  if rule.plain is float and isinstance(value, int) and abs(value) >= _LARGEST:
-    is_kind = False
-  require(is_kind and rule.holds(rule.plain(value)), name, rule.text, value)
+  require(_meets(value, rule), name, rule.text, value)
   return rule.plain(value)
+
+
+def _meets(value: Any, rule: Rule) -> bool:
+  if not isinstance(value, rule.kind):
+    return False
+  if isinstance(value, bool) and rule.kind not in (bool, object):
+    return False
+  if rule.plain is float and isinstance(value, int) and abs(value) >= _LARGEST:
+    return False
+  return rule.holds(rule.plain(value) if rule.kind is not object else value)
 
 
 def check_fields(record: Any, rules: Mapping[str, Rule]) -> None:
