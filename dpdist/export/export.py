@@ -13,10 +13,12 @@ from typing import Any
 
 from flax import linen as nn
 from flax import traverse_util
+import jax
 import ml_collections
 import numpy as np
 from safetensors import numpy as safetensors
 
+from dpdist import _validation
 from dpdist import errors
 from dpdist import models
 from dpdist.distributed import mesh as mesh_lib
@@ -67,8 +69,8 @@ def write(
     )
   params = state.ema_params if use_ema else state.params
   flat = {
-    key: np.ascontiguousarray(mesh_lib.whole(leaf))
-    for key, leaf in traverse_util.flatten_dict(params, sep=".").items()
+    name: np.ascontiguousarray(mesh_lib.whole(leaf))
+    for name, leaf in by_name(params).items()
   }
   facts = scores | {
     "params_sha256": fingerprint.params_sha256(params),
@@ -93,18 +95,56 @@ def write(
   return facts
 
 
-def load(directory: str | os.PathLike[str]) -> tuple[nn.Module | None, PyTree]:
+def by_name(params: PyTree) -> dict[str, Any]:
+  """Returns the leaves by their path in the tree, as "layers.0.weight".
+
+  Raises ValueError if two leaves have the same path.
+  """
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  named = {
+    jax.tree_util.keystr(path, simple=True, separator="."): leaf
+    for path, leaf in leaves
+  }
+  if len(named) < len(leaves):
+    raise errors.ArgumentError(
+      "parameters must have paths that differ when they are joined by dots, got"
+      f" {sorted(named)} for {len(leaves)} parameters"
+    )
+  return named
+
+
+def load(
+  directory: str | os.PathLike[str], template: PyTree | None = None
+) -> tuple[nn.Module | None, PyTree]:
   """Loads a model that `write` wrote.
+
+  Args:
+    directory: the folder.
+    template: parameters whose places the loaded ones take, such as an Equinox
+      module or what your task's `init` returns; None: nested dicts.
 
   Returns:
     The model, which maps the inputs of one example to logits, and its
     parameters, as for `model.apply({"params": params}, inputs)`. The model is
     None if the run's task was given as an object.
+
+  Raises:
+    ValueError: the template has other parameters, or of other shapes.
   """
   directory = pathlib.Path(directory)
   settings = json.loads((directory / _CONFIG).read_text())
   flat = safetensors.load_file(directory / _PARAMS)
-  params = traverse_util.unflatten_dict(flat, sep=".")
+  if template is None:
+    params = traverse_util.unflatten_dict(flat, sep=".")
+  else:
+    wanted = {name: x.shape for name, x in by_name(template).items()}
+    found = {name: x.shape for name, x in flat.items()}
+    _validation.require(
+      wanted == found, "template", f"a tree of parameters {found}", wanted
+    )
+    params = jax.tree.unflatten(
+      jax.tree.structure(template), [flat[name] for name in wanted]
+    )
   if settings["model"]["name"] == parts.GIVEN:
     return None, params
   return models.make(ml_collections.ConfigDict(settings["model"])), params

@@ -32,9 +32,9 @@ def text(released: load_run.Released, facts: dict[str, Any], name: str) -> str:
     f"---\n{front}---\n",
     f"# {name}\n",
     f"The {which} after step {facts['step']:,} of a run of dpdist:"
-    f" {facts['num_parameters']:,} numbers of the model"
-    f" `{released.config.model.name}`, trained on"
-    f" `{released.config.data.name}`.\n",
+    f" {facts['num_parameters']:,} numbers of"
+    f" {_named('model', released.config.model.name)}, trained on"
+    f" {_named('data set', released.config.data.name)}.\n",
     "## Privacy\n",
     _privacy(released, facts),
     "## Plan\n",
@@ -60,6 +60,10 @@ def text(released: load_run.Released, facts: dict[str, Any], name: str) -> str:
   return "\n".join(parts)
 
 
+def _named(kind: str, name: str) -> str:
+  return f"a {kind} of the author's own" if name == parts_lib.GIVEN else f"`{name}`"
+
+
 _USE = """\
 ```python
 from dpdist import export
@@ -74,7 +78,7 @@ _USE_OF_GIVEN = """\
 ```python
 from dpdist import export
 
-_, params = export.load("DIRECTORY OF THIS FILE")
+_, params = export.load("DIRECTORY OF THIS FILE", template=params_of_the_model)
 ```
 """
 
@@ -82,20 +86,23 @@ _, params = export.load("DIRECTORY OF THIS FILE")
 def _front(
   released: load_run.Released, facts: dict[str, Any], name: str
 ) -> dict[str, Any]:
+  is_given = released.config.model.name == parts_lib.GIVEN
   data = released.config.data.name
+  if data == parts_lib.GIVEN:
+    data = "unnamed"
   tags = ["jax", "flax", "safetensors", "dp-sgd"]
   if facts["guarantee"] == "holds":
     tags.append("differential-privacy")
   scores = facts["test_ema" if facts["uses_ema"] else "test"]
   inputs, task = released.test.get("inputs"), "other"
-  if inputs is not None:
+  if inputs is not None and not is_given:
     task = _TASKS.get(inputs.ndim - 1, "tabular-classification")
     if inputs.dtype.kind == "f" and task == "text-generation":
       task = "tabular-classification"
   return {
     "library_name": "dpdist",
     "tags": tags,
-    "datasets": [data],
+    "datasets": [data] * (data != "unnamed"),
     "metrics": list(scores),
     "model-index": [
       {
