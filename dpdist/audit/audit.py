@@ -32,36 +32,22 @@ _HALVINGS = 5
 
 
 class Result(NamedTuple):
-  """The result of an audit.
+  """The result of an audit."""
 
-  Attributes:
-    mode: "worst_case" or "one_run".
-    epsilon_claimed: the plan's epsilon after so many steps.
-    delta: the delta of both epsilons.
-    bounds: by name, lower bounds on epsilon; with the confidence all of them
-      hold together, if the assumptions do.
-    confidence: of the bounds.
-    num_steps: of each run.
-    num_runs: how many runs there were.
-    num_canaries: in each run.
-    sampling_probability: of a canary, at step 0.
-    assumed: the assumptions, as lines to show with the bounds.
-    scores: [n] float64, larger where a canary is likelier to be in.
-    is_in: [n] bool.
-  """
-
-  mode: str
-  epsilon_claimed: float
-  delta: float
+  mode: str  # "worst_case" or "one_run".
+  epsilon_claimed: float  # The plan's epsilon after so many steps.
+  delta: float  # Of both epsilons.
+  # By name, lower bounds on epsilon; with the confidence all of them hold
+  # together, if the assumptions do.
   bounds: dict[str, float]
   confidence: float
-  num_steps: int
+  num_steps: int  # Of each run.
   num_runs: int
-  num_canaries: int
-  sampling_probability: float
-  assumed: list[str]
-  scores: np.ndarray
-  is_in: np.ndarray
+  num_canaries: int  # In each run.
+  sampling_probability: float  # Of a canary, at step 0.
+  assumed: list[str]  # The assumptions, as lines to show with the bounds.
+  scores: np.ndarray  # [n] float64, larger where a canary is likelier to be in.
+  is_in: np.ndarray  # [n] bool.
 
   @property
   def epsilon_lower_bound(self) -> float:
@@ -199,14 +185,9 @@ def log_likelihood_ratios(
 ) -> np.ndarray:
   """Returns how much likelier a canary's observations are if it is in.
 
-  This is the most powerful test of a mechanism that follows the plan.
-
-  Args:
-    plan: the numbers.
-    sums: [n, steps] float64, from `dpdist.audit.canaries.Observed`.
-
-  Returns:
-    [n] float64, logarithms; infinite where an observation is not a number.
+  This is the most powerful test of a mechanism that follows the plan. `sums`
+  are those of `dpdist.audit.canaries.Observed`. Returns logarithms, [n]
+  float64, infinite where an observation is not a number.
   """
   total = np.zeros(len(sums))
   for seen, (sigma, q) in zip(sums.T, _steps(plan, sums.shape[1]), strict=True):
@@ -279,9 +260,8 @@ def trade_off(
   noise is contradicted; then it says what that much less noise would spend,
   whatever the actual fault is.
 
-  Returns:
-    Epsilon at the plan's delta; at most that of a quarter of its noise, and 0
-    if not even 16 times its noise is contradicted.
+  It is epsilon at the plan's delta; at most that of a quarter of its noise, and
+  0 if not even 16 times its noise is contradicted.
   """
 
   def is_contradicted(scale: float) -> bool:

@@ -29,28 +29,19 @@ _NUM_THRESHOLDS = 64
 
 
 class Errors(NamedTuple):
-  """Numbers of wrong guesses, in independent trials.
+  """Numbers of wrong guesses, in independent trials."""
 
-  Attributes:
-    false_positives: canaries that were out, and guessed to be in.
-    num_out: canaries that were out.
-    false_negatives: canaries that were in, and guessed to be out.
-    num_in: canaries that were in.
-  """
-
-  false_positives: int
-  num_out: int
-  false_negatives: int
-  num_in: int
+  false_positives: int  # Canaries that were out, and guessed to be in.
+  num_out: int  # Canaries that were out.
+  false_negatives: int  # Canaries that were in, and guessed to be out.
+  num_in: int  # Canaries that were in.
 
 
 def count(scores: np.ndarray, is_in: np.ndarray, threshold: float) -> Errors:
   """Counts errors of guessing "in" where a score is above a threshold.
 
-  Args:
-    scores: [n] float; larger where "in" is likelier.
-    is_in: [n] bool.
-    threshold: must not depend on these scores.
+  Scores are [n] float, larger where "in" is likelier; `is_in` is [n] bool. The
+  threshold must not depend on these scores.
   """
   says_in = scores > threshold
   return Errors(
@@ -65,10 +56,7 @@ def largest_rates(errors: Errors, confidence: float) -> tuple[float, float]:
   """Returns upper bounds on both error rates that hold together.
 
   They are those of Clopper & Pearson 1934, one-sided, each at half of 1 -
-  confidence.
-
-  Returns:
-    The bound for false positives, and for false negatives; 1 without a trial.
+  confidence: for false positives, and for false negatives; 1 without a trial.
   """
   _validation.check("confidence", confidence, CONFIDENCE)
   level = 1 - (1 - confidence) / 2
@@ -90,14 +78,9 @@ def clopper_pearson(
 ) -> float:
   """Bounds epsilon by two error rates alone, whatever the mechanism.
 
-  Kairouz, Oh & Viswanath 2015 (arXiv:1311.0776): with error rates a and b, 1 -
-  delta <= b + e^epsilon a, and the same with a and b exchanged. The bound is at
-  best about the logarithm of the number of trials.
-
-  Args:
-    errors: of independent trials.
-    delta: in [0, 1).
-    confidence: in (0, 1), as 0.95.
+  Kairouz, Oh & Viswanath 2015 (arXiv:1311.0776): with error rates a and b of
+  independent trials, 1 - delta <= b + e^epsilon a, and the same with a and b
+  exchanged. The bound is at best about the logarithm of the number of trials.
   """
   _validation.check("delta", delta, _DELTA)
   rates = largest_rates(errors, confidence)
@@ -148,16 +131,12 @@ def contradicts(
 ) -> bool:
   """Returns whether errors are too few for a mechanism with a privacy profile.
 
-  Such a mechanism is (epsilon, profile(epsilon))-private at every epsilon, so
-  its error rates lie on or above all those lines: the dual of its trade-off
-  function (Dong, Roth & Su 2022, proposition 6). Only some of the lines are
-  checked, which can only let errors pass.
-
-  Args:
-    errors: of independent trials.
-    profile: maps epsilon >= 0 to a delta, an upper bound.
-    confidence: the probability with which the answer is no for a mechanism that
-      has the profile.
+  Such a mechanism is (epsilon, profile(epsilon))-private at every epsilon >= 0,
+  so its error rates in independent trials lie on or above all those lines: the
+  dual of its trade-off function (Dong, Roth & Su 2022, proposition 6). Only
+  some of the lines are checked, which can only let errors pass. A profile maps
+  epsilon to an upper bound on delta. If the mechanism has it, the answer is no
+  with at least the probability `confidence`.
   """
   rates = largest_rates(errors, confidence)
   if max(rates) >= 1:
@@ -200,16 +179,9 @@ def one_run_p_value(
   e^epsilon / (1 + e^epsilon)) is at least v, the chance of v right guesses
   among r is at most F(v) + 2 m delta max over i of (F(v - i) - F(v)) / i.
 
-  Args:
-    num_canaries: m, each included by a fair coin of its own.
-    num_guesses: r, canaries guessed to be in or out; about the others nothing
-      is guessed.
-    num_correct: v, guesses that were right.
-    epsilon: at least 0.
-    delta: in [0, 1).
-
-  Raises:
-    ValueError: the counts do not fit.
+  Here m is num_canaries, each included by a fair coin of its own; r is
+  num_guesses, canaries guessed to be in or out, while nothing is guessed about
+  the others; and v is num_correct.
   """
   if not 0 <= num_correct <= num_guesses <= num_canaries:
     raise ValueError(

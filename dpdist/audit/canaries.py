@@ -48,25 +48,19 @@ _LENGTH = 100.0
 
 
 class Program(NamedTuple):
-  """The step that is audited.
+  """The step that is audited."""
 
-  Attributes:
-    experiment: what the config trains, with the numbers that are claimed.
-    step: the config's, except that its loss can be a canary's, and that its
-      state keeps the released mean instead of an optimizer's state.
-    state: before the first step.
-    unit: one unit, NumPy arrays.
-    direction: of the unit's own gradient, of norm 1, if that is the canary;
-      None if a canary is an entry of the parameters.
-    length: the norm of that gradient.
-  """
-
+  # What the config trains, with the numbers that are claimed.
   experiment: setup.Experiment
+  # The config's, except that its loss can be a canary's, and that its state
+  # keeps the released mean instead of an optimizer's state.
   step: step_lib.Step
-  state: step_lib.TrainState
-  unit: dict[str, np.ndarray]
+  state: step_lib.TrainState  # Before the first step.
+  unit: dict[str, np.ndarray]  # One unit, NumPy arrays.
+  # Of the unit's own gradient, of norm 1, if that is the canary; None if a
+  # canary is an entry of the parameters.
   direction: PyTree | None = None
-  length: float = 1.0
+  length: float = 1.0  # The norm of that gradient.
 
   @property
   def plan(self) -> plan_lib.PrivacyPlan:
@@ -80,16 +74,12 @@ class Program(NamedTuple):
 
 
 class Observed(NamedTuple):
-  """What an attacker saw of canaries, separately for each run and canary.
+  """What an attacker saw of canaries, separately for each run and canary."""
 
-  Attributes:
-    sums: [n, steps] float64, the noisy sums in the canary's direction, in units
-      of the distance between the sums with and without it.
-    is_in: [n] bool, the coins.
-  """
-
+  # [n, steps] float64, the noisy sums in the canary's direction, in units of
+  # the distance between the sums with and without it.
   sums: np.ndarray
-  is_in: np.ndarray
+  is_in: np.ndarray  # [n] bool, the coins.
 
 
 def prepare(
@@ -98,11 +88,7 @@ def prepare(
   canary: str = "entry",
   parts: parts_lib.Parts = parts_lib.NAMED,
 ) -> Program:
-  """Makes a config's step on all devices, for canaries.
-
-  Raises:
-    ValueError: names the setting, its value and what would be right.
-  """
+  """Makes a config's step on all devices, for canaries."""
   _validation.check("canary", canary, _validation.one_of(KINDS))
   plan = plan_lib.make_plan(config_lib.privacy_config(config))
   users = plan.examples_per_user
@@ -211,19 +197,12 @@ def recording() -> optax.GradientTransformation:
 
 @dataclasses.dataclass(frozen=True)
 class _Units:
-  """The data of one run: all units, canaries among them.
+  """The data of one run: all units, canaries among them."""
 
-  Attributes:
-    unit: the arrays of every unit.
-    factors: [units] float32.
-    pulls: [units] float32.
-    entries: [units] int32, -1 for units that are no canary.
-  """
-
-  unit: dict[str, np.ndarray]
-  factors: np.ndarray
-  pulls: np.ndarray
-  entries: np.ndarray
+  unit: dict[str, np.ndarray]  # The arrays of every unit.
+  factors: np.ndarray  # [units] float32.
+  pulls: np.ndarray  # [units] float32.
+  entries: np.ndarray  # [units] int32, -1 for units that are no canary.
 
   def __len__(self) -> int:
     return len(self.entries)
@@ -255,12 +234,8 @@ def observe(
 ) -> Observed:
   """Runs the step on canaries, with a new secret for each run.
 
-  Args:
-    program: from `prepare`.
-    num_runs: how many runs.
-    num_canaries: in each, on entries of their own.
-    num_steps: of each.
-    seed: fixes all randomness; None: nothing is fixed.
+  Each run has `num_canaries`, on entries of their own. A seed fixes all
+  randomness.
   """
   plan = program.plan
   rng = np.random.default_rng(seed)

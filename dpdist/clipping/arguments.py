@@ -16,25 +16,17 @@ PyTree = Any
 
 
 class Call(NamedTuple):
-  """A call's arguments, in the form that the engines take.
+  """A call's arguments, in the form that the engines take."""
 
-  Attributes:
-    params: arrays, which vary along the mesh axes of the batch.
-    parts: trained and frozen parameters, as shards where they are divided.
-    examples: the batch, and a key for each example if there are keys.
-    keep: [B] bool, False for padding.
-    along: the direction, an array for each trained parameter; or None.
-    axes: the mesh axes along which the examples vary.
-    given: by name, the arguments with an axis over examples, unchanged.
-  """
-
-  params: PyTree
+  params: PyTree  # Arrays, which vary along the mesh axes of the batch.
+  # Trained and frozen parameters, as shards where divided.
   parts: freezing.Split
+  # The batch, and a key for each example if there are keys.
   examples: tuple[PyTree, ...]
-  keep: jax.Array
-  along: list[Any] | None
-  axes: frozenset[str]
-  given: dict[str, Any]
+  keep: jax.Array  # [B] bool, False for padding.
+  along: list[Any] | None  # The direction, for each trained parameter.
+  axes: frozenset[str]  # The mesh axes along which the examples vary.
+  given: dict[str, Any]  # By name, the arguments with an axis over examples.
 
   @property
   def batch_size(self) -> int:
@@ -52,11 +44,7 @@ def lay_out(
   direction: PyTree | None,
   frozen: freezing.Frozen,
 ) -> Call:
-  """Checks the arguments of a `ClippedGrad`, and lays them out.
-
-  Raises:
-    ValueError: an argument is wrong; see `ClippedGrad.__call__`.
-  """
+  """Checks the arguments of a `ClippedGrad`, and lays them out."""
   batch_size = checks.batch_size(batch)
   axes = varying_axes.varying_axes((batch, is_padding_example, rng))
   keep = ~checks.padding(is_padding_example, batch_size)
@@ -86,11 +74,7 @@ def lay_out(
 
 
 def check_traced(call: Call, traced: tracing.Traced) -> None:
-  """Checks what the loss does with the arguments.
-
-  Raises:
-    ValueError: the loss is not a scalar, or mixes examples of several devices.
-  """
+  """Raises ValueError if the loss is no scalar, or mixes devices' examples."""
   checks.sharding_inside_jit(traced.block, **call.given)
   checks.loss(traced.block, traced.shapes[0], call.axes)
   divided = call.axes | varying_axes.untold_axes(call.axes)

@@ -20,11 +20,12 @@ PyTree = Any
 
 _NUMBERS = (jax.Array, np.ndarray, np.generic, int, float, complex)
 _METHOD = _validation.one_of(("auto", "bookkeeping", "two_pass", "vmap"))
-_PLATFORM = _validation.one_of(("cpu", "gpu", "tpu"))
+_PLATFORM = _validation.optional(_validation.one_of(("cpu", "gpu", "tpu")))
 # Between these, dividing by a norm, or by a norm plus gamma, neither underflows
 # nor overflows in float32.
 _NORM = _validation.real(at_least=1e-12, at_most=1e18)
-_GAMMA = _validation.real(at_least=1e-12)
+_GAMMA = _validation.optional(_validation.real(at_least=1e-12))
+_SIZE = _validation.optional(_validation.COUNT)
 
 
 def arguments(
@@ -38,12 +39,9 @@ def arguments(
   """Checks the arguments of `clipped_grad`."""
   norms(l2_clip_norm)
   _validation.check("method", method, _METHOD)
-  if platform is not None:
-    _validation.check("platform", platform, _PLATFORM)
-  if normalize_gamma is not None:
-    _validation.check("normalize_gamma", normalize_gamma, _GAMMA)
-  if microbatch_size is not None:
-    _validation.check("microbatch_size", microbatch_size, _validation.COUNT)
+  _validation.check("platform", platform, _PLATFORM)
+  _validation.check("normalize_gamma", normalize_gamma, _GAMMA)
+  _validation.check("microbatch_size", microbatch_size, _SIZE)
 
 
 def norms(l2_clip_norm: PyTree) -> None:
@@ -114,11 +112,8 @@ def derivatives(
 ) -> None:
   """Raises ValueError for custom derivatives that use other examples.
 
-  Args:
-    block: the loss of one example.
-    values: its inputs, of which the first num_params are the parameters.
-    num_params: the number of parameters.
-    axes: the mesh axes along which the batch is divided.
+  `values` are the inputs of the block, the loss of one example; its first
+  num_params are the parameters. The batch is divided along `axes`.
   """
   closed = block.jaxpr
   if not any(program.calls(eqn, "custom_") for eqn in closed.jaxpr.eqns):
@@ -193,10 +188,7 @@ def sharding(**arguments: PyTree) -> None:
   outside shard_map, XLA's partitioner computes convolutions with a kernel or a
   kernel's gradient for each example wrongly, without an error. On a mesh of
   Explicit axes, which `jax.make_mesh` makes, the type of a value says how it is
-  sharded, inside a jit too.
-
-  Args:
-    **arguments: trees of arrays, by the name to show in the message.
+  sharded, inside a jit too. The arguments' names are shown in the message.
   """
   for name, leaf in _outside_shard_map(arguments):
     if varying_axes.is_divided_explicitly(leaf):

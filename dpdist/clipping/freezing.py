@@ -27,18 +27,11 @@ Frozen = PyTree | Callable[[str], bool] | None
 
 
 class Split(NamedTuple):
-  """The leaves of params, separated.
+  """The leaves of params, separated."""
 
-  Attributes:
-    structure: the tree structure of params.
-    is_frozen: for each leaf of params, whether it is frozen.
-    trainable: the leaves that are trained, in order.
-    frozen: the other leaves, in order.
-  """
-
-  structure: Any
-  is_frozen: tuple[bool, ...]
-  trainable: list[Any]
+  structure: Any  # The tree structure of params.
+  is_frozen: tuple[bool, ...]  # For each leaf of params.
+  trainable: list[Any]  # In the order of params, as is `frozen`.
   frozen: list[Any]
 
   def join(self, trainable: Sequence[Any], frozen: Sequence[Any]) -> PyTree:
@@ -64,14 +57,9 @@ def split(
 ) -> Split:
   """Separates frozen parameters from those that are trained.
 
-  Args:
-    params: pytree.
-    frozen: None if no parameter is frozen; a bool for all of them; a prefix
-      pytree of params of bools; or a predicate on a leaf's path, as in `names`.
-    leaves: used in place of the leaves of params.
-
-  Raises:
-    ValueError: frozen does not fit params, or leaves nothing to train.
+  `frozen` is None if no parameter is frozen; a bool for all of them; a prefix
+  pytree of params of bools; or a predicate on a leaf's path, as in `names`.
+  `leaves` are used in place of those of params.
   """
   flat, structure = jax.tree.flatten(params)
   flags = _flags(params, frozen, structure)

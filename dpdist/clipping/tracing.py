@@ -21,18 +21,13 @@ PyTree = Any
 
 
 class Traced(NamedTuple):
-  """The traced loss of one example.
+  """The traced loss of one example."""
 
-  Attributes:
-    loss_fn: (trainable leaves, frozen leaves, *example) -> (loss, aux).
-    block: the loss as a block of equations and weight uses.
-    shapes: the shapes of (loss, aux).
-    effects: names of the effects that prevent such an analysis.
-  """
-
+  # (trainable leaves, frozen leaves, *example) -> (loss, aux).
   loss_fn: Callable[..., tuple[jax.Array, Any]]
-  block: program.Block
-  shapes: tuple[Any, Any]
+  block: program.Block  # The loss as a block of equations and weight uses.
+  shapes: tuple[Any, Any]  # Of (loss, aux).
+  # Names of the effects that prevent such an analysis.
   effects: tuple[str, ...]
 
   def of_trainable(
@@ -45,12 +40,8 @@ class Traced(NamedTuple):
   def method(self, wanted: str, axes: frozenset[str]) -> tuple[str, str]:
     """Returns the method to use, and why.
 
-    Args:
-      wanted: a method, or "auto".
-      axes: the mesh axes that the examples vary over.
-
-    Raises:
-      ValueError: the wanted method cannot be used.
+    `wanted` is a method, or "auto"; a ValueError says that it cannot be used.
+    The examples vary over the mesh axes `axes`.
     """
     other = varying_axes.axes_in(self.block.jaxpr.jaxpr) - axes
     if other and wanted in ("auto", "vmap"):
@@ -89,16 +80,9 @@ def trace(
 ) -> Traced:
   """Traces a loss of one example.
 
-  Args:
-    loss_fn: (params, *example) -> loss, or (loss, aux) with has_aux.
-    has_aux: whether loss_fn returns (loss, aux).
-    parts: the parameters.
-    examples: pytrees with a leading axis; shapes are enough.
-    layer_rules: the rules of layers, in order.
-
-  Raises:
-    ValueError: the loss uses other examples, or random numbers that do not come
-      from its rng.
+  `loss_fn` maps (params, *example) to the loss, or to (loss, aux) with has_aux.
+  `examples` have a leading axis; shapes are enough. Raises ValueError if the
+  loss uses other examples, or random numbers that do not come from its rng.
   """
   with_aux = loss_fn if has_aux else _with_aux(loss_fn)
 

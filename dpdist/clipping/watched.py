@@ -59,17 +59,14 @@ class Seen(NamedTuple):
   """What a watched chunk showed; sensitive.
 
   The loop reads only whether any entry of `found` is not 0.
-
-  Attributes:
-    found: int32 [devices, trained parameters], the number of examples that were
-      left out because they were longer than their norms said, each counted at
-      the parameter with its longest part; plus 1 for a sum that is not finite,
-      which is left out as a whole.
-    norms: [chunk], norms of the examples' gradients before clipping.
   """
 
+  # int32 [devices, trained parameters], the number of examples that were left
+  # out because they were longer than their norms said, each counted at the
+  # parameter with its longest part; plus 1 for a sum that is not finite, which
+  # is left out as a whole.
   found: jax.Array
-  norms: PyTree
+  norms: PyTree  # [chunk], of the examples' gradients before clipping.
 
 
 def limit_of(num_groups: int) -> float:
@@ -84,20 +81,16 @@ def limit_of(num_groups: int) -> float:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Watched(Scaling):
-  """Scaling that leaves out examples that are longer than their norms say.
+  """Scaling that leaves out examples that are longer than their norms say."""
 
-  Attributes:
-    derive: returns the derivatives of the examples' losses along a direction.
-    direction: an array, or `shards.Shard`, of normal numbers a parameter.
-    groups: for each parameter the number of the group it is clipped with.
-    found: what `scales` found, [B, parameters] bool: for each example that is
-      left out, True at the parameter with its longest part. It belongs to the
-      one trace that this object is made in.
-  """
-
-  derive: Derive
+  derive: Derive  # Returns the derivatives of the losses along a direction.
+  # An array, or `shards.Shard`, of normal numbers a parameter.
   direction: Sequence[Any]
+  # For each parameter the number of the group it is clipped with.
   groups: Sequence[int]
+  # What `scales` found, [B, parameters] bool: for each example that is left
+  # out, True at the parameter with its longest part. It belongs to the one
+  # trace that this object is made in.
   found: list[jax.Array] = dataclasses.field(default_factory=list)
 
   def scales(
@@ -220,13 +213,8 @@ def laid_out(
 ) -> list[Any] | None:
   """Returns the direction's leaves laid out like the parameters; None of None.
 
-  Args:
-    direction: pytree with an array for each of leaves.
-    leaves: the trained parameters; some may be `shards.Shard`s.
-    axes: mesh axes that the examples vary over.
-
-  Raises:
-    ValueError: an array does not fit its parameter.
+  `leaves` are the trained parameters, some of which may be `shards.Shard`s. The
+  examples vary over the mesh axes `axes`.
   """
   if direction is None:
     return None
@@ -276,15 +264,8 @@ def watch(
   """Returns the same scaling, which checks examples if there is a direction.
 
   A loss with effects is not looked at: what it writes would be written again.
-
-  Args:
-    scaling: how gradients are scaled.
-    traced: the loss.
-    parts: the parameters; some may be `shards.Shard`s.
-    examples: pytrees; every leaf has the leading axis B.
-    direction: from `laid_out`.
-    groups: for each trained parameter the number of the group it is clipped
-      with.
+  `direction` comes from `laid_out`; `groups` has for each trained parameter the
+  number of the group it is clipped with.
   """
   if direction is None:
     return scaling

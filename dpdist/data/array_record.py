@@ -1,6 +1,6 @@
 """Reads examples that stay in ArrayRecord files, one record each."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib
 import copy
 import errno
@@ -10,6 +10,7 @@ import json
 import math
 import os
 import re
+from typing import Any
 
 import numpy as np
 
@@ -26,17 +27,17 @@ class ArrayRecordSource:
 
   Examples stay on disk; a read fetches its records at random positions and
   decodes them. Records are numbered through the files in the order given.
-  `write_array_record` makes such files.
-
-  Args:
-    paths: one path or several.
-
-  Raises:
-    ValueError: there is no such file, or it has no records.
-    OSError: a file cannot be read, or is no ArrayRecord file.
+  `write_array_record` makes such files. Raises ValueError if there is no such
+  file or no record in it, and OSError if it cannot be read, or is no
+  ArrayRecord file.
   """
 
-  def __init__(self, paths: sources.Path | Sequence[sources.Path]):
+  def __init__(
+    self,
+    paths: sources.Path | Sequence[sources.Path],
+    *,
+    decode: Callable[[bytes], Mapping[str, Any]] | None = None,
+  ):
     import grain
 
     self._paths = sources.check_paths(paths)
@@ -49,7 +50,8 @@ class ArrayRecordSource:
       raise ValueError(f"paths must hold records, got {self._paths} with none")
     with _array_record_errors():
       first = self._records[0]
-    self._spec = _spec(_decode_record(first))
+    self._decode = decode or _decode_record
+    self._spec = _spec(self._example(first))
 
   def __len__(self) -> int:
     return len(self._records)
@@ -57,8 +59,7 @@ class ArrayRecordSource:
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """See `dpdist.data.sources.Source.read`.
 
-    Raises:
-      ValueError: also if records differ in shape.
+    Raises ValueError also if records differ in shape.
     """
     indices = sources.check_indices(indices, len(self))
     batch = {
@@ -68,7 +69,7 @@ class ArrayRecordSource:
     if len(indices):
       records = self._fetch(indices.tolist())
       for row, record in enumerate(records):
-        example = _decode_record(record)
+        example = self._example(record)
         # Without this check, NumPy would broadcast or cast silently.
         if _spec(example) != self._spec:
           raise ValueError(
@@ -78,6 +79,16 @@ class ArrayRecordSource:
         for name, array in example.items():
           batch[name][row] = array
     return batch
+
+  def read_each(self, indices: np.ndarray) -> list[dict[str, np.ndarray]]:
+    """Reads examples one by one, which may differ in shape and dtype."""
+    indices = sources.check_indices(indices, len(self))
+    records = self._fetch(indices.tolist()) if len(indices) else ()
+    return [self._example(record) for record in records]
+
+  def _example(self, record: bytes) -> dict[str, np.ndarray]:
+    example = self._decode(record)
+    return {name: np.asarray(value) for name, value in example.items()}
 
   def _fetch(self, indices: list[int]) -> Sequence[bytes]:
     records = self._records
@@ -98,8 +109,7 @@ class ArrayRecordSource:
   def content_digest(self) -> str:
     """Returns the digest of an `ArraySource` of the same examples.
 
-    Raises:
-      ValueError: records differ in shape.
+    Raises ValueError if records differ in shape.
     """
     if self._digest is None:
       columns = sorted(self._spec.items())

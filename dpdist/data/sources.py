@@ -33,8 +33,8 @@ class Source(Protocol):
 
   `read` is called from several threads at once and must be thread-safe.
 
-  A source may have three more methods; see `changed_files`, `is_touched` and
-  `earlier_digests`, which call them.
+  A source may have four more methods; see `changed_files`, `is_touched`,
+  `earlier_digests` and `encoding_digest`, which call them.
   """
 
   def __len__(self) -> int:
@@ -72,14 +72,12 @@ class Source(Protocol):
 def changed_files(source: Source) -> list[str]:
   """Returns the files that a source reads from and that have changed since.
 
-  If this is empty, all that was read so far is what the digest was computed
-  on. Two exceptions: what was changed and changed back in between, and what a
+  If this is empty, all that was read so far is what the digest was computed on.
+  Two exceptions: what was changed and changed back in between, and what a
   program writes through a memory map of its own, which changes no time of the
   file. A source that reads from files after it was made has a method of this
-  name. It may take as long as the digest did; see `is_touched`.
-
-  Raises:
-    OSError: the files cannot be checked now, but perhaps later.
+  name. It may take as long as the digest did; see `is_touched`. Raises OSError
+  if the files cannot be checked now, but perhaps later.
   """
   return list(getattr(source, "changed_files", list)())
 
@@ -88,10 +86,7 @@ def is_touched(source: Source) -> bool:
   """Returns whether `changed_files` must hash content again; reads none itself.
 
   A source whose files can be renamed, or get another mode, and still have the
-  same content has a method of this name.
-
-  Raises:
-    OSError: see `changed_files`.
+  same content has a method of this name. See `changed_files` for OSError.
   """
   return bool(getattr(source, "is_touched", bool)())
 
@@ -113,6 +108,17 @@ def earlier_digests(source: Source) -> list[str]:
   name.
   """
   return list(getattr(source, "earlier_digests", list)())
+
+
+def encoding_digest(source: Source) -> str:
+  """Returns the SHA-256 of how examples are made of the content; "" if by code.
+
+  Two sources of one content and one code may still return other examples, if
+  they were given other numbers or lists to make them with. A run that changes
+  from one to the other must not meet the same keys again. A source that is
+  given such things has a method of this name.
+  """
+  return str(getattr(source, "encoding_digest", str)())
 
 
 @contextlib.contextmanager

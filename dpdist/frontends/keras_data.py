@@ -13,11 +13,7 @@ PyTree = Any
 
 
 class Arrays:
-  """The private examples, in memory or mapped.
-
-  Attributes:
-    source: the same examples; detects changes of their files.
-  """
+  """The private examples, in memory or mapped."""
 
   def __init__(self, x: PyTree, y: PyTree, num_examples: int):
     self._tree = jax.tree.map(np.asarray, (x, y))

@@ -40,18 +40,13 @@ def per_example_loss(
 ) -> Callable[..., jax.Array]:
   """Returns the loss of one example, without its batch axis.
 
-  The model is applied to each example alone, as a batch of one, so that no
-  layer can mix examples. Its randomness (dropout and the like) is a function of
-  its own key.
+  The model, compiled and built, is applied to each example alone, as a batch of
+  one, so that no layer can mix examples. Its randomness (dropout and the like)
+  is a function of its own key. `non_trainable` holds the values of
+  model.non_trainable_variables; seeds among them are replaced.
 
-  Args:
-    model: compiled and built.
-    non_trainable: the values of model.non_trainable_variables; seeds among them
-      are replaced.
-
-  Returns:
-    loss(trainable, (x, y), rng), where trainable is the list of values of
-    model.trainable_variables.
+  The loss takes (trainable, (x, y), rng), where trainable is the list of values
+  of model.trainable_variables.
   """
   seeds = [is_seed(v) for v in model.non_trainable_variables]
 
@@ -71,12 +66,8 @@ def changed_state(
 ) -> list[tuple[str, str]]:
   """Lists the state that a training call changes, without seeds.
 
-  Args:
-    model: compiled and built.
-    example: arrays or shapes of one example (x, y), without the batch axis.
-
-  Returns:
-    (path, shape) of each variable.
+  The model is compiled and built; `example` is (x, y) or its shapes, without
+  the batch axis. Returns (path, shape) of each variable.
   """
   variables = model.non_trainable_variables
   trainable = [jax.typeof(v.value) for v in model.trainable_variables]

@@ -22,8 +22,7 @@ _NORM = (
 def check(model: Any) -> None:
   """Refuses a model that cannot be trained privately, and builds the others.
 
-  Raises:
-    ValueError: the message says what is wrong, and what to use instead.
+  The ValueError says what is wrong, and what to use instead.
   """
   if not isinstance(model, keras.Model):
     raise errors.ArgumentError(f"model must be a keras.Model, got {model!r}")
@@ -66,11 +65,9 @@ def check(model: Any) -> None:
 
 
 def refuse_changing_state(model: Any, example: tuple[PyTree, PyTree]) -> None:
-  """Refuses a model whose training calls change its state.
+  """Refuses a checked model whose training calls change its state.
 
-  Args:
-    model: checked.
-    example: shapes of one example (x, y), without the batch axis.
+  `example` holds shapes of one example (x, y), without the batch axis.
   """
   changed = keras_loss.changed_state(model, example)
   if changed:

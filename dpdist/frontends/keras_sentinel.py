@@ -35,21 +35,11 @@ def check(
 ) -> None:
   """Compares the sums that a fit will make with `jax.grad`.
 
-  Only the shapes and the largest integers of the data are used.
-
-  Args:
-    model: the Keras model.
-    clipped_grad: see `keras_step.Functions`, as `accumulate`.
-    accumulate: the compiled function.
-    state: of the model.
-    zeros: an empty sum.
-    data: the examples.
-    chunk_size: examples that are computed at once.
-    most: the number of examples.
-    is_watched: whether watched updates will be made too.
-
-  Raises:
-    SensitivityError: names what is wrong, the parameter and its rule.
+  Only the shapes and the largest integers of the data are used. `clipped_grad`
+  and `accumulate` are those of `keras_step.Functions`, and `zeros` is an empty
+  sum. A chunk has `chunk_size` examples, and the data `most`. `is_watched` says
+  that watched updates will be made too. A SensitivityError names what is wrong,
+  the parameter and its rule.
   """
   trainable, constants = state["trainable"], state["non_trainable"]
   one, key = clipped_grad(constants), jax.random.key(0)

@@ -17,18 +17,14 @@ PyTree = Any
 
 
 class Functions(NamedTuple):
-  """The functions of an update; the last two are compiled.
+  """The functions of an update; the last two are compiled."""
 
-  Attributes:
-    clipped_grad: maps the non-trainable values to the clipped gradient.
-    accumulate: adds a chunk's clipped sum, and returns its loss and what a
-      watched step saw.
-    update: draws the noise and lets the optimizer step.
-  """
-
+  # Maps the non-trainable values to the clipped gradient.
   clipped_grad: Callable[[list[jax.Array]], clipping.ClippedGrad]
+  # Adds a chunk's clipped sum, and returns its loss and what a watched step
+  # saw.
   accumulate: Callable[..., Any]
-  update: Callable[..., Any]
+  update: Callable[..., Any]  # Draws the noise and lets the optimizer step.
 
 
 def of(

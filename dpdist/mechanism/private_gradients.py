@@ -13,9 +13,9 @@
       return optax.apply_updates(params, updates), opt_state, noise_state
 
 The plan's guarantee depends on what the loop does. Batches must be the plan's
-draws (`dpdist.PoissonSampler`, padded, never cut). An empty draw is a step too
-(of padding alone). The state goes from call to call and into checkpoints, and
-no state is used twice. `dpdist.train` does all of that.
+draws (`dpdist.PoissonSampler`, padded, never cut). An empty draw is a step too,
+of padding alone. Give each call the state that the last one returned. Save the
+state in checkpoints, and use no state twice. `dpdist.train` does all of that.
 """
 
 from collections.abc import Callable
@@ -189,8 +189,8 @@ def private_gradients(
 
   Guarantees:
     Each of the plan's steps is the Gaussian mechanism with the plan's noise
-    multiplier: the noise's standard deviation is that multiplier times the l2
-    sensitivity of the clipped sum, whatever the other arguments are.
+    multiplier. Whatever the other arguments are, the noise's standard deviation
+    is that multiplier times the l2 sensitivity of the clipped sum.
 
   Args:
     loss_fn: (params, example[, rng]) -> loss, or (loss, aux) with has_aux.

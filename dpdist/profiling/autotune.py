@@ -27,16 +27,12 @@ _FIRST = 32
 def search(
   bench: measure.Bench, *, free_bytes: int | None = None
 ) -> dict[str, Any]:
-  """Finds the largest chunk that fits.
+  """Finds the largest chunk that fits into a device's free bytes.
 
-  Args:
-    bench: the step that is measured.
-    free_bytes: free memory of a device; None: measured.
-
-  Returns:
-    JSON-able: "tries", each with "chunk_size", "bytes", "fits" and, if it fits,
-    "chunk_seconds" and "examples_per_second", in the order in which they were
-    made; "largest" that fits, or None; "fastest" of those that were tried.
+  They are measured if `free_bytes` is None. Returns, JSON-able, "tries", each
+  with "chunk_size", "bytes", "fits" and, if it fits, "chunk_seconds" and
+  "examples_per_second", in the order in which they were made; "largest" that
+  fits, or None; and "fastest" of those that were tried.
   """
   free = measure.free_bytes(bench) if free_bytes is None else free_bytes
   multiple = mesh_lib.num_example_shards(bench.step.mesh) * max(

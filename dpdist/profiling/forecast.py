@@ -30,21 +30,14 @@ def forecast(
 ) -> dict[str, Any]:
   """Compiles a config's step for a pod.
 
-  Args:
-    config: settings; for models of tokens its data need not exist.
-    topology: see `dpdist.profiling.roofline.devices`.
-    num_slices: see `dpdist.profiling.roofline.devices`.
-    parts: what is given as objects.
+  For models of tokens the config's data need not exist. See
+  `dpdist.profiling.roofline.devices` for the topology.
 
-  Returns:
-    JSON-able: "epsilon" of the plan, "num_chips", "parameters", "chunk_size",
-    "chunks_per_step"; "memory", bytes a chip by kind, with "peak" and
-    "capacity"; "fits"; "accumulate" and "apply", each with "flops", "bytes",
-    "seconds" and "collectives"; "step_seconds"; "scaling", a row for each
-    number of chips. For a program that does not fit, its work is left out.
-
-  Raises:
-    ValueError: names the setting, its value and what would be right.
+  Returns, JSON-able, "epsilon" of the plan, "num_chips", "parameters",
+  "chunk_size", "chunks_per_step"; "memory", bytes a chip by kind, with "peak"
+  and "capacity"; "fits"; "accumulate" and "apply", each with "flops", "bytes",
+  "seconds" and "collectives"; "step_seconds"; and "scaling", a row for each
+  number of chips. For a program that does not fit, its work is left out.
   """
   setup.check(config)
   devices = roofline.devices(topology, num_slices)

@@ -35,36 +35,22 @@ _MEMINFO = pathlib.Path("/proc/meminfo")
 
 
 class Bench(NamedTuple):
-  """The step that is measured, made once for all chunk sizes.
-
-  Attributes:
-    config: settings.
-    plan: its numbers.
-    step: the private step, on the mesh.
-    loss_fn: of a row of a chunk.
-    state: shapes, on the mesh.
-    row: shapes of a row of a chunk.
-  """
+  """The step that is measured, made once for all chunk sizes."""
 
   config: ml_collections.ConfigDict
   plan: plan_lib.PrivacyPlan
-  step: step_lib.Step
-  loss_fn: Callable[..., Any]
-  state: PyTree
+  step: step_lib.Step  # The private step, on the mesh.
+  loss_fn: Callable[..., Any]  # Of a row of a chunk.
+  state: PyTree  # Shapes, on the mesh.
   frozen: PyTree | None
-  row: PyTree
+  row: PyTree  # Shapes of a row of a chunk.
 
 
 class Program(NamedTuple):
-  """A half of a step, compiled.
-
-  Attributes:
-    run: the compiled program.
-    temp_bytes: bytes that a device needs beside what it holds throughout a
-      step.
-  """
+  """A half of a step, compiled."""
 
   run: Callable[..., Any]
+  # Bytes that a device needs beside what it holds throughout a step.
   temp_bytes: int
 
 
@@ -93,22 +79,14 @@ def prepare(
 
 
 def compare(bench: Bench, *, rounds: int = 5) -> dict[str, Any]:
-  """Measures both steps.
+  """Measures both steps, in `rounds` turns of each, and takes medians.
 
-  Args:
-    bench: the step that is measured.
-    rounds: turns of each step; medians are returned.
-
-  Returns:
-    JSON-able: "chunk_size" and "chunks_per_step"; "private" and "ordinary",
-    each with "chunk_seconds", "update_seconds", "step_seconds",
-    "examples_per_second" (of the expected batch) and "bytes", of a device;
-    "time_ratio" and "memory_ratio", private over ordinary; "free_bytes", for a
-    device, and "fits"; "clipping", how each layer is clipped; "advice", in
-    sentences; and facts that identify the machine and the run.
-
-  Raises:
-    ValueError: rounds is not at least 1, or chunk_size does not fit the mesh.
+  Returns, JSON-able, "chunk_size" and "chunks_per_step"; "private" and
+  "ordinary", each with "chunk_seconds", "update_seconds", "step_seconds",
+  "examples_per_second" (of the expected batch) and "bytes", of a device;
+  "time_ratio" and "memory_ratio", private over ordinary; "free_bytes", for a
+  device, and "fits"; "clipping", how each layer is clipped; "advice", in
+  sentences; and facts that identify the machine and the run.
   """
   _validation.check("rounds", rounds, _validation.COUNT)
   size = setup.chunk_size(bench.config, bench.plan, bench.step.mesh)
@@ -185,9 +163,9 @@ def most_useful(bench: Bench) -> int:
 def trial(bench: Bench, size: int) -> tuple[int, Callable[[], float]]:
   """Compiles the private step for a chunk size.
 
-  Returns:
-    Bytes that a device needs, and a function that runs a step of one chunk and
-    returns the seconds of the chunk, after a chunk that is not measured.
+  Returns the bytes that a device needs, and a function that runs a step of one
+  chunk and returns the seconds of the chunk, after a chunk that is not
+  measured.
   """
   accumulate, update, arguments, held = _private(bench, size)
   needed = held + max(accumulate.temp_bytes, update.temp_bytes)

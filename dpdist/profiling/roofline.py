@@ -42,23 +42,16 @@ _WHILE = re.compile(r"condition=%?([\w.\-]+), body=%?([\w.\-]+)")
 
 
 class Chip(NamedTuple):
-  """A chip's peak numbers, as Google publishes them.
+  """A chip's peak numbers, as Google publishes them."""
 
-  Attributes:
-    flops_per_second: of bfloat16 products; float32 products become these by
-      default.
-    memory_bytes: of high-bandwidth memory.
-    memory_bandwidth: bytes a second.
-    link_bandwidth: bytes a second to other chips of a slice, in one direction:
-      half of the bidirectional figure.
-    network_bandwidth: bytes a second to other slices, a chip's share of its
-      host's network cards.
-  """
-
+  # Of bfloat16 products; float32 products become these by default.
   flops_per_second: float
-  memory_bytes: float
-  memory_bandwidth: float
+  memory_bytes: float  # Of high-bandwidth memory.
+  memory_bandwidth: float  # Bytes a second.
+  # Bytes a second to other chips of a slice, in one direction: half of the
+  # bidirectional figure.
   link_bandwidth: float
+  # Bytes a second to other slices, a chip's share of its host's network cards.
   network_bandwidth: float
 
 
@@ -73,19 +66,11 @@ CHIPS = {
 
 
 def devices(topology: str, num_slices: int = 1) -> list[Any]:
-  """Describes the devices of a topology, to compile for.
+  """Describes the devices of a topology, slice by slice, to compile for.
 
-  Needs libtpu. The process must not use a TPU of its own.
-
-  Args:
-    topology: a kind of chip and the shape of a slice, as "v6e:16x16".
-    num_slices: the number of slices, joined by the data center's network.
-
-  Returns:
-    jax.Device-like descriptions, slice by slice.
-
-  Raises:
-    ValueError: there is no such topology, or no libtpu.
+  The topology is a kind of chip and the shape of a slice, as "v6e:16x16"; the
+  data center's network joins the slices. Needs libtpu; the process must not use
+  a TPU of its own.
   """
   kind, _, shape = topology.partition(":")
   _validation.require(
@@ -121,22 +106,16 @@ def devices(topology: str, num_slices: int = 1) -> list[Any]:
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-  """One place in a program that sends.
+  """One place in a program that sends."""
 
-  Attributes:
-    kind: one of `KINDS`.
-    num_bytes: of its result on one device; for a reduce-scatter, whose result
-      is a part, of its operand.
-    group_size: devices that take part together.
-    num_runs: in one run of the program.
-    is_between_slices: whether it uses the data center's network, since XLA
-      sends between slices of TPUs through their hosts.
-  """
-
-  kind: str
+  kind: str  # One of `KINDS`.
+  # Of its result on one device; for a reduce-scatter, whose result is a part,
+  # of its operand.
   num_bytes: int
-  group_size: int
-  num_runs: int
+  group_size: int  # Devices that take part together.
+  num_runs: int  # In one run of the program.
+  # Whether it uses the data center's network, since XLA sends between slices of
+  # TPUs through their hosts.
   is_between_slices: bool = False
 
   @property
@@ -151,16 +130,11 @@ class Collective:
 
 
 def collectives(text: str) -> list[Collective]:
-  """Returns the collectives of a compiled program.
+  """Returns the collectives of a compiled program, in the order of its text.
 
-  The body of a loop counts as often as it runs, if the loop's condition
-  compares a counter with a constant, as those of `jax.lax.scan` do.
-
-  Args:
-    text: from `jax.stages.Compiled.as_text()`.
-
-  Returns:
-    Each place that sends to other devices, in the order of the text.
+  The text is that of `jax.stages.Compiled.as_text()`. The body of a loop counts
+  as often as it runs, if the loop's condition compares a counter with a
+  constant, as those of `jax.lax.scan` do.
   """
   bodies = _computations(text)
   runs = _runs(bodies)
@@ -264,15 +238,10 @@ def _bytes(shape: str, *, is_pair: bool) -> int:
 
 
 class Work(NamedTuple):
-  """The cost of products.
+  """The cost of products."""
 
-  Attributes:
-    flops: floating-point operations, two for each multiplication.
-    num_bytes: of their operands and results, each read or written once.
-  """
-
-  flops: float
-  num_bytes: float
+  flops: float  # Floating-point operations, two for each multiplication.
+  num_bytes: float  # Of operands and results, each read or written once.
 
   def __add__(self, other: "Work") -> "Work":  # type: ignore[override]
     return Work(self.flops + other.flops, self.num_bytes + other.num_bytes)
@@ -334,12 +303,8 @@ def work(
 ) -> dict[str, Any]:
   """Returns what a compiled program does, and how long a chip takes for it.
 
-  Args:
-    name: "accumulate" or "apply".
-    traced: the program, traced.
-    program: the same, compiled.
-    chip: what runs it.
-    num_model: chips that share one example's products.
+  The name is "accumulate" or "apply"; `num_model` chips share one example's
+  products.
   """
   done = count_products(traced.jaxpr.jaxpr).times(1 / num_model)
   # Nothing loops in `apply`, which touches all of the state.

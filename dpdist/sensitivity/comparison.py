@@ -37,41 +37,28 @@ _STEADY = 2.0**-5
 
 
 class Measured(NamedTuple):
-  """Lengths, by group, and directions, by trained parameter; NumPy float.
+  """Lengths, by group, and directions, by trained parameter; NumPy float."""
 
-  Attributes:
-    length: [groups], length of the sum.
-    norm: [groups], norm that the example was clipped by; NaN where unknown.
-    truth: [groups], length of the gradient.
-    again: [groups], length of the gradient with different rounding.
-    is_finite: [parameters], whether the sum is finite.
-    share: [parameters], share in the length of the group's gradient.
-    differs: [parameters], distance of the sum's direction from the gradient's;
-      a group's direction is a vector of length 1.
-    varies: [parameters], distance of the gradient's direction with different
-      rounding.
-  """
-
-  length: Any
+  length: Any  # [groups], length of the sum.
+  # [groups], norm that the example was clipped by; NaN where unknown.
   norm: Any
-  truth: Any
-  again: Any
-  is_finite: Any
-  share: Any
+  truth: Any  # [groups], length of the gradient.
+  again: Any  # [groups], length of the gradient with different rounding.
+  is_finite: Any  # [parameters], whether the sum is finite.
+  share: Any  # [parameters], share in the length of the group's gradient.
+  # [parameters], distance of the sum's direction from the gradient's; a group's
+  # direction is a vector of length 1.
   differs: Any
+  # [parameters], distance of the gradient's direction with different rounding.
   varies: Any
 
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-  """A fault of a clipped sum.
+  """A fault of a clipped sum."""
 
-  Attributes:
-    what: a clause that follows "the clipped sum of one example".
-    leaves: numbers of the trained parameters that show it, the worst first.
-  """
-
-  what: str
+  what: str  # A clause that follows "the clipped sum of one example".
+  # Numbers of the trained parameters that show it, worst first.
   leaves: tuple[int, ...]
 
 
@@ -80,11 +67,10 @@ def measurer(
 ) -> Callable[..., Measured]:
   """Makes a function that measures a sum of one example; it may be traced.
 
-  Returns:
-    (params, frozen, example, rng, total, norms) -> Measured, of jax.Arrays.
-    params has None where a parameter is frozen. frozen has None where it is
-    trained, or is None. rng is the example's key or None. norms has one norm
-    for each group.
+  The function maps (params, frozen, example, rng, total, norms) to Measured, of
+  jax.Arrays. params has None where a parameter is frozen. frozen has None where
+  it is trained, or is None. rng is the example's key or None. norms has one
+  norm for each group.
   """
 
   def measure(
@@ -144,11 +130,8 @@ def judge(
 ) -> Problem | None:
   """Returns the fault of the sum of one example, or None.
 
-  Args:
-    clipped_grad: the function that made the sum.
-    params: whole; shapes are enough.
-    measured: the measurements of the sum.
-    is_ordinary: whether none of the example's numbers has an extreme size.
+  params are whole; shapes are enough. `is_ordinary` says that none of the
+  example's numbers has an extreme size.
   """
   scaling, groups = clipped_grad.scaling(params)
   seen = Measured(*[np.asarray(x, np.float64) for x in measured])
@@ -204,18 +187,10 @@ def blamed(
 ) -> list[int]:
   """Finds a parameter whose norm is wrong when it is trained alone.
 
-  Trains one parameter at a time, and compiles a program for each.
-
-  Args:
-    clipped_grad: the function whose sum was wrong.
-    params: whole, on one device.
-    example: the example whose sum was wrong.
-    rng: its key or None.
-    leaves: numbers of trained parameters, the most suspect first.
-    most: how many parameters to try at most.
-
-  Returns:
-    The number of the first parameter that is wrong alone; empty if none is.
+  Trains one parameter at a time, at most `most` of them, and compiles a program
+  for each. params are whole, on one device. `leaves` are numbers of trained
+  parameters, the most suspect first. Returns the number of the first that is
+  wrong alone; an empty list if none is.
   """
   parts = freezing.split(params, clipped_grad.frozen)
   trained = [

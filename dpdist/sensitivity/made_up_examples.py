@@ -76,25 +76,17 @@ _IDS = ("random", "random", "largest", "zero")
 
 
 class Case(NamedTuple):
-  """One made-up example.
+  """One made-up example."""
 
-  Attributes:
-    name: describes its numbers.
-    example: pytree of NumPy arrays, without the batch axis.
-    is_ordinary: whether none of its numbers has an extreme size.
-  """
-
-  name: str
-  example: PyTree
-  is_ordinary: bool
+  name: str  # Describes its numbers.
+  example: PyTree  # Of NumPy arrays, without the batch axis.
+  is_ordinary: bool  # Whether none of its numbers has an extreme size.
 
 
 def cases(shapes: PyTree, largest: PyTree) -> Iterator[Case]:
-  """Yields made-up examples with given shapes.
+  """Yields made-up examples with the shapes and dtypes of one example.
 
-  Args:
-    shapes: pytree of one example; anything with shape and dtype.
-    largest: pytree like shapes of ints; integers are between 0 and these.
+  `largest` is a pytree like it of ints; integers are between 0 and these.
   """
   leaves, structure = jax.tree.flatten(shapes)
   most = jax.tree.leaves(largest)

@@ -159,11 +159,8 @@ def is_watched(
 ) -> bool:
   """Returns whether a step is watched: a secret, fixed for each step.
 
-  Args:
-    streams: the branch's random streams.
-    t: the step.
-    every: on average one step in so many is watched; 0: none is.
-    first_step: the branch's first step, which is watched too.
+  On average one step in `every` is watched, none if that is 0. The branch's
+  first step is watched too.
   """
   if not every:
     return False
@@ -182,12 +179,9 @@ def fault(
 ) -> str:
   """Returns the message for the owner's screen about a fault that was found.
 
-  Args:
-    clipped_grad: the step's clipped gradient.
-    params: whole; shapes are enough.
-    row: shapes of a row of a chunk.
-    leaves: numbers of the parameters that `Sentinel.end` found.
-    names: names of the trained parameters; None: their paths.
+  params are whole; shapes are enough. `row` has the shapes of a row of a chunk.
+  `leaves` are numbers of the parameters that `Sentinel.end` found; `names` are
+  those of the trained parameters, None: their paths.
   """
   paths, ways = trials.ways_of(clipped_grad, params, row, has_rng=True)
   where = ", ".join(

@@ -41,41 +41,31 @@ class Report(NamedTuple):
 
 
 class Program(NamedTuple):
-  """A program that is searched for a fault.
-
-  Attributes:
-    clipped_grad: the clipped gradient that it uses.
-    params: two trees of whole parameters: as they are, and moved.
-    row: shapes of an example.
-    largest: pytree like row, largest integers.
-    rows: rows of a batch.
-    most: most rows that may hold an example at once.
-    place: maps a case's number to its row.
-    run: (number of params, batch, is_padding, row) -> measurements of each
-      compiled program; for a batch without padding, those of the mean.
-    key: maps a row to its key; None: the loss takes none.
-    any_process: maps whether this process found a fault to whether any did.
-    names: names of the trained parameters; None: their paths.
-  """
+  """A program that is searched for a fault."""
 
   clipped_grad: clipping.ClippedGrad
+  # Two trees of whole parameters: as they are, and moved.
   params: tuple[PyTree, PyTree]
-  row: PyTree
-  largest: PyTree
-  rows: int
-  most: int
-  place: Callable[[int], int]
+  row: PyTree  # Shapes of an example.
+  largest: PyTree  # Like `row`, largest integers.
+  rows: int  # Rows of a batch.
+  most: int  # Most rows that may hold an example at once.
+  place: Callable[[int], int]  # Maps a case's number to its row.
+  # (number of params, batch, is_padding, row) -> measurements of each compiled
+  # program; for a batch without padding, those of the mean.
   run: Callable[..., Iterator[comparison.Measured]]
+  # Maps a row to its key; None: the loss takes none.
   key: Callable[[int], jax.Array] | None
+  # Maps whether this process found a fault to whether any did.
   any_process: Callable[[bool], bool] = bool
+  # Of the trained parameters; None: their paths.
   names: list[str] | None = None
 
 
 def search(program: Program) -> Report:
   """Tries all examples.
 
-  Raises:
-    SensitivityError: names the fault, the parameter and its rule.
+  A SensitivityError names the fault, the parameter and its rule.
   """
   paths, ways = ways_of(
     program.clipped_grad,
@@ -205,11 +195,7 @@ def moved(params: PyTree, normal: PyTree) -> PyTree:
 
   A parameter that begins as 0, such as the second factor of an adapter or a
   last layer, leaves those before it without a gradient, and their rules
-  untested.
-
-  Args:
-    params: floating arrays.
-    normal: pytree like params of normal numbers.
+  untested. `normal` is a pytree like params of normal numbers.
   """
 
   def one(x: jax.Array, v: jax.Array) -> jax.Array:

@@ -19,15 +19,10 @@ PyTree = Any
 
 
 class Sum(NamedTuple):
-  """Two pytrees of float arrays, whose sum is the value.
+  """Two pytrees of float arrays, whose sum is the value."""
 
-  Attributes:
-    high: the value, rounded.
-    low: what rounding left out of it.
-  """
-
-  high: PyTree
-  low: PyTree
+  high: PyTree  # The value, rounded.
+  low: PyTree  # What rounding left out of it.
 
 
 def zeros_like(tree: PyTree) -> Sum:
@@ -43,13 +38,7 @@ def of(x: PyTree, low: PyTree | None = None) -> Sum:
 
 
 def add(total: Sum, x: PyTree, low: PyTree | None = None) -> Sum:
-  """Adds arrays.
-
-  Args:
-    total: the sum so far.
-    x: pytree like total.high, of the same dtypes.
-    low: pytree like x, what rounding left out of x; None: nothing.
-  """
+  """Adds arrays like total.high, and `low`, what rounding left out of them."""
   # A compiler may fuse a product into the addition, where it is not rounded,
   # and round it where the error of the addition is computed. The barrier makes
   # both use the same value.
@@ -73,11 +62,8 @@ def over_devices(total: Sum, axes: PyTree, units: tuple[float, ...]) -> Sum:
 
   Multiples of a power of two add up exactly, in any order, while their sum is
   at most 2^24 units. So the only error is the rounding of the devices' rests.
-
-  Args:
-    total: this device's sum.
-    axes: pytree like total.high of tuples: the mesh axes to add up over.
-    units: powers of two, falling; see `dpdist.privacy.rounding.grid`.
+  `axes` is a pytree like total.high of tuples of mesh axes; `units` are powers
+  of two, falling; see `dpdist.privacy.rounding.grid`.
   """
   # mypy does not accept JAX's class of tree structures as a type.
   structure: Any = jax.tree.structure(total.high)

@@ -26,15 +26,10 @@ Limbs = tuple[jax.Array, ...]
 
 
 class Format(NamedTuple):
-  """The layout of numbers.
+  """The layout of numbers."""
 
-  Attributes:
-    exponent: the first limb counts units of 2**-exponent.
-    num_limbs: at least 2.
-  """
-
-  exponent: int
-  num_limbs: int
+  exponent: int  # The first limb counts units of 2**-exponent.
+  num_limbs: int  # At least 2.
 
   @property
   def unit(self) -> float:
@@ -60,14 +55,8 @@ def choose(
       by less than num_terms * sqrt(num_entries) * unit, and both sums by twice
       that.
 
-  Args:
-    largest: see above; above 0.
-    num_terms: most arrays in a sum.
-    num_entries: entries of an array.
-    tolerance: above 0.
-
-  Returns:
-    The format with the fewest limbs that guarantees this.
+  `largest` and `tolerance` are above 0; `num_entries` are those of an array.
+  Returns the format with the fewest limbs that guarantees this.
   """
   # largest < 2**power, exactly.
   power = math.frexp(largest)[1]
@@ -87,16 +76,13 @@ def split(
 ) -> Limbs:
   """Returns limbs of x, truncated towards zero and not carried yet.
 
-  Truncation makes no entry larger, and so no norm.
+  Truncation makes no entry larger, and so no norm. x is float32 or wider.
+  Entries beyond +-bound become +-bound, and NaN becomes 0: neither occurs, but
+  a sum must not overflow even if it did.
 
-  Args:
-    form: the format.
-    x: float32 or wider.
-    bound: entries beyond +-bound become +-bound, and NaN becomes 0. Neither
-      occurs, but a sum must not overflow even if it did.
-    is_floored: rounds down instead. Then adding x to a number of this format
-      gives what rounding their exact sum gives. So noise can be split alone,
-      and rounding still comes after noise.
+  `is_floored` rounds down instead. Then adding x to a number of this format
+  gives what rounding their exact sum gives. So noise can be split alone, and
+  rounding still comes after noise.
   """
   x = jnp.clip(jnp.where(jnp.isnan(x), 0, x), -bound, bound)
   rest = x * math.ldexp(1.0, form.exponent)

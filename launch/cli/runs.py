@@ -13,13 +13,8 @@ _NOT_BEGUN = "not_begun"
 def open_begun(workdir: str, location: str | None) -> ledger_lib.Ledger:
   """Opens the ledger of a run that has begun, for reading.
 
-  Args:
-    workdir: the run's directory.
-    location: of its ledger; None: in the directory.
-
-  Raises:
-    ValueError: there is no such run.
-    dpdist.errors.LedgerError: it is damaged.
+  It is in the run's directory unless a location is given. Raises ValueError if
+  there is no such run.
   """
   if location is None:
     location = os.path.join(workdir, "ledger")
@@ -50,10 +45,6 @@ def none_began(workdir: str, location: str | None) -> bool:
   """Returns whether a run was started in a directory but none has begun there.
 
   It was refused then, for its data or by the dry run.
-
-  Args:
-    workdir: the directory.
-    location: of the ledger, if it is given.
   """
   return (
     location is None

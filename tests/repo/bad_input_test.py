@@ -108,18 +108,18 @@ def _changed(function, name, right, *values):
 ROWS = [
   # Clipping.
   *_changed(
-    _clip, "l2_clip_norm", "finite and at least", 0.0, -1.0, _NAN, _INF, "1"
+    _clip, "l2_clip_norm", "in [1e-12, 1e+18]", 0.0, -1.0, _NAN, _INF, "1"
   ),
   *_changed(_clip, "l2_clip_norm", "must hold a norm", None, {}, []),
   *_changed(_clip, "method", "'two_pass'", "magic", None, 1),
   *_changed(_clip, "platform", "'tpu'", "npu", 1),
   *_changed(
-    _clip, "microbatch_size", "None or an int above 0", 0, -2, 1.5, True
+    _clip, "microbatch_size", "None or an integer >= 1", 0, -2, 1.5, True
   ),
   *_changed(
     _clip,
     "normalize_gamma",
-    "None or finite and at least 1e-12",
+    "None or finite and >= 1e-12",
     0.0,
     -1.0,
     _NAN,
@@ -195,8 +195,8 @@ ROWS = [
   ),
   # Virtual steps.
   (lambda: _virtual("max"), "reduction", "'max'", "'mean'"),
-  (lambda: _virtual("mean"), "expected_batch_size", "None", "above 0"),
-  (lambda: _virtual("mean", -1), "expected_batch_size", "-1", "above 0"),
+  (lambda: _virtual("mean"), "expected_batch_size", "None", "finite and > 0"),
+  (lambda: _virtual("mean", -1), "expected_batch_size", "-1", "finite and > 0"),
   (lambda: _virtual("sum", 4), "expected_batch_size", "4", "None"),
   (
     lambda: clipping.VirtualStep(_loss),
@@ -209,13 +209,13 @@ ROWS = [
     lambda: _virtual().add(_PARAMS, jnp.ones(2), l2_clip_norm=_INF),
     "l2_clip_norm",
     "inf",
-    "finite",
+    "in [1e-12, 1e+18]",
   ),
   # Groups.
   *_changed(
     lambda group_size: clipping.into_groups(jnp.ones(8), group_size),
     "group_size",
-    "an int above 0",
+    "an integer >= 1",
     0,
     1.5,
     True,
@@ -229,7 +229,7 @@ ROWS = [
   # Private gradients and noise.
   *_changed(_gradients, "batch_axis", "must be 0", 1, -1, (0, 0), True, None),
   *_changed(_in_groups, "group_size", "unless rows_are_fixed=True", 2),
-  *_changed(_gradients, "l2_clip_norm", "finite and at least", -1.0),
+  *_changed(_gradients, "l2_clip_norm", "in [1e-12, 1e+18]", -1.0),
   *_changed(_gradients, "plan", "dpdist.make_plan", "plan", 3),
   (lambda: _gradients(seed=1.5), "seed", "float", "int, non-empty bytes"),
   (lambda: _gradients(seed=b""), "seed", "bytes", "non-empty"),
@@ -283,16 +283,16 @@ ROWS = [
   *_changed(_dp, "epsilon", "finite and > 0", 0, _INF, "2"),
   *_changed(_dp, "delta", "in (0, 1)", 0, 1),
   *_changed(_dp, "clipping_norm", "finite and > 0", 0, None),
-  *_changed(_dp, "batch_size", "an int >= 1", 0, 1.5),
+  *_changed(_dp, "batch_size", "an integer >= 1", 0, 1.5),
   *_changed(_dp, "batch_size", "at most train_size=100", 101),
-  *_changed(_dp, "gradient_accumulation_steps", "an int >= 1", 0),
+  *_changed(_dp, "gradient_accumulation_steps", "an integer >= 1", 0),
   (
     lambda: _dp(gradient_accumulation_steps=13),
     "gradient_accumulation_steps",
     "104",
     "at most train_size=100",
   ),
-  *_changed(_dp, "train_steps", "an int >= 1", 0),
+  *_changed(_dp, "train_steps", "an integer >= 1", 0),
   *_changed(_dp, "microbatch_size", "at most batch_size=8", 9),
   *_changed(_dp, "noise_multiplier", "large enough for epsilon=2.0", 0.1),
   # Accounting and sampling.

@@ -33,9 +33,10 @@ LAYERS = (
   ("dpdist/clipping/engines",),
   ("dpdist/accounting", "dpdist/clipping", "dpdist/noise", "dpdist/sampling"),
   ("dpdist/data", "dpdist/models", "dpdist/privacy"),
-  ("dpdist/data/features", "dpdist/mechanism", "dpdist/reporting")
-  + ("dpdist:config",),
-  ("dpdist/data/datasets", "dpdist/ledger", "dpdist/sensitivity"),
+  ("dpdist/data/builders", "dpdist/data/features", "dpdist/mechanism")
+  + ("dpdist/reporting", "dpdist:config"),
+  ("dpdist/data:api", "dpdist/data/datasets", "dpdist/ledger")
+  + ("dpdist/sensitivity",),
   ("dpdist/tasks",),
   ("dpdist/workdir",),
   ("dpdist/frontends", "dpdist/training"),

@@ -21,6 +21,8 @@ from dpdist import errors
     (_validation.real(at_least=0), 0, float),
     (_validation.one_of(("a", "b")), "a", str),
     (_validation.FLAG, False, bool),
+    (_validation.optional(_validation.COUNT), np.int64(2), int),
+    (_validation.optional(_validation.COUNT), None, type(None)),
   ],
 )
 def test_a_right_value_becomes_a_plain_one(rule, right, plain):
@@ -51,6 +53,13 @@ def test_a_right_value_becomes_a_plain_one(rule, right, plain):
     (_validation.one_of(("a", "b")), "c", "x must be one of ('a', 'b'), got"),
     (_validation.one_of(("a", "b")), None, "x must be one of ('a', 'b'), got"),
     (_validation.FLAG, 1, "x must be True or False, got 1"),
+    (
+      _validation.optional(_validation.COUNT),
+      0,
+      "x must be None or an integer",
+    ),
+    (_validation.optional(_validation.COUNT), True, "x must be None or an int"),
+    (_validation.optional(_validation.COUNT), "1", "x must be None or an int"),
   ],
 )
 def test_a_wrong_value_is_named_with_its_rule(rule, wrong, text):

@@ -34,25 +34,16 @@ Key = tuple[int, ...]
 
 
 class Problem(NamedTuple):
-  """The input of the engines that does not depend on examples.
+  """The input of the engines that does not depend on examples."""
 
-  Attributes:
-    block: the loss of one example, split into equations and weight uses.
-    rules: cover all its uses.
-    leaves: the trained parameters; some may be `shards.Shard`s.
-    frozen: the frozen parameters; some may be `shards.Shard`s.
-    groups: for each parameter the number of the group it is clipped with.
-    scaling: how gradients are scaled.
-    platform: "cpu", "gpu" or "tpu".
-  """
-
-  block: Block
-  rules: Sequence[Rule]
-  leaves: Sequence[Any]
-  frozen: Sequence[Any]
+  block: Block  # The loss of one example, split into equations and weight uses.
+  rules: Sequence[Rule]  # They cover all uses of `block`.
+  leaves: Sequence[Any]  # Trained; some may be `shards.Shard`s.
+  frozen: Sequence[Any]  # Some may be `shards.Shard`s.
+  # For each parameter the number of the group it is clipped with.
   groups: Sequence[int]
   scaling: Scaling
-  platform: str
+  platform: str  # "cpu", "gpu" or "tpu".
 
   def inputs(self, example: Sequence[Any]) -> list[Any]:
     """Returns the block's inputs for one example."""
@@ -75,15 +66,10 @@ def clipped_sum(
 ) -> tuple[list[jax.Array], list[jax.Array], list[jax.Array]]:
   """Sums clipped per-example gradients.
 
-  Args:
-    problem: the loss, its parameters and the scaling.
-    examples: leaves of the batch; leading axis B.
-    keep: [B] bool; an example that is not kept contributes exactly 0.
-
-  Returns:
-    The sum of each parameter's gradients, float32 or wider, and for a shard its
-    part of the sum over its mesh axis; the outputs of the loss, [B, ...]; the
-    norms before clipping, [B] for each group.
+  `keep` is [B] bool; an example that is not kept contributes exactly 0. Returns
+  the sum of each parameter's gradients, float32 or wider, and for a shard its
+  part of the sum over its mesh axis; the outputs of the loss, [B, ...]; and the
+  norms before clipping, [B] for each group.
   """
   operands, cotangents, outs = backward(problem, examples)
   total = [
@@ -131,9 +117,8 @@ def backward(
 ) -> tuple[dict[Key, jax.Array], dict[Key, jax.Array], list[jax.Array]]:
   """Runs a forward pass, and a backward pass through the activations.
 
-  Returns:
-    The data operands of products and the gradients of the tapped values, both
-    by use and with a leading axis B; and the outputs of the loss.
+  Returns the data operands of products and the gradients of the tapped values,
+  both by use and with a leading axis B; and the outputs of the loss.
   """
   size = examples[0].shape[0]
   taps = varying_axes.cast_to_varying(
@@ -168,11 +153,8 @@ def norms_of(
   """Returns the norms of a rule's gradients, by group, and the gradients.
 
   Operands and cotangents have a leading axis B; those of other rules are
-  ignored.
-
-  Returns:
-    [B] for each group; and the gradients in the form of `rule.form`, leading
-    axis B, None where they are not formed.
+  ignored. The norms are [B]; the gradients are in the form of `rule.form`, with
+  a leading axis B, or None where they are not formed.
   """
   operands = {s.key: operands[s.key] for s in rule.uses if s.eqn is not None}
   cotangents = {s.key: cotangents[s.key] for s in rule.uses}
@@ -218,10 +200,8 @@ def norm(
 ) -> tuple[jax.Array, jax.Array | None]:
   """Returns the norm of one example's gradient, and the gradient itself.
 
-  The rule's form is not PARAMETERS.
-
-  Returns:
-    A scalar; and the gradient in the form of `rule.form`, None if not formed.
+  The rule's form is not PARAMETERS. The norm is a scalar; the gradient is in
+  the form of `rule.form`, or None if it is not formed.
   """
   unit_roundoff = problem.unit_roundoff(rule)
   if not rule.strategy.forms:
@@ -295,16 +275,10 @@ def weighted_sum(
 ) -> list[jax.Array]:
   """Sums scaled gradients over the examples, and takes them to the parameters.
 
-  Args:
-    problem: the loss, its parameters and the scaling.
-    operands: the products' data operands, by use; leading axis B.
-    cotangents: the gradients of the uses' outputs, in the same form.
-    kept: for each rule its gradients as `norm` returns them, or None.
-    scales: for each group, [B].
-
-  Returns:
-    For each parameter its sum, float32 or wider; for a shard its part of the
-    sum over its mesh axis.
+  Operands and cotangents are by use, with a leading axis B; `kept` holds for
+  each rule its gradients as `norms_of` returns them, or None; `scales` holds
+  [B] for each group. Returns each parameter's sum, float32 or wider, and for a
+  shard its part of the sum over its mesh axis.
   """
   groups = problem.groups
   of_weights: dict[Key, jax.Array] = {}

@@ -27,17 +27,13 @@ class Scaling:
       multiplied with exactly 0.
     * No example is multiplied with more than 1 before the sum, so that nothing
       overflows before it; factors above 1 are applied after it.
-
-  Attributes:
-    l2_clip_norms: above 0.
-    rescale_to_unit_norm: divide by the clip norm.
-    normalize_gamma: None to clip, g * min(1, C / |g|); else to normalise,
-      g * C / (|g| + gamma) (Bu et al. 2023, "Automatic Clipping: Differentially
-      Private Deep Learning Made Easier and Stronger").
   """
 
-  l2_clip_norms: tuple[float, ...]
-  rescale_to_unit_norm: bool
+  l2_clip_norms: tuple[float, ...]  # Above 0.
+  rescale_to_unit_norm: bool  # Divide by the clip norm.
+  # None to clip, g * min(1, C / |g|); else to normalise, g * C / (|g| + gamma)
+  # (Bu et al. 2023, "Automatic Clipping: Differentially Private Deep Learning
+  # Made Easier and Stronger").
   normalize_gamma: float | None
 
   @property
@@ -68,18 +64,14 @@ class Scaling:
   ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Computes the factors, without `enlargements`.
 
-    Args:
-      norms: for each group, [B], float32 or wider.
-      keep: [B] bool.
-      lost: for each group, [B]: by how much a scaled gradient can be wrong
-        because intermediate numbers are too small for their dtype; empty if
-        nothing is lost.
+    `norms` and `lost` hold [B] for each group, `norms` in float32 or wider.
+    `lost` says by how much a scaled gradient can be wrong because intermediate
+    numbers are too small for their dtype; it is empty if nothing is lost.
 
-    Returns:
-      Factors, at most 1, and norms, [B] for each group. An example is left out
-      of all groups if the norm of one is not finite, and of a group if it is
-      scaled and loses too much: lost terms may have cancelled others, which
-      would remain.
+    Returns factors, at most 1, and norms, [B] for each group. An example is
+    left out of all groups if the norm of one is not finite, and of a group if
+    it is scaled and loses too much: lost terms may have cancelled others, which
+    would remain.
     """
     bounds = [
       bound / more
@@ -98,12 +90,7 @@ class Scaling:
   def enlarged(
     self, sums: Sequence[jax.Array], groups: Sequence[int]
   ) -> list[jax.Array]:
-    """Applies `enlargements` to sums that were scaled by `scales`.
-
-    Args:
-      sums: for each parameter.
-      groups: for each parameter the number of its group.
-    """
+    """Applies `enlargements` to the parameters' sums, scaled by `scales`."""
     more = self.enlargements
     return [x * more[i] for x, i in zip(sums, groups, strict=True)]
 
@@ -142,16 +129,9 @@ def groups(
 ) -> list[int]:
   """Returns for each trained parameter the number of its clip norm.
 
-  Args:
-    params: pytree.
-    l2_clip_norm: a number, or a prefix pytree of params with a number for each
-      group and None for a group that is wholly frozen.
-    is_frozen: for each leaf of params.
-
-  Raises:
-    ValueError: l2_clip_norm is no prefix; a group with a trained parameter has
-      no norm; or a wholly frozen one has a norm, which would count in the
-      sensitivity.
+  `l2_clip_norm` is a number, or a prefix pytree of params with a number for
+  each group. A group with a trained parameter must have a norm; one that is
+  wholly frozen must have None, since a norm would count in the sensitivity.
   """
   norms, of_norms = jax.tree.flatten(l2_clip_norm, is_leaf=lambda x: x is None)
   # mypy does not accept JAX's class of tree structures as a type.

@@ -48,23 +48,17 @@ def run(
   unroll: bool,
   keep_low: bool,
 ) -> tuple[compensated.Sum, Any, Any, Any]:
-  """Applies a function to parts of a batch.
+  """Applies a function to parts of a batch, and joins what it returns.
 
-  Args:
-    function: (*args) -> (sums, then trees with a leading axis over examples).
-    args: pytrees with a leading axis of batch_size.
-    batch_size: examples.
-    size: examples of a part; must divide batch_size, or be at least as large,
-      which gives one part.
-    axes: mesh axes that args vary over.
-    unroll: whether to unroll the loop over parts. XLA for CPUs is many times
-      slower at convolutions inside a loop.
-    keep_low: whether to keep what the additions round away; otherwise they
-      round like those within a part.
+  The function returns sums, then trees with a leading axis over examples. A
+  part has `size` examples, which must divide batch_size, or be at least as
+  large, which gives one part. `axes` are the mesh axes that args vary over.
+  `unroll` unrolls the loop over parts: XLA for CPUs is many times slower at
+  convolutions inside a loop. `keep_low` keeps what the additions round away;
+  otherwise they round like those within a part.
 
-  Returns:
-    The sums over all parts, whose low is None where it is not kept or there is
-    one part; the other results joined.
+  Returns the sums over all parts, whose low is None where it is not kept or
+  there is one part; and the other results, joined.
   """
   if size >= batch_size:
     alone, loss, norms, aux = function(*args)

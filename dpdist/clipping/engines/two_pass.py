@@ -93,11 +93,11 @@ def _norms(
 ]:
   """Runs the first pass.
 
-  Returns:
-    Norms, and what underflow may take from a sum, [B] for each group. Gradients
-    [B, ...] by the number of their parameter, where weights are computed from
-    parameters: taking gradients back there may cancel terms, and a sum over the
-    examples would be rounded differently. The outputs of the loss.
+  Returns norms, and what underflow may take from a sum, [B] for each group;
+  then gradients [B, ...] by the number of their parameter, where weights are
+  computed from parameters: taking gradients back there may cancel terms, and a
+  sum over the examples would be rounded differently; then the outputs of the
+  loss.
   """
   inside = {
     rule.uses[0].key: _summed_by_a_product(rule)
@@ -255,10 +255,8 @@ def _weighted_gradient(
   """Runs the second pass: sums scaled gradients, except of some parameters.
 
   Examples must not hold NaN. If `some` says that no scale [B] is other than 0,
-  all sums are 0, and so is what this device adds to the sum of a shard.
-
-  Returns:
-    For each parameter its sum, None for the numbers in `others`.
+  all sums are 0, and so is what this device adds to the sum of a shard. Returns
+  each parameter's sum, or None for the numbers in `others`.
   """
   wanted = [i for i in range(len(problem.leaves)) if i not in others]
 

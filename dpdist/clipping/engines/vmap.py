@@ -27,18 +27,14 @@ def clipped_sum(
 ) -> tuple[list[jax.Array], jax.Array, list[jax.Array], Any]:
   """Sums clipped per-example gradients.
 
-  Args:
-    loss_fn: (params, *example) -> (scalar loss, aux), for one example.
-    params: pytree of floating arrays.
-    examples: pytrees; every leaf has the leading axis B.
-    keep: [B] bool; an example that is not kept contributes exactly 0.
-    groups: for each leaf of params the number of the group it is clipped with.
-    scaling: how gradients are scaled.
+  `loss_fn` maps (params, *example) to (scalar loss, aux), for one example.
+  `keep` is [B] bool; an example that is not kept contributes exactly 0.
+  `groups` has for each leaf of params the number of the group it is clipped
+  with.
 
-  Returns:
-    The sum, a list like the leaves of params in float32 or wider; the losses
-    [B]; the gradient norms before clipping, [B] for each group; aux stacked
-    along B.
+  Returns the sum, a list like the leaves of params in float32 or wider; the
+  losses [B]; the gradient norms before clipping, [B] for each group; and aux
+  stacked along B.
   """
   leaves, loss, aux = per_example_gradients(loss_fn, params, examples)
   leaves = [sharing.computed_once(g) for g in leaves]

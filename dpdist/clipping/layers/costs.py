@@ -15,39 +15,27 @@ import jax.numpy as jnp
 
 
 class Cost(NamedTuple):
-  """The cost for one example, beyond that of the clipped sum.
-
-  Attributes:
-    flops: floating-point operations.
-    bytes: bytes read and written.
-    kept: bytes that are kept until the sum.
-  """
+  """The cost for one example, beyond that of the clipped sum."""
 
   flops: float
-  bytes: float
-  kept: float
+  bytes: float  # Bytes read and written.
+  kept: float  # Bytes that are kept until the sum.
 
 
 class Model(NamedTuple):
-  """A backend's speed.
-
-  Attributes:
-    flops_per_second: speed of matrix products.
-    bytes_per_second: memory bandwidth.
-    kept_factor: cost of a kept byte relative to that of a byte that is read.
-    tile: a matrix product computes multiples of this many entries, along the
-      axis that is summed and one of the others.
-    reads_patches: whether forming the gradient of a kernel reads the input once
-      for each offset, instead of once.
-    patch_passes: how often patches are read or written to make a matrix of
-      them and use it.
-  """
+  """A backend's speed."""
 
   flops_per_second: float
   bytes_per_second: float
+  # Cost of a kept byte relative to that of a byte that is read.
   kept_factor: float
+  # A matrix product computes multiples of this many entries, along the axis
+  # that is summed and one of the others.
   tile: int = 1
+  # Whether forming the gradient of a kernel reads the input once for each
+  # offset, instead of once.
   reads_patches: bool = True
+  # How often patches are read or written to make a matrix of them and use it.
   patch_passes: float = 3.0
 
   def product(self, rows: int, summed: int, columns: int) -> float:
@@ -89,13 +77,9 @@ def default_platform() -> str:
 def unit_roundoff(platform: str, precision: Any) -> float:
   """Bounds the relative error with which a float32 product rounds its operands.
 
-  Args:
-    platform: "cpu", "gpu" or "tpu".
-    precision: the product's precision, as `jax.lax.dot_general` takes it; None
-      means JAX's current setting of matmul precision.
-
-  Returns:
-    The bound; 0 for products that do not round their operands.
+  The platform is "cpu", "gpu" or "tpu". The precision is as
+  `jax.lax.dot_general` takes it; None means JAX's current setting of matmul
+  precision. The bound is 0 for products that do not round their operands.
   """
   if isinstance(precision, jax.lax.DotAlgorithm):
     widths = (precision.lhs_precision_type, precision.rhs_precision_type)
@@ -132,9 +116,7 @@ MODELS = {
 def gram(sizes: Sequence[tuple[int, int, int, int]], model: Model) -> Cost:
   """Returns the cost of all pairs' inner products, of rows and of columns.
 
-  Args:
-    sizes: (S, T, m, n) of each list of factors; S is the same for all.
-    model: the backend's speed.
+  `sizes` holds (S, T, m, n) of each list of factors; S is the same for all.
   """
   (count, *_), *_ = sizes
   positions = sum(more for _, more, _, _ in sizes)

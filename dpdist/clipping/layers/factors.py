@@ -46,30 +46,19 @@ class Lookup(NamedTuple):
 
 
 class Layout(NamedTuple):
-  """The axes of an array that the S, m and n of factors correspond to.
+  """The axes of an array that the S, m and n of factors correspond to."""
 
-  Attributes:
-    steps: the array, as an image of parameters.
-    batch: axes of S.
-    rows: axes of m.
-    columns: axes of n.
-  """
-
-  steps: tuple[Any, ...]
-  batch: tuple[int, ...]
-  rows: tuple[int, ...]
-  columns: tuple[int, ...]
+  steps: tuple[Any, ...]  # The array, as an image of parameters.
+  batch: tuple[int, ...]  # Axes of S.
+  rows: tuple[int, ...]  # Axes of m.
+  columns: tuple[int, ...]  # Axes of n.
 
 
 def layout(use: WeightUse, roles: tuple[tuple[int, ...], ...]) -> Layout | None:
   """Returns how a weight's factors lie on parameters.
 
-  Args:
-    use: where the weight is used.
-    roles: the weight's axes of S, of m and of n.
-
-  Returns:
-    None for a weight that is no image of parameters.
+  `roles` are the weight's axes of S, of m and of n. Returns None for a weight
+  that is no image of parameters.
   """
   if use.weight.origin is None:
     return None
@@ -85,9 +74,7 @@ def layout(use: WeightUse, roles: tuple[tuple[int, ...], ...]) -> Layout | None:
 def swapped(one: Layout, other: Layout) -> bool | None:
   """Returns whether rows and columns are swapped in another layout of an array.
 
-  Returns:
-    False if the layouts are equal, True if rows and columns are swapped, None
-    if the factors cannot be used together.
+  Returns None if the factors cannot be used together.
   """
   if one == other:
     return False
@@ -108,14 +95,9 @@ def norm(
 ) -> jax.Array:
   """Returns the norm of the sum of some factors' gradients, never too small.
 
-  Args:
-    factors: factors of one weight, in one layout, for one example.
-    unit_roundoff: relative error with which the summing product rounds its
-      operands; 0 if it does not round them.
-    precision: precision of the products.
-
-  Returns:
-    Scalar, float32 or wider.
+  The factors are those of one weight, in one layout, for one example.
+  `unit_roundoff` is the relative error with which the summing product rounds
+  its operands, 0 if it does not. The norm is a scalar, float32 or wider.
   """
   units, power = _units(factors)
   terms: Any = sum(
@@ -147,21 +129,13 @@ def sum_of_norms(factor: Dense) -> jax.Array:
 
 
 class _Unit(NamedTuple):
-  """Factors whose entries can all be squared.
+  """Factors whose entries can all be squared."""
 
-  Attributes:
-    rows: [S, T, m]; None if they are one-hot.
-    indices: [T] of one-hot rows; otherwise None.
-    columns: [S, T, n].
-    row_norms: [S, T].
-    column_norms: [S, T].
-  """
-
-  rows: jax.Array | None
-  indices: jax.Array | None
-  columns: jax.Array
-  row_norms: jax.Array
-  column_norms: jax.Array
+  rows: jax.Array | None  # [S, T, m]; None if they are one-hot.
+  indices: jax.Array | None  # [T] of one-hot rows; otherwise None.
+  columns: jax.Array  # [S, T, n].
+  row_norms: jax.Array  # [S, T].
+  column_norms: jax.Array  # [S, T].
 
 
 def _units(

@@ -28,18 +28,12 @@ _LONGEST = 512
 
 
 class InnerProducts(NamedTuple):
-  """Inner products of all pairs of two lists of vectors.
+  """Inner products of all pairs of two lists of vectors."""
 
-  Attributes:
-    products: [..., T, U].
-    one: norms of the first list, [..., T].
-    other: norms of the second list, [..., U].
-    error: bound on the products' errors, relative to the products of the norms.
-  """
-
-  products: jax.Array
-  one: jax.Array
-  other: jax.Array
+  products: jax.Array  # [..., T, U].
+  one: jax.Array  # Norms of the first list, [..., T].
+  other: jax.Array  # Norms of the second list, [..., U].
+  # Bound on the products' errors, relative to the products of norms.
   error: float
 
   def of_norms(self) -> jax.Array:
@@ -50,9 +44,8 @@ class InnerProducts(NamedTuple):
 def gram(x: jax.Array, y: jax.Array, precision: Any) -> tuple[jax.Array, float]:
   """Computes inner products of the rows of x [..., T, m] and y [..., U, m].
 
-  Returns:
-    [..., T, U], float32 or wider; and a bound on their errors, relative to the
-    product of the two norms.
+  Returns them, [..., T, U] in float32 or wider, and a bound on their errors,
+  relative to the product of the two norms.
   """
   length = x.shape[-1]
   parts = max(1, -(-length // _LONGEST))
@@ -76,8 +69,7 @@ def sum_of_products(
 ) -> tuple[jax.Array, jax.Array]:
   """Sums inner products of rows times those of columns, over all pairs.
 
-  Returns:
-    [...]; and a bound on its errors.
+  Returns the sum, [...], and a bound on its errors.
   """
   # In any order of additions, no term goes through more additions than that.
   added = sum(rows.products.shape[-2:])
@@ -113,13 +105,9 @@ def from_inner_products(
 ) -> jax.Array:
   """Returns a norm from a sum of inner products, some of them negative.
 
-  Args:
-    square: the sum of inner products.
-    error: by how much it may be too small.
-    terms: the sum of the norms of the terms.
-
-  Returns:
-    At least the norm, except for a part of at most `_UNNOTICED`.
+  `square` is that sum, which may be too small by `error`; `terms` is the sum of
+  the norms of the terms. The result is at least the norm, except for a part of
+  at most `_UNNOTICED`.
   """
   square = jnp.maximum(square, 0)
   square = square + jnp.maximum(error - 2 * _UNNOTICED * square, 0)
@@ -131,19 +119,12 @@ def with_room(
 ) -> jax.Array:
   """Returns a norm plus what the summing product's rounding can add.
 
-  That product adds the terms up again, in another order. And accelerators
-  multiply float32 with 8 or 11 bits by default: an example's contribution to a
-  sum can then be longer than its gradient, by the rounding of both operands in
-  every term.
-
-  Args:
-    norm: the norm of the gradient.
-    terms: at least the sum of the norms of the product's terms.
-    positions: how many terms the product adds up.
-    unit_roundoff: relative rounding error of an operand.
-
-  Returns:
-    The norm plus that.
+  That product adds up `positions` terms again, in another order. And
+  accelerators multiply float32 with 8 or 11 bits by default: an example's
+  contribution to a sum can then be longer than its gradient, by the rounding of
+  both operands in every term. `terms` is at least the sum of the norms of the
+  product's terms, and `unit_roundoff` the relative rounding error of an
+  operand.
   """
   # Where terms cancel, a partial sum is at most half of them.
   added = positions / 2 * _rounding(norm.dtype) * terms

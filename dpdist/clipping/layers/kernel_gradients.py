@@ -38,27 +38,16 @@ _MOST_GROUPED_CHANNELS = 32
 
 
 class Sizes(NamedTuple):
-  """Sizes of a convolution for one example.
+  """Sizes of a convolution for one example."""
 
-  Attributes:
-    padded: positions of the input, padding and holes included.
-    positions: positions of the output.
-    offsets: offsets of the kernel.
-    groups: groups of channels.
-    inputs: channels of the input in a group.
-    outputs: channels of the output in a group.
-    phases: phases into which the strides sort the pixels.
-    cells: padded positions in a phase.
-  """
-
-  padded: int
-  positions: int
-  offsets: int
-  groups: int
-  inputs: int
-  outputs: int
-  phases: int
-  cells: int
+  padded: int  # Positions of the input, padding and holes included.
+  positions: int  # Positions of the output.
+  offsets: int  # Offsets of the kernel.
+  groups: int  # Groups of channels.
+  inputs: int  # Channels of the input in a group.
+  outputs: int  # Channels of the output in a group.
+  phases: int  # Phases into which the strides sort the pixels.
+  cells: int  # Padded positions in a phase.
 
 
 class Geometry(NamedTuple):
@@ -174,10 +163,9 @@ def _by_convolution(
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
   """Uses one convolution for all examples, which reads each operand once.
 
-  Returns:
-    A function from inputs and gradients of the output, [N, ...], to gradients
-    of the kernel, [N, ...]. Under vmap N grows, where JAX's own rule would make
-    groups of channels.
+  Returns a function from inputs and gradients of the output, [N, ...], to
+  gradients of the kernel, [N, ...]. Under vmap N grows, where JAX's own rule
+  would make groups of channels.
   """
   g = geometry(use)
   channels = use.eqn.invars[0].aval.shape[g.lhs[1]] // g.groups

@@ -72,15 +72,14 @@ def scaled(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns vectors that can be squared, and the powers of two taken out.
 
-  Args:
-    x: array of any floating dtype, or of whole numbers.
-    axes: the axes along which a vector lies; all if None.
+  x is of any floating dtype, or of whole numbers. A vector lies along `axes`,
+  all if None.
 
-  Returns:
-    The scaled vectors, of a dtype with the range of float32. Entries are at
-    most 4, or not finite where they were not. The sum of their magnitudes is at
-    least 1/2, unless all are 0 or subnormal. And the exponents, int32, of x's
-    shape but 1 along the axes; where a vector is 0, far below all others.
+  The scaled vectors are of a dtype with the range of float32. Their entries are
+  at most 4, or not finite where they were not. The sum of their magnitudes is
+  at least 1/2, unless all are 0 or subnormal. The exponents are int32, of x's
+  shape but 1 along the axes; where a vector is 0, they are far below all
+  others.
   """
   if x.dtype != jnp.bfloat16:
     x = x.astype(wide(x.dtype))

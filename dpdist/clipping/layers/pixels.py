@@ -84,9 +84,8 @@ def _phases(
 ) -> tuple[jax.Array, list[int]]:
   """Sorts the pixels of [rows, *space, groups, channels] into phases.
 
-  Returns:
-    [*phases, groups, rows and cells of space, channels]; and the number of
-    cells along each axis of space.
+  Returns [*phases, groups, rows and cells of space, channels], and the number
+  of cells along each axis of space.
   """
   ndim = len(g.kernel)
   cells = [
@@ -115,11 +114,8 @@ def _sum_of_shifts(
   """Sums over the offsets of the kernel; x is [*phases, groups, pixels].
 
   Its last axes, of which there are `moved`, hold pixels and move together.
-  There are `cells` along each axis of space.
-
-  Returns:
-    [groups, pixels] or [groups, pixels, pixels], with those pixels that all
-    offsets have.
+  There are `cells` along each axis of space. Returns [groups, pixels] or
+  [groups, pixels, pixels], with those pixels that all offsets have.
   """
   for axis in reversed(range(len(g.kernel))):
     pitch = math.prod(cells[axis + 1 :])

@@ -42,20 +42,12 @@ class Form(enum.Enum):
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-  """How the norm of some uses' common gradient is computed.
+  """How the norm of some uses' common gradient is computed."""
 
-  Attributes:
-    uses: the weight uses whose gradients add up.
-    leaves: indices of the parameters.
-    form: the form of the gradients.
-    strategy: the way to their norm.
-    cost: the cost of that way; see `costs`.
-  """
-
-  uses: tuple[WeightUse, ...]
-  leaves: frozenset[int]
+  uses: tuple[WeightUse, ...]  # The weight uses whose gradients add up.
+  leaves: frozenset[int]  # Indices of the parameters.
   form: Form
-  strategy: Strategy
+  strategy: Strategy  # The way to their norm.
   cost: costs.Cost
 
   def gradient(self, of_weights: Mapping[Any, jax.Array]) -> jax.Array:
@@ -96,11 +88,7 @@ class Rule:
 
 
 def registered() -> tuple[layer_rule.LayerRule, ...]:
-  """Returns all registered layer rules: ours, then others by name.
-
-  Raises:
-    ValueError: one is no `LayerRule`.
-  """
+  """Returns all registered layer rules: ours, then others by name."""
   others = []
   for name, thing in registry.registered("layer_rule"):
     if thing in _OURS:
@@ -121,10 +109,8 @@ def find(
 ) -> layer_rule.LayerRule | None:
   """Returns the first rule of an equation with a weight, or None.
 
-  Args:
-    layer_rules: rules, in order.
-    eqn: a JAX equation; None for the per-example fallback.
-    operand: which operand is the weight.
+  `operand` says which operand is the weight. Without an equation, the rule is
+  that of the per-example fallback.
   """
   if eqn is None:
     return _FALLBACK
@@ -143,13 +129,8 @@ def choose(
 ) -> list[Rule]:
   """Covers all uses of a program by rules, each by its cheapest strategy.
 
-  Args:
-    uses: those of a program.
-    groups: for each parameter the number of the group it is clipped with.
-    model: the backend's speed.
-
-  Returns:
-    Rules, in order of their first use.
+  `groups` has for each parameter the number of the group it is clipped with.
+  Returns the rules in order of their first use.
   """
   rules = []
   for component in _components(uses):
@@ -220,8 +201,7 @@ def _clusters(
 ) -> list[tuple[tuple[WeightUse, ...], Form]] | None:
   """Splits a component into parts whose squared norms add up, with forms.
 
-  Returns:
-    None if only the parameters' own gradients can be used.
+  Returns None if only the parameters' own gradients can be used.
   """
   clusters: list[list[WeightUse]] = []
   for use in component:

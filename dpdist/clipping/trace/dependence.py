@@ -15,12 +15,7 @@ from dpdist.clipping.trace import program
 
 
 def dependent(jaxpr: Any, marked: Sequence[bool]) -> list[bool]:
-  """Returns for each output whether it depends on a marked input.
-
-  Args:
-    jaxpr: not closed.
-    marked: for each input, whether it is marked.
-  """
+  """Returns which outputs of a jaxpr, not closed, depend on marked inputs."""
   env = dict(zip(jaxpr.invars, marked, strict=True))
 
   def read(atom: Any) -> bool:

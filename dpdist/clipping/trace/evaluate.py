@@ -34,16 +34,13 @@ def tapped(
 
 
 class Hooks(NamedTuple):
-  """What is done where weights are used.
+  """What is done where weights are used."""
 
-  Attributes:
-    product: runs a product: (use, weight, operand, tap) -> output.
-    gather: gathers a shard and its other parts, where it is used.
-    on_fallback: is applied to a weight where it becomes data.
-  """
-
+  # Runs a product: (use, weight, operand, tap) -> output.
   product: Callable[[WeightUse, jax.Array, jax.Array, Any], jax.Array] = tapped
+  # Gathers a shard and its other parts, where it is used.
   gather: Callable[[shards.Shard], jax.Array] = shards.Shard.whole
+  # Is applied to a weight where it becomes data.
   on_fallback: Callable[[jax.Array], jax.Array] = lambda weight: weight
 
 
@@ -58,17 +55,10 @@ def forward(
 ) -> tuple[list[Any], dict[Key, jax.Array]]:
   """Runs a block on one example.
 
-  Args:
-    block: from `split.split`.
-    values: the values of its inputs; those of weights and constants may be
-      `shards.Shard`s.
-    taps: for each use's key, what is added to its output; a use without a tap
-      runs unchanged. In a loop, a leading axis is over the iterations.
-    hooks: what is done where weights are used.
-
-  Returns:
-    The outputs; and the data operand of every product, by key, with a leading
-    axis for each loop.
+  Values of weights and constants may be `shards.Shard`s. A use's tap is added
+  to its output, and has a leading axis over the iterations in a loop; a use
+  without a tap runs unchanged. Returns the outputs, and the data operand of
+  every product, by key, with a leading axis for each loop.
   """
   jaxpr = block.jaxpr.jaxpr
   env = dict(zip(jaxpr.constvars, block.jaxpr.consts, strict=True))
@@ -184,19 +174,13 @@ def to_parameters(
   """Takes gradients with respect to weights back to the block's inputs.
 
   It is linear in the gradients. So it can be called once for a sum over
-  examples, or for the gradient of a single example.
+  examples, or for the gradient of a single example. Values of data are not
+  used, the others may be `shards.Shard`s. `cotangents` holds gradients of the
+  shape `WeightUse.weight_shape`, by some uses' keys.
 
-  Args:
-    block: from `split.split`.
-    values: the values of the inputs; those of data are not used, the others may
-      be `shards.Shard`s.
-    cotangents: for some uses' keys, the gradient with respect to the weight, of
-      shape `WeightUse.weight_shape`.
-
-  Returns:
-    For each input that is a weight, its gradient; None for the others. It is
-    float32 or wider wherever the weight is computed by moves and casts alone.
-    It is whole, even where the weight is a shard.
+  Returns the gradient of each input that is a weight; None for the others. It
+  is float32 or wider wherever the weight is computed by moves and casts alone.
+  It is whole, even where the weight is a shard.
   """
   jaxpr = block.jaxpr.jaxpr
   values = [shards.whole(x) for x in values]
@@ -278,9 +262,7 @@ def _back_to_inputs(
   """Takes gradients of values computed from weights back to the weights.
 
   Inputs are widened weights; sums are by the variable that they belong to.
-
-  Returns:
-    What to add to the gradient of each input.
+  Returns what to add to the gradient of each input.
   """
   names, derived = list(inputs), list(sums)
   narrow = {x for x in derived if block.weights[x].narrow}

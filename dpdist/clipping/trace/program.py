@@ -43,15 +43,11 @@ class Kind(enum.IntEnum):
 
 
 class Origin(NamedTuple):
-  """How a weight is made as an isometric image of (parts of) parameters.
+  """How a weight is made as an isometric image of (parts of) parameters."""
 
-  Attributes:
-    leaves: indices of the parameters, all different.
-    steps: hashable; equal steps mean equal images. The first is
-      ("leaf", index) or ("join", axis, the steps of each part).
-  """
-
-  leaves: frozenset[int]
+  leaves: frozenset[int]  # Indices of the parameters, all different.
+  # Hashable; equal steps mean equal images. The first is ("leaf", index) or
+  # ("join", axis, the steps of each part).
   steps: tuple[Any, ...]
 
   def then(self, *step: Any) -> "Origin":
@@ -60,48 +56,34 @@ class Origin(NamedTuple):
 
 
 class Weight(NamedTuple):
-  """What is known about a weight.
+  """What is known about a weight."""
 
-  Attributes:
-    leaves: indices of the parameters that it depends on.
-    origin: None where it is no isometric image of parameters.
-    loops: for each enclosing loop whether the weight differs by iteration.
-    narrow: whether a step of its computation is in less than float32, or uses
-      values that were rounded to less, and float32 cannot be used instead.
-    rounded: whether a step of its computation is in less than float32.
-  """
-
-  leaves: frozenset[int]
-  origin: Origin | None
+  leaves: frozenset[int]  # Indices of the parameters that it depends on.
+  origin: Origin | None  # None where it is no isometric image of parameters.
+  # For each enclosing loop whether the weight differs by iteration.
   loops: tuple[bool, ...]
+  # Whether a step of its computation is in less than float32, or uses values
+  # that were rounded to less, and float32 cannot be used instead.
   narrow: bool
-  rounded: bool
+  rounded: bool  # Whether a step of its computation is in less than float32.
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightUse:
-  """A place where a weight meets data.
+  """A place where a weight meets data."""
 
-  Attributes:
-    key: its place: an equation's number for each enclosing block, then its own;
-      fallbacks have negative numbers.
-    eqn: the product; None for a fallback.
-    layer: the `dpdist.clipping.layers.layer_rule.LayerRule` of the product, or
-      that of fallbacks.
-    operand: which operand of the product is the weight.
-    var: the weight, a variable of its block.
-    weight: what is known about the weight.
-    lengths: lengths of the enclosing loops.
-    out: the tapped value, for one example and one iteration.
-  """
-
+  # Its place: an equation's number for each enclosing block, then its own;
+  # fallbacks have negative numbers.
   key: tuple[int, ...]
-  eqn: Any
+  eqn: Any  # The product; None for a fallback.
+  # The `dpdist.clipping.layers.layer_rule.LayerRule` of the product, or that of
+  # fallbacks.
   layer: Any
-  operand: int
-  var: Any
+  operand: int  # Which operand of the product is the weight.
+  var: Any  # The weight, a variable of its block.
   weight: Weight
-  lengths: tuple[int, ...]
+  lengths: tuple[int, ...]  # Lengths of the enclosing loops.
+  # The tapped value, for one example and one iteration.
   out: jax.ShapeDtypeStruct
 
   @property
@@ -123,35 +105,27 @@ class WeightUse:
 
 @dataclasses.dataclass
 class Block:
-  """A straight list of equations.
-
-  Attributes:
-    jaxpr: the equations, closed.
-    kinds: the kind of each input.
-    num_data_outs: how many outputs, the first ones, are data; the others may be
-      weights.
-    depth: how many loops enclose it, its own not counted.
-    loop: length of the loop whose body this is, or None.
-    first_stacked: inputs from this one on have a slice for each iteration.
-    kind: the kind of every variable.
-    weights: what is known about every weight variable.
-    uses: products and fallbacks by number.
-    fallbacks: the number of each weight variable that becomes data.
-    definition: the equation that defines each weight variable.
-    blocks: inner blocks by their equation's number.
-  """
+  """A straight list of equations."""
 
   jaxpr: core.ClosedJaxpr
-  kinds: tuple[Kind, ...]
+  kinds: tuple[Kind, ...]  # The kind of each input.
+  # How many outputs, the first ones, are data; the others may be weights.
   num_data_outs: int
-  depth: int = 0
-  loop: int | None = None
+  depth: int = 0  # How many loops enclose it, its own not counted.
+  loop: int | None = None  # Length of the loop whose body this is, or None.
+  # Inputs from this one on have a slice for each iteration.
   first_stacked: int = 0
+  # The kind of every variable.
   kind: dict[Any, Kind] = dataclasses.field(default_factory=dict)
+  # What is known about every weight variable.
   weights: dict[Any, Weight] = dataclasses.field(default_factory=dict)
+  # Products and fallbacks by number.
   uses: dict[int, WeightUse] = dataclasses.field(default_factory=dict)
+  # The number of each weight variable that becomes data.
   fallbacks: dict[Any, int] = dataclasses.field(default_factory=dict)
+  # The equation that defines each weight variable.
   definition: dict[Any, Any] = dataclasses.field(default_factory=dict)
+  # Inner blocks by their equation's number.
   blocks: dict[int, "Block"] = dataclasses.field(default_factory=dict)
 
   def all_uses(self) -> Iterator[WeightUse]:
@@ -191,16 +165,10 @@ class Block:
 def trace(
   loss_fn: Callable[..., Any], params: Any, *example: Any
 ) -> tuple[core.ClosedJaxpr, Any]:
-  """Traces a loss, and replaces calls by their bodies.
+  """Traces a loss of one example, and replaces calls by their bodies.
 
-  Args:
-    loss_fn: (params, *example) -> pytree.
-    params: pytree of arrays.
-    *example: pytrees of one example.
-
-  Returns:
-    The equations, with the leaves of (params, *example) as inputs and those of
-    the result as outputs; and the result's shapes.
+  Returns the equations, with the leaves of (params, *example) as inputs and
+  those of the result as outputs; and the result's shapes.
   """
   closed, shapes = jax.make_jaxpr(loss_fn, return_shape=True)(params, *example)
   # A program with effects is not analyzed, and stays unchanged.
@@ -208,13 +176,10 @@ def trace(
 
 
 def effects(program: Any) -> tuple[str, ...]:
-  """Returns the names of effects that prevent analyzing the equations.
+  """Returns the names of effects of a jaxpr or equation that prevent analysis.
 
   Equations are read as functions of their operands. An equation that writes
   into an operand, such as a `jax.new_ref`, or does input or output, is not one.
-
-  Args:
-    program: a jaxpr or an equation.
   """
   names = {type(effect).__name__ for effect in program.effects}
   return tuple(sorted(names.difference(_KNOWN_EFFECTS)))

@@ -29,17 +29,12 @@ PyTree = Any
 )
 @dataclasses.dataclass(frozen=True)
 class Shard:
-  """This device's part of an array.
+  """This device's part of an array."""
 
-  Attributes:
-    part: the array's entries on this device.
-    axis: the mesh axis along which the parts lie.
-    dimension: the array's dimension that is divided, counted from the end, so
-      that it does not change when leading dimensions come and go.
-  """
-
-  part: jax.Array
-  axis: str
+  part: jax.Array  # The array's entries on this device.
+  axis: str  # The mesh axis along which the parts lie.
+  # The array's dimension that is divided, counted from the end, so that it does
+  # not change when leading dimensions come and go.
   dimension: int
 
   def whole(self) -> jax.Array:
@@ -65,16 +60,10 @@ class Shard:
 def wrap(
   params: PyTree, specs: PyTree | None, axes: frozenset[str]
 ) -> list[Any]:
-  """Returns the leaves of params, with parts as `Shard`s.
+  """Returns the leaves of params, as inside shard_map, with parts as `Shard`s.
 
-  Args:
-    params: pytree of arrays, as they are inside shard_map.
-    specs: None, or a pytree like params of PartitionSpecs with at most one mesh
-      axis, which must be one of axes.
-    axes: the mesh axes along which the batch is divided.
-
-  Raises:
-    ValueError: a spec is anything else.
+  `specs` is None, or a pytree like params of PartitionSpecs with at most one
+  mesh axis. It must be one of `axes`, along which the batch is divided.
   """
   leaves, structure = jax.tree.flatten(params)
   if specs is None:

@@ -53,16 +53,10 @@ def split(
 ) -> Block:
   """Finds what every value depends on, and where weights meet data.
 
-  Args:
-    closed: as `program.trace` returns it. The first num_leaves inputs are
-      trained parameters, the next num_constants are frozen ones, the others are
-      data. The first output is the loss, the others are its aux.
-    num_leaves: number of trained parameters.
-    num_constants: number of frozen parameters.
-    find_layer: finds the rules of products.
-
-  Returns:
-    The block of the whole program. Its first output is data.
+  `closed` is as `program.trace` returns it. Its first num_leaves inputs are
+  trained parameters, the next num_constants are frozen ones, the others are
+  data. Its first output is the loss, the others are its aux. Returns the block
+  of the whole program, whose first output is data.
   """
   invars = closed.jaxpr.invars
   num_data = len(invars) - num_leaves - num_constants
@@ -103,10 +97,8 @@ class _Splitter:
   ) -> Block:
     """Fills in an empty block, and returns it.
 
-    Args:
-      block: the block.
-      weights: what is known about its weight inputs, in order.
-      loops: for constant inputs, in which of the loops they differ, if in any.
+    `weights` tells what is known about its weight inputs, in order; `loops`,
+    for constant inputs, in which of the loops they differ, if in any.
     """
     self._block = block
     self._loops = loops

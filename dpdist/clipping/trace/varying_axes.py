@@ -36,9 +36,6 @@ def untold_axes(axes: frozenset[str]) -> frozenset[str]:
 
   With check_vma=False no value says what it varies over, and a batch may be
   divided along any of them.
-
-  Args:
-    axes: the axes that something varies over.
   """
   if axes:
     return frozenset()
@@ -62,9 +59,7 @@ def abstract_varying_axes(tree: PyTree) -> frozenset[str]:
 def collective_over(jaxpr: Any, axes: frozenset[str]) -> str | None:
   """Returns the name of a primitive that sends values along axes, or None.
 
-  Args:
-    jaxpr: searched with all that it calls.
-    axes: names of mesh axes.
+  The jaxpr is searched with all that it calls.
   """
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name

@@ -1,0 +1,1 @@
+"""Data sets made of what people have: files, arrays, other libraries' sets."""

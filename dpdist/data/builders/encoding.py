@@ -1,0 +1,270 @@
+"""From the columns of rows to the arrays of examples, each row by itself.
+
+Guarantees:
+  What becomes of a row depends on that row and on the options, on no other row.
+"""
+
+from collections.abc import Mapping, Sequence
+import copy
+import dataclasses
+import hashlib
+import inspect
+import io
+import json
+from typing import Any
+
+import numpy as np
+
+from dpdist import errors
+from dpdist.data import sources
+from dpdist.data.builders import options as options_lib
+from dpdist.data.builders import table as table_lib
+
+_KEY = b"dpdist.data/map/v1\0"
+_INT32 = np.iinfo(np.int32)
+_NO_LABEL = -1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Encoding:
+  """How rows become examples."""
+
+  # By name of an example's array its column, or those to be joined.
+  roles: Mapping[str, str | tuple[str, ...]]
+  options: options_lib.Options  # The caller's, checked.
+
+  @property
+  def columns(self) -> list[str]:
+    """Returns the columns that are read, each once."""
+    return options_lib.flat(self.roles)
+
+  def digest(self, *, has_images: bool) -> str:
+    """Returns the SHA-256 of all declared values, which are in no code.
+
+    Functions are not in it; see `functions`. With has_images a column is
+    decoded, by a library whose releases may decode differently.
+    """
+    declared = {
+      name: value
+      for name, value in sorted(self.options.items())
+      if name not in ("map", "num_examples", "split_by", "test_fraction")
+    }
+    declared["tokenizers"] = sorted(self.options.get("tokenizers") or {})
+    declared["roles"] = list(self.roles.items())
+    if has_images:
+      _import_pillow()
+      from PIL import features
+
+      declared["decoder"] = [features.version(x) for x in ("pil", "jpg")]
+    text = json.dumps(declared, sort_keys=True, default=_jsonable)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+  def functions(self) -> list[Any]:
+    """Returns the caller's functions, whose code decides what examples are."""
+    tokenizers = self.options.get("tokenizers") or {}
+    found = [self.options.get("map"), *tokenizers.values()]
+    return [function for function in found if function is not None]
+
+  def encode(self, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns the arrays of examples, from the columns of one row or more.
+
+    Raises ValueError if a column holds what no option makes numbers of.
+    """
+    batch = {}
+    for role, columns in self.roles.items():
+      if isinstance(columns, str):
+        batch[role] = self._encode_column(columns, raw[columns], role)
+      else:
+        parts = [self._encode_column(x, raw[x], role) for x in columns]
+        batch[role] = _join(parts, columns)
+    function = self.options.get("map")
+    if function is not None:
+      batch = self._mapped(function, raw, batch)
+    for name, values in batch.items():
+      if values.dtype.kind not in "biuf":
+        raise ValueError(
+          f"{name!r} must be an array of numbers of one shape; give categories,"
+          " classes, tokenizers, sequence_length, or a map that makes it one"
+        )
+    return {name: _narrow(values, name) for name, values in batch.items()}
+
+  def _encode_column(
+    self, column: str, values: np.ndarray, role: str
+  ) -> np.ndarray:
+    options = self.options
+    tokenizer = (options.get("tokenizers") or {}).get(column)
+    categories = (options.get("categories") or {}).get(column)
+    classes = options.get("classes")
+    if tokenizer is not None:
+      values = table_lib.objects([tokenizer(_text(value)) for value in values])
+    length = self._length(column, is_text=tokenizer is not None)
+    if length is not None:
+      return self._padded(values, length, role, column)
+    if categories is not None:
+      return _one_hot(_places(values, categories), len(categories))
+    if role == "targets" and classes is not None:
+      places = _places(values, classes)
+      return (
+        _one_hot(places, len(classes)) if options.get("one_hot") else places
+      )
+    if values.dtype.kind not in "biuf":
+      return self._encode_objects(values, column)
+    if options.get("scale_uint8") and values.dtype == np.uint8:
+      values = values / np.float32(255)
+    return self._scaled(column, values)
+
+  def _encode_objects(self, values: np.ndarray, column: str) -> np.ndarray:
+    if all(isinstance(value, bytes) for value in values):
+      return self._scaled(column, self._decoded(values))
+    is_list = all(isinstance(value, np.ndarray | list) for value in values)
+    if is_list and len({np.shape(value) for value in values}) == 1:
+      return np.stack([np.asarray(value) for value in values])
+    return values  # Left to the map.
+
+  def _length(self, column: str, *, is_text: bool) -> int | None:
+    """Returns the length of a column's sequences; None: it has none."""
+    length = self.options.get("sequence_length")
+    if isinstance(length, Mapping):
+      return length.get(column)
+    return length if is_text else None
+
+  def _scaled(self, column: str, values: np.ndarray) -> np.ndarray:
+    """Fills and scales numbers, with what the caller has declared."""
+    missing = self.options.get("missing")
+    if missing is not None and values.dtype.kind == "f":
+      values = np.where(np.isnan(values), values.dtype.type(missing), values)
+    # Given numbers: no mean and no deviation is computed from examples here.
+    statistics = self.options.get("public_statistics") or {}
+    if column in statistics:
+      mean, deviation = (np.asarray(x, np.float64) for x in statistics[column])
+      values = ((values - mean) / deviation).astype(np.float32)
+    return values
+
+  def _padded(
+    self, sequences: np.ndarray, length: int, role: str, column: str
+  ) -> np.ndarray:
+    """Cuts and pads sequences of integers to one length."""
+    padding = self.options.get("padding", 0)
+    fill = _NO_LABEL if role == "targets" else padding
+    rows = np.full((len(sequences), length), fill, np.int32)
+    for row, sequence in zip(rows, sequences, strict=True):
+      tokens = np.asarray(sequence)[:length]
+      if tokens.ndim != 1 or (tokens.size and tokens.dtype.kind not in "iu"):
+        raise ValueError(
+          f"column {column!r} must be sequences of integers, got"
+          f" {tokens.dtype} of {tokens.ndim} axes"
+        )
+      row[: len(tokens)] = tokens
+    return rows
+
+  def _decoded(self, values: np.ndarray) -> np.ndarray:
+    """Decodes images to float32 (k, height, width, channels) in [0, 1]."""
+    Image = _import_pillow()  # noqa: N806 - a module
+    size = self.options.get("image_size")
+    pictures = []
+    for value in values:
+      # No name of a file in a message: which examples are read is private.
+      with sources.reading("an image"), Image.open(io.BytesIO(value)) as opened:
+        image = opened.convert(self.options.get("image_mode", "RGB"))
+        if size is not None:
+          height, width = size
+          image = image.resize((width, height), Image.Resampling.BILINEAR)
+        pixels = np.asarray(image)
+      pictures.append(pixels.reshape(*pixels.shape[:2], -1))
+    if len({picture.shape for picture in pictures}) != 1:
+      raise ValueError(
+        "images must be of one size; image_size=(height, width) makes them so"
+      )
+    return np.stack(pictures) / np.float32(255)
+
+  def _mapped(
+    self,
+    function: Any,
+    raw: Mapping[str, np.ndarray],
+    batch: Mapping[str, np.ndarray],
+  ) -> dict[str, np.ndarray]:
+    """Applies the caller's map to each example by itself."""
+    is_keyed = "key" in inspect.signature(function).parameters
+    keys = table_lib.row_hashes(raw) if is_keyed else []
+    made = []
+    for row in range(len(next(iter(batch.values())))):
+      # Copies, so that a map that writes into its argument changes no cache.
+      example = {
+        name: copy.deepcopy(values[row]) for name, values in batch.items()
+      }
+      if is_keyed:
+        key = hashlib.sha256(_KEY + keys[row]).digest()
+        result = function(example, key=key)
+      else:
+        result = function(example)
+      made.append({name: np.asarray(value) for name, value in result.items()})
+    if any({*example} != {*made[0]} for example in made):
+      raise ValueError("map must return arrays of the same names for each row")
+    return {
+      name: table_lib.stack([example[name] for example in made], name)
+      for name in made[0]
+    }
+
+
+def _import_pillow() -> Any:
+  try:
+    from PIL import Image
+  except ModuleNotFoundError as error:
+    raise errors.missing("Images", "pillow", "images") from error
+  return Image
+
+
+def _join(parts: Sequence[np.ndarray], columns: Sequence[str]) -> np.ndarray:
+  for column, part in zip(columns, parts, strict=True):
+    if part.dtype.kind not in "biuf":
+      raise ValueError(
+        f"column {column!r} must hold numbers to be joined with others; give"
+        " categories for it, or an array of its own"
+      )
+  flat = [part.reshape(len(part), -1).astype(np.float32) for part in parts]
+  return np.concatenate(flat, axis=1)
+
+
+def _places(values: np.ndarray, declared: Sequence[Any]) -> np.ndarray:
+  """Returns the place of each value in a declared list, -1 for none; int32."""
+  places = options_lib.lookup(tuple(declared))
+  is_numbers = options_lib.is_numbers(declared)
+  found = [
+    places.get(_compared(value, is_numbers), _NO_LABEL)
+    for value in values.reshape(-1)
+  ]
+  return np.array(found, np.int32).reshape(values.shape)
+
+
+def _compared(value: Any, is_number: bool) -> Any:
+  if not is_number:
+    return _text(value).strip()
+  try:
+    return float(value)
+  except ValueError:
+    return None
+
+
+def _text(value: Any) -> str:
+  return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def _one_hot(places: np.ndarray, count: int) -> np.ndarray:
+  return (places[..., None] == np.arange(count)).astype(np.float32)
+
+
+def _narrow(values: np.ndarray, name: str) -> np.ndarray:
+  """Returns numbers as JAX takes them: float32, int32 or bool."""
+  if values.dtype.kind == "f":
+    return values.astype(np.float32)
+  if values.dtype.kind == "b":
+    return values.astype(np.int32) if name == "targets" else values
+  if values.size and not (
+    _INT32.min <= values.min() and values.max() <= _INT32.max
+  ):
+    raise ValueError(f"{name!r} must hold integers of 32 bits, got larger ones")
+  return values.astype(np.int32)
+
+
+def _jsonable(value: Any) -> Any:
+  return value.tolist() if hasattr(value, "tolist") else repr(value)
