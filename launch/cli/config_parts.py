@@ -16,6 +16,7 @@ import types
 from absl import flags
 from ml_collections import config_flags
 
+from dpdist import errors
 from dpdist.tasks import parts as parts_lib
 
 _KINDS = ("task", "dataset", "optimizer")
@@ -24,21 +25,25 @@ _KINDS = ("task", "dataset", "optimizer")
 def load(flag: str) -> parts_lib.Parts:
   """Returns what the file of a config flag defines, made from its settings.
 
-  Without the flag nothing is given. Raises ValueError if a function returns
-  what is no such part.
+  Without the flag nothing is given. Raises SettingsError, which names the file,
+  if a function returns what is no such part.
   """
   holder = flags.FLAGS[flag]
   if holder.value is None:
     return parts_lib.NAMED
   path = config_flags.get_config_filename(holder).split(":", 1)[0]
   module = _module(pathlib.Path(path).resolve())
-  return parts_lib.of(
-    **{
-      kind: getattr(module, f"get_{kind}")(holder.value)
-      for kind in _KINDS
-      if hasattr(module, f"get_{kind}")
-    }
-  )
+  try:
+    return parts_lib.of(
+      **{
+        kind: getattr(module, f"get_{kind}")(holder.value)
+        for kind in _KINDS
+        if hasattr(module, f"get_{kind}")
+      }
+    )
+  except errors.ArgumentError as error:
+    hint = error.hint or errors.Hint(flags=("--traceback",))
+    raise errors.SettingsError(f"{path}: {error}", hint=hint) from error
 
 
 @functools.cache

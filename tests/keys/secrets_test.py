@@ -7,6 +7,7 @@ which is shown to find them.
 """
 
 import base64
+import dataclasses
 import functools
 import gzip
 import io
@@ -372,7 +373,7 @@ def _command(name, workdir):
 def test_nothing_that_holds_a_key_shows_it(searched):
   plan = plan_lib.PrivacyPlan.from_dict(_plan().to_dict())
   streams = mechanism.Streams(_SECRET, "b")
-  fields = dict.fromkeys(job_lib.Job._fields)
+  fields = dict.fromkeys(f.name for f in dataclasses.fields(job_lib.Job))
   source = users.UserSource(_Rows(), np.arange(4), 4, 1)
   drawing = source.drawing(keys.derive(_SECRET, "unit_examples", branch="b"))
   held = [

@@ -23,6 +23,14 @@ _DIGITS = f"--config={_ROOT}/configs/digits.py"
 _TRAIN = ("train", _DIGITS, "--config.model.width=8", "--workdir=WORK")
 _NPZ = (*_TRAIN, "--config.data.name=npz")
 
+_PROJECT = """
+from configs.digits import get_config
+
+
+def get_task(config):
+  return 1
+"""
+
 ROWS = {
   "wrong config path": (
     ("train", "--config=configs/none.py", "--workdir=WORK"),
@@ -41,6 +49,12 @@ ROWS = {
     1,
     "Not a directory",
     "--workdir=ANOTHER",
+  ),
+  "a task that is none": (
+    ("train", "--config=PROJECT", "--workdir=WORK"),
+    2,
+    "PROJECT: task must be a dpdist.Task or have its attributes, got int",
+    "python -m launch.train --config=PROJECT --workdir=WORK --traceback",
   ),
   "missing data": (
     (*_NPZ, "--config.data.path=WORK/none"),
@@ -116,6 +130,7 @@ ROWS = {
 def places(tmp_path, monkeypatch):
   monkeypatch.setenv("DPDIST_CACHE", str(tmp_path / "cache"))
   (tmp_path / "file").touch()
+  (tmp_path / "project.py").write_text(_PROJECT)
   with ledger_lib.Ledger(tmp_path / "damaged" / "ledger") as ledger:
     ledger.acquire()
   (record, *_) = (tmp_path / "damaged" / "ledger").glob("0*.json")
@@ -124,6 +139,7 @@ def places(tmp_path, monkeypatch):
     "WORK": str(tmp_path / "work"),
     "FILE": str(tmp_path / "file"),
     "DAMAGED": str(tmp_path / "damaged"),
+    "PROJECT": str(tmp_path / "project.py"),
   }
 
 
@@ -140,7 +156,7 @@ def test_a_mistake_ends_in_a_sentence_and_a_command(what, places):
   assert done.code == code, done.err
   *said, tried = done.err.strip().splitlines()
   assert said[0].startswith("error: ")
-  assert sentence in "\n".join(said)
+  assert _placed(sentence, places) in "\n".join(said)
   assert tried.startswith("try: ")
   assert _placed(command, places) in tried
   assert "Traceback" not in done.out + done.err
