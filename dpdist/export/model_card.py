@@ -61,7 +61,9 @@ def text(released: load_run.Released, facts: dict[str, Any], name: str) -> str:
 
 
 def _named(kind: str, name: str) -> str:
-  return f"a {kind} of the author's own" if name == parts_lib.GIVEN else f"`{name}`"
+  if name == parts_lib.GIVEN:
+    return f"a {kind} of the author's own"
+  return f"`{name}`"
 
 
 _USE = """\
