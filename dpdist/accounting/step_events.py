@@ -151,10 +151,22 @@ def proof(
   """Returns a decorator that registers a proof.
 
   The names are those that settings have: "poisson", "package.module:attribute".
+
+  Raises:
+    ValueError: a name has "/" in it, so that other names would spell the same.
   """
+  parts = {"sampling": sampling, "noise": noise, "clipper": clipper}
+  for setting, part in parts.items():
+    is_single = "/" not in part
+    _validation.require(is_single, setting, 'a name without "/"', part)
   module = sys._getframe(1).f_globals["__name__"]
   name = _name(sampling, noise, clipper)
   return registry.register("proof", name, module=module)
+
+
+def is_proven(sampling: str, noise: str, clipper: str) -> bool:
+  """Returns whether there is a proof of a mechanism; imports nothing."""
+  return registry.is_known("proof", _name(sampling, noise, clipper))
 
 
 def find(sampling: str, noise: str, clipper: str) -> Proof:
@@ -163,8 +175,7 @@ def find(sampling: str, noise: str, clipper: str) -> Proof:
   Raises:
     ValueError: there is none.
   """
-  name = _name(sampling, noise, clipper)
-  if not registry.is_known("proof", name):
+  if not is_proven(sampling, noise, clipper):
     known = [proven.rsplit("/", 2) for proven in registry.names("proof")]
     samplings = [x for x, *rest in known if rest == [noise, clipper]]
     if samplings:
@@ -178,6 +189,7 @@ def find(sampling: str, noise: str, clipper: str) -> Proof:
       "noise and clipping must have a proof together (no proof, no run), as"
       f" {' or '.join(pairs)} have, got {noise!r} and {clipper!r}"
     )
+  name = _name(sampling, noise, clipper)
   return registry.resolve("proof", name, setting="the proof")
 
 

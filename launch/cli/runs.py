@@ -1,13 +1,23 @@
 """Opens the ledger that a command's flags name."""
 
+import importlib
 import os
 import shlex
+
+from absl import flags
 
 from dpdist import errors
 from dpdist.ledger import ledger as ledger_lib
 
 # The same as `dpdist.workdir.resume.NOT_BEGUN`, which takes long to import.
 _NOT_BEGUN = "not_begun"
+
+_CODE = flags.DEFINE_multi_string(
+  "code",
+  [],
+  "A module of your own that the run's settings name, as package.module. It is"
+  " imported: a record alone has nothing imported.",
+)
 
 
 def open_begun(workdir: str, location: str | None) -> ledger_lib.Ledger:
@@ -18,9 +28,17 @@ def open_begun(workdir: str, location: str | None) -> ledger_lib.Ledger:
     location: of its ledger; None: in the directory.
 
   Raises:
-    ValueError: there is no such run.
-    dpdist.errors.LedgerError: it is damaged.
+    ValueError: there is no such run, or no such module as --code names.
+    dpdist.errors.LedgerError: it is damaged, or names code that --code does
+      not.
   """
+  for module in _CODE.value:
+    try:
+      importlib.import_module(module)
+    except ImportError as error:
+      raise errors.ArgumentError(
+        f"code must be a module that can be imported, got {module!r}: {error}"
+      ) from error
   if location is None:
     location = os.path.join(workdir, "ledger")
     # Reading must not create a ledger.
