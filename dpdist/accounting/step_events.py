@@ -175,7 +175,8 @@ def find(sampling: str, noise: str, clipper: str) -> Proof:
   Raises:
     ValueError: there is none.
   """
-  if not is_proven(sampling, noise, clipper):
+  name = _name(sampling, noise, clipper)
+  if not registry.is_known("proof", name):
     known = [proven.rsplit("/", 2) for proven in registry.names("proof")]
     samplings = [x for x, *rest in known if rest == [noise, clipper]]
     if samplings:
@@ -189,7 +190,6 @@ def find(sampling: str, noise: str, clipper: str) -> Proof:
       "noise and clipping must have a proof together (no proof, no run), as"
       f" {' or '.join(pairs)} have, got {noise!r} and {clipper!r}"
     )
-  name = _name(sampling, noise, clipper)
   return registry.resolve("proof", name, setting="the proof")
 
 

@@ -29,6 +29,7 @@ from dpdist import clipping
 from dpdist.clipping import checks
 from dpdist.clipping.trace import varying_axes
 from dpdist.mechanism import mechanism as mechanism_lib
+from dpdist.mechanism import state as state_lib
 from dpdist.noise import noise
 from dpdist.privacy import plan as plan_lib
 from dpdist.sums import compensated
@@ -113,7 +114,7 @@ class PrivateGradientFn:
 
     Returns:
       PrivateGradients, and the next state. After the plan's last step the
-      gradient is NaN: nothing more may be spent.
+      gradient is NaN and nothing is learned: nothing more may be spent.
 
     Raises:
       ValueError: as `dpdist.clipped_grad`; group_size does not divide the
@@ -157,6 +158,9 @@ class PrivateGradientFn:
     )
     gradient, state = made.finish(noisy, state, release_index)
     gradient = jax.tree.map(lambda x: jnp.where(left, x, jnp.nan), gradient)
+    if isinstance(state, state_lib.MechanismState):
+      keep = lambda x, before: jnp.where(left, x, before)
+      state = state._replace(learned=jax.tree.map(keep, state.learned, learned))
     num_in_row = jnp.sum(is_real.reshape(is_padding_row.shape[0], -1), axis=1)
     aux = got.aux
     if size > 1:

@@ -69,7 +69,8 @@ class NoiseMechanism(Protocol):
       release_index: int32 scalar, the step's place among all that are charged
         under the plan; may be None where the plan has no schedule.
       stddev: prefix pytree of `like`: standard deviations of the noise on an
-        entry, numbers or float32 scalars.
+        entry, numbers or float32 scalars. With exact sums, an entry of noise
+        far beyond six of them makes that of the sum NaN.
 
     Returns:
       The noise, a pytree like `like`, and the state after the step.

@@ -531,6 +531,41 @@ def test_private_gradients_carry_the_extra_leaf(outside):
   assert float(state.learned["short"]) == _SHORT
 
 
+def test_nothing_is_learned_after_the_last_step_of_a_plan(outside):
+  """Compiled, a loop can go on; what it learns then would be unpaid."""
+  plan = _made(outside).plan
+  fn = dpdist.private_gradients(
+    lambda p, x: _loss(p, x, None)[0], plan, seed=b"1" * 32
+  )
+  params, rows = {"w": jnp.zeros(16)}, jnp.asarray(_examples())
+  step = jax.jit(fn)
+  state = fn.init(params)
+  for _ in range(plan.num_steps):
+    got, state = step(params, rows, state)
+  assert np.all(np.isfinite(got.gradient["w"]))
+  assert state.learned["steps"] == plan.num_steps
+  got, after = step(params, rows, state)
+  assert np.all(np.isnan(got.gradient["w"]))
+  assert after.learned == state.learned
+
+
+def test_exact_sums_never_cut_noise(outside):
+  """Cut noise is not the noise of the proof: NaN tells nothing."""
+  (outside / "toy_noise.py").write_text(
+    _NOISE.replace("s * jax", "10 * s * jax")
+  )
+  settings = _SETTINGS | {"noise": "toy_noise:Louder", "num_examples": 256}
+  plan = dpdist.make_plan(dpdist.PrivacyConfig(**settings))
+  made = mechanism.make(plan, _loss, exact_group_size=4)
+  step = exact_step.ExactStep(made, optax.sgd(1.0), meshes.of("1"))
+  params = {"w": jnp.zeros(16)}
+  noise, _ = made.draw_noise(params, made.init(params), jax.random.key(1))
+  is_large = np.abs(noise["w"]) > made.largest_noise
+  assert 0 < np.sum(is_large) < 16
+  after, _ = step.apply(*_accumulated(step), jax.random.key(1))
+  np.testing.assert_array_equal(np.isnan(after.params["w"]), is_large)
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (2, 2)])
 def test_no_example_moves_an_extra_leaf_by_more_than_the_bound(shape):
   rng = np.random.default_rng(0)
@@ -553,3 +588,8 @@ def test_no_example_moves_an_extra_leaf_by_more_than_the_bound(shape):
 def test_an_extra_leaf_that_takes_all_is_refused(outside):
   with pytest.raises(ValueError, match="leave some for the gradient"):
     _made(outside, share=1.0)
+
+
+def test_a_share_that_is_no_number_is_refused(outside):
+  with pytest.raises(ValueError, match="leave some for the gradient"):
+    _made(outside, share=math.nan)
