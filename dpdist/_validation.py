@@ -1,11 +1,11 @@
-"""The one way in which an argument is checked: its name, its value, a rule.
+"""Checks arguments: each by its name, its value and a rule.
 
     num_steps = _validation.check("num_steps", num_steps, _validation.COUNT)
 
 returns the value as a plain int, or raises `errors.ArgumentError`: "num_steps
-must be an integer >= 1, got 0". A rule is a `Rule`, made by `integer`, `real`
-and `one_of`; `check_fields` holds a dataclass to a table of them. What no rule
-can say, because it depends on several arguments, is a `require`.
+must be an integer >= 1, got 0". `integer`, `real` and `one_of` make rules, and
+`check_fields` checks a dataclass against a table of them. Where a condition
+depends on several arguments, use `require`.
 """
 
 from collections.abc import Callable, Collection, Mapping
@@ -24,10 +24,10 @@ class Rule(NamedTuple):
   """What an argument must be.
 
   Attributes:
-    text: it in words, after "must be".
-    kind: the types accepted. A boolean is a number of none.
+    text: the rule in words, to follow "must be".
+    kind: the type that is accepted. A boolean does not count as a number.
     plain: converts an accepted value to the type that is kept.
-    holds: the condition on the converted value. NaN meets no comparison.
+    holds: the condition on the converted value. NaN fails every comparison.
   """
 
   text: str
@@ -37,7 +37,7 @@ class Rule(NamedTuple):
 
 
 def integer(at_least: int, at_most: int = _LARGEST - 1) -> Rule:
-  """Returns the rule for a whole number; NumPy's count as well."""
+  """Returns the rule for a whole number; NumPy's are accepted as well."""
   text = f"an integer >= {at_least}"
   if at_most < _LARGEST - 1:
     text = f"an integer in [{at_least}, {at_most}]"
@@ -130,7 +130,7 @@ def _meets(value: Any, rule: Rule) -> bool:
 def check_fields(record: Any, rules: Mapping[str, Rule]) -> None:
   """Checks the attributes of a frozen dataclass, and makes them plain values.
 
-  None is right where the attribute's annotation names it.
+  None is accepted if the attribute's annotation allows it.
 
   Args:
     record: the dataclass, in its `__post_init__`.
@@ -150,9 +150,9 @@ def require(holds: bool, name: str, rule: str, value: Any) -> None:
 
   Args:
     holds: the condition.
-    name: the argument's.
-    rule: what would be right, after "must be".
-    value: the argument's; shown by its repr.
+    name: the argument's name.
+    rule: what would be right, in words that follow "must be".
+    value: the argument's value, shown by its repr.
 
   Raises:
     errors.ArgumentError: "NAME must be RULE, got VALUE".

@@ -1,10 +1,10 @@
-"""Finds things by the names that settings give them, ours or somebody else's.
+"""Finds things by the names in settings, whether ours or somebody else's.
 
 A setting names a thing of some kind: a data set, a task, an engine, a sampling.
-Layer rules are named by none: all that are registered are used. `resolve` finds
+No setting names a layer rule: all that are registered are used. `resolve` finds
 a thing
 
-  * by a name that was registered, as all of ours are;
+  * by a registered name, which all of ours have;
   * as "package.module:attribute", which is imported;
   * by an entry point of the group "dpdist.KIND" of an installed package.
 
@@ -13,13 +13,14 @@ does. So a run's fingerprint holds `code_sha256` of what it resolved, and a run
 goes on under new keys where that code has changed.
 
 Guarantees:
-  * The digest is of all source files and compiled modules of the top-level
-    packages that the thing is named by, defined in and registered by. Other
-    files, and packages that these import, are not in it.
-  * The digest is of what this process runs. It is taken when the code is
-    registered or first resolved. A run is refused if a file was edited after
+  * The digest covers all source files and compiled modules of the top-level
+    packages that name, define or register the thing. Other files, and packages
+    that these import, are not in it.
+  * The digest is of the code that this process runs. It is taken when the code
+    is registered or first resolved. A run is refused if a file was edited after
     that, or after the process had imported it.
-  * What decides a step is refused where its code has no file, as a notebook's.
+  * If a thing decides a step, its code must be in a file: code of a notebook is
+    refused.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -43,7 +44,7 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _OURS = (_ROOT / "dpdist", _ROOT / "launch")
 _CODE = (".py", ".pyc", *machinery.EXTENSION_SUFFIXES)
 _STARTED = time.time()
-# Kinds of which a run computes something; an engine only starts it.
+# Kinds whose code decides what a run computes; an engine only starts a run.
 _DECIDE_STEPS = (
   *("dataset", "task", "model", "optimizer", "layer_rule"),
   *("sampling", "noise", "clipper", "proof"),
@@ -58,7 +59,7 @@ class _Thing(NamedTuple):
 
 
 _things: dict[str, dict[str, _Thing]] = {}
-# By the name of a module: what its package's files were when first resolved.
+# By the name of a module: the digest of its package's files when first read.
 _digests: dict[str, str] = {}
 
 
@@ -66,7 +67,7 @@ def register(kind: str, *names: str, module: str = "") -> Callable[[_T], _T]:
   """Returns a decorator that registers a thing by its names.
 
   Args:
-    kind: what it is, as "dataset".
+    kind: the kind of thing, such as "dataset".
     *names: its names.
     module: the module that registers it; "": the one that calls this.
 
@@ -117,7 +118,8 @@ def outside_sha256(kind: str) -> str:
     "" if there is none.
 
   Raises:
-    ValueError: some code is in no file, or a file was changed since.
+    ValueError: some code is in no file, or a file was changed after it was
+      read.
   """
   parts = []
   for name, thing in sorted(_things.get(kind, {}).items()):
@@ -132,12 +134,13 @@ def resolve(kind: str, name: str, *, setting: str) -> Any:
   """Finds a thing.
 
   Args:
-    kind: what it is, as "dataset".
-    name: see the module.
-    setting: what names it, for messages.
+    kind: the kind of thing, such as "dataset".
+    name: one of the three forms that the module's docstring lists.
+    setting: the setting that has this name, for messages.
 
   Raises:
-    ValueError: there is none of that name, or its code cannot be told apart.
+    ValueError: nothing has that name, or a run could not tell whether its code
+      has changed.
   """
   found = _find(kind, name, setting)
   if kind not in _DECIDE_STEPS:
@@ -155,7 +158,7 @@ def load(kind: str, name: str, *, setting: str) -> None:
 
 
 def code_sha256(kind: str, name: str, *, setting: str) -> str:
-  """Returns the SHA-256 of a thing's code outside of this project; "" of none.
+  """Returns the SHA-256 of a thing's code outside of this project, or "".
 
   Args:
     kind: as for `resolve`.
@@ -163,7 +166,7 @@ def code_sha256(kind: str, name: str, *, setting: str) -> str:
     setting: as for `resolve`.
 
   Raises:
-    ValueError: a file was changed since.
+    ValueError: a file was changed after it was read.
   """
   digest = hashlib.sha256()
   modules = _modules(_find(kind, name, setting), setting)
@@ -181,13 +184,14 @@ def code_sha256(kind: str, name: str, *, setting: str) -> str:
 def code_sha256_of(
   things: Iterable[Any], *, setting: str, needs_files: bool
 ) -> str:
-  """Returns the SHA-256 of the files of things' code outside; "" of none.
+  """Returns the SHA-256 of files with code outside of this project, or "".
 
   Args:
-    things: functions, classes or instances, which were imported before.
-    setting: what they were given as, for messages.
-    needs_files: whether code without a file is refused, and code that was
-      edited after it was read. Else such code is told apart by other means.
+    things: functions, classes or instances, whose modules were imported before.
+    setting: the setting or argument that they were given as, for messages.
+    needs_files: whether to refuse code without a file, and code that was edited
+      after it was read. If False, the caller must tell such code apart by other
+      means.
 
   Raises:
     ValueError: code has no file, or was edited.

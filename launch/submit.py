@@ -89,12 +89,7 @@ def main() -> int:
 
 
 def _job(engine: job_lib.Engine) -> Any:
-  """Makes the engine's job from the flags that were given.
-
-  Raises:
-    errors.ArgumentError: a flag does not fit the engine, or its value cannot be
-      used.
-  """
+  """Makes the engine's job from the flags that were given."""
   given = {
     name: flags.FLAGS[name].value
     for name in _FLAGS

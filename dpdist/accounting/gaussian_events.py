@@ -1,10 +1,10 @@
 """The events of our proofs: pairs of Gaussian mixtures that dominate a step.
 
-However a step samples and whatever the neighboring relation, its privacy is
-that of one pair of distributions (a dominating pair: Zhu, Dong & Wang 2022,
-arXiv:2106.08567). There are five kinds here, all of Gaussians on a line whose
-unit is the clip norm C, and noise of standard deviation sigma. Proofs that are
-in no paper are in docs/accounting.md.
+For each sampling and neighboring relation, a dominating pair of distributions
+bounds what a step can tell (Zhu, Dong & Wang 2022, arXiv:2106.08567). There are
+five kinds of pairs here. All are mixtures of Gaussians on a line whose unit is
+the clip norm C. The noise has standard deviation sigma. Proofs that are in no
+paper are in docs/accounting.md.
 
 Imports no jax. Accountants and scipy are imported when an epsilon is computed,
 so that a plan can be read without waiting for them.
@@ -98,10 +98,10 @@ class SampledGaussian(abc.ABC):
 
 
 class AddRemove(SampledGaussian):
-  """The data of one unit are in the sum with probability q, or they are not.
+  """Only one data set has the unit, which is drawn with probability q.
 
-  q N(1) + (1-q) N(0) against N(0). (Mironov, Talwar & Zhang 2019,
-  arXiv:1908.10530.)
+  The pair is q N(1) + (1-q) N(0) against N(0) (Mironov, Talwar & Zhang 2019,
+  arXiv:1908.10530).
   """
 
   def _directions(self) -> "tuple[mixtures.Direction, ...]":
@@ -112,12 +112,12 @@ class AddRemove(SampledGaussian):
 
 
 class Replace(SampledGaussian):
-  """The unit's data may be any other in the other data set.
+  """Both data sets have the unit, with other data.
 
-  q N(1) + (1-q) N(0) against q N(-1) + (1-q) N(0): with probability q, whatever
-  the rest of the sample is, the unit contributes to the sum. The event for
-  dp_accounting is meant for its PLD accountant under REPLACE_ONE, which takes
-  the noise in units of the clip norm.
+  The pair is q N(1) + (1-q) N(0) against q N(-1) + (1-q) N(0). The unit
+  contributes to the sum with probability q, whatever the rest of the sample is.
+  The event for dp_accounting is meant for its PLD accountant under REPLACE_ONE,
+  which takes the noise in units of the clip norm.
   """
 
   _reach = 2
@@ -130,17 +130,21 @@ class Replace(SampledGaussian):
 
 
 class ReplaceCoupled(SampledGaussian):
-  """As `Replace`, but the rest of the sum may depend on the unit's being drawn.
+  """As `Replace`, but the rest of the sum may change if the unit is drawn.
 
-  So it does where all samples have the same size. The unit here is the l2
-  distance of the two gradients, twice the clip norm. Amplification by advanced
-  joint convexity bounds the hockey-stick divergence of order a >= 1 by that of
-  q N(1) + (1-q) N(0) against N(0), and that of order a < 1 by the same with the
-  distributions exchanged (Balle, Barthe & Gaboardi 2018, arXiv:1807.01647; Zhu,
-  Dong & Wang 2022). The larger of what adding and removing compose to need not
-  be a bound: Lebeda et al. 2024, arXiv:2405.20769. The event for dp_accounting
-  is meant for its RDP accountant under REPLACE_ONE, which takes the noise in
-  units of that distance; its PLD accountant takes it in half that unit.
+  It does where all samples have the same size. Lengths here are in units of the
+  l2 distance of the two gradients, twice the clip norm.
+
+  Amplification by advanced joint convexity bounds the hockey-stick divergence
+  of order a >= 1 by that of q N(1) + (1-q) N(0) against N(0), and that of order
+  a < 1 by the same with the distributions exchanged (Balle, Barthe & Gaboardi
+  2018, arXiv:1807.01647; Zhu, Dong & Wang 2022). One could compose adding and
+  removing separately and take the larger, but that need not be a bound (Lebeda
+  et al. 2024, arXiv:2405.20769).
+
+  The event for dp_accounting is meant for its RDP accountant under REPLACE_ONE,
+  which takes the noise in units of that distance. Its PLD accountant takes it
+  in half that unit.
   """
 
   def _directions(self) -> "tuple[mixtures.Direction, ...]":
@@ -209,11 +213,11 @@ class Truncated(SampledGaussian):
   event for dp_accounting is that of the pair with more rows.
 
   Attributes, beside those of `SampledGaussian`:
-    num_examples: the rows of the larger data set.
+    num_examples: how many rows the larger data set has.
     limit: the most rows of a sample.
     is_in_place: whether a missing row leaves its place empty.
-    is_either: whether the larger data set may also have one row less than
-      num_examples. Which of the two is worse depends on the limit.
+    is_either: whether the larger data set may also have num_examples - 1 rows.
+      Which of the two is worse depends on the limit, so both are computed.
   """
 
   num_examples: int

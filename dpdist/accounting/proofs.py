@@ -1,8 +1,8 @@
 """The proofs that this project has, one for each way of sampling.
 
-Each is of the Gaussian mechanism on a clipped sum, raises ValueError for
-settings that it does not hold for, and returns the events that are composed.
-The events say which papers they are from; the rest is in docs/accounting.md.
+Each proof is about the Gaussian mechanism on a clipped sum. It returns the
+events that are composed, and raises ValueError for settings that it does not
+hold for. The events name their papers; the rest is in docs/accounting.md.
 """
 
 import functools
@@ -12,7 +12,7 @@ from dpdist import errors
 from dpdist.accounting import gaussian_events
 from dpdist.accounting import step_events
 
-# What only some samplings have, and its value where there is none of it.
+# Settings that only some samplings have, and their values for all others.
 _DEFAULTS = {
   "truncated_batch_size": None,
   "cycle_length": 1,

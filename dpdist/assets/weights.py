@@ -26,11 +26,8 @@ _SUFFIXES = (".safetensors", ".gguf")
 def locate(name: str) -> pathlib.Path:
   """Returns the path of a model's file.
 
-  Args:
-    name: of a model that `dpdist.assets.fetch` has fetched, or a path.
-
-  Raises:
-    ValueError: it was not fetched, or there is no such file.
+  The name is that of a model that `dpdist.assets.fetch` has fetched, or a path.
+  Raises ValueError if there is no such file.
   """
   if name in fetch.PACKAGES:
     files = [p for p in fetch.find(name).iterdir() if p.suffix in _SUFFIXES]
@@ -47,17 +44,10 @@ def locate(name: str) -> pathlib.Path:
 
 
 def read(path: Path) -> dict[str, np.ndarray]:
-  """Reads all arrays of a file.
+  """Reads all arrays of a .safetensors or .gguf file, by their names there.
 
-  Args:
-    path: of a .safetensors file, or .gguf, whose quantized arrays are expanded.
-
-  Returns:
-    Arrays by their names in the file; from .gguf all are float32.
-
-  Raises:
-    ValueError: the file is of another kind, or damaged.
-    ModuleNotFoundError: the format's package is missing.
+  Quantized arrays of .gguf are expanded, and all of its arrays are float32.
+  Raises ValueError if the file is of another kind, or damaged.
   """
   path = pathlib.Path(path)
   if path.suffix == ".safetensors":

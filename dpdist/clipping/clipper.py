@@ -1,12 +1,13 @@
-"""The seam between a clipped gradient and what else a step adds up.
+"""The interface of a clipper: it clips gradients, and may add up more.
 
 A clipper clips and sums the gradients of a chunk. It may also have extra
-leaves: numbers of each example, such as whether its gradient was clipped, whose
-noisy sums it learns from. They are added up, reduced and noised together with
-the gradient, in one tree and as one Gaussian mechanism. It is registered by
-name, or named in settings as "package.module:attribute", is called with a
-`ClippedGrad` and its options, and needs a proof of its own; see
-`dpdist.accounting.step_events`.
+leaves: numbers of each example, such as whether its gradient was clipped. They
+are added up, reduced and noised together with the gradient, in one tree and as
+one Gaussian mechanism. The clipper learns from their noisy sums.
+
+A clipper is registered by name, or settings name it as
+"package.module:attribute". It is called with a `ClippedGrad` and its options.
+It needs a proof of its own; see `dpdist.accounting.step_events`.
 """
 
 from collections.abc import Mapping
@@ -22,8 +23,8 @@ from dpdist.clipping import transform
 
 PyTree = Any
 
-# A bound has so many binary digits, and a sum so many of them as well as those
-# of the number of examples, so that both fit into the 24 of a float32.
+# Binary digits of a bound, and of the sum of all examples' counts. The product
+# of both fits into the 24 digits of a float32.
 _BOUND_DIGITS, _SUM_DIGITS = 4, 20
 
 
@@ -31,9 +32,9 @@ class Extra(NamedTuple):
   """An extra leaf.
 
   Attributes:
-    shape: of what each example adds.
-    share: of the privacy that a step spends, in (0, 1): of 1 / noise
-      multiplier^2. The gradient has what the shares of all leaves leave of 1.
+    shape: the shape of what each example adds.
+    share: the leaf's part, in (0, 1), of what a step spends, which is measured
+      by 1 / noise multiplier^2. The gradient has the rest.
   """
 
   shape: tuple[int, ...]
@@ -44,7 +45,7 @@ class Clipped(NamedTuple):
   """A sum with extra leaves, or a tree of that structure.
 
   Attributes:
-    gradient: of clipped gradients, a pytree like params.
+    gradient: the sum of clipped gradients, a pytree like params.
     extra: the extra leaves, by name.
   """
 
@@ -60,15 +61,15 @@ class Clipper(Protocol):
     """Returns the extra leaves by name; empty: there are none."""
 
   def init(self) -> PyTree:
-    """Returns what it learns before the first step: arrays, or () for nothing.
+    """Returns its state before the first step: arrays, or () if there are none.
 
-    It is saved in checkpoints, which are released, and on every device.
+    Every device and every checkpoint holds it, and checkpoints are released.
     """
 
   def clip(
     self, params: PyTree, batch: PyTree, state: PyTree, **arguments: Any
   ) -> transform.ClippedGrads:
-    """Returns the clipped sum of a batch, of the `ClippedGrad`'s sensitivity.
+    """Returns a batch's clipped sum, with the sensitivity of `ClippedGrad`.
 
     Args:
       params: as for `ClippedGrad`.
@@ -82,9 +83,9 @@ class Clipper(Protocol):
   ) -> Mapping[str, jax.Array]:
     """Returns the extra leaves of each example, [B, *shape], by name.
 
-    An example counts by at most an l2 norm of 1, to which longer ones are cut;
-    NaN counts as 0. Entries are rounded towards 0 to multiples
-    of a power of two, at most 2 B / 2^20.
+    What an example adds to a leaf is cut to an l2 norm of 1, and NaN counts as
+    0. Entries are rounded towards 0, to multiples of a power of two that is at
+    most 2 B / 2^20.
     """
 
   def finish(
@@ -93,9 +94,9 @@ class Clipper(Protocol):
     """Returns the gradient for the optimizer, and what it has learned.
 
     Args:
-      gradient: noisy sum over the expected number of examples.
-      extra: noisy sums of what examples counted, over that number.
-      state: what it had learned.
+      gradient: the noisy sum, divided by the expected number of examples.
+      extra: the noisy sums of the extra leaves, divided by that number.
+      state: what it had learned before the step.
     """
 
 
@@ -130,7 +131,7 @@ class Fixed:
 
 
 def bound(l2_clip_norm: float) -> float:
-  """Returns by how much an example counts at most in the sum of a leaf.
+  """Returns the most that an example can add to the sum of a leaf.
 
   It is the clip norm, cut to few binary digits so that products are exact.
   """
@@ -149,7 +150,7 @@ def add_up(
     in whatever order it is computed.
 
   Args:
-    values: [B, *shape], what each example counts.
+    values: [B, *shape], the leaf of each example.
     is_padding_example: [B] bool.
     bound: from the function `bound`.
   """

@@ -27,15 +27,9 @@ class ArrayRecordSource:
 
   Examples stay on disk; a read fetches its records at random positions and
   decodes them. Records are numbered through the files in the order given.
-  `write_array_record` makes such files.
-
-  Args:
-    paths: one path or several.
-    decode: from a record to the arrays of its example; None: it is an .npz.
-
-  Raises:
-    ValueError: there is no such file, or it has no records.
-    OSError: a file cannot be read, or is no ArrayRecord file.
+  `write_array_record` makes such files. Raises ValueError if there is no such
+  file or no record in it, and OSError if it cannot be read, or is no
+  ArrayRecord file.
   """
 
   def __init__(
@@ -65,8 +59,7 @@ class ArrayRecordSource:
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """See `dpdist.data.sources.Source.read`.
 
-    Raises:
-      ValueError: also if records differ in shape.
+    Raises ValueError also if records differ in shape.
     """
     indices = sources.check_indices(indices, len(self))
     batch = {
@@ -88,11 +81,7 @@ class ArrayRecordSource:
     return batch
 
   def read_each(self, indices: np.ndarray) -> list[dict[str, np.ndarray]]:
-    """Reads examples one by one, which may differ in shape and dtype.
-
-    Args:
-      indices: of them; see `read`.
-    """
+    """Reads examples one by one, which may differ in shape and dtype."""
     indices = sources.check_indices(indices, len(self))
     records = self._fetch(indices.tolist()) if len(indices) else ()
     return [self._example(record) for record in records]
@@ -120,8 +109,7 @@ class ArrayRecordSource:
   def content_digest(self) -> str:
     """Returns the digest of an `ArraySource` of the same examples.
 
-    Raises:
-      ValueError: records differ in shape.
+    Raises ValueError if records differ in shape.
     """
     if self._digest is None:
       columns = sorted(self._spec.items())

@@ -14,20 +14,15 @@ from dpdist.files import stamps
 
 
 class ArraySource:
-  """Examples held in arrays of equal leading length.
+  """Examples held in arrays (num_examples, ...), of no object dtype.
 
   The arrays are not copied, so those of `np.load(..., mmap_mode="r")` stay on
   disk and a read touches only the rows that it asks for. They must not be
-  changed afterwards: the digest is computed once.
-
-  Args:
-    arrays: by name, arrays of shape (num_examples, ...). No object dtypes.
-    convert: applied to the rows that `read` selects, so that compact arrays
-      (uint8 pixels, say) are turned into the model's inputs only when they are
-      read. The digest covers `arrays`, not `convert`.
-
-  Raises:
-    ValueError: no arrays, unequal lengths, or an object dtype.
+  changed afterwards: the digest is computed once. `convert` is applied to the
+  rows that `read` selects, so that compact arrays (uint8 pixels, say) are
+  turned into the model's inputs only when they are read. The digest covers the
+  arrays, not `convert`. Raises ValueError for no arrays, unequal lengths, or an
+  object dtype.
   """
 
   def __init__(
@@ -61,11 +56,7 @@ class ArraySource:
 
   @classmethod
   def from_npz(cls, path: sources.Path) -> "ArraySource":
-    """Reads every array of an .npz file into memory.
-
-    Raises:
-      ValueError: it is no .npz file, or damaged.
-    """
+    """Reads every array of an .npz file into memory."""
     return cls(load_npz(path))
 
   def __len__(self) -> int:
@@ -122,14 +113,10 @@ class ArraySource:
 def load_npz(
   file: sources.Path | BinaryIO, what: str = ""
 ) -> dict[str, np.ndarray]:
-  """Reads every array of an .npz archive.
+  """Reads every array of an .npz archive, a path or the archive itself.
 
-  Args:
-    file: a path, or the archive itself.
-    what: what the archive is, for messages; "": the path.
-
-  Raises:
-    ValueError: it is no .npz archive, or damaged.
+  Raises ValueError, which calls it `what` or by its path, for a file of another
+  kind or a damaged one.
   """
   if isinstance(file, str | os.PathLike):
     # Given a path, NumPy leaves a damaged file open.
@@ -140,11 +127,7 @@ def load_npz(
 
 
 def load_npy(path: sources.Path) -> np.ndarray:
-  """Reads an .npy file.
-
-  Raises:
-    ValueError: it is no .npy file, or damaged.
-  """
+  """Reads an .npy file; raises ValueError if it is none, or damaged."""
   with sources.reading(path):
     array = np.load(path, allow_pickle=False)
     if not isinstance(array, np.ndarray):

@@ -14,13 +14,9 @@ def flip_and_crop(
 ) -> Callable[[jax.Array, jax.Array], jax.Array]:
   """Makes a function that randomly changes one image.
 
-  Args:
-    flip: whether to mirror left and right, with probability 1/2.
-    crop: the largest shift in pixels each way; the image's own reflection fills
-      the border.
-
-  Returns:
-    A function (key, image [height, width, channels]) -> an image of that shape.
+  It maps (key, image [height, width, channels]) to an image of that shape. If
+  `flip`, it mirrors left and right with probability 1/2. It shifts by at most
+  `crop` pixels each way; the image's own reflection fills the border.
   """
 
   def change(key: jax.Array, image: jax.Array) -> jax.Array:
@@ -40,11 +36,9 @@ def flip_and_crop(
 
 
 def check(config: ml_collections.ConfigDict, shape: tuple[int, ...]) -> None:
-  """Raises ValueError for settings that are wrong, or would have no effect.
+  """Raises ValueError for an augmentation that is wrong or has no effect.
 
-  Args:
-    config: all settings; `augmentation` is checked.
-    shape: of an example's inputs.
+  The shape is of an example's inputs.
   """
   wanted = config.augmentation
   _validation.require(

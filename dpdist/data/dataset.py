@@ -1,4 +1,4 @@
-"""A data set: what is trained on, what is held out, and whose each example is.
+"""Defines a data set: a training part, a held-out part, and their users.
 
     dataset = dpdist.Dataset(train={"x": x, "y": y}, test={"x": ..., "y": ...})
 
@@ -28,9 +28,9 @@ class Dataset:
     train: the set that the mechanism samples from; exactly this is protected.
     test: the held-out set; the privacy guarantee does not cover it.
     train_users: integers or strings, the user of each training example. They
-      count where `data.examples_per_unit` makes users the unit of privacy.
-    test_users: likewise of the held-out examples; needed with train_users,
-      since no user may be in both parts.
+      are used if `data.examples_per_unit` makes users the unit of privacy.
+    test_users: the user of each held-out example. It is needed with
+      train_users, since no user may be in both parts.
 
   Raises:
     ValueError: a part is neither a source nor arrays, or only one of the parts
@@ -54,13 +54,9 @@ class Dataset:
   def over_users(self, slots: int, *, name: str) -> "Dataset":
     """Returns the data set with users as the rows of its training part.
 
-    Args:
-      slots: see `dpdist.data.users.UserSource`.
-      name: of what holds the users, for messages.
-
-    Raises:
-      ValueError: the users are not one for each example, or one is in both
-        parts.
+    See `dpdist.data.users.UserSource` for slots; `name` is the users' column,
+    for messages. Raises ValueError if an example has not exactly one user, or a
+    user is in both parts.
     """
     parts = (self.train, self.train_users), (self.test, self.test_users)
     for source, ids in parts:
@@ -93,10 +89,9 @@ class Dataset:
 
 
 def of(thing: Any) -> Dataset:
-  """Returns a thing as a data set: it is one, or has the parts of one.
+  """Returns a data set, made of a `Dataset` or of any object with its parts.
 
-  Raises:
-    ValueError: it has no `train` or no `test`.
+  Raises ValueError if it has no `train` or no `test`.
   """
   if isinstance(thing, Dataset):
     return thing
@@ -110,10 +105,10 @@ def of(thing: Any) -> Dataset:
 
 
 def code(dataset: Dataset) -> list[Any]:
-  """Returns what reads the training examples, whose code decides what they are.
+  """Returns the classes and functions that read the training examples.
 
-  It names classes and functions of sources that are not in the digest of their
-  content.
+  Their code decides what the examples are, and the digest of a source's content
+  does not cover it.
   """
   found: list[Any] = []
   source: Any = dataset.train

@@ -13,17 +13,12 @@ from dpdist.data import sources
 class ParquetSource(arrays_lib.ArraySource):
   """Columns of Parquet files, read into memory once.
 
-  Rows are numbered through the files in the order given. A column of lists of
-  one length becomes an array with that axis (nested lists, one axis a level).
-
-  Args:
-    paths: one path or several.
-    columns: column by example name, as {"inputs": "x", "targets": "label"}.
-
-  Raises:
-    ModuleNotFoundError: pyarrow is not installed.
-    ValueError: a column is missing, holds nulls, lists of unequal lengths, or
-      values that are neither numbers nor booleans; or there are no rows.
+  Rows are numbered through the files in the order given. Columns are given by
+  example name, as {"inputs": "x", "targets": "label"}. A column of lists of one
+  length becomes an array with that axis (nested lists, one axis a level).
+  Raises ValueError if a column is missing, holds nulls, lists of unequal
+  lengths, or values that are neither numbers nor booleans, or if there are no
+  rows.
   """
 
   def __init__(

@@ -30,13 +30,11 @@ class Chunk(NamedTuple):
 
   PRIVATE: which rows are padding reveals how many examples were drawn, and the
   batch is the data itself. Neither may leave the process unprotected.
-
-  Attributes:
-    batch: by name, arrays of shape (num_rows, ...); zeros in padding rows.
-    is_padding_example: bool (num_rows,), True where a row holds no example.
   """
 
+  # By name, arrays of shape (num_rows, ...); zeros in padding rows.
   batch: dict[str, np.ndarray]
+  # bool (num_rows,), True where a row holds no example.
   is_padding_example: np.ndarray
 
 
@@ -53,48 +51,33 @@ def steps(
 ) -> Iterator[tuple[int, list[Chunk]]]:
   """Yields the chunks of every step from `start_step` on, in order.
 
-  The sorted indices that the sampler draws for a step are cut into consecutive
-  chunks of `chunk_size`; position p of a chunk is the same example on every
-  host. A host reads only the positions it owns, its `rows`. All hosts yield the
-  same number of chunks for a step, ceil(number drawn / chunk_size), even where
-  all the rows of a host are padding; an empty draw yields the step with no
-  chunk.
+  The sampler maps a step to strictly increasing integer indices (k,) below
+  len(source), the same on every host. These are cut into consecutive chunks of
+  `chunk_size`; position p of a chunk is the same example on every host. A host
+  reads only the positions it owns, its `rows`: distinct integers (num_rows,) in
+  [0, chunk_size). All hosts yield the same number of chunks for a step,
+  ceil(number drawn / chunk_size), even where all the rows of a host are
+  padding; an empty draw yields the step with no chunk. `num_steps` is the run's
+  length, not a count from `start_step`.
 
   Which examples are drawn, and how many, is private (see `Chunk`), and so is
   the number of chunks. Errors raised here name the step, never an index or a
-  count.
+  count: a ReadError that the source raised, and ValueError for a draw or a
+  source that breaks its contract. Other errors of the source and the sampler
+  come through unchanged, at the step that they belong to.
 
-  Close the iterator (or drop the last reference to it) to cancel the reads that
-  have not begun. Reads under way end in the background.
+  Source and sampler are called from `num_threads` threads, each of which reads
+  a step at a time; `prefetch` steps are held, ready or being read, ahead of the
+  one in use. If either is 0, the caller's thread reads. Host memory holds at
+  most prefetch + 1 steps of padded rows, about (prefetch + 1) * num_rows *
+  bytes of an example for each chunk that a step takes, and what `num_threads`
+  reads need meanwhile. Close the iterator (or drop the last reference to it) to
+  cancel the reads that have not begun. Reads under way end in the background.
 
   Guarantees:
     Every drawn example is in exactly one row of one chunk of one host, provided
     that the hosts' `rows` partition range(chunk_size), and nothing else is in
     any row. A draw is never cut: a step that cannot be read raises.
-
-  Args:
-    source: of examples, or of whole units of several (see `dpdist.data.users`);
-      called from `num_threads` threads.
-    sampler: maps a step to strictly increasing integer indices (k,) below
-      len(source), the same on every host. Called from the same threads.
-    start_step: first step to yield.
-    num_steps: the step after the last: the run's length, not a count from
-      `start_step`.
-    chunk_size: examples in one chunk over all hosts.
-    rows: distinct integers (num_rows,) in [0, chunk_size), the positions in a
-      chunk that this host owns; np.arange(chunk_size) on a single host.
-    num_threads: steps read at a time. 0 reads in the caller's thread.
-    prefetch: steps held, ready or being read, ahead of the one in use; 0 reads
-      in the caller's thread. Host memory holds at most prefetch + 1 steps of
-      padded rows, about (prefetch + 1) * num_rows * bytes of an example for
-      each chunk that a step takes, and what `num_threads` reads need meanwhile.
-
-  Raises:
-    ValueError: on the call, an argument is out of range; on iteration, a draw
-      or the source breaks its contract.
-    dpdist.errors.ReadError: the source raised it; the message names the step.
-      Other errors of the source and the sampler come through unchanged, at the
-      step that they belong to.
   """
   _check_numbers(start_step, num_steps, chunk_size, num_threads, prefetch)
   rows = _checked_rows(rows, chunk_size)

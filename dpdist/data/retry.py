@@ -30,27 +30,19 @@ _TICK_SECONDS = 0.1
 class RetryingSource:
   """A source whose reads are tried again, up to a time limit.
 
-  Seconds are counted in waits, not by the clock: a process that was stopped and
-  wakes up has used none of its limit. Each attempt has a thread, which does not
-  keep the interpreter from ending; threads that a source starts itself may.
-  Where nothing can stall, or no limit is set, there is no thread, which is
-  cheaper.
+  An OSError of the source means that it may work later; no other error is tried
+  again. Reads are retried for retry_seconds, 0: not at all, and an attempt that
+  takes stall_seconds counts as a failure too, 0: no limit. Seconds are counted
+  in waits, not by the clock: a process that was stopped and wakes up has used
+  none of its limit. `tell` is called with a line of text when failures begin,
+  from any thread; a second read that fails at the same time is not reported.
+
+  Each attempt has a thread, which does not keep the interpreter from ending;
+  threads that a source starts itself may. Where nothing can stall, or no limit
+  is set, there is no thread, which is cheaper.
 
   Guarantees:
     A read returns what one attempt returned as a whole.
-
-  Args:
-    source: to read from. An OSError of it means that it may work later; no
-      other error is tried again.
-    name: of the data set, for messages.
-    retry_seconds: how long a failing source is retried; 0: not at all.
-    stall_seconds: an attempt that takes so long counts as a failure too; 0: no
-      limit.
-    tell: is called with a line of text when failures begin, from any thread; a
-      second read that fails at the same time is not reported.
-
-  Raises:
-    ValueError: a number of seconds is negative or not finite.
   """
 
   def __init__(
@@ -86,9 +78,8 @@ class RetryingSource:
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """Reads examples; see `dpdist.data.sources.Source.read`.
 
-    Raises:
-      dpdist.errors.ReadError: the time limit is reached, or the source raised a
-        ValueError because its content is wrong.
+    Raises ReadError if the time limit is reached, or if the source raised a
+    ValueError because its content is wrong.
     """
     return self._get(lambda: self._source.read(indices), self._stall_seconds)
 
@@ -104,11 +95,7 @@ class RetryingSource:
     return list(self._get(lambda: sources.earlier_digests(self._source), 0))
 
   def changed_files(self) -> list[str]:
-    """See `dpdist.data.sources.changed_files`.
-
-    Raises:
-      dpdist.errors.ReadError: the time limit is reached.
-    """
+    """See `dpdist.data.sources.changed_files`; ReadError at the time limit."""
     limit = self._stall_seconds
     # As long as `content_digest` may take, if content has to be hashed again.
     if self._get(lambda: sources.is_touched(self._source), limit):
@@ -183,12 +170,7 @@ class RetryingSource:
 
 
 class _Attempt(threading.Thread):
-  """One attempt; to be started as a thread, or run.
-
-  Attributes:
-    value: what was returned.
-    error: what was raised; None if nothing was.
-  """
+  """One attempt; to be started as a thread, or run."""
 
   def __init__(self, make: Callable[[], Any]):
     super().__init__(name="dpdist-read", daemon=True)

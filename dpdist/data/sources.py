@@ -72,14 +72,12 @@ class Source(Protocol):
 def changed_files(source: Source) -> list[str]:
   """Returns the files that a source reads from and that have changed since.
 
-  If this is empty, all that was read so far is what the digest was computed
-  on. Two exceptions: what was changed and changed back in between, and what a
+  If this is empty, all that was read so far is what the digest was computed on.
+  Two exceptions: what was changed and changed back in between, and what a
   program writes through a memory map of its own, which changes no time of the
   file. A source that reads from files after it was made has a method of this
-  name. It may take as long as the digest did; see `is_touched`.
-
-  Raises:
-    OSError: the files cannot be checked now, but perhaps later.
+  name. It may take as long as the digest did; see `is_touched`. Raises OSError
+  if the files cannot be checked now, but perhaps later.
   """
   return list(getattr(source, "changed_files", list)())
 
@@ -88,10 +86,7 @@ def is_touched(source: Source) -> bool:
   """Returns whether `changed_files` must hash content again; reads none itself.
 
   A source whose files can be renamed, or get another mode, and still have the
-  same content has a method of this name.
-
-  Raises:
-    OSError: see `changed_files`.
+  same content has a method of this name. See `changed_files` for OSError.
   """
   return bool(getattr(source, "is_touched", bool)())
 

@@ -77,27 +77,18 @@ class UserSource:
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """Reads units, with the first examples of each that its slots can hold.
 
-    Args:
-      indices: of units; see `dpdist.data.sources.Source.read`.
-
-    Returns:
-      By name, arrays (k, examples_per_unit, ...), zeros in empty slots, which
-      come last; and `SLOT_IS_EMPTY`, bool (k, examples_per_unit).
-
-    Raises:
-      ValueError, OSError: see `dpdist.data.sources.Source.read`.
+    Returns, by name, arrays (k, examples_per_unit, ...), zeros in empty slots,
+    which come last; and `SLOT_IS_EMPTY`, bool (k, examples_per_unit). See
+    `dpdist.data.sources.Source.read` for the rest.
     """
     return self._read(indices, lambda unit, count: np.arange(self._used(count)))
 
   def drawing(self, key: bytes) -> Callable[[int], sources.Source]:
-    """Returns sources of these units, with examples chosen anew at each step.
+    """Returns a function from a step to a source of these units.
 
-    Args:
-      key: of the choice. Every set of a unit's examples that fills its slots is
-        equally likely, independently of all other units and steps.
-
-    Returns:
-      A function from a step to a source with the interface of this one.
+    It chooses examples anew at each step, by the key: every set of a unit's
+    examples that fills its slots is equally likely, independently of all other
+    units and steps.
     """
     # No functools.partial, which would show the key where it is printed.
     return lambda step: _Drawn(self, key, step)
@@ -202,18 +193,11 @@ class _Drawn:
 
 
 def in_groups(examples: sources.Source, size: int) -> UserSource:
-  """Returns a source whose rows are groups of consecutive examples.
+  """Returns a source whose rows are groups of `size` consecutive examples.
 
-  Groups are the same at every step, whatever is drawn. If they were cut from
-  what was drawn, one more example would move all that follow it into other
-  groups, and so change many gradients instead of one.
-
-  Args:
-    examples: the source of the groups' examples.
-    size: of a group, at least 1; the last one may be smaller.
-
-  Raises:
-    ValueError: size is out of its range.
+  The last group may be smaller. Groups are the same at every step, whatever is
+  drawn. If they were cut from what was drawn, one more example would move all
+  that follow it into other groups, and so change many gradients instead of one.
   """
   _validation.check("size", size, _validation.COUNT)
   group_of_example = np.arange(len(examples), dtype=np.int64) // size
@@ -221,18 +205,11 @@ def in_groups(examples: sources.Source, size: int) -> UserSource:
 
 
 def number(ids: np.ndarray, *, name: str) -> tuple[np.ndarray, int]:
-  """Numbers the units that a column of identities names.
+  """Numbers the units that a column of identities names, in their order.
 
-  Args:
-    ids: integers or strings (num_examples,).
-    name: of the column, for messages.
-
-  Returns:
-    For each example its unit, int64 (num_examples,), in [0, count); and the
-    count. Units are in order of their identities.
-
-  Raises:
-    ValueError: there are no rows, or they are neither integers nor strings.
+  Returns for each example its unit, int64 (num_examples,), in [0, count), and
+  the count. Raises ValueError if there are no rows, or identities are neither
+  integers nor strings.
   """
   ids = np.asarray(ids)
   if ids.ndim != 1 or not ids.size or ids.dtype.kind not in "iuUS":
@@ -247,8 +224,7 @@ def number(ids: np.ndarray, *, name: str) -> tuple[np.ndarray, int]:
 def parquet_ids(paths: Sequence[sources.Path], column: str) -> np.ndarray:
   """Reads a column of identities, integers or strings, of Parquet files.
 
-  Raises:
-    ValueError: there is no such column, or it holds nulls or other types.
+  Raises ValueError if it is missing, or holds nulls or other types.
   """
   from pyarrow import parquet
   from pyarrow import types

@@ -26,12 +26,9 @@ def is_primary() -> bool:
 def run_on_primary(make: Callable[[], Any]) -> Any:
   """Runs `make` in the primary process and returns its result everywhere.
 
-  The result must be JSON-able; it comes back as JSON does.
-
-  Raises:
-    PeerError: in the other processes, if `make` raised. In the primary process
-      its own exception comes through.
-    LostError: the other processes could not be reached.
+  The result must be JSON-able; it comes back as JSON does. If `make` raises,
+  its own exception comes through in the primary process, and the others raise
+  PeerError. LostError says that they could not be reached.
   """
   if jax.process_count() == 1:
     return make()
@@ -52,9 +49,7 @@ def run_on_primary(make: Callable[[], Any]) -> Any:
 def run_on_all(make: Callable[[], Any]) -> Any:
   """Runs `make` in every process and returns each process its own result.
 
-  Raises:
-    PeerError: it raised in another process. Where it raised, its own exception
-      comes through.
+  Where it raises, its own exception comes through; elsewhere it is a PeerError.
   """
   problem: Exception | None = None
   value = None
@@ -87,11 +82,7 @@ def gather(text: str) -> list[str]:
 
 
 def assert_equal(**facts: Any) -> None:
-  """Raises an error unless JSON-able facts are the same in all processes.
-
-  Raises:
-    DisagreementError: names the first fact that differs, and where.
-  """
+  """Raises DisagreementError unless JSON-able facts agree in all processes."""
   for name, fact in facts.items():
     text = json.dumps(fact, sort_keys=True)
     digests = gather(hashlib.sha256(text.encode()).hexdigest())

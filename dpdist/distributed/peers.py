@@ -16,15 +16,7 @@ _MOST_CALLERS = 4096  # At a time.
 
 
 class Peer:
-  """Another process, at the other end of a connection.
-
-  Attributes:
-    connection: the socket; this object closes it.
-    number: the process's number; -1 until it has sent it.
-    name: for messages to people; "" until then.
-    is_excused: whether it said that it will end.
-    is_closed: whether the connection has ended.
-  """
+  """Another process, at the other end of a connection, which this closes."""
 
   def __init__(self, connection: socket.socket, token: str = ""):
     """Wraps a connection to a process that has not said who it is.
@@ -33,9 +25,9 @@ class Peer:
     """
     connection.settimeout(_SEND_SECONDS)
     self.connection = connection
-    self.number = -1
-    self.name = ""
-    self.is_excused = False
+    self.number = -1  # The process's number; -1 until it has sent it.
+    self.name = ""  # For messages to people; "" until it has sent its number.
+    self.is_excused = False  # Whether it said that it will end.
     self.is_closed = False
     self._token = token
     self._buffer = b""

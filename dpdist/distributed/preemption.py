@@ -69,15 +69,11 @@ class Notice:
 
   Requests are signals and, on Google's machines, the notice that the machine
   will be stopped (see `dpdist.distributed.gce_maintenance`).
-
-  Attributes:
-    received: whether a request came.
-    reason: what the request was; "" until then.
   """
 
   def __init__(self) -> None:
-    self.received = False
-    self.reason = ""
+    self.received = False  # Whether a request came.
+    self.reason = ""  # What the request was.
     self._stack = contextlib.ExitStack()
 
   def __enter__(self) -> Self:

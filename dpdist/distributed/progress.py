@@ -40,19 +40,12 @@ _MOST_NAMED = 4
 
 
 class ProcessStatus(NamedTuple):
-  """What a process last reported.
+  """What a process last reported."""
 
-  Attributes:
-    step: the step that it was in, from 0; -1 before the first.
-    phase: one of `PHASES`.
-    seconds: how long it had been in the phase.
-    silence: seconds since that report.
-  """
-
-  step: int
-  phase: str
-  seconds: float
-  silence: float = 0.0
+  step: int  # The step that it was in, from 0; -1 before the first.
+  phase: str  # One of `PHASES`.
+  seconds: float  # How long it had been in the phase.
+  silence: float = 0.0  # Seconds since that report.
 
 
 class Progress:
@@ -105,12 +98,7 @@ def find_stuck(
 ) -> str:
   """Names the processes that a job waits for, if it has waited too long.
 
-  Args:
-    statuses: last reports of all processes, by name.
-    stuck_after: seconds that a phase of a step may take; 0 for any time.
-
-  Returns:
-    What is wrong; "" if nothing is.
+  Returns "" if they waited no more than stuck_after seconds, or if that is 0.
   """
   if not stuck_after:
     return ""

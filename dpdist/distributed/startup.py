@@ -37,18 +37,13 @@ _ENGINES = {
 class Coordinator(NamedTuple):
   """How a process connects to the others.
 
-  Attributes:
-    address: host and port of process 0.
-    num_processes: of the job.
-    process_id: of this process.
-    engine: JAX's name of the engine that knows these three, which are None
-      then.
+  The first three fields are None where one of JAX's engines knows them.
   """
 
-  address: str | None
+  address: str | None  # Host and port of process 0.
   num_processes: int | None
   process_id: int | None
-  engine: str | None = None
+  engine: str | None = None  # JAX's name of the engine.
 
 
 def find(
@@ -56,13 +51,9 @@ def find(
 ) -> Coordinator | None:
   """Finds out how to connect to the other processes, if there are any.
 
-  Args:
-    flags: "coordinator_address", "num_processes" and "process_id"; None where
-      they are not given.
-    environment: environment variables.
-
-  Raises:
-    StartError: names the value that makes no sense, and what would be right.
+  Reads the flags "coordinator_address", "num_processes" and "process_id", which
+  are None where they are not given, and environment variables. Raises
+  StartError for a value that makes no sense.
   """
   given = {name: value for name, value in flags.items() if value is not None}
   if given:
@@ -110,15 +101,11 @@ def _number(value: object) -> int | None:
 def start(flags: Mapping[str, object], *, timeout: int = 300) -> None:
   """Connects to the other processes, if there are any.
 
-  Args:
-    flags: see `find`.
-    timeout: seconds to wait, for the coordinator's name and for the others.
-
-  Raises:
-    StartError: the flags or variables make no sense, or this host would give
-      the others an address at which they cannot reach it.
-    ConnectError: the processes could not be connected. Where time runs out
-      inside JAX, the process prints that and exits with 1.
+  Waits up to timeout seconds for the coordinator's name, and for the others.
+  `find` describes the flags. Raises StartError if flags or variables make no
+  sense, or if this host would give the others an address at which they cannot
+  reach it, and ConnectError if the processes could not be connected. Where time
+  runs out inside JAX, the process prints that and exits with 1.
   """
   if timeout < 1:
     raise errors.StartError(
@@ -174,11 +161,9 @@ def resolve(host: str, timeout: float) -> list[str]:
   """Returns the addresses of a host, and waits until its name can be resolved.
 
   JAX would wait for minutes without a message. In Kubernetes a pod's name can
-  be resolved only seconds after the pod starts.
-
-  Raises:
-    ConnectError: the name has no address within timeout seconds.
-    StartError: it never will have one.
+  be resolved only seconds after the pod starts. Raises ConnectError if the name
+  has no address within timeout seconds, and StartError if it never will have
+  one.
   """
   end = time.monotonic() + timeout
   while True:

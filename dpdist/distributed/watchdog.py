@@ -54,14 +54,10 @@ _PATIENCE_SECONDS = 5.0
 
 
 class _Cause(NamedTuple):
-  """Why a job ends.
-
-  Attributes:
-    text: names the process.
-    number: the process that failed and reported it; -1 if one was lost.
-  """
+  """Why a job ends: a text that names the process."""
 
   text: str
+  # The process that failed and reported it; -1 if one was lost.
   number: int = -1
 
 
@@ -85,12 +81,9 @@ class Watchdog:
   ):
     """Stores the arguments; watches nothing yet.
 
-    Args:
-      progress: of this process.
-      stuck_after: seconds that a phase of a step may take, or a process be
-        silent; 0 for any time.
-      own: errors that all processes reach by themselves. They come through,
-        unless a process was lost.
+    A phase of a step may take stuck_after seconds, and a process may be silent
+    for as long; 0 allows any time. All processes reach the `own` errors by
+    themselves, so these come through, unless a process was lost.
     """
     self._progress = progress
     self._stuck_after = stuck_after
@@ -327,16 +320,13 @@ def leave(code: int) -> NoReturn:
 
 
 def _abort_slowly() -> Callable[[], None]:
-  """Delays an abort of this process by six seconds.
+  """Delays an abort of this process by six seconds; returns a way to undo it.
 
   JAX's client aborts a process, in a thread, as soon as the primary process is
   gone, and cannot be configured otherwise (jax 0.10.2). Meanwhile the watchdog
   reports what happened and ends the process properly. The handler is the C
   library's `sleep`, which a signal may call; its argument is the signal's
   number, 6.
-
-  Returns:
-    A function that undoes it.
   """
   library = ctypes.CDLL(None)
   set_handler = library.signal

@@ -1,4 +1,4 @@
-"""Writes a file so that a reader finds the old one or the new, never half."""
+"""Writes a file so that a reader finds the whole old one or the whole new."""
 
 import os
 import pathlib
@@ -7,11 +7,9 @@ import pathlib
 def write(path: pathlib.Path, data: bytes, *, is_durable: bool = False) -> None:
   """Writes a file beside its place, and renames it into place.
 
-  Args:
-    path: of the file.
-    data: what it will hold.
-    is_durable: whether to sync it first, so that all of it is there after a
-      crash of the machine, or the old file is. The directory is not synced.
+  With `is_durable` it syncs the file before it is renamed. After a crash of the
+  machine, either the whole new file is there, or the old one. The directory is
+  not synced.
   """
   temporary = path.with_name(path.name + ".tmp")
   with open(temporary, "wb") as file:

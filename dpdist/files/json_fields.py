@@ -16,15 +16,7 @@ _LARGEST = 2**63
 
 
 def parse(data: bytes | str, what: str) -> dict[str, Any]:
-  """Reads a JSON object.
-
-  Args:
-    data: the text.
-    what: a name for the object in error messages.
-
-  Raises:
-    ValueError: the text is not JSON, or not an object.
-  """
+  """Reads a JSON object, or raises ValueError, which calls it `what`."""
   try:
     value = json.loads(data)
   except (ValueError, RecursionError):
@@ -39,9 +31,6 @@ def strict(value: Any) -> Any:
 
   JSON cannot write NaN and infinity. They become the strings "NaN", "Infinity"
   and "-Infinity", which Python's float reads.
-
-  Args:
-    value: made of dicts, lists, tuples, strings, numbers, bools and None.
   """
   if isinstance(value, Mapping):
     return {name: strict(x) for name, x in value.items()}
@@ -58,15 +47,10 @@ def text(value: Any) -> str:
 
 
 def check(record: Mapping[str, Any], kinds: Mapping[str, type]) -> None:
-  """Checks the kinds of a record's fields; the record may have more fields.
+  """Raises ValueError unless a record's fields, from JSON, are of their kinds.
 
-  Args:
-    record: from JSON.
-    kinds: for each field's name, int (not negative, below 2^63), float (any
-      finite number), bool, str or dict.
-
-  Raises:
-    ValueError: a field, which the message names, is missing or of another kind.
+  A kind is int (not negative, below 2^63), float (any finite number), bool, str
+  or dict. The record may have more fields.
   """
   for name, kind in kinds.items():
     if name not in record:

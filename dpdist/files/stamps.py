@@ -18,10 +18,7 @@ class FileStamps:
 
   A file that is written to or replaced has another stamp. Content is read only
   if a file's ctime changed while its stamp did not, so checks cost next to
-  nothing.
-
-  Raises:
-    OSError: the metadata of a file cannot be read.
+  nothing. Raises OSError if a file's metadata cannot be read.
   """
 
   def __init__(self, paths: Iterable[str | os.PathLike[str]]):
@@ -37,20 +34,16 @@ class FileStamps:
   def is_touched(self) -> bool:
     """Returns whether a file's ctime changed; reads no content.
 
-    Raises:
-      OSError: a file cannot be checked now, but perhaps later.
+    Raises OSError if a file cannot be checked now, but perhaps later.
     """
     return any(_ctime(path) != time for path, time in self._ctimes.items())
 
   def changed(self, is_same: Callable[[], bool]) -> list[str]:
     """Returns the files that changed.
 
-    Args:
-      is_same: returns whether a hash of all their content is what it was. It is
-        called only where no stamp changed but a ctime did.
-
-    Raises:
-      OSError: a file cannot be checked now, but perhaps later.
+    Only where no stamp changed but a ctime did, calls is_same, which returns
+    whether a hash of all their content is what it was. Raises OSError if a file
+    cannot be checked now, but perhaps later.
     """
     with self._lock:
       changed = [

@@ -35,61 +35,40 @@ FIELDS: dict[str, dict[str, type]] = {
 
 @dataclasses.dataclass(frozen=True)
 class BudgetTerms:
-  """What a data set may spend.
+  """What a data set may spend."""
 
-  Attributes:
-    epsilon: of all runs together, above 0.
-    delta: in (0, 1).
-    neighboring_relation: of every run.
-    order: the Renyi order at which costs are added up.
-    divergence: the largest sum of costs.
-  """
-
-  epsilon: float
-  delta: float
-  neighboring_relation: str
-  order: int
-  divergence: float
+  epsilon: float  # Of all runs together, above 0.
+  delta: float  # In (0, 1).
+  neighboring_relation: str  # Of every run.
+  order: int  # The Renyi order at which costs are added up.
+  divergence: float  # The largest sum of costs.
 
 
 @dataclasses.dataclass(frozen=True)
 class Allocation:
-  """What one run has reserved.
+  """What one run has reserved."""
 
-  Attributes:
-    label: for people.
-    cost: the largest divergence of its plan; for a run that was ended, what it
-      spent.
-    head: of its ledger, as last recorded here.
-    is_ended: whether the rest was given back.
-  """
-
-  label: str
+  label: str  # For people.
+  # The largest divergence of its plan; for a run that was ended, what it spent.
   cost: float
-  head: str
-  is_ended: bool = False
+  head: str  # Of its ledger, as last recorded here.
+  is_ended: bool = False  # Whether the rest was given back.
 
 
 @dataclasses.dataclass(frozen=True)
 class Reservation:
-  """Budget that is kept for runs to come.
+  """Budget that is kept for runs to come."""
 
-  Attributes:
-    label: for people, and for runs to refer to it; unique.
-    cost: the divergence of each run.
-    free: how many runs may still come.
-  """
-
-  label: str
-  cost: float
-  free: int
+  label: str  # For people, and for runs to refer to it; unique.
+  cost: float  # The divergence of each run.
+  free: int  # How many runs may still come.
 
 
 def read_terms(record: Mapping[str, Any], data: str) -> BudgetTerms:
-  """Checks the record that makes a budget, and returns its terms.
+  """Returns the terms of the record that makes a budget.
 
-  Raises:
-    ValueError: it is of another format or data set, or has an impossible value.
+  Raises ValueError if it is of another format or data set, or has an impossible
+  value.
   """
   if record["format"] != FORMAT or record["data"] != data:
     raise ValueError("another format, or another data set")

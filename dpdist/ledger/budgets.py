@@ -24,18 +24,11 @@ def find(
   budgets for one content, as for an .npz and an ArrayRecord of it. Then nothing
   bounds the sum of what they allow, and nothing is spent from any of them.
 
-  Args:
-    root: of all budgets.
-    data: the content digest of the training set, hex.
-    earlier: returns other digests of the same content, like
-      `dpdist.data.sources.earlier_digests`; called only if it matters.
-
-  Returns:
-    The budget; its terms are None if there is none yet.
-
-  Raises:
-    RefusedError: the budget that was recorded as the same is gone, or the data
-      set has several budgets.
+  `data` is the content digest of the training set, hex, and `earlier` returns
+  others of the same content, like `dpdist.data.sources.earlier_digests`; it is
+  called only if it matters. The terms of the returned budget are None if there
+  is none yet. Raises RefusedError if the budget that was recorded as the same
+  is gone, or the data set has several budgets.
   """
   budget = data_budget.DataBudget(root, data)
   if budget.same_as:
@@ -82,20 +75,11 @@ def open_or_make(
 ) -> data_budget.DataBudget:
   """Opens a data set's budget; makes it if epsilon and delta are given.
 
-  Args:
-    root: of all budgets.
-    data: the content digest of the training set, hex.
-    epsilon: of all runs together; None: that of the budget, which must exist.
-    delta: likewise.
-    neighboring_relation: of every run.
-    earlier: see `find`.
-    tell: is called with a line of text if a budget is made beside others: the
-      data set may have one of them, and have been changed since.
-
-  Raises:
-    ValueError: the budget does not exist, and a number is missing.
-    RefusedError: it has other terms.
-    dpdist.errors.LedgerError: it is damaged.
+  These are of all runs together; None stands for those of the budget, which
+  must exist, or ArgumentError is raised. See `find` for `data` and `earlier`.
+  `tell` is called with a line of text if a budget is made beside others: the
+  data set may have one of them, and have been changed since. Raises
+  RefusedError if the budget has other terms, and LedgerError if it is damaged.
   """
   budget = find(root, data, earlier)
   is_new = budget.terms is None
@@ -122,10 +106,5 @@ def open_or_make(
 
 
 def all_below(root: str | os.PathLike[str]) -> list[data_budget.DataBudget]:
-  """Returns the budgets of all data sets under a root.
-
-  Raises:
-    ValueError: root cannot hold budgets.
-    dpdist.errors.LedgerError: one of them is damaged.
-  """
+  """Returns the budgets of all data sets under a root."""
   return [data_budget.DataBudget(root, data) for data in records.folders(root)]

@@ -41,11 +41,7 @@ class EpsilonRecorder:
     """Does nothing: epsilon is no measurement."""
 
   def poll(self, *, wait: bool = False) -> None:
-    """Records the results that are there by now.
-
-    Args:
-      wait: whether to wait until all that is charged is recorded.
-    """
+    """Records the results that are there by now, or, with wait, all of them."""
     if self._seen == self._ledger.head:
       return  # As after most steps: nothing was written.
     while self._ledger.epsilons is None:

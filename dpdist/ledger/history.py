@@ -53,46 +53,30 @@ _PARTS = 100
 
 
 class CheckpointRef(NamedTuple):
-  """A checkpoint that is on disk.
+  """A checkpoint that is on disk."""
 
-  Attributes:
-    step: updates made in it.
-    digest: SHA-256 of its manifest, hex.
-    writer: the number of the process that wrote it, whose folder it is in.
-  """
-
-  step: int
-  digest: str
-  writer: int
+  step: int  # Updates made in it.
+  digest: str  # SHA-256 of its manifest, hex.
+  writer: int  # The number of the process that wrote it, whose folder it is in.
 
 
 @dataclasses.dataclass(frozen=True)
 class Branch:
-  """A line of steps under one set of keys.
+  """A line of steps under one set of keys."""
 
-  Attributes:
-    number: counts from 0.
-    segment: the number of its segment.
-    identity: what its keys depend on. Of all branches of all runs and copies of
-      runs, those with the same secret and identity make the same releases.
-    start_step: updates made before its first step.
-    stop_step: its steps [start_step, stop_step) are charged.
-    fingerprint: of everything that decides the bits of a step.
-    bases: digests of the checkpoints that it may go on from: the one that it
-      started from ("" for the initial parameters) and its own.
-    charged: steps that were charged in its segment before it.
-    version: version of the rule by which its identity was made.
-  """
-
-  number: int
-  segment: int
+  number: int  # Counts from 0.
+  segment: int  # The number of its segment.
+  # What its keys depend on. Of all branches of all runs and copies of runs,
+  # those with the same secret and identity make the same releases.
   identity: str
-  start_step: int
-  stop_step: int
-  fingerprint: str
+  start_step: int  # Updates made before its first step.
+  stop_step: int  # Its steps [start_step, stop_step) are charged.
+  fingerprint: str  # Of everything that decides the bits of a step.
+  # Digests of the checkpoints that it may go on from: the one that it started
+  # from ("" for the initial parameters) and its own.
   bases: tuple[str, ...]
-  charged: int = 0
-  version: int = IDENTITY_VERSION
+  charged: int = 0  # Steps that were charged in its segment before it.
+  version: int = IDENTITY_VERSION  # Of the rule by which its identity was made.
 
   def release_index(self, step: int) -> int:
     """Returns a step's place among all charged steps of its segment, from 0.
@@ -106,51 +90,35 @@ class Branch:
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
-  """The steps of a run under one plan.
+  """The steps of a run under one plan."""
 
-  Attributes:
-    plan: the numbers that its steps are bound to; it counts steps from the
-      segment's start.
-    config: the privacy settings that it came from, as the user gave them.
-    data: the content digest of the training set, hex.
-    start_step: updates made before it.
-    charged: steps that may have been released in it.
-  """
-
+  # Its steps are bound to these numbers, and counted from its start.
   plan: plan_lib.PrivacyPlan
+  # The privacy settings that it came from, as the user gave them.
   config: Mapping[str, Any]
-  data: str
-  start_step: int
-  charged: int = 0
+  data: str  # The content digest of the training set, hex.
+  start_step: int  # Updates made before it.
+  charged: int = 0  # Steps that may have been released in it.
 
 
 class History:
-  """What a run did, according to its records.
-
-  Attributes:
-    records: the bodies of all records, in order.
-    segments: the plans of the run, in order, and what was charged under each.
-    branches: the branches of the run, in order.
-    checkpoints: every recorded checkpoint, in order.
-    writer: the number of the latest process to write, from 1.
-    refunded_steps: steps that were charged ahead, never begun, and are no
-      longer charged.
-    secret_hash: see `dpdist.keys.secret_hash`; "" before a run is opened.
-    is_ended: whether nothing can be charged any more.
-    places: where the run has, or was about to take, an allocation in a data
-      set's budget, in order: dicts of "root", "data" and "stake", which is ""
-      before it is taken.
-  """
+  """What a run did, according to its records."""
 
   def __init__(self) -> None:
+    # The bodies of all records, in order, as in all lists below.
     self.records: list[dict[str, Any]] = []
     self.segments: list[Segment] = []
     self.branches: list[Branch] = []
     self.checkpoints: list[CheckpointRef] = []
-    self.writer = 0
+    self.writer = 0  # The number of the latest process to write, from 1.
+    # Steps that were charged ahead, never begun, and are no longer charged.
     self.refunded_steps = 0
+    # See `dpdist.keys.secret_hash`; "" before a run is opened.
     self.secret_hash = ""
-    self.is_ended = False
+    self.is_ended = False  # Whether nothing can be charged any more.
+    # Where the run has, or was about to take, an allocation in a data set's
+    # budget: dicts of "root", "data" and "stake", which is "" before it is
+    # taken.
     self.places: list[dict[str, str]] = []
     self._run = ""
     # The record that opened the current segment, as it was written.
@@ -272,8 +240,7 @@ class History:
   def apply(self, record: dict[str, Any]) -> None:
     """Updates the state by one record; the only way state changes.
 
-    Raises:
-      ValueError: the record makes no sense here; the state is as it was.
+    Raises ValueError if the record makes no sense here; the state is as it was.
     """
     kind = record["kind"]
     if kind not in FIELDS:

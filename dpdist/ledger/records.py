@@ -64,13 +64,7 @@ _ATTEMPTS = 5
 
 
 class Log:
-  """An open log. One process writes, any may read.
-
-  Attributes:
-    records: the bodies of all records, in order. Beside the user's kinds there
-      are "writer", for a process that began to write, and "lost".
-    heads: heads[n] is the SHA-256, hex, of the record before record n.
-  """
+  """An open log. One process writes, any may read."""
 
   def __init__(
     self,
@@ -79,15 +73,12 @@ class Log:
   ):
     """Reads and checks every record.
 
-    Args:
-      location: a local path, a URL such as s3://bucket/path, or the JSON of a
-        tensorstore key-value store's spec. It need not exist.
-      apply: called with each record that is read or written; raises ValueError,
-        KeyError, TypeError or IndexError for one that makes no sense.
-
-    Raises:
-      ValueError: location is none of these.
-      LedgerError: a record is missing, altered or out of order.
+    The location is a local path, a URL such as s3://bucket/path, or the JSON of
+    a tensorstore key-value store's spec, and need not exist. `apply` is called
+    with each record that is read or written, and raises ValueError, KeyError,
+    TypeError or IndexError for one that makes no sense. Raises ValueError for
+    another location, and LedgerError if a record is missing, altered or out of
+    order.
     """
     self._store = _result(stores.opening(location))
     self._apply = apply
@@ -96,7 +87,10 @@ class Log:
     self._beats = 0
     self._stopped = threading.Event()
     self._heart = threading.Thread(target=self._live, daemon=True)
+    # The bodies of all records, in order. Beside the user's kinds there are
+    # "writer", for a process that began to write, and "lost".
     self.records: list[dict[str, Any]] = []
+    # heads[n] is the SHA-256, hex, of the record before record n.
     self.heads = [FIRST]
     self._read()
 
@@ -108,9 +102,8 @@ class Log:
   def acquire(self) -> None:
     """Makes this process the writer.
 
-    Raises:
-      LedgerError: another process is writing, or has begun to since the log was
-        read; or the store failed.
+    Raises LedgerError if another process is writing, or has begun to since the
+    log was read, or if the store failed.
     """
     before = self._read_head()
     if before is None:
@@ -131,9 +124,8 @@ class Log:
   def append(self, kind: str, **body: Any) -> None:
     """Writes a record, with its kind and its JSON-able fields, durably.
 
-    Raises:
-      LedgerError: this process is not the writer, or no longer; or the store
-        failed, and the record may have been written or not.
+    Raises LedgerError if this process is not the writer, or no longer, or if
+    the store failed, and the record may have been written or not.
     """
     if not self._token:
       raise errors.LedgerError(
@@ -148,15 +140,11 @@ class Log:
   ) -> None:
     """Writes a record durably, in a log that any process may write.
 
-    Args:
-      decide: returns the record's kind and its fields, or None if there is
-        nothing to write. If other processes wrote first, it is called again
-        after `apply` was called with their records. Its exceptions come
-        through.
-
-    Raises:
-      LedgerError: the store failed, and the record may have been written or
-        not; or the log is damaged.
+    `decide` returns the record's kind and its fields, or None if there is
+    nothing to write. If other processes wrote first, it is called again after
+    `apply` was called with their records. Its exceptions come through. Raises
+    LedgerError if the log is damaged, or the store failed, and the record may
+    have been written or not.
     """
     with self._lock:
       if self._read_head() is None:
@@ -375,12 +363,7 @@ class Log:
 
 
 def folders(root: str | os.PathLike[str]) -> list[str]:
-  """Returns the names of the logs below a root.
-
-  Raises:
-    ValueError: root cannot hold logs.
-    LedgerError: the store failed.
-  """
+  """Returns the names of the logs below a root."""
   keys = _result(_result(stores.opening(root)).list())
   return sorted({key.decode().partition("/")[0] for key in keys if b"/" in key})
 

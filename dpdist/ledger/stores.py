@@ -10,17 +10,11 @@ import tensorstore as ts
 
 
 def opening(location: str | os.PathLike[str]) -> ts.Future:
-  """Opens a store.
+  """Returns a future of a `tensorstore.KvStore`.
 
-  Args:
-    location: a local path, a URL such as s3://bucket/path, or the JSON of a
-      tensorstore key-value store's spec.
-
-  Returns:
-    A future of a `tensorstore.KvStore`.
-
-  Raises:
-    ValueError: location is none of these, or a store that is not durable.
+  The location is a local path, a URL such as s3://bucket/path, or the JSON of a
+  tensorstore key-value store's spec. Raises ValueError for any other, and for a
+  store that is not durable.
   """
   try:
     spec = ts.KvStore.Spec(_spec(location))

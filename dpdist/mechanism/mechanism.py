@@ -10,9 +10,9 @@ runs is what was accounted for:
   division     is by plan.expected_batch_size, a public number
 
 One step is then one subsampled Gaussian mechanism, and plan.epsilon() composes
-plan.num_steps of them. Where a schedule changes the numbers, a step's numbers
-are those of its release, that is its place among all steps charged under the
-plan. Every release happens once, even if steps were charged and lost.
+plan.num_steps of them. Where a schedule changes the numbers, a step uses those
+of its release index: its place among all steps charged under the plan. Every
+index is used for one release, even if charged steps were lost.
 """
 
 from collections.abc import Callable
@@ -58,9 +58,9 @@ class Mechanism:
     clipped_grad: (params, batch, ...) -> dpdist.clipping.ClippedGrads.
     sensitivity: l2 sensitivity of the clipped sum.
     noise_stddev: standard deviation of the noise on an entry of that sum.
-    exact_group_size: examples whose clipped gradients are summed in float32;
-      the sums of such groups are truncated and summed in integers. None: all is
-      summed in float32.
+    exact_group_size: the number of examples in a group. The clipped gradients
+      of a group are summed in float32; the sums of groups are truncated and
+      added as integers. None: all is summed in float32.
 
   Guarantees with exact_group_size:
     Truncation is inside the sensitivity. N examples make at most M = ceil(N /
@@ -106,7 +106,7 @@ class Mechanism:
     return getattr(state, "learned", ())
 
   def state_at(self, params: PyTree, num_draws: jax.Array) -> Any:
-    """Returns the state after so many steps, if it is a matter of counting."""
+    """Returns the state after so many draws, if their number decides it."""
     state = self.init(params)
     if self.noise.restarts != "from_index" or isinstance(
       state, state_lib.MechanismState
@@ -120,7 +120,7 @@ class Mechanism:
   def with_extra(
     self, gradient: PyTree, leaf: Callable[[tuple[int, ...]], Any]
   ) -> PyTree:
-    """Makes a tree like the sum of one like params and, by shape, of leaves."""
+    """Returns a tree like the sum: gradient, and leaf(shape) of each extra."""
     extra = {
       name: leaf(part.shape) for name, part in self.clipper.extra.items()
     }
@@ -176,14 +176,14 @@ class Mechanism:
 
     Guarantees:
       All leaves together are one Gaussian mechanism with the plan's noise
-      multiplier: one with a share s of what a step spends has 1 / sqrt(s) of
-      the noise that it would have alone, and the shares add up to 1.
+      multiplier. A leaf with a share s of what a step spends has 1 / sqrt(s)
+      times the noise that it would have alone. The shares add up to 1.
 
     Args:
       like: zeros like the sum.
       state: from `init` or the previous step.
       key: a typed PRNG key.
-      release_index: int32 scalar, the step's release; needed with a schedule.
+      release_index: int32 scalar, see the module; needed with a schedule.
 
     Returns:
       The noise, and the state after the step.

@@ -1,4 +1,4 @@
-"""Tells apart the code outside of this project that a plan names."""
+"""Computes a digest of the code outside of this project that a plan names."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from dpdist.privacy import plan as plan_lib
 
 
 def sha256(plan: plan_lib.PrivacyConfig | plan_lib.PrivacyPlan) -> str:
-  """Returns the SHA-256 of a plan's code outside of this project; "" of none.
+  """Returns the SHA-256 of a plan's code outside of this project, or "".
 
   It is of the sampling, the noise, the clipper and their proof.
   """

@@ -13,9 +13,9 @@
       return optax.apply_updates(params, updates), opt_state, noise_state
 
 The plan's guarantee depends on what the loop does. Batches must be the plan's
-draws (`dpdist.PoissonSampler`, padded, never cut). An empty draw is a step too
-(of padding alone). The state goes from call to call and into checkpoints, and
-no state is used twice. `dpdist.train` does all of that.
+draws (`dpdist.PoissonSampler`, padded, never cut). An empty draw is a step too,
+of padding alone. Give each call the state that the last one returned. Save the
+state in checkpoints, and use no state twice. `dpdist.train` does all of that.
 """
 
 from collections.abc import Callable
@@ -147,8 +147,7 @@ class PrivateGradientFn:
       batch, is_padding_row = clipping.into_groups(
         batch, size, is_padding_example=~is_real
       )
-    made = self.mechanism
-    learned = made.learned(state)
+    made, learned = self.mechanism, self.mechanism.learned(state)
     got = made.clipped_sum(
       params, batch, learned, is_padding_example=is_padding_row, rng=rng
     )
@@ -158,9 +157,7 @@ class PrivateGradientFn:
     )
     gradient, state = made.finish(noisy, state, release_index)
     gradient = jax.tree.map(lambda x: jnp.where(left, x, jnp.nan), gradient)
-    if isinstance(state, state_lib.MechanismState):
-      keep = lambda x, before: jnp.where(left, x, before)
-      state = state._replace(learned=jax.tree.map(keep, state.learned, learned))
+    state = _learned_where(left, state, learned)
     num_in_row = jnp.sum(is_real.reshape(is_padding_row.shape[0], -1), axis=1)
     aux = got.aux
     if size > 1:
@@ -193,8 +190,8 @@ def private_gradients(
 
   Guarantees:
     Each of the plan's steps is the Gaussian mechanism with the plan's noise
-    multiplier: the noise's standard deviation is that multiplier times the l2
-    sensitivity of the clipped sum, whatever the other arguments are.
+    multiplier. Whatever the other arguments are, the noise's standard deviation
+    is that multiplier times the l2 sensitivity of the clipped sum.
 
   Args:
     loss_fn: (params, example[, rng]) -> loss, or (loss, aux) with has_aux.
@@ -259,6 +256,14 @@ def _check_arguments(
       " rows_are_fixed=True: in a draw that is closed up, one more example"
       " moves all later ones to other groups"
     )
+
+
+def _learned_where(left: jax.Array, state: Any, before: PyTree) -> Any:
+  """Returns a state that has learned no more than before if none is left."""
+  if not isinstance(state, state_lib.MechanismState):
+    return state
+  keep = lambda x, old: jnp.where(left, x, old)
+  return state._replace(learned=jax.tree.map(keep, state.learned, before))
 
 
 def _mean(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""What noise and clipping remember from step to step."""
+"""Holds what noise and clipper remember from step to step."""
 
 from typing import Any, NamedTuple
 

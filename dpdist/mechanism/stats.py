@@ -1,4 +1,4 @@
-"""What a step has added up so far: sums and statistics, all of it sensitive."""
+"""Holds what a step has added up so far; all of it is sensitive."""
 
 from typing import Any, NamedTuple
 
@@ -36,8 +36,8 @@ class Accumulator(NamedTuple):
       float32 or wider, with a leading axis over those devices; where `fsdp`
       divides an array, over those along `data`.
     stats: Stats of [devices] arrays.
-    low: like clipped_sum, what rounding left out of it: the true sum is
-      clipped_sum + low. (): nothing, as for integers.
+    low: like clipped_sum, what rounding left out of it. The true sum is
+      clipped_sum + low. (): rounding left out nothing, as with integers.
     learned: what the clipper has learned before the step; (): nothing.
   """
 

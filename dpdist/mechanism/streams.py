@@ -1,4 +1,4 @@
-"""The random streams of a run: its draws, its keys."""
+"""Makes the random streams of a run: its samplers and its keys."""
 
 import bisect
 import dataclasses
@@ -35,7 +35,8 @@ class Streams:
 
     Args:
       plan: the plan.
-      first_release: step 0's; see `dpdist.ledger.history.Branch.release_index`.
+      first_release: step 0's release index; see
+        `dpdist.ledger.history.Branch.release_index`.
     """
     seed = keys.derive(self.secret, "sampling", branch=self.branch)
     samplers = [

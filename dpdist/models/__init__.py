@@ -28,14 +28,10 @@ def make(config: ml_collections.ConfigDict) -> nn.Module:
 
   A model maps the inputs of one example, without a batch axis, to logits:
   [classes], or [length, vocabulary] for a language model. Parameters are
-  float32 whatever the dtype of the computation.
-
-  Args:
-    config: `name` is one of ours, or finds a function of this config that
-      returns a model as `dpdist.registry.resolve` does.
-
-  Raises:
-    ValueError: unknown name or dtype, or a size that is missing.
+  float32 whatever the dtype of the computation. The name of `config.model` is
+  one of ours, or finds a function of this config that returns a model as
+  `dpdist.registry.resolve` does. Raises ValueError for an unknown name or
+  dtype, or a missing size.
   """
   _validation.check("model.dtype", config.dtype, _validation.one_of(_DTYPES))
   maker = registry.resolve("model", config.name, setting="model.name")
@@ -46,19 +42,12 @@ def make(config: ml_collections.ConfigDict) -> nn.Module:
 def from_disk(
   config: ml_collections.ConfigDict, model: nn.Module
 ) -> dict[str, np.ndarray]:
-  """Reads the pretrained parameters of `config.model`.
+  """Reads the pretrained parameters of a config's model.
 
-  Args:
-    config: its `weights` is a file, or a name known to `dpdist.assets.fetch`.
-    model: the config's model.
-
-  Returns:
-    Arrays by the paths of the parameters, such as "block_0/query/kernel"; empty
-    if the config names no weights.
-
-  Raises:
-    ValueError: there is no such file, or it does not fit the model.
-    ModuleNotFoundError: the format's package is missing.
+  Returns arrays by the paths of the parameters, such as "block_0/query/kernel";
+  none if `config.model` names no weights, a file or a name known to
+  `dpdist.assets.fetch`. Raises ValueError if there is no such file, or it does
+  not fit the model.
   """
   if not config.weights:
     return {}
@@ -80,8 +69,7 @@ def _made(
 ) -> nn.Module:
   """Returns a module whose fields are settings, or options of another name.
 
-  Raises:
-    ValueError: a size is missing, or lora_alpha is no scale.
+  Raises ValueError if a size is missing, or lora_alpha is no scale.
   """
   values: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), **options}
   # Flax adds "name" and "parent", which are no settings.

@@ -23,36 +23,25 @@ class Bert(nn.Module):
 
   Lower blocks that are not trained can be run once, before all steps: a model
   of these blocks returns states, and one with `first_block` takes them.
-
-  Attributes:
-    classes: number of classes; 0: the features are returned.
-    vocabulary: number of tokens in the vocabulary.
-    positions: most tokens of an example.
-    width: width of the residual stream.
-    depth: number of blocks.
-    num_heads: number of heads; divides width.
-    hidden: width of the inner layer of a block.
-    lora_rank: rank of the adapters of queries and values, as in section 4.2 of
-      Hu et al.; 0: none.
-    lora_alpha: see `dpdist.models.lora`.
-    dtype: dtype of the computation.
-    first_block: blocks before it, and the embeddings, were run before: inputs
-      are states [length, width]; 0: inputs are tokens.
-    returns_states: whether to return the last block's states [length, width],
-      with 0 for padding, without mean and head.
   """
 
-  classes: int
+  classes: int  # 0: the features are returned.
   vocabulary: int
-  positions: int
-  width: int
-  depth: int
-  num_heads: int
-  hidden: int
+  positions: int  # Most tokens of an example.
+  width: int  # Of the residual stream.
+  depth: int  # Number of blocks.
+  num_heads: int  # Divides width.
+  hidden: int  # Width of the inner layer of a block.
+  # Rank of the adapters of queries and values, as in section 4.2 of Hu et al.;
+  # 0: none.
   lora_rank: int
-  dtype: jnp.dtype
-  lora_alpha: float = 16.0
+  dtype: jnp.dtype  # Of the computation.
+  lora_alpha: float = 16.0  # See `dpdist.models.lora`.
+  # Blocks before it, and the embeddings, were run before: inputs are states
+  # [length, width]; 0: inputs are tokens.
   first_block: int = 0
+  # Whether to return the last block's states [length, width], with 0 for
+  # padding, without mean and head.
   returns_states: bool = False
 
   @nn.compact
@@ -100,11 +89,7 @@ class Bert(nn.Module):
   def from_disk(
     self, arrays: Mapping[str, np.ndarray]
   ) -> dict[str, np.ndarray]:
-    """Returns parameters by their paths, from a Hugging Face BertModel.
-
-    Raises:
-      ValueError: an array is missing.
-    """
+    """Returns parameters by their paths, from a Hugging Face BertModel."""
     arrays = {name.removeprefix("bert."): x for name, x in arrays.items()}
     named: dict[str, np.ndarray] = {}
 

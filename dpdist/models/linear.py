@@ -9,19 +9,15 @@ class Linear(nn.Module):
   """Logits [classes] of inputs of any shape, channels last.
 
   The kernel starts at 0. The loss is convex, so it needs no lucky init.
-
-  Attributes:
-    num_outputs: number of classes.
-    num_groups: number of groups of neighbouring channels. Each is normalised to
-      mean 0 and deviation 1 within the example (group normalisation, Wu & He
-      2018, without parameters). That costs no privacy, unlike statistics of the
-      data set. 0: inputs are used unchanged.
-    dtype: dtype of the computation.
   """
 
   num_outputs: int
+  # Groups of neighbouring channels. Each is normalised to mean 0 and deviation
+  # 1 within the example (group normalisation, Wu & He 2018, without
+  # parameters). That costs no privacy, unlike statistics of the data set. 0:
+  # inputs are used unchanged.
   num_groups: int
-  dtype: jnp.dtype
+  dtype: jnp.dtype  # Of the computation.
 
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:

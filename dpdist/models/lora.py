@@ -16,20 +16,12 @@ import jax.numpy as jnp
 
 
 class Dense(nn.Module):
-  """A dense layer, [..., in] to [..., features], with an adapter.
-
-  Attributes:
-    features: features of the output.
-    rank: rank of the adapter; 0: there is none.
-    alpha: scale of the adapter, times its rank.
-    dtype: dtype of the computation.
-    kernel_init: initializer of the kernel.
-  """
+  """A dense layer, [..., in] to [..., features], with an adapter."""
 
   features: int
-  rank: int = 0
-  alpha: float = 16.0
-  dtype: jnp.dtype = jnp.dtype("float32")
+  rank: int = 0  # Of the adapter; 0: there is none.
+  alpha: float = 16.0  # Scale of the adapter, times its rank.
+  dtype: jnp.dtype = jnp.dtype("float32")  # Of the computation.
   kernel_init: Callable[..., jax.Array] = nn.initializers.lecun_normal()
 
   @nn.compact

@@ -14,18 +14,12 @@ class RandomFeatures(nn.Module):
   loss is convex and needs no lucky init. Centering and scaling use only one
   example and cost no privacy. Features of unit norm give per-example gradients
   similar norms, with which clipping works well.
-
-  Attributes:
-    num_outputs: number of classes.
-    width: number of features.
-    dtype: dtype of the computation.
-    bandwidth: standard deviation of W, for inputs of unit norm.
   """
 
   num_outputs: int
-  width: int
-  dtype: jnp.dtype
-  bandwidth: float = 1.5
+  width: int  # Number of features.
+  dtype: jnp.dtype  # Of the computation.
+  bandwidth: float = 1.5  # Standard deviation of W, for inputs of unit norm.
 
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:

@@ -23,37 +23,23 @@ class StackedDecoder(nn.Module):
   2020, "GLU Variants Improve Transformer"), without biases. Embedding and
   output share a table. RMS norm looks at one token of one example, so examples
   never mix.
-
-  Attributes:
-    vocabulary: number of tokens in the vocabulary.
-    width: width of the residual stream.
-    depth: number of blocks.
-    num_heads: number of heads of queries.
-    num_kv_heads: number of heads of keys and values; divides num_heads.
-    head_dim: size of a head; even.
-    hidden: width of the gated layer.
-    dtype: dtype of the computation.
-    rope_theta: base of the angles of rotary positions.
-    norm_epsilon: added to mean squares.
-    lora_rank: rank of the adapters of queries and values (see
-      `dpdist.models.lora`); 0: there are none.
-    lora_alpha: see `dpdist.models.lora`.
   """
 
   task = "language_model"
 
   vocabulary: int
-  width: int
-  depth: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  hidden: int
-  dtype: jnp.dtype
-  rope_theta: float = 10_000.0
-  norm_epsilon: float = 1e-6
+  width: int  # Of the residual stream.
+  depth: int  # Number of blocks.
+  num_heads: int  # Of queries.
+  num_kv_heads: int  # Of keys and values; divides num_heads.
+  head_dim: int  # Even.
+  hidden: int  # Width of the gated layer.
+  dtype: jnp.dtype  # Of the computation.
+  rope_theta: float = 10_000.0  # Base of the angles of rotary positions.
+  norm_epsilon: float = 1e-6  # Added to mean squares.
+  # Rank of the adapters of queries and values; 0: there are none.
   lora_rank: int = 0
-  lora_alpha: float = 16.0
+  lora_alpha: float = 16.0  # See `dpdist.models.lora`.
 
   @property
   def partitioning(self) -> mesh.Rules:
@@ -107,8 +93,7 @@ class StackedDecoder(nn.Module):
   ) -> dict[str, np.ndarray]:
     """Returns parameters by their paths, from the arrays of a Llama in GGUF.
 
-    Raises:
-      ValueError: an array is missing, or the output has its own table.
+    Raises ValueError if an array is missing, or the output has its own table.
     """
     if "output.weight" in arrays:
       raise ValueError(

@@ -14,18 +14,12 @@ class StandardizedConv(nn.Module):
   The mean of each output channel's weights is subtracted, and they are scaled
   to unit norm (Brock et al. 2021, "Characterizing Signal Propagation to Close
   the Performance Gap in Unnormalized ResNets", eq. 3; Qiao et al. 2019).
-
-  Attributes:
-    features: number of output channels.
-    size: size of the square kernel.
-    stride: stride along both axes.
-    dtype: dtype of the computation.
   """
 
-  features: int
-  size: int
-  stride: int
-  dtype: jnp.dtype
+  features: int  # Number of output channels.
+  size: int  # Of the square kernel.
+  stride: int  # Along both axes.
+  dtype: jnp.dtype  # Of the computation.
 
   @nn.compact
   def __call__(self, x: jax.Array) -> jax.Array:
@@ -53,22 +47,15 @@ class WideResNet(nn.Module):
   "Unlocking High-Accuracy Differentially Private Image Classification through
   Scale": standardised convolutions; group normalisation after each activation;
   no batch normalisation, which mixes examples.
-
-  Attributes:
-    num_outputs: number of classes.
-    depth: number of layers, 6 n + 4.
-    width: factor of the channels, which are 16, 32 and 64 times it.
-    num_groups: groups of each normalisation.
-    dtype: dtype of the computation.
   """
 
   takes_images = True
 
   num_outputs: int
-  depth: int
-  width: int
-  num_groups: int
-  dtype: jnp.dtype
+  depth: int  # Number of layers, 6 n + 4.
+  width: int  # Factor of the channels, which are 16, 32 and 64 times it.
+  num_groups: int  # Of each normalisation.
+  dtype: jnp.dtype  # Of the computation.
 
   @nn.compact
   def __call__(self, inputs: jax.Array) -> jax.Array:

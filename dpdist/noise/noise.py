@@ -1,8 +1,8 @@
-"""Noise mechanisms as optax gradient transformations.
+"""Gaussian noise, as a noise mechanism and as an optax gradient transformation.
 
-A mechanism is two pure functions, `init(params)` and `update(clipped_sum,
-state)`, and a counter. All its randomness is a function of (seed, counter,
-leaf), so a checkpoint has to keep only the counter.
+The transformation has two pure functions, `init(params)` and
+`update(clipped_sum, state)`. Its state is a counter of draws. All randomness is
+a function of (seed, counter, leaf), so a checkpoint keeps only the counter.
 """
 
 import dataclasses
@@ -36,14 +36,14 @@ def gaussian_noise(
 ) -> optax.GradientTransformation:
   """Adds independent Gaussian noise to every entry of a clipped sum.
 
-  Call it once a step, on the sum over all devices, outside `jax.shard_map`:
-  with partitionable threefry the bits then depend on (seed, draws, leaf,
-  position) alone, not on the mesh, and need no collective.
+  Call it once a step, on the sum over all devices, outside `jax.shard_map`.
+  With partitionable threefry, the bits then depend on (seed, draws, leaf,
+  position) alone, not on the mesh, and no collective is needed.
 
   Guarantees:
     * Noise is drawn and returned in float32 or wider, whatever the dtype of the
-      sum: a bfloat16 normal has 128 values and is at most 2.9 standard
-      deviations.
+      sum. A bfloat16 normal would have only 128 values, and none above 2.9
+      standard deviations.
     * No two (draws, leaf) pairs share a key.
     * Limits: threefry keys have 64 bits; a float32 normal is at most 5.42
       standard deviations; floating-point noise is not the real-valued noise of
@@ -57,7 +57,7 @@ def gaussian_noise(
       traced. It must be secret, with 128 bits of entropy or more, such as
       os.urandom(32). Prefer a key that is an argument of the compiled function,
       since constants are written into compiled programs. An int is for tests:
-      it can be guessed and the noise subtracted, of which one log line warns.
+      whoever guesses it can subtract the noise, and one log line warns of that.
 
   Returns:
     An optax.GradientTransformation whose state is only the step counter.
@@ -89,7 +89,7 @@ def gaussian_noise(
 @registry.register("noise", "gaussian")
 @dataclasses.dataclass(frozen=True)
 class Gaussian:
-  """Independent noise at each step; see `noise_mechanism.NoiseMechanism`."""
+  """Draws new noise at each step; see `noise_mechanism.NoiseMechanism`."""
 
   restarts: ClassVar[Literal["from_index", "from_state"]] = "from_index"
 

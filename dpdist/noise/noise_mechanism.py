@@ -1,10 +1,10 @@
-"""The seam through which a run draws its noise.
+"""The interface through which a run draws its noise.
 
 A mechanism never sees the sum that it protects: it draws the noise, and
 `dpdist.mechanism.mechanism` adds it. So no mechanism can round the sum by
-itself, and float and exact sums have the same noise. It is registered by name,
-or named in settings as "package.module:attribute", is called with its options,
-and needs a proof of its own; see `dpdist.accounting.step_events`.
+itself, and float and exact sums have the same noise. A mechanism is registered
+by name, or settings name it as "package.module:attribute". It is called with
+its options. It needs a proof of its own; see `dpdist.accounting.step_events`.
 """
 
 from typing import Any, Literal, Protocol
@@ -17,8 +17,8 @@ PyTree = Any
 class NoiseState(Protocol):
   """The state of a mechanism, a NamedTuple that is a pytree.
 
-  It is saved in checkpoints, which are released: nothing that noise can be
-  computed from may be in it.
+  It is saved in checkpoints, which are released. So it may hold nothing from
+  which noise can be computed.
   """
 
   @property
@@ -30,25 +30,25 @@ class NoiseMechanism(Protocol):
   """Draws Gaussian noise for the sums of a run. It must be hashable.
 
   Attributes:
-    restarts: "from_index" if the state after n draws is that of `init` but for
-      `draws`; "from_state" if it must be kept.
+    restarts: "from_index" if the state after n draws equals that of `init`,
+      except for `draws`; "from_state" if the state must be saved.
   """
 
   restarts: Literal["from_index", "from_state"]
 
   def sensitivity_factor(self, num_steps: int) -> float:
-    """Returns by how much the noise of one step is larger than the plan's.
+    """Returns the factor by which one step's noise is larger than the plan's.
 
-    The standard deviation of the plan, noise multiplier times sensitivity, is
-    of all steps as one mechanism; see the proof.
+    The plan's standard deviation is noise multiplier times sensitivity. It is
+    meant for all steps together, as one mechanism; see the proof.
     """
 
   def init(self, params: PyTree) -> Any:
     """Returns the `NoiseState` before the first step; traceable.
 
     Args:
-      params: pytree like the sums. What is in the state like params, of the
-        same shapes, is divided over devices like them.
+      params: pytree like the sums. Parts of the state that have the structure
+        and shapes of params are divided over devices like them.
     """
 
   def draw(
@@ -63,14 +63,14 @@ class NoiseMechanism(Protocol):
     """Draws the noise of one step, outside `jax.shard_map`; traceable.
 
     Args:
-      like: pytree of zeros, float32 or wider: the shapes of the sum.
-      state: of the step.
+      like: pytree of zeros in the shapes of the sum, float32 or wider.
+      state: the state before the step.
       key: a typed PRNG key, secret, the same at each step.
       release_index: int32 scalar, the step's place among all that are charged
         under the plan; may be None where the plan has no schedule.
-      stddev: prefix pytree of `like`: standard deviations of the noise on an
-        entry, numbers or float32 scalars. With exact sums, an entry of noise
-        far beyond six of them makes that of the sum NaN.
+      stddev: prefix pytree of `like`, of numbers or float32 scalars: the
+        standard deviation of the noise on each entry. With exact sums, an entry
+        of noise far beyond six of them makes that of the sum NaN.
 
     Returns:
       The noise, a pytree like `like`, and the state after the step.

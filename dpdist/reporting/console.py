@@ -119,14 +119,8 @@ class Progress:
   """Shows how far a run is; a context manager.
 
   On a terminal it is a bar that is drawn at most five times a second;
-  elsewhere, one line for each `update` with metrics.
-
-  Args:
-    total_steps: steps of the whole run.
-    start_step: steps already taken when this process started.
-    epsilon_budget: what the whole run may spend; None if it is not bounded.
-    held_out: names of the held-out metrics; the first one is shown throughout.
-    console: where to print; None for standard output.
+  elsewhere, one line for each `update` with metrics. The first held-out metric
+  is shown throughout. An epsilon_budget of None is not bounded.
   """
 
   def __init__(
@@ -178,15 +172,8 @@ class Progress:
   ) -> None:
     """Shows that `step` steps are made; cheap enough for every step.
 
-    Args:
-      step: steps made so far.
-      epsilon: spent so far; None keeps the last value.
-      examples_per_second: counted by the expected batch size; None keeps the
-        last value.
-      metrics: name to scalar, of names that may be released.
-
-    Raises:
-      ValueError: if a metric is not released.
+    None keeps the last epsilon and the last examples_per_second, which count
+    the expected batch size. Raises ValueError if a metric is not released.
     """
     metrics = metrics or {}
     metrics_lib.check_released(metrics, self._held_out)

@@ -24,13 +24,10 @@ def draw(
   curves: Mapping[str, tuple[list[float], list[float]]],
   target_epsilon: float | None = None,
 ) -> None:
-  """Writes a picture.
+  """Writes a picture of `planning.curves`, with the plan marked on each.
 
-  Args:
-    path: see `plots.check_path`.
-    plan: marked on each curve.
-    curves: of `dpdist.privacy.planning.curves`.
-    target_epsilon: drawn as a line; None: the plan's own, if it has one.
+  The target epsilon is drawn as a line; None takes the plan's own, if it has
+  one. See `plots.check_path` for the path.
   """
   plots.check_path(path)
   fig = figure.Figure(figsize=(11, 3.8), layout="constrained", dpi=150)

@@ -86,11 +86,9 @@ def _held_out(rows: _Rows) -> str:
 def speed(rows: _Rows) -> str:
   """Returns plots of times and memory. PRIVATE: not to be released.
 
-  Each is a <figure>; "" if nothing was written.
-
-  Args:
-    rows: {"step", "examples_per_second", "step_seconds", "input_wait_seconds",
-      "host_gib", "device_peak_gib"}; any but the first may be missing.
+  Each is a <figure>; "" if nothing was written. Beside "step", rows may have
+  "examples_per_second", "step_seconds", "input_wait_seconds", "host_gib" and
+  "device_peak_gib".
   """
   return _grid(
     (

@@ -113,24 +113,11 @@ def write(
 ) -> pathlib.Path:
   """Writes `report.html`, a function of its arguments and the metrics alone.
 
-  Args:
-    workdir: the run's directory; its metrics are drawn.
-    result: the contents of `result.json`: held_out_problem ("" or what is wrong
-      with the held-out metrics; may be missing), epsilon, delta,
-      noise_multiplier, sampling_probability, num_steps, accountant,
-      params_sha256, test, test_ema, ledger_head and environment (may be
-      missing) and guarantee ("holds" or "void: why").
-    statement: what the run guarantees, in plain text.
-    rows: (name, value) pairs of the plan.
-    notices: warnings, shown first.
-    epsilon_budget: what the whole run may spend; None for result["epsilon"].
-
-  Returns:
-    The page's path.
-
-  Raises:
-    KeyError: if `result` lacks epsilon, delta, num_steps, test or guarantee.
-    ValueError: if the metrics are damaged.
+  The contents of `result.json` must have epsilon, delta, num_steps, test and
+  guarantee. The statement is plain text of what the run guarantees, and rows
+  are (name, value) pairs of the plan. An epsilon_budget of None stands for
+  result["epsilon"]. Returns the page's path, and raises ValueError if the
+  metrics are damaged.
   """
   if epsilon_budget is None:
     epsilon_budget = result["epsilon"]

@@ -36,11 +36,8 @@ class Log:
   ):
     """Opens both; raises ValueError if the file is damaged.
 
-    Args:
-      path: the file.
-      board: a log directory for TensorBoard.
-      start_step: the step resumed from, 0 for a fresh run.
-      has_times: see `tensorboard.Events`.
+    The board is a log directory for TensorBoard; see `tensorboard.Events` for
+    has_times. Writing goes on from start_step, which is 0 for a fresh run.
     """
     _validation.check("start_step", start_step, _validation.integer(0))
     self._last_step = start_step
@@ -88,17 +85,12 @@ class Log:
 
 
 def read(path: pathlib.Path) -> list[dict[str, Any]]:
-  """Reads the rows of a file.
+  """Reads the rows `{"step": int, name: float, ...}` of a file, by step.
 
   Consecutive lines of one step are one row. A step that comes up again later
-  was replayed after a kill, and its new row replaces the old one.
-
-  Returns:
-    Rows `{"step": int, name: float, ...}` by increasing step; none if there is
-    no file yet. A last line that a kill cut short is left out.
-
-  Raises:
-    ValueError: any line but the last is not a row.
+  was replayed after a kill, and its new row replaces the old one. A last line
+  that a kill cut short is left out; any other that is no row raises ValueError.
+  A missing file has no rows.
   """
   try:
     lines = path.read_bytes().splitlines()

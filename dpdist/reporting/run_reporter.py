@@ -14,21 +14,14 @@ from dpdist.reporting import telemetry
 
 
 class Row(NamedTuple):
-  """What was measured after a step.
+  """What was measured after a step."""
 
-  Attributes:
-    done: steps that were made.
-    values: released values, and "examples_per_second", by name.
-    scores: held-out metrics.
-    sensitive: private; shown only where the guarantee is void.
-    machines: of each process, from `telemetry.measure`; private.
-  """
-
-  done: int
-  values: dict[str, float]
-  scores: dict[str, float]
+  done: int  # Steps that were made.
+  values: dict[str, float]  # Released, and "examples_per_second".
+  scores: dict[str, float]  # Held-out metrics.
+  # Private; shown only where the guarantee is void.
   sensitive: dict[str, float]
-  machines: list[str]
+  machines: list[str]  # Of each process, from `telemetry.measure`; private.
 
 
 class RunReporter:
@@ -44,16 +37,7 @@ class RunReporter:
     *,
     held_out: Sequence[str],
   ):
-    """Opens the files and the screen.
-
-    Args:
-      config: all settings.
-      workdir: the run's directory.
-      start: the step that the run goes on from.
-      last: the step that it ends with.
-      epsilon_planned: what it will have spent.
-      held_out: names of the held-out metrics.
-    """
+    """Opens the files and the screen, for the steps from `start` to `last`."""
     with contextlib.ExitStack() as stack:
       self._writer = stack.enter_context(
         metrics.Writer(

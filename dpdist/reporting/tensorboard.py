@@ -21,14 +21,12 @@ class Events:
   """
 
   def __init__(self, folder: pathlib.Path, *, purge_step: int, has_times: bool):
-    """Creates a new file in a folder, which is made if it is missing.
+    """Creates a new file in a log directory, which is made if it is missing.
 
-    Args:
-      folder: a log directory for TensorBoard.
-      purge_step: hides what other files hold of this step and later.
-      has_times: whether a row has the time at which it was written, or that of
-        the file's creation. The time that a step takes reveals how many
-        examples were drawn, which released files must not.
+    Hides what other files hold of purge_step and later steps. With has_times a
+    row has the time at which it was written, else that of the file's creation:
+    the time that a step takes reveals how many examples were drawn, which
+    released files must not.
     """
     folder.mkdir(parents=True, exist_ok=True)
     # Files are named by the second: a quick restart would overwrite one.

@@ -1,4 +1,4 @@
-"""Samplers, which draw a step's examples as a pure function of (seed, step)."""
+"""Draws the examples of a step, as a pure function of (seed, step)."""
 
 from dpdist.sampling.cyclic import CyclicPoissonSampler as CyclicPoissonSampler
 from dpdist.sampling.fixed_size import FixedSizeSampler as FixedSizeSampler

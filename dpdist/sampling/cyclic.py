@@ -1,4 +1,4 @@
-"""Poisson sampling from parts of the examples, which take turns."""
+"""Draws Poisson samples from parts of the examples that take turns."""
 
 import numpy as np
 
@@ -12,9 +12,9 @@ class CyclicPoissonSampler:
   """Draws from the parts of the examples in turn.
 
   Example i is in part i modulo `cycle_length`, whatever the other examples are.
-  At a step every example of one part is drawn with `sampling_probability`,
-  independently of all others, and no example of another part. So an example can
-  take part in only one of `cycle_length` consecutive steps.
+  At a step, every example of one part is drawn with `sampling_probability`,
+  independently of all others. Examples of the other parts are not drawn. So an
+  example can take part in only one of `cycle_length` consecutive steps.
 
   Attributes:
     num_examples: The number of examples in all parts.

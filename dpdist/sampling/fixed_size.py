@@ -1,8 +1,8 @@
-"""Sampling of uniform subsets of a fixed size.
+"""Draws uniform subsets of a fixed size.
 
 As in `dpdist.sampling.poisson`, draws depend on the words of Philox and on
-integers alone. A subset is made of the first distinct numbers of a sequence of
-independent uniform ones. It is exactly uniform over all subsets of its size.
+integers alone. A subset holds the first distinct numbers of a sequence of
+independent uniform numbers. So all subsets of its size are equally likely.
 """
 
 import math
@@ -19,8 +19,8 @@ from dpdist.sampling import sampler
 class FixedSizeSampler:
   """Draws `batch_size` of `num_examples` examples without replacement.
 
-  At each step all subsets of that size are equally likely. The privacy of such
-  steps is that of replacing one example by another, with twice the sensitivity;
+  At each step all subsets of that size are equally likely. Neighbouring data
+  sets then differ by replacing one example, which has twice the sensitivity;
   see `dpdist.accounting.gaussian_events`.
 
   Guarantees:
@@ -77,7 +77,7 @@ class FixedSizeSampler:
 
 @registry.register("sampling", "fixed_size")
 class FixedSize:
-  """Draws as many rows at each step; see `sampler.Sampling`."""
+  """Draws the same number of rows at each step; see `sampler.Sampling`."""
 
   probability = staticmethod(sampler.mean_probability)
 

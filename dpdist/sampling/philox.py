@@ -1,4 +1,4 @@
-"""Streams of uniform words, each for one purpose of one step."""
+"""Makes streams of uniform words: one for each purpose of each step."""
 
 import hashlib
 import operator

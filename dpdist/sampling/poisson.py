@@ -1,4 +1,4 @@
-"""Poisson subsampling, which draws the examples of a step.
+"""Draws the examples of a step by Poisson sampling.
 
 Every example is drawn at every step with the same probability, independently
 of all the others and of all other steps. This is the sampling that the
@@ -7,11 +7,11 @@ Differential Privacy", CCS 2016; Mironov, Talwar and Zhang, "Renyi Differential
 Privacy of the Sampled Gaussian Mechanism", arXiv:1908.10530). Shuffled or
 fixed-size batches are other mechanisms, with other epsilons.
 
-A draw depends on integers alone: the raw words of the counter-based generator
-Philox-4x64-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC
-2011), which NumPy promises never to change, are compared with tables that are
-computed in Python integers. No float is ever rounded, so neither a libm, nor a
-CPU, nor a new version of NumPy can change a draw.
+A draw depends on integers alone. Raw words come from the counter-based
+generator Philox-4x64-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1,
+2, 3", SC 2011), which NumPy promises never to change. They are compared with
+tables that are computed in Python integers. No float is ever rounded, so no
+libm, no CPU and no new version of NumPy can change a draw.
 """
 
 import bisect
@@ -281,7 +281,7 @@ class Poisson:
   probability = staticmethod(sampler.mean_probability)
 
   def check(self, numbers: sampler.Numbers) -> None:
-    """Raises nothing: all numbers of a plan will do."""
+    """Raises nothing: it accepts all numbers of a plan."""
 
   def typical_rows(self, numbers: sampler.Numbers, batch_size: float) -> int:
     # Three deviations above the mean: about one step in a thousand has more.

@@ -1,9 +1,10 @@
-"""The seam through which a run draws the rows of its steps.
+"""The interface through which a run draws the rows of its steps.
 
-A `Sampling` is one module: it describes itself, checks the numbers that it is
-given, and makes samplers. It is registered by name, or named in settings as
-"package.module:attribute", and needs a proof of its own; see
-`dpdist.accounting.step_events`. NumPy only, so that a plan needs no jax.
+A `Sampling` is a class in one module. It describes itself, checks the numbers
+that it is given, and makes samplers. It is registered by name, or settings name
+it as "package.module:attribute". It needs a proof of its own; see
+`dpdist.accounting.step_events`. It uses NumPy alone, so that a plan needs no
+jax.
 """
 
 from typing import Protocol
@@ -12,7 +13,7 @@ import numpy as np
 
 
 class Numbers(Protocol):
-  """What a sampling may know of a plan, or of a config; all of it is public."""
+  """The numbers of a plan or config that a sampling may use; all are public."""
 
   @property
   def num_examples(self) -> int:
@@ -44,7 +45,7 @@ class Numbers(Protocol):
 
   @property
   def batch_size_schedule(self) -> tuple[tuple[int, float], ...]:
-    """Returns by which steps, and how, that number changes."""
+    """Returns (step, number) for each step from which that number changes."""
 
 
 class Sampler(Protocol):
@@ -70,12 +71,12 @@ class Sampling(Protocol):
     """
 
   def typical_rows(self, numbers: Numbers, batch_size: float) -> int:
-    """Returns how many rows or groups all but very few steps have at most."""
+    """Returns a number of rows or groups that very few steps exceed."""
 
   def most_rows(self, numbers: Numbers, batch_size: float, tail: float) -> int:
-    """Returns how many rows or groups a step has at most.
+    """Returns a number of rows or groups that almost no step exceeds.
 
-    More are drawn with a probability below `tail`.
+    A step exceeds it with a probability below `tail`.
     """
 
   def make(
@@ -86,21 +87,21 @@ class Sampling(Protocol):
     seed: bytes,
     first_release: int,
   ) -> Sampler:
-    """Returns a sampler, whose steps are all independent of each other.
+    """Returns a sampler that draws each step independently of all others.
 
     Args:
       numbers: of the plan.
       batch_size: see the class.
       seed: secret.
-      first_release: step 0's place among all steps charged under the plan; it
-        may be negative.
+      first_release: the place of step 0 among all steps charged under the plan;
+        it may be negative.
     """
 
   def summary(self, numbers: Numbers) -> str:
-    """Returns in a few words how steps sample."""
+    """Returns a few words on how steps sample."""
 
   def describe(self, numbers: Numbers) -> str:
-    """Returns the sentences of the statement of what is guaranteed."""
+    """Returns the sentences on sampling in the privacy statement."""
 
 
 def num_units(numbers: Numbers) -> int:
@@ -115,7 +116,7 @@ def mean_probability(numbers: Numbers, batch_size: float) -> float:
 
 
 def in_words(numbers: Numbers, q: float) -> str:
-  """Returns how likely each row is drawn, as a part of a sentence."""
+  """Returns a part of a sentence that says how likely each row is drawn."""
   changing = (
     " at first; it changes on a schedule" if numbers.batch_size_schedule else ""
   )

@@ -1,4 +1,4 @@
-"""Poisson sampling whose larger samples are cut."""
+"""Draws Poisson samples, and cuts those that are larger than a limit."""
 
 import numpy as np
 
@@ -12,9 +12,9 @@ from dpdist.sampling import sampler
 class TruncatedPoissonSampler:
   """Draws like `PoissonSampler`, and keeps at most `truncated_batch_size`.
 
-  Of a larger sample a uniform subset is kept. That costs much privacy unless
-  the bound is several standard deviations above the mean. The accountant must
-  know of it: see `dpdist.accounting.calibration`.
+  It keeps a uniform subset of a larger sample. This costs much privacy unless
+  the limit is several standard deviations above the mean. The accountant must
+  know the limit: see `dpdist.accounting.calibration`.
 
   Attributes:
     num_examples: The number of examples that are drawn from.
@@ -73,7 +73,7 @@ class TruncatedPoissonSampler:
 
 @registry.register("sampling", "truncated_poisson")
 class TruncatedPoisson(poisson.Poisson):
-  """Draws like `Poisson`, but few rows at most; see `sampler.Sampling`."""
+  """Draws like `Poisson`, up to a limit of rows; see `sampler.Sampling`."""
 
   def typical_rows(self, numbers: sampler.Numbers, batch_size: float) -> int:
     return min(super().typical_rows(numbers, batch_size), _limit(numbers))

@@ -1,6 +1,6 @@
-"""Tasks: what is trained, and by which loss and metrics it is judged.
+"""The public names of tasks, which are imported when they are first used.
 
-This module holds the public ones. They are imported when they are first used.
+A task says what is trained, and by which loss and metrics it is judged.
 """
 
 import importlib

@@ -1,6 +1,6 @@
 """Checks whether a model predicts held-out examples better than a constant.
 
-A guarantee says nothing about a model's use: it holds for pure noise as well.
+A privacy guarantee does not make a model useful: pure noise has one as well.
 """
 
 from collections.abc import Mapping

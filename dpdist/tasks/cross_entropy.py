@@ -1,4 +1,4 @@
-"""Tasks whose loss is the cross-entropy: classifiers, and next tokens."""
+"""Makes tasks whose loss is the cross-entropy, of classes or of next tokens."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -25,16 +25,18 @@ def classification(
   vocabulary: int = 0,
   **options: Any,
 ) -> task_lib.Task:
-  """Returns the task of classifying: cross-entropy, held-out accuracy and loss.
+  """Returns a task that trains a classifier by its cross-entropy.
 
-  Examples are {"inputs", "targets"}; a target is a class number, or there is
-  one for each place of a sequence, where those below 0 are padding.
+  An example is {"inputs", "targets"}. Its target is a class number. A sequence
+  has a target for each place, and a target below 0 marks padding. The held-out
+  metrics are accuracy and loss.
 
   Args:
     model: maps example["inputs"] to logits [..., classes]. Dropout, if it has
       any, takes the rng "dropout".
-    name: of the model, for messages; "": its class.
-    num_classes: None: the last axis of the logits.
+    name: the model's name in messages; "": the name of its class.
+    num_classes: the number of classes; None: the length of the logits' last
+      axis.
     vocabulary: if above 0, inputs must be integers below it.
     **options: further attributes of `dpdist.Task`.
   """
@@ -81,17 +83,17 @@ def language_model(
   sequence_length: int | None = None,
   **options: Any,
 ) -> task_lib.Task:
-  """Returns the task of predicting next tokens.
+  """Returns a task that trains a model to predict next tokens.
 
-  Examples are {"inputs", "targets"}, int32 [sequence_length], targets one token
-  ahead, or -1 where there is none.
+  An example is {"inputs", "targets"}, both int32 [sequence_length]. A target is
+  the next token, or -1 where there is none.
 
   Args:
     model: maps tokens [length] to logits [length, vocabulary].
     vocabulary: how many tokens there are.
-    sequence_length: None: the data's. If it is given, the shapes of an example
-      are known without data.
-    **options: as of `classification`.
+    sequence_length: the length of an example; None: as in the data. If it is
+      given, the shapes of an example are known without data.
+    **options: see `classification`.
   """
   if sequence_length is not None:
     tokens = jax.ShapeDtypeStruct((sequence_length,), jnp.int32)
@@ -104,11 +106,11 @@ def language_model(
 def loss_of(model: nn.Module) -> Callable[..., tuple[jax.Array, None]]:
   """Returns the mean cross-entropy of a model's logits for one example.
 
-  Targets outside [0, classes) do not count. Where an example has many, its loss
-  is the mean over the others, so a sequence may be padded with -1. For an
-  example without a target, loss and gradient are 0. Nothing else can be done
-  about a bad label in private data: refusing it would reveal it, and an index
-  that wraps around, or a NaN, would silently train on it or drop it.
+  Targets outside [0, classes) do not count. The loss of a sequence is the mean
+  over the targets that count, so a sequence may be padded with -1. If no target
+  counts, loss and gradient are 0. This is all that can be done about a bad
+  label in private data. Refusing it would reveal it. An index that wraps around
+  would silently train on another class, and a NaN would drop the example.
 
   Args:
     model: maps example["inputs"] to logits [..., classes].
@@ -138,9 +140,10 @@ def loss_of(model: nn.Module) -> Callable[..., tuple[jax.Array, None]]:
 def scores(
   logits: jax.Array, targets: jax.Array
 ) -> dict[str, tuple[jax.Array, jax.Array]]:
-  """Returns accuracy and loss of one example, and the targets that they count.
+  """Returns accuracy and loss of one example, each with its weight.
 
-  All count, except those of a sequence below 0, which are padding.
+  The weights say which targets count. All do, except those below 0 in a
+  sequence, which are padding.
   """
   loss = _cross_entropy(logits, targets)
   hits = jnp.argmax(logits, -1) == targets

@@ -1,4 +1,4 @@
-"""Makes the task that a config names; those of this project's models."""
+"""Makes the task that a config names; registers this project's own tasks."""
 
 import functools
 
@@ -18,9 +18,9 @@ def make(config: ml_collections.ConfigDict) -> task_lib.Task:
   """Returns the task of a config.
 
   Args:
-    config: all settings. Its `task` is a name, or finds a function of the whole
-      config that returns a task as `dpdist.registry.resolve` does; "": the
-      task that its model is made for.
+    config: all settings. `dpdist.registry.resolve` finds what `config.task`
+      names: a function that takes the whole config and returns a task. "": the
+      task that the config's model is made for.
 
   Raises:
     ValueError: names the setting, its value and what would be right.

@@ -29,7 +29,7 @@ class Evaluator:
   """Maps parameters to held-out metrics.
 
   Attributes:
-    names: of the metrics, which are the task's declared ones.
+    names: the names of the task's declared metrics.
   """
 
   def __init__(
@@ -42,14 +42,16 @@ class Evaluator:
     """Traces the task's metrics; computes none yet.
 
     Args:
-      task: whose metrics.
+      task: the task whose metrics are computed.
       test: arrays of all held-out examples.
-      mesh: the examples are divided over it, in passes of about 1,024, or as
-        many as have 256 MiB of predictions on a device.
+      mesh: the devices that the examples are divided over. A pass has about
+        1,024 examples, or fewer if their predictions would need more than 256
+        MiB on a device.
       params: all parameters, or their shapes.
 
     Raises:
-      ValueError: the metrics are not {name: (value, weight)} of plain names.
+      ValueError: the metrics are not {name: (value, weight)}, or a name is not
+        made of letters, digits and any of _.@-.
     """
     self._test, self._mesh = test, mesh
     self._size = len(next(iter(test.values())))
@@ -83,8 +85,8 @@ class Evaluator:
 
     Args:
       params: all parameters.
-      num_passes: makes only so many passes, and the metrics are wrong: use it
-        to compile and to see whether it fits in memory.
+      num_passes: how many passes to make, when the aim is to compile and to
+        see whether they fit in memory; the metrics are then wrong. None: all.
     """
     total = {name: [0.0, 0.0] for name in self.names}
     for start in range(0, self._size, self._rows)[:num_passes]:
@@ -126,7 +128,7 @@ def problem(
   scores: Mapping[str, float],
   test: Mapping[str, np.ndarray],
 ) -> str:
-  """Returns a sentence that says why such a model is of no use; "" if not."""
+  """Returns a sentence that says why such a model is of no use, or ""."""
   if task.problem is not None:
     return task.problem(scores, test)
   for name, value in scores.items():

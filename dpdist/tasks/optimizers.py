@@ -46,12 +46,12 @@ def make(
 
 
 def is_registered(name: str) -> bool:
-  """Returns whether a name is no optax optimizer, but one that was added."""
+  """Returns whether a name is that of an added optimizer, not one of optax."""
   return ":" in name or registry.is_known("optimizer", name)
 
 
 def _maker(name: str) -> Callable[..., optax.GradientTransformation]:
-  """Returns the function of a learning rate and options that name finds."""
+  """Returns what a name finds: a function of a learning rate and options."""
   if is_registered(name):
     made: Callable[..., optax.GradientTransformation] = registry.resolve(
       "optimizer", name, setting="optimizer.name"

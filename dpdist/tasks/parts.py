@@ -21,12 +21,12 @@ from dpdist.tasks import optimizers
 from dpdist.tasks import task as task_lib
 
 GIVEN = "given as an object"
-"""The name, in a run's settings, of what no setting names."""
+"""The name that a run's settings have for a part given as an object."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Parts:
-  """What is given as objects; None: what the config names.
+  """The parts that were given as objects; None: the config names the part.
 
   Attributes:
     task: what is trained.
@@ -41,9 +41,9 @@ class Parts:
   def settings(
     self, config: ml_collections.ConfigDict
   ) -> ml_collections.ConfigDict:
-    """Returns a config that says of each part whether it is given.
+    """Returns a config that has `GIVEN` as the name of each given part.
 
-    So settings that are saved with a run name no part that it did not have.
+    So the settings that are saved with a run name no part that it did not use.
     """
     if (self.task, self.dataset, self.optimizer) == (None, None, None):
       return config
@@ -71,7 +71,7 @@ class Parts:
   def make_optimizer(
     self, config: ml_collections.ConfigDict
   ) -> tuple[optax.GradientTransformation, optax.Schedule | None]:
-    """Returns the optimizer, and its learning rate at a step if it is known.
+    """Returns the optimizer, and its learning rate by step or None if unknown.
 
     Raises:
       ValueError: names the setting, its value and what would be right.
@@ -97,12 +97,12 @@ class Parts:
   def code_sha256(self, config: ml_collections.ConfigDict) -> dict[str, str]:
     """Returns the SHA-256 of code outside of this project, by kind of part.
 
-    All of this project's own parts are left out. What is named must have been
-    made before.
+    This project's own parts are left out. A part that the config names must
+    have been made before.
 
     Raises:
-      ValueError: the code has changed since it was read, or that of a data set
-        is in no file.
+      ValueError: the code was changed after it was read, or the code of a data
+        set is in no file.
     """
     found = {}
     if self.dataset is None:
@@ -146,14 +146,14 @@ class Parts:
 
 
 NAMED = Parts()
-"""All parts are named by the config."""
+"""Parts of which the config names all."""
 
 
 def of(task: Any = None, dataset: Any = None, optimizer: Any = None) -> Parts:
-  """Returns parts from what a user gives for them; None: the config's.
+  """Returns the parts that a user gave; None: the config names the part.
 
   Raises:
-    ValueError: something is not what it should be.
+    ValueError: a part does not have the type or attributes that it needs.
   """
   if optimizer is not None and not (
     callable(getattr(optimizer, "init", None))

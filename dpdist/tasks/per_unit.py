@@ -1,4 +1,4 @@
-"""The loss of what is clipped as one: of a user, or of an example's copies."""
+"""Makes the loss of a user, or of an example's copies, to be clipped as one."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -29,8 +29,8 @@ def mean_over_unit(
       slots without an example; see `dpdist.data.users`.
 
   Returns:
-    loss_fn(params, unit, rng) -> (loss, None); a unit's other arrays are those
-    of an example with a leading axis [slots]. Each slot has its own rng.
+    loss_fn(params, unit, rng) -> (loss, None). The other arrays of a unit are
+    those of an example, with a leading axis [slots]. Each slot has its own rng.
   """
 
   mean = clipping.mean_of_group(loss_fn, has_aux=True)
@@ -53,9 +53,9 @@ def mean_over_copies(
 
   This is augmentation multiplicity (De et al. 2022, "Unlocking High-Accuracy
   Differentially Private Image Classification through Scale", section 3.2; Fort
-  et al. 2021). Copies are averaged before the example's one gradient is
-  clipped, so it moves a sum by at most the clip norm, however many copies there
-  are: they cost time, but no privacy.
+  et al. 2021). The gradients of the copies are averaged, and the average is
+  clipped once. So the example moves a sum by at most the clip norm, however
+  many copies there are. Copies cost time, but no privacy.
 
   Args:
     loss_fn: (params, example, rng) -> (loss, None).
@@ -63,8 +63,8 @@ def mean_over_copies(
     multiplicity: K, the number of copies; at least 1.
 
   Returns:
-    loss_fn(params, example, rng) -> (loss, None). Copies depend on rng alone,
-    which is the example's own at a step.
+    loss_fn(params, example, rng) -> (loss, None). The copies depend on the
+    example and on rng, which is a key of this example at this step.
   """
   mean = clipping.mean_of_group(loss_fn, has_aux=True)
 

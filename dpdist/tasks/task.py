@@ -3,12 +3,12 @@
     task = dpdist.Task(init=init, loss=loss, metrics=metrics)
     dpdist.train(config, workdir, task=task, dataset=dataset)
 
-Training knows no model, no loss and no metric but through a task. The models of
-this project become tasks by `dpdist.tasks.from_config`.
+Training knows models, losses and metrics only through a task.
+`dpdist.tasks.from_config` makes tasks of this project's models.
 
 Guarantees:
-  * `init` gets zeros in the place of an example. What the parameters begin at
-    depends on no example.
+  * `init` gets zeros instead of an example, so that the initial parameters
+    depend on no example.
   * `check`, `metrics` and `problem` get held-out examples, which the guarantee
     does not cover, and the shapes of training examples, never their values.
   * What `loss` returns beside the loss is dropped.
@@ -37,31 +37,32 @@ class Task:
   Attributes:
     init: (key, example) -> parameters, a pytree of float arrays. Only the
       shapes and dtypes of the example matter: it holds zeros.
-    loss: (params, example, rng) -> (loss, aux), a float scalar, and what is
-      dropped; see `dpdist.clipped_grad`.
+    loss: (params, example, rng) -> (loss, aux). The loss is a float scalar, and
+      aux is dropped; see `dpdist.clipped_grad`.
     metrics: (params, example) -> {name: (value, weight)} of one held-out
-      example. A metric is the sum of all values over the sum of all weights;
-      either may be an array, as over the places of a sequence. Its names are
-      the task's declared metrics, "test/NAME" in the results, and no other
+      example. A metric is the sum of all values divided by the sum of all
+      weights. Either may be an array, for instance over the places of a
+      sequence. Results show each of these metrics as "test/NAME", and no other
       name may be written. None: {"loss": (loss, 1)}, under one fixed rng.
     partitioning: how the mesh axis `model` divides parameters; see
       `dpdist.distributed.mesh.Rules`. Empty: not at all.
-    predict: (params, example) -> what is predicted, such as logits. As many
-      held-out examples are evaluated at once as their predictions fit the
-      memory. None: as their metrics do.
-    check: (example, test) -> None, which raises ValueError if data and task do
-      not fit: example has the shapes of a training example, test are all
-      held-out examples, NumPy arrays by name.
+    predict: (params, example) -> a prediction, such as logits. Its size decides
+      how many held-out examples are evaluated at once. None: the size of the
+      metrics does.
+    check: (example, test) -> None. It raises ValueError if data and task do not
+      fit. `example` has the shapes of a training example, and `test` has all
+      held-out examples, as NumPy arrays by name.
     problem: (scores, test) -> a sentence that says why a model with these
       held-out metrics is of no use, or "". None: a metric that is not finite
       is a problem.
-    example: () -> the shapes of one example, where they are known without data.
-      None: the first example is read for them.
-    largest_integers: by name of an array, a public upper bound of its
-      integers, for made-up examples. Others: the largest that is held out.
-    pretrained: () -> parameters that are read from disk, NumPy arrays by path,
-      as "dense/kernel"; they replace initial ones, and count as public. None:
-      there are none.
+    example: () -> the shapes of one example, if they are known without data.
+      None: the first example is read to learn them.
+    largest_integers: maps the name of an array to a public upper bound of its
+      integers, which made-up examples keep to. For an array that is not named,
+      the largest held-out integer is the bound.
+    pretrained: () -> parameters that are read from disk: NumPy arrays by path,
+      such as "dense/kernel". They replace initial parameters, and count as
+      public. None: there are none.
     trainable: a regular expression that is searched for in each parameter's
       path; if it is not found, the parameter is frozen. Frozen parameters must
       be pretrained. "": all are trained.
@@ -102,7 +103,7 @@ _FUNCTIONS = (*_NEEDED, "metrics", "predict", "check", "problem") + (
 
 
 def of(thing: Any) -> Task:
-  """Returns a thing as a task: it is one, or has attributes of these names.
+  """Returns a task, made of a `Task` or of any object with its attributes.
 
   Raises:
     ValueError: it has no `init` or no `loss`.

@@ -161,13 +161,9 @@ def memory(
 def lowered_sha256(
   programs: Iterable[tuple[str, jax.stages.Lowered]],
 ) -> str:
-  """Returns the digest of a run's programs, 64 hex digits.
+  """Returns the digest of a run's `programs`, 64 hex digits.
 
-  Args:
-    programs: from `programs`.
-
-  Raises:
-    ValueError: a program calls back into Python.
+  Raises ValueError if a program calls back into Python.
   """
   digest = hashlib.sha256()
   for name, program in programs:
@@ -193,14 +189,10 @@ def programs(
 ) -> Iterator[tuple[str, jax.stages.Lowered]]:
   """Yields the programs of a run and their names, not compiled.
 
-  Args:
-    step: the two halves of a step.
-    start: the parameters before the first step.
-    row: shapes of a row of a chunk.
-    chunk_size: rows that the mesh computes at once.
-    frozen: the frozen parameters, or None.
-    has_schedule: whether the plan's numbers change, so that `apply` takes the
-      number of the release.
+  `start` has the parameters before the first step, and `row` the shapes of a
+  row of a chunk, of which the mesh computes chunk_size at once. With
+  has_schedule the plan's numbers change, so that `apply` takes the number of
+  the release.
   """
   yield "initial state", start.lowered(step)
   shapes = jax.eval_shape(step.initial, start.shapes)

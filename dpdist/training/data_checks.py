@@ -38,20 +38,10 @@ def fit(
   dict[str, jax.ShapeDtypeStruct],
   parameters.Parameters,
 ]:
-  """Checks that data and task fit one another.
+  """Checks that data and task fit one another, or raises ValueError.
 
-  Args:
-    config: all settings.
-    dataset: the data.
-    task: what is trained on it.
-    key_data: for `parameters.of`.
-
-  Returns:
-    All held-out examples; the shapes of a row of the training part; the task's
-    parameters.
-
-  Raises:
-    ValueError: names what does not fit, its value and what would be right.
+  Returns all held-out examples, the shapes of a row of the training part, and
+  the task's parameters, which `parameters.of` makes with key_data.
   """
   test = dataset.test.read(np.arange(len(dataset.test)))
   example = one_example(dataset.train)
@@ -90,15 +80,10 @@ def check(
   example: Mapping[str, np.ndarray],
   test: Mapping[str, np.ndarray],
 ) -> None:
-  """Checks a data set.
+  """Raises ValueError unless a data set fits its task, whose check it runs too.
 
-  Args:
-    task: its own check is made too.
-    example: zeros of an example of the training set.
-    test: all held-out examples.
-
-  Raises:
-    ValueError: names the array, what it has and what would be right.
+  The example is zeros of one of the training set, and `test` has all held-out
+  examples.
   """
   if not all(len(x) for x in test.values()):
     raise errors.ArgumentError("it must hold out 1 example or more, got 0")
@@ -125,15 +110,10 @@ def check(
 def shared_rows(train: sources.Source, test: Mapping[str, np.ndarray]) -> str:
   """Compares the first rows of both parts.
 
+  Returns a sentence if some of them are equal, else "".
+
   PRIVATE: that a held-out row equals a training row reveals something of the
   training data. Show the returned text on its owner's screen alone.
-
-  Args:
-    train: the training set: examples, or units of them.
-    test: all held-out examples.
-
-  Returns:
-    A sentence if rows are in both parts; else "".
   """
   if isinstance(train, users.UserSource):
     train = train.examples

@@ -40,20 +40,11 @@ def run(
 ) -> int:
   """Compiles and runs a step; must be called in all processes.
 
-  If no chunk size was set and a chunk is too large for the memory, it is halved
-  until it fits.
-
-  Args:
-    config: settings.
-    progress: of this process.
-    job: not begun; its state is made with `job_lib.PUBLIC_KEY_DATA`.
-
-  Returns:
-    The number of examples, or users, that the mesh computes at once.
-
-  Raises:
-    ValueError: chunk_size is too large for the memory.
-    dpdist.errors.PeerError: another process failed.
+  Returns the number of examples, or users, that the mesh computes at once. If
+  no chunk size was set and a chunk is too large for the memory, it is halved
+  until it fits; a size that was set raises ValueError then. The job has not
+  begun, and its state is made with `job_lib.PUBLIC_KEY_DATA`. Raises PeerError
+  if another process failed.
   """
   if not collectives.run_on_primary(lambda: _is_to_train(job)):
     return job.chunk_size
@@ -158,8 +149,7 @@ def _smaller(
 ) -> int:
   """Returns the chunk size to try next.
 
-  Raises:
-    ValueError: there is none, or the size was set.
+  Raises ValueError if there is none, or if the size was set.
   """
   half = max(multiple, size // 2 // multiple * multiple)
   if config.chunk_size:

@@ -47,73 +47,50 @@ PyTree = Any
 # Its repr may end up in a log, and the secret must not.
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False, repr=False)
 class Job:
-  """A run that is ready to start or to go on.
+  """A run that is ready to start or to go on."""
 
-  Attributes:
-    plan: the numbers it is bound to from now on.
-    changes: what changed since the run's segment began, a line each; if
-      anything did, a segment with `plan` must be opened.
-    settings: the privacy settings, as the ledger records them.
-    ledger: in agreement with the settings, and written by this process; None in
-      the processes that are not the primary process.
-    budget: the data set's, with an allocation that covers `plan`; or None.
-    writer: the number of the process that writes.
-    notices: what must be shown with any figure from this run.
-    found: the checkpoint to go on from.
-    secret: the source of all its randomness.
-    mesh: all devices.
-    train_source: the private examples or users; call its `close` at the end.
-    train_digest: SHA-256 that names their content, hex.
-    own_digest: this release's name of it, if the run began under another.
-    earlier: returns its other names; see `resume.recorded_digest`.
-    test: all held-out examples, by name.
-    evaluate: maps parameters to held-out metrics.
-    task: what is trained.
-    row: shapes and dtypes of what is clipped as one: example, user, group.
-    params: the trained parameters' shapes.
-    initial: the parameters before the first step.
-    init: makes the state before the first step, on the mesh; before a run
-      begins, with `dpdist.training.setup.PUBLIC_KEY_DATA`.
-    frozen: the frozen parameters, on the mesh, None where one is trained; None
-      if there are none.
-    made_of: by name, the SHA-256 of what decides a step besides settings and
-      data, where there is any: "weights_sha256" of the parameters that were
-      read from disk, "frozen_sha256" of the frozen ones, "features_sha256" of
-      features that replace inputs, "KIND_code_sha256" of code from outside, and
-      "lowered_sha256" of what such code computes.
-    step: the two halves of a step.
-    learning_rate: as a function of the step; None if it is unknown.
-    chunk_size: examples, or users, that the whole mesh computes at once.
-    close: stops waiting for data that does not come.
-  """
-
-  plan: plan_lib.PrivacyPlan
+  plan: plan_lib.PrivacyPlan  # The numbers that it is bound to from now on.
+  # What changed since the run's segment began, a line each; if anything did, a
+  # segment with `plan` must be opened.
   changes: list[str]
-  settings: dict[str, Any]
+  settings: dict[str, Any]  # The privacy settings, as the ledger records them.
+  # In agreement with the settings, and written by this process; None in the
+  # processes that are not the primary process.
   ledger: ledger_lib.Ledger | None
+  # The data set's, with an allocation that covers `plan`.
   budget: data_budget.DataBudget | None
-  writer: int
-  notices: list[str]
-  found: manifest.ResumePoint
-  secret: bytes
+  writer: int  # The number of the process that writes.
+  notices: list[str]  # To be shown with any figure of this run.
+  found: manifest.ResumePoint  # The checkpoint to go on from.
+  secret: bytes  # The source of all its randomness.
   mesh: Mesh
-  train_source: sources.Source
-  train_digest: str
-  own_digest: str
+  train_source: sources.Source  # Private; call its `close` at the end.
+  train_digest: str  # SHA-256 that names their content, hex.
+  own_digest: str  # This release's name of it, if the run began under another.
+  # Its other names; see `resume.recorded_digest`.
   earlier: Callable[[], list[str]]
-  test: dict[str, np.ndarray]
-  evaluate: held_out.Evaluator
+  test: dict[str, np.ndarray]  # All held-out examples, by name.
+  evaluate: held_out.Evaluator  # Maps parameters to held-out metrics.
   task: task_lib.Task
+  # Shapes and dtypes of what is clipped as one: example, user, group.
   row: dict[str, jax.ShapeDtypeStruct]
-  params: PyTree
-  initial: parameters.Parameters
+  params: PyTree  # The trained parameters' shapes.
+  initial: parameters.Parameters  # Before the first step.
+  # Makes the state before the first step, on the mesh; before a run begins,
+  # with `dpdist.training.setup.PUBLIC_KEY_DATA`.
   init: functools.partial[step_lib.TrainState]
+  # On the mesh, None where a parameter is trained; None if none is frozen.
   frozen: PyTree | None
+  # By name, the SHA-256 of what decides a step besides settings and data, where
+  # there is any: "weights_sha256" of the parameters that were read from disk,
+  # "frozen_sha256" of the frozen ones, "features_sha256" of features that
+  # replace inputs, "KIND_code_sha256" of code from outside, and
+  # "lowered_sha256" of what such code computes.
   made_of: dict[str, str]
   step: step_lib.Step
-  learning_rate: optax.Schedule | None
-  chunk_size: int
-  close: Callable[[], None]
+  learning_rate: optax.Schedule | None  # Of a step; None if it is unknown.
+  chunk_size: int  # Examples, or users, that the whole mesh computes at once.
+  close: Callable[[], None]  # Stops waiting for data that does not come.
 
   def __repr__(self) -> str:
     return f"Job(plan={self.plan!r}, writer={self.writer!r}, ...)"
@@ -129,24 +106,12 @@ def prepare(
 ) -> Job:
   """Makes a job, and makes the primary process the writer of its ledger.
 
-  Everything that can fail on settings or data comes before any write.
-
-  Args:
-    config: settings; see `dpdist.config.default`.
-    workdir: the run's directory; made if missing.
-    ledger: of the run; opened if it is new, else compared with the settings.
-      None in the processes that are not the primary process.
-    parts: what is given as objects.
-    try_out: maps the job, not begun, to its chunk size; see
-      `dpdist.training.dry_run`.
-
-  Returns:
-    The job.
-
-  Raises:
-    SettingsError: names the setting, its value and what would be right.
-    dpdist.errors.LedgerError: another process writes the ledger.
-    dpdist.errors.PeerError: the primary process raised one of these.
+  Everything that can fail on settings or data comes before any write, and
+  raises SettingsError. The ledger is opened if it is new, else compared with
+  the settings; it is None in the processes that are not the primary process,
+  where PeerError says that the primary process failed. Raises LedgerError if
+  another process writes the ledger. `try_out` maps the job, not begun, to its
+  chunk size; see `dpdist.training.dry_run`.
   """
   try:
     job = _prepared(config, workdir, ledger, parts)

@@ -51,12 +51,7 @@ class _Made(NamedTuple):
 
 
 class Loop:
-  """Runs the steps of a session; all processes must make and run it together.
-
-  Attributes:
-    state: after the last step that was made.
-    scores: held-out metrics when they were last measured; empty before.
-  """
+  """Runs a session's steps; all processes must make and run it together."""
 
   def __init__(
     self,
@@ -71,16 +66,12 @@ class Loop:
   ):
     """Stores the arguments; makes no step yet.
 
-    Args:
-      config: all settings.
-      job: the run that is trained.
-      session: charges the steps, and saves them.
-      state: where the steps begin.
-      progress: of this process.
-      stop: says when to stop early.
-      observers: of this process.
+    The session charges the steps and saves them, `state` is where they begin,
+    and `stop` says when to stop early. Progress and observers are of this
+    process.
     """
-    self.state = state
+    self.state = state  # After the last step that was made.
+    # Held-out metrics when they were last measured.
     self.scores: dict[str, float] = {}
     self._config, self._job, self._session = config, job, session
     self._progress, self._stop, self._observers = progress, stop, observers
@@ -98,12 +89,10 @@ class Loop:
   def run(self) -> None:
     """Makes all steps that are left.
 
-    Raises:
-      dpdist.errors.Preempted: a request to stop came; the steps so far are
-        saved.
-      dpdist.errors.ChangedError: files of the data were changed.
-      dpdist.errors.SensitivityError: an example's gradient in the last step,
-        which is saved, was longer than its computed norm.
+    Raises Preempted if a request to stop came, once the steps so far are saved;
+    ChangedError if files of the data were changed; and SensitivityError if an
+    example's gradient in the last step, which is saved, was longer than its
+    computed norm.
     """
     start, last = int(self.state.step), self._session.position.last_step
     eval_every, save_every, charge_every = self._intervals()

@@ -32,13 +32,8 @@ PyTree = Any
 def frozen_paths(trainable: str) -> Callable[[str], bool] | None:
   """Returns a function from a parameter's path to whether it is frozen.
 
-  Returns None if no parameter is frozen.
-
-  Args:
-    trainable: of a `dpdist.Task`.
-
-  Raises:
-    ValueError: trainable is no regular expression.
+  Returns None if no parameter is frozen. Raises ValueError unless `trainable`,
+  of a `dpdist.Task`, is a regular expression.
   """
   if not trainable:
     return None
@@ -53,18 +48,12 @@ def frozen_paths(trainable: str) -> Callable[[str], bool] | None:
 
 
 def of(task: task_lib.Task, key_data: Any, example: Any) -> "Parameters":
-  """Reads a task's weights from disk, if it has any.
+  """Returns a task's parameters; reads its weights from disk, if it has any.
 
-  Args:
-    task: what is trained.
-    key_data: uint32 [2], the key of the stream "init".
-    example: arrays of one example by name, or their shapes; no value is used.
-
-  The shape of key_data is enough for all but `Parameters.init`.
-
-  Raises:
-    ValueError, ModuleNotFoundError: the weights cannot be read, or do not fit;
-      see `Parameters`.
+  `key_data`, uint32 [2], is the key of the stream "init"; its shape is enough
+  for all but `Parameters.init`. `example` has arrays of one example by name, or
+  their shapes; no value is used. Raises ValueError or ModuleNotFoundError if
+  the weights cannot be read, and as `Parameters` does.
   """
   zeros = {name: np.zeros(x.shape, x.dtype) for name, x in example.items()}
   return Parameters(
@@ -97,25 +86,18 @@ def frozen_sha256(frozen: PyTree | None) -> str:
 class Parameters:
   """The parameters of one run.
 
-  Attributes:
-    make: (key_data, example) -> initial parameters of the whole model; traced.
-    key_data: uint32 [2], the key of the stream "init".
-    example: zeros in the place of an example's arrays, by name.
-    weights: from disk, by path; they replace initial ones.
-    trainable: of the task, for messages.
-    is_frozen: from `frozen_paths`.
-
-  Raises:
-    ValueError: weights do not fit, or frozen parameters would keep their random
-      initial values.
+  Raises ValueError if weights do not fit, or if frozen parameters would keep
+  their random initial values.
   """
 
+  # (key_data, example) -> initial parameters of the whole model; traced.
   make: Callable[[Any, Any], PyTree]
-  key_data: Any
-  example: Any
+  key_data: Any  # uint32 [2], the key of the stream "init".
+  example: Any  # Zeros in the place of an example's arrays, by name.
+  # From disk, by path; they replace initial ones.
   weights: Mapping[str, np.ndarray]
-  trainable: str
-  is_frozen: Callable[[str], bool] | None
+  trainable: str  # Of the task, for messages.
+  is_frozen: Callable[[str], bool] | None  # From `frozen_paths`.
 
   def __post_init__(self) -> None:
     whole = dict(zip(freezing.names(self._whole), self._leaves, strict=True))

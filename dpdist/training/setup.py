@@ -38,10 +38,8 @@ def largest_integers(
 ) -> dict[str, int]:
   """Returns public upper bounds of each array's integers.
 
-  Args:
-    task: knows them, or some of them.
-    row: shapes of arrays by name.
-    held_out: returns all held-out examples; called only if it matters.
+  Calls `held_out`, which returns all held-out examples, only if the task does
+  not know all the bounds.
   """
   largest = {}
   for name, shape in row.items():
@@ -56,23 +54,14 @@ def largest_integers(
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
-  """What a config trains, on a mesh; it holds no array.
-
-  Attributes:
-    config: all settings.
-    parts: what is given as objects.
-    plan: the numbers.
-    task: what is trained.
-    step: the two halves of a step.
-    learning_rate: as a function of the step; None if it is unknown.
-  """
+  """What a config trains, on a mesh; it holds no array."""
 
   config: ml_collections.ConfigDict
   parts: parts_lib.Parts
   plan: plan_lib.PrivacyPlan
   task: task_lib.Task
   step: step_lib.Step
-  learning_rate: optax.Schedule | None
+  learning_rate: optax.Schedule | None  # Of a step; None if it is unknown.
 
   @property
   def mesh(self) -> Mesh:
@@ -81,11 +70,7 @@ class Experiment:
 
   @property
   def chunk_size(self) -> int:
-    """Returns how many examples, or users, the whole mesh computes at once.
-
-    Raises:
-      ValueError: the configured chunk_size cannot be divided evenly.
-    """
+    """Returns how many examples, or users, the whole mesh computes at once."""
     return chunk_size(self.config, self.plan, self.mesh)
 
   @functools.cached_property
@@ -111,17 +96,10 @@ def build(
   parts: parts_lib.Parts = parts_lib.NAMED,
   platform: str | None = None,
 ) -> Experiment:
-  """Builds what a config trains.
+  """Builds what a config trains, or raises ValueError for a wrong setting.
 
-  Args:
-    config: all settings.
-    mesh: None: a mesh of this machine's devices, as the config divides them.
-    plan: None: a plan made from the config.
-    parts: what is given as objects.
-    platform: the platform it is compiled for; see `dpdist.clipped_grad`.
-
-  Raises:
-    ValueError: names the setting, its value and what would be right.
+  By default the mesh is of this machine's devices, as the config divides them,
+  and the plan is made from the config. See `dpdist.clipped_grad` for platform.
   """
   config = parts.settings(config)
   check(config)
@@ -224,8 +202,7 @@ def chunk_size(
 ) -> int:
   """Returns how many examples the whole mesh computes at once, set or chosen.
 
-  Raises:
-    ValueError: the configured chunk_size cannot be divided evenly.
+  Raises ValueError if the configured chunk_size cannot be divided evenly.
   """
   multiple, name = mesh_lib.chunk_multiple(config.clipping, mesh)
   if config.chunk_size:

@@ -43,40 +43,25 @@ Accumulator = stats_lib.Accumulator
 
 
 class TrainState(NamedTuple):
-  """The contents of a checkpoint; all of it is released.
+  """The contents of a checkpoint; all of it is released."""
 
-  Attributes:
-    step: int32 scalar, updates made so far.
-    params: the model's parameters; None where one is frozen.
-    opt_state: the optimizer's state.
-    ema_params: exponential moving average of params; None without one.
-    noise_state: of the mechanism; see `Mechanism.init`.
-  """
-
-  step: jax.Array
-  params: PyTree
+  step: jax.Array  # int32 scalar, updates made so far.
+  params: PyTree  # None where one is frozen.
   opt_state: PyTree
+  # Exponential moving average of params; None without one.
   ema_params: PyTree | None
-  noise_state: Any
+  noise_state: Any  # Of the mechanism; see `Mechanism.init`.
 
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-  """The two halves of a step, compiled once for a mesh.
+  """The two halves of a step, compiled once for a mesh."""
 
-  Attributes:
-    mechanism: the mechanism that the guarantee depends on.
-    optimizer: applied to the noisy mean.
-    mesh: with the axes of `dpdist.distributed.mesh`.
-    ema_decay: of the moving average of the parameters; 0 keeps none.
-    rules: how the model's parameters are divided over `model`.
-  """
-
-  mechanism: mechanism_lib.Mechanism
-  optimizer: optax.GradientTransformation
-  mesh: Mesh
-  ema_decay: float = 0.0
-  rules: mesh_lib.Rules = ()
+  mechanism: mechanism_lib.Mechanism  # The guarantee depends on it.
+  optimizer: optax.GradientTransformation  # Applied to the noisy mean.
+  mesh: Mesh  # With the axes of `mesh_lib`.
+  ema_decay: float = 0.0  # Of the parameters' moving average; 0 keeps none.
+  rules: mesh_lib.Rules = ()  # How the parameters are divided over `model`.
 
   def specs(self, params: PyTree) -> PyTree:
     """Returns the parameters' layout: pytree like params of PartitionSpecs."""
@@ -132,11 +117,8 @@ class Step:
   def init_from(self, make: Callable[..., PyTree], *args: Any) -> TrainState:
     """Returns the state before the first step, made on the mesh.
 
-    No device need ever have all parameters.
-
-    Args:
-      make: from args to parameters; traced.
-      *args: NumPy arrays, equal in all processes.
+    No device need ever have all parameters. `make` maps args, which are NumPy
+    arrays and equal in all processes, to parameters, and is traced.
     """
     return self.initializer(make, *args)(*args)
 
@@ -401,12 +383,7 @@ class Step:
 
 
 def whole(params: PyTree, frozen: PyTree | None) -> PyTree:
-  """Merges trained and frozen parameters to all that a model takes.
-
-  Args:
-    params: the state's.
-    frozen: the frozen ones, None where one is trained; None: there are none.
-  """
+  """Merges trained and frozen parameters, each None where the other has one."""
   return params if frozen is None else clipping.merge(params, frozen)
 
 

@@ -37,23 +37,11 @@ def check_step(
 ) -> trials.Report:
   """Compares the step that will run, on its mesh, with `jax.grad`.
 
-  Must be called in all processes.
-
-  Args:
-    step: the step that will run.
-    params: of its state.
-    frozen: the frozen parameters; see `step.accumulate`.
-    row: shapes of a row of a chunk.
-    largest: pytree like row: public upper bounds of its integers.
-    chunk_size: rows that the whole mesh computes at once.
-    is_watched: whether watched steps will run too.
-
-  Returns:
-    A report of the trials.
-
-  Raises:
-    dpdist.errors.SensitivityError: names what is wrong, the
-      parameter and its rule.
+  Must be called in all processes. `row` has the shapes of a row of a chunk, and
+  `largest` public upper bounds of its integers. The whole mesh computes
+  chunk_size rows at once. See `step.accumulate` for `frozen`. With is_watched,
+  watched steps are checked too. Raises SensitivityError, which names what is
+  wrong, the parameter and its rule.
   """
   clipped_grad = step.mechanism.clipped_grad
   mesh, put = step.mesh, _putter(step.mesh)
@@ -173,11 +161,7 @@ def drawer(step: step_lib.Step) -> Callable[[PyTree, jax.Array], PyTree]:
 
 
 class Sentinel:
-  """Watches the steps of one branch of a run.
-
-  Attributes:
-    watches: whether the present step is watched.
-  """
+  """Watches the steps of one branch of a run."""
 
   def __init__(
     self,
@@ -190,12 +174,8 @@ class Sentinel:
   ):
     """Stores the arguments; watches nothing yet.
 
-    Args:
-      step: the step that runs.
-      frozen: the frozen parameters; see `step.accumulate`.
-      streams: of the branch.
-      every: one step in `every` is watched on average; 0: none is.
-      first_step: of the branch, which is watched too.
+    One step in `every` is watched on average, or none if it is 0, and the first
+    step of the branch. See `step.accumulate` for `frozen`.
     """
     self._step, self._frozen, self._streams = step, frozen, streams
     self._every, self._first_step = every, first_step

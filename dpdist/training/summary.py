@@ -28,17 +28,11 @@ def start_rows(
   start_step: int,
   sentinel_every: int,
 ) -> list[tuple[str, str]]:
-  """Returns the table shown before the first step and in the report.
+  """Returns (name, value) pairs shown before the first step and in the report.
 
-  Args:
-    job: the run.
-    planned: what the run will have spent at its end.
-    epsilon: the run's guarantee; see `dpdist.privacy.composition.guaranteed`.
-    start_step: updates that the restored state has.
-    sentinel_every: one step in so many is watched; 0: none.
-
-  Returns:
-    (name, value) pairs.
+  `planned` is what the run will have spent at its end, and epsilon its
+  guarantee; see `dpdist.privacy.composition.guaranteed`. The restored state has
+  start_step updates. One step in sentinel_every is watched, none if it is 0.
   """
   plan = job.plan
   axes = " x ".join(f"{axis} {size}" for axis, size in job.mesh.shape.items())
@@ -111,19 +105,10 @@ def result(
   params_sha256: str,
   environment: dict[str, Any],
 ) -> dict[str, Any]:
-  """Returns the contents of `result.json`.
+  """Returns the contents of `result.json`, JSON-able.
 
-  Args:
-    job: the run.
-    ledger: its ledger.
-    num_steps: updates in the final parameters.
-    sentinel_every: see `start_rows`.
-    scores: held-out metrics, "test/NAME" and perhaps "test_ema/NAME".
-    params_sha256: of the final trained parameters.
-    environment: versions, code and devices.
-
-  Returns:
-    A JSON-able dict.
+  The final parameters, whose trained ones params_sha256 names, have num_steps
+  updates. Scores are held-out metrics, "test/NAME" and perhaps "test_ema/NAME".
   """
   plan = job.plan
   values: dict[str, Any] = {

@@ -233,8 +233,7 @@ def _resume(
 ) -> tuple[session_lib.Position, float]:
   """Goes on with the branch that the ledger holds, or begins another one.
 
-  Returns:
-    The branch's position, and the run's epsilon at its end.
+  Returns the branch's position, and the run's epsilon at its end.
   """
   environments = collectives.gather(json.dumps(environment))
   saved, rejected = job.found

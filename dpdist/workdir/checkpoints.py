@@ -46,13 +46,10 @@ class Checkpoints:
     max_to_keep: int = 3,
     frozen_sha256: str = "",
   ):
-    """Opens or creates the folder of a writer.
+    """Opens or creates the folder of a writer, see `history.History.writer`.
 
-    Args:
-      directory: a local path.
-      writer: see `dpdist.ledger.history.History.writer`.
-      max_to_keep: how many checkpoints to keep; older ones are deleted.
-      frozen_sha256: of the frozen parameters; "" if there are none.
+    Checkpoints older than the last max_to_keep are deleted. frozen_sha256 is ""
+    if no parameters are frozen.
     """
     self._directory = pathlib.Path(directory).absolute()
     self._folder = manifest.folder(self._directory, writer)
@@ -72,19 +69,10 @@ class Checkpoints:
     self._manager.close()
 
   def save(self, state: PyTree, *, step: int, ledger_head: str) -> str:
-    """Saves a checkpoint durably.
+    """Saves a checkpoint durably and returns its digest, for the ledger.
 
-    Args:
-      state: pytree of arrays.
-      step: updates made in it.
-      ledger_head: the ledger's head; the ledger up to it must charge every step
-        in state.
-
-    Returns:
-      The digest, to be recorded in the ledger.
-
-    Raises:
-      SaveError: the directory cannot be written to.
+    The ledger up to ledger_head must charge every one of the `step` updates in
+    state. Raises SaveError if the directory cannot be written to.
     """
     path = self._folder / str(step)
     try:
@@ -151,18 +139,10 @@ def restore(
 ) -> tuple[PyTree, str]:
   """Restores a checkpoint and changes nothing in the run directory.
 
-  Args:
-    directory: of the run's checkpoints.
-    like: pytree with the shapes, dtypes and shardings to restore to.
-    saved: the checkpoint; its manifest must have been verified.
-    frozen_sha256: of the frozen parameters; "" if there are none.
-
-  Returns:
-    The pytree that was saved, and the head of the ledger at that time.
-
-  Raises:
-    MismatchError: the checkpoint has other parameters than like, or was trained
-      with other frozen ones.
+  The checkpoint's manifest must have been verified. `like` has the shapes,
+  dtypes and shardings to restore to. Returns the pytree that was saved, and the
+  head of the ledger at that time. Raises MismatchError if the checkpoint has
+  other parameters than like, or was trained with other frozen ones.
   """
   path = manifest.location(pathlib.Path(directory).absolute(), saved)
   meta = json.loads((path / "meta" / "metadata").read_text())

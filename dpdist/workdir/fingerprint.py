@@ -165,19 +165,10 @@ def fingerprint(
   """Returns a digest that is equal only if a replayed step has the same bits.
 
   With exact sums, on machines of one kind, the number of devices and processes
-  and the chunk size do not count.
-
-  Args:
-    config: all settings, JSON-able.
-    plan_fingerprint: of the plan.
-    data_digest: of the training set.
-    environments: from `environment`, of every process in order.
-    made_of: by name, SHA-256 of the parameters that were read from disk or are
-      frozen, and of the features that replace inputs, if there are any; their
-      paths do not count.
-
-  Returns:
-    SHA-256, hex.
+  and the chunk size do not count. There is an environment, from `environment`,
+  of every process in order. `made_of` has, by name, the SHA-256 of the
+  parameters that were read from disk or are frozen, and of the features that
+  replace inputs; their paths do not count.
   """
   numbers = {k: v for k, v in config.items() if k not in _HARMLESS}
   numbers["data"] = {

@@ -21,15 +21,11 @@ _MANIFEST = "dpdist_manifest.json"
 
 
 class ResumePoint(NamedTuple):
-  """The checkpoint that a run can go on from.
+  """The checkpoint that a run can go on from."""
 
-  Attributes:
-    saved: the newest whole checkpoint; None if there is none.
-    rejected: why newer checkpoints were passed over; one line each.
-  """
-
+  # The newest whole one; None if there is none.
   saved: history.CheckpointRef | None
-  rejected: list[str]
+  rejected: list[str]  # Why newer ones were passed over; one line each.
 
 
 def newest(

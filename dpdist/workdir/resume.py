@@ -35,12 +35,7 @@ _NOTE = "No run has begun here, and nothing is spent.\n"
 def open_ledger(
   config: ml_collections.ConfigDict, workdir: pathlib.Path
 ) -> ledger_lib.Ledger:
-  """Opens the ledger of a run for reading.
-
-  Raises:
-    SettingsError: config.ledger cannot hold a ledger.
-    dpdist.errors.LedgerError: it is damaged, or older than a checkpoint.
-  """
+  """Opens the ledger of a run for reading."""
   # Before the ledger, which another process may be writing.
   heads = manifest.ledger_heads(workdir / "checkpoints")
   try:
@@ -85,8 +80,7 @@ def resolve_plan(
 ) -> tuple[plan_lib.PrivacyPlan, list[str], manifest.ResumePoint]:
   """Returns the plan, what changed, and the checkpoint, in all processes.
 
-  Raises:
-    RefusedError: the run cannot go on with these settings.
+  Raises RefusedError if the run cannot go on with these settings.
   """
 
   def look() -> dict[str, Any]:
@@ -261,8 +255,7 @@ def secret(
 ) -> bytes:
   """Returns the run's secret; makes it if the run is new and there is none.
 
-  Raises:
-    ValueError: it does not exist, or is not stored as a secret must be.
+  Raises ValueError if it is gone, or not stored as a secret must be.
   """
   if config.insecure_seed is not None:
     return keys.insecure_secret(config.insecure_seed)

@@ -45,14 +45,7 @@ PyTree = Any
 
 
 class Run:
-  """A run directory with a privacy budget.
-
-  Attributes:
-    workdir: its path.
-    plan: the numbers that the run is bound to.
-    saved: the newest whole checkpoint; None if there is none.
-    saved_head: the ledger's head that it was saved under, once restored.
-  """
+  """A run directory with a privacy budget."""
 
   def __init__(
     self,
@@ -64,18 +57,11 @@ class Run:
   ):
     """Reads what the directory holds, and changes nothing.
 
-    Args:
-      workdir: a local directory; made when the run begins.
-      config: of the run; must equal the one that the run began with.
-      insecure_seed: fixes every random stream, for tests. It voids the
-        guarantee, and the ledger says so.
-      notices: what else voids the guarantee, for the ledger.
-
-    Raises:
-      ValueError: config is neither a config nor a plan, or the run began with
-        another one.
-      dpdist.errors.LedgerError: the ledger is damaged, or was rolled
-        back.
+    The directory is local, and is made when the run begins. The config must
+    equal the one that the run began with, or ValueError is raised. The
+    insecure_seed fixes every random stream, for tests; it voids the guarantee,
+    and the ledger says so. Notices tell the ledger what else voids it. Raises
+    LedgerError if the ledger is damaged, or was rolled back.
     """
     if not isinstance(config, plan_lib.PrivacyConfig | plan_lib.PrivacyPlan):
       raise errors.ArgumentError(
@@ -101,8 +87,10 @@ class Run:
         f" {jax.process_count()}: dpdist.train takes several"
       )
     self.workdir = pathlib.Path(workdir)
-    self.plan: plan_lib.PrivacyPlan
+    self.plan: plan_lib.PrivacyPlan  # The numbers that the run is bound to.
+    # The newest whole checkpoint; None if there is none.
     self.saved: history.CheckpointRef | None = None
+    # The ledger's head that it was saved under, once restored.
     self.saved_head = ""
     # What of a config `resume` reads.
     self._config = ml_collections.ConfigDict(
@@ -158,11 +146,7 @@ class Run:
   def restore(self, like: PyTree) -> PyTree:
     """Returns the newest checkpoint's state; `like` itself if there is none.
 
-    Args:
-      like: pytree of arrays, as they were saved.
-
-    Raises:
-      dpdist.errors.MismatchError: the checkpoint has other arrays.
+    Raises MismatchError if the checkpoint has other arrays than `like`.
     """
     if self.saved is None:
       return like
@@ -172,11 +156,7 @@ class Run:
     return state
 
   def check(self, num_steps: int) -> None:
-    """Refuses more steps than the plan has left.
-
-    Raises:
-      ValueError: names the number that would be right.
-    """
+    """Raises ValueError for more steps than the plan has left."""
     spent = self.spent_steps
     left = self.plan.num_steps - spent
     if num_steps > left:
@@ -190,13 +170,10 @@ class Run:
   def session(self, data: str) -> Iterator[session_lib.Session]:
     """Opens a session for the steps after the newest checkpoint.
 
-    Args:
-      data: a digest of the training set, hex; a run has one data set.
-
-    Raises:
-      ValueError: the data or the secret is not the one that the run began with.
-      dpdist.errors.LedgerError: another process writes the ledger, or has gone
-        on with the run since this object last read it.
+    `data` is a hex digest of the training set. Raises ValueError if it or the
+    secret is not the one that the run began with, and LedgerError if another
+    process writes the ledger, or has gone on with the run since this object
+    last read it.
     """
     with self._open() as ledger:
       if ledger.head != self._head:

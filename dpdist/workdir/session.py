@@ -47,20 +47,13 @@ PyTree = Any
 
 
 class Position(NamedTuple):
-  """Where a run's newest branch begins and must end; equal in all processes.
+  """Where a run's newest branch begins and must end; equal in all processes."""
 
-  Attributes:
-    branch: the identity of its keys.
-    first_step: of the branch.
-    first_release: the release number of step 0; see
-      `dpdist.ledger.history.Branch.release_index`.
-    last_step: where the steps must end for the plan to hold.
-  """
-
-  branch: str
-  first_step: int
+  branch: str  # The identity of its keys.
+  first_step: int  # Of the branch.
+  # The number of step 0; see `dpdist.ledger.history.Branch.release_index`.
   first_release: int
-  last_step: int
+  last_step: int  # Where the steps must end for the plan to hold.
 
   @classmethod
   def of(cls, ledger: ledger_lib.Ledger) -> Self:
@@ -79,10 +72,6 @@ class Session:
 
   All processes of a job must enter it and call its methods together. What needs
   the ledger happens in the primary process, and the others wait.
-
-  Attributes:
-    streams: all randomness of the steps.
-    position: of their branch.
   """
 
   def __init__(
@@ -99,20 +88,16 @@ class Session:
   ):
     """Stores the arguments; charges nothing yet.
 
-    Args:
-      ledger: of the run; None in the processes that do not write it.
-      checkpoints: of the run.
-      secret: of the run.
-      position: of the branch that the ledger was resumed on.
-      start_step: the first step that will be computed. None: for a loop of
-        unknown code; nothing is given back before it has called `begin`.
-      budget: of the data set, in which the run has an allocation; or None.
-      on_save: is called with each new checkpoint, and the ledger's head that it
-        was saved under.
-      warn: is called with a sentence to show.
+    The ledger is None in the processes that do not write it, and was resumed on
+    the branch at `position`. The first step to be computed is start_step; None
+    is for a loop of unknown code, and nothing is given back before it has
+    called `begin`. The run has an allocation in the budget. `on_save` is called
+    with each new checkpoint and the ledger's head that it was saved under, and
+    `warn` with a sentence to show.
     """
+    # All randomness of the steps.
     self.streams = mechanism.Streams(secret, position.branch)
-    self.position = position
+    self.position = position  # Of their branch.
     self._ledger = ledger
     self._checkpoints = checkpoints
     self._budget = budget
@@ -146,11 +131,9 @@ class Session:
   def charge(self, stop_step: int) -> None:
     """Charges the steps before stop_step, durably, unless they are charged.
 
-    Must be called before the first of them is computed.
-
-    Raises:
-      dpdist.errors.RefusedError: the plan would be exceeded.
-      dpdist.errors.LedgerError: another process wrote to the ledger.
+    Must be called before the first of them is computed. Raises RefusedError if
+    the plan would be exceeded, and LedgerError if another process wrote to the
+    ledger.
     """
     collectives.run_on_primary(lambda: self._charge(stop_step))
 
@@ -161,8 +144,7 @@ class Session:
   def begin(self, step: int) -> None:
     """Marks a step as begun; must precede its first computation on data.
 
-    Raises:
-      dpdist.errors.LedgerError: the step is not charged.
+    Raises LedgerError if the step is not charged.
     """
     if self._ledger is not None:
       charged = self._ledger.branches[-1].stop_step
@@ -178,13 +160,8 @@ class Session:
     Must be called before anything is saved or shown of steps that may have read
     them. Whether their noise still hides what it should is unknown then, so the
     record says so, and is void and not sound.
-
-    Args:
-      changed: returns the changed files; see
-        `dpdist.data.sources.changed_files`.
-
-    Raises:
-      dpdist.errors.ChangedError: names them.
+    `dpdist.data.sources.changed_files` returns the files, and ChangedError
+    names them.
     """
     files = collectives.run_on_all(changed)
     if collectives.any_process(bool(files)):
@@ -200,9 +177,8 @@ class Session:
   def save(self, state: PyTree, step: int) -> None:
     """Saves a checkpoint of charged steps, and records it.
 
-    Raises:
-      dpdist.errors.LedgerError: a step of it is not charged, or another process
-        wrote to the ledger; nothing is saved then.
+    Saves nothing and raises LedgerError if a step of it is not charged, or
+    another process wrote to the ledger.
     """
     if self._begun is not None:
       self._begun = max(self._begun, step)

@@ -28,31 +28,20 @@ _CELLS = 1e-4
 
 
 class Finding(NamedTuple):
-  """The result of one check.
-
-  Attributes:
-    what: what was checked.
-    found: what was found.
-    problem: what is wrong with it; "" if nothing is.
-  """
+  """The result of one check: what was checked, and what was found."""
 
   what: str
   found: str
-  problem: str
+  problem: str  # What is wrong with it; "" if nothing is.
 
 
 def verify(
   workdir: str | os.PathLike[str], ledger: ledger_lib.Ledger
 ) -> list[Finding]:
-  """Checks the record of a run.
+  """Checks the record of a run and returns what each check found, in order.
 
-  Args:
-    workdir: its directory.
-    ledger: its ledger, whose chain was checked when it was read.
-
-  Returns:
-    What was found, in the order of the checks. The record is sound if no
-    finding has a problem. A check that fails to run is a finding too.
+  The ledger's chain was checked when it was read. The record is sound if no
+  finding has a problem. A check that fails to run is a finding too.
   """
   findings = []
   for what, check in _CHECKS.items():

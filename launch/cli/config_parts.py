@@ -24,11 +24,8 @@ _KINDS = ("task", "dataset", "optimizer")
 def load(flag: str) -> parts_lib.Parts:
   """Returns what the file of a config flag defines, made from its settings.
 
-  Args:
-    flag: the name of the flag; if it is not set, nothing is given.
-
-  Raises:
-    ValueError: a function returns what is no such part.
+  Without the flag nothing is given. Raises ValueError if a function returns
+  what is no such part.
   """
   holder = flags.FLAGS[flag]
   if holder.value is None:

@@ -22,10 +22,7 @@ from launch.cli import messages
 def run(main: Callable[..., int], *, passes_on: bool = False) -> NoReturn:
   """Runs a command's main under absl; bad flags exit with `exit_codes.USAGE`.
 
-  Args:
-    main: returns an exit code.
-    passes_on: whether the command line must have `--`; main then takes what
-      follows.
+  If passes_on, the command line must have `--`; main then takes what follows.
   """
   # Libraries log each file they write; --verbosity=0 shows it.
   logging.set_verbosity(logging.WARNING)
@@ -123,12 +120,8 @@ def _not_loaded(reason: str) -> int:
 def _unset(argv: Sequence[str]) -> tuple[list[str], list[str]]:
   """Removes the flags that unset a setting, which its parser would refuse.
 
-  Args:
-    argv: the command line.
-
-  Returns:
-    The other arguments, and the settings to set to None. These are the settings
-    that may be None and whose last flag is "None", "none" or empty.
+  Returns the other arguments, and the settings to set to None: those that may
+  be None and whose last flag is "None", "none" or empty.
   """
   argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
   optional = config.optional()

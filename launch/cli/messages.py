@@ -26,16 +26,11 @@ _TRACEBACK = flags.DEFINE_bool(
 
 
 class Message(NamedTuple):
-  """The explanation of an error.
-
-  Attributes:
-    sentence: what is wrong.
-    code: the exit code.
-    hint: what most likely helps; None if nothing is known to help.
-  """
+  """The explanation of an error."""
 
   sentence: str
   code: int = exit_codes.UNSOUND
+  # What most likely helps; None if nothing is known to help.
   hint: errors.Hint | None = None
 
 
@@ -119,11 +114,9 @@ def name() -> str:
 
 
 def again(*more: str, command: str = "") -> str:
-  """Returns this command line, with flags added or changed.
+  """Returns this command line, with flags "--name=value" added or changed.
 
-  Args:
-    *more: flags, as "--name=value".
-    command: another command, which gets only the flags of the config.
+  Another command gets only the flags of the config.
   """
   arguments = sys.argv[1:]
   if command:

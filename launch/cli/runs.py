@@ -23,14 +23,9 @@ _CODE = flags.DEFINE_multi_string(
 def open_begun(workdir: str, location: str | None) -> ledger_lib.Ledger:
   """Opens the ledger of a run that has begun, for reading.
 
-  Args:
-    workdir: the run's directory.
-    location: of its ledger; None: in the directory.
-
-  Raises:
-    ValueError: there is no such run, or no such module as --code names.
-    dpdist.errors.LedgerError: it is damaged, or names code that --code does
-      not.
+  It is in the run's directory unless a location is given. Raises ValueError if
+  there is no such run, or no such module as --code names, and LedgerError if
+  its records name code that --code does not.
   """
   for module in _CODE.value:
     try:
@@ -68,10 +63,6 @@ def none_began(workdir: str, location: str | None) -> bool:
   """Returns whether a run was started in a directory but none has begun there.
 
   It was refused then, for its data or by the dry run.
-
-  Args:
-    workdir: the directory.
-    location: of the ledger, if it is given.
   """
   return (
     location is None

@@ -31,14 +31,10 @@ def load() -> dict[str, job.Engine]:
 
 @dataclasses.dataclass
 class Flag:
-  """A flag of one or more engines.
+  """A flag of one or more engines."""
 
-  Attributes:
-    kind: the type of its value: bool, int or str.
-    help: what it is for, by engine.
-  """
-
-  kind: type
+  kind: type  # The type of its value: bool, int or str.
+  # What it is for, by engine.
   help: dict[str, str] = dataclasses.field(default_factory=dict)
 
   def text(self, engines: Mapping[str, job.Engine]) -> str:
@@ -54,8 +50,7 @@ class Flag:
 def flags(engines: Mapping[str, job.Engine]) -> dict[str, Flag]:
   """Returns the flags that the engines' jobs are made from, by name.
 
-  Raises:
-    errors.ArgumentError: two engines want one flag with different types.
+  Raises ArgumentError if two engines want one flag with different types.
   """
   found: dict[str, Flag] = {}
   for name, engine in engines.items():

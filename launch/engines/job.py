@@ -1,9 +1,9 @@
-"""The interface of an engine, and the settings of a job that each one needs.
+"""The interface of an engine, and the settings that every job needs.
 
 An engine writes the files of a job and the command that submits them. It is a
-module (or any object) with what `Engine` lists, and it is found by its name:
-`--to=NAME` of `launch.submit` resolves it with `dpdist.registry`, so that an
-installed package adds one by an entry point of the group "dpdist.engine".
+module, or any object, with the attributes of `Engine`. `dpdist.registry` finds
+it by the name in `--to=NAME` of `launch.submit`. So an installed package can
+add an engine by an entry point of the group "dpdist.engine".
 """
 
 from collections.abc import Mapping
@@ -44,8 +44,8 @@ def flag(default: Any, help: str, rule: _validation.Rule | None = None) -> Any:
   """Returns a field of a `Job` that is also a flag of `launch.submit`.
 
   Args:
-    default: a bool, an int or a str, of which type the flag is. MISSING: the
-      flag is a string and must be given.
+    default: a bool, an int or a str, which decides the flag's type. MISSING:
+      the flag is a string and must be given.
     help: what the flag is for.
     rule: what its value must be.
   """
@@ -66,10 +66,10 @@ def count(default: int, help: str, *, at_least: int = 1) -> Any:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-  """A job; each engine adds fields of its own, made by `flag` and its kin.
+  """A job. Each engine adds fields, made by `flag`, `word` or `count`.
 
   Attributes:
-    arguments: of launch.train: its settings, without the run directory.
+    arguments: the flags of launch.train, without the run directory.
 
   Raises:
     errors.ArgumentError: a value cannot be put into the job's files.
@@ -106,11 +106,10 @@ class Job:
     )
 
   def train(self, python: str, secret_file: str = "") -> list[str]:
-    """Returns the command of one process.
+    """Returns the command of one process, which the Python at `python` runs.
 
-    Args:
-      python: the interpreter.
-      secret_file: where the engine puts the run's secret; "": as configured.
+    The engine puts the run's secret into `secret_file`; "" leaves it where the
+    config says.
     """
     command = [python, "-u", "-m", "launch.train", *self.arguments]
     if secret_file:
@@ -119,7 +118,7 @@ class Job:
 
 
 class Engine(Protocol):
-  """What an engine consists of.
+  """The attributes that an engine must have.
 
   Attributes:
     TOOL: the program that submits, and what to install where it is missing.

@@ -27,17 +27,11 @@ _C = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 class Exit(NamedTuple):
-  """The end of one process.
-
-  Attributes:
-    rank: of the process.
-    code: its exit code; negative for a signal that ended it.
-    forced: whether it was made to end here, since it did not by itself.
-  """
+  """The end of one process."""
 
   rank: int
-  code: int
-  forced: bool
+  code: int  # Its exit code; negative for a signal that ended it.
+  forced: bool  # Whether it was made to end here, since it did not by itself.
 
 
 class Pod:
@@ -79,8 +73,7 @@ class Pod:
   def run(self) -> None:
     """Starts the processes, shows their output, and waits until all have ended.
 
-    Raises:
-      OSError: a process could not be started; none is left running.
+    Raises OSError if one could not be started; none is left running then.
     """
     previous = {
       number: signal.signal(number, self._receive)

@@ -126,11 +126,9 @@ class _Stop:
 
 
 def _attempt(arguments: list[str], stop: _Stop) -> list[int]:
-  """Starts all processes once.
+  """Starts all processes once, and returns their exit codes.
 
-  Returns:
-    Their exit codes; -1 for a process that was lost with its node, or made to
-    end.
+  The code is -1 for a process that was lost with its node, or made to end.
   """
   import ray
   from ray.util import scheduling_strategies

@@ -1,4 +1,4 @@
-"""The interface of a layer: what the engines ask of one primitive.
+"""The interface of a layer rule: what the engines ask of one primitive.
 
 A layer is a primitive of JAX that meets one weight with one data operand, such
 as a matrix product. Its rule knows the gradient with respect to the weight, and
@@ -12,9 +12,9 @@ called:
       weight_operands = (0, 1)
       ...
 
-What no rule matches falls back to a gradient for each example, which is always
+Where no rule matches, a gradient is formed for each example, which is always
 right. A run compares the clipped sum with `jax.grad` before it charges
-anything, so a wrong rule stops it; its fingerprint holds the rule's code.
+anything, so a wrong rule stops it. The run's fingerprint holds the rule's code.
 """
 
 from collections.abc import Mapping, Sequence
@@ -37,10 +37,10 @@ class Strategy:
   """A way to the norms of gradients.
 
   Attributes:
-    text: it in words, for `ClippedGrad.explain`.
+    text: the strategy in words, for `ClippedGrad.explain`.
     forms: whether it forms the gradients.
-    stores: whether it stores them for the sum, which is a product of its own
-      otherwise.
+    stores: whether it stores them for the sum. If not, a separate product
+      computes the sum.
   """
 
   text: str
@@ -54,11 +54,11 @@ GRAM = Strategy("norm from inner products of positions")
 
 
 class LayerRule:
-  """One primitive of the clipping engines.
+  """The rule for one primitive.
 
-  The primitive has two operands and one result. The result must be linear in
-  the weight but for a term that does not depend on it, so that the gradient
-  depends on the data operand and the cotangent alone.
+  The primitive has two operands and one result. The result must be a linear
+  function of the weight, plus a term that does not depend on the weight. The
+  gradient then depends on the data operand and the cotangent alone.
 
   Arrays are of one example unless a method says otherwise. Both `operand` and
   `cotangent` (the gradient of the result) have a leading axis for each loop
@@ -90,14 +90,14 @@ class LayerRule:
     return True
 
   def layout(self, use: WeightUse) -> factors.Layout | None:
-    """Returns how `to_factors` lie on parameters; None if there are none."""
+    """Returns how the factors lie on parameters; None if it has no factors."""
     del use
     return None
 
   def to_factors(
     self, use: WeightUse, operand: jax.Array, cotangent: jax.Array
   ) -> factors.Dense | factors.Lookup:
-    """Returns the gradient as two factors; called where it has a layout."""
+    """Returns the gradient as two factors; called only if it has a layout."""
     raise NotImplementedError
 
   def factor_sizes(self, use: WeightUse) -> tuple[int, int, int, int]:
@@ -113,8 +113,8 @@ class LayerRule:
   ) -> Mapping[Strategy, costs.Cost]:
     """Returns ways to the norm of a weight that is used once, with costs.
 
-    Storing and recomputing need not be named, nor `GRAM` of a layer with a
-    layout.
+    `STORE` and `RECOMPUTE` need not be among them, and `GRAM` need not if the
+    layer has a layout.
     """
     del use, model
     return {}
@@ -177,9 +177,9 @@ class LayerRule:
     Args:
       use: where the weight is used.
       operand: what the weight met; leading axis B, then the loops.
-      cotangent: the gradient of the result, in the same form. If the layer does
-        not multiply, it is scaled by the examples' factors, else either of the
-        two is.
+      cotangent: the gradient of the result, in the same form. It is scaled by
+        the examples' factors if `multiplies` is False; otherwise either it or
+        the operand is.
 
     Returns:
       The sum, of the weight's weight_shape, float32 or wider.

@@ -12,15 +12,10 @@ from dpdist.data.builders import table as table_lib
 def to_columns(
   table: Any, columns: Sequence[str], missing: float | None
 ) -> dict[str, np.ndarray]:
-  """Returns columns of an Arrow table as `table.Table.read` does.
+  """Returns columns of a pyarrow.Table as `table.Table.read` does.
 
-  Args:
-    table: a pyarrow.Table.
-    columns: those wanted.
-    missing: what nulls among numbers become; None: they are errors.
-
-  Raises:
-    ValueError: a column holds nulls, or a type that is none of those.
+  `missing` is what nulls among numbers become. Raises ValueError for other
+  nulls, and for types that cannot be read.
   """
   return {
     name: _to_numpy(table[name].combine_chunks(), name, missing)

@@ -27,15 +27,11 @@ _NO_LABEL = -1
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Encoding:
-  """How rows become examples.
+  """How rows become examples."""
 
-  Attributes:
-    roles: by name of an example's array its column, or those to be joined.
-    options: the caller's, checked.
-  """
-
+  # By name of an example's array its column, or those to be joined.
   roles: Mapping[str, str | tuple[str, ...]]
-  options: options_lib.Options
+  options: options_lib.Options  # The caller's, checked.
 
   @property
   def columns(self) -> list[str]:
@@ -45,11 +41,8 @@ class Encoding:
   def digest(self, *, has_images: bool) -> str:
     """Returns the SHA-256 of all declared values, which are in no code.
 
-    Functions are not in it; see `functions`.
-
-    Args:
-      has_images: whether a column is decoded, by a library whose releases may
-        decode differently.
+    Functions are not in it; see `functions`. With has_images a column is
+    decoded, by a library whose releases may decode differently.
     """
     declared = {
       name: value
@@ -73,13 +66,9 @@ class Encoding:
     return [function for function in found if function is not None]
 
   def encode(self, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Returns the arrays of examples.
+    """Returns the arrays of examples, from the columns of one row or more.
 
-    Args:
-      raw: the columns, of one row or more.
-
-    Raises:
-      ValueError: a column holds what no option makes numbers of.
+    Raises ValueError if a column holds what no option makes numbers of.
     """
     batch = {}
     for role, columns in self.roles.items():

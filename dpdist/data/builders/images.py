@@ -35,10 +35,8 @@ _SUFFIXES = frozenset(
 class ImageTable:
   """Rows of a file's contents and what is known of it; see `table.Table`.
 
-  Args:
-    files: of the images.
-    known: by column, what is known of each image.
-    image: the name of the column of contents.
+  `known` has, by column, what is known of each image, and `image` is the name
+  of the column of contents.
   """
 
   block_rows = 64

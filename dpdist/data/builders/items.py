@@ -20,13 +20,9 @@ _READ_TWICE = 8
 class ItemTable:
   """Rows that are `items[index]`, one at a time; see `table.Table`.
 
-  Args:
-    items: anything with a length whose items are mappings, tuples or arrays.
-    columns: the names of a tuple's parts.
-    name: of the argument, for messages.
-
-  Raises:
-    ValueError: there is no item, or items are not the same each time.
+  `items` has a length, and its items are mappings, tuples, whose parts
+  `columns` names, or arrays. Raises ValueError if there is no item, or items
+  are not the same each time.
   """
 
   files = ()

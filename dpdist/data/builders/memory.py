@@ -19,12 +19,8 @@ from dpdist.data.builders import table as table_lib
 class MemoryTable:
   """Columns that are arrays of equal leading length; see `table.Table`.
 
-  Args:
-    columns: by name; numbers of any shape, or texts.
-    name: of the argument that they come from, for messages.
-
-  Raises:
-    ValueError: there are none, or they are unequally long or of other types.
+  Arrays are numbers of any shape, or texts. Raises ValueError for others, for
+  no column and for unequal lengths, naming the argument.
   """
 
   def __init__(self, columns: Mapping[str, Any], name: str):
@@ -133,13 +129,8 @@ def parse(
 ) -> dict[str, np.ndarray]:
   """Returns the columns that options speak of, as texts or as numbers.
 
-  Args:
-    cells: by column.
-    options: checked.
-    text: more columns of texts than the options name.
-
-  Raises:
-    ValueError: a cell of a column of numbers is none.
+  The options are checked, and `text` names more columns of texts. Raises
+  ValueError if a cell of a column of numbers is none.
   """
   roles = options_lib.roles(options, list(cells))
   names = {str(options.get(name)) for name in ("users", "split_by")}
@@ -164,9 +155,8 @@ def read_cells(
 ) -> dict[str, list[str]]:
   """Reads CSV files: by column, the text of each cell.
 
-  Raises:
-    ValueError: a file is missing, has no rows, other columns than the first, or
-      rows of several lengths.
+  Raises ValueError if a file is missing, has no rows, other columns than the
+  first, or rows of several lengths.
   """
   names: list[str] = []
   columns: list[list[str]] = []

@@ -103,12 +103,7 @@ _RULES = {
 def check(options: Options, test: object) -> None:
   """Raises for options that cannot be right, whatever the data holds.
 
-  Args:
-    options: as the caller gave them.
-    test: the held-out data; None: a part of the data is to be held out.
-
-  Raises:
-    ValueError: names the option and what would be right.
+  Without held-out data in `test`, a part of the data is to be held out.
   """
   given: Mapping[str, Any] = options
   known = list(Options.__annotations__)
@@ -210,12 +205,8 @@ def roles(
 ) -> dict[str, str | tuple[str, ...]]:
   """Returns by name of an example's array its column, or those to be joined.
 
-  Args:
-    options: checked.
-    available: the table's columns.
-
-  Raises:
-    ValueError: an option names a column that is not there.
+  The options are checked. Raises ValueError if one names a column that is not
+  available.
   """
   inputs, targets = options.get("inputs"), options.get("targets")
   others = {options.get("users"), options.get("split_by")}

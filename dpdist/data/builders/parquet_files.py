@@ -25,16 +25,9 @@ class ParquetTable:
   stay in memory, up to a number of bytes, and beside them the last one. None is
   pushed out by another: a step's rows are read in order, through all row
   groups, and so each would be pushed out just before it is wanted again.
-
-  Args:
-    paths: one path or several.
-    cache_bytes: of row groups that stay.
-    missing: what nulls among numbers become; None: they are errors.
-
-  Raises:
-    ModuleNotFoundError: pyarrow is not installed.
-    ValueError: a file is missing or damaged, has other columns than the first,
-      or there is no row.
+  `missing` is what nulls among numbers become. Raises ValueError if a file is
+  missing or damaged, or has other columns than the first, or if there is no
+  row.
   """
 
   def __init__(

@@ -31,14 +31,9 @@ def build(
 ) -> dataset.Dataset:
   """Returns the data set of a table.
 
-  Args:
-    table: what is trained on, or all there is.
-    test: what is held out; None: a part of `table`, by `test_fraction`.
-    options: checked by `options.check`.
-
-  Raises:
-    ValueError: an option does not fit the data.
-    OSError: the data cannot be read.
+  Without a table of what is held out, it is a part of the first, by
+  `test_fraction`. `options.check` has checked the options. Raises ValueError if
+  one does not fit the data, and OSError if the data cannot be read.
   """
   roles = options_lib.roles(options, table.columns)
   encoding = encoding_lib.Encoding(roles, options)
@@ -63,12 +58,8 @@ def build(
 def held_out(digests: Sequence[bytes], fraction: float) -> np.ndarray:
   """Returns which rows, or users, are held out; the same for ever.
 
-  Args:
-    digests: SHA-256 (k,) of each row, or of each row's user.
-    fraction: of all that are held out.
-
-  Returns:
-    bool (k,).
+  The digests are SHA-256 (k,) of each row, or of each row's user, and the
+  result is bool (k,).
   """
   numbers = np.frombuffer(b"".join(digests), ">u8").reshape(len(digests), 4)
   return numbers[:, 0] < np.uint64(fraction * 2**64)

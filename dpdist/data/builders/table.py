@@ -146,8 +146,7 @@ def objects(values: Sequence[Any]) -> np.ndarray:
 def stack(values: Sequence[Any], name: str) -> np.ndarray:
   """Returns values of one column as an array, or as objects if they differ.
 
-  Raises:
-    ValueError: they are numbers of different types.
+  Raises ValueError for numbers of different types.
   """
   if not all(isinstance(value, np.ndarray | np.generic) for value in values):
     return objects(values)
@@ -164,8 +163,7 @@ def columns_of(
 ) -> dict[str, np.ndarray]:
   """Returns columns of rows that were read one by one.
 
-  Raises:
-    ValueError: a row lacks a column, or has another type there.
+  Raises ValueError if a row lacks a column, or has another type there.
   """
   if any(not {*columns} <= {*item} for item in items):
     raise ValueError("examples must all have the names of the first")

@@ -15,9 +15,7 @@ class TableSource:
 
   The content digest is of the rows' values before anything is made of them. So
   a budget of the data goes on under another scale, tokenizer or map.
-
-  Attributes:
-    functions: the caller's, which examples are made with.
+  `functions` are the caller's, which examples are made with.
   """
 
   def __init__(
@@ -31,12 +29,9 @@ class TableSource:
   ):
     """Initializes the source.
 
-    Args:
-      table: to read from.
-      encoding: from rows to examples.
-      file_stamps: of the table's files, from before anything was read.
-      rows: of the table, in the order of the examples; None: all.
-      digest: of the content, if it is known.
+    The stamps are of the table's files, from before anything was read, and the
+    digest is of the content, if it is known. `rows` of the table are in the
+    order of the examples; None takes all.
     """
     self._table = table
     self._encoding = encoding
@@ -51,8 +46,7 @@ class TableSource:
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
     """See `dpdist.data.sources.Source.read`.
 
-    Raises:
-      ValueError: also if examples differ in their arrays.
+    Raises ValueError also if examples differ in their arrays.
     """
     indices = sources.check_indices(indices, len(self))
     if not len(indices):

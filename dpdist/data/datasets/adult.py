@@ -58,16 +58,9 @@ _LABELS = {"<=50K": 0, ">50K": 1}
 def load(path: sources.Path) -> arrays_lib.ArraySource:
   """Reads adult.data or adult.test.
 
-  Args:
-    path: of the file.
-
-  Returns:
-    A source of {"inputs": float32 (125,) in [0, 1], "targets": int32 ()}, 1 for
-    more than 50,000 dollars. Inputs are a 1, the numbers, steps of age and of
-    hours, and a 1 for each category that holds; an unknown category has no 1.
-
-  Raises:
-    ValueError: there is no such file, or a record is not as described.
+  Examples are {"inputs": float32 (125,) in [0, 1], "targets": int32 ()}, 1 for
+  more than 50,000 dollars. Inputs are a 1, the numbers, steps of age and of
+  hours, and a 1 for each category that holds; an unknown category has no 1.
   """
   try:
     with open(path, newline="") as file:

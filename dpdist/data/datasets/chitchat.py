@@ -27,29 +27,21 @@ def load(
   examples_per_unit: int,
   tokenizer: str = "",
 ) -> tuple[users.UserSource, arrays_lib.ArraySource]:
-  """Reads the data set, with about a fifth of its users held out.
+  """Reads dataset.json, with about a fifth of its users held out.
 
-  Messages of a user are joined by line breaks, and cut into pieces that do not
-  overlap. If tokens are bytes, a rest shorter than a piece is not used, so that
-  a user who wrote little has no example, but still counts as a user. With other
-  tokens the rest is a piece too, padded with targets of -1, which have no loss
-  (see `dpdist.tasks.classification.cross_entropy`).
+  Messages of a user are joined by line breaks, and cut into pieces of
+  sequence_length tokens that do not overlap. If tokens are bytes, a rest
+  shorter than a piece is not used, so that a user who wrote little has no
+  example, but still counts as a user. With other tokens the rest is a piece
+  too, padded with targets of -1, which have no loss (see
+  `dpdist.tasks.classification.cross_entropy`). See
+  `dpdist.assets.tokenizers.load` for tokenizer.
 
-  Whether a user is held out depends on a hash of their identity alone.
-
-  Args:
-    path: of dataset.json.
-    sequence_length: tokens of a piece.
-    examples_per_unit: pieces of a user to train on at a step; also the most
-      pieces that are kept of a held-out user, spread over what they wrote.
-    tokenizer: see `dpdist.assets.tokenizers.load`; "": bytes.
-
-  Returns:
-    Users to train on, and pieces of those held out: inputs and targets int32
-    (sequence_length,), targets one token ahead.
-
-  Raises:
-    ValueError: an argument is out of its range, or the file is another one.
+  Whether a user is held out depends on a hash of their identity alone. Returns
+  users to train on, of whom examples_per_unit pieces are used at a step, and
+  pieces of those held out, at most so many of each, spread over what they
+  wrote. Inputs and targets are int32 (sequence_length,), targets one token
+  ahead.
   """
   _validation.require(
     sequence_length >= 1, "data.sequence_length", "at least 1", sequence_length

@@ -17,18 +17,11 @@ _PARTS = {
 
 
 def load(directory: sources.Path, part: str) -> arrays_lib.ArraySource:
-  """Reads one part of the data set.
+  """Reads "train", 50,000 images, or "test", 10,000.
 
-  Args:
-    directory: the one that `dpdist.assets.fetch` made for "cifar10".
-    part: "train", 50,000 images, or "test", 10,000.
-
-  Returns:
-    A source of {"inputs": float32 (32, 32, 3) in [-1, 1], "targets": int32 ()}.
-    The scale is that of the format, and uses no statistic of the data.
-
-  Raises:
-    ValueError: a file is missing or damaged.
+  The directory is the one that `dpdist.assets.fetch` made for "cifar10".
+  Examples are {"inputs": float32 (32, 32, 3) in [-1, 1], "targets": int32 ()}.
+  The scale is that of the format, and uses no statistic of the data.
   """
   folder = pathlib.Path(directory)
   pictures, labels = _PARTS[part]

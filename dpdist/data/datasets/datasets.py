@@ -33,53 +33,49 @@ def load(
 ) -> dataset_lib.Dataset:
   """Opens a named data set, or takes one, and makes what the config asks for.
 
-  Args:
-    config: `name` is one of the below, or finds a loader of your own as
-      `dpdist.registry.resolve` does: a function of this config that returns a
-      `dpdist.Dataset`. `path` is the path of the data ("" if unused). An
-      example, the unit of privacy, is one image, text piece, record or row.
+  `config.name` is one of those below, or finds a loader of your own as
+  `dpdist.registry.resolve` does: a function of this config that returns a
+  `dpdist.Dataset`. A `dataset` is taken instead. `config.path` is the path of
+  the data ("" if unused). An example, the unit of privacy, is one image, text
+  piece, record or row.
 
-      * "digits": the 1,797 images of 8x8 pixels inside scikit-learn. Every
-        fifth is held out: 1,438 to train, 359 to test. inputs float32
-        (8, 8, 1) in [0, 1], targets int32 (). No path.
-      * "text": the bytes of the file `path` or, for "", of the language
-        reference that ships with Python (its content depends on Python's
-        version), cut into pieces that do not overlap. `sequence_length`,
-        `num_train` (the first pieces), `num_test` (the last). inputs and
-        targets int32 (sequence_length,), targets one byte ahead.
-      * "idx": a directory with the four files of MNIST or Fashion-MNIST,
-        gzipped or not. inputs float32 (28, 28, 1) in [0, 1], targets int32 ().
-      * "mnist", "fashion_mnist": the same, from `path` or where `python -m
-        launch.fetch` puts them.
-      * "cifar10": from the same places; see `dpdist.data.datasets.cifar10`.
-      * "adult": from the same places; see `dpdist.data.datasets.adult`.
-      * "npz": a directory with train.npz and test.npz.
-      * "array_record": a directory with train*.array_record and
-        test*.array_record, as `array_record.write_array_record` makes them.
-      * "parquet": a directory with train*.parquet and test*.parquet;
-        `inputs_column`, `targets_column`.
-      * "chitchat": see `dpdist.data.datasets.chitchat`. Its units are users.
-      * "sotu": see `dpdist.data.datasets.state_of_the_union`. Its units are
-        pieces, or authors.
-      * "rotten_tomatoes", "imdb": see `dpdist.data.datasets.movie_reviews`.
+  * "digits": the 1,797 images of 8x8 pixels inside scikit-learn. Every fifth is
+    held out: 1,438 to train, 359 to test. inputs float32 (8, 8, 1) in [0, 1],
+    targets int32 (). No path.
+  * "text": the bytes of the file `path` or, for "", of the language reference
+    that ships with Python (its content depends on Python's version), cut into
+    pieces that do not overlap. `sequence_length`, `num_train` (the first
+    pieces), `num_test` (the last). inputs and targets int32 (sequence_length,),
+    targets one byte ahead.
+  * "idx": a directory with the four files of MNIST or Fashion-MNIST, gzipped or
+    not. inputs float32 (28, 28, 1) in [0, 1], targets int32 ().
+  * "mnist", "fashion_mnist": the same, from `path` or where `python -m
+    launch.fetch` puts them.
+  * "cifar10": from the same places; see `dpdist.data.datasets.cifar10`.
+  * "adult": from the same places; see `dpdist.data.datasets.adult`.
+  * "npz": a directory with train.npz and test.npz.
+  * "array_record": a directory with train*.array_record and test*.array_record,
+    as `array_record.write_array_record` makes them.
+  * "parquet": a directory with train*.parquet and test*.parquet;
+    `inputs_column`, `targets_column`.
+  * "chitchat": see `dpdist.data.datasets.chitchat`. Its units are users.
+  * "sotu": see `dpdist.data.datasets.state_of_the_union`. Its units are pieces,
+    or authors.
+  * "rotten_tomatoes", "imdb": see `dpdist.data.datasets.movie_reviews`.
 
-      The last four data sets take a `tokenizer` for their texts.
+  The last four data sets take a `tokenizer` for their texts.
 
-      With `examples_per_unit` above 0, the unit of privacy is a user, and train
-      is a `units.UserSource`. `unit_column` holds the user of each example, an
-      integer or a string: it is a column of the Parquet files, an array of
-      train.npz and test.npz, or, for array_record, an array in the order of the
-      records in train_{unit_column}.npy and test_{unit_column}.npy. Test stays
-      a source of examples, and no user may be in both.
+  With `examples_per_unit` above 0, the unit of privacy is a user, and train is
+  a `users.UserSource`. `unit_column` holds the user of each example, an integer
+  or a string: it is a column of the Parquet files, an array of train.npz and
+  test.npz, or, for array_record, an array in the order of the records in
+  train_{unit_column}.npy and test_{unit_column}.npy. Test stays a source of
+  examples, and no user may be in both.
 
-      With `features`, public features replace the inputs; see
-      `dpdist.data.features.features`.
-    dataset: taken instead of what `name` finds; None: it is not given.
-
-  Raises:
-    ValueError: the name is unknown, the path lacks the files, there is too
-      little text, or users are not given or are in both parts.
-    ModuleNotFoundError: a package of an optional extra is missing.
+  With `features`, public features replace the inputs; see
+  `dpdist.data.features.features`. Raises ValueError if the name is unknown, the
+  path lacks the files, there is too little text, or users are not given or are
+  in both parts.
   """
   slots = settings.slots(config)
   _validation.check("data.examples_per_unit", slots, _validation.integer(0))

@@ -29,11 +29,8 @@ _IDX_DTYPES = {
 def read(path: sources.Path) -> np.ndarray:
   """Reads a file of the idx format, that of MNIST, gzipped or not.
 
-  Returns:
-    An array of the shape and type that the header names, in native byte order.
-
-  Raises:
-    ValueError: it is no such file, or is cut short or too long.
+  The array has the shape and type that the header names, in native byte order.
+  Raises ValueError if it is no such file, or is cut short or too long.
   """
   with open(path, "rb") as file:
     data = file.read()
@@ -66,16 +63,11 @@ def load(
 ) -> arrays_lib.ArraySource:
   """Reads images and labels from a pair of idx files.
 
-  Pixels stay uint8 in memory; the manifest is over the decoded arrays, so a
-  file and its gzipped copy have the same.
-
-  Returns:
-    A source of {"inputs": float32 (height, width, 1) in [0, 1], "targets":
-    int32 ()}.
-
-  Raises:
-    ValueError: a bad file; images that are not uint8 (n, height, width); or
-      labels that are not n integers.
+  Examples are {"inputs": float32 (height, width, 1) in [0, 1], "targets": int32
+  ()}. Pixels stay uint8 in memory; the manifest is over the decoded arrays, so
+  a file and its gzipped copy have the same. Raises ValueError for a bad file,
+  images that are not uint8 (n, height, width), and labels that are not n
+  integers.
   """
   images, labels = read(images_path), read(labels_path)
   if images.dtype != np.uint8 or images.ndim != 3:

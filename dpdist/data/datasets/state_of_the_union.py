@@ -33,25 +33,15 @@ def load(
   examples_per_unit: int,
   tokenizer: str = "",
 ) -> tuple[sources.Source, arrays_lib.ArraySource]:
-  """Reads the data set, with the years from 2001 on held out.
+  """Reads the package's tar archive, with the years from 2001 on held out.
 
-  A speech is cut into pieces that do not overlap; a rest at its end that is
-  shorter than a piece is not used.
-
-  Args:
-    path: of the package, a tar archive.
-    sequence_length: tokens of a piece.
-    examples_per_unit: 0: a unit is a piece. Otherwise a unit is an author, and
-      so many of their pieces are used at a step.
-    tokenizer: see `dpdist.assets.tokenizers.load`; "": bytes.
-
-  Returns:
-    Pieces, or authors, to train on, and 1,024 pieces of the held-out years,
-    spread evenly: inputs and targets int32 (sequence_length,), targets one
-    token ahead.
-
-  Raises:
-    ValueError: an argument is out of its range, or the file is another one.
+  A speech is cut into pieces of sequence_length tokens that do not overlap; a
+  rest at its end that is shorter than a piece is not used. See
+  `dpdist.assets.tokenizers.load` for tokenizer. With examples_per_unit 0 a unit
+  is a piece; otherwise a unit is an author, and so many of their pieces are
+  used at a step. Returns units to train on, and 1,024 pieces of the held-out
+  years, spread evenly: inputs and targets int32 (sequence_length,), targets one
+  token ahead.
   """
   if sequence_length < 1:
     raise ValueError(

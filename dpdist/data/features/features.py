@@ -59,13 +59,10 @@ class FeatureSource(arrays_lib.ArraySource):
 
   The digest is that of the examples that the features were made from: it
   identifies whose data is protected, so that runs on features spend the data
-  set's budget too.
-
-  Attributes:
-    sha256: of the features as they are stored, hex. Made anew, on another
-      machine or by another release of a library, they may differ in a bit. A
-      step that is run again on them is another step, so this is part of a run's
-      fingerprint (see `dpdist.workdir.fingerprint.fingerprint`).
+  set's budget too. `sha256` is of the features as they are stored, hex. Made
+  anew, on another machine or by another release of a library, they may differ
+  in a bit. A step that is run again on them is another step, so this is part of
+  a run's fingerprint (see `dpdist.workdir.fingerprint.fingerprint`).
   """
 
   def __init__(
@@ -76,14 +73,9 @@ class FeatureSource(arrays_lib.ArraySource):
     sha256: str,
     stamps: stamps_lib.FileStamps,
   ):
-    """Makes a source of stored features.
+    """Makes a source of stored features and the examples' targets.
 
-    Args:
-      inputs: the features.
-      targets: of the examples.
-      source: the examples.
-      sha256: of the features as they are stored, hex.
-      stamps: of the file that stores them, from before it was hashed.
+    The stamps are of the file that stores them, from before it was hashed.
     """
     super().__init__({"inputs": inputs, "targets": targets})
     self._digest = source.content_digest()
@@ -109,27 +101,17 @@ class FeatureSource(arrays_lib.ArraySource):
 
 
 def of(source: sources.Source, name: str) -> FeatureSource:
-  """Returns the features of a source's inputs.
+  """Returns a source of {"inputs": float16 features, "targets": unchanged}.
 
   They are computed at first use, and stored as float16 below
   `dpdist.assets.fetch.cache()`, in a folder named by a hash of the examples'
   digest, the function and its version. Stored features are checked against
-  their SHA-256.
-
-  Args:
-    source: of examples {"inputs", "targets"}; inputs are images
-      (height, width, channels), or tokens.
-    name: "scattering" and "scattering_scaled", of images; see
-      `dpdist.data.features.scattering` and
-      `dpdist.data.features.scaled_scattering`. "minilm", and "minilm_1" to
-      "minilm_5", of tokens; see `dpdist.data.features.minilm`.
-
-  Returns:
-    A source of {"inputs": float16, "targets": unchanged}.
-
-  Raises:
-    ValueError: the name is unknown, the function does not take the inputs, or
-      stored features have changed.
+  their SHA-256. "scattering" and "scattering_scaled" are features of images
+  (height, width, channels); see `dpdist.data.features.scattering` and
+  `dpdist.data.features.scaled_scattering`. "minilm", and "minilm_1" to
+  "minilm_5", are of tokens; see `dpdist.data.features.minilm`. Raises
+  ValueError if the name is unknown, the function does not take the inputs, or
+  stored features have changed.
   """
   if name not in _FEATURES:
     raise ValueError(

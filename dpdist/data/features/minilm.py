@@ -26,16 +26,10 @@ _ROWS = 64
 
 
 def transform(inputs: np.ndarray) -> np.ndarray:
-  """Returns the features of texts; MiniLM must have been fetched.
+  """Returns features float32 (n, 384) of texts, of length 384 ** 0.5 each.
 
-  Args:
-    inputs: integers (n, length), of MiniLM's own tokenizer.
-
-  Returns:
-    float32 (n, 384), each row of length 384 ** 0.5.
-
-  Raises:
-    ValueError: inputs are not its tokens, or the model was not fetched.
+  Inputs are integers (n, length), of MiniLM's own tokenizer. Raises ValueError
+  if they are not its tokens, or the model was not fetched.
   """
   return _of_rows(inputs, DEPTH)
 
@@ -43,15 +37,8 @@ def transform(inputs: np.ndarray) -> np.ndarray:
 def states(inputs: np.ndarray, *, blocks: int) -> np.ndarray:
   """Returns token states after the first blocks, as input of a `bert.Bert`.
 
-  Args:
-    inputs: see `transform`.
-    blocks: in [1, 6).
-
-  Returns:
-    float32 (n, length, 384), 0 where padding is.
-
-  Raises:
-    ValueError: see `transform`.
+  They are float32 (n, length, 384), 0 where padding is, after `blocks` in [1,
+  6). See `transform` for inputs and errors.
   """
   return _of_rows(inputs, blocks)
 

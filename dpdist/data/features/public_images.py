@@ -14,20 +14,12 @@ _SQUARES = 1000  # cut from the photographs
 
 
 def like(height: int, width: int, channels: int) -> np.ndarray:
-  """Returns images of a size; always the same.
+  """Returns images of a size in pixels; always the same.
 
-  Args:
-    height: in pixels.
-    width: in pixels.
-    channels: 1: digits, light on dark, with a margin of a seventh; 3: squares
-      of the photographs, of 48 to 400 pixels, reduced to the size.
-
-  Returns:
-    float32 (n, height, width, channels), in [0, 1] for digits, else in [-1, 1].
-
-  Raises:
-    ValueError: another number of channels.
-    ModuleNotFoundError: scikit-learn is missing.
+  They are float32 (n, height, width, channels). With 1 channel they are digits
+  in [0, 1], light on dark, with a margin of a seventh; with 3, squares of the
+  photographs in [-1, 1], of 48 to 400 pixels, reduced to the size. Raises
+  ValueError for another number, and ModuleNotFoundError without scikit-learn.
   """
   if channels not in (1, 3):
     raise ValueError(

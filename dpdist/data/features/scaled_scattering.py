@@ -21,18 +21,10 @@ VERSION = 100 * scattering.VERSION + 1
 
 
 def transform(images: np.ndarray) -> np.ndarray:
-  """Returns scaled scattering coefficients.
+  """Returns scaled scattering coefficients of images of 1 or 3 channels.
 
-  Args:
-    images: see `scattering.transform`; of 1 or 3 channels.
-
-  Returns:
-    float32, of the shape of `scattering.transform`.
-
-  Raises:
-    ValueError: images have another shape.
-    ModuleNotFoundError: scikit-learn, which carries the public images, is
-      missing.
+  See `scattering.transform` for shapes and dtypes. Raises ModuleNotFoundError
+  without scikit-learn, which carries the public images.
   """
   features = scattering.transform(images)
   mean, deviation = _scale(*images.shape[1:])

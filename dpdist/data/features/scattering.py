@@ -39,18 +39,12 @@ _SLANT = 4 / _ORIENTATIONS
 
 
 def transform(images: np.ndarray) -> np.ndarray:
-  """Returns scattering coefficients.
+  """Returns scattering coefficients of images.
 
-  Args:
-    images: floats (n, height, width, channels); height and width are multiples
-      of 4, at least 8.
-
-  Returns:
-    float32 (n, height / 4, width / 4, channels * 81): for each channel the
-    average, then 16 of one wavelet, the finer ones first, then 64 of two.
-
-  Raises:
-    ValueError: images have another shape.
+  Images are floats (n, height, width, channels); height and width are multiples
+  of 4, at least 8. The coefficients are float32 (n, height / 4, width / 4,
+  channels * 81): for each channel the average, then 16 of one wavelet, the
+  finer ones first, then 64 of two. Raises ValueError for another shape.
   """
   if images.ndim != 4 or any(
     size % _STEP or size < 2 * _STEP for size in images.shape[1:3]
@@ -115,22 +109,18 @@ def _modulus(spectrum: np.ndarray, factor: int) -> np.ndarray:
 def _average(x: np.ndarray, level: int) -> np.ndarray:
   """Returns Gaussian averages at every fourth pixel inside the margin.
 
-  Args:
-    x: (..., height / 2**level, width / 2**level).
-    level: how often x has been halved.
+  `x`, (..., height / 2**level, width / 2**level), has been halved `level`
+  times.
   """
   rows, columns = (_averaging(size * 2**level, level) for size in x.shape[-2:])
   return rows @ x @ columns.T
 
 
 class _Bank(NamedTuple):
-  """Filters for images of one size.
+  """Filters for images of one size."""
 
-  Attributes:
-    wavelets: by level and scale, spectra float32 (L, height, width) of the
-      level's size. Morlet wavelets' spectra are real.
-  """
-
+  # By level and scale, spectra float32 (L, height, width) of the level's size.
+  # Morlet wavelets' spectra are real.
   wavelets: list[list[np.ndarray]]
 
 
@@ -199,12 +189,8 @@ def _gabor(
 def _averaging(size: int, level: int) -> np.ndarray:
   """Returns the averaging along one axis, as a float32 matrix.
 
-  Args:
-    size: of the padded image along the axis.
-    level: how often it has been halved.
-
-  Returns:
-    Shape (size / 4 without the margin, size / 2**level).
+  Its shape is (size / 4 without the margin, size / 2**level), where size is of
+  the padded image along the axis, which has been halved `level` times.
   """
   sigma = _WIDTH * 2 ** (_SCALES - 1)
   at = np.arange(size)[:, None] + size * np.arange(-2, 3)
