@@ -151,10 +151,22 @@ def proof(
   """Returns a decorator that registers a proof.
 
   The names are those that settings have: "poisson", "package.module:attribute".
+
+  Raises:
+    ValueError: a name has "/" in it, so that other names would spell the same.
   """
+  parts = {"sampling": sampling, "noise": noise, "clipper": clipper}
+  for setting, part in parts.items():
+    is_single = "/" not in part
+    _validation.require(is_single, setting, 'a name without "/"', part)
   module = sys._getframe(1).f_globals["__name__"]
   name = _name(sampling, noise, clipper)
   return registry.register("proof", name, module=module)
+
+
+def is_proven(sampling: str, noise: str, clipper: str) -> bool:
+  """Returns whether there is a proof of a mechanism; imports nothing."""
+  return registry.is_known("proof", _name(sampling, noise, clipper))
 
 
 def find(sampling: str, noise: str, clipper: str) -> Proof:

@@ -369,9 +369,9 @@ def of(
   """
   sensitivity = clipped_grad.sensitivity(plan.neighboring_relation)
   made = Mechanism(plan, clipped_grad, sensitivity, 0.0)
-  if made._gradient_share <= 0 or any(
-    part.share <= 0 for part in made.clipper.extra.values()
-  ):
+  shares = [part.share for part in made.clipper.extra.values()]
+  # Written so that it refuses NaN.
+  if not (made._gradient_share > 0 and all(share > 0 for share in shares)):
     raise errors.ArgumentError(
       "shares of extra leaves must be above 0 and leave some for the gradient,"
       f" got {dict(made.clipper.extra)}"

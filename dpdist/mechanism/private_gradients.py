@@ -29,6 +29,7 @@ from dpdist import clipping
 from dpdist.clipping import checks
 from dpdist.clipping.trace import varying_axes
 from dpdist.mechanism import mechanism as mechanism_lib
+from dpdist.mechanism import state as state_lib
 from dpdist.noise import noise
 from dpdist.privacy import plan as plan_lib
 from dpdist.sums import compensated
@@ -113,7 +114,7 @@ class PrivateGradientFn:
 
     Returns:
       PrivateGradients, and the next state. After the plan's last step the
-      gradient is NaN: nothing more may be spent.
+      gradient is NaN and nothing is learned: nothing more may be spent.
 
     Raises:
       ValueError: as `dpdist.clipped_grad`; group_size does not divide the
@@ -146,8 +147,7 @@ class PrivateGradientFn:
       batch, is_padding_row = clipping.into_groups(
         batch, size, is_padding_example=~is_real
       )
-    made = self.mechanism
-    learned = made.learned(state)
+    made, learned = self.mechanism, self.mechanism.learned(state)
     got = made.clipped_sum(
       params, batch, learned, is_padding_example=is_padding_row, rng=rng
     )
@@ -157,6 +157,7 @@ class PrivateGradientFn:
     )
     gradient, state = made.finish(noisy, state, release_index)
     gradient = jax.tree.map(lambda x: jnp.where(left, x, jnp.nan), gradient)
+    state = _learned_where(left, state, learned)
     num_in_row = jnp.sum(is_real.reshape(is_padding_row.shape[0], -1), axis=1)
     aux = got.aux
     if size > 1:
@@ -255,6 +256,14 @@ def _check_arguments(
       " rows_are_fixed=True: in a draw that is closed up, one more example"
       " moves all later ones to other groups"
     )
+
+
+def _learned_where(left: jax.Array, state: Any, before: PyTree) -> Any:
+  """Returns a state that has learned no more than before if none is left."""
+  if not isinstance(state, state_lib.MechanismState):
+    return state
+  keep = lambda x, old: jnp.where(left, x, old)
+  return state._replace(learned=jax.tree.map(keep, state.learned, before))
 
 
 def _mean(x: jax.Array, weight: jax.Array) -> jax.Array:

@@ -69,7 +69,8 @@ class NoiseMechanism(Protocol):
       release_index: int32 scalar, the step's place among all that are charged
         under the plan; may be None where the plan has no schedule.
       stddev: prefix pytree of `like`, of numbers or float32 scalars: the
-        standard deviation of the noise on each entry.
+        standard deviation of the noise on each entry. With exact sums, an entry
+        of noise far beyond six of them makes that of the sum NaN.
 
     Returns:
       The noise, a pytree like `like`, and the state after the step.

@@ -276,8 +276,11 @@ class PrivacyPlan(MechanismSettings):
   def from_dict(cls, values: Mapping[str, Any]) -> "PrivacyPlan":
     """Returns the plan that `to_dict` turned into these values.
 
+    Code that they name is not imported: import it before.
+
     Raises:
-      ValueError: if a key is missing, or unknown, or a value out of its range.
+      ValueError: if a key is missing, or unknown, or a value out of its range,
+        or if they name code that was not imported.
     """
     known = {field.name for field in dataclasses.fields(cls)}
     needed = known - _defaults(cls).keys()
@@ -288,6 +291,7 @@ class PrivacyPlan(MechanismSettings):
         f" {sorted(known - needed)}, got {sorted(missing)} missing and"
         f" {sorted(unknown)} unknown"
       )
+    rules.check_names(values)
     return cls(**values)
 
   def fingerprint(self) -> str:

@@ -1,9 +1,10 @@
 """Checks the numbers of a config and of its plan."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dpdist import _validation
+from dpdist import errors
 from dpdist import registry
 from dpdist import sampling as sampling  # Registers ours.
 from dpdist.accounting import proofs as proofs  # Registers ours.
@@ -67,12 +68,45 @@ def check(record: Any) -> None:
       raise ValueError(
         f"expected_batch_size must be at most {over}, got {size!r}"
       )
+  load_code(record.sampling, record.noise, record.clipping)
+  # Nothing is called that has no proof.
+  step_events.find(record.sampling, record.noise, record.clipping)
   sampling_of(record).check(record)
-  # Code from outside brings its proof along.
-  registry.load("noise", record.noise, setting="noise")
-  registry.load("clipper", record.clipping, setting="clipping")
   # Raises for settings of no mechanism.
   steps(record, [schedule.Phase(0, 1.0, record.expected_batch_size)], 1)
+
+
+def load_code(sampling: str, noise: str, clipping: str) -> None:
+  """Imports code from outside, which brings its proof along.
+
+  Raises:
+    ValueError: there is none of such a name.
+  """
+  registry.load("sampling", sampling, setting="sampling")
+  registry.load("noise", noise, setting="noise")
+  registry.load("clipper", clipping, setting="clipping")
+
+
+def check_names(values: Mapping[str, Any]) -> None:
+  """Checks that a plan which was read can be used without importing its code.
+
+  Whoever can write a record must not choose what its readers import.
+
+  Args:
+    values: of `dpdist.privacy.plan.PrivacyPlan.to_dict`.
+
+  Raises:
+    ValueError: it names code that this process has not imported.
+  """
+  defaults = {"sampling": "poisson", "noise": "gaussian", "clipping": "fixed"}
+  given = {name: values.get(name, x) for name, x in defaults.items()}
+  outside = [x for x in given.values() if isinstance(x, str) and ":" in x]
+  if outside and not step_events.is_proven(*given.values()):
+    raise errors.ArgumentError(
+      "a plan that is read must not name code which this process has not"
+      f" imported, or which has no proof, got {', '.join(outside)}: if you"
+      " trust it, import its module first (--code=MODULE for a command)"
+    )
 
 
 def steps(

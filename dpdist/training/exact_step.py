@@ -271,7 +271,9 @@ def finish(
     # Carried first: with the noise, a limb of 2048 devices would overflow.
     noisy = fixed_point.add(fixed_point.carry(limbs), part)
     value = fixed_point.to_float(form, noisy, noise.dtype)
-    return jnp.where(is_sound & jnp.isfinite(noise), value, jnp.nan)
+    # Larger noise was cut. No normal of the planned deviation is so large.
+    is_whole = jnp.abs(noise) <= mechanism.largest_noise
+    return jnp.where(is_sound & is_whole, value, jnp.nan)
 
   noisy_sum = jax.tree.map(add, noise, total)
   return step_lib.update(

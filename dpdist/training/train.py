@@ -31,6 +31,7 @@ from dpdist.distributed import watchdog
 from dpdist.ledger import epsilon_recorder
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import composition
+from dpdist.privacy import rules
 from dpdist.reporting import console
 from dpdist.reporting import report
 from dpdist.reporting import run_reporter
@@ -115,6 +116,8 @@ def train(
 
     def open_ledger() -> None:
       nonlocal ledger
+      # The ledger's plans may name code of these settings, and no other.
+      _load_code(config.privacy)
       ledger = stack.enter_context(resume.open_ledger(config, workdir))
 
     collectives.run_on_primary(open_ledger)
@@ -135,6 +138,16 @@ def train(
       )
     )
     return _run(config, workdir, job, checkpoints, stop, progress)
+
+
+def _load_code(privacy: ml_collections.ConfigDict) -> None:
+  """Imports the code from outside that the settings of the mechanism name."""
+  names = (privacy.sampling, privacy.noise, privacy.clipping)
+  if all(isinstance(name, str) for name in names):  # Others are refused later.
+    try:
+      rules.load_code(*names)
+    except ValueError as error:
+      raise errors.SettingsError(f"privacy.{error}") from error
 
 
 def _run(

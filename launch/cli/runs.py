@@ -1,7 +1,10 @@
 """Opens the ledger that a command's flags name."""
 
+import importlib
 import os
 import shlex
+
+from absl import flags
 
 from dpdist import errors
 from dpdist.ledger import ledger as ledger_lib
@@ -9,13 +12,28 @@ from dpdist.ledger import ledger as ledger_lib
 # The same as `dpdist.workdir.resume.NOT_BEGUN`, which takes long to import.
 _NOT_BEGUN = "not_begun"
 
+_CODE = flags.DEFINE_multi_string(
+  "code",
+  [],
+  "A module of your own that the run's settings name, as package.module. It is"
+  " imported: a record alone has nothing imported.",
+)
+
 
 def open_begun(workdir: str, location: str | None) -> ledger_lib.Ledger:
   """Opens the ledger of a run that has begun, for reading.
 
   It is in the run's directory unless a location is given. Raises ValueError if
-  there is no such run.
+  there is no such run, or no such module as --code names, and LedgerError if
+  its records name code that --code does not.
   """
+  for module in _CODE.value:
+    try:
+      importlib.import_module(module)
+    except ImportError as error:
+      raise errors.ArgumentError(
+        f"code must be a module that can be imported, got {module!r}: {error}"
+      ) from error
   if location is None:
     location = os.path.join(workdir, "ledger")
     # Reading must not create a ledger.

@@ -3,6 +3,9 @@
 import dataclasses
 import importlib
 import math
+import os
+import pathlib
+import subprocess
 import sys
 
 import jax
@@ -15,10 +18,12 @@ import dpdist
 from dpdist import config as config_lib
 from dpdist import errors
 from dpdist import registry
+from dpdist.accounting import step_events
 from dpdist.clipping import clipper
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
+from dpdist.privacy import plan as plan_lib
 from dpdist.privacy import statement
 from dpdist.sums import fixed_point
 from dpdist.training import exact_step
@@ -28,7 +33,7 @@ from tests.support import meshes
 _DATASET = """
 import numpy as np
 from dpdist.data import arrays
-from dpdist.data.datasets import datasets
+from dpdist.data import dataset
 
 
 def load(config):
@@ -37,7 +42,7 @@ def load(config):
     "inputs": rng.normal(size=(n, 4)).astype(np.float32),
     "targets": rng.integers(0, 2, n).astype(np.int32),
   })
-  return datasets.Splits(part(32), part(8))
+  return dataset.Dataset(train=part(32), test=part(8))
 """
 
 _SAMPLING = '''
@@ -316,6 +321,67 @@ def test_other_code_of_a_part_gets_other_keys(
   assert after[-1].identity != before[-1].identity
 
 
+def _verified(workdir, cwd, *flags):
+  """Runs launch.verify in a process that finds modules in a folder."""
+  root = pathlib.Path(dpdist.__file__).parents[1]
+  return subprocess.run(
+    [sys.executable, "-m", "launch.verify", f"--workdir={workdir}", *flags],
+    env={**os.environ, "PYTHONPATH": f"{root}:{cwd}"},
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+
+
+@pytest.mark.usefixtures("quick_compiles")
+def test_reading_a_record_imports_no_code_that_the_reader_did_not_name(
+  outside, tmp_path, monkeypatch
+):
+  """Whoever can write a ledger must not choose what its readers run."""
+  text, changes = _TOYS["toy_noise"]
+  text += f"\nopen({str(tmp_path / 'imported')!r}, 'w').close()\n"
+  (outside / "toy_noise.py").write_text(text)
+  workdir = tmp_path / "run"
+  dpdist.train(_config(changes), workdir)
+  values = ledger_lib.Ledger(workdir / "ledger").plan.to_dict()
+  (tmp_path / "imported").unlink()
+  _start_again(monkeypatch)
+  with pytest.raises(errors.LedgerError, match="toy_noise:Louder"):
+    ledger_lib.Ledger(workdir / "ledger")
+  with pytest.raises(errors.ArgumentError, match="import its module first"):
+    plan_lib.PrivacyPlan.from_dict(values)
+  got = _verified(workdir, outside)
+  assert got.returncode == 1
+  assert "toy_noise:Louder" in got.stdout
+  assert not (tmp_path / "imported").exists()
+  got = _verified(workdir, outside, "--code=toy_noise")
+  assert got.returncode == 0, got.stdout + got.stderr
+  assert (tmp_path / "imported").exists()
+  got = _verified(workdir, outside, "--code=toy_none")
+  assert got.returncode == 2
+  # Settings name it themselves: the run goes on.
+  assert dpdist.train(_config(changes), workdir)["num_steps"] == 2
+
+
+def test_nothing_without_a_proof_is_called():
+  """A name in a record must not call what happens to be imported."""
+  called = []
+  errors.call_me = lambda: called.append(1)
+  errors.call_me.__module__ = "dpdist.errors"
+  try:
+    with pytest.raises(errors.ArgumentError, match="no proof, no run"):
+      dpdist.PrivacyConfig(**_SETTINGS, sampling="dpdist.errors:call_me")
+  finally:
+    del errors.call_me
+  assert not called
+
+
+def test_names_of_a_proof_cannot_be_taken_for_others():
+  with pytest.raises(errors.ArgumentError, match='a name without "/"'):
+    step_events.proof(sampling="toy", noise="toy/gaussian")
+  assert not step_events.is_proven("toy/toy", "gaussian", "fixed")
+
+
 def test_ours_are_no_code_from_outside():
   from dpdist.mechanism import outside_code
 
@@ -465,6 +531,41 @@ def test_private_gradients_carry_the_extra_leaf(outside):
   assert float(state.learned["short"]) == _SHORT
 
 
+def test_nothing_is_learned_after_the_last_step_of_a_plan(outside):
+  """Compiled, a loop can go on; what it learns then would be unpaid."""
+  plan = _made(outside).plan
+  fn = dpdist.private_gradients(
+    lambda p, x: _loss(p, x, None)[0], plan, seed=b"1" * 32
+  )
+  params, rows = {"w": jnp.zeros(16)}, jnp.asarray(_examples())
+  step = jax.jit(fn)
+  state = fn.init(params)
+  for _ in range(plan.num_steps):
+    got, state = step(params, rows, state)
+  assert np.all(np.isfinite(got.gradient["w"]))
+  assert state.learned["steps"] == plan.num_steps
+  got, after = step(params, rows, state)
+  assert np.all(np.isnan(got.gradient["w"]))
+  assert after.learned == state.learned
+
+
+def test_exact_sums_never_cut_noise(outside):
+  """Cut noise is not the noise of the proof: NaN tells nothing."""
+  (outside / "toy_noise.py").write_text(
+    _NOISE.replace("s * jax", "10 * s * jax")
+  )
+  settings = _SETTINGS | {"noise": "toy_noise:Louder", "num_examples": 256}
+  plan = dpdist.make_plan(dpdist.PrivacyConfig(**settings))
+  made = mechanism.make(plan, _loss, exact_group_size=4)
+  step = exact_step.ExactStep(made, optax.sgd(1.0), meshes.of("1"))
+  params = {"w": jnp.zeros(16)}
+  noise, _ = made.draw_noise(params, made.init(params), jax.random.key(1))
+  is_large = np.abs(noise["w"]) > made.largest_noise
+  assert 0 < np.sum(is_large) < 16
+  after, _ = step.apply(*_accumulated(step), jax.random.key(1))
+  np.testing.assert_array_equal(np.isnan(after.params["w"]), is_large)
+
+
 @pytest.mark.parametrize("shape", [(), (3,), (2, 2)])
 def test_no_example_moves_an_extra_leaf_by_more_than_the_bound(shape):
   rng = np.random.default_rng(0)
@@ -487,3 +588,8 @@ def test_no_example_moves_an_extra_leaf_by_more_than_the_bound(shape):
 def test_an_extra_leaf_that_takes_all_is_refused(outside):
   with pytest.raises(ValueError, match="leave some for the gradient"):
     _made(outside, share=1.0)
+
+
+def test_a_share_that_is_no_number_is_refused(outside):
+  with pytest.raises(ValueError, match="leave some for the gradient"):
+    _made(outside, share=math.nan)
