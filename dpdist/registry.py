@@ -329,8 +329,15 @@ def _files(module: str) -> Iterator[tuple[str, pathlib.Path]]:
     yield pathlib.Path(file).name, pathlib.Path(file)
 
 
-@functools.cache
 def _entry_points(kind: str) -> dict[str, metadata.EntryPoint]:
-  """Returns the entry points of a kind, by name; read once a process."""
-  points = metadata.entry_points(group=f"dpdist.{kind}")
+  """Returns the entry points of a kind, by name."""
+  return _entry_points_on(kind, tuple(sys.path))
+
+
+@functools.cache
+def _entry_points_on(
+  kind: str, path: tuple[str, ...]
+) -> dict[str, metadata.EntryPoint]:
+  """Reads them once for each search path of modules."""
+  points = metadata.entry_points(group=f"dpdist.{kind}", path=list(path))
   return {point.name: point for point in points}

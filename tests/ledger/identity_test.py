@@ -11,6 +11,7 @@ import shutil
 
 import pytest
 
+from dpdist.accounting import step_events
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.ledger import records
@@ -77,6 +78,10 @@ _OTHER_PLANS = {
   "examples_per_user": 2,
   "group_size": 2,
   "unit": "user",
+  "noise": "identity_noise",
+  "noise_options": {"taps": 2},
+  "clipping": "identity_clipper",
+  "clipping_options": {"quantile": 0.5},
 }
 # What both plans need, so that the field makes sense.
 _BOTH_PLANS = {
@@ -90,7 +95,20 @@ _BOTH_PLANS = {
     "neighboring_relation": "zero_out",
   },
   "group_size": {"neighboring_relation": "zero_out"},
+  "noise_options": {"noise": "identity_noise"},
+  "clipping_options": {"clipping": "identity_clipper"},
 }
+
+
+def _proof(numbers):
+  """Stands for a proof, so that a plan may have such names."""
+  return step_events.steps(
+    dataclasses.replace(numbers, noise_options=(), clipping_options=())
+  )
+
+
+for _names in ({"noise": "identity_noise"}, {"clipper": "identity_clipper"}):
+  step_events.proof(sampling="poisson", **_names)(_proof)
 
 
 @pytest.mark.parametrize(
