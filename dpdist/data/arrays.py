@@ -24,7 +24,8 @@ class ArraySource:
     arrays: by name, arrays of shape (num_examples, ...). No object dtypes.
     convert: applied to the rows that `read` selects, so that compact arrays
       (uint8 pixels, say) are turned into the model's inputs only when they are
-      read. The digest covers `arrays`, not `convert`.
+      read. The digest covers `arrays`, not `convert`, which a run's
+      fingerprint holds apart.
 
   Raises:
     ValueError: no arrays, unequal lengths, or an object dtype.

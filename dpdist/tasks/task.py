@@ -40,10 +40,11 @@ class Task:
     loss: (params, example, rng) -> (loss, aux), a float scalar, and what is
       dropped; see `dpdist.clipped_grad`.
     metrics: (params, example) -> {name: (value, weight)} of one held-out
-      example. A metric is the sum of all values over the sum of all weights;
-      either may be an array, as over the places of a sequence. Its names are
-      the task's declared metrics, "test/NAME" in the results, and no other
-      name may be written. None: {"loss": (loss, 1)}, under one fixed rng.
+      example. A metric is the sum of all values over the sum of all weights,
+      and NaN where that is 0; either may be an array, as over the places of a
+      sequence. Its names are the task's declared metrics, "test/NAME" in the
+      results, and no other name may be written. None: {"loss": (loss, 1)},
+      under one fixed rng.
     partitioning: how the mesh axis `model` divides parameters; see
       `dpdist.distributed.mesh.Rules`. Empty: not at all.
     predict: (params, example) -> what is predicted, such as logits. As many

@@ -71,9 +71,9 @@ class Job:
     task: what is trained.
     row: shapes and dtypes of what is clipped as one: example, user, group.
     params: the trained parameters' shapes.
-    initial: the parameters before the first step.
-    init: makes the state before the first step, on the mesh; before a run
-      begins, with `dpdist.training.setup.PUBLIC_KEY_DATA`.
+    initial: makes the state before the first step, on the mesh, from a key.
+    init: `initial` with the run's key; before a run begins, with
+      `dpdist.training.setup.PUBLIC_KEY_DATA`.
     frozen: the frozen parameters, on the mesh, None where one is trained; None
       if there are none.
     made_of: by name, the SHA-256 of what decides a step besides settings and
@@ -106,7 +106,7 @@ class Job:
   task: task_lib.Task
   row: dict[str, jax.ShapeDtypeStruct]
   params: PyTree
-  initial: parameters.Parameters
+  initial: parameters.Initializer
   init: functools.partial[step_lib.TrainState]
   frozen: PyTree | None
   made_of: dict[str, str]
@@ -152,7 +152,8 @@ def prepare(
     job = _prepared(config, workdir, ledger, parts)
     if try_out is not None:
       job = dataclasses.replace(job, chunk_size=try_out(job))
-    job = _with_lowered(job, parts)
+    is_watched = config.sentinel.every > 0
+    job = _with_lowered(job, parts, is_watched=is_watched)
     return _begun(config, workdir, job)
   except ValueError as error:
     # So that a command can tell a user's mistake from a later failure.
@@ -204,7 +205,7 @@ def _prepared(
   evaluate = collectives.run_on_all(
     lambda: held_out.Evaluator(task, test, mesh, whole)
   )
-  frozen = start.frozen(step)
+  frozen, initial = start.frozen(step), start.initializer(step)
   made_of = {
     "features_sha256": features_sha256,
     "frozen_sha256": parameters.frozen_sha256(frozen),
@@ -232,8 +233,8 @@ def _prepared(
     task=task,
     row=row,
     params=start.shapes,
-    init=functools.partial(start.initializer(step), setup.PUBLIC_KEY_DATA),
-    initial=start,
+    initial=initial,
+    init=functools.partial(initial, setup.PUBLIC_KEY_DATA),
     frozen=frozen,
     made_of={name: value for name, value in made_of.items() if value},
     step=step,
@@ -256,7 +257,7 @@ def _rules_code() -> dict[str, str]:
   return {"layer_rules_code_sha256": registry.outside_sha256("layer_rule")}
 
 
-def _with_lowered(job: Job, parts: parts_lib.Parts) -> Job:
+def _with_lowered(job: Job, parts: parts_lib.Parts, *, is_watched: bool) -> Job:
   """Adds the digest of what a run with code from outside computes."""
   if not parts.is_any_given and not any("_code_" in x for x in job.made_of):
     return job
@@ -270,6 +271,7 @@ def _with_lowered(job: Job, parts: parts_lib.Parts) -> Job:
           chunk_size=job.chunk_size,
           frozen=job.frozen,
           has_schedule=len(job.plan.phases) > 1,
+          is_watched=is_watched,
         )
       )
     )
@@ -328,7 +330,7 @@ def _begun(
     writer=begun["writer"],
     notices=begun["notices"],
     secret=secret,
-    init=functools.partial(job.init.func, key_data),
+    init=functools.partial(job.initial, key_data),
   )
 
 
