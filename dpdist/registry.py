@@ -21,6 +21,9 @@ Guarantees:
     that, or after the process had imported it.
   * If a thing decides a step, its code must be in a file: code of a notebook is
     refused.
+  * Of functions that are given as objects and must be in files, the digest also
+    covers the values that they hold: those of closures, partials, defaults,
+    instances, and of module variables that are plain values.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -34,7 +37,10 @@ import os
 import pathlib
 import sys
 import time
+import types
 from typing import Any, NamedTuple, TypeVar
+
+import numpy as np
 
 from dpdist import errors
 
@@ -44,6 +50,10 @@ _ROOT = pathlib.Path(__file__).resolve().parents[1]
 _OURS = (_ROOT / "dpdist", _ROOT / "launch")
 _CODE = (".py", ".pyc", *machinery.EXTENSION_SUFFIXES)
 _STARTED = time.time()
+_PLAIN = (
+  *(bool, int, float, complex, str, bytes),
+  *(type(None), np.generic, np.dtype),
+)
 # Kinds whose code decides what a run computes; an engine only starts a run.
 _DECIDE_STEPS = (
   *("dataset", "task", "model", "optimizer", "layer_rule"),
@@ -190,14 +200,24 @@ def code_sha256_of(
     things: functions, classes or instances, whose modules were imported before.
     setting: the setting or argument that they were given as, for messages.
     needs_files: whether to refuse code without a file, and code that was edited
-      after it was read. If False, the caller must tell such code apart by other
-      means.
+      after it was read, and to cover what such code holds. If False, the caller
+      must tell such code apart by other means.
 
   Raises:
-    ValueError: code has no file, or was edited.
+    ValueError: code has no file, or was edited, or holds what cannot be told
+      apart.
   """
-  modules = {_spelt_out(_home(_unwrapped(thing))) for thing in things} - {""}
   digest, is_ours = hashlib.sha256(), True
+  if needs_files:
+    holdings = _Holdings(setting)
+    for thing in things:
+      holdings.add(thing)
+    modules = {_spelt_out(module) for module in holdings.modules}
+    if holdings.values:
+      digest.update("\0".join(holdings.values).encode())
+      is_ours = False
+  else:
+    modules = {_spelt_out(_home(_unwrapped(thing))) for thing in things} - {""}
   for module in sorted(modules):
     if _is_ours(module) or module.split(".")[0] in sys.stdlib_module_names:
       continue
@@ -208,6 +228,89 @@ def code_sha256_of(
     digest.update(f"{module}\0{_sha256(module, setting)}\0".encode())
     is_ours = False
   return "" if is_ours else digest.hexdigest()
+
+
+class _Holdings:
+  """Collects the modules of functions' code, and the values that they hold.
+
+  Attributes:
+    modules: their names.
+    values: a text of each value, in a fixed order.
+  """
+
+  def __init__(self, setting: str):
+    """Stores what the functions were given as; holds nothing yet."""
+    self.modules: set[str] = set()
+    self.values: list[str] = []
+    self._setting = setting
+    # Kept, so that no other thing gets the identity of one that was seen.
+    self._seen: dict[int, Any] = {}
+
+  def add(self, thing: Any) -> None:
+    """Adds a function, class or value, and all that it holds."""
+    if isinstance(thing, _PLAIN):
+      self.values.append(f"{type(thing).__name__} {thing!r}")
+    elif isinstance(thing, np.ndarray) and not thing.dtype.hasobject:
+      content = hashlib.sha256(np.ascontiguousarray(thing).tobytes())
+      self.values.append(f"{thing.dtype} {thing.shape} {content.hexdigest()}")
+    elif id(thing) not in self._seen:
+      self._seen[id(thing)] = thing
+      self._add_composed(thing)
+
+  def _add_composed(self, thing: Any) -> None:
+    if isinstance(thing, list | tuple):
+      parts = [len(thing), *thing]
+    elif isinstance(thing, dict):
+      parts = [len(thing), *(x for item in thing.items() for x in item)]
+    elif isinstance(thing, set | frozenset):
+      parts = [len(thing), *sorted(thing, key=repr)]
+    elif isinstance(thing, types.ModuleType):
+      self.modules.add(thing.__name__)
+      return
+    elif isinstance(thing, type):
+      self.modules.update(base.__module__ for base in thing.__mro__)
+      return
+    elif isinstance(thing, types.FunctionType):
+      self.modules.add(thing.__module__)
+      parts = _held_by(thing)
+    elif isinstance(thing, types.MethodType):
+      parts = [thing.__func__, thing.__self__]
+    elif isinstance(thing, functools.partial):
+      parts = [thing.func, thing.args, thing.keywords]
+    elif isinstance(thing, types.BuiltinFunctionType | np.ufunc):
+      parts = [repr(getattr(thing, "__module__", "")), thing.__name__]
+    elif hasattr(thing, "__dict__"):
+      parts = [type(thing), vars(thing)]
+    else:
+      raise errors.ArgumentError(
+        f"{self._setting} must have functions that hold numbers, texts, arrays"
+        " and functions, by which a run can be told apart, got one with a"
+        f" {type(thing).__module__}.{type(thing).__qualname__}"
+      )
+    for part in parts:
+      self.add(part)
+
+
+def _held_by(function: types.FunctionType) -> list[Any]:
+  """Returns what a function holds besides its code, in a fixed order."""
+  held: list[Any] = [function.__defaults__ or (), function.__kwdefaults__ or {}]
+  for cell in function.__closure__ or ():
+    try:
+      held.append(cell.cell_contents)
+    except ValueError:  # It is not set yet.
+      held.append("unset")
+  held.append(getattr(function, "__wrapped__", ()))
+  codes = [function.__code__]
+  names: set[str] = set()
+  while codes:
+    code = codes.pop()
+    names.update(code.co_names)
+    codes += [x for x in code.co_consts if isinstance(x, types.CodeType)]
+  for name in sorted(names & function.__globals__.keys()):
+    value = function.__globals__[name]
+    if isinstance(value, (*_PLAIN, np.ndarray)):
+      held += [name, value]
+  return held
 
 
 def _unwrapped(thing: Any) -> Any:
@@ -339,5 +442,6 @@ def _entry_points_on(
   kind: str, path: tuple[str, ...]
 ) -> dict[str, metadata.EntryPoint]:
   """Reads them once for each search path of modules."""
-  points = metadata.entry_points(group=f"dpdist.{kind}", path=list(path))
+  del path  # It is where they are looked for.
+  points = metadata.entry_points(group=f"dpdist.{kind}")
   return {point.name: point for point in points}

@@ -21,8 +21,8 @@ class ArraySource:
   changed afterwards: the digest is computed once. `convert` is applied to the
   rows that `read` selects, so that compact arrays (uint8 pixels, say) are
   turned into the model's inputs only when they are read. The digest covers the
-  arrays, not `convert`. Raises ValueError for no arrays, unequal lengths, or an
-  object dtype.
+  arrays, and not `convert`, which a run's fingerprint holds apart. Raises
+  ValueError for no arrays, unequal lengths, or an object dtype.
   """
 
   def __init__(

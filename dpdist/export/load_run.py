@@ -78,14 +78,15 @@ def load(
 
   Raises:
     UnsoundError: the record is not sound.
-    ValueError: there is no such checkpoint; the settings are not the run's, or
-      do not fit this machine.
+    ValueError: there is no such checkpoint; the settings or the parts are not
+      the run's, or do not fit this machine.
   """
   workdir = pathlib.Path(workdir)
   check_sound(workdir, ledger)
   saved = _find(workdir, ledger, step)
   config = config_lib.load(workdir) if config is None else config
   _check_settings(config, ledger)
+  _check_parts(parts.settings(config), workdir)
   experiment = setup.build(config, _mesh(config), plan=ledger.plan, parts=parts)
   task, test = experiment.task, experiment.held_out
   example = {name: x[0] for name, x in test.items()}
@@ -204,6 +205,28 @@ def _check_settings(
       raise ValueError(
         f"privacy.{name} must be that of the run, {kept.get(name)!r} by its"
         f" ledger, got {asked.get(name)!r}"
+      )
+
+
+def _check_parts(
+  config: ml_collections.ConfigDict, workdir: pathlib.Path
+) -> None:
+  """Raises ValueError if a part is named, or given, other than in the run."""
+  try:
+    recorded = config_lib.load(workdir)
+  except ValueError:
+    return  # The run saved no settings.
+  for name in ("task", "model.name", "data.name", "optimizer.name"):
+    section, _, key = name.rpartition(".")
+    asked, kept = (
+      (x[section] if section else x)[key] for x in (config, recorded)
+    )
+    # A data set may lie elsewhere, under another name.
+    is_task = name in ("task", "model.name")
+    if asked != kept and (is_task or parts_lib.GIVEN in (asked, kept)):
+      raise errors.ArgumentError(
+        f"{name} must be that of the run, {kept!r} by its settings, got"
+        f" {asked!r}"
       )
 
 

@@ -83,6 +83,8 @@ class Evaluator:
   ) -> dict[str, float]:
     """Returns the metrics: sums of values over sums of weights.
 
+    A metric whose weights add up to 0 says nothing, and is NaN.
+
     Args:
       params: all parameters.
       num_passes: how many passes to make, when the aim is to compile and to
@@ -100,7 +102,10 @@ class Evaluator:
       for name, sums in total.items():
         for i, value in enumerate(found[name]):
           sums[i] += float(value)
-    return {name: sums[0] / (sums[1] or 1) for name, sums in total.items()}
+    return {
+      name: value / weight if weight else math.nan
+      for name, (value, weight) in total.items()
+    }
 
   def sums(
     self, params: PyTree, batch: Mapping[str, jax.Array], is_real: jax.Array

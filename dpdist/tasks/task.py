@@ -41,9 +41,10 @@ class Task:
       aux is dropped; see `dpdist.clipped_grad`.
     metrics: (params, example) -> {name: (value, weight)} of one held-out
       example. A metric is the sum of all values divided by the sum of all
-      weights. Either may be an array, for instance over the places of a
-      sequence. Results show each of these metrics as "test/NAME", and no other
-      name may be written. None: {"loss": (loss, 1)}, under one fixed rng.
+      weights, and NaN where that is 0. Either may be an array, for instance
+      over the places of a sequence. Results show each of these metrics as
+      "test/NAME", and no other name may be written. None: {"loss": (loss, 1)},
+      under one fixed rng.
     partitioning: how the mesh axis `model` divides parameters; see
       `dpdist.distributed.mesh.Rules`. Empty: not at all.
     predict: (params, example) -> a prediction, such as logits. Its size decides

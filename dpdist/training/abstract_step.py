@@ -11,17 +11,21 @@ programs hold all that it computes: so a run goes on under its keys only if
 they are the same.
 
 Guarantees of `lowered_sha256`:
-  * The digest is of the StableHLO text of three programs, for the shapes and
-    the mesh of the run: what makes the first state, what accumulates a chunk,
-    and what applies a sum. They are lowered as they run. Constants are in the
-    text, places in source files are not.
+  * The digest is of the StableHLO text of the run's programs, for its shapes
+    and its mesh: what makes the first state, what accumulates a chunk, what
+    accumulates one that the sentinel watches, and what applies a sum. Constants
+    are in the text, places in source files are not.
+  * What was lowered is what runs: Python runs once for both. So it makes no
+    difference what a function finds if it is called again, as in a file or from
+    a random generator.
   * A program that calls back into Python is refused: what it calls is not in
-    the text.
+    the text. So is JAX's option to leave constants out of it.
 """
 
 from collections.abc import Iterable, Iterator
 import functools
 import hashlib
+import re
 from typing import Any
 
 import jax
@@ -43,6 +47,10 @@ from dpdist.training import setup
 from dpdist.training import step as step_lib
 
 PyTree = Any
+
+# What a call of Python becomes: a custom call by a name with the first word, or
+# on a TPU an exchange with the host, which has no such name.
+_CALLS_BACK = ("callback", "stablehlo.send", "stablehlo.recv")
 
 
 def example(experiment: setup.Experiment) -> dict[str, Any]:
@@ -163,49 +171,70 @@ def lowered_sha256(
 ) -> str:
   """Returns the digest of a run's `programs`, 64 hex digits.
 
-  Raises ValueError if a program calls back into Python.
+  Raises ValueError if a program calls back into Python, or if its constants are
+  not in its text.
   """
+  if jax.config.values.get("jax_use_simplified_jaxpr_constants"):
+    raise errors.ArgumentError(
+      "jax_use_simplified_jaxpr_constants must be False for a task from"
+      " outside, by whose constants a run is told apart, got True"
+    )
   digest = hashlib.sha256()
   for name, program in programs:
     text = program.as_text()
-    if "callback" in text:
+    if any(word in text for word in _CALLS_BACK):
       raise errors.ArgumentError(
         f"what a task from outside computes must be JAX alone, got a {name}"
         " that calls back into Python (pure_callback, io_callback or"
         " debug.print), by whose code a run cannot be told apart"
       )
+    text = _without_axes_of_one(text)
     digest.update(hashlib.sha256(text.encode()).digest())
   return digest.hexdigest()
 
 
+def _without_axes_of_one(text: str) -> str:
+  # Whether a layout names a mesh axis of size 1, which divides nothing, depends
+  # on which of its calls JAX lowered first.
+  for axis in re.findall(r'"(\w+)"=1\b', text):
+    text = re.sub(rf', "{axis}"(?!=)|"{axis}"(?!=)(, )?', "", text)
+  return text
+
+
 def programs(
   step: step_lib.Step,
-  start: parameters.Parameters,
+  initial: parameters.Initializer,
   *,
   row: PyTree,
   chunk_size: int,
   frozen: PyTree | None,
   has_schedule: bool,
+  is_watched: bool,
 ) -> Iterator[tuple[str, jax.stages.Lowered]]:
   """Yields the programs of a run and their names, not compiled.
 
-  `start` has the parameters before the first step, and `row` the shapes of a
+  `initial` makes the state before the first step, and `row` has the shapes of a
   row of a chunk, of which the mesh computes chunk_size at once. With
   has_schedule the plan's numbers change, so that `apply` takes the number of
-  the release.
+  the release. With is_watched the sentinel watches steps.
   """
-  yield "initial state", start.lowered(step)
-  shapes = jax.eval_shape(step.initial, start.shapes)
+  yield "initial state", initial.lowered()
+  shapes = jax.eval_shape(step.initial, initial.shapes)
+  key = jax.eval_shape(noise.as_key, np.zeros(2, np.uint32))
   if isinstance(step, exact_step.ExactStep):
-    yield from _exact_programs(step, shapes, row, frozen)
+    yield from _exact_programs(step, shapes, row, key, frozen, is_watched)
     return
   accumulate: Any = step.accumulate
   apply: Any = step.apply
   state = placed(shapes, step.state_specs(shapes), step.mesh)
-  given = arguments(step, state, row, chunk_size, frozen)
-  yield "chunk", accumulate.lower(*given)
+  # Arguments of another form than the run's would be traced anew.
+  params, accumulator, *chunk = arguments(step, state, row, chunk_size)[:4]
+  given = (params, accumulator, *chunk, key, 0)
+  more = [] if frozen is None else [frozen]
+  yield "chunk", accumulate.lower(*given, *more)
+  if is_watched:  # Along a direction like the parameters.
+    yield "watched chunk", accumulate.lower(*given, frozen, params)
   release_index = [np.int32(0)] if has_schedule else []
-  accumulator, key = given[1], given[4]
   yield "update", apply.lower(state, accumulator, key, *release_index)
 
 
@@ -213,32 +242,38 @@ def _exact_programs(
   step: exact_step.ExactStep,
   state: step_lib.TrainState,
   row: PyTree,
+  key: jax.ShapeDtypeStruct,
   frozen: PyTree | None,
+  is_watched: bool,
 ) -> Iterator[tuple[str, jax.stages.Lowered]]:
   """Yields the programs of exact sums, which are for one device each."""
   size = step.mechanism.exact_group_size
   whole = jax.eval_shape(step.zeros, state.params)
   total = jax.eval_shape(step.reduce, whole)
-  key = jax.eval_shape(noise.as_key, np.zeros(2, np.uint32))
   one = lambda x: jax.ShapeDtypeStruct((1, *x.shape[1:]), x.dtype)
   group = lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype)
   if frozen is not None:
     frozen = jax.tree.map(
       lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), frozen
     )
-  yield (
-    "group",
-    exact_step.add_group.lower(
-      step.mechanism,
-      state.params,
-      jax.tree.map(one, whole),
-      jax.tree.map(group, row),
-      group(jax.ShapeDtypeStruct((), jnp.bool_)),
-      key,
-      0,
-      frozen,
-    ),
-  )
+  directions: dict[str, PyTree | None] = {"group": None}
+  if is_watched:
+    directions["watched group"] = state.params
+  for name, direction in directions.items():
+    yield (
+      name,
+      exact_step.add_group.lower(
+        step.mechanism,
+        state.params,
+        jax.tree.map(one, whole),
+        jax.tree.map(group, row),
+        group(jax.ShapeDtypeStruct((), jnp.bool_)),
+        key,
+        0,
+        frozen,
+        direction,
+      ),
+    )
   yield (
     "update",
     exact_step.finish.lower(

@@ -75,9 +75,10 @@ class Job:
   # Shapes and dtypes of what is clipped as one: example, user, group.
   row: dict[str, jax.ShapeDtypeStruct]
   params: PyTree  # The trained parameters' shapes.
-  initial: parameters.Parameters  # Before the first step.
-  # Makes the state before the first step, on the mesh; before a run begins,
-  # with `dpdist.training.setup.PUBLIC_KEY_DATA`.
+  # Makes the state before the first step, on the mesh, from a key.
+  initial: parameters.Initializer
+  # `initial` with the run's key; before a run begins, with
+  # `dpdist.training.setup.PUBLIC_KEY_DATA`.
   init: functools.partial[step_lib.TrainState]
   # On the mesh, None where a parameter is trained; None if none is frozen.
   frozen: PyTree | None
@@ -117,7 +118,8 @@ def prepare(
     job = _prepared(config, workdir, ledger, parts)
     if try_out is not None:
       job = dataclasses.replace(job, chunk_size=try_out(job))
-    job = _with_lowered(job, parts)
+    is_watched = config.sentinel.every > 0
+    job = _with_lowered(job, parts, is_watched=is_watched)
     return _begun(config, workdir, job)
   except ValueError as error:
     # So that a command can tell a user's mistake from a later failure.
@@ -169,7 +171,7 @@ def _prepared(
   evaluate = collectives.run_on_all(
     lambda: held_out.Evaluator(task, test, mesh, whole)
   )
-  frozen = start.frozen(step)
+  frozen, initial = start.frozen(step), start.initializer(step)
   made_of = {
     "features_sha256": features_sha256,
     "frozen_sha256": parameters.frozen_sha256(frozen),
@@ -197,8 +199,8 @@ def _prepared(
     task=task,
     row=row,
     params=start.shapes,
-    init=functools.partial(start.initializer(step), setup.PUBLIC_KEY_DATA),
-    initial=start,
+    initial=initial,
+    init=functools.partial(initial, setup.PUBLIC_KEY_DATA),
     frozen=frozen,
     made_of={name: value for name, value in made_of.items() if value},
     step=step,
@@ -221,7 +223,7 @@ def _rules_code() -> dict[str, str]:
   return {"layer_rules_code_sha256": registry.outside_sha256("layer_rule")}
 
 
-def _with_lowered(job: Job, parts: parts_lib.Parts) -> Job:
+def _with_lowered(job: Job, parts: parts_lib.Parts, *, is_watched: bool) -> Job:
   """Adds the digest of what a run with code from outside computes."""
   if not parts.is_any_given and not any("_code_" in x for x in job.made_of):
     return job
@@ -235,6 +237,7 @@ def _with_lowered(job: Job, parts: parts_lib.Parts) -> Job:
           chunk_size=job.chunk_size,
           frozen=job.frozen,
           has_schedule=len(job.plan.phases) > 1,
+          is_watched=is_watched,
         )
       )
     )
@@ -293,7 +296,7 @@ def _begun(
     writer=begun["writer"],
     notices=begun["notices"],
     secret=secret,
-    init=functools.partial(job.init.func, key_data),
+    init=functools.partial(job.initial, key_data),
   )
 
 

@@ -143,25 +143,9 @@ class Parameters:
     """Returns the state before the first step, on the step's mesh."""
     return self.initializer(step)(self.key_data)
 
-  def initializer(
-    self, step: step_lib.Step
-  ) -> Callable[[Any], step_lib.TrainState]:
+  def initializer(self, step: step_lib.Step) -> "Initializer":
     """Returns `init` as a function of the key_data, which compiles once."""
-
-    trained = self._trained_weights
-    run = step.initializer(
-      self._trained_params, self.key_data, self.example, trained
-    )
-    return lambda key_data: run(key_data, self.example, trained)
-
-  def lowered(self, step: step_lib.Step) -> jax.stages.Lowered:
-    """Returns what makes the state before the first step, not compiled."""
-
-    def initial(*args: Any) -> step_lib.TrainState:
-      return step.initial(self._trained_params(*args))
-
-    args = (self.key_data, self.example, self._trained_weights)
-    return jax.jit(initial).lower(*args)
+    return Initializer(self, step)
 
   def _trained_params(
     self, key_data: Any, example: Any, weights: Mapping[str, jax.Array]
@@ -200,6 +184,31 @@ class Parameters:
     if self.is_frozen is None:
       return params
     return clipping.partition(params, self.is_frozen)[is_frozen]
+
+
+class Initializer:
+  """Makes the state before the first step, on the step's mesh.
+
+  Attributes:
+    shapes: of the trained parameters.
+  """
+
+  def __init__(self, start: Parameters, step: step_lib.Step):
+    """Traces what makes the state; makes none yet."""
+    self.shapes = start.shapes
+    self._step, self._key_data = step, start.key_data
+    self._more = (start.example, start._trained_weights)
+    self._program = step.initializer(
+      start._trained_params, self._key_data, *self._more
+    )
+
+  def __call__(self, key_data: Any) -> step_lib.TrainState:
+    """Returns the state."""
+    return self._step.on_mesh(self._program(key_data, *self._more))
+
+  def lowered(self) -> jax.stages.Lowered:
+    """Returns the program that a call runs, not compiled."""
+    return self._program.lower(self._key_data, *self._more)
 
 
 def _replaced(params: PyTree, weights: Mapping[str, Any]) -> PyTree:

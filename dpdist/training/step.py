@@ -13,9 +13,8 @@ noise, the optimizer's state, average. `accumulate` then gathers a parameter
 where the loss uses it, and reduces over `fsdp` at once, so that only `data` is
 left for `apply`.
 
-Frozen parameters are not part of the state: no sum, noise or average is made of
-their shapes, and only `accumulate` takes them. In the state None stands in
-their place; see `dpdist.clipping.freezing`.
+Frozen parameters are not part of the state, where None stands in their place.
+Only `accumulate` takes them; see `dpdist.clipping.freezing`.
 """
 
 from collections.abc import Callable
@@ -120,12 +119,12 @@ class Step:
     No device need ever have all parameters. `make` maps args, which are NumPy
     arrays and equal in all processes, to parameters, and is traced.
     """
-    return self.initializer(make, *args)(*args)
+    return self.on_mesh(self.initializer(make, *args)(*args))
 
   def initializer(
     self, make: Callable[..., PyTree], *args: Any
-  ) -> Callable[..., TrainState]:
-    """Returns `init_from` as a function, compiled once for such args."""
+  ) -> jax.stages.Wrapped:
+    """Returns the compiled function of such args that `init_from` calls."""
 
     def initial(*args: Any) -> TrainState:
       return self.initial(make(*args))
@@ -133,10 +132,15 @@ class Step:
     specs = self.state_specs(jax.eval_shape(initial, *args))
     if all(spec == mesh_lib.REPLICATED for spec in jax.tree.leaves(specs)):
       # The program of one device, whose bits do not depend on the mesh.
-      alone = jax.jit(initial)
-      return lambda *args: mesh_lib.place(alone(*args), specs, self.mesh)
+      return jax.jit(initial)
     shardings = jax.tree.map(functools.partial(NamedSharding, self.mesh), specs)
     return jax.jit(initial, out_shardings=shardings)
+
+  def on_mesh(self, state: TrainState) -> TrainState:
+    """Puts what an `initializer` made on the mesh, if it is not there yet."""
+    specs = self.state_specs(state)
+    is_alone = all(x == mesh_lib.REPLICATED for x in jax.tree.leaves(specs))
+    return mesh_lib.place(state, specs, self.mesh) if is_alone else state
 
   def placed(self, params: PyTree) -> PyTree:
     """Puts whole parameters, NumPy arrays of this process, on the mesh."""
@@ -144,10 +148,11 @@ class Step:
 
   def initial(self, params: PyTree) -> TrainState:
     """Returns the state before the first step, where params are; traceable."""
+    params = _strong(params)
     return TrainState(
       step=jnp.zeros((), jnp.int32),
       params=params,
-      opt_state=self.optimizer.init(params),
+      opt_state=_strong(self.optimizer.init(params)),
       # A copy: state and average may be donated in the same call.
       ema_params=jax.tree.map(jnp.copy, params) if self.ema_decay else None,
       noise_state=self.mechanism.init(params),
@@ -177,8 +182,7 @@ class Step:
     return jax.jit(zeros)
 
   def _num_summed(self, spec: PartitionSpec) -> int:
-    axes = mesh_lib.summed_axes(spec)
-    return math.prod(self.mesh.shape[axis] for axis in axes)
+    return math.prod(self.mesh.shape[x] for x in mesh_lib.summed_axes(spec))
 
   def _constrained(
     self, params: PyTree, accumulator: Accumulator
@@ -301,9 +305,7 @@ class Step:
 
   @functools.cached_property
   def apply(self) -> Callable[..., Any]:
-    """Returns the compiled function that ends a step.
-
-    It makes one reduction, draws noise once and makes one update.
+    """Returns the compiled function that ends a step, with one reduction.
 
     Args of the function:
       state: before the step; its memory is reused.
@@ -401,15 +403,21 @@ def update(
     noisy_sum, noise_state, release_index
   )
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
+  params = _strong(optax.apply_updates(state.params, updates))
   new_state = TrainState(
     state.step + 1,
     params,
-    opt_state,
+    _strong(opt_state),
     _ema(ema_decay, params, state.ema_params, state.step),
     noise_state,
   )
   return new_state, {"noisy_gradient_norm": optax.tree.norm(gradient)}
+
+
+def _strong(arrays: PyTree) -> PyTree:
+  # A checkpoint has no weak types: a state with them would be traced anew.
+  strong = lambda x: x.astype(x.dtype) if getattr(x, "weak_type", 0) else x
+  return jax.tree.map(strong, jax.tree.map(jnp.asarray, arrays))
 
 
 def _ema(

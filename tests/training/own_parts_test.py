@@ -1,5 +1,7 @@
 """A task, a data set and an optimizer from outside of this project."""
 
+import dataclasses
+import functools
 import json
 import pathlib
 import shutil
@@ -19,6 +21,8 @@ import dpdist
 from dpdist import config as config_lib
 from dpdist import errors
 from dpdist import export
+from dpdist.data import arrays as arrays_lib
+from dpdist.export import load_run
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.reporting import metrics
 from dpdist.tasks import held_out
@@ -33,6 +37,8 @@ pytestmark = pytest.mark.usefixtures("quick_compiles")
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _PROJECT = _ROOT / "tests" / "projects" / "regression.py"
+
+_FACTOR = 1.0
 
 # Code that is in no file, as of a notebook.
 _NOTEBOOK = """
@@ -162,11 +168,14 @@ def _digest(task: dpdist.Task, *, exact: bool = False, **more: Any) -> str:
   example = {name: x[0] for name, x in _arrays(8).items()}
   programs = abstract_step.programs(
     experiment.step,
-    parameters.of(task, setup.PUBLIC_KEY_DATA, example),
+    parameters.of(task, setup.PUBLIC_KEY_DATA, example).initializer(
+      experiment.step
+    ),
     row=abstract_step.unit(config, abstract_step.example(experiment)),
     chunk_size=experiment.chunk_size,
     frozen=None,
     has_schedule=False,
+    is_watched=True,
   )
   return abstract_step.lowered_sha256(programs)
 
@@ -179,6 +188,49 @@ def test_programs_of_exact_sums_hold_it_too(edit: str) -> None:
     for x in (_parts(), _parts(old, new))
   )
   assert (before != after) == is_altered
+
+
+def _edited_while_it_starts(part: str, reads: int) -> dict[str, Any]:
+  """Returns parts of which one reads 1.0 so often, and 2.0 from then on."""
+  values = {name: iter(()) for name in ("init", "loss", "update")}
+  values[part] = iter([1.0] * reads)
+  read = lambda name: next(values[name], 2.0)
+  sgd = optax.sgd(0.1)
+
+  def update(*args: Any) -> Any:
+    updates, state = sgd.update(*args)
+    return jax.tree.map(lambda x: read("update") * x, updates), state
+
+  task = dpdist.Task(
+    init=lambda key, example: {"w": jnp.full(4, read("init"))},
+    loss=lambda params, example, rng: (
+      read("loss") * jnp.mean(params["w"] * example["x"]),
+      None,
+    ),
+    metrics=lambda params, example: {"sum": (jnp.sum(params["w"]), 1.0)},
+  )
+  return {
+    "task": task,
+    "optimizer": optax.GradientTransformation(sgd.init, update),
+  }
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize(
+  # Python runs so often before it runs for the program that the run will use.
+  ("part", "reads"),
+  [("init", 2), ("loss", 1), ("update", 1)],
+)
+def test_what_is_in_the_digest_is_what_runs(
+  tmp_path: pathlib.Path, part: str, reads: int, exact: bool
+) -> None:
+  config = _config(**{"clipping.exact_sum": exact, "privacy.num_steps": 2})
+  begun = tmp_path / "begun"
+  given = _edited_while_it_starts(part, reads)
+  dpdist.train(config, begun, dataset=_dataset(), **given)
+  given = _edited_while_it_starts(part, 0)
+  before, after = _branches(begun, tmp_path, config, given)
+  assert len(after) == len(before) + 1
 
 
 def test_large_constants_are_in_the_digest_wholly() -> None:
@@ -226,6 +278,92 @@ def test_a_loss_that_calls_back_into_python_is_refused(
       dataset=_dataset(),
     )
   assert not (tmp_path / "run" / "ledger").exists()
+
+
+def test_constants_that_are_left_out_of_the_text_are_refused() -> None:
+  name = "jax_use_simplified_jaxpr_constants"
+  before = jax.config.values[name]
+  jax.config.update(name, True)
+  try:
+    with pytest.raises(errors.ArgumentError, match=f"{name} must be False"):
+      _digest(_parts()["task"])
+  finally:
+    jax.config.update(name, before)
+
+
+def test_a_call_of_python_on_a_tpu_is_refused() -> None:
+  # What JAX 0.10.2 lowers `jax.debug.print` to there.
+  class Program:
+    def as_text(self) -> str:
+      return '"stablehlo.send"(%0, %1) <{is_host_transfer = true}>'
+
+  with pytest.raises(errors.ArgumentError, match="must be JAX alone"):
+    abstract_step.lowered_sha256([("chunk", Program())])  # type: ignore
+
+
+# What a data set's code holds.
+
+
+def _scaled(batch: Any, *, scale: Any = None) -> Any:
+  return {name: (scale or {"all": 1.0})["all"] * x for name, x in batch.items()}
+
+
+def _in_closure(scale: Any) -> Any:
+  return lambda batch: _scaled(batch, scale=scale)
+
+
+class _Scaler:
+  def __init__(self, scale: Any):
+    self.scale = scale
+
+  def __call__(self, batch: Any) -> Any:
+    return _scaled(batch, scale=self.scale)
+
+  def method(self, batch: Any) -> Any:
+    return self(batch)
+
+
+_FORMS = {
+  "closure": _in_closure,
+  "partial": lambda scale: functools.partial(_scaled, scale=scale),
+  "instance": _Scaler,
+  "method": lambda scale: _Scaler(scale).method,
+  "function in a partial": lambda scale: functools.partial(
+    lambda convert, batch: convert(batch), _in_closure(scale)
+  ),
+}
+
+
+def _code_of_data(convert: Any) -> dict[str, str]:
+  source = arrays_lib.ArraySource(_arrays(32), convert=convert)
+  given = parts.of(_parts()["task"], dpdist.Dataset(source, _arrays(8)))
+  return given.code_sha256(_config())
+
+
+@pytest.mark.parametrize("form", _FORMS)
+def test_what_a_data_sets_code_holds_is_in_the_digest(form: str) -> None:
+  make = _FORMS[form]
+  one, same, two, array, other_array = (
+    _code_of_data(make({"all": scale}))["dataset_code_sha256"]
+    for scale in (1.0, 1.0, 2.0, np.ones(4), np.array([1.0, 1.0, 1.0, 2.0]))
+  )
+  assert one == same
+  assert len({one, two, array, other_array}) == 4
+
+
+def test_a_module_variable_of_a_data_sets_code_is_in_the_digest(
+  monkeypatch: pytest.MonkeyPatch,
+) -> None:
+  convert = lambda batch: {name: _FACTOR * x for name, x in batch.items()}
+  before = _code_of_data(convert)
+  monkeypatch.setitem(globals(), "_FACTOR", 2.0)
+  assert _code_of_data(convert) != before
+
+
+def test_code_of_data_that_holds_what_cannot_be_told_apart_is_refused() -> None:
+  random = iter(range(3))
+  with pytest.raises(errors.ArgumentError, match="range_iterator"):
+    _code_of_data(lambda batch: _scaled(batch, scale={"all": next(random)}))
 
 
 def test_no_value_of_an_example_is_in_the_initial_parameters(
@@ -305,6 +443,16 @@ def test_a_metric_is_its_values_over_its_weights() -> None:
     ],
     rtol=1e-5,
   )
+
+
+def test_a_metric_without_weight_is_no_number() -> None:
+  got = _evaluated(
+    lambda params, example: {"none": (0.0, 0.0), "all": (1.0, 1.0)}
+  )
+  assert np.isnan(got["none"])
+  assert got["all"] == 1.0
+  task = _parts()["task"]
+  assert "held-out none is nan" in held_out.problem(task, got, _arrays(11))
 
 
 def test_a_task_without_metrics_has_its_loss() -> None:
@@ -401,6 +549,24 @@ def test_a_part_that_was_given_must_be_given_again(begun: pathlib.Path) -> None:
   assert {kept["task"], kept["model"]["name"], kept["data"]["name"]} == {
     parts.GIVEN
   }
+
+
+def test_another_task_is_not_evaluated_instead(
+  begun: pathlib.Path, tmp_path: pathlib.Path
+) -> None:
+  """Neither a named one in place of a given one, nor the other way round."""
+  ledger = ledger_lib.Ledger(begun / "ledger")
+  given = parts.of(**_parts(), dataset=_dataset())
+  load_run.load(begun, ledger, config=_config(), parts=given)
+  for name in ("task", "optimizer", "dataset"):
+    fewer = dataclasses.replace(given, **{name: None})
+    with pytest.raises(ValueError, match="must be that of the run, 'given as"):
+      load_run.load(begun, ledger, config=_config(), parts=fewer)
+  workdir = tmp_path / "run"
+  shutil.copytree(begun, workdir)
+  config_lib.save(workdir, _config())
+  with pytest.raises(ValueError, match="must be that of the run, ''"):
+    load_run.load(workdir, ledger, config=_config(), parts=given)
 
 
 # A project in one file.
