@@ -5,6 +5,7 @@ Nothing here is private: whoever sees an example's numbers learns about it.
 
 from collections.abc import Callable
 import functools
+import inspect
 from typing import Any, NamedTuple
 
 import jax
@@ -87,6 +88,7 @@ def unsafe_statistics(
     params, batch, is_padding_example=is_padding_example, rng=rng
   )
 
+  fn = inspect.unwrap(fn)  # It may be jitted.
   parts = freezing.split(params, fn.frozen)
   scaling, groups = fn.scaling(params)
   thresholds, structure = jax.tree.flatten(fn.l2_clip_norm)
