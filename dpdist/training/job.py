@@ -313,6 +313,7 @@ def _load(
   """Loads what any single process may fail to find: devices and data."""
   # Before features are computed, which may take long.
   setup.check(config)
+  config_lib.privacy_config(config)
   parts.make_task(config)
   parts.make_optimizer(config)
   mesh = mesh_lib.make(config.mesh)

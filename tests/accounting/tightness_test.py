@@ -21,7 +21,7 @@ from dpdist.accounting import gaussian
 from dpdist.accounting import loss_grid
 from dpdist.privacy import plan as plan_lib
 
-_SIZE = 2**16
+_SIZE = 2**18
 _BINS = 8_000
 
 
@@ -71,7 +71,8 @@ def _epsilon(steps, delta):
     variance += times * (weights @ (losses - mean) ** 2)
     count += times
     parts.append((losses, weights, times))
-  cell = 0.02 * math.sqrt(variance) / count
+  # So all that is rounded down is below a half percent of a deviation.
+  cell = 0.005 * math.sqrt(variance) / count
   transform, offset, center = np.ones(_SIZE // 2 + 1, complex), 0, 0.0
   for losses, weights, times in parts:
     places = np.floor(losses / cell).astype(int)

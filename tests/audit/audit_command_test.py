@@ -72,7 +72,7 @@ def test_a_violation_is_the_exit_code():
 @pytest.mark.parametrize(
   ("arg", "message"),
   [
-    ("--num_steps=5", "num_steps must be in [1, 4], got 5"),
+    ("--num_steps=5", "num_steps must be an integer in [1, 4], got 5"),
     ("--plot=audit.txt", "plot must be a file that ends in one of"),
   ],
 )
