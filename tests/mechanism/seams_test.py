@@ -593,3 +593,18 @@ def test_an_extra_leaf_that_takes_all_is_refused(outside):
 def test_a_share_that_is_no_number_is_refused(outside):
   with pytest.raises(ValueError, match="leave some for the gradient"):
     _made(outside, share=math.nan)
+
+
+@pytest.mark.parametrize("size", [1, 2, 1000, 2**21])
+def test_no_order_of_additions_makes_an_extra_leaf_count_for_more(size):
+  """One after the other is the worst that a compiler could do."""
+  # After a large first square, all others are too small to be added to it.
+  values = np.full(size, 2.0**-12.5, np.float32)
+  values[0] = 1.0
+  added = np.add.accumulate(values * values, dtype=np.float32)[-1]
+  norm = np.sqrt(added, dtype=np.float32)
+  cut = values / np.maximum(norm / np.float32(clipper.room_of(size)), 1)
+  counted = np.trunc(cut.astype(np.float64) * 2**19) / 2**19
+  assert np.linalg.norm(counted) <= 1
+  assert np.linalg.norm(cut.astype(np.float64)) <= 1 + (size == 1) * 2**-22
+  assert clipper.room_of(size) > 0.7
