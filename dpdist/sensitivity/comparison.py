@@ -5,7 +5,9 @@ It checks that:
   * Where the gradient is steady, the norm is not smaller than the gradient's,
     and the sum is no longer than the clipped gradient. A gradient is steady if
     different rounding would not change it. To find out, parameters and inputs
-    are changed by a little more than their rounding errors.
+    are changed by a little more than their rounding errors, and by a little
+    more than what is flushed to 0: a program that fuses a product with a sum
+    keeps what another flushes.
   * For examples of ordinary size, the sum has the gradient's direction.
 A norm may be too large: then the example adds less to the sum than it could.
 """
@@ -34,6 +36,9 @@ LONGER = 0.01
 # Tolerance for a steady gradient, in addition to a few of its own changes.
 _TOLERANCE = 1e-3
 _STEADY = 2.0**-5
+# What may be flushed of an input, in smallest normal numbers: a product with a
+# weight of 1/16 is flushed where the input is 16 times larger.
+_FLUSHED = 16
 
 
 class Measured(NamedTuple):
@@ -262,14 +267,20 @@ def _length(xs: Sequence[jax.Array]) -> jax.Array:
 
 
 def _shaken(tree: PyTree, amount: float) -> PyTree:
-  """Makes each float a little larger or smaller."""
+  """Makes each float but 0 a little larger or smaller."""
   leaves, structure = jax.tree.flatten(tree)
   changed = []
   for i, x in enumerate(leaves):
     if jnp.issubdtype(x.dtype, jnp.floating):
       wide = jnp.promote_types(x.dtype, jnp.float32)
       sign = watched.signs(x.shape, i).astype(wide)
-      x = (x * (1 + amount * sign)).astype(x.dtype)
+      info = jnp.finfo(x.dtype)
+      # Float16 is not flushed, only rounded.
+      least = info.smallest_normal
+      if info.dtype == jnp.float16:
+        least = info.smallest_subnormal
+      change = sign * (amount * jnp.abs(x) + _FLUSHED * least.astype(wide))
+      x = jnp.where(x == 0, x, x + change).astype(x.dtype)
     changed.append(x)
   return jax.tree.unflatten(structure, changed)
 

@@ -285,6 +285,25 @@ def test_a_regression_passes():
   )
 
 
+def test_what_one_program_flushes_to_0_and_another_does_not_is_no_fault():
+  def loss(params, example):
+    hidden = jnp.tanh(example["x"] @ params["hidden"])
+    return jnp.square(hidden @ params["out"] - example["y"])
+
+  first, second = jax.random.split(jax.random.key(0))
+  params = {
+    "hidden": 0.3 * jax.random.normal(first, (6, 8)),
+    "out": 0.3 * jax.random.normal(second, (8,)),
+  }
+  batch = {"x": np.ones((8, 6), np.float32), "y": np.ones(8, np.float32)}
+  # So small that the products with weights are partly subnormal.
+  sizes = made_up_examples._POWERS[32] | {"least": -37.3, "most": 36.5}
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setitem(made_up_examples._POWERS, 32, sizes)
+    dpdist.check_sensitivity(loss, params, batch, l2_clip_norm=1.0)
+  dpdist.check_sensitivity(loss, params, batch, l2_clip_norm=1.0)
+
+
 def test_many_groups_raise_no_more_false_alarms_than_one():
   for count in (1, 2, 10, 1000):
     limit = watched.limit_of(count)
@@ -602,7 +621,7 @@ def test_a_config_is_checked_and_the_exit_code_says_so(monkeypatch):
   assert json.loads(right.out)["num_examples"] >= 8
   wrong = commands.run("check", *args, "--config.sentinel.every=-1")
   assert wrong.code == 2
-  assert "every must be at least 0" in wrong.err
+  assert "sentinel.every must be an integer >= 0, got -1" in wrong.err
   _weaken(monkeypatch, "dot_general", 1e-3)
   wrong = commands.run("check", *args)
   assert wrong.code == 1
