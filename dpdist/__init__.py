@@ -1,15 +1,40 @@
-"""dpdist: differentially private training in JAX, from a laptop to a pod.
+"""Differentially private training in JAX, from a laptop to a pod.
 
-This module holds the public API. Names are imported when they are first used,
-so that accounting, plans, ledgers and samplers work where jax cannot be
-imported.
+  train a model     train, Task, tasks, Dataset, data, config
+  plan its privacy  PrivacyConfig, DPConfig, make_plan, PrivacyPlan, accounting,
+                    privacy
+  draw examples     PoissonSampler, TruncatedPoissonSampler,
+                    CyclicPoissonSampler, FixedSizeSampler, sampling
+  own loops         private_gradients, clipped_grad, ClippedGrads, with_state,
+                    gaussian_noise, clipping, noise
+  look for faults   check_model, check_sensitivity, sensitivity, errors
+  other frameworks  frontends: keras, linen, nnx, equinox
+  afterwards        ledger, export
+
+On the command line: `dpdist --help`. Names with a capital letter are classes,
+and dpdist.train tells of itself by help(dpdist.train).
+
+All names are imported when they are first used, so that accounting, plans,
+ledgers and samplers work where jax cannot be imported.
 """
 
 import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-  import dpdist.accounting as accounting  # noqa: F401
+  from dpdist import accounting as accounting
+  from dpdist import clipping as clipping
+  from dpdist import config as config
+  from dpdist import data as data
+  from dpdist import errors as errors
+  from dpdist import export as export
+  from dpdist import frontends as frontends
+  from dpdist import ledger as ledger
+  from dpdist import noise as noise
+  from dpdist import privacy as privacy
+  from dpdist import sampling as sampling
+  from dpdist import sensitivity as sensitivity
+  from dpdist import tasks as tasks
   from dpdist.clipping import ClippedGrads as ClippedGrads
   from dpdist.clipping import clipped_grad as clipped_grad
   from dpdist.clipping.stateful import with_state as with_state
@@ -28,10 +53,28 @@ if TYPE_CHECKING:
   from dpdist.sampling import PoissonSampler as PoissonSampler
   from dpdist.sampling import TruncatedPoissonSampler as TruncatedPoissonSampler
   from dpdist.sensitivity.sentinel import check_sensitivity as check_sensitivity
-  import dpdist.tasks as tasks  # noqa: F401
   from dpdist.tasks.task import Task as Task
   from dpdist.training.train import train as train
 
+__version__ = "0.1.0"
+
+# Packages and modules that are public by their own names.
+_MODULES = (
+  "accounting",
+  "clipping",
+  "config",
+  "data",
+  "errors",
+  "export",
+  "frontends",
+  "ledger",
+  "noise",
+  "privacy",
+  "sampling",
+  "sensitivity",
+  "tasks",
+)
+# The modules that are home to a public name.
 _HOME = {
   "ClippedGrads": "clipping",
   "CyclicPoissonSampler": "sampling",
@@ -43,30 +86,27 @@ _HOME = {
   "PrivacyPlan": "privacy.plan",
   "Task": "tasks.task",
   "TruncatedPoissonSampler": "sampling",
-  "accounting": "",
   "check_model": "frontends.model_check",
   "check_sensitivity": "sensitivity.sentinel",
   "clipped_grad": "clipping",
   "gaussian_noise": "noise.noise",
   "make_plan": "privacy.plan",
   "private_gradients": "mechanism.private_gradients",
-  "tasks": "",
   "train": "training.train",
   "with_state": "clipping.stateful",
 }
 
-__all__ = sorted(_HOME)
-
 
 def __getattr__(name: str) -> Any:
+  if name in _MODULES:
+    return importlib.import_module(f"dpdist.{name}")
   if name not in _HOME:
     raise AttributeError(f"module 'dpdist' has no attribute {name!r}")
-  home = _HOME[name]
-  module = importlib.import_module(f"dpdist.{home or name}")
-  value = getattr(module, name) if home else module
-  globals()[name] = value
+  module = importlib.import_module(f"dpdist.{_HOME[name]}")
+  value = globals()[name] = getattr(module, name)
   return value
 
 
+# There is no __all__: with it, help(dpdist) would be hundreds of lines.
 def __dir__() -> list[str]:
-  return sorted({*globals(), *_HOME})
+  return sorted({"__version__", *_HOME, *_MODULES})

@@ -15,8 +15,8 @@ class Hint(NamedTuple):
     flags: flags to add to the command that failed, or to change there.
     command: another command that takes the same settings, such as "bench"; "":
       the command that failed.
-    text: the whole command, if it is not one of ours; the others are empty
-      then.
+    text: the whole command, if it is not one of ours with these settings; the
+      others are empty then. "dpdist NAME ..." is one of ours.
   """
 
   flags: tuple[str, ...] = ()

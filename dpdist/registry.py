@@ -42,12 +42,11 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from dpdist import _own_code
 from dpdist import errors
 
 _T = TypeVar("_T")
 
-_ROOT = pathlib.Path(__file__).resolve().parents[1]
-_OURS = (_ROOT / "dpdist", _ROOT / "launch")
 _CODE = (".py", ".pyc", *machinery.EXTENSION_SUFFIXES)
 _STARTED = time.time()
 _PLAIN = (
@@ -380,12 +379,9 @@ def _is_ours(module: str) -> bool:
   # By the place: a package of that name may be somebody else's.
   file = getattr(sys.modules.get(module), "__file__", None)
   if file:
-    path = pathlib.Path(file).resolve()
-    return any(path.is_relative_to(folder) for folder in _OURS)
+    return _own_code.has(pathlib.Path(file).resolve())
   paths = [path.resolve() for _, path in _files(module)]
-  return bool(paths) and all(
-    any(path.is_relative_to(folder) for folder in _OURS) for path in paths
-  )
+  return bool(paths) and all(map(_own_code.has, paths))
 
 
 def _refuse_edited(module: str, setting: str) -> None:

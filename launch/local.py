@@ -23,6 +23,7 @@ from absl import flags
 
 from .cli import exit_codes
 from .cli import flag_parsing
+from .cli import words
 from .engines import local_processes
 
 _NUM_PROCESSES = flags.DEFINE_integer(
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> int:
   except ValueError as error:
     return flag_parsing.usage_error(error)
   processes = local_processes.Pod(
-    [sys.executable, "-m", "launch.train", *arguments],
+    [sys.executable, "-m", words.module("train"), *arguments],
     _environments(os.environ, _NUM_PROCESSES.value, _DEVICES.value),
     _GRACE.value,
   )
@@ -61,7 +62,7 @@ def main(argv: Sequence[str]) -> int:
     return 1
   code, message = _summary(processes.exits, processes.signals)
   if message:
-    print(f"launch.local: {message}", file=sys.stderr)
+    print(f"{words.module('local')}: {message}", file=sys.stderr)
   return code
 
 

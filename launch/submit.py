@@ -30,6 +30,7 @@ from dpdist.privacy import plan as plan_lib
 from dpdist.privacy import statement
 
 from .cli import common_flags
+from .cli import config_files
 from .cli import exit_codes
 from .cli import flag_parsing
 from .engines import engines
@@ -112,7 +113,7 @@ def _settings() -> list[str]:
   path = config_flags.get_config_filename(flags.FLAGS["config"])
   changes = config_flags.get_override_values(flags.FLAGS["config"])
   return [
-    f"--config={path}",
+    f"--config={config_files.given(path)}",
     *(f"--config.{name}={value}" for name, value in changes.items()),
   ]
 

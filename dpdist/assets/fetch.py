@@ -152,9 +152,9 @@ def find(name: str) -> pathlib.Path:
   found = folder(name)
   if not found.is_dir():
     raise errors.ArgumentError(
-      f"data set {name!r} is not in {cache()}: get it with `python -m"
-      f" launch.fetch --name={name}`",
-      hint=errors.Hint(text=f"python -m launch.fetch --name={name}"),
+      f"data set {name!r} is not in {cache()}: get it with `dpdist"
+      f" fetch --name={name}`",
+      hint=errors.Hint(text=f"dpdist fetch --name={name}"),
     )
   return found
 

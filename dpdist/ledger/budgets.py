@@ -52,7 +52,7 @@ def find(
       f"data set {data[:12]} has {len(found)} budgets in {budget.root},"
       f" {' and '.join(names)}, made by releases that called it otherwise,"
       " which together allow more than each: keep one, take the other's folder"
-      " away, and reserve in the one that stays (launch.reserve) what it had"
+      " away, and reserve in the one that stays (dpdist reserve) what it had"
       " reserved"
     )
   if not found:

@@ -257,10 +257,7 @@ def _origin(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     ("Python", environment.get("python")),
     ("devices", environment.get("device_kind")),
     ("processes", environment.get("num_processes")),
-    (
-      "to check it",
-      "python -m launch.verify --workdir=DIR, with the run's directory",
-    ),
+    ("to check it", "dpdist verify --workdir=DIR, with the run's directory"),
   ]
   return [(name, str(value)) for name, value in rows if value]
 

@@ -16,6 +16,7 @@ import jax
 from jax.sharding import Mesh
 import numpy as np
 
+from dpdist import _own_code
 from dpdist.distributed import mesh as mesh_lib
 
 _PACKAGES = ("jax", "jaxlib", "numpy", "flax", "optax", "ml_dtypes")
@@ -264,17 +265,12 @@ def _without_topology(environment: Mapping[str, Any]) -> dict[str, Any]:
   }
 
 
-_CODE = ("dpdist", "launch")
-
-
 def code_digest() -> str:
   """Returns the SHA-256 of the source of dpdist and launch, hex."""
   digest = hashlib.sha256()
   root = pathlib.Path(__file__).parents[2]
-  for file in sorted(
-    path for name in _CODE for path in (root / name).rglob("*.py")
-  ):
-    digest.update(file.relative_to(root).as_posix().encode())
+  for name, file in _own_code.files(root):
+    digest.update(name.encode())
     digest.update(hashlib.sha256(file.read_bytes()).digest())
   return digest.hexdigest()
 

@@ -93,7 +93,7 @@ def resolve_plan(
     if history.TOO_LONG in ledger.notices:
       raise errors.RefusedError(
         "workdir must not hold a run that the sentinel stopped, whose guarantee"
-        f" is void for good, got {str(workdir)!r}: see what launch.check says"
+        f" is void for good, got {str(workdir)!r}: see what dpdist check says"
         " of the settings, and start a new run in a new directory"
       )
     found = manifest.newest(workdir / "checkpoints", ledger.checkpoints)

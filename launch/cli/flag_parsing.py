@@ -16,8 +16,10 @@ from ml_collections import config_flags
 from dpdist import config
 from dpdist import errors
 
+from . import config_files
 from . import exit_codes
 from . import messages
+from . import words
 
 
 def run(main: Callable[..., int], *, passes_on: bool = False) -> NoReturn:
@@ -81,6 +83,7 @@ def _parse(passes_on: bool, argv: Sequence[str]) -> list[str]:
     unset: list[str] = []
     if "config" in flags.FLAGS:
       argv, unset = _unset(argv)
+      argv = config_files.found(argv)
     rest = flags.FLAGS(argv)
     if "config" in flags.FLAGS and flags.FLAGS.config is not None:
       # If a file could not be loaded, any attribute raises the error.
@@ -95,7 +98,7 @@ def _parse(passes_on: bool, argv: Sequence[str]) -> list[str]:
     reason = error.args[0] if error.args else error
     if isinstance(reason, KeyError) and reason.args:
       reason = reason.args[0]
-    help_ = errors.Hint(text=f"python -m launch.{messages.name()} --help")
+    help_ = errors.Hint(text=words.line(messages.name(), "--help"))
     sys.exit(usage_error(f"there is no setting {_last_line(reason)}", help_))
   except (flags.Error, TypeError, ValueError) as error:
     if "Traceback" in str(error):
@@ -114,7 +117,8 @@ def _parse(passes_on: bool, argv: Sequence[str]) -> list[str]:
 
 def _not_loaded(reason: str) -> int:
   return usage_error(
-    f"--config cannot be loaded: {reason}", errors.Hint(text="ls configs")
+    f"--config cannot be loaded: {reason}",
+    errors.Hint(text=config_files.listing()),
   )
 
 

@@ -20,6 +20,7 @@ from absl import flags
 from dpdist import errors
 
 from . import exit_codes
+from . import words
 
 _TRACEBACK = flags.DEFINE_bool(
   "traceback", False, "After an error, show where in the program it came from."
@@ -103,7 +104,7 @@ def show(message: Message) -> int:
 def _command(hint: errors.Hint) -> str:
   """Returns the command of a hint; "" if it would not help here."""
   if hint.text:
-    return hint.text
+    return words.shown(hint.text)
   if hint == errors.VERIFY:
     return _verify()
   return again(*hint.flags, command=hint.command)
@@ -124,8 +125,7 @@ def again(*more: str, command: str = "") -> str:
     arguments = [flag for flag in arguments if flag.startswith("--config")]
   changed = {flag.split("=")[0] for flag in more}
   kept = [flag for flag in arguments if flag.split("=")[0] not in changed]
-  program = f"launch.{command or name()}"
-  return shlex.join(["python", "-m", program, *kept, *more])
+  return words.line(command or name(), *kept, *more)
 
 
 def _workdir() -> str:
@@ -150,4 +150,4 @@ def _verify() -> str:
     return again("--workdir=ANOTHER")
   if not place:
     return ""
-  return f"python -m launch.verify --workdir={shlex.quote(place)}"
+  return words.line("verify", f"--workdir={place}")

@@ -2,12 +2,13 @@
 
 import importlib
 import os
-import shlex
 
 from absl import flags
 
 from dpdist import errors
 from dpdist.ledger import ledger as ledger_lib
+
+from . import words
 
 # The same as `dpdist.workdir.resume.NOT_BEGUN`, which takes long to import.
 _NOT_BEGUN = "not_begun"
@@ -53,10 +54,8 @@ def open_begun(workdir: str, location: str | None) -> ledger_lib.Ledger:
 
 
 def _first_run(workdir: str) -> errors.Hint:
-  place = shlex.quote(workdir or "/tmp/digits")
-  return errors.Hint(
-    text=f"python -m launch.train --config=configs/digits.py --workdir={place}"
-  )
+  place = f"--workdir={workdir or '/tmp/digits'}"
+  return errors.Hint(text=words.line("train", "--config=digits", place))
 
 
 def none_began(workdir: str, location: str | None) -> bool:

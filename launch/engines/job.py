@@ -14,6 +14,8 @@ from typing import Any, Protocol
 from dpdist import _validation
 from dpdist import errors
 
+from ..cli import words
+
 # A DNS label, and short enough for what engines append to it.
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,38}[a-z0-9])?")
 # Words for files in which nothing can be quoted.
@@ -111,7 +113,7 @@ class Job:
     The engine puts the run's secret into `secret_file`; "" leaves it where the
     config says.
     """
-    command = [python, "-u", "-m", "launch.train", *self.arguments]
+    command = [python, "-u", "-m", words.module("train"), *self.arguments]
     if secret_file:
       command.append(f"--config.secret_file={secret_file}")
     return [*command, f"--workdir={self.workdir}"]

@@ -7,6 +7,7 @@ import yaml
 
 from dpdist import errors
 
+from ..cli import words
 from . import job as job_lib
 
 TOOL = ("ray", "Ray (pip install 'ray[default]')")
@@ -56,7 +57,7 @@ def command(job: Job, folder: str) -> list[str]:
   """Returns the command that submits the files in a folder."""
   address = [f"--address={job.address}"] if job.address else []
   driver = [
-    *(job.python, "-m", "launch.engines.ray_driver"),
+    *(job.python, "-m", words.module("engines.ray_driver")),
     f"--nodes={job.nodes}",
     f"--cpus={job.cpus}",
     f"--gpus={job.gpus}",

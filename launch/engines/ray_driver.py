@@ -29,6 +29,7 @@ from dpdist import errors
 
 from ..cli import exit_codes
 from ..cli import flag_parsing
+from ..cli import words
 
 _NODES = flags.DEFINE_integer("nodes", 1, "Processes, each on a node.", 1)
 _CPUS = flags.DEFINE_integer("cpus", 1, "Processors of each.", 1)
@@ -47,6 +48,7 @@ _GRACE = flags.DEFINE_float(
 )
 _LOOK_SECONDS = 0.5
 _LOST = -1
+_TRAIN = words.module("train")
 
 
 class _Process:
@@ -69,7 +71,7 @@ class _Process:
     """Trains, and returns the exit code. Ray shows what it prints."""
     # Ray ends what an actor started together with the actor.
     self._process = subprocess.Popen(
-      [sys.executable, "-u", "-m", "launch.train", *arguments],
+      [sys.executable, "-u", "-m", _TRAIN, *arguments],
       env={**os.environ, **variables},
       stdin=subprocess.DEVNULL,
     )

@@ -82,7 +82,7 @@ def test_what_is_not_as_pinned_leaves_nothing(package, given, spoil, message):
   with pytest.raises(errors.FetchError, match=message):
     fetch.fetch("tiny", package if given else None)
   assert not [*fetch.cache().iterdir()]
-  with pytest.raises(ValueError, match=r"launch\.fetch --name=tiny"):
+  with pytest.raises(ValueError, match="dpdist fetch --name=tiny"):
     fetch.find("tiny")
 
 

@@ -103,19 +103,19 @@ ROWS = {
     ("eval", "--workdir=WORK"),
     2,
     "workdir must be the directory of a run, with a ledger",
-    "python -m launch.train --config=configs/digits.py --workdir=WORK",
+    "python -m launch.train --config=digits --workdir=WORK",
   ),
   "nothing to export": (
     ("export", "--workdir=WORK", "--output=WORK/out"),
     2,
     "workdir must be the directory of a run, with a ledger",
-    "python -m launch.train --config=configs/digits.py --workdir=WORK",
+    "python -m launch.train --config=digits --workdir=WORK",
   ),
   "nothing was spent": (
     ("budget", "--workdir=WORK"),
     2,
     "workdir must be the directory of a run, with a ledger",
-    "python -m launch.train --config=configs/digits.py --workdir=WORK",
+    "python -m launch.train --config=digits --workdir=WORK",
   ),
   "a damaged ledger": (
     ("budget", "--workdir=DAMAGED"),

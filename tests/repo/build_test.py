@@ -46,7 +46,7 @@ LAYERS = (
   ("dpdist/examples",),
   ("configs",),
   ("launch/cli",),
-  ("launch/engines",),
+  ("launch/engines", "launch/init"),
   ("launch",),
 )
 STRANGERS = ("accounting", "clipping", "noise", "sampling")

@@ -1,7 +1,10 @@
 """The public API."""
 
+import pydoc
+import re
 import subprocess
 import sys
+import types
 
 import pytest
 
@@ -35,10 +38,29 @@ def test_jax_is_really_missing_there():
 
 
 def test_every_public_name_resolves():
-  for name in dpdist.__all__:
+  for name in dir(dpdist):
     assert getattr(dpdist, name) is not None
-    assert name in dir(dpdist)
   assert callable(dpdist.train)
+  assert isinstance(dpdist.data, types.ModuleType)
+  assert dpdist.noise.gaussian_noise is dpdist.gaussian_noise
+
+
+def test_help_lists_every_public_name_on_one_screen():
+  text = pydoc.render_doc(dpdist, renderer=pydoc.plaintext)
+  named = re.findall(r"\w+", text[: text.index("PACKAGE CONTENTS")])
+  assert [name for name in dir(dpdist) if name not in named] == ["__version__"]
+  assert len(dpdist.__doc__.splitlines()) < 25
+  assert len(text.splitlines()) < 75
+
+
+def test_importing_it_imports_no_module_of_it():
+  code = """
+import sys, dpdist
+dir(dpdist), dpdist.__version__
+print([name for name in sys.modules if name.startswith(("dpdist.", "numpy"))])
+"""
+  done = without_jax.run(code)
+  assert done.stdout.strip() == "[]", done.stderr
 
 
 def test_a_module_does_not_hide_the_name_that_it_is_home_to():

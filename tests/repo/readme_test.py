@@ -117,7 +117,9 @@ def test_every_package_is_in_the_architecture():
 
 def test_the_page_of_the_public_api_has_all_of_it():
   named = re.findall(r"(?m)^        - (\w+)$", _read("docs/api/dpdist.md"))
-  assert sorted(named) == sorted(dpdist.__all__)
+  assert sorted(named) == [
+    name for name in dir(dpdist) if name != "__version__"
+  ]
 
 
 def test_as_many_known_bugs_as_are_stated():

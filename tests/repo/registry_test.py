@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import dpdist
+from dpdist import _own_code
 from dpdist import config as config_lib
 from dpdist import errors
 from dpdist import registry
@@ -238,6 +239,21 @@ def test_a_package_that_has_our_name_is_none_of_ours(outside, monkeypatch):
   monkeypatch.setitem(sys.modules, "launch", module)
   monkeypatch.setattr(module, "__name__", "launch")
   assert not registry._is_ours("launch")
+
+
+def test_a_launch_beside_an_installed_dpdist_is_none_of_ours(
+  tmp_path, monkeypatch
+):
+  """Nor are the configs that come with it, which are settings."""
+  monkeypatch.setattr(_own_code, "_ROOT", tmp_path)
+  assert _own_code.has(tmp_path / "launch" / "train.py")
+  installed = tmp_path / "dpdist" / "launch" / "__init__.py"
+  installed.parent.mkdir(parents=True)
+  installed.touch()
+  assert not _own_code.has(tmp_path / "launch" / "train.py")
+  assert _own_code.has(installed)
+  assert _own_code.has(tmp_path / "dpdist" / "config.py")
+  assert not _own_code.has(tmp_path / "dpdist" / "configs" / "digits.py")
 
 
 def test_code_that_is_in_no_file_is_refused(outside, monkeypatch):

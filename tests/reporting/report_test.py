@@ -329,7 +329,7 @@ def test_provenance_keeps_the_machine_s_own_paths_to_itself(tmp_path):
   }
   result = {**RESULT, "ledger_head": "ab" * 32, "environment": environment}
   page = _Page(_write(tmp_path, result=result).read_text(encoding="utf-8"))
-  for text in ("jax 0.10.2", "5c" * 32, "ab" * 32, "launch.verify"):
+  for text in ("jax 0.10.2", "5c" * 32, "ab" * 32, "dpdist verify"):
     assert text in page.text, text
   assert "/home/me" not in page.text
 

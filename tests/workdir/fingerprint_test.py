@@ -541,6 +541,33 @@ def test_each_file_of_the_code_is_in_its_digest(tmp_path, monkeypatch):
   assert len({*digests}) == len(digests)
 
 
+def _tree(folder, monkeypatch, *names):
+  """The digest of a tree with these files, each of its last name's text."""
+  for name in names:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(path.name)
+  file = folder / "dpdist" / "workdir" / "fingerprint.py"
+  monkeypatch.setattr(fingerprint, "__file__", str(file))
+  return fingerprint.code_digest()
+
+
+def test_installed_code_has_the_digest_of_a_checkout(tmp_path, monkeypatch):
+  """There, launch/ and configs/ are inside of dpdist/."""
+  checkout = _tree(
+    tmp_path / "checkout",
+    monkeypatch,
+    *("dpdist/a.py", "launch/__init__.py", "launch/b.py", "configs/c.py"),
+  )
+  inside = ("dpdist/a.py", "dpdist/launch/__init__.py", "dpdist/launch/b.py")
+  wheel = tmp_path / "wheel"
+  names = (*inside, "dpdist/configs/c.py")
+  assert _tree(wheel, monkeypatch, *names) == checkout
+  # A package of that name is somebody else's there.
+  assert _tree(wheel, monkeypatch, "launch/other.py") == checkout
+  assert _tree(wheel, monkeypatch, "dpdist/launch/more.py") != checkout
+
+
 def test_the_digest_is_of_every_file_of_both_packages(monkeypatch):
   root = pathlib.Path(dpdist.__file__).parents[1]
   read = []
