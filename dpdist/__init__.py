@@ -96,15 +96,16 @@ _HOME = {
   "with_state": "clipping.stateful",
 }
 
+if not TYPE_CHECKING:  # A checker knows the names above, and no other.
 
-def __getattr__(name: str) -> Any:
-  if name in _MODULES:
-    return importlib.import_module(f"dpdist.{name}")
-  if name not in _HOME:
-    raise AttributeError(f"module 'dpdist' has no attribute {name!r}")
-  module = importlib.import_module(f"dpdist.{_HOME[name]}")
-  value = globals()[name] = getattr(module, name)
-  return value
+  def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+      return importlib.import_module(f"dpdist.{name}")
+    if name not in _HOME:
+      raise AttributeError(f"module 'dpdist' has no attribute {name!r}")
+    module = importlib.import_module(f"dpdist.{_HOME[name]}")
+    value = globals()[name] = getattr(module, name)
+    return value
 
 
 # There is no __all__: with it, help(dpdist) would be hundreds of lines.

@@ -1,4 +1,4 @@
-r"""Measures a config's private step here, or forecasts it on a pod of TPUs.
+r"""Measures a config's private step, or forecasts it on a pod of TPUs.
 
   python -m launch.bench --config=configs/digits.py
   python -m launch.bench --config=configs/digits.py --autotune

@@ -1,4 +1,4 @@
-r"""Prints held-out metrics of any checkpoint of a run, and of its average.
+r"""Prints held-out metrics of any checkpoint of a run, or of its average.
 
   python -m launch.eval --workdir=/tmp/digits
   python -m launch.eval --workdir=/tmp/digits --step=360

@@ -8,7 +8,7 @@ of equal leading length. Exactly the training part is protected.
 
 from collections.abc import Callable, Mapping
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,6 +41,17 @@ class Dataset:
   test: sources.Source
   train_users: np.ndarray | None = None
   test_users: np.ndarray | None = None
+
+  if TYPE_CHECKING:
+
+    def __init__(
+      self,
+      train: sources.Source | Mapping[str, Any],
+      test: sources.Source | Mapping[str, Any],
+      train_users: np.ndarray | None = None,
+      test_users: np.ndarray | None = None,
+    ):
+      """Takes arrays by name for a source, too."""
 
   def __post_init__(self) -> None:
     for name in ("train", "test"):

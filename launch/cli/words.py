@@ -63,7 +63,7 @@ def main() -> int:
 def _overview() -> str:
   """Returns a line for each command, from its docstring, which imports none."""
   lines = ["usage: dpdist COMMAND [--FLAG=VALUE ...]", ""]
-  lines += [f"  {name:<8}  {_summary(name)}" for name in COMMANDS]
+  lines += [f"  {name:<7}  {_summary(name)}" for name in COMMANDS]
   lines += ["", "`dpdist COMMAND --help` says more about a command."]
   return "\n".join(lines)
 
