@@ -66,7 +66,8 @@ sampler = dpdist.PoissonSampler(
 drawn: np.ndarray = sampler(0)
 gradients = dpdist.clipped_grad(loss, l2_clip_norm=1.0)
 task = dpdist.Task(init=init, loss=loss, metrics=metrics)
-x, y = np.zeros((120, 3), np.float32), np.zeros(120, np.float32)
+x = np.arange(360, dtype=np.float32).reshape(120, 3) / 360
+y = x.sum(1)
 dataset = dpdist.Dataset(
   train={"x": x[:100], "y": y[:100]}, test={"x": x[100:], "y": y[100:]}
 )
