@@ -29,6 +29,7 @@ from dpdist.sums import fixed_point
 from dpdist.training import exact_step
 from dpdist.training import step as step_lib
 from tests.support import meshes
+from tests.support import turns
 
 _DATASET = """
 import numpy as np
@@ -249,7 +250,7 @@ def _config(changes, **others):
   return config
 
 
-@pytest.mark.parametrize("toy", _TOYS)
+@pytest.mark.parametrize("toy", turns.cells(_TOYS, always=["toy_clipper"]))
 @pytest.mark.usefixtures("quick_compiles")
 def test_a_run_trains_with_a_part_from_outside(toy, outside, tmp_path):
   text, changes = _TOYS[toy]
@@ -302,7 +303,7 @@ def test_a_proof_is_of_all_three_together(outside):
       dpdist.PrivacyConfig(**_SETTINGS | noise | other)
 
 
-@pytest.mark.parametrize("toy", _TOYS)
+@pytest.mark.parametrize("toy", turns.cells(_TOYS, always=["toy_noise"]))
 @pytest.mark.usefixtures("quick_compiles")
 def test_other_code_of_a_part_gets_other_keys(
   toy, outside, tmp_path, monkeypatch
@@ -468,7 +469,10 @@ def _stepped(step):
 _SHORT = np.sum(_examples()[:50, 0] < 0.3) / 8
 
 
-@pytest.mark.parametrize("name", ["1", "8", "8, fsdp", "8, model"])
+@pytest.mark.parametrize(
+  "name",
+  turns.cells(["1", "8", "8, fsdp", "8, model"], always=["8, model"]),
+)
 def test_an_extra_leaf_is_added_up_over_all_chunks_and_devices(outside, name):
   made = dataclasses.replace(_made(outside), noise_stddev=0.0)
   step = step_lib.Step(made, optax.sgd(1.0), meshes.of(name))
@@ -492,7 +496,7 @@ def test_the_noise_of_all_leaves_is_that_of_one_mechanism(outside):
   assert spent == pytest.approx(2.0**-2, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["1", "8"])
+@pytest.mark.parametrize("name", turns.cells(["1", "8"], always=["1"]))
 def test_exact_sums_carry_an_extra_leaf(outside, name):
   made = _made(outside, exact=4, name="Forgetful", share=0.1)
   step = exact_step.ExactStep(made, optax.sgd(1.0), meshes.of(name))
