@@ -23,6 +23,7 @@ from dpdist.clipping import clipper
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
+from dpdist.mechanism import outside_code
 from dpdist.privacy import plan as plan_lib
 from dpdist.privacy import statement
 from dpdist.sums import fixed_point
@@ -320,6 +321,24 @@ def test_other_code_of_a_part_gets_other_keys(
   after = ledger_lib.Ledger(workdir / "ledger").branches
   assert len(after) == len(before) + 1
   assert after[-1].identity != before[-1].identity
+
+
+def test_what_a_sampling_draws_is_in_the_digest_of_its_code(
+  outside, monkeypatch
+):
+  """Also where no file of its code says what that is."""
+  text, changes = _TOYS["toy_sampling"]
+  text = text.replace(
+    "np.arange(numbers.num_examples)",
+    "np.arange(numbers.num_examples) + int(os.environ['TOY_OFFSET'])",
+  )
+  (outside / "toy_sampling.py").write_text("import os\n" + text)
+  config = config_lib.privacy_config(_config(changes))
+  digests = []
+  for offset in ("0", "0", "1"):
+    monkeypatch.setenv("TOY_OFFSET", offset)
+    digests.append(outside_code.sha256(config))
+  assert digests[0] == digests[1] != digests[2]
 
 
 def _verified(workdir, cwd, *flags):
