@@ -89,7 +89,7 @@ def metric_of(runs: Sequence[Run]) -> str:
 def table(runs: Sequence[Run], metric: str) -> list[tuple[str, ...]]:
   """Returns a heading and a row for each run, as texts."""
   heading = ("run", metric or "held out", "epsilon", "delta", "steps")
-  rows = [(*heading, "noise multiplier", "guarantee")]
+  rows: list[tuple[str, ...]] = [(*heading, "noise multiplier", "guarantee")]
   for number, run in enumerate(runs, start=1):
     result = run.result
     last = [row for row in run.rows if f"test/{metric}" in row][-1:]
