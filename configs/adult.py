@@ -1,7 +1,7 @@
 """Private logistic regression on Adult: does a person earn over 50,000 dollars?
 
-  python -m launch.fetch --name=adult
-  python -m launch.train --config=configs/adult.py --workdir=/tmp/adult
+  dpdist fetch --name=adult
+  dpdist train --config=adult --workdir=/tmp/adult
 
 32,561 people to train on, 16,281 held out, 76.4% of whom earn less. Epsilon
 1.0, delta 1e-5: held-out accuracy 0.8505 (mean of seeds 1 to 3 given as

@@ -1,7 +1,7 @@
 """A private language model of chat, where the unit of privacy is a user.
 
-  python -m launch.fetch --name=chitchat
-  python -m launch.train --config=configs/chitchat_users.py --workdir=/tmp/chat
+  dpdist fetch --name=chitchat
+  dpdist train --config=chitchat_users --workdir=/tmp/chat
 
 1,315 people wrote 258,145 messages, one of them 25,272; 1,068 are trained on
 and 247 held out, which gives 816 held-out pieces of 65 bytes. At a step each

@@ -1,7 +1,7 @@
 r"""Private logistic regression on scattering features of CIFAR-10.
 
-  python -m launch.fetch --name=cifar10
-  python -m launch.train --config=configs/cifar10_scattering.py \
+  dpdist fetch --name=cifar10
+  dpdist train --config=cifar10_scattering \
     --workdir=/tmp/cifar_scattering
 
 Epsilon 3.0, delta 1e-5. Tramer & Boneh 2021, "Differentially Private Learning

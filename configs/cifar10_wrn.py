@@ -1,7 +1,7 @@
 r"""A private WRN-16-4 on CIFAR-10, from scratch: the recipe for a GPU or more.
 
-  python -m launch.fetch --name=cifar10
-  python -m launch.train --config=configs/cifar10_wrn.py --workdir=/tmp/wrn
+  dpdist fetch --name=cifar10
+  dpdist train --config=cifar10_wrn --workdir=/tmp/wrn
 
 The recipe of De et al. 2022, "Unlocking High-Accuracy Differentially Private
 Image Classification through Scale", for epsilon 1: 875 steps of 4,096 images on

@@ -1,6 +1,6 @@
 """A small private decoder language model, on bytes of text.
 
-  python -m launch.train --config=configs/decoder.py --workdir=/tmp/decoder
+  dpdist train --config=decoder --workdir=/tmp/decoder
 
 Trains on the text of Python's own help topics, which every CPython carries;
 give --config.data.path=FILE for another text. The unit of privacy is one piece

@@ -1,6 +1,6 @@
 """A private 1B decoder on 2,048 TPU v6e chips: the step, compiled and not run.
 
-  python -m launch.bench --config=configs/decoder_1b.py --topology=v6e:16x16 \
+  dpdist bench --config=decoder_1b --topology=v6e:16x16 \
     --num_slices=8
 
 The shapes, batch, steps, noise and delta of VaultGemma 1B, the largest private

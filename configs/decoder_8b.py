@@ -1,6 +1,6 @@
 """A private 8B decoder on 512 TPU v5p chips: the step, compiled and not run.
 
-  python -m launch.bench --config=configs/decoder_8b.py --topology=v5p:8x8x8
+  dpdist bench --config=decoder_8b --topology=v5p:8x8x8
 
 32 layers of width 4,096 with grouped-query attention, a vocabulary of 262,144,
 sequences of 1,024 tokens. A chip holds a 64th of parameters, optimizer, noise

@@ -1,6 +1,6 @@
 """Private logistic regression on scikit-learn's 8x8 digits.
 
-  python -m launch.train --config=configs/digits.py --workdir=/tmp/digits
+  dpdist train --config=digits --workdir=/tmp/digits
 
 1,438 images to train on, 359 held out. Epsilon 2, delta 1e-4: held-out accuracy
 0.950 (mean of 8 runs; 0.942 to 0.961), 14 s on 2 cores. The features' width and

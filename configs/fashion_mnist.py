@@ -1,7 +1,7 @@
 """A private convolutional network on Fashion-MNIST, from scratch.
 
-  python -m launch.fetch --name=fashion_mnist
-  python -m launch.train --config=configs/fashion_mnist.py --workdir=/tmp/fm
+  dpdist fetch --name=fashion_mnist
+  dpdist train --config=fashion_mnist --workdir=/tmp/fm
 
 Epsilon 2.7, delta 1e-5. Papernot et al. 2021, "Tempered Sigmoid Activations for
 Deep Learning with Differential Privacy", report 0.861 for networks of this

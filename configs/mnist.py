@@ -1,7 +1,7 @@
 """A private convolutional network on MNIST, from scratch.
 
-  python -m launch.fetch --name=mnist
-  python -m launch.train --config=configs/mnist.py --workdir=/tmp/mnist
+  dpdist fetch --name=mnist
+  dpdist train --config=mnist --workdir=/tmp/mnist
 
 Epsilon 2.93, delta 1e-5. Papernot et al. 2021, "Tempered Sigmoid Activations
 for Deep Learning with Differential Privacy", report 0.981 for networks of this

@@ -1,7 +1,7 @@
 r"""Private logistic regression on scattering features of MNIST.
 
-  python -m launch.fetch --name=mnist
-  python -m launch.train --config=configs/mnist_scattering.py \
+  dpdist fetch --name=mnist
+  dpdist train --config=mnist_scattering \
     --workdir=/tmp/m_scattering
 
 Epsilon 3.0, delta 1e-5. Tramer & Boneh 2021, "Differentially Private Learning

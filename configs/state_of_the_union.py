@@ -1,7 +1,7 @@
 r"""A private language model of the State of the Union, a piece at a time.
 
-  python -m launch.fetch --name=sotu
-  python -m launch.train --config=configs/state_of_the_union.py \
+  dpdist fetch --name=sotu
+  dpdist train --config=state_of_the_union \
     --workdir=/tmp/sotu
 
 Epsilon 3.0, delta 1e-6, for a piece of 65 bytes. The 1,024 pieces held out are

@@ -1,7 +1,7 @@
 r"""A private language model of 39 presidents, each of them a unit of privacy.
 
-  python -m launch.fetch --name=sotu
-  python -m launch.train --config=configs/state_of_the_union_authors.py \
+  dpdist fetch --name=sotu
+  dpdist train --config=state_of_the_union_authors \
     --workdir=/tmp/authors
 
 1,024 pieces of the speeches from 2001 on, by four presidents who are not among

@@ -1,8 +1,8 @@
 r"""Attacks a config's own step, and prints a lower bound on epsilon.
 
-  python -m launch.audit --config=configs/digits.py
-  python -m launch.audit --config=configs/digits.py --mode=one_run
-  python -m launch.audit --config=configs/digits.py --plot=/tmp/audit.svg
+  dpdist audit --config=digits
+  dpdist audit --config=digits --mode=one_run
+  dpdist audit --config=digits --plot=/tmp/audit.svg
 
 The step is compiled for this machine's devices and run on canaries, units that
 are as easy to detect as possible, instead of the data; only the data's shapes

@@ -1,7 +1,7 @@
 r"""Measures a config's private step, or forecasts it on a pod of TPUs.
 
-  python -m launch.bench --config=configs/digits.py
-  python -m launch.bench --config=configs/digits.py --autotune
+  dpdist bench --config=digits
+  dpdist bench --config=digits --autotune
 
 measure the private step against the same step without privacy, on this machine
 and the config's mesh: time, memory, examples a second, how each layer is
@@ -9,7 +9,7 @@ clipped, and whether the chunk size is good; --autotune finds the largest chunk
 that fits by trying. With --topology, the step is compiled for a pod, and
 nothing is run:
 
-  python -m launch.bench --config=configs/decoder_1b.py \
+  dpdist bench --config=decoder_1b \
     --topology=v6e:16x16 --num_slices=8
 
 needs no device and, for models of tokens, no data; it needs libtpu (pip install

@@ -1,24 +1,24 @@
 r"""Shows what a run, or all runs on a data set, may spend and have spent.
 
-  python -m launch.budget --workdir=/tmp/digits
-  python -m launch.budget --config=configs/digits.py
-  python -m launch.budget --config=configs/digits.py --curve
-  python -m launch.budget --dataset=/data/budgets
+  dpdist budget --workdir=/tmp/digits
+  dpdist budget --config=digits
+  dpdist budget --config=digits --curve
+  dpdist budget --dataset=/data/budgets
 
 Before training: what would epsilon 3 cost, which noise does each batch size
 need, and how does epsilon depend on noise, batch and steps?
 
-  python -m launch.budget --config=configs/digits.py --target_epsilon=3
-  python -m launch.budget --config=configs/digits.py --table
-  python -m launch.budget --config=configs/digits.py --plot=budget.png
+  dpdist budget --config=digits --target_epsilon=3
+  dpdist budget --config=digits --table
+  dpdist budget --config=digits --plot=budget.png
 
 Runs that share a budget keep it under a root, their
 --config.data_budget.location. What a run that will never go on did not spend,
 and the reservation of a search whose runs never came (see launch.reserve), can
 be given back:
 
-  python -m launch.budget --workdir=/tmp/digits --end
-  python -m launch.budget --dataset=/data/budgets --cancel=search
+  dpdist budget --workdir=/tmp/digits --end
+  dpdist budget --dataset=/data/budgets --cancel=search
 
 Imports no jax. Exit codes: 0 done; 2 wrong usage; anything else is a failure.
 """

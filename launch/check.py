@@ -1,6 +1,6 @@
 r"""Compares a config's own step with `jax.grad`: does it clip correctly?
 
-  python -m launch.check --config=configs/digits.py
+  dpdist check --config=digits
 
 Only the shapes of the data are used; weights are read if the config names some.
 The step is compiled for this machine's devices and the config's mesh, and run

@@ -1,7 +1,7 @@
 r"""Prints held-out metrics of any checkpoint of a run, or of its average.
 
-  python -m launch.eval --workdir=/tmp/digits
-  python -m launch.eval --workdir=/tmp/digits --step=360
+  dpdist eval --workdir=/tmp/digits
+  dpdist eval --workdir=/tmp/digits --step=360
 
 Spends nothing: reads the ledger, which must be sound, and computes nothing from
 an example that was trained on. The settings are those in the run directory;

@@ -1,6 +1,6 @@
 r"""Writes the parameters of a run as safetensors, with a model card.
 
-  python -m launch.export --workdir=/tmp/digits --output=/tmp/digits_model
+  dpdist export --workdir=/tmp/digits --output=/tmp/digits_model
 
 The card, README.md, states the parameters' privacy (or that there is no
 guarantee), how they were made and how good they are. Spends nothing: reads the

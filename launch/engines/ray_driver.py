@@ -1,10 +1,10 @@
 r"""Trains on a Ray cluster, one process a node; restarts all if needed.
 
   python -m launch.engines.ray_driver --nodes=2 -- \
-    --config=configs/digits.py --workdir=/shared/digits
+    --config=digits --workdir=/shared/digits
 
 is what `launch.submit --to=ray` submits. Arguments after `--` go to each
-`python -m launch.train`. All processes are started again when they were stopped
+`dpdist train`. All processes are started again when they were stopped
 and saved, and when one failed or a node was lost, until --max_restarts such
 failures. SIGTERM, as by `ray job stop`, is passed on once: all save the same
 step, and nothing starts again.

@@ -78,24 +78,29 @@ def test_the_loss_of_an_example_is_finite():
 '''
 
 
-def main() -> int:
-  """Returns an exit code."""
-  parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+  """Returns the parser of the command line."""
+  made = argparse.ArgumentParser(
     prog=words.line("init"), description=__doc__, allow_abbrev=False
   )
-  parser.add_argument("folder", help="The project's folder, which is made.")
-  parser.add_argument(
+  made.add_argument("folder", help="The project's folder, which is made.")
+  made.add_argument(
     "--kind", choices=_KINDS, default="tabular", help="What the data is."
   )
-  given = parser.parse_args()
+  return made
+
+
+def main() -> int:
+  """Returns an exit code."""
+  given = parser().parse_args()
   folder = pathlib.Path(given.folder)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    parser.error(
+    parser().error(
       f"folder must be new or empty, got {given.folder!r}: nothing is"
       " overwritten"
     )
   _write(folder, given.kind)
-  config = f"--config={given.folder.rstrip('/')}/config.py"
+  config = f"--config={folder.as_posix()}/config.py"
   names = sorted(path.name for path in folder.iterdir())
   print(f"wrote {folder}: {', '.join(names)}")
   print(f"try: {words.line('train', config, '--workdir=/tmp/run')}")

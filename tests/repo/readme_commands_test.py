@@ -1,9 +1,9 @@
 """Every bash block of README.md and the docs is a command that there is.
 
-Each `python -m launch.NAME` is parsed with its flags and its config, and what
-only plans is run. Blocks that need what no test has stand after a comment,
-`<!-- needs: a cluster -->` or `<!-- needs: a cloud -->`; what they say of this
-project is held to be so all the same.
+Each `dpdist NAME` and `python -m launch.NAME` is parsed with its flags and its
+config, and what only plans is run. Blocks that need what no test has stand
+after a comment, `<!-- needs: a cluster -->` or `<!-- needs: a cloud -->`; what
+they say of this project is held to be so all the same.
 """
 
 import importlib.util
@@ -17,6 +17,8 @@ import tomllib
 from absl import app
 import pytest
 
+from launch.cli import words as words_lib
+from launch.init import project
 from tests.support import commands
 
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
@@ -61,6 +63,10 @@ def _commands(text):
 
 def _python(words):
   """The module that a command runs, and its arguments; None if it runs none."""
+  if "dpdist" in words:
+    at = words.index("dpdist")
+    assert words[at + 1] in words_lib.COMMANDS, words
+    return f"launch.{words[at + 1]}", words[at + 2 :]
   if "python" not in words:
     return None
   at = words.index("python")
@@ -82,6 +88,9 @@ def _parse(monkeypatch, name, arguments):
 
 
 def _check_launch(monkeypatch, name, arguments):
+  if name == "init":
+    assert project.parser().parse_args(arguments)
+    return
   if name == "submit":
     done = commands.run(name, *arguments, "--dry_run")
   else:
@@ -215,6 +224,9 @@ def test_the_page_on_tuning_shows_rows_of_its_table(monkeypatch):
     "python -m launch.train --config=configs/digits.py --workdir=/tmp/x"
     " --config.privcy=1",
     "python -m launch.local --num_processes=2 -- --config=configs/gone.py",
+    "dpdist train --config=gone --workdir=/tmp/x",
+    "dpdist trian --config=digits --workdir=/tmp/x",
+    "dpdist local --num_processes=2 -- --config=digits --wrkdir=/tmp/x",
     "python -m tests.benchmarks.clipping --gone=1",
     "python -m tests.benchmarks.gone",
     "python -m pytest -m gone",
