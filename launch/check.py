@@ -15,13 +15,6 @@ import json
 from typing import Any
 
 from dpdist import errors
-from dpdist.keys import keys
-from dpdist.reporting import console
-from dpdist.sensitivity import sentinel
-from dpdist.training import abstract_step
-from dpdist.training import parameters
-from dpdist.training import setup
-from dpdist.training import step_sentinel
 from launch.cli import common_flags
 from launch.cli import config_parts
 from launch.cli import exit_codes

@@ -15,14 +15,8 @@ import sys
 import traceback
 
 from absl import flags
-import jax
 
-import dpdist
 from dpdist import errors
-from dpdist.distributed import preemption
-from dpdist.distributed import startup
-from dpdist.distributed import watchdog
-from dpdist.workdir import fingerprint
 from launch.cli import common_flags
 from launch.cli import config_parts
 from launch.cli import exit_codes
@@ -52,6 +46,13 @@ _START_TIMEOUT = flags.DEFINE_integer(
 
 def main() -> int:
   """Returns an exit code."""
+  print("starting", flush=True)
+  # Imported here: flags are parsed, and something is said, before jax is
+  # imported.
+  import jax
+
+  from dpdist.distributed import watchdog
+
   try:
     code = _main()
   except BaseException as error:
@@ -69,6 +70,12 @@ def main() -> int:
 
 
 def _main() -> int:
+  import dpdist
+  from dpdist.distributed import preemption
+  from dpdist.distributed import startup
+  from dpdist.distributed import watchdog
+  from dpdist.workdir import fingerprint
+
   # Whoever may write there can rewrite the whole record.
   os.umask(os.umask(0o077) | 0o002)
   try:

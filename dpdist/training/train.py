@@ -98,14 +98,8 @@ def train(
     dpdist.errors.SensitivityError: clipping does not bound what an example can
       do; raised before a step is charged, or after one that is saved.
   """
-  try:
-    config_lib.check(config)
-    parts = parts_lib.of(task, dataset, optimizer)
-  except ValueError as error:
-    raise errors.SettingsError(
-      str(error), hint=getattr(error, "hint", None)
-    ) from error
-  config, workdir = parts.settings(config), pathlib.Path(workdir)
+  config, parts = _checked(config, task, dataset, optimizer)
+  workdir = pathlib.Path(workdir)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(preemption.Notice())
     progress = progress_lib.Progress()
@@ -138,6 +132,23 @@ def train(
       )
     )
     return _run(config, workdir, job, checkpoints, stop, progress)
+
+
+def _checked(
+  config: ml_collections.ConfigDict,
+  task: Any,
+  dataset: Any,
+  optimizer: optax.GradientTransformation | None,
+) -> tuple[ml_collections.ConfigDict, parts_lib.Parts]:
+  """Returns the settings, complete, and the parts that were given."""
+  try:
+    config_lib.check(config)
+    parts = parts_lib.of(task, dataset, optimizer)
+    return parts.settings(config_lib.resolve(config)), parts
+  except ValueError as error:
+    raise errors.SettingsError(
+      str(error), hint=getattr(error, "hint", None)
+    ) from error
 
 
 def _load_code(privacy: ml_collections.ConfigDict) -> None:
