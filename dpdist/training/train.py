@@ -102,7 +102,9 @@ def train(
   workdir = pathlib.Path(workdir)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(preemption.Notice())
-    progress = progress_lib.Progress()
+    phases = stack.enter_context(console.Phases())
+    is_shown = collectives.is_primary()
+    progress = progress_lib.Progress(phases.enter if is_shown else None)
     stack.enter_context(
       watchdog.Watchdog(progress, config.stuck_after, own=_OWN_ERRORS)
     )
@@ -120,6 +122,7 @@ def train(
       workdir,
       ledger,
       parts,
+      progress=progress,
       try_out=functools.partial(dry_run.run, config, progress),
     )
     stack.callback(job.close)
@@ -182,7 +185,7 @@ def _run(
   if collectives.any_process(stop.received) and start < last:
     raise errors.Preempted(start, stop.reason)
   if start < last:
-    progress.enter(start, "compiling")
+    progress.enter(start, "checking")
     step_sentinel.check_step(
       job.step,
       state.params,
@@ -192,6 +195,7 @@ def _run(
       chunk_size=job.chunk_size,
       is_watched=config.sentinel.every > 0,
     )
+  progress.enter(start, "starting")
   rows = _show_start(config, job, start, last, epsilon_planned)
   with contextlib.ExitStack() as stack:
     observers: list[loop_lib.Observer] = []
