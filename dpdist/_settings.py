@@ -65,6 +65,7 @@ TABLE: dict[str, str | Free | tuple[Any, str]] = {
     120.0,
     "A read that takes longer, in seconds, counts as failing; 0: no limit.",
   ),
+  "data.options": Free("Options of a data set from outside, which reads them."),
   "model": "The model, its first weights and what of it is trained.",
   "model.name": (
     "random_features",
@@ -114,6 +115,7 @@ TABLE: dict[str, str | Free | tuple[Any, str]] = {
     " is not found, the parameter is frozen. Empty: all are trained.",
   ),
   "model.dtype": ("float32", "Of the computation; sums are float32."),
+  "model.options": Free("Options of a model from outside, which reads them."),
   "augmentation": "Random changes of an example's image. The gradients of the"
   " changed copies are averaged before they are clipped as one example's.",
   "augmentation.multiplicity": (0, "Copies; 0: the unchanged image."),

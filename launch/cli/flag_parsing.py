@@ -103,7 +103,7 @@ def _parse(
     if "config" in flags.FLAGS:
       _set_up(changes)
   except flags.UnrecognizedFlagError as error:
-    sys.exit(_no_flag(error))
+    sys.exit(_no_flag(error, passes_on))
   except errors.ArgumentError as error:
     sys.exit(usage_error(error, error.hint or _try_help()))
   except (flags.Error, TypeError, ValueError) as error:
@@ -140,7 +140,7 @@ def _set_up(changes: Sequence[settings.Change]) -> None:
   config_lib.check(config)
 
 
-def _no_flag(error: flags.UnrecognizedFlagError) -> int:
+def _no_flag(error: flags.UnrecognizedFlagError, passes_on: bool) -> int:
   name = error.flagname
   said = f"there is no flag --{name}"
   close = difflib.get_close_matches(name, [*flags.FLAGS], 1, 0.7)
@@ -149,6 +149,8 @@ def _no_flag(error: flags.UnrecognizedFlagError) -> int:
     said += f": did you mean --{close[0]}?"
   elif meant:
     said += f": did you mean --config.{meant}?"
+  elif passes_on:
+    said += ": flags of what it starts come after --"
   return usage_error(said, _try_help())
 
 
