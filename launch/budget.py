@@ -30,10 +30,11 @@ from absl import flags
 
 from dpdist import config as config_lib
 from dpdist.files import json_fields
-from launch.cli import common_flags
-from launch.cli import exit_codes
-from launch.cli import flag_parsing
-from launch.cli import runs
+
+from .cli import common_flags
+from .cli import exit_codes
+from .cli import flag_parsing
+from .cli import runs
 
 if TYPE_CHECKING:
   from dpdist.ledger import ledger as ledger_lib

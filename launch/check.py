@@ -20,11 +20,12 @@ from absl import flags
 
 from dpdist import errors
 from dpdist.files import json_fields
-from launch.cli import common_flags
-from launch.cli import config_parts
-from launch.cli import exit_codes
-from launch.cli import flag_parsing
-from launch.cli import messages
+
+from .cli import common_flags
+from .cli import config_parts
+from .cli import exit_codes
+from .cli import flag_parsing
+from .cli import messages
 
 _CONFIG = common_flags.config()
 _WORKDIR = flags.DEFINE_string(

@@ -13,11 +13,12 @@ Exit codes: 0 done; 1 the record is not sound; 2 wrong usage.
 from typing import Any
 
 from dpdist.files import json_fields
-from launch.cli import common_flags
-from launch.cli import config_parts
-from launch.cli import exit_codes
-from launch.cli import flag_parsing
-from launch.cli import runs
+
+from .cli import common_flags
+from .cli import config_parts
+from .cli import exit_codes
+from .cli import flag_parsing
+from .cli import runs
 
 _CONFIG, _STEP = common_flags.checkpoint()
 _WORKDIR = common_flags.workdir()

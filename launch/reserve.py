@@ -20,9 +20,10 @@ from absl import flags
 
 from dpdist import config as config_lib
 from dpdist import errors
-from launch.cli import common_flags
-from launch.cli import exit_codes
-from launch.cli import flag_parsing
+
+from .cli import common_flags
+from .cli import exit_codes
+from .cli import flag_parsing
 
 if TYPE_CHECKING:
   from dpdist.ledger import data_budget

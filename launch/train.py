@@ -17,11 +17,12 @@ import traceback
 from absl import flags
 
 from dpdist import errors
-from launch.cli import common_flags
-from launch.cli import config_parts
-from launch.cli import exit_codes
-from launch.cli import flag_parsing
-from launch.cli import messages
+
+from .cli import common_flags
+from .cli import config_parts
+from .cli import exit_codes
+from .cli import flag_parsing
+from .cli import messages
 
 _CONFIG = common_flags.config()
 _WORKDIR = common_flags.workdir(

@@ -20,9 +20,10 @@ from ml_collections import config_flags
 from dpdist import _settings
 from dpdist import config as config_lib
 from dpdist import errors
-from launch.cli import exit_codes
-from launch.cli import messages
-from launch.cli import settings
+
+from . import exit_codes
+from . import messages
+from . import settings
 
 _HELP = ("help", "helpshort", "helpfull", "settings", "h", "?")
 _WIDTH = 80
