@@ -102,8 +102,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     (
       "plan",
       f"epsilon {statement.rounded_up(plan['epsilon'], 4)} at delta"
-      f" {plan['delta']:g} ({plan['delta_times_examples']:.2g} /"
-      f" {data['num_train']:,}), {plan['accountant']}",
+      f" {plan['delta']:g}, {plan['delta_times_examples']:.2g} of 1 /"
+      f" {data['num_train']:,} ({plan['accountant']} accountant)",
     ),
     (
       "noise and batch",

@@ -47,7 +47,11 @@ _START_TIMEOUT = flags.DEFINE_integer(
 
 def main() -> int:
   """Returns an exit code."""
-  print("starting", flush=True)
+  number = flags.FLAGS.process_id
+  if number is None:
+    number = os.environ.get("JAX_PROCESS_ID", "0")
+  if str(number) == "0":
+    print("starting", flush=True)
   # Imported here: flags are parsed, and something is said, before jax is
   # imported.
   import jax

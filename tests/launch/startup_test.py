@@ -11,6 +11,7 @@ import sys
 import pytest
 
 from launch.cli import settings
+from tests.support import without_jax
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _COMMANDS = sorted(
@@ -109,6 +110,16 @@ def test_a_wrong_setting_exits_with_2_and_says_which_is_meant(answers):
   ]
   assert code == 2
   assert "config.privacy.num_steps must be an integer, got 'x'" in err
+
+
+def test_a_run_speaks_before_jax_is_imported():
+  code = (
+    "import runpy, sys\nsys.argv[0] = 'launch/train.py'\n"
+    "runpy.run_module('launch.train', run_name='__main__')"
+  )
+  done = without_jax.run(code, _DIGITS, "--workdir=w")
+  assert done.stdout == "starting\n"
+  assert "No module named 'jax'" in done.stderr
 
 
 def test_settings_are_listed(answers):
