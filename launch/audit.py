@@ -24,13 +24,8 @@ from typing import Any
 
 from absl import flags
 
-from dpdist.audit import audit
-from dpdist.audit import canaries
-from dpdist.audit import plot
+from dpdist.audit import games
 from dpdist.files import json_fields
-from dpdist.privacy import statement
-from dpdist.reporting import console
-from dpdist.reporting import plots
 
 from .cli import common_flags
 from .cli import config_parts
@@ -39,7 +34,7 @@ from .cli import flag_parsing
 
 _CONFIG = common_flags.config()
 _MODE = flags.DEFINE_enum(
-  "mode", "worst_case", audit.MODES, "Which game is played."
+  "mode", "worst_case", games.MODES, "Which game is played."
 )
 _TRIALS = flags.DEFINE_integer(
   "num_trials", 0, "The number of canaries; 0: enough.", lower_bound=0
@@ -54,7 +49,7 @@ _STEPS = flags.DEFINE_integer(
   "num_steps", 0, "The steps of each run; 0: the plan's.", lower_bound=0
 )
 _CANARY = flags.DEFINE_enum(
-  "canary", "entry", canaries.KINDS, "What a canary's gradient is."
+  "canary", "entry", games.CANARIES, "What a canary's gradient is."
 )
 _CONFIDENCE = flags.DEFINE_float(
   "confidence", 0.95, "The confidence of the bounds."
@@ -65,6 +60,13 @@ _JSON = common_flags.json()
 
 def main() -> int:
   """Returns an exit code."""
+  # Imported here: flags are parsed before jax is imported.
+  from dpdist.audit import audit
+  from dpdist.audit import canaries
+  from dpdist.audit import plot
+  from dpdist.reporting import console
+  from dpdist.reporting import plots
+
   try:
     if _PLOT.value is not None:
       plots.check_path(_PLOT.value)
@@ -93,6 +95,8 @@ def main() -> int:
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+  from dpdist.privacy import statement
+
   rows = [
     (
       "claimed",

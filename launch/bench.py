@@ -25,11 +25,6 @@ from typing import Any
 from absl import flags
 
 from dpdist.files import json_fields
-from dpdist.privacy import statement
-from dpdist.profiling import autotune
-from dpdist.profiling import forecast
-from dpdist.profiling import measure
-from dpdist.reporting import console
 
 from .cli import common_flags
 from .cli import config_parts
@@ -52,6 +47,9 @@ _GB = 1e9
 
 def main() -> int:
   """Returns an exit code."""
+  # Imported here: flags are parsed before jax is imported.
+  from dpdist.profiling import forecast
+
   try:
     if _TOPOLOGY.value is None:
       facts = _here()
@@ -78,6 +76,9 @@ def main() -> int:
 
 
 def _here() -> dict[str, Any]:
+  from dpdist.profiling import autotune
+  from dpdist.profiling import measure
+
   bench = measure.prepare(_CONFIG.value, config_parts.load("config"))
   if not _AUTOTUNE.value:
     return measure.compare(bench, rounds=_ROUNDS.value)
@@ -86,6 +87,8 @@ def _here() -> dict[str, Any]:
 
 
 def _show_here(facts: dict[str, Any]) -> None:
+  from dpdist.reporting import console
+
   mesh = " x ".join(f"{axis} {size}" for axis, size in facts["mesh"].items())
   console.show_table(
     "Measured here",
@@ -125,6 +128,8 @@ def _show_here(facts: dict[str, Any]) -> None:
 
 
 def _show_tries(facts: dict[str, Any]) -> None:
+  from dpdist.reporting import console
+
   rows = [
     (
       f"{row['chunk_size']:,}",
@@ -148,6 +153,8 @@ def _show_tries(facts: dict[str, Any]) -> None:
 
 
 def _show_pod(facts: dict[str, Any]) -> None:
+  from dpdist.reporting import console
+
   console.show_table("Compiled, not run", _plan_rows(facts))
   console.show_table("Memory of a chip", _memory_rows(facts))
   if "apply" in facts:
@@ -163,6 +170,8 @@ _TITLES = {
 
 
 def _plan_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+  from dpdist.privacy import statement
+
   mesh = " x ".join(f"{axis} {size}" for axis, size in facts["mesh"].items())
   slices = f"{facts['num_slices']} x " if facts["num_slices"] > 1 else ""
   return [

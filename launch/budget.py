@@ -24,19 +24,21 @@ Imports no jax. Exit codes: 0 done; 2 wrong usage; anything else is a failure.
 """
 
 import textwrap
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from dpdist import config as config_lib
 from dpdist.files import json_fields
-from dpdist.ledger import ledger as ledger_lib
-from dpdist.privacy import plan as plan_lib
 
 from .cli import common_flags
 from .cli import exit_codes
 from .cli import flag_parsing
 from .cli import runs
+
+if TYPE_CHECKING:
+  from dpdist.ledger import ledger as ledger_lib
+  from dpdist.privacy import plan as plan_lib
 
 _CONFIG = common_flags.config(
   "A file in configs/: what it plans to spend.", required=False
@@ -116,6 +118,9 @@ def _facts() -> dict[str, Any]:
     return _ended(_WORKDIR.value) if _END.value else _spent(_WORKDIR.value)
   if _DATASET.value is not None:
     return _shared(_DATASET.value, _CANCEL.value)
+  # Imported here: flags are parsed without what takes long to import.
+  from dpdist.privacy import plan as plan_lib
+
   config = config_lib.privacy_config(_CONFIG.value)
   plan = plan_lib.make_plan(config)
   facts: dict[str, Any] = {"epsilon_planned": plan.epsilon(), **_numbers(plan)}
@@ -139,7 +144,7 @@ def _facts() -> dict[str, Any]:
   return facts | {"statement": statement_lib.of_plan(plan)}
 
 
-def _numbers(plan: plan_lib.PrivacyPlan) -> dict[str, Any]:
+def _numbers(plan: "plan_lib.PrivacyPlan") -> dict[str, Any]:
   numbers = {name: getattr(plan, name) for name in _NUMBERS}
   return numbers | {"steps_planned": plan.num_steps}
 
@@ -182,7 +187,7 @@ _NOTE = (
 
 
 def _guaranteed(
-  ledger: ledger_lib.Ledger, planned: float | None
+  ledger: "ledger_lib.Ledger", planned: float | None
 ) -> float | None:
   """Returns the run's epsilon, wherever it stops: `composition.guaranteed`."""
   if not ledger.spent_steps:
@@ -195,7 +200,9 @@ def _guaranteed(
   return composition.guaranteed(ledger.bounds)
 
 
-def _computed(ledger: ledger_lib.Ledger) -> dict[str, dict[str, float | None]]:
+def _computed(
+  ledger: "ledger_lib.Ledger",
+) -> dict[str, dict[str, float | None]]:
   # Imported here, since loading the accountants takes longer than all else.
   from dpdist.privacy import composition
 

@@ -1,27 +1,25 @@
-r"""Compares a config's own step with `jax.grad`: does it clip correctly?
+r"""Does all that a run does before its first charge, and says what it found.
 
   dpdist check --config=digits
+  dpdist check --config=digits --workdir=/data/digits
 
-Only the shapes of the data are used; weights are read if the config names some.
-The step is compiled for this machine's devices and the config's mesh, and run
-on made-up examples of every size, as `launch.train` does before it charges
-anything. No budget is spent, and nothing is written.
+Data, held-out labels, model and plan; whether the noise leaves anything to
+learn from; memory of a device, time to expect, and disk. And does the config's
+own step clip correctly? It is compiled for this machine's devices and the
+config's mesh, and compared with `jax.grad` on made-up examples of every size,
+as `launch.train` does. No budget is spent, and nothing is written; --workdir
+says only whose disk is meant.
 
-Exit codes: 0 it does; 1 it does not, or the sum fails; 2 wrong usage.
+Exit codes: 0 it can run; 1 it does not clip as it must, or fails; 2 wrong
+usage.
 """
 
-from collections.abc import Callable
-import json
 from typing import Any
 
+from absl import flags
+
 from dpdist import errors
-from dpdist.keys import keys
-from dpdist.reporting import console
-from dpdist.sensitivity import sentinel
-from dpdist.training import abstract_step
-from dpdist.training import parameters
-from dpdist.training import setup
-from dpdist.training import step_sentinel
+from dpdist.files import json_fields
 
 from .cli import common_flags
 from .cli import config_parts
@@ -30,45 +28,135 @@ from .cli import flag_parsing
 from .cli import messages
 
 _CONFIG = common_flags.config()
+_WORKDIR = flags.DEFINE_string(
+  "workdir", ".", "Where the run would be, for the free space there."
+)
 _JSON = common_flags.json()
+
+_MOST_WAYS = 12
 
 
 def main() -> int:
   """Returns an exit code."""
+  # Imported here: flags are parsed before jax is imported.
+  from dpdist.distributed import progress
+  from dpdist.profiling import rehearsal
+  from dpdist.reporting import console
+
   try:
-    check = _prepared(_CONFIG.value)
+    with console.Phases() as phases:
+      facts = rehearsal.rehearse(
+        _CONFIG.value,
+        config_parts.load("config"),
+        workdir=_WORKDIR.value,
+        progress=progress.Progress(None if _JSON.value else phases.enter),
+        tell=console.warn,
+      )
   except ValueError as error:
     return flag_parsing.usage_error(error)
-  try:
-    report = check()
   except errors.SensitivityError as error:
     return messages.show(messages.Message(str(error)))
   if _JSON.value:
-    print(json.dumps(report._asdict(), indent=2))
+    print(json_fields.text(facts))
   else:
-    rows = [("made-up examples", f"{report.num_examples}, none too long")]
-    rows += [(name or "parameters", way) for name, way in report.ways.items()]
-    console.show_table("Clipping", rows)
+    console.show_table("Checked, nothing charged", _rows(facts))
   return exit_codes.DONE
 
 
-def _prepared(config: Any) -> Callable[[], sentinel.Report]:
-  """Returns the check to run, once all settings are known to be right."""
-  experiment = setup.build(config, parts=config_parts.load("config"))
-  step, example = experiment.step, abstract_step.example(experiment)
-  start = parameters.of(
-    experiment.task, keys.key_data(keys.insecure_secret(0)), example
+def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+  from dpdist.privacy import statement
+  from dpdist.reporting import console
+
+  data, labels, plan = facts["data"], facts["labels"], facts["plan"]
+  model, signal, memory = facts["model"], facts["signal"], facts["memory"]
+  time, disk = facts["time"], facts["disk"]
+  arrays = ", ".join(
+    f"{name} {x['dtype']}{x['shape']}" for name, x in data["arrays"].items()
   )
-  row = abstract_step.unit(config, example)
-  return lambda: step_sentinel.check_step(
-    step,
-    start.init(step).params,
-    start.frozen(step),
-    row=row,
-    largest=experiment.largest_integers(row),
-    chunk_size=experiment.chunk_size,
-    is_watched=config.sentinel.every > 0,
-  )
+  mesh = " x ".join(f"{axis} {size}" for axis, size in model["mesh"].items())
+  frozen = f", {model['frozen']:,} frozen" if model["frozen"] else ""
+  rows = [
+    (
+      "data",
+      f"{data['num_train']:,} {data['unit']}s to train on,"
+      f" {data['num_test']:,} examples held out",
+    ),
+    ("of it, a row", arrays),
+  ]
+  if labels is not None:
+    rows.append(
+      (
+        "held-out labels",
+        f"{labels['num_classes']:,} classes, {labels['smallest']} to"
+        f" {labels['largest']}; always the most frequent one scores"
+        f" {labels['share_of_the_most_frequent']:.3f}",
+      )
+    )
+  rows += [
+    (
+      "model",
+      f"{model['parameters']:,} parameters in {model['arrays']:,} arrays"
+      f"{frozen}, {', '.join(model['dtypes'])}",
+    ),
+    ("mesh", f"{mesh} ({model['device']}), chunks of {model['chunk_size']:,}"),
+    (
+      "plan",
+      f"epsilon {statement.rounded_up(plan['epsilon'], 4)} at delta"
+      f" {plan['delta']:g}, {plan['delta_times_examples']:.2g} of 1 /"
+      f" {data['num_train']:,} ({plan['accountant']} accountant)",
+    ),
+    (
+      "noise and batch",
+      f"noise multiplier {plan['noise_multiplier']:g}, expected batch"
+      f" {plan['expected_batch_size']:,g}, q"
+      f" {plan['sampling_probability']:.4g} ({plan['sampling']})",
+    ),
+    ("steps", f"{plan['num_steps']:,}, {plan['epochs']:.4g} epochs"),
+    (
+      "signal over noise",
+      f"{signal['step']:.2g} at most in a step, {signal['all_steps']:.2g} in"
+      f" all: {signal['advice']}",
+    ),
+    *_clipping(facts["sensitivity"]),
+    (
+      "memory of a device",
+      f"{console.human_bytes(memory['most'])} (arguments and temporaries of"
+      f" the compiled step), {console.human_bytes(memory['free'])} free",
+    ),
+    (
+      "time",
+      f"{1e3 * time['step']:.3g} ms a step, {_duration(time['all_steps'])} in"
+      f" all; {time['measured']}",
+    ),
+    (
+      "disk",
+      f"{disk['kept']} checkpoints of"
+      f" {console.human_bytes(disk['checkpoint'])}, and one while it is"
+      f" written; {console.human_bytes(disk['free'])} free",
+    ),
+  ]
+  return rows + [("WARNING", warning) for warning in facts["warnings"]]
+
+
+def _clipping(report: dict[str, Any]) -> list[tuple[str, str]]:
+  """Returns rows on how each parameter is clipped, not too many."""
+  ways = [*report["ways"].items()]
+  rows = [
+    ("sensitivity", f"{report['num_examples']} made-up examples, none too long")
+  ]
+  rows += [
+    (f"  {name or 'parameters'}", way) for name, way in ways[:_MOST_WAYS]
+  ]
+  if len(ways) > _MOST_WAYS:
+    rows.append(("", f"and {len(ways) - _MOST_WAYS} more: --json"))
+  return rows
+
+
+def _duration(seconds: float) -> str:
+  for size, unit in ((86_400, "days"), (3600, "hours"), (60, "minutes")):
+    if seconds >= 2 * size:
+      return f"{seconds / size:.1f} {unit}"
+  return f"{seconds:.1f} s"
 
 
 if __name__ == "__main__":

@@ -12,10 +12,7 @@ Exit codes: 0 done; 1 the record is not sound; 2 wrong usage.
 
 from typing import Any
 
-from dpdist.export import load_run
 from dpdist.files import json_fields
-from dpdist.privacy import statement
-from dpdist.reporting import console
 
 from .cli import common_flags
 from .cli import config_parts
@@ -31,6 +28,10 @@ _JSON = common_flags.json()
 
 def main() -> int:
   """Returns an exit code."""
+  # Imported here: flags are parsed before jax is imported.
+  from dpdist.export import load_run
+  from dpdist.reporting import console
+
   try:
     released = load_run.load(
       _WORKDIR.value,
@@ -50,6 +51,8 @@ def main() -> int:
 
 
 def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
+  from dpdist.privacy import statement
+
   rows = [
     ("checkpoint", f"after step {facts['step']:,}"),
     ("examples", f"{facts['num_test']:,}, not trained on"),

@@ -14,10 +14,7 @@ import os
 
 from absl import flags
 
-from dpdist.export import export
-from dpdist.export import load_run
 from dpdist.files import json_fields
-from dpdist.reporting import console
 
 from .cli import common_flags
 from .cli import config_parts
@@ -40,6 +37,11 @@ _JSON = common_flags.json()
 
 def main() -> int:
   """Returns an exit code."""
+  # Imported here: flags are parsed before jax is imported.
+  from dpdist.export import export
+  from dpdist.export import load_run
+  from dpdist.reporting import console
+
   workdir, output = _WORKDIR.value, _OUTPUT.value
   name = _NAME.value or os.path.basename(os.path.abspath(output))
   try:

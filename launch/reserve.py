@@ -14,21 +14,19 @@ Exit codes: 0 done; 2 wrong usage, or no room; anything else is a failure.
 
 import functools
 import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from dpdist import config as config_lib
 from dpdist import errors
-from dpdist.data import sources
-from dpdist.data.datasets import datasets
-from dpdist.ledger import budgets
-from dpdist.ledger import data_budget
-from dpdist.privacy import plan as plan_lib
-from dpdist.reporting import console
 
 from .cli import common_flags
 from .cli import exit_codes
 from .cli import flag_parsing
+
+if TYPE_CHECKING:
+  from dpdist.ledger import data_budget
 
 _CONFIG = common_flags.config("A file in configs/: the dearest of the runs.")
 _COUNT = flags.DEFINE_integer(
@@ -56,8 +54,15 @@ def main() -> int:
   return exit_codes.DONE
 
 
-def _reserve() -> tuple[data_budget.DataBudget, float]:
+def _reserve() -> tuple["data_budget.DataBudget", float]:
   """Returns the budget, and the cost of one run."""
+  # Imported here: flags are parsed before jax is imported.
+  from dpdist.data import sources
+  from dpdist.data.datasets import datasets
+  from dpdist.ledger import budgets
+  from dpdist.privacy import plan as plan_lib
+  from dpdist.reporting import console
+
   config = _CONFIG.value
   settings = config.data_budget
   if not settings.location:

@@ -15,14 +15,8 @@ import sys
 import traceback
 
 from absl import flags
-import jax
 
-import dpdist
 from dpdist import errors
-from dpdist.distributed import preemption
-from dpdist.distributed import startup
-from dpdist.distributed import watchdog
-from dpdist.workdir import fingerprint
 
 from .cli import common_flags
 from .cli import config_parts
@@ -53,6 +47,17 @@ _START_TIMEOUT = flags.DEFINE_integer(
 
 def main() -> int:
   """Returns an exit code."""
+  number = flags.FLAGS.process_id
+  if number is None:
+    number = os.environ.get("JAX_PROCESS_ID", "0")
+  if str(number) == "0":
+    print("starting", flush=True)
+  # Imported here: flags are parsed, and something is said, before jax is
+  # imported.
+  import jax
+
+  from dpdist.distributed import watchdog
+
   try:
     code = _main()
   except BaseException as error:
@@ -70,6 +75,12 @@ def main() -> int:
 
 
 def _main() -> int:
+  import dpdist
+  from dpdist.distributed import preemption
+  from dpdist.distributed import startup
+  from dpdist.distributed import watchdog
+  from dpdist.workdir import fingerprint
+
   # Whoever may write there can rewrite the whole record.
   os.umask(os.umask(0o077) | 0o002)
   try:

@@ -8,7 +8,6 @@ not; 2 wrong usage.
 
 from dpdist import errors
 from dpdist.files import json_fields
-from dpdist.workdir import verify
 
 from .cli import common_flags
 from .cli import exit_codes
@@ -22,6 +21,9 @@ _JSON = common_flags.json()
 
 def main() -> int:
   """Returns an exit code."""
+  # Imported here: flags are parsed without what takes long to import.
+  from dpdist.workdir import verify
+
   try:
     ledger = runs.open_begun(_WORKDIR.value, _LEDGER.value)
     findings = verify.verify(_WORKDIR.value, ledger)

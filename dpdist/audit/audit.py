@@ -20,9 +20,8 @@ from dpdist.accounting import accountants
 from dpdist.accounting import gaussian_events
 from dpdist.audit import bounds as bounds_lib
 from dpdist.audit import canaries
+from dpdist.audit import games
 from dpdist.privacy import plan as plan_lib
-
-MODES = ("worst_case", "one_run")
 
 _TRIALS = 4000
 # The least and the most multiple of the plan's noise that is tried, and into
@@ -148,7 +147,7 @@ def _check(
   most: int,
   confidence: float,
 ) -> None:
-  _validation.check("mode", mode, _validation.one_of(MODES))
+  _validation.check("mode", mode, _validation.one_of(games.MODES))
   _validation.check("num_trials", num_trials, _validation.integer(2))
   _validation.require(
     1 <= canaries_per_run <= most,

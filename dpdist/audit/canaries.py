@@ -23,6 +23,7 @@ import optax
 
 from dpdist import _validation
 from dpdist import config as config_lib
+from dpdist.audit import games
 from dpdist.data import pipeline
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.keys import keys
@@ -35,8 +36,6 @@ from dpdist.training import setup
 from dpdist.training import step as step_lib
 
 PyTree = Any
-
-KINDS = ("entry", "example")
 
 # The fields that a unit of the audit has besides its arrays: a factor of the
 # model's loss, a factor of the parameters' entry that is the canary's, and the
@@ -89,7 +88,7 @@ def prepare(
   parts: parts_lib.Parts = parts_lib.NAMED,
 ) -> Program:
   """Makes a config's step on all devices, for canaries."""
-  _validation.check("canary", canary, _validation.one_of(KINDS))
+  _validation.check("canary", canary, _validation.one_of(games.CANARIES))
   plan = plan_lib.make_plan(config_lib.privacy_config(config))
   users = plan.examples_per_user
   _validation.require(

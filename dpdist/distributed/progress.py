@@ -9,15 +9,19 @@ others wait for are those behind all others, in step and phase.
 """
 
 import collections
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import time
 from typing import NamedTuple
 
 PHASES = (
   "starting",
+  "loading",
+  "planning",
   "reading",
   "charging",
   "compiling",
+  "checking",
+  "measuring",
   "computing",
   "reducing",
   "agreeing",
@@ -27,15 +31,20 @@ PHASES = (
 )
 """In the order in which they come in a step.
 
-`compiling` comes before all steps; see `dpdist.training.dry_run`. Until the end
-of computing a process needs no other one.
+`loading` and `planning` come before all steps, and so do `compiling` and
+`checking`; see `dpdist.training.dry_run`. Until the end of computing a process
+needs no other one.
 """
 
 # A live process reports every few seconds. JAX aborts a job when it has not
 # heard from a process for 100 seconds, with a less clear message.
 SILENT_SECONDS = 60.0
 # These take as long as models, file systems and held-out data make them.
-_UNLIMITED = ("starting", "compiling", "evaluating", "saving", "finishing")
+_UNLIMITED = (
+  *("starting", "loading", "planning", "compiling", "checking"),
+  "measuring",
+  *("evaluating", "saving", "finishing"),
+)
 _MOST_NAMED = 4
 
 
@@ -51,7 +60,9 @@ class ProcessStatus(NamedTuple):
 class Progress:
   """Tracks what this process is doing. `status` may be called in any thread."""
 
-  def __init__(self) -> None:
+  def __init__(self, on_enter: Callable[[str], None] | None = None) -> None:
+    """Makes one that has just started; on_enter is called with each phase."""
+    self._on_enter = on_enter
     self._now = (-1, "starting", time.monotonic())
     self._seconds: dict[str, float] = collections.defaultdict(float)
 
@@ -60,6 +71,8 @@ class Progress:
     (_, ended, since), now = self._now, time.monotonic()
     self._seconds[ended] += now - since
     self._now = (step, phase, now)
+    if self._on_enter is not None:
+      self._on_enter(phase)
 
   def status(self) -> ProcessStatus:
     """Returns what this process is doing now."""
@@ -115,7 +128,9 @@ def find_stuck(
 
 
 def _position(status: ProcessStatus) -> tuple[int, int]:
-  phase = "computing" if status.phase == "compiling" else status.phase
+  phase = status.phase
+  if phase in ("compiling", "checking", "measuring"):
+    phase = "computing"
   return status.step, PHASES.index(phase)
 
 

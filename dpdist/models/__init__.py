@@ -35,6 +35,13 @@ def make(config: ml_collections.ConfigDict) -> nn.Module:
   """
   _validation.check("model.dtype", config.dtype, _validation.one_of(_DTYPES))
   maker = registry.resolve("model", config.name, setting="model.name")
+  if config.get("options"):
+    _validation.require(
+      bool(registry.code_sha256("model", config.name, setting="model.name")),
+      "model.options",
+      f"empty for model.name={config.name!r}, which reads none of them",
+      config.options.to_dict(),
+    )
   model: nn.Module = maker(config)
   return model
 

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jax.sharding import NamedSharding
 import ml_collections
 import numpy as np
@@ -190,7 +191,12 @@ def free_bytes(bench: Bench) -> int:
 
   CPU devices share the machine's memory.
   """
-  device = bench.step.mesh.devices.flat[0]
+  return free_bytes_on(bench.step.mesh)
+
+
+def free_bytes_on(mesh: Mesh) -> int:
+  """Returns the free memory for one device of a mesh, as `free_bytes`."""
+  device = mesh.devices.flat[0]
   stats = device.memory_stats() or {}
   if "bytes_limit" in stats:
     return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))

@@ -105,6 +105,66 @@ def warn(line: str) -> None:
   print(f"WARNING: {line}", file=sys.stderr, flush=True)
 
 
+_PHASES = {
+  "loading": "loading data",
+  "planning": "planning",
+  "compiling": "compiling",
+  "checking": "checking the step",
+  "measuring": "measuring the step",
+}
+
+
+class Phases:
+  """Shows what a run does before its first step; a context manager.
+
+  On a terminal it is a line that counts seconds; elsewhere a line when a phase
+  begins. Either way, one that took a second or longer leaves a line with its
+  time, as "compiling 6 s".
+  """
+
+  def __init__(self, *, console: rich.console.Console | None = None):
+    """Shows nothing yet."""
+    self._console = console or _console()
+    self._phase, self._since = "", 0.0
+    self._line: rich.progress.Progress | None = None
+
+  def __enter__(self) -> Self:
+    return self
+
+  def __exit__(self, *unused: object) -> None:
+    self.enter("")
+
+  def enter(self, phase: str) -> None:
+    """Ends the phase before, and shows the next one if it is among those.
+
+    For the names see `dpdist.distributed.progress.PHASES`.
+    """
+    name = _PHASES.get(phase, "")
+    if name == self._phase:
+      return
+    if self._line is not None:
+      self._line.stop()
+      self._line = None
+    seconds = time.monotonic() - self._since
+    if self._phase and seconds >= 1.0:
+      _print_plain(self._console, f"{self._phase} {seconds:.0f} s")
+    self._phase, self._since = name, time.monotonic()
+    if not name:
+      return
+    if not self._console.is_interactive:
+      _print_plain(self._console, name)
+      return
+    self._line = rich.progress.Progress(
+      rich.progress.TextColumn("{task.description}"),
+      rich.progress.TimeElapsedColumn(),
+      console=self._console,
+      transient=True,
+      refresh_per_second=2,
+    )
+    self._line.add_task(name, total=None)
+    self._line.start()
+
+
 class _Bar(rich.progress.Progress):
   """A bar with a line of facts below it, so that both fit 80 columns."""
 

@@ -14,6 +14,8 @@ Guarantees:
   * Where it fails in one process, all stop, and nothing is spent.
 """
 
+import statistics
+import time
 from typing import Any
 
 import jax
@@ -65,10 +67,33 @@ def run(
   return size
 
 
+def timed(job: job_lib.Job, *, rounds: int = 3) -> tuple[float, float]:
+  """Returns the seconds of a chunk and of an update: medians over rounds.
+
+  Every row of the chunk is padding: no example is read, and a row takes as long
+  whatever it holds. To be called after `run`, which compiles both.
+  """
+  state = job.init()
+  chunk, update = [], []
+  for _ in range(rounds + 1):
+    accumulator = job.step.begin(state)
+    start = time.perf_counter()
+    accumulator = _with_chunk(job, state, accumulator, job.chunk_size, 0, True)
+    jax.block_until_ready(accumulator)
+    middle = time.perf_counter()
+    state, released = _applied(job, state, accumulator)
+    jax.block_until_ready(released)
+    chunk.append(middle - start)
+    update.append(time.perf_counter() - middle)
+  # The first round is not counted.
+  return statistics.median(chunk[1:]), statistics.median(update[1:])
+
+
 def _is_to_train(job: job_lib.Job) -> bool:
   """Returns whether a step is left; for the primary process."""
   ledger, saved = job.ledger, job.found.saved
-  assert ledger is not None
+  if ledger is None:  # A new run that is only looked at.
+    return True
   if job.changes or saved is None or not ledger.branches:
     return True
   # Whether the run uses the present branch or a new one is decided later; a new
@@ -87,13 +112,8 @@ def _accumulated(
       accumulator = job.step.begin(state)
       # Two chunks, like a draw of the run that needs more than one.
       for first_row in (0, size):
-        accumulator = job.step.accumulate(
-          state.params,
-          accumulator,
-          *_zeros(job, size),
-          noise.as_key(setup.PUBLIC_KEY_DATA),
-          first_row,
-          *([] if job.frozen is None else [job.frozen]),
+        accumulator = _with_chunk(
+          job, state, accumulator, size, first_row, False
         )
       jax.block_until_ready(accumulator)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
@@ -108,6 +128,36 @@ def _accumulated(
   return made
 
 
+def _with_chunk(
+  job: job_lib.Job,
+  state: step_lib.TrainState,
+  accumulator: step_lib.Accumulator,
+  size: int,
+  first_row: int,
+  is_padding: bool,
+) -> step_lib.Accumulator:
+  """Adds a chunk of zeros, or of padding alone, to a sum."""
+  made: step_lib.Accumulator = job.step.accumulate(
+    state.params,
+    accumulator,
+    *_zeros(job, size, is_padding),
+    noise.as_key(setup.PUBLIC_KEY_DATA),
+    first_row,
+    *([] if job.frozen is None else [job.frozen]),
+  )
+  return made
+
+
+def _applied(
+  job: job_lib.Job, state: step_lib.TrainState, accumulator: Any
+) -> tuple[step_lib.TrainState, dict[str, jax.Array]]:
+  release_index = [np.int32(0)] if len(job.plan.phases) > 1 else []
+  made: tuple[step_lib.TrainState, dict[str, jax.Array]] = job.step.apply(
+    state, accumulator, noise.as_key(setup.PUBLIC_KEY_DATA), *release_index
+  )
+  return made
+
+
 def _finish(
   config: ml_collections.ConfigDict,
   job: job_lib.Job,
@@ -117,27 +167,21 @@ def _finish(
   """Does what the run does with a step's sum."""
   if config.unsafe_metrics:
     jax.block_until_ready(job.step.stats(accumulator))
-  release_index = [np.int32(0)] if len(job.plan.phases) > 1 else []
-  state, released = job.step.apply(
-    state, accumulator, noise.as_key(setup.PUBLIC_KEY_DATA), *release_index
-  )
+  state, released = _applied(job, state, accumulator)
   jax.block_until_ready(released)
   for params in (state.params, state.ema_params):
     if params is not None:
       job.evaluate(step_lib.whole(params, job.frozen), num_passes=1)
 
 
-def _zeros(job: job_lib.Job, size: int) -> tuple[PyTree, jax.Array]:
-  """Makes a chunk of zeros in the data's shapes, without padding."""
+def _zeros(
+  job: job_lib.Job, size: int, is_padding: bool
+) -> tuple[PyTree, jax.Array]:
+  """Makes a chunk of zeros in the data's shapes; all or none are padding."""
   rows = len(mesh_lib.local_rows(job.mesh, size))
-
-  def zeros(x: Any) -> jax.Array:
-    return mesh_lib.put_rows(
-      np.zeros((rows, *x.shape), x.dtype), size, job.mesh
-    )
-
-  is_padding = jax.ShapeDtypeStruct((), np.bool_)
-  return jax.tree.map(zeros, job.row), zeros(is_padding)
+  put = lambda x: mesh_lib.put_rows(x, size, job.mesh)
+  zeros = lambda x: put(np.zeros((rows, *x.shape), x.dtype))
+  return jax.tree.map(zeros, job.row), put(np.full(rows, is_padding))
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

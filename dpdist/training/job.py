@@ -22,6 +22,7 @@ from dpdist.data import users
 from dpdist.data.features import features
 from dpdist.distributed import collectives
 from dpdist.distributed import mesh as mesh_lib
+from dpdist.distributed import progress as progress_lib
 from dpdist.keys import keys
 from dpdist.ledger import data_budget
 from dpdist.ledger import ledger as ledger_lib
@@ -103,6 +104,7 @@ def prepare(
   ledger: ledger_lib.Ledger | None,
   parts: parts_lib.Parts = parts_lib.NAMED,
   *,
+  progress: progress_lib.Progress | None = None,
   try_out: Callable[[Job], int] | None = None,
 ) -> Job:
   """Makes a job, and makes the primary process the writer of its ledger.
@@ -115,7 +117,8 @@ def prepare(
   chunk size; see `dpdist.training.dry_run`.
   """
   try:
-    job = _prepared(config, workdir, ledger, parts)
+    progress = progress or progress_lib.Progress()
+    job = _prepared(config, workdir, ledger, parts, progress)
     if try_out is not None:
       job = dataclasses.replace(job, chunk_size=try_out(job))
     is_watched = config.sentinel.every > 0
@@ -128,15 +131,34 @@ def prepare(
     ) from error
 
 
+def look(
+  config: ml_collections.ConfigDict,
+  parts: parts_lib.Parts = parts_lib.NAMED,
+  *,
+  progress: progress_lib.Progress | None = None,
+) -> Job:
+  """Makes the job of a new run as `prepare` does, and writes nothing.
+
+  It cannot begin: it has no ledger and no secret. Raises ValueError as
+  `prepare` does.
+  """
+  config_lib.check(config)
+  config = parts.settings(config_lib.resolve(config))
+  return _prepared(
+    config, None, None, parts, progress or progress_lib.Progress()
+  )
+
+
 def _prepared(
   config: ml_collections.ConfigDict,
-  workdir: pathlib.Path,
+  workdir: pathlib.Path | None,
   ledger: ledger_lib.Ledger | None,
   parts: parts_lib.Parts,
+  progress: progress_lib.Progress,
 ) -> Job:
-  """Returns the job, not begun; writes nothing."""
-  mesh, dataset, train_digest, earlier, features_sha256, close = (
-    collectives.run_on_all(lambda: _load(config, parts))
+  """Returns the job, not begun; writes nothing. No workdir: as of a new run."""
+  mesh, dataset, own_digest, earlier, features_sha256, close = (
+    collectives.run_on_all(lambda: _load(config, parts, progress))
   )
   code = collectives.run_on_all(lambda: _outside_code(config, parts))
   fingerprint.check_code()
@@ -146,14 +168,13 @@ def _prepared(
     code=environment["code_sha256"],
     packages=environment["packages"],
     jax_config=environment["jax_config"],
-    training_data=train_digest,
+    training_data=own_digest,
     training_features=features_sha256,
     code_outside=code,
   )
-  own_digest = train_digest
-  train_digest = resume.recorded_digest(ledger, own_digest, earlier)
-  plan, changes, found = resume.resolve_plan(
-    config, workdir, ledger, train_digest
+  progress.enter(-1, "planning")
+  train_digest, plan, changes, found = _planned(
+    config, workdir, ledger, own_digest, earlier
   )
   collectives.assert_equal(plan=plan.fingerprint())
   experiment = setup.build(config, mesh, plan=plan, parts=parts)
@@ -208,6 +229,21 @@ def _prepared(
     chunk_size=experiment.chunk_size,
     close=close,
   )
+
+
+def _planned(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path | None,
+  ledger: ledger_lib.Ledger | None,
+  own_digest: str,
+  earlier: Callable[[], list[str]],
+) -> tuple[str, plan_lib.PrivacyPlan, list[str], manifest.ResumePoint]:
+  """Returns the data's recorded digest, plan, changes and checkpoint."""
+  if workdir is None:
+    plan = plan_lib.make_plan(config_lib.privacy_config(config))
+    return own_digest, plan, [], manifest.ResumePoint(None, [])
+  digest = resume.recorded_digest(ledger, own_digest, earlier)
+  return digest, *resume.resolve_plan(config, workdir, ledger, digest)
 
 
 def _outside_code(
@@ -301,7 +337,9 @@ def _begun(
 
 
 def _load(
-  config: ml_collections.ConfigDict, parts: parts_lib.Parts
+  config: ml_collections.ConfigDict,
+  parts: parts_lib.Parts,
+  progress: progress_lib.Progress,
 ) -> tuple[
   Mesh,
   dataset_lib.Dataset,
@@ -311,6 +349,7 @@ def _load(
   Callable[[], None],
 ]:
   """Loads what any single process may fail to find: devices and data."""
+  progress.enter(-1, "loading")
   # Before features are computed, which may take long.
   setup.check(config)
   config_lib.privacy_config(config)

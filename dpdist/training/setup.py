@@ -101,7 +101,7 @@ def build(
   By default the mesh is of this machine's devices, as the config divides them,
   and the plan is made from the config. See `dpdist.clipped_grad` for platform.
   """
-  config = parts.settings(config)
+  config = parts.settings(config_lib.resolve(config))
   check(config)
   if plan is None:
     plan = plan_lib.make_plan(config_lib.privacy_config(config))

@@ -98,17 +98,13 @@ def train(
     dpdist.errors.SensitivityError: clipping does not bound what an example can
       do; raised before a step is charged, or after one that is saved.
   """
-  try:
-    config_lib.check(config)
-    parts = parts_lib.of(task, dataset, optimizer)
-  except ValueError as error:
-    raise errors.SettingsError(
-      str(error), hint=getattr(error, "hint", None)
-    ) from error
-  config, workdir = parts.settings(config), pathlib.Path(workdir)
+  config, parts = _checked(config, task, dataset, optimizer)
+  workdir = pathlib.Path(workdir)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(preemption.Notice())
-    progress = progress_lib.Progress()
+    phases = stack.enter_context(console.Phases())
+    is_shown = collectives.is_primary()
+    progress = progress_lib.Progress(phases.enter if is_shown else None)
     stack.enter_context(
       watchdog.Watchdog(progress, config.stuck_after, own=_OWN_ERRORS)
     )
@@ -126,6 +122,7 @@ def train(
       workdir,
       ledger,
       parts,
+      progress=progress,
       try_out=functools.partial(dry_run.run, config, progress),
     )
     stack.callback(job.close)
@@ -138,6 +135,23 @@ def train(
       )
     )
     return _run(config, workdir, job, checkpoints, stop, progress)
+
+
+def _checked(
+  config: ml_collections.ConfigDict,
+  task: Any,
+  dataset: Any,
+  optimizer: optax.GradientTransformation | None,
+) -> tuple[ml_collections.ConfigDict, parts_lib.Parts]:
+  """Returns the settings, complete, and the parts that were given."""
+  try:
+    config_lib.check(config)
+    parts = parts_lib.of(task, dataset, optimizer)
+    return parts.settings(config_lib.resolve(config)), parts
+  except ValueError as error:
+    raise errors.SettingsError(
+      str(error), hint=getattr(error, "hint", None)
+    ) from error
 
 
 def _load_code(privacy: ml_collections.ConfigDict) -> None:
@@ -171,7 +185,7 @@ def _run(
   if collectives.any_process(stop.received) and start < last:
     raise errors.Preempted(start, stop.reason)
   if start < last:
-    progress.enter(start, "compiling")
+    progress.enter(start, "checking")
     step_sentinel.check_step(
       job.step,
       state.params,
@@ -181,6 +195,7 @@ def _run(
       chunk_size=job.chunk_size,
       is_watched=config.sentinel.every > 0,
     )
+  progress.enter(start, "starting")
   rows = _show_start(config, job, start, last, epsilon_planned)
   with contextlib.ExitStack() as stack:
     observers: list[loop_lib.Observer] = []

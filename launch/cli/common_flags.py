@@ -15,7 +15,8 @@ def config(
   required: bool = True,
 ) -> flags.FlagHolder[Any]:
   """Defines --config, whose settings are checked when flags are parsed."""
-  holder = config_flags.DEFINE_config_file("config", None, help)
+  # Flags of settings are read by `launch.cli.settings`, not from sys.argv.
+  holder = config_flags.DEFINE_config_file("config", None, help, sys_argv=[])
   if required:
     flags.mark_flag_as_required(holder)
   return holder

@@ -12,22 +12,28 @@ import importlib.util
 import pathlib
 import sys
 import types
+from typing import TYPE_CHECKING
 
 from absl import flags
 from ml_collections import config_flags
 
 from dpdist import errors
-from dpdist.tasks import parts as parts_lib
+
+if TYPE_CHECKING:
+  from dpdist.tasks import parts as parts_lib
 
 _KINDS = ("task", "dataset", "optimizer")
 
 
-def load(flag: str) -> parts_lib.Parts:
+def load(flag: str) -> "parts_lib.Parts":
   """Returns what the file of a config flag defines, made from its settings.
 
   Without the flag nothing is given. Raises SettingsError, which names the file,
   if a function returns what is no such part.
   """
+  # Imported here, since it imports jax: flags are parsed without.
+  from dpdist.tasks import parts as parts_lib
+
   holder = flags.FLAGS[flag]
   if holder.value is None:
     return parts_lib.NAMED

@@ -1,11 +1,15 @@
-"""Parses absl flags, with the exit codes of this project's commands."""
+"""Parses absl flags, with the exit codes of this project's commands.
+
+Imports no jax, so that help and wrong usage are answered at once.
+"""
 
 from collections.abc import Callable, Sequence
+import difflib
 import functools
 import os
-import re
 import select
 import sys
+import textwrap
 from typing import NoReturn
 
 from absl import app
@@ -13,13 +17,18 @@ from absl import flags
 from absl import logging
 from ml_collections import config_flags
 
-from dpdist import config
+from dpdist import _settings
+from dpdist import config as config_lib
 from dpdist import errors
 
 from . import config_files
 from . import exit_codes
 from . import messages
+from . import settings
 from . import words
+
+_HELP = ("help", "helpshort", "helpfull", "settings", "h", "?")
+_WIDTH = 80
 
 
 def run(main: Callable[..., int], *, passes_on: bool = False) -> NoReturn:
@@ -31,7 +40,7 @@ def run(main: Callable[..., int], *, passes_on: bool = False) -> NoReturn:
   logging.set_verbosity(logging.WARNING)
   app.run(
     functools.partial(_guarded, main, passes_on),
-    flags_parser=functools.partial(_parse, passes_on),
+    flags_parser=functools.partial(_parse, passes_on, module=main.__module__),
   )
   raise AssertionError("app.run does not return")
 
@@ -74,32 +83,33 @@ def _last_line(text: object) -> str:
   return (str(text).strip().splitlines() or [""])[-1].strip()
 
 
-def _parse(passes_on: bool, argv: Sequence[str]) -> list[str]:
+def _parse(
+  passes_on: bool, argv: Sequence[str], *, module: str = ""
+) -> list[str]:
   passed: list[str] = []
-  if passes_on and "--" in argv:
+  if "--" in argv:
     end = argv.index("--")
     argv, passed = argv[:end], list(argv[end + 1 :])
+  asked = {word.lstrip("-") for word in argv[1:] if word[:1] == "-"}
+  for name in _HELP:
+    if name in asked:
+      print(_help(name, module), end="")
+      sys.exit(exit_codes.DONE)
+  if not passes_on and passed:
+    sys.exit(usage_error(f"unexpected argument {passed[0]!r}\nTry --help."))
+  changes: list[settings.Change] = []
   try:
-    unset: list[str] = []
     if "config" in flags.FLAGS:
-      argv, unset = _unset(argv)
+      argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
       argv = config_files.found(argv)
+      argv, changes = settings.take(argv)
     rest = flags.FLAGS(argv)
-    if "config" in flags.FLAGS and flags.FLAGS.config is not None:
-      # If a file could not be loaded, any attribute raises the error.
-      hasattr(flags.FLAGS.config, "to_dict")
-      config.check(flags.FLAGS.config)
-      changes = config_flags.get_override_values(flags.FLAGS["config"])
-      for name in unset:
-        flags.FLAGS.config.update_from_flattened_dict({name: None})
-        changes[name] = None
-  except AttributeError as error:
-    # An unknown setting, perhaps with a suggestion, wrapped in a KeyError.
-    reason = error.args[0] if error.args else error
-    if isinstance(reason, KeyError) and reason.args:
-      reason = reason.args[0]
-    help_ = errors.Hint(text=words.line(messages.name(), "--help"))
-    sys.exit(usage_error(f"there is no setting {_last_line(reason)}", help_))
+    if "config" in flags.FLAGS:
+      _set_up(changes)
+  except flags.UnrecognizedFlagError as error:
+    sys.exit(_no_flag(error, passes_on))
+  except errors.ArgumentError as error:
+    sys.exit(usage_error(error, error.hint or _try_help()))
   except (flags.Error, TypeError, ValueError) as error:
     if "Traceback" in str(error):
       sys.exit(_not_loaded(_last_line(error)))
@@ -115,38 +125,88 @@ def _parse(passes_on: bool, argv: Sequence[str]) -> list[str]:
   return rest + passed
 
 
+def _set_up(changes: Sequence[settings.Change]) -> None:
+  """Checks the config that --config names, and changes it by its flags."""
+  config = flags.FLAGS.config
+  if config is None:
+    if changes:
+      raise errors.ArgumentError(
+        f"--config.{changes[0].path} changes a setting of the file in --config,"
+        " which is not given",
+        hint=errors.Hint(flags=("--config=FILE",)),
+      )
+    return
+  # If a file could not be loaded, any attribute raises the error.
+  hasattr(config, "to_dict")
+  config_lib.check(config)
+  made = settings.change(config, changes)
+  config_flags.get_override_values(flags.FLAGS["config"]).update(made)
+  config_lib.check(config)
+
+
+def _no_flag(error: flags.UnrecognizedFlagError, passes_on: bool) -> int:
+  name = error.flagname
+  said = f"there is no flag --{name}"
+  close = difflib.get_close_matches(name, [*flags.FLAGS], 1, 0.7)
+  meant = _settings.suggest(name) if "config" in flags.FLAGS else ""
+  if close:
+    said += f": did you mean --{close[0]}?"
+  elif meant:
+    said += f": did you mean --config.{meant}?"
+  elif passes_on:
+    said += ": flags of what it starts come after --"
+  return usage_error(said, _try_help())
+
+
+def _try_help() -> errors.Hint:
+  return errors.Hint(text=words.line(messages.name(), "--help"))
+
+
+def _help(name: str, module: str) -> str:
+  """Returns what --help, --helpfull or --settings print."""
+  if name == "settings":
+    return settings.reference()
+  text = f"{(sys.modules[module].__doc__ or '').strip()}\n\nFlags:\n"
+  own: dict[str, flags.Flag] = {}
+  common = [x for x in flags.FLAGS.flags_by_module_dict() if ".cli." in x]
+  # A program that is run names its flags by its path, a module by its name.
+  for place in (sys.argv[0], module, *common):
+    for flag in flags.FLAGS.get_key_flags_for_module(place):
+      own[flag.name] = flag
+  text += "".join(map(_flag, own.values()))
+  has_settings = "config" in flags.FLAGS
+  if name == "helpfull":
+    text += f"\n{settings.reference()}" if has_settings else ""
+    return f"{text}\nFlags of all modules:\n{flags.FLAGS.get_help()}\n"
+  if has_settings:
+    text += "\n--settings lists all settings that --config.NAME=VALUE changes."
+  return f"{text}\n--helpfull shows all there is.\n"
+
+
+def _flag(flag: flags.Flag) -> str:
+  value = "" if flag.boolean else "=VALUE"
+  name = f"  --{'[no]' if flag.boolean else ''}{flag.name}{value}"
+  meaning = " ".join((flag.help or "").split())
+  if isinstance(flag, flags.EnumFlag):
+    meaning += f" One of {', '.join(flag.parser.enum_values)}."
+  if not flag.boolean and flag.default not in (None, "", []):
+    meaning += f" (default {flag.default_as_str})"
+  if any("other than None" in x.message for x in flag.validators):
+    meaning += " (required)"
+  indent = " " * 6
+  return "\n".join(
+    [
+      name,
+      textwrap.fill(
+        meaning, _WIDTH, initial_indent=indent, subsequent_indent=indent
+      ),
+      "",
+    ]
+  )
+
+
 def _not_loaded(reason: str) -> int:
   return usage_error(
     f"--config cannot be loaded: {reason}",
     errors.Hint(text=config_files.listing()),
   )
-
-
-def _unset(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-  """Removes the flags that unset a setting, which its parser would refuse.
-
-  Returns the other arguments, and the settings to set to None: those that may
-  be None and whose last flag is "None", "none" or empty.
-  """
-  argv = flags.FLAGS.read_flags_from_files(list(argv), force_gnu=False)
-  optional = config.optional()
-  kept: list[str] = []
-  unset: dict[str, bool] = {}
-  words = iter(argv)
-  for word in words:
-    if word == "--":
-      kept += [word, *words]
-      break
-    match = re.fullmatch(r"--?config\.([\w.]+)(?:=(.*))?", word, re.DOTALL)
-    if match is None or match[1] not in optional:
-      kept.append(word)
-      continue
-    given = [word]
-    value = match[2]
-    if value is None:
-      given += [after for after in [next(words, None)] if after is not None]
-      value = given[-1]
-    unset[match[1]] = value in ("", "None", "none")
-    if not unset[match[1]]:
-      kept += given
-  return kept, [name for name, is_unset in unset.items() if is_unset]

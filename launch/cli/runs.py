@@ -2,11 +2,14 @@
 
 import importlib
 import os
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from dpdist import errors
-from dpdist.ledger import ledger as ledger_lib
+
+if TYPE_CHECKING:
+  from dpdist.ledger import ledger as ledger_lib
 
 from . import words
 
@@ -21,13 +24,16 @@ _CODE = flags.DEFINE_multi_string(
 )
 
 
-def open_begun(workdir: str, location: str | None) -> ledger_lib.Ledger:
+def open_begun(workdir: str, location: str | None) -> "ledger_lib.Ledger":
   """Opens the ledger of a run that has begun, for reading.
 
   It is in the run's directory unless a location is given. Raises ValueError if
   there is no such run, or no such module as --code names, and LedgerError if
   its records name code that --code does not.
   """
+  # Imported here: flags are parsed without what takes long to import.
+  from dpdist.ledger import ledger as ledger_lib
+
   for module in _CODE.value:
     try:
       importlib.import_module(module)

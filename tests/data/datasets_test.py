@@ -394,3 +394,21 @@ def test_features_are_not_of_users(tmp_path):
   )
   with pytest.raises(ValueError, match=r"data\.features must be '' .*=2"):
     datasets.load(settings)
+
+
+def test_options_are_for_data_sets_from_outside(tmp_path, monkeypatch):
+  config = ml_collections.ConfigDict(
+    {"name": "digits", "path": "", "options": {"size": 3}}
+  )
+  with pytest.raises(ValueError, match=r"data\.options must be empty for"):
+    datasets.load(config)
+  (tmp_path / "outside_data.py").write_text(
+    "import dpdist\n"
+    "import numpy as np\n\n\n"
+    "def load(config):\n"
+    "  part = {'x': np.zeros(config.options.size)}\n"
+    "  return dpdist.Dataset(train=part, test=part)\n"
+  )
+  monkeypatch.syspath_prepend(tmp_path)
+  config.name = "outside_data:load"
+  assert len(datasets.load(config).train) == 3

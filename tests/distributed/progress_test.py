@@ -50,7 +50,11 @@ def test_one_that_has_not_waited_long_is_given_time():
 
 
 @pytest.mark.parametrize(
-  "phase", ["starting", "compiling", "evaluating", "saving", "finishing"]
+  "phase",
+  [
+    *("starting", "loading", "planning", "compiling", "checking"),
+    *("evaluating", "saving", "finishing"),
+  ],
 )
 def test_what_may_take_long_holds_up_whoever_waits_for_it(phase):
   statuses = {"one": _status(7, "reading"), "two": _status(6, phase, 1e6)}

@@ -41,8 +41,8 @@ ROWS = {
   "no such setting": (
     (*_TRAIN, "--config.privcy=1"),
     2,
-    'Did you mean "privacy"',
-    "python -m launch.train --help",
+    "there is no setting config.privcy: did you mean config.privacy?",
+    "--config.privcy=1 --settings",
   ),
   "workdir is a file": (
     (*_TRAIN, "--workdir=FILE"),

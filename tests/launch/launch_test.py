@@ -144,9 +144,10 @@ def test_wrong_usage_of_a_process_exits_2_with_one_message():
 
 
 def test_help_shows_the_flags():
-  _, out, err = _run("train", "--help")
-  assert "--workdir" in out + err
-  assert "dpdist train --config=digits" in out + err
+  code, out, err = _run("train", "--help")
+  assert (code, err) == (0, "")
+  assert "--workdir" in out
+  assert "launch.train --config=digits" in out
 
 
 _DIGITS = f"--config={_ROOT}/configs/digits.py"

@@ -167,7 +167,10 @@ def test_no_process_outlives_a_killed_command(tmp_path):
     (["--grace_seconds=-1", "--", "--config=x"], "grace_seconds=-1"),
     (["--num_processes=2", "--"], "after --"),
     (["extra", "--", "--config=x"], "'extra'"),
-    (["--config=configs/digits.py", "--", "--workdir=w"], "'config'"),
+    (
+      ["--config=configs/digits.py", "--", "--workdir=w"],
+      "no flag --config: flags of what it starts come after --",
+    ),
     (["--", "--config=x", "--process_id=3"], "--process_id"),
     (["--", "--config=x", "--num_processes", "3"], "--num_processes"),
     (["--", "-coordinator_address=a:1"], "--coordinator_address"),

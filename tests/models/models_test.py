@@ -209,3 +209,13 @@ def test_cross_entropy_of_a_sequence_is_its_mean():
   expected = -np.mean(np.asarray(log_probs)[np.arange(12), example["targets"]])
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   assert aux is None
+
+
+def test_options_are_for_models_from_outside(tmp_path, monkeypatch):
+  with pytest.raises(ValueError, match=r"model\.options must be empty for"):
+    _make(name="linear", options={"depth": 3})
+  code = "def make(config):\n  return config.options.depth\n"
+  (tmp_path / "outside_model.py").write_text(code)
+  monkeypatch.syspath_prepend(tmp_path)
+  made = _make(name="outside_model:make", options={"depth": 3})
+  assert made == 3

@@ -73,6 +73,38 @@ def test_terminal_respects_no_color(monkeypatch):
   assert "31m" not in console.file.getvalue()
 
 
+def _entered(monkeypatch, console=None):
+  """Phases as a run enters them, each for as many seconds."""
+  now = [0.0]
+  monkeypatch.setattr(console_lib.time, "monotonic", lambda: now[0])
+  with console_lib.Phases(console=console) as phases:
+    for phase, seconds in (
+      *(("loading", 0.4), ("planning", 2.6), ("starting", 9.0)),
+      *(("compiling", 6.2), ("compiling", 0.0), ("reading", 1.0)),
+    ):
+      phases.enter(phase)
+      now[0] += seconds
+
+
+def test_plain_phases_are_a_line_at_their_beginning(capsys, monkeypatch):
+  _entered(monkeypatch)
+  assert capsys.readouterr().out.splitlines() == [
+    *("loading data", "planning", "planning 3 s", "compiling", "compiling 6 s")
+  ]
+
+
+def test_terminal_phases_leave_a_line_if_they_took_long(monkeypatch):
+  console = _terminal()
+  _entered(monkeypatch, console)
+  out = console.file.getvalue()
+  assert "loading data" in out
+  assert "planning 3 s\n" in out
+  assert "compiling 6 s\n" in out
+  assert "loading data 0 s" not in out
+  # The cursor is shown again.
+  assert out.rindex("\x1b[?25h") > out.rindex("\x1b[?25l")
+
+
 def test_plain_progress_is_one_line_per_metrics(capsys):
   with console_lib.Progress(600, 100, 2.0) as progress:
     progress.update(119, epsilon=1.2, examples_per_second=10.0)

@@ -618,7 +618,7 @@ def test_a_config_is_checked_and_the_exit_code_says_so(monkeypatch):
   monkeypatch.chdir(pathlib.Path(__file__).parents[2])
   right = commands.run("check", *args, "--json")
   assert right.code == 0
-  assert json.loads(right.out)["num_examples"] >= 8
+  assert json.loads(right.out)["sensitivity"]["num_examples"] >= 8
   wrong = commands.run("check", *args, "--config.sentinel.every=-1")
   assert wrong.code == 2
   assert "sentinel.every must be an integer >= 0, got -1" in wrong.err

@@ -19,7 +19,7 @@ import warnings
 from absl import flags
 import grain  # noqa: F401
 
-# These define flags that stay, being modules and no programs.
+# All define flags that stay, being modules and no programs.
 from launch.cli import flag_parsing
 from launch.cli import runs  # noqa: F401
 

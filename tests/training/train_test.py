@@ -655,7 +655,7 @@ def test_a_setting_that_nothing_reads_is_refused(tmp_path):
   config = _config()
   with config.unlocked():
     config.privacy.target_epsilom = 1.0
-  with pytest.raises(errors.SettingsError, match="'target_epsilom'"):
+  with pytest.raises(errors.SettingsError, match="target_epsilom: did you"):
     dpdist.train(config, tmp_path / "run")
   assert not (tmp_path / "run").exists()
 

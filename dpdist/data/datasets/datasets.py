@@ -81,6 +81,13 @@ def load(
   _validation.check("data.examples_per_unit", slots, _validation.integer(0))
   if dataset is None:
     loader = registry.resolve("dataset", config.name, setting="data.name")
+    if config.get("options"):
+      _validation.require(
+        bool(registry.code_sha256("dataset", config.name, setting="data.name")),
+        "data.options",
+        f"empty for data.name={config.name!r}, which reads none of them",
+        config.options.to_dict(),
+      )
     dataset = dataset_lib.of(loader(config))
   if slots and dataset.train_users is not None:
     name = f"data.unit_column={config.unit_column!r}"
