@@ -19,6 +19,7 @@ from dpdist import errors
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
 from dpdist.own_loop import commitments
+from dpdist.own_loop import release
 from dpdist.workdir import verify
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
@@ -494,3 +495,25 @@ def test_a_run_that_is_killed_ends_with_the_same_bits(tmp_path):
   for name in ("params_sha256", "epsilon_spent", "steps_charged"):
     assert one[name] == other[name]
   assert not _problems(tmp_path / "killed")
+
+
+def test_a_step_is_charged_and_written_down_before_it_is_computed(
+  tmp_path, monkeypatch
+):
+  seen = []
+  compute = release.Program.gradients
+
+  def spy(program, *given, **more):
+    with _ledger(tmp_path) as ledger:
+      charged = ledger.branches[-1].stop_step
+    lines = (tmp_path / "releases.jsonl").read_text().splitlines()
+    seen.append((more["number"], charged, len(lines)))
+    return compute(program, *given, **more)
+
+  monkeypatch.setattr(release.Program, "gradients", spy)
+  with _session(tmp_path) as session:
+    for step in session:
+      step.gradients({"w": jnp.ones(2)})
+      if step.number == 3:
+        break
+  assert seen == [(0, 3, 1), (1, 3, 2), (2, 3, 3), (3, 6, 4)]
