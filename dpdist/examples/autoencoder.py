@@ -60,7 +60,7 @@ def main(num_steps: int = 200) -> float:
     "coder": {"encoder": init(one, (64, 32)), "decoder": init(two, (32, 64))},
     "classifier": init(three, (32, 10)),
   }
-  optimizers = {"coder": optax.sgd(0.5), "classifier": optax.adam(0.02)}
+  optimizers = {"coder": optax.sgd(0.05), "classifier": optax.adam(0.02)}
   opt_states = {name: optimizers[name].init(params[name]) for name in params}
 
   with dpdist.Session(
