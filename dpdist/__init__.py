@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     private_gradients as private_gradients,
   )
   from dpdist.noise.noise import gaussian_noise as gaussian_noise
+  from dpdist.own_loop.session import Session as Session
   from dpdist.privacy.plan import PrivacyConfig as PrivacyConfig
   from dpdist.privacy.plan import PrivacyPlan as PrivacyPlan
   from dpdist.privacy.plan import make_plan as make_plan
@@ -84,6 +85,7 @@ _HOME = {
   "PoissonSampler": "sampling",
   "PrivacyConfig": "privacy.plan",
   "PrivacyPlan": "privacy.plan",
+  "Session": "own_loop.session",
   "Task": "tasks.task",
   "TruncatedPoissonSampler": "sampling",
   "check_model": "frontends.model_check",

@@ -91,6 +91,10 @@ class SensitivityError(Hinted, RuntimeError):
   """A clipped sum moves further than it may; says by which parameter."""
 
 
+class ReplayError(Hinted, RuntimeError):
+  """A step that runs again is made of other values; a new start goes on."""
+
+
 # Files and data.
 
 

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
   from dpdist.data.builders.options import Options as Options
   from dpdist.data.builders.parquet_files import from_parquet as from_parquet
   from dpdist.data.dataset import Dataset as Dataset
+  from dpdist.data.pipeline import padded as padded
 
 _HOME = {
   "Dataset": "dataset",
@@ -34,6 +35,7 @@ _HOME = {
   "from_parquet": "builders.parquet_files",
   "from_tfds": "builders.items",
   "from_torch": "builders.items",
+  "padded": "pipeline",
 }
 
 __all__ = sorted(_HOME)

@@ -38,6 +38,22 @@ class Chunk(NamedTuple):
   is_padding_example: np.ndarray
 
 
+def padded(indices: np.ndarray, multiple: int) -> tuple[np.ndarray, np.ndarray]:
+  """Pads a draw of any size to one of few shapes, so that little is compiled.
+
+  Args:
+    indices: [n], drawn; it may be empty, and is never cut.
+    multiple: the padded size is a multiple of it.
+
+  Returns:
+    Indices [m], m >= n, and is_padding_example [m]: True for what was added.
+  """
+  _validation.check("multiple", multiple, _validation.COUNT)
+  size = max(1, -(-len(indices) // multiple)) * multiple
+  rows = np.pad(indices, (0, size - len(indices)))
+  return rows, np.arange(size) >= len(indices)
+
+
 def steps(
   source: Rows,
   sampler: Callable[[int], np.ndarray],

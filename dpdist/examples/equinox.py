@@ -2,8 +2,7 @@
 
     python -m dpdist.examples.equinox
 
-Held-out accuracy 0.93 in two runs, at epsilon 2 and delta 1e-4;
-about 10 seconds of processor time, half a minute on two busy cores.
+Held-out accuracy 0.93 to 0.94 in three runs, at epsilon 2 and delta 1e-4.
 """
 
 import sys
@@ -19,7 +18,7 @@ from dpdist.frontends import equinox
 
 def main(num_steps: int = 200) -> float:
   """Trains, prints, and returns the held-out accuracy."""
-  x, y, x_test, y_test = digits.load()
+  data, x_test, y_test = digits.load()
 
   model = eqx.nn.MLP(
     64, 10, 64, 1, activation=jax.nn.tanh, key=jax.random.key(0)
@@ -27,15 +26,14 @@ def main(num_steps: int = 200) -> float:
   loss_fn, params = equinox.per_example_loss(
     model,
     lambda model, example, key: optax.softmax_cross_entropy_with_integer_labels(
-      model(example[0].reshape(-1), key=key), example[1]
+      model(example["image"].reshape(-1), key=key), example["label"]
     ),
   )
 
-  plan = loop.make_plan(len(x), num_steps)
-  params = loop.train(loss_fn, params, plan, x, y)
+  params = loop.train(loss_fn, params, data, num_steps)
   model = eqx.combine(params, model)
   logits = jax.vmap(model)(x_test.reshape(-1, 64))
-  return digits.report(plan, logits, y_test)
+  return digits.report(logits, y_test)
 
 
 if __name__ == "__main__":

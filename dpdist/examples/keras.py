@@ -23,7 +23,8 @@ keras = private_keras.keras
 
 def main(num_steps: int = 200, workdir: str | None = None) -> float:
   """Trains, prints, and returns the held-out accuracy."""
-  x, y, x_test, y_test = digits.load()
+  data, x_test, y_test = digits.load()
+  x, y = data["image"], data["label"]
 
   model = keras.Sequential(
     [
@@ -57,8 +58,8 @@ def main(num_steps: int = 200, workdir: str | None = None) -> float:
     private.fit(
       x, y, steps_per_epoch=50, validation_data=(x_test, y_test), verbose=2
     )
-  print(f"spent: epsilon {private.epsilon():.4f} at delta {private.plan.delta}")
-  return digits.report(private.plan, model.predict(x_test, verbose=0), y_test)
+  print(f"epsilon {private.epsilon():.4f} at delta {private.plan.delta:g}")
+  return digits.report(model.predict(x_test, verbose=0), y_test)
 
 
 if __name__ == "__main__":

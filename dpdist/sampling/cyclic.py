@@ -8,7 +8,7 @@ from dpdist.sampling import poisson
 from dpdist.sampling import sampler
 
 
-class CyclicPoissonSampler:
+class CyclicPoissonSampler(sampler.Steps):
   """Draws from the parts of the examples in turn.
 
   Example i is in part i modulo `cycle_length`, whatever the other examples are.

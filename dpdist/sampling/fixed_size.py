@@ -16,7 +16,7 @@ from dpdist.sampling import poisson
 from dpdist.sampling import sampler
 
 
-class FixedSizeSampler:
+class FixedSizeSampler(sampler.Steps):
   """Draws `batch_size` of `num_examples` examples without replacement.
 
   At each step all subsets of that size are equally likely. Neighbouring data

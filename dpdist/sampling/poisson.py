@@ -40,7 +40,7 @@ _FIXED_POINT_BITS = 2 * _TABLE_BITS
 _DENSE_RUN = 1 << 16
 
 
-class PoissonSampler:
+class PoissonSampler(sampler.Steps):
   """Draws each of `num_examples` examples with `sampling_probability`.
 
       sampler = PoissonSampler(

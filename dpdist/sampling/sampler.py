@@ -7,6 +7,8 @@ it as "package.module:attribute". It needs a proof of its own; see
 jax.
 """
 
+from collections.abc import Iterator
+import itertools
 from typing import Protocol
 
 import numpy as np
@@ -53,6 +55,17 @@ class Sampler(Protocol):
 
   def __call__(self, step: int) -> np.ndarray:
     """Returns int64 indices of rows or groups, strictly increasing; private."""
+
+
+class Steps:
+  """Lets a sampler be iterated: its draws of step 0, 1 and so on, for ever."""
+
+  def __call__(self, step: int) -> np.ndarray:
+    """Returns the draw of a step; see `Sampler`."""
+    raise NotImplementedError
+
+  def __iter__(self) -> Iterator[np.ndarray]:
+    return map(self, itertools.count())
 
 
 class Sampling(Protocol):

@@ -9,7 +9,7 @@ from dpdist.sampling import poisson
 from dpdist.sampling import sampler
 
 
-class TruncatedPoissonSampler:
+class TruncatedPoissonSampler(sampler.Steps):
   """Draws like `PoissonSampler`, and keeps at most `truncated_batch_size`.
 
   It keeps a uniform subset of a larger sample. This costs much privacy unless

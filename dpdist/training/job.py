@@ -23,7 +23,6 @@ from dpdist.data.features import features
 from dpdist.distributed import collectives
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.distributed import progress as progress_lib
-from dpdist.keys import keys
 from dpdist.ledger import data_budget
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
@@ -288,50 +287,24 @@ def _begun(
   config: ml_collections.ConfigDict, workdir: pathlib.Path, job: Job
 ) -> Job:
   """Begins a job: reserves its budget, and loads the run's secret."""
-  ledger, plan = job.ledger, job.plan
-  budget: data_budget.DataBudget | None = None
-
-  def agree_on_secret() -> str:
-    nonlocal budget
-    assert ledger is not None
-    budget = resume.shared_budget(config, ledger, job.own_digest, job.earlier)
-    if budget is not None and ledger.is_new:
-      # Checked here too, so that a run that does not fit leaves nothing behind.
-      whole = plan_lib.PlanUse(plan, plan.num_steps)
-      budget.check(budget.cost([whole]), config.data_budget.reservation)
-    return keys.secret_hash(
-      resume.secret(config, workdir, is_new=ledger.is_new)
-    )
-
-  secret_hash = collectives.run_on_primary(agree_on_secret)
-  secret = collectives.run_on_all(
-    lambda: resume.secret(config, workdir, is_new=False)
+  begun = resume.begin(
+    config,
+    workdir,
+    job.ledger,
+    plan=job.plan,
+    settings=job.settings,
+    data=job.train_digest,
+    own_digest=job.own_digest,
+    earlier=job.earlier,
+    is_changed=bool(job.changes),
   )
-  collectives.assert_equal(secret_file=keys.secret_hash(secret))
-
-  def begin() -> dict[str, Any]:
-    assert ledger is not None
-    resume.open_or_resume(
-      config,
-      workdir,
-      ledger,
-      budget,
-      plan=plan,
-      settings=job.settings,
-      data=job.train_digest,
-      secret_hash=secret_hash,
-      is_changed=bool(job.changes),
-    )
-    return {"writer": ledger.writer, "notices": ledger.notices}
-
-  begun = collectives.run_on_primary(begin)
-  key_data = mechanism.Streams(secret, "").key_data("init")
+  key_data = mechanism.Streams(begun.secret, "").key_data("init")
   return dataclasses.replace(
     job,
-    budget=budget,
-    writer=begun["writer"],
-    notices=begun["notices"],
-    secret=secret,
+    budget=begun.budget,
+    writer=begun.writer,
+    notices=begun.notices,
+    secret=begun.secret,
     init=functools.partial(job.initial, key_data),
   )
 

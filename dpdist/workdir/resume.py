@@ -8,7 +8,7 @@ directory of a new run, that no run has begun there yet.
 from collections.abc import Callable, Sequence
 import pathlib
 import secrets
-from typing import Any
+from typing import Any, NamedTuple
 
 import ml_collections
 
@@ -110,6 +110,75 @@ def resolve_plan(
   )
   plan = plan_lib.PrivacyPlan.from_dict(resolved["plan"])
   return plan, resolved["changes"], found
+
+
+class Begun(NamedTuple):
+  """What a process has of a run that may begin or go on."""
+
+  # In the primary process, with an allocation that covers the plan.
+  budget: data_budget.DataBudget | None
+  secret: bytes
+  writer: int  # The number of the process that writes.
+  notices: list[str]  # To be shown with any figure of this run.
+
+  def __repr__(self) -> str:
+    return f"Begun(writer={self.writer!r}, ...)"  # Leaves out the secret.
+
+
+def begin(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  ledger: ledger_lib.Ledger | None,
+  *,
+  plan: plan_lib.PrivacyPlan,
+  settings: dict[str, Any],
+  data: str,
+  own_digest: str,
+  earlier: Callable[[], Sequence[str]],
+  is_changed: bool,
+) -> Begun:
+  """Begins a run or goes on with it; must be called in all processes.
+
+  The primary process loads the secret, becomes the ledger's writer, and
+  allocates the data set's budget. Everything that can fail on settings must
+  come before. For own_digest and earlier see `shared_budget`, for the rest
+  `open_or_resume`.
+  """
+  budget: data_budget.DataBudget | None = None
+
+  def agree_on_secret() -> str:
+    nonlocal budget
+    assert ledger is not None
+    budget = shared_budget(config, ledger, own_digest, earlier)
+    if budget is not None and ledger.is_new:
+      # Checked here too, so that a run that does not fit leaves nothing behind.
+      whole = plan_lib.PlanUse(plan, plan.num_steps)
+      budget.check(budget.cost([whole]), config.data_budget.reservation)
+    return keys.secret_hash(secret(config, workdir, is_new=ledger.is_new))
+
+  secret_hash = collectives.run_on_primary(agree_on_secret)
+  own_secret = collectives.run_on_all(
+    lambda: secret(config, workdir, is_new=False)
+  )
+  collectives.assert_equal(secret_file=keys.secret_hash(own_secret))
+
+  def open_or_go_on() -> dict[str, Any]:
+    assert ledger is not None
+    open_or_resume(
+      config,
+      workdir,
+      ledger,
+      budget,
+      plan=plan,
+      settings=settings,
+      data=data,
+      secret_hash=secret_hash,
+      is_changed=is_changed,
+    )
+    return {"writer": ledger.writer, "notices": ledger.notices}
+
+  begun = collectives.run_on_primary(open_or_go_on)
+  return Begun(budget, own_secret, begun["writer"], begun["notices"])
 
 
 def open_or_resume(

@@ -440,3 +440,10 @@ def test_a_source_that_returns_other_than_asked_is_refused(surplus):
 def test_bad_arguments_are_refused_on_the_call(options, message):
   with pytest.raises(ValueError, match=message):
     run(**options)
+
+
+@pytest.mark.parametrize(("drawn", "size"), [(0, 4), (3, 4), (4, 4), (5, 8)])
+def test_a_draw_is_padded_and_never_cut(drawn, size):
+  rows, is_padding = pipeline.padded(np.arange(1, drawn + 1), 4)
+  assert len(rows) == len(is_padding) == size
+  np.testing.assert_array_equal(rows[~is_padding], np.arange(1, drawn + 1))

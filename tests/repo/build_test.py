@@ -40,7 +40,7 @@ LAYERS = (
   ("dpdist/tasks",),
   ("dpdist/workdir",),
   ("dpdist/frontends", "dpdist/training"),
-  ("dpdist/export", "dpdist/profiling"),
+  ("dpdist/export", "dpdist/own_loop", "dpdist/profiling"),
   ("dpdist/audit",),
   ("dpdist",),
   ("dpdist/examples",),

@@ -104,6 +104,15 @@ def _examples():
   return {"x": draw(512, 3), "y": draw(512, 2)}
 
 
+def _data_for_a_session():
+  rng = np.random.default_rng(0)
+  draw = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  return {
+    "data": {"x": draw(64, 3), "y": draw(64, 2)},
+    "loss": lambda params, example, key: _loss(params, example),
+  }
+
+
 # By what stands in a block: what else is around it on the page.
 _AROUND = {
   "for t in range(plan.num_steps)": _examples,
@@ -115,6 +124,7 @@ _AROUND = {
     **{"dpdist": dpdist, "optax": optax, "optimizer": optax.sgd(0.1)}
   },
   "dpdist.check_model(": _model_to_check,
+  "dpdist.Session(": _data_for_a_session,
   "import keras as private_keras": _arrays,
 }
 
@@ -133,7 +143,10 @@ def _run(text, tmp_path, monkeypatch):
 
 
 # They train, or compile much.
-_SLOW = ("private_keras", "DPConfig(", "VirtualStep(", "optax.chain(")
+_SLOW = (
+  *("private_keras", "DPConfig(", "VirtualStep(", "optax.chain("),
+  "dpdist.Session(",
+)
 
 
 def _marked():

@@ -125,3 +125,11 @@ def test_more_than_there_are_cannot_be_drawn():
     ValueError, match=r"batch_size must be .*\[1, 10\], got 11"
   ):
     dpdist.FixedSizeSampler(num_examples=10, batch_size=11, seed=1)
+
+
+def test_a_sampler_is_iterated_step_by_step():
+  sampler = dpdist.CyclicPoissonSampler(
+    num_examples=20, sampling_probability=0.5, cycle_length=2, seed=b"s"
+  )
+  for step, drawn in zip(range(5), sampler, strict=False):
+    np.testing.assert_array_equal(drawn, sampler(step))
