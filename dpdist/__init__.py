@@ -14,8 +14,8 @@ if TYPE_CHECKING:
   from dpdist.clipping import clipped_grad as clipped_grad
   from dpdist.clipping.stateful import with_state as with_state
   from dpdist.data.dataset import Dataset as Dataset
+  from dpdist.frameworks.model_check import check_model as check_model
   from dpdist.frontends.dp_config import DPConfig as DPConfig
-  from dpdist.frontends.model_check import check_model as check_model
   from dpdist.mechanism.private_gradients import (
     private_gradients as private_gradients,
   )
@@ -44,7 +44,7 @@ _HOME = {
   "Task": "tasks.task",
   "TruncatedPoissonSampler": "sampling",
   "accounting": "",
-  "check_model": "frontends.model_check",
+  "check_model": "frameworks.model_check",
   "check_sensitivity": "sensitivity.sentinel",
   "clipped_grad": "clipping",
   "gaussian_noise": "noise.noise",
