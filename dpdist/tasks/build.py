@@ -148,7 +148,7 @@ def make(
   if prepare is None:
     prepare = lambda example, rng: (
       example[columns.inputs],
-      example[columns.targets],
+      example.get(columns.targets),  # To predict, there need be none.
     )
 
   def init(key: jax.Array, example: Mapping[str, Any]) -> PyTree:
@@ -251,9 +251,9 @@ def review(
   return [*parts.model.changes, *map(str, dict.fromkeys(found))]
 
 
-def matched(outputs: jax.Array, targets: jax.Array) -> tuple[Any, Any]:
+def matched(outputs: jax.Array, targets: Any) -> tuple[Any, Any]:
   """Returns outputs of the targets' shape, without a last axis of 1."""
-  if outputs.shape == (*targets.shape, 1):
+  if targets is not None and outputs.shape == (*targets.shape, 1):
     outputs = outputs[..., 0]
   return outputs, targets
 

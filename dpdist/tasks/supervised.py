@@ -226,7 +226,6 @@ def from_functions(
     assert predict is not None
     chosen = metrics_lib.choose(metrics, "")
     summary = build.summary(chosen, predict, targets)
-    options.setdefault("metrics", lambda params, example: {"loss": (0, 0)})
   return task_lib.Task(
     init=init,
     loss=loss_fn,

@@ -19,8 +19,9 @@ import warnings
 from absl import flags
 import grain  # noqa: F401
 
-# Both define flags that stay, being modules and no programs.
+# These define flags that stay, being modules and no programs.
 from launch.cli import flag_parsing
+from launch.cli import runs  # noqa: F401
 
 _SIGNALS = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2")
 
