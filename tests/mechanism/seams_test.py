@@ -413,6 +413,9 @@ def test_ours_are_no_code_from_outside():
   [
     ({"noise_options": {"factor": [1]}}, "noise_options must be a dict"),
     ({"noise_options": "factor"}, "noise_options must be a dict"),
+    ({"noise_options": {"x": float("nan")}}, "must be a dict of finite"),
+    ({"noise_options": {"x": 1}}, "noise_options must be empty with noise='g"),
+    ({"clipping_options": {"x": 1}}, "must be empty with clipping='fixed'"),
     ({"noise": "laplace"}, "noise and clipping must have a proof together"),
     ({"clipping": ""}, "clipping must be a name, got ''"),
     ({"sampling": "toy_none:Some"}, "must be package.module:attribute"),

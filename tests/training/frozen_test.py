@@ -410,7 +410,12 @@ def test_looking_at_a_run_puts_the_model_together(finished, tmp_path):
   assert scores["test"] == result["test"]
   export.write(loaded, scores, tmp_path / "out", name="small")
   model, params = export.load(tmp_path / "out")
-  assert model == loaded.model
+  example = {name: x[0] for name, x in loaded.test.items()}
+  np.testing.assert_allclose(
+    model.apply({"params": params}, example["inputs"]),
+    loaded.task.predict(loaded.state.params, example),
+    rtol=1e-6,
+  )
   assert params["block_0"]["query"]["kernel"].shape == (8, 8)
   jax.tree.map(np.testing.assert_array_equal, params, loaded.state.params)
   # With other weights it is another model.
