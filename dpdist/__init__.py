@@ -39,8 +39,8 @@ if TYPE_CHECKING:
   from dpdist.clipping import clipped_grad as clipped_grad
   from dpdist.clipping.stateful import with_state as with_state
   from dpdist.data.dataset import Dataset as Dataset
+  from dpdist.frameworks.model_check import check_model as check_model
   from dpdist.frontends.dp_config import DPConfig as DPConfig
-  from dpdist.frontends.model_check import check_model as check_model
   from dpdist.mechanism.private_gradients import (
     private_gradients as private_gradients,
   )
@@ -88,7 +88,7 @@ _HOME = {
   "Session": "own_loop.session",
   "Task": "tasks.task",
   "TruncatedPoissonSampler": "sampling",
-  "check_model": "frontends.model_check",
+  "check_model": "frameworks.model_check",
   "check_sensitivity": "sensitivity.sentinel",
   "clipped_grad": "clipping",
   "gaussian_noise": "noise.noise",

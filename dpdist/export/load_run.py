@@ -138,6 +138,7 @@ def evaluate(released: Released) -> dict[str, Any]:
 
   Returns:
     JSON-able: "step", "test" and, for the average if there is one, "test_ema";
+    "test_tables" and "test_ema_tables", if there are metrics that are lists;
     "held_out_problems", by these names, if they are no better than a constant
     guess (see `dpdist.tasks.chance`); "num_test"; "epsilon", "delta" and
     "guarantee" of the run, wherever it stops, which is not less than that of
@@ -153,7 +154,10 @@ def evaluate(released: Released) -> dict[str, Any]:
   }
   if state.ema_params is not None:
     facts["test_ema"] = run(state.ema_params)
-  for group in ("test", "test_ema"):
+  for group, params in (("test", state.params), ("test_ema", state.ema_params)):
+    tables = {} if params is None else run.tables(params)
+    if tables:
+      facts[f"{group}_tables"] = tables
     problem = group in facts and held_out.problem(task, facts[group], test)
     if problem:
       facts.setdefault("held_out_problems", {})[group] = problem

@@ -11,13 +11,14 @@
 Importing this module imports equinox, which is no requirement of dpdist.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
 import jax
 
-from dpdist.frontends import model_check
+from dpdist.frameworks import equinox as equinox_lib
+from dpdist.frameworks import model_check
 
 PyTree = Any
 
@@ -40,38 +41,10 @@ def per_example_loss(
   Raises:
     ValueError: the module has stateful layers, such as batch norm.
   """
-  model_check.refuse_unsafe(findings(model))
+  model_check.refuse_unsafe(equinox_lib.findings(model))
   params, static = eqx.partition(model, eqx.is_inexact_array)
 
   def loss_fn(params: Any, example: PyTree, *rng: jax.Array) -> jax.Array:
     return loss(eqx.combine(params, static), example, *rng)
 
   return loss_fn, params
-
-
-def findings(
-  model: eqx.Module, inputs: tuple[Any, ...] = (), *, is_alone: bool = True
-) -> Iterator[model_check.Finding]:
-  """Yields what is unsafe in a module; see `dpdist.check_model`."""
-  del inputs, is_alone
-  kinds = (eqx.nn.StatefulLayer, eqx.nn.StateIndex)
-
-  def is_layer(x: Any) -> bool:
-    # A Sequential is stateful only if one of its layers is.
-    is_container = isinstance(x, eqx.nn.Sequential)
-    return isinstance(x, kinds) and not is_container
-
-  leaves = jax.tree_util.tree_leaves_with_path(model, is_leaf=is_layer)
-  for path, leaf in leaves:
-    where = "model" + jax.tree_util.keystr(path)
-    if isinstance(leaf, eqx.nn.BatchNorm):
-      yield model_check.batch_norm(
-        "BatchNorm", where, "equinox.nn.GroupNorm or LayerNorm"
-      )
-    elif is_layer(leaf):
-      yield model_check.Finding(
-        f"a stateful layer ({type(leaf).__name__})",
-        where,
-        model_check.KEEPS,
-        "a layer without equinox.nn.State",
-      )

@@ -7,8 +7,8 @@ import warnings
 import jax
 
 from dpdist import errors
+from dpdist.frameworks import model_check
 from dpdist.frontends import keras_loss
-from dpdist.frontends import model_check
 
 PyTree = Any
 keras = keras_loss.keras

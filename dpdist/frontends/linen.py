@@ -8,7 +8,7 @@ fn = dpdist.clipped_grad(loss_fn, l2_clip_norm=1.0)
 fn(params, batch, rng=key)
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from flax import errors as flax_errors
@@ -16,11 +16,8 @@ from flax import linen as nn
 import jax
 
 from dpdist import errors
-from dpdist.frontends import model_check
 
 PyTree = Any
-
-_NORM = "flax.linen.GroupNorm or LayerNorm"
 
 
 def per_example_loss(
@@ -83,39 +80,3 @@ def per_example_loss(
     return loss(outputs, example)
 
   return loss_fn
-
-
-def findings(
-  model: nn.Module, inputs: tuple[Any, ...], *, is_alone: bool
-) -> Iterator[model_check.Finding]:
-  """Yields what is unsafe in a module; see `dpdist.check_model`."""
-  del is_alone
-  if not inputs:
-    raise errors.ArgumentError(
-      "inputs must be what the Linen module is called with for one example,"
-      " got none"
-    )
-  batch_norms: dict[str, None] = {}
-
-  def listen(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
-    if isinstance(context.module, nn.BatchNorm):
-      batch_norms["/".join(context.module.path)] = None
-    return call(*args, **kwargs)
-
-  streams = ("params", "dropout")
-  keys = {name: jax.random.key(i) for i, name in enumerate(streams)}
-  with nn.intercept_methods(listen):
-    variables = jax.eval_shape(model.init, keys, *inputs)
-  for path in batch_norms:
-    yield model_check.batch_norm("BatchNorm", path, _NORM)
-  # Collections that any call may change; sown intermediates are dropped.
-  for name in sorted({*variables} - {"params", "batch_stats", "intermediates"}):
-    yield model_check.Finding(
-      f"a mutable collection {name!r}",
-      "model",
-      model_check.KEEPS,
-      "constants that loss_fn closes over, or dpdist.with_state, which checks"
-      " that the state depends on no example",
-    )
-  if "batch_stats" in variables and not batch_norms:
-    yield model_check.batch_norm("the collection 'batch_stats'", "model", _NORM)

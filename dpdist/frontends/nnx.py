@@ -9,18 +9,16 @@ fn(params, batch, rng=key)
 nnx.update(model, params)     # Flax's own, when training is over
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 from flax import nnx
 import jax
 
 from dpdist import errors
-from dpdist.frontends import model_check
+from dpdist.frameworks import nnx as nnx_lib
 
 PyTree = Any
-
-_NORM = "flax.nnx.GroupNorm or LayerNorm"
 
 
 def per_example_loss(
@@ -64,58 +62,7 @@ def per_example_loss(
         "rng must be given, since the model draws random numbers: pass rng to"
         " the clipped gradient, or call model.eval() first and split it anew"
       )
-    fresh = streams if rng is None else _reseeded(streams, rng)
+    fresh = streams if rng is None else nnx_lib.reseeded(streams, rng)
     return loss(nnx.merge(graph, params, fresh), example)
 
   return loss_fn, params
-
-
-def _reseeded(streams: nnx.State, rng: jax.Array) -> nnx.State:
-  """Returns streams with keys made from rng, and counts at 0."""
-  numbers = iter(range(len(jax.tree.leaves(streams))))
-
-  def fresh(path: Any, variable: Any) -> Any:
-    del path
-    number = next(numbers)
-    value = variable.get_value()
-    if isinstance(variable, nnx.RngKey):
-      return variable.replace(jax.random.fold_in(rng, number))
-    return variable.replace(jax.numpy.zeros_like(value))
-
-  return nnx.map_state(fresh, streams)
-
-
-def findings(
-  model: nnx.Module, inputs: tuple[Any, ...], *, is_alone: bool
-) -> Iterator[model_check.Finding]:
-  """Yields what is unsafe in a module; see `dpdist.check_model`."""
-  del inputs
-  inside: list[str] = []
-  for path, module in nnx.iter_modules(model):
-    where = "/".join(map(str, path))
-    if isinstance(module, nnx.BatchNorm):
-      inside.append(where)
-      yield model_check.batch_norm("BatchNorm", where, _NORM)
-  for path, variable in nnx.to_flat_state(nnx.state(model)):
-    where = "/".join(map(str, path))
-    if isinstance(variable, nnx.Param) or any(
-      where.startswith(f"{name}/") for name in inside
-    ):
-      continue
-    kind = type(variable).__name__
-    if not isinstance(variable, nnx.RngState):
-      yield model_check.Finding(
-        f"state that is no nnx.Param ({kind})",
-        where,
-        model_check.KEEPS,
-        "nnx.Param",
-      )
-    elif is_alone:
-      yield model_check.Finding(
-        f"stochastic state ({kind})",
-        where,
-        "a loss of one example cannot advance it, and all examples would share"
-        " its random numbers",
-        "dpdist.frontends.nnx.per_example_loss, which gives every example its"
-        " own, and check that loss_fn",
-      )

@@ -1,116 +1,151 @@
-"""Makes tasks whose loss is the cross-entropy, of classes or of next tokens."""
+"""Makes tasks whose loss is the cross-entropy, of classes or of tokens."""
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+import functools
+from typing import Any, Unpack
 
-from flax import linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from dpdist import _validation
 from dpdist import errors
+from dpdist.frameworks import model as model_lib
+from dpdist.tasks import build
 from dpdist.tasks import chance
+from dpdist.tasks import columns as columns_lib
 from dpdist.tasks import task as task_lib
+from dpdist.tasks.scoring import losses
 
 PyTree = Any
 
-_NAMES = ("inputs", "targets")
+_METRICS = ("accuracy", "loss")
 
 
 def classification(
-  model: nn.Module,
+  model: Any,
   *,
-  name: str = "",
   num_classes: int | None = None,
   vocabulary: int = 0,
-  **options: Any,
+  class_weights: Sequence[float] | None = None,
+  label_smoothing: float = 0.0,
+  **options: Unpack[build.Options],
 ) -> task_lib.Task:
   """Returns a task that trains a classifier by its cross-entropy.
 
-  An example is {"inputs", "targets"}. Its target is a class number. A sequence
-  has a target for each place, and a target below 0 marks padding. The held-out
-  metrics are accuracy and loss.
+  A target is a class number. A sequence has a target for each place, and a
+  target below 0 marks padding. The loss is the mean over an example's targets.
+
+  Metrics: accuracy, loss, top5_accuracy (or another number), perplexity, auc,
+  average_precision and f1 (means over classes, each against the rest),
+  calibration_error, per_class and confusion.
 
   Args:
-    model: maps example["inputs"] to logits [..., classes]. Dropout, if it has
-      any, takes the rng "dropout".
-    name: the model's name in messages; "": the name of its class.
+    model: maps inputs to logits [..., classes]; see `dpdist.tasks`. Dropout of
+      a Linen module takes the rng "dropout".
     num_classes: the number of classes; None: the length of the logits' last
       axis.
     vocabulary: if above 0, inputs must be integers below it.
-    **options: further attributes of `dpdist.Task`.
+    class_weights: factors of the losses of the classes, public numbers.
+    label_smoothing: the share of a target that is spread over all classes.
+    **options: see `dpdist.tasks.Options`.
   """
-  name = name or f"the model {type(model).__name__}"
-
-  def predict(params: PyTree, example: Mapping[str, Any]) -> Any:
-    return model.apply({"params": params}, example["inputs"])
-
-  def init(key: jax.Array, example: Mapping[str, Any]) -> PyTree:
-    return model.init(key, example["inputs"])["params"]
-
-  def check(
-    example: Mapping[str, np.ndarray], test: Mapping[str, np.ndarray]
-  ) -> None:
-    _check_arrays(example, test, name, num_classes, vocabulary)
-    logits = _shape_of_logits(model, init, predict, example, name)
-    _check_values(test, name, num_classes or logits[-1], vocabulary)
-
-  largest = {}
-  if num_classes:
-    largest["targets"] = num_classes - 1
-    largest["inputs"] = max(num_classes, vocabulary) - 1
-  elif vocabulary:
-    largest["inputs"] = vocabulary - 1
-  return task_lib.Task(
-    init=init,
-    loss=loss_of(model),
-    metrics=lambda params, example: scores(
-      predict(params, example), example["targets"]
-    ),
-    partitioning=getattr(model, "partitioning", ()),
-    predict=predict,
-    check=check,
-    problem=lambda scores, test: chance.problem(scores, test["targets"]),
-    largest_integers=largest,
-    **options,
+  parts = build.Parts(model, options, "classes", _METRICS)
+  return _classification(
+    parts, num_classes, vocabulary, class_weights, label_smoothing
   )
 
 
 def language_model(
-  model: nn.Module,
+  model: Any,
   *,
   vocabulary: int,
   sequence_length: int | None = None,
-  **options: Any,
+  label_smoothing: float = 0.0,
+  **options: Unpack[build.Options],
 ) -> task_lib.Task:
   """Returns a task that trains a model to predict next tokens.
 
-  An example is {"inputs", "targets"}, both int32 [sequence_length]. A target is
+  An example has inputs and targets, both int32 [sequence_length]. A target is
   the next token, or -1 where there is none.
+
+  Metrics: accuracy, loss, perplexity and top5_accuracy (or another number).
 
   Args:
     model: maps tokens [length] to logits [length, vocabulary].
     vocabulary: how many tokens there are.
     sequence_length: the length of an example; None: as in the data. If it is
       given, the shapes of an example are known without data.
-    **options: see `classification`.
+    label_smoothing: see `classification`.
+    **options: see `dpdist.tasks.Options`.
   """
+  parts = build.Parts(model, options, "classes", _METRICS, can_collect=False)
+  columns = parts.columns
   if sequence_length is not None:
     tokens = jax.ShapeDtypeStruct((sequence_length,), jnp.int32)
-    options["example"] = lambda: {"inputs": tokens, "targets": tokens}
-  return classification(
-    model, num_classes=vocabulary, vocabulary=vocabulary, **options
+    parts.rest["example"] = lambda: {
+      columns.inputs: tokens,
+      columns.targets: tokens,
+    }
+  return _classification(parts, vocabulary, vocabulary, None, label_smoothing)
+
+
+def _classification(
+  parts: build.Parts,
+  num_classes: int | None,
+  vocabulary: int,
+  class_weights: Sequence[float] | None,
+  label_smoothing: float,
+) -> task_lib.Task:
+  weights = build.public_weights(class_weights)
+  build.check_smoothing(label_smoothing)
+  columns = parts.columns
+
+  def check(task: task_lib.Task, example: Any, test: Any) -> None:
+    below = f" in [0, {num_classes}) for {columns.name}" if num_classes else ""
+    columns_lib.check_arrays(
+      columns,
+      example,
+      test,
+      classes=f"class numbers{below}",
+      vocabulary=vocabulary,
+    )
+    shape = parts.outputs_shape(task, example)
+    columns_lib.check_classes(
+      columns, example, test, shape, num_classes=num_classes
+    )
+    if weights is not None and len(weights) != shape[-1]:
+      raise errors.ArgumentError(
+        f"class_weights must be a number for each of the {shape[-1]} classes of"
+        f" {columns.name}, got {len(weights)}"
+      )
+    if vocabulary:
+      columns_lib.check_tokens(columns, test, vocabulary)
+
+  largest = {}
+  if num_classes:
+    largest[columns.targets] = num_classes - 1
+    largest[columns.inputs] = max(num_classes, vocabulary) - 1
+  elif vocabulary:
+    largest[columns.inputs] = vocabulary - 1
+  parts.rest.setdefault("largest_integers", largest)
+  return build.make(
+    parts,
+    functools.partial(
+      losses.cross_entropy,
+      class_weights=weights,
+      label_smoothing=label_smoothing,
+    ),
+    check=check,
+    problem=lambda scores, test: chance.problem(scores, test[columns.targets]),
   )
 
 
-def loss_of(model: nn.Module) -> Callable[..., tuple[jax.Array, None]]:
+def loss_of(model: Any) -> Callable[..., tuple[jax.Array, None]]:
   """Returns the mean cross-entropy of a model's logits for one example.
 
-  Targets outside [0, classes) do not count. The loss of a sequence is the mean
-  over the targets that count, so a sequence may be padded with -1. If no target
-  counts, loss and gradient are 0. This is all that can be done about a bad
-  label in private data. Refusing it would reveal it. An index that wraps around
-  would silently train on another class, and a NaN would drop the example.
+  Targets outside [0, classes) do not count; see `losses.cross_entropy`. The
+  loss of a sequence is the mean over the targets that count, so a sequence may
+  be padded with -1. If no target counts, loss and gradient are 0.
 
   Args:
     model: maps example["inputs"] to logits [..., classes].
@@ -119,157 +154,105 @@ def loss_of(model: nn.Module) -> Callable[..., tuple[jax.Array, None]]:
     loss_fn(params, example, rng) -> (loss, None); rng feeds the model's
     dropout, if it has any.
   """
+  found = model_lib.of(model)
 
   def loss_fn(
     params: PyTree, example: Mapping[str, jax.Array], rng: jax.Array
   ) -> tuple[jax.Array, None]:
-    logits: Any = model.apply(
-      {"params": params}, example["inputs"], rngs={"dropout": rng}
-    )
-    targets = example["targets"]
-    is_target = (targets >= 0) & (targets < logits.shape[-1])
-    loss = _cross_entropy(logits, jnp.where(is_target, targets, 0))
-    if not loss.ndim:
-      return jnp.where(is_target, loss, 0), None
-    count = jnp.maximum(1, jnp.sum(is_target))
-    return jnp.sum(jnp.where(is_target, loss, 0)) / count, None
+    logits = found.apply(params, example["inputs"], rng)
+    return losses.cross_entropy(logits, example["targets"]), None
 
   return loss_fn
 
 
-def scores(
-  logits: jax.Array, targets: jax.Array
-) -> dict[str, tuple[jax.Array, jax.Array]]:
-  """Returns accuracy and loss of one example, each with its weight.
-
-  The weights say which targets count. All do, except those below 0 in a
-  sequence, which are padding.
-  """
-  loss = _cross_entropy(logits, targets)
-  hits = jnp.argmax(logits, -1) == targets
-  is_target = jnp.ones((), bool)
-  if hits.ndim:
-    is_target = targets >= 0
-    loss = jnp.where(is_target, loss, 0)
-  return {"accuracy": (hits & is_target, is_target), "loss": (loss, is_target)}
-
-
-def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-  log_probs = jax.nn.log_softmax(logits.astype(jnp.float32))
-  return -jnp.take_along_axis(log_probs, targets[..., None], -1)[..., 0]
-
-
-def is_number(dtype: np.dtype) -> bool:
-  """Returns whether JAX can compute with a dtype of NumPy."""
-  kinds = (jnp.floating, jnp.integer, jnp.bool_)
-  return any(jnp.issubdtype(dtype, kind) for kind in kinds)
-
-
-# What a data set must hold; no message repeats a value of the training part.
-
-
-def _check_arrays(
-  example: Mapping[str, np.ndarray],
-  test: Mapping[str, np.ndarray],
-  name: str,
-  num_classes: int | None,
+def masked_language_model(
+  model: Any,
+  *,
   vocabulary: int,
-) -> None:
-  """Checks the names and dtypes of both parts."""
-  held_out = {key: x[0] for key, x in test.items()}
-  for part, arrays in (("training", example), ("held-out", held_out)):
-    where = f"in the {part} part"
-    if not set(_NAMES) <= set(arrays):
-      raise errors.ArgumentError(
-        f"the {part} part must have columns 'inputs' and 'targets', got"
-        f" {sorted(arrays)}"
-      )
-    inputs, targets = (arrays[key] for key in _NAMES)
-    if not jnp.issubdtype(targets.dtype, jnp.integer):
-      below = f" in [0, {num_classes}) for {name}" if num_classes else ""
-      raise errors.ArgumentError(
-        f"targets {where} must be integers, class numbers{below}, got"
-        f" {targets.dtype} {targets.shape}"
-      )
-    if not is_number(inputs.dtype):
-      raise errors.ArgumentError(
-        f"inputs {where} must be numbers, got {inputs.dtype} {inputs.shape}"
-      )
-    if vocabulary and not jnp.issubdtype(inputs.dtype, jnp.integer):
-      raise errors.ArgumentError(
-        f"inputs {where} must be integers, tokens for {name}, got"
-        f" {inputs.dtype} {inputs.shape}"
-      )
+  mask_token: int,
+  mask_rate: float = 0.15,
+  special_tokens: Sequence[int] = (),
+  label_smoothing: float = 0.0,
+  **options: Unpack[build.Options],
+) -> task_lib.Task:
+  """Returns a task that trains a model to fill in masked tokens.
 
+  As in BERT (Devlin et al. 2019): of the tokens that are chosen at random, 80 %
+  become the mask token, 10 % a random one, and 10 % stay. The loss is the mean
+  over those that were chosen. The choice comes from the key of the example at
+  its step; that of a held-out example is always the same.
 
-def _shape_of_logits(
-  model: nn.Module,
-  init: Callable[..., PyTree],
-  predict: Callable[..., Any],
-  example: Mapping[str, np.ndarray],
-  name: str,
-) -> tuple[int, ...]:
-  """Returns the logits' shape, once the model takes such inputs and targets."""
-  inputs, targets = example["inputs"], example["targets"]
-  takes_images = getattr(model, "takes_images", False)
-  axes = ""
-  if takes_images or inputs.ndim == 3:
-    axes = ", (height, width, channels)"
-  problem = (
-    f"inputs must be what {name} takes of one example{axes}, got"
-    f" {inputs.dtype} {inputs.shape}"
+  Metrics: accuracy, loss, perplexity and top5_accuracy (or another number).
+
+  Args:
+    model: maps tokens [length] to logits [length, vocabulary].
+    vocabulary: how many tokens there are.
+    mask_token: the token that stands for a masked one.
+    mask_rate: the chance of a token to be chosen.
+    special_tokens: those that are never chosen, such as padding.
+    label_smoothing: see `classification`.
+    **options: see `dpdist.tasks.Options`. `targets` are the inputs by default.
+  """
+  token = _validation.integer(0, vocabulary - 1)
+  for name, given in [("mask_token", mask_token)] + [
+    ("special_tokens", x) for x in special_tokens
+  ]:
+    _validation.check(name, given, token)
+  rule = _validation.real(above=0, below=1)
+  _validation.check("mask_rate", mask_rate, rule)
+  build.check_smoothing(label_smoothing)
+  options.setdefault("targets", options.get("inputs", "inputs"))
+  parts = build.Parts(model, options, "classes", _METRICS, can_collect=False)
+  columns = parts.columns
+
+  def prepare(
+    example: Mapping[str, Any], rng: jax.Array | None
+  ) -> tuple[jax.Array, jax.Array]:
+    tokens = jnp.asarray(example[columns.inputs])
+    targets = jnp.asarray(example[columns.targets])
+    if rng is None:  # A number of the tokens, so that examples differ.
+      places = jnp.arange(1, len(tokens) + 1, dtype=jnp.uint32)
+      number = jnp.sum(tokens.astype(jnp.uint32) * places)
+      rng = jax.random.fold_in(jax.random.key(0), number)
+    return _masked(
+      tokens, targets, rng, vocabulary, mask_token, mask_rate, special_tokens
+    )
+
+  def check(task: task_lib.Task, example: Any, test: Any) -> None:
+    columns_lib.check_arrays(
+      columns, example, test, classes="tokens", vocabulary=vocabulary
+    )
+    shape = parts.outputs_shape(task, example)
+    columns_lib.check_classes(
+      columns, example, test, shape, num_classes=vocabulary
+    )
+    columns_lib.check_tokens(columns, test, vocabulary)
+
+  parts.rest.setdefault("largest_integers", {columns.inputs: vocabulary - 1})
+  return build.make(
+    parts,
+    functools.partial(losses.cross_entropy, label_smoothing=label_smoothing),
+    check=check,
+    prepare=prepare,
   )
-  if takes_images:
-    if inputs.ndim != 3:
-      raise errors.ArgumentError(
-        f"{problem}, which is no image (height, width, channels)"
-      )
-    first, *rest = inputs.shape
-    if first in (1, 3) and rest[0] == rest[1] > 4:
-      raise errors.ArgumentError(f"{problem}, whose channels come first")
-  try:
-    logits = jax.eval_shape(
-      lambda example: predict(init(jax.random.key(0), example), example),
-      dict(example),
-    )
-  except Exception as error:
-    # A model that gets inputs it does not take may raise nearly anything.
-    lines = str(error).strip().splitlines() or [""]
-    raise errors.ArgumentError(
-      f"{problem}: {type(error).__name__}: {lines[0]}"
-    ) from error
-  shape: tuple[int, ...] = logits.shape
-  if targets.shape != shape[:-1]:
-    is_one_hot = targets.shape == shape
-    reason = ", which are one-hot rows" if is_one_hot else ""
-    raise errors.ArgumentError(
-      f"targets must be class numbers of shape {shape[:-1]} for an example, got"
-      f" shape {targets.shape}{reason}"
-    )
-  return shape
 
 
-def _check_values(
-  test: Mapping[str, np.ndarray], name: str, num_classes: int, vocabulary: int
-) -> None:
-  """Checks the held-out examples' values."""
-  inputs, targets = test["inputs"], test["targets"]
-  if jnp.issubdtype(inputs.dtype, jnp.floating):
-    bad = int(np.sum(~np.isfinite(inputs.reshape(len(inputs), -1)).all(1)))
-    if bad:
-      raise errors.ArgumentError(
-        f"the held-out inputs must be finite, got {bad} of {len(inputs)}"
-        " examples with NaN or infinity"
-      )
-  # In a sequence, a target below 0 means none: the place is padding.
-  low, high = int(targets.min()), int(targets.max())
-  if high >= num_classes or (low < 0 and targets.ndim == 1):
-    raise errors.ArgumentError(
-      f"the held-out targets must be in [0, {num_classes}), the classes of"
-      f" {name}, got {low} to {high}"
-    )
-  if vocabulary and not 0 <= inputs.min() <= inputs.max() < vocabulary:
-    raise errors.ArgumentError(
-      f"the held-out inputs must be tokens in [0, {vocabulary}) for {name}, got"
-      f" {inputs.min()} to {inputs.max()}"
-    )
+def _masked(
+  tokens: jax.Array,
+  targets: jax.Array,
+  rng: jax.Array,
+  vocabulary: int,
+  mask_token: int,
+  mask_rate: float,
+  special_tokens: Sequence[int],
+) -> tuple[jax.Array, jax.Array]:
+  """Returns tokens of which some are masked, and their targets, else -1."""
+  choose, change, draw = jax.random.split(rng, 3)
+  is_special = jnp.isin(tokens, jnp.asarray([*special_tokens], tokens.dtype))
+  is_chosen = jax.random.bernoulli(choose, mask_rate, tokens.shape)
+  is_chosen &= ~is_special & (tokens >= 0) & (tokens < vocabulary)
+  share = jax.random.uniform(change, tokens.shape)
+  other = jax.random.randint(draw, tokens.shape, 0, vocabulary, tokens.dtype)
+  new = jnp.where(share < 0.9, other, tokens)
+  new = jnp.where(share < 0.8, jnp.asarray(mask_token, tokens.dtype), new)
+  return jnp.where(is_chosen, new, tokens), jnp.where(is_chosen, targets, -1)

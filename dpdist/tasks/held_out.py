@@ -3,7 +3,7 @@
 Held-out examples are not protected: their metrics are released without noise.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 import math
 import re
 from typing import Any
@@ -29,7 +29,7 @@ class Evaluator:
   """Maps parameters to held-out metrics.
 
   Attributes:
-    names: the names of the task's declared metrics.
+    names: the names of the task's declared metrics that are numbers.
   """
 
   def __init__(
@@ -58,6 +58,7 @@ class Evaluator:
     self._metrics = task.metrics or _loss_alone(task)
     # In the order of the task: JAX sorts the names of a mapping.
     self.names: tuple[str, ...] = ()
+    self._means: tuple[str, ...]
 
     def traced(params: PyTree, example: PyTree) -> PyTree:
       found = _checked(self._metrics(params, example))
@@ -77,35 +78,91 @@ class Evaluator:
     rows = min(1024, self._size, fitting)
     self._rows = rows + -rows % shards
     self._sums = jax.jit(self.sums)
+    self._summary = task.summary
+    self._means = self.names
+    if self._summary is not None:
+      self.names = self._summary.names
+      if self._summary.outputs is not None:
+        # Whole on every device, so that each process has all of them.
+        self._outputs = jax.jit(
+          _float32(jax.vmap(self._summary.outputs, (None, 0))),
+          out_shardings=mesh_lib.replicated(mesh),
+        )
 
   def __call__(
     self, params: PyTree, num_passes: int | None = None
   ) -> dict[str, float]:
     """Returns the metrics: sums of values over sums of weights.
 
-    A metric whose weights add up to 0 says nothing, and is NaN.
+    A metric whose weights add up to 0 says nothing, and is NaN. Metrics that
+    are no means come from the task's `Summary`.
 
     Args:
       params: all parameters.
       num_passes: how many passes to make, when the aim is to compile and to
         see whether they fit in memory; the metrics are then wrong. None: all.
     """
-    total = {name: [0.0, 0.0] for name in self.names}
-    for start in range(0, self._size, self._rows)[:num_passes]:
-      rows = np.arange(start, start + self._rows)
-      last = self._size - 1
-      batch = {
-        name: self._put(array[np.minimum(rows, last)])
-        for name, array in self._test.items()
-      }
-      found = self._sums(params, batch, self._put(rows <= last))
+    total: dict[str, list[float]] = {name: [0.0, 0.0] for name in self._means}
+    for rows, batch in self._passes(num_passes):
+      is_real = self._put(rows < self._size)
+      found = self._sums(params, batch, is_real)
       for name, sums in total.items():
         for i, value in enumerate(found[name]):
           sums[i] += float(value)
-    return {
+    means: dict[str, float] = {
       name: value / weight if weight else math.nan
       for name, (value, weight) in total.items()
     }
+    if self._summary is None:
+      return means
+    summary = self._summary
+    for name, (mean, function) in summary.of_means.items():
+      means[name] = function(means[mean])
+    if summary.numbers:
+      given = self._collected(params, num_passes)
+      means |= {name: f(*given) for name, f in summary.numbers.items()}
+    return {name: means[name] for name in self.names}
+
+  def tables(
+    self, params: PyTree, num_passes: int | None = None
+  ) -> dict[str, Any]:
+    """Returns the metrics that are lists or dicts; must run in all processes.
+
+    Args:
+      params: all parameters.
+      num_passes: as for a call.
+    """
+    if self._summary is None or not self._summary.tables:
+      return {}
+    given = self._collected(params, num_passes)
+    return {name: f(*given) for name, f in self._summary.tables.items()}
+
+  def _passes(
+    self, num_passes: int | None
+  ) -> Iterator[tuple[np.ndarray, dict[str, jax.Array]]]:
+    """Yields the numbers of the rows of each pass, and the rows on the mesh."""
+    for start in range(0, self._size, self._rows)[:num_passes]:
+      rows = np.arange(start, start + self._rows)
+      yield (
+        rows,
+        {
+          name: self._put(array[np.minimum(rows, self._size - 1)])
+          for name, array in self._test.items()
+        },
+      )
+
+  def _collected(
+    self, params: PyTree, num_passes: int | None
+  ) -> tuple[np.ndarray, np.ndarray]:
+    """Returns targets and outputs of all held-out examples, in their order."""
+    assert self._summary is not None
+    outputs = np.concatenate(
+      [
+        mesh_lib.whole(self._outputs(params, batch))
+        for _, batch in self._passes(num_passes)
+      ]
+    )[: self._size]
+    return self._test[self._summary.targets][: len(outputs)], outputs
 
   def sums(
     self, params: PyTree, batch: Mapping[str, jax.Array], is_real: jax.Array
@@ -150,6 +207,11 @@ def _loss_alone(task: task_lib.Task) -> Any:
     return {"loss": (loss, 1)}
 
   return metrics
+
+
+def _float32(function: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns a function whose result NumPy and its users can compute with."""
+  return lambda *given: function(*given).astype(jnp.float32)
 
 
 def _checked(found: Any) -> dict[str, tuple[jax.Array, jax.Array]]:

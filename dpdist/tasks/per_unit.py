@@ -48,6 +48,8 @@ def mean_over_copies(
   loss_fn: Callable[..., tuple[jax.Array, None]],
   change: Callable[[jax.Array, jax.Array], jax.Array],
   multiplicity: int,
+  *,
+  inputs: str = "inputs",
 ) -> Callable[..., tuple[jax.Array, None]]:
   """Returns the mean of a loss over randomly changed copies of one example.
 
@@ -61,6 +63,7 @@ def mean_over_copies(
     loss_fn: (params, example, rng) -> (loss, None).
     change: (key, inputs) -> inputs of the same shape.
     multiplicity: K, the number of copies; at least 1.
+    inputs: the name of the array that is changed.
 
   Returns:
     loss_fn(params, example, rng) -> (loss, None). The copies depend on the
@@ -77,7 +80,7 @@ def mean_over_copies(
       name: jnp.broadcast_to(x, (multiplicity, *x.shape))
       for name, x in example.items()
     }
-    copies["inputs"] = jax.vmap(change)(keys, copies["inputs"])
+    copies[inputs] = jax.vmap(change)(keys, copies[inputs])
     is_padding = jnp.zeros(multiplicity, bool)
     return mean(params, (copies, is_padding), loss_key)
 

@@ -9,12 +9,13 @@ Training knows models, losses and metrics only through a task.
 Guarantees:
   * `init` gets zeros instead of an example, so that the initial parameters
     depend on no example.
-  * `check`, `metrics` and `problem` get held-out examples, which the guarantee
-    does not cover, and the shapes of training examples, never their values.
+  * `check`, `metrics`, `summary` and `problem` get held-out examples, which the
+    guarantee does not cover, and the shapes of training examples, never their
+    values.
   * What `loss` returns beside the loss is dropped.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any
 
@@ -27,12 +28,45 @@ PyTree = Any
 
 
 @dataclasses.dataclass(frozen=True)
+class Summary:
+  """Held-out metrics that are no means over examples, and the order of all.
+
+  The outputs of all held-out examples are collected in every process. Its
+  functions run in Python.
+
+  Attributes:
+    names: the metrics that are shown, in this order; other means are not.
+    of_means: by name, a mean that `Task.metrics` returns and a function of it.
+    outputs: (params, example) -> an array of one held-out example, which is
+      collected. None: none is.
+    targets: the name of the array that goes with it.
+    numbers: by name, (targets, outputs) -> a number, of arrays over all
+      held-out examples.
+    tables: the same, but lists or dicts of numbers. They are in `result.json`
+      as "test_tables" and "test_ema_tables", and in no chart.
+  """
+
+  names: tuple[str, ...]
+  of_means: Mapping[str, tuple[str, Callable[[float], float]]] = (
+    dataclasses.field(default_factory=dict)
+  )
+  outputs: Callable[[PyTree, PyTree], Any] | None = None
+  targets: str = "targets"
+  numbers: Mapping[str, Callable[[np.ndarray, np.ndarray], float]] = (
+    dataclasses.field(default_factory=dict)
+  )
+  tables: Mapping[str, Callable[[np.ndarray, np.ndarray], Any]] = (
+    dataclasses.field(default_factory=dict)
+  )
+
+
+@dataclasses.dataclass(frozen=True)
 class Task:
   """What is trained: functions of parameters and of one example.
 
   An example is a mapping from names to arrays without a batch axis, as the data
-  set holds it. All functions must be pure and traceable by JAX, except `check`,
-  `problem`, `example` and `pretrained`, which run in Python.
+  set holds it. All functions must be pure and traceable by JAX, except
+  `review`, `check`, `problem`, `example` and `pretrained`, which run in Python.
 
   Attributes:
     init: (key, example) -> parameters, a pytree of float arrays. Only the
@@ -45,11 +79,15 @@ class Task:
       over the places of a sequence. Results show each of these metrics as
       "test/NAME", and no other name may be written. None: {"loss": (loss, 1)},
       under one fixed rng.
+    summary: metrics that are no means; None: there are none.
     partitioning: how the mesh axis `model` divides parameters; see
       `dpdist.distributed.mesh.Rules`. Empty: not at all.
     predict: (params, example) -> a prediction, such as logits. Its size decides
       how many held-out examples are evaluated at once. None: the size of the
       metrics does.
+    review: (example) -> notices on the model, which are shown when a run
+      begins. It raises ValueError for a model that must not be trained.
+      `example` has the shapes of a training example.
     check: (example, test) -> None. It raises ValueError if data and task do not
       fit. `example` has the shapes of a training example, and `test` has all
       held-out examples, as NumPy arrays by name.
@@ -67,6 +105,7 @@ class Task:
     trainable: a regular expression that is searched for in each parameter's
       path; if it is not found, the parameter is frozen. Frozen parameters must
       be pretrained. "": all are trained.
+    inputs: the name of the array that augmentation changes.
   """
 
   init: Callable[[Any, PyTree], PyTree]
@@ -74,8 +113,10 @@ class Task:
   metrics: Callable[[PyTree, PyTree], Mapping[str, tuple[Any, Any]]] | None = (
     None
   )
+  summary: Summary | None = None
   partitioning: mesh.Rules = ()
   predict: Callable[[PyTree, PyTree], PyTree] | None = None
+  review: Callable[[Mapping[str, Any]], Sequence[str]] | None = None
   check: (
     Callable[[Mapping[str, Any], Mapping[str, np.ndarray]], None] | None
   ) = None
@@ -86,6 +127,7 @@ class Task:
   largest_integers: Mapping[str, int] = dataclasses.field(default_factory=dict)
   pretrained: Callable[[], Mapping[str, np.ndarray]] | None = None
   trainable: str = ""
+  inputs: str = "inputs"
 
   def __post_init__(self) -> None:
     for name in _FUNCTIONS:
@@ -97,7 +139,7 @@ class Task:
 
 
 _NEEDED = ("init", "loss")
-_FUNCTIONS = (*_NEEDED, "metrics", "predict", "check", "problem") + (
+_FUNCTIONS = (*_NEEDED, "metrics", "predict", "review", "check", "problem") + (
   "example",
   "pretrained",
 )

@@ -3,7 +3,7 @@
 Public are the names, shapes and dtypes of all arrays, and the held-out set,
 whose metrics are released without noise. The training set's contents are
 private: no check here depends on a value of it. A label there that no class has
-counts as no label, with loss 0; see `dpdist.tasks.cross_entropy`.
+counts as no label, with loss 0; see `dpdist.tasks.scoring.losses`.
 """
 
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from dpdist.data import augment
 from dpdist.data import dataset as dataset_lib
 from dpdist.data import sources
 from dpdist.data import users
-from dpdist.tasks import cross_entropy
+from dpdist.tasks import columns
 from dpdist.tasks import task as task_lib
 from dpdist.training import parameters
 
@@ -37,14 +37,17 @@ def fit(
   dict[str, np.ndarray],
   dict[str, jax.ShapeDtypeStruct],
   parameters.Parameters,
+  list[str],
 ]:
   """Checks that data and task fit one another, or raises ValueError.
 
-  Returns all held-out examples, the shapes of a row of the training part, and
-  the task's parameters, which `parameters.of` makes with key_data.
+  Returns all held-out examples, the shapes of a row of the training part, the
+  task's parameters, which `parameters.of` makes with key_data, and notices on
+  its model.
   """
   test = dataset.test.read(np.arange(len(dataset.test)))
   example = one_example(dataset.train)
+  notices = [] if task.review is None else [*task.review(example)]
   try:
     check(task, example, test)
   except ValueError as error:
@@ -52,13 +55,14 @@ def fit(
       f"{_what(config)} must fit the task: {error}",
       hint=getattr(error, "hint", None),
     ) from error
-  inputs = example.get("inputs")
+  inputs = example.get(task.inputs)
   augment.check(config, () if inputs is None else inputs.shape)
   row = dataset.train.read(np.zeros(1, np.int64))
   return (
     test,
     {k: jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for k, x in row.items()},
     parameters.of(task, key_data, example),
+    notices,
   )
 
 
@@ -101,7 +105,7 @@ def check(
     )
   for part, arrays in (("training", example), ("held-out", held_out)):
     for name, x in arrays.items():
-      if not cross_entropy.is_number(x.dtype):
+      if not columns.is_number(x.dtype):
         raise errors.ArgumentError(
           f"{name} in the {part} part must be numbers, got {x.dtype} {x.shape}"
         )

@@ -171,7 +171,9 @@ def _finish(
   jax.block_until_ready(released)
   for params in (state.params, state.ema_params):
     if params is not None:
-      job.evaluate(step_lib.whole(params, job.frozen), num_passes=1)
+      whole = step_lib.whole(params, job.frozen)
+      job.evaluate(whole, num_passes=1)
+      job.evaluate.tables(whole, num_passes=1)
 
 
 def _zeros(

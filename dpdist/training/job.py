@@ -179,7 +179,7 @@ def _prepared(
   experiment = setup.build(config, mesh, plan=plan, parts=parts)
   rules_code = collectives.run_on_all(_rules_code)
   task, step = experiment.task, experiment.step
-  test, row, start = collectives.run_on_all(
+  test, row, start, notices = collectives.run_on_all(
     lambda: data_checks.fit(config, dataset, task, setup.PUBLIC_KEY_DATA)
   )
   collectives.assert_equal(
@@ -206,7 +206,7 @@ def _prepared(
     ledger=ledger,
     budget=None,
     writer=0,
-    notices=[],
+    notices=notices,
     found=found,
     secret=b"",
     mesh=mesh,
@@ -303,7 +303,7 @@ def _begun(
     job,
     budget=begun.budget,
     writer=begun.writer,
-    notices=begun.notices,
+    notices=[*begun.notices, *job.notices],
     secret=begun.secret,
     init=functools.partial(job.initial, key_data),
   )

@@ -132,6 +132,19 @@ class Loop:
     """Returns held-out metrics of the last state, and of its average."""
     return self.scores or self._scores()
 
+  def tables(self) -> dict[str, dict[str, Any]]:
+    """Returns held-out metrics that are no numbers; {} if there are none."""
+    job, state = self._job, self.state
+    found = {}
+    for group, params in (
+      ("test_tables", state.params),
+      ("test_ema_tables", state.ema_params),
+    ):
+      if params is not None:
+        whole = step_lib.whole(params, job.frozen)
+        found[group] = job.evaluate.tables(whole)
+    return {group: tables for group, tables in found.items() if tables}
+
   def _intervals(self) -> tuple[int, int, int]:
     """Returns after how many steps to evaluate, to save and to charge."""
     config, num_steps = self._config, self._config.privacy.num_steps

@@ -168,7 +168,9 @@ def loss_fn(
   copies = config.augmentation
   if copies.multiplicity:
     change = augment.flip_and_crop(flip=copies.flip, crop=copies.crop)
-    loss = per_unit.mean_over_copies(loss, change, copies.multiplicity)
+    loss = per_unit.mean_over_copies(
+      loss, change, copies.multiplicity, inputs=task.inputs
+    )
   if config.data.examples_per_unit or config.privacy.group_size > 1:
     return per_unit.mean_over_unit(loss, empty_slot=users.SLOT_IS_EMPTY)
   return loss

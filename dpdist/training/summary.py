@@ -114,6 +114,7 @@ def result(
   num_steps: int,
   sentinel_every: int,
   scores: dict[str, float],
+  tables: dict[str, dict[str, Any]],
   params_sha256: str,
   environment: dict[str, Any],
 ) -> dict[str, Any]:
@@ -121,6 +122,7 @@ def result(
 
   The final parameters, whose trained ones params_sha256 names, have num_steps
   updates. Scores are held-out metrics, "test/NAME" and perhaps "test_ema/NAME".
+  Tables are those that are no numbers, "test_tables" and "test_ema_tables".
   """
   plan = job.plan
   values: dict[str, Any] = {
@@ -148,6 +150,7 @@ def result(
   for name, score in scores.items():
     group, metric = name.split("/")
     values.setdefault(group, {})[metric] = score
+  values |= tables
   best = values.get("test_ema", values["test"])
   problem = lambda scores: held_out.problem(job.task, scores, job.test)
   values["held_out_problem"] = problem(values["test"]) and problem(best)

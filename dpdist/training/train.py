@@ -335,7 +335,7 @@ def _finish(
   rows: list[tuple[str, str]],
 ) -> dict[str, Any]:
   """Writes and shows the result; returns it in all processes."""
-  scores = loop.measured_scores()
+  scores, tables = loop.measured_scores(), loop.tables()
   # In all processes: each may have only a part of the parameters.
   params_sha256 = fingerprint.params_sha256(loop.state.params)
 
@@ -348,6 +348,7 @@ def _finish(
       num_steps=int(loop.state.step),
       sentinel_every=config.sentinel.every,
       scores=scores,
+      tables=tables,
       params_sha256=params_sha256,
       environment=fingerprint.public(environment),
     )

@@ -32,11 +32,11 @@ LAYERS = (
   ("dpdist/clipping/layers",),
   ("dpdist/clipping/engines",),
   ("dpdist/accounting", "dpdist/clipping", "dpdist/noise", "dpdist/sampling"),
-  ("dpdist/data", "dpdist/models", "dpdist/privacy"),
+  ("dpdist/data", "dpdist/frameworks", "dpdist/models", "dpdist/privacy"),
   ("dpdist/data/builders", "dpdist/data/features", "dpdist/mechanism")
   + ("dpdist/reporting", "dpdist:config"),
   ("dpdist/data:api", "dpdist/data/datasets", "dpdist/ledger")
-  + ("dpdist/sensitivity",),
+  + ("dpdist/sensitivity", "dpdist/tasks/scoring"),
   ("dpdist/tasks",),
   ("dpdist/workdir",),
   ("dpdist/frontends", "dpdist/training"),

@@ -186,7 +186,8 @@ def test_a_data_set_that_does_not_fit_is_named(what):
 
 
 def test_what_fits_is_let_through_and_its_shapes_are_told():
-  test, row, start = _fit(_config(), _arrays(20), _arrays(10))
+  test, row, start, notices = _fit(_config(), _arrays(20), _arrays(10))
+  assert not notices
   assert len(test["targets"]) == 10
   assert {k: (x.shape, x.dtype) for k, x in row.items()} == {
     "inputs": ((4,), np.float32),

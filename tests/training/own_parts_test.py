@@ -5,10 +5,7 @@ import functools
 import json
 import pathlib
 import shutil
-import signal
-import subprocess
 import sys
-import time
 from typing import Any
 
 import jax
@@ -20,7 +17,6 @@ import pytest
 import dpdist
 from dpdist import config as config_lib
 from dpdist import errors
-from dpdist import export
 from dpdist.data import arrays as arrays_lib
 from dpdist.export import load_run
 from dpdist.ledger import ledger as ledger_lib
@@ -32,12 +28,12 @@ from dpdist.training import parameters
 from dpdist.training import setup
 from dpdist.workdir import fingerprint
 from tests.support import commands
+from tests.support import projects
 from tests.support import turns
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
-_ROOT = pathlib.Path(__file__).parents[2]
-_PROJECT = _ROOT / "tests" / "projects" / "regression.py"
+_PROJECT = projects.PROJECTS / "regression.py"
 
 _FACTOR = 1.0
 
@@ -585,52 +581,19 @@ def test_another_task_is_not_evaluated_instead(
 # A project in one file.
 
 
-def _start(workdir: pathlib.Path) -> subprocess.Popen[bytes]:
-  return subprocess.Popen(
-    [sys.executable, str(_PROJECT), str(workdir), "7"],
-    cwd=workdir.parent,
-    stdout=subprocess.DEVNULL,
-  )
-
-
 @pytest.mark.slow
 def test_a_project_in_one_file(tmp_path: pathlib.Path) -> None:
   """Trains, is killed, goes on to the same bits; is verified and evaluated."""
-  whole, cut = tmp_path / "whole", tmp_path / "cut"
-  assert _start(whole).wait() == 0
-  process = _start(cut)
-  while not [*cut.glob("checkpoints/writer_*/8")] and process.poll() is None:
-    time.sleep(0.01)
-  process.send_signal(signal.SIGKILL)
-  assert process.wait() == -signal.SIGKILL
-  assert _start(cut).wait() == 0
-  result, other = (
-    json.loads((workdir / "result.json").read_text())
-    for workdir in (cut, whole)
-  )
-  for name in ("params_sha256", "test", "test_ema", "steps_charged"):
-    assert result[name] == other[name]
+  command = [sys.executable, str(_PROJECT)]
+  driven = projects.drive(_PROJECT, tmp_path, command=command)
+  result = driven.result
   assert result["num_steps"] == 24
-  assert len(ledger_lib.Ledger(cut / "ledger").branches) == 1
   assert set(result["test"]) == {"weighted_mse", "mae"}
   assert result["test"]["mae"] < 0.6
-  rows = metrics.read(cut)
+  rows = metrics.read(driven.workdir)
   assert set(rows[-1]) == {
     *("step", "epsilon", "noisy_gradient_norm", "noise_norm"),
     *("test/weighted_mse", "test/mae", "test_ema/weighted_mse"),
     "test_ema/mae",
   }
-  done = commands.run("verify", f"--workdir={cut}")
-  assert done.code == 0, done.err
-  seed = "--config.insecure_seed=7"
-  flags = (f"--config={_PROJECT}", seed, f"--workdir={cut}")
-  done = commands.run("eval", *flags, "--json")
-  assert done.code == 0, done.err
-  assert json.loads(done.out)["test"] == result["test"]
-  done = commands.run("export", *flags, f"--output={tmp_path / 'model'}")
-  assert done.code == 0, done.err
-  model, params = export.load(tmp_path / "model")
-  assert model is None
-  assert params["hidden"].shape == (6, 8)
-  done = commands.run("check", *flags[:2])
-  assert done.code == 0, done.err
+  assert driven.params["hidden"].shape == (6, 8)

@@ -9,6 +9,9 @@ The loss is checked as a traced program, whatever framework it was written in.
 The model is checked module by module, if its framework is known: Flax Linen,
 Flax NNX, Equinox or Keras. None of them is imported for it.
 
+`dpdist.tasks` runs it on their models before a run: findings that are faults
+stop the run, the others are shown once.
+
 An empty list is no proof. Only the clipping bounds an example's influence, as
 it takes one example at a time. This check finds what would raise an error
 there, or train badly without one.
@@ -18,7 +21,7 @@ from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import importlib
 import sys
-from typing import Any
+from typing import Any, Literal, NamedTuple, overload
 
 import jax
 from jax.extend import core
@@ -37,10 +40,10 @@ _MIXES = (
 KEEPS = "what it keeps of the examples would be released without noise"
 # By framework: its class of modules, and what has `findings` on them.
 _CHECKERS = (
-  ("flax.linen", "Module", "dpdist.frontends.linen"),
-  ("flax.nnx", "Module", "dpdist.frontends.nnx"),
+  ("flax.linen", "Module", "dpdist.frameworks.linen"),
+  ("flax.nnx", "Module", "dpdist.frameworks.nnx"),
   ("keras", "Layer", "dpdist.frontends.keras_model"),
-  ("equinox", "Module", "dpdist.frontends.equinox"),
+  ("equinox", "Module", "dpdist.frameworks.equinox"),
 )
 _DRAWS = ("random_bits", "threefry2x32", "rng_bit_generator")
 
@@ -54,15 +57,57 @@ class Finding:
     where: its place in the model, its parameters or its loss.
     why: why it matters.
     instead: what would be right.
+    is_fault: whether training must not begin; otherwise it may be meant.
   """
 
   what: str
   where: str
   why: str
   instead: str
+  is_fault: bool = True
 
   def __str__(self) -> str:
     return f"{self.where}: {self.what}: {self.why}; instead: {self.instead}"
+
+
+class Fixed(NamedTuple):
+  """A model in which was replaced what could be.
+
+  Attributes:
+    model: the model, which is another one if anything was replaced.
+    changes: what was done, a sentence each.
+    findings: what is unsafe in it still.
+  """
+
+  model: Any
+  changes: list[str]
+  findings: list[Finding]
+
+
+@overload
+def check_model(
+  model: Any = None,
+  *inputs: Any,
+  loss_fn: Callable[..., Any] | None = None,
+  params: PyTree = None,
+  batch: PyTree = None,
+  rng: jax.Array | None = None,
+  has_aux: bool = False,
+  fix: Literal[False] = False,
+) -> list[Finding]: ...
+
+
+@overload
+def check_model(
+  model: Any,
+  *inputs: Any,
+  loss_fn: Callable[..., Any] | None = None,
+  params: PyTree = None,
+  batch: PyTree = None,
+  rng: jax.Array | None = None,
+  has_aux: bool = False,
+  fix: Literal[True],
+) -> Fixed: ...
 
 
 def check_model(
@@ -73,7 +118,8 @@ def check_model(
   batch: PyTree = None,
   rng: jax.Array | None = None,
   has_aux: bool = False,
-) -> list[Finding]:
+  fix: bool = False,
+) -> list[Finding] | Fixed:
   """Lists what is unsafe in a model, in its loss, or in both.
 
   Args:
@@ -87,22 +133,34 @@ def check_model(
     batch: with loss_fn, some examples; only their shapes matter.
     rng: with loss_fn, a PRNG key if it takes one.
     has_aux: whether loss_fn returns (loss, aux).
+    fix: whether to replace batch norm by group norm, whose initial scale is 1
+      and shift 0: any layer of an NNX or Equinox module whose features are
+      where group norm has them, and of a Linen module what an attribute holds
+      as a class. It takes a batch axis where batch norm does. Keras models must
+      be changed by hand.
 
   Returns:
-    Findings; none if nothing was found.
+    Findings; none if nothing was found. With `fix`, a `Fixed`: the model as it
+    is then, what was done, and the findings on it.
 
   Raises:
-    ValueError: there is nothing to check.
+    ValueError: there is nothing to check, or nothing to fix.
   """
   if model is None and loss_fn is None:
     raise errors.ArgumentError("model or loss_fn must be given, got neither")
+  changes: list[str] = []
+  if fix:
+    model, changes = _fixed(model)
   found: list[Finding] = []
   if model is not None:
     found += _of_module(model, inputs, is_alone=loss_fn is None)
   if loss_fn is not None:
     found += of_params(params)
-    found += _of_loss(loss_fn, params, batch, rng, has_aux)
-  return list(dict.fromkeys(found))
+    shape = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
+    example = jax.tree.map(shape, jax.tree.map(jnp.asarray, batch))
+    found += of_loss(loss_fn, params, example, rng, has_aux=has_aux)
+  found = list(dict.fromkeys(found))
+  return Fixed(model, changes, found) if fix else found
 
 
 def of_params(params: PyTree) -> Iterator[Finding]:
@@ -128,15 +186,15 @@ def of_params(params: PyTree) -> Iterator[Finding]:
       )
 
 
-def _of_loss(
+def of_loss(
   loss_fn: Callable[..., Any],
   params: PyTree,
-  batch: PyTree,
+  example: PyTree,
   rng: jax.Array | None,
+  *,
   has_aux: bool,
 ) -> Iterator[Finding]:
-  shape = lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
-  example = jax.tree.map(shape, jax.tree.map(jnp.asarray, batch))
+  """Yields findings on a loss of one example, of which shapes are enough."""
   arguments = (params, example) if rng is None else (params, example, rng)
   try:
     closed, out = jax.make_jaxpr(loss_fn, return_shape=True)(*arguments)
@@ -185,6 +243,7 @@ def _of_program(
         f"params{jax.tree_util.keystr(path)}",
         "their gradient is always 0, and each step adds noise to them",
         "leave them out, or pass them as frozen",
+        is_fault=False,
       )
   first = num_inputs if rng is None else num_inputs - 1
   marked = [i >= first for i in range(num_inputs)]
@@ -197,6 +256,7 @@ def _of_program(
       "they are the same for every example and at every step, which is right"
       " for fixed features and wrong for dropout",
       "loss_fn(params, example, rng), with all randomness from rng",
+      is_fault=False,
     )
 
 
@@ -211,19 +271,36 @@ def _draws(jaxpr: Any) -> bool:
 def _of_module(
   model: Any, inputs: tuple[Any, ...], *, is_alone: bool
 ) -> Iterator[Finding]:
+  checker = _checker(model)
+  if checker is None:
+    raise errors.ArgumentError(
+      "model must be a module of Flax Linen, Flax NNX, Equinox or Keras, got a"
+      f" {type(model).__name__}: pass a plain function as loss_fn"
+    )
+  found: Iterator[Finding] = checker.findings(model, inputs, is_alone=is_alone)
+  return found
+
+
+def _checker(model: Any) -> Any:
+  """Returns our module for a model's framework, or None."""
   for framework, kind, checker in _CHECKERS:
     # A module's framework has been imported by now.
     if framework in sys.modules and isinstance(
       model, getattr(sys.modules[framework], kind)
     ):
-      found: Iterator[Finding] = importlib.import_module(checker).findings(
-        model, inputs, is_alone=is_alone
-      )
-      return found
-  raise errors.ArgumentError(
-    "model must be a module of Flax Linen, Flax NNX, Equinox or Keras, got a"
-    f" {type(model).__name__}: pass a plain function as loss_fn"
-  )
+      return importlib.import_module(checker)
+  return None
+
+
+def _fixed(model: Any) -> tuple[Any, list[str]]:
+  replaced = getattr(_checker(model), "replaced", None)
+  if replaced is None:
+    raise errors.ArgumentError(
+      "fix must be False for all but modules of Flax Linen, Flax NNX and"
+      f" Equinox, got True for a {type(model).__name__}"
+    )
+  fixed: tuple[Any, list[str]] = replaced(model)
+  return fixed
 
 
 def batch_norm(name: str, where: str, instead: str) -> Finding:

@@ -1,0 +1,1 @@
+"""Losses and metrics as formulas of one example's outputs and targets."""
