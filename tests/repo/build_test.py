@@ -40,7 +40,7 @@ LAYERS = (
   ("dpdist/tasks",),
   ("dpdist/workdir",),
   ("dpdist/frontends", "dpdist/training"),
-  ("dpdist/export", "dpdist/profiling"),
+  ("dpdist/export", "dpdist/frontends/keras", "dpdist/profiling"),
   ("dpdist/audit",),
   ("dpdist",),
   ("dpdist/examples",),
