@@ -434,7 +434,7 @@ def _keys(monkeypatch):
 def test_a_key_meets_one_state_whatever_a_user_does(tmp_path, monkeypatch):
   """An update is lost, and the weights change before it is made again."""
   seen = _keys(monkeypatch)
-  private = _private(tmp_path, seed=None, config=_config(num_steps=8))
+  private = _private(tmp_path, seed=None, config=_config(num_steps=12))
   data = _data()
 
   def lost():
@@ -456,11 +456,21 @@ def test_a_key_meets_one_state_whatever_a_user_does(tmp_path, monkeypatch):
   private.fit(*data, epochs=1, steps_per_epoch=1, verbose=0)
   private.set_weights([np.ones((12, 1))])  # As they were at an earlier step.
   private.fit(*data, epochs=1, steps_per_epoch=1, verbose=0)
+  with monkeypatch.context() as patch:
+    waits, wait = [], jax.block_until_ready
+    patch.setattr(
+      jax,
+      "block_until_ready",
+      lambda x: _interrupt() if len(waits) else waits.append(wait(x)),
+    )
+    with pytest.raises(KeyboardInterrupt):  # Of the second, which is made.
+      private.fit(*data, epochs=1, steps_per_epoch=3, verbose=0)
+  private.fit(*data, epochs=1, steps_per_epoch=1, verbose=0)
   by_key = {}
   for secret, *input_ in seen:
     by_key.setdefault(secret, set()).add(tuple(input_))
   assert all(len(inputs) == 1 for inputs in by_key.values())
-  assert len(by_key) == private._run.spent_steps == 6
+  assert len(by_key) == private._run.spent_steps == 9
 
 
 def _interrupt(*unused):

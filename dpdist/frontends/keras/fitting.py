@@ -114,7 +114,7 @@ class Fitting:
     """
     session = self.session()
     program, step = self.program, self._run.step
-    state, made = program.state(step), step
+    state = program.state(step)
     try:
       for t, chunks in self._chunks(session, step, stop):
         hooks.before(t - step, state)
@@ -127,7 +127,6 @@ class Fitting:
           *self._release_index(session, t),
         )
         jax.block_until_ready(released)
-        made = t + 1
         if see is not None:
           see(program.step.stats(accumulator))
         self._end(session)
@@ -137,10 +136,12 @@ class Fitting:
     finally:
       # Also after an error or Ctrl-C: what was computed is charged.
       session.check_data(lambda: sources.changed_files(self._source))
+      # An interrupt may come anywhere: the state itself knows its updates, and
+      # one whose memory the next step took is lost.
       is_whole = not any(x.is_deleted() for x in jax.tree.leaves(state))
-      if made > step and is_whole:
+      if is_whole and int(state.step) > step:
         program.assign(state)
-        self._save(session, made)
+        self._save(session, int(state.step))
 
   def _charge(self, session: session_lib.Session, t: int, stop: int) -> None:
     # Few durable records, and little charged if the process is killed.
