@@ -46,12 +46,13 @@ def per_example_loss(
   model.non_trainable_variables; seeds among them are replaced.
 
   The loss takes (trainable, (x, y), rng), where trainable is the list of values
-  of model.trainable_variables.
+  of model.trainable_variables; after y there may be the example's weight, which
+  multiplies its loss, and so its gradient before that is clipped.
   """
   seeds = [is_seed(v) for v in model.non_trainable_variables]
 
   def loss(
-    trainable: list[jax.Array], example: tuple[PyTree, PyTree], rng: jax.Array
+    trainable: list[jax.Array], example: tuple[PyTree, ...], rng: jax.Array
   ) -> jax.Array:
     value, _ = _loss_and_state(
       model, trainable, _seeded(non_trainable, seeds, rng), example
@@ -62,12 +63,13 @@ def per_example_loss(
 
 
 def changed_state(
-  model: Any, example: tuple[PyTree, PyTree]
+  model: Any, example: tuple[PyTree, ...]
 ) -> list[tuple[str, str]]:
   """Lists the state that a training call changes, without seeds.
 
-  The model is compiled and built; `example` is (x, y) or its shapes, without
-  the batch axis. Returns (path, shape) of each variable.
+  The model is compiled and built; `example` is (x, y), with its weight if it
+  has one, or their shapes, without the batch axis. Returns (path, shape) of
+  each variable.
   """
   variables = model.non_trainable_variables
   trainable = [jax.typeof(v.value) for v in model.trainable_variables]
@@ -108,9 +110,9 @@ def _loss_and_state(
   model: Any,
   trainable: list[jax.Array],
   non_trainable: list[jax.Array],
-  example: tuple[PyTree, PyTree],
+  example: tuple[PyTree, ...],
 ) -> tuple[jax.Array, list[jax.Array]]:
-  x, y = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], example)
+  x, y, *weight = jax.tree.map(lambda leaf: jnp.asarray(leaf)[None], example)
   # No loss depends on them. Their present values would be constants of the
   # program, and those of metrics come and go while it is traced.
   zeros = lambda variables: [jnp.zeros(v.shape, v.dtype) for v in variables]
@@ -120,7 +122,7 @@ def _loss_and_state(
     zeros(model.metrics_variables),
     x,
     y,
-    None,
+    weight[0] if weight else None,
     training=True,
     optimizer_variables=zeros(model.optimizer.variables),
   )

@@ -44,7 +44,9 @@ def check(model: Any) -> None:
       )
   if jax.process_count() > 1 or keras.distribution.distribution() is not None:
     raise errors.ArgumentError(
-      "model must be on one device of one process: for more, see dpdist.train"
+      "model must be in one process, and without a keras.distribution, since"
+      " fit divides the examples over all of its devices itself: for several"
+      " processes, see dpdist.train"
     )
   if type(model).train_step is not keras.Model.train_step:
     raise errors.ArgumentError(
@@ -64,10 +66,11 @@ def check(model: Any) -> None:
   model.optimizer.build(model.trainable_variables)
 
 
-def refuse_changing_state(model: Any, example: tuple[PyTree, PyTree]) -> None:
+def refuse_changing_state(model: Any, example: tuple[PyTree, ...]) -> None:
   """Refuses a checked model whose training calls change its state.
 
-  `example` holds shapes of one example (x, y), without the batch axis.
+  `example` holds shapes of one example (x, y), with its weight if it has one,
+  without the batch axis.
   """
   changed = keras_loss.changed_state(model, example)
   if changed:
@@ -80,11 +83,22 @@ def refuse_changing_state(model: Any, example: tuple[PyTree, PyTree]) -> None:
     )
 
 
+def refuse_normalised_weights(model: Any) -> None:
+  """Refuses a loss that divides by weights, whose weights would do nothing."""
+  for loss in jax.tree.leaves(model.loss):
+    if getattr(loss, "reduction", "") == "mean_with_sample_weight":
+      raise errors.ArgumentError(
+        "model.loss must not be divided by the weights, which would cancel them"
+        " for each example, got reduction='mean_with_sample_weight' in"
+        f" {loss.name!r}: leave it at its default"
+      )
+
+
 def refuse(name: str, *unused: Any, **also_unused: Any) -> None:
   """Replaces a method that would train without privacy."""
   raise RuntimeError(
     f"model.{name} would train without privacy: use fit of what"
-    " dpdist.frontends.keras.make_private returned"
+    " dpdist.frontends.keras.make_private returned, and compile before it"
   )
 
 

@@ -216,18 +216,8 @@ class Ledger(history.History):
         f" {ledger_head[:12]}, which this ledger does not hold: records were"
         " removed, or the ledger belongs to another run"
       )
-    if self.branches:
-      branch = self.branches[-1]
-      if (
-        branch.segment == len(self.segments) - 1
-        and branch.version == history.IDENTITY_VERSION
-        and branch.fingerprint == fingerprint
-        and digest in branch.bases
-        # Else it is unknown whether the data is what its steps were computed
-        # on.
-        and not self.unsound
-      ):
-        return branch
+    if self.goes_on(digest=digest, fingerprint=fingerprint):
+      return self.branches[-1]
     self._append(
       "branch",
       branch=len(self.branches),
@@ -237,6 +227,20 @@ class Ledger(history.History):
       identity=history.IDENTITY_VERSION,
     )
     return self.branches[-1]
+
+  def goes_on(self, *, digest: str, fingerprint: str) -> bool:
+    """Returns whether `resume` goes on with the current branch."""
+    if not self.branches:
+      return False
+    branch = self.branches[-1]
+    return (
+      branch.segment == len(self.segments) - 1
+      and branch.version == history.IDENTITY_VERSION
+      and branch.fingerprint == fingerprint
+      and digest in branch.bases
+      # Else it is unknown whether the data is what its steps were computed on.
+      and not self.unsound
+    )
 
   def reserve_through(self, stop_step: int) -> bool:
     """Charges the current branch's steps before stop_step, durably.

@@ -199,7 +199,7 @@ def mean(total: PyTree, count: jax.Array | int) -> PyTree:
   return jax.tree.map(lambda x: x / count, total)
 
 
-def largest_integer(x: jax.Array) -> int:
+def largest_integer(x: jax.Array | np.ndarray) -> int:
   """Returns the largest integer of an array; 0 for arrays of other dtypes."""
   is_integer = jnp.issubdtype(x.dtype, jnp.integer)
   return int(np.max(np.asarray(x), initial=0)) if is_integer else 0

@@ -61,6 +61,8 @@ class Step:
   mesh: Mesh  # With the axes of `mesh_lib`.
   ema_decay: float = 0.0  # Of the parameters' moving average; 0 keeps none.
   rules: mesh_lib.Rules = ()  # How the parameters are divided over `model`.
+  # (params, what the optimizer returns) -> params.
+  apply_updates: Callable[[PyTree, PyTree], PyTree] = optax.apply_updates
 
   def specs(self, params: PyTree) -> PyTree:
     """Returns the parameters' layout: pytree like params of PartitionSpecs."""
@@ -366,6 +368,7 @@ class Step:
         noisy_sum,
         noise_state,
         release_index,
+        apply_updates=self.apply_updates,
       )
       specs = self.state_specs(after)
       released = jax.lax.with_sharding_constraint(
@@ -397,13 +400,15 @@ def update(
   noisy_sum: PyTree,
   noise_state: Any,
   release_index: jax.Array | None = None,
+  *,
+  apply_updates: Callable[[PyTree, PyTree], PyTree] = optax.apply_updates,
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """Returns the state after the step, and released metrics, from noisy sums."""
   gradient, noise_state = mechanism.finish(
     noisy_sum, noise_state, release_index
   )
   updates, opt_state = optimizer.update(gradient, state.opt_state, state.params)
-  params = _strong(optax.apply_updates(state.params, updates))
+  params = _strong(apply_updates(state.params, updates))
   new_state = TrainState(
     state.step + 1,
     params,

@@ -16,11 +16,13 @@ them, so that `launch.budget` and `launch.verify` read them too.
 
 Nothing can prove that a user's own loop computes the same bits again. So every
 session opens a branch of its own, with new keys: what was charged but not saved
-when a process died is spent, and the steps are charged again.
+when a process died is spent, and the steps are charged again. A loop that knows
+what decides its bits gives their fingerprint, and repeats such steps for free.
 """
 
 from collections.abc import Iterator
 import contextlib
+import hashlib
 import os
 import pathlib
 import secrets
@@ -53,6 +55,7 @@ class Run:
     config: plan_lib.PrivacyConfig | plan_lib.PrivacyPlan,
     *,
     insecure_seed: int | None = None,
+    secret: bytes | None = None,
     notices: tuple[str, ...] = (),
   ):
     """Reads what the directory holds, and changes nothing.
@@ -60,7 +63,8 @@ class Run:
     The directory is local, and is made when the run begins. The config must
     equal the one that the run began with, or ValueError is raised. The
     insecure_seed fixes every random stream, for tests; it voids the guarantee,
-    and the ledger says so. Notices tell the ledger what else voids it. Raises
+    and the ledger says so. A secret that is given is kept in memory alone; see
+    `dpdist.keys`. Notices tell the ledger what else voids it. Raises
     LedgerError if the ledger is damaged, or was rolled back.
     """
     if not isinstance(config, plan_lib.PrivacyConfig | plan_lib.PrivacyPlan):
@@ -68,14 +72,7 @@ class Run:
         "config must be a dpdist.PrivacyConfig or a dpdist.PrivacyPlan, got"
         f" {config!r}"
       )
-    for name, right in (
-      ("noise_schedule", ()),
-      ("batch_size_schedule", ()),
-      ("cycle_length", 1),
-      ("group_size", 1),
-      ("noise", "gaussian"),
-      ("clipping", "fixed"),
-    ):
+    for name, right in (("noise", "gaussian"), ("clipping", "fixed")):
       if getattr(config, name) != right:
         raise errors.ArgumentError(
           f"{name} must be {right!r} here, got {getattr(config, name)!r}:"
@@ -101,7 +98,7 @@ class Run:
         "unsafe_metrics": False,
       }
     )
-    self._notices = notices
+    self._notices, self._secret = notices, secret
     self._settings = config.to_dict()
     if isinstance(config, plan_lib.PrivacyPlan):
       self._settings["target_delta"] = config.delta
@@ -155,25 +152,53 @@ class Run:
     )
     return state
 
-  def check(self, num_steps: int) -> None:
-    """Raises ValueError for more steps than the plan has left."""
-    spent = self.spent_steps
-    left = self.plan.num_steps - spent
+  def left(self, fingerprint: str | None = None, state: str = "") -> int:
+    """Returns how many steps a session may make; see `session`.
+
+    Charged steps that it would repeat for free are among them.
+    """
+    with self._open() as ledger:
+      if ledger.is_new:
+        return self.plan.num_steps
+      left = ledger.plan.num_steps - ledger.spent_steps
+      if ledger.goes_on(
+        digest=self._base(state), fingerprint=fingerprint or ""
+      ):
+        left += ledger.branches[-1].stop_step - self.step
+      return left
+
+  def check(self, num_steps: int, left: int) -> None:
+    """Raises ValueError for more steps than are `left`."""
     if num_steps > left:
       raise errors.ArgumentError(
         f"num_steps must be at most {left}, the updates that the budget has"
-        f" left ({spent} of the plan's {self.plan.num_steps} are spent), got"
-        f" {num_steps}"
+        f" left ({self.spent_steps} of the plan's {self.plan.num_steps} are"
+        f" spent), got {num_steps}"
       )
 
   @contextlib.contextmanager
-  def session(self, data: str) -> Iterator[session_lib.Session]:
+  def session(
+    self, data: str, *, fingerprint: str | None = None, state: str = ""
+  ) -> Iterator[session_lib.Session]:
     """Opens a session for the steps after the newest checkpoint.
 
-    `data` is a hex digest of the training set. Raises ValueError if it or the
-    secret is not the one that the run began with, and LedgerError if another
-    process writes the ledger, or has gone on with the run since this object
-    last read it.
+    Args:
+      data: a hex digest of the training set.
+      fingerprint: hex, of everything that decides the bits of a step, beside
+        the state before it: if it is that of the newest branch, the session
+        goes on with it, and charged steps after the newest checkpoint are
+        repeated for free. None: it is unknown, and equal to no other.
+      state: a hex digest of the state that steps go on from, if that is not the
+        newest checkpoint's: the session opens a new branch. It must be saved
+        before a step is computed.
+
+    Yields:
+      The session.
+
+    Raises:
+      ValueError: data or secret is not the one that the run began with.
+      LedgerError: another process writes the ledger, or has gone on with the
+        run since this object last read it.
     """
     with self._open() as ledger:
       if ledger.head != self._head:
@@ -181,7 +206,9 @@ class Run:
           f"the run in {self.workdir} has gone on since this object looked at"
           " it: open it anew"
         )
-      secret = resume.secret(self._config, self.workdir, is_new=ledger.is_new)
+      secret = self._secret or resume.secret(
+        self._config, self.workdir, is_new=ledger.is_new
+      )
       secret_hash = keys.secret_hash(secret)
       if not ledger.is_new:
         self._refuse_changes(ledger, data, secret_hash)
@@ -200,9 +227,10 @@ class Run:
         ledger.notice(text)
       ledger.resume(
         step=self.step,
-        digest=self.saved.digest if self.saved else "",
+        digest=self._base(state),
         ledger_head=self.saved_head,
-        fingerprint=secrets.token_hex(32),  # Equal to no other: a new branch.
+        # One that is equal to no other opens a new branch too.
+        fingerprint=fingerprint or secrets.token_hex(32),
       )
       with checkpoints_lib.Checkpoints(
         self._directory, writer=ledger.writer
@@ -210,7 +238,7 @@ class Run:
 
         def note(saved: history.CheckpointRef, head: str) -> None:
           # The state in memory is the newest checkpoint now.
-          self.saved, self.saved_head, self._head = saved, head, ledger.head
+          self.saved, self.saved_head = saved, head
 
         session = session_lib.Session(
           ledger,
@@ -221,18 +249,19 @@ class Run:
           on_save=note,
           warn=lambda text: warnings.warn(text, stacklevel=4),
         )
-        is_known = False
         try:
           with session:
-            try:
-              yield session
-            finally:
-              # A process that failed to save no longer knows the ledger's head,
-              # and is refused next time.
-              is_known = self._head == ledger.head
+            yield session
         finally:
-          if is_known:  # What was given back since changes nothing here.
-            self._head = ledger.head
+          # Nobody else has written since, or the ledger is found to differ.
+          self._head = ledger.head
+
+  def _base(self, state: str) -> str:
+    """Returns what steps go on from: a checkpoint, or a state of its digest."""
+    if state:
+      # A state that comes back at a later step is not where it was before.
+      return hashlib.sha256(f"{self.step} {state}".encode()).hexdigest()
+    return self.saved.digest if self.saved else ""
 
   @property
   def _directory(self) -> pathlib.Path:

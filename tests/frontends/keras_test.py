@@ -17,13 +17,13 @@ from dpdist import errors
 from dpdist.clipping.engines import bookkeeping
 from dpdist.data import sources
 from dpdist.frontends import keras as private_keras
-from dpdist.frontends import keras_data
 from dpdist.frontends import keras_loss
+from dpdist.frontends.keras import fitting
+from dpdist.frontends.keras import program as program_lib
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.sensitivity import made_up_examples
 from dpdist.sensitivity import trials
-from dpdist.sums import compensated
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -82,7 +82,7 @@ def _private(workdir, model=None, *, seed=7, config=None, **options):
     config or _config(),
     workdir=workdir,
     insecure_seed=seed,
-    **options,
+    **{"devices": jax.devices()[:1]} | options,
   )
 
 
@@ -213,26 +213,42 @@ def test_a_fixed_seed_does_not_repeat_batches(tmp_path):
 class _Spy:
   """Notes what a fit computes, and what was charged by then."""
 
-  def __init__(self, private):
+  def __init__(self, private, patch):
     self.rehearsed, self.updated, self._private = [], [], private
-    self.random = []
-    self._accumulate, self._update = private._accumulate, private._update
-    private._accumulate, private._update = self.accumulate, self.update
+    self.random, self.row = [], None
+    rehearse = program_lib.Program.rehearse
 
-  def accumulate(self, *args):
-    batch = args[3]
+    def watched(program, *args):
+      self.row = program.row
+      for name, see in (("accumulate", self._chunk), ("apply", self._update)):
+        vars(program.step)[name] = _Seen(getattr(program.step, name), see)
+      return rehearse(program, *args)
+
+    patch.setattr(program_lib.Program, "rehearse", watched)
+
+  def _chunk(self, params, accumulator, batch, padding, key, row, *more):
     if not self._private._run.spent_steps:
-      self.rehearsed.append(batch)
+      self.rehearsed.append(jax.tree.map(np.asarray, batch))
     else:
-      key = jax.random.key_data(args[5]).tolist()
-      self.random.append((*key, int(args[6])))
-    return self._accumulate(*args)
+      self.random.append((*jax.random.key_data(key).tolist(), int(row)))
 
-  def update(self, *args):
-    step, spent = int(args[-1]), self._private._run.spent_steps
+  def _update(self, state, *args):
     # The first is of the rehearsal.
-    self.updated.append((step, spent))
-    return self._update(*args)
+    self.updated.append((int(state.step), self._private._run.spent_steps))
+
+
+class _Seen:
+  """A compiled function whose arguments are seen."""
+
+  def __init__(self, function, see):
+    self._function, self._see = function, see
+
+  def __call__(self, *args):
+    self._see(*args)
+    return self._function(*args)
+
+  def lower(self, *args):
+    return self._function.lower(*args)
 
 
 def _two_outputs():
@@ -268,16 +284,17 @@ def workdir(tmp_path_factory):
 def _core(workdir):
   """No fixture: what fails of it is a failed test."""
   private = _private(workdir, _two_outputs(), chunk_size=4)
-  spy, note = _Spy(private), _Weights()
-  before = _weights(private)
+  before, note = _weights(private), _Weights()
   data = _without_gradient()
-  history = private.fit(
-    *data,
-    epochs=3,
-    steps_per_epoch=1,
-    validation_data=data,
-    callbacks=[note],
-  )
+  with pytest.MonkeyPatch.context() as patch:
+    spy = _Spy(private, patch)
+    history = private.fit(
+      *data,
+      epochs=3,
+      steps_per_epoch=1,
+      validation_data=_without_gradient(),
+      callbacks=[note],
+    )
   moves = np.diff([before, *note.seen], axis=0)
   return private, spy, history.history, moves
 
@@ -288,7 +305,9 @@ def test_a_fit_trains_two_outputs_and_counts_updates(workdir):
   assert private.epsilon_spent() == _first(private.plan, 3)
   assert np.all(moves != 0)
   assert {"val_loss", "val_one_mae", "val_many_accuracy"} < set(history)
-  assert not [name for name in history if not name.startswith("val_")]
+  shown = {name for name in history if not name.startswith("val_")}
+  assert shown == {"epsilon"}
+  assert history["epsilon"] == [_first(private.plan, n) for n in (1, 2, 3)]
 
 
 def test_epochs_of_one_fit_draw_their_own_noise(workdir):
@@ -311,10 +330,8 @@ def test_what_is_computed_before_a_charge_is_of_zeros(workdir):
   for leaf in jax.tree.leaves(zeros):  # A second call may run another program.
     np.testing.assert_array_equal(leaf, 0)
   # In the dtypes that JAX gives them: as float64, most sizes would be lost.
-  shapes = jax.eval_shape(
-    lambda t: jax.tree.map(lambda a: a[0], t), _without_gradient()
-  )
-  largest = (0, {"one": 0, "many": 2})
+  shapes = spy.row
+  largest = {"[0]": 0, "[1]['many']": 2, "[1]['one']": 0}
   cases = [c.example for c in made_up_examples.cases(shapes, largest)]
   public = [
     jax.tree.map(np.ndarray.tobytes, c)
@@ -338,31 +355,25 @@ def test_randomness_goes_by_the_place_in_the_step_and_not_in_the_chunk(
   tmp_path,
 ):
   private = _private(tmp_path, _model(layers.Dropout(0.5)), chunk_size=4)
-  state = private._state()
-  zeros = compensated.zeros_like(state["trainable"])
-  batch = np.ones((4, _NUM_EXAMPLES), np.float32), np.ones((4, 1))
+  program = _program(private, *_data())
+  params = program.state(0).params
+  x, y = (np.ones((4, size), np.float32) for size in (_NUM_EXAMPLES, 1))
+  batch = {"[0]": x, "[1]": y}
 
   def of(first_row, row):
-    total, *_ = private._accumulate(
-      *(state["trainable"], state["non_trainable"], zeros, batch),
-      *(np.arange(4) != row, jax.random.key(0), jnp.int32(first_row)),
+    made = program.step.accumulate(
+      *(params, program.step.zeros(params), batch),
+      *(np.arange(4) != row, jax.random.key(0), first_row),
     )
-    return np.asarray(total.high[0]).tobytes()
+    return np.asarray(jax.tree.leaves(made.clipped_sum)[0]).tobytes()
 
   assert of(0, 1) == of(1, 0)
   assert len({of(0, 0), of(0, 1), of(4, 0), of(4, 1)}) == 4
 
 
-@pytest.mark.parametrize("count", [0, 1, 3, 4, 5, 8])
-def test_chunks_hold_what_was_drawn_and_nothing_else(count):
-  data = keras_data.Arrays(np.arange(12.0), np.arange(12), 12)
-  drawn = np.arange(12)[-count:] if count else np.zeros(0, np.int64)
-  found = []
-  for (x, y), is_padding in data.chunks(drawn, 4):
-    assert x.shape == y.shape == is_padding.shape == (4,)
-    np.testing.assert_array_equal(x, y)
-    found += y[~is_padding].tolist()
-  assert found == drawn.tolist()
+def _program(private, x, y):
+  data, source = private._source((x, y, None), None, None)
+  return private._program(data, source)[0]
 
 
 def test_a_fit_beyond_the_plan_or_of_other_data_is_refused(workdir):
@@ -397,17 +408,18 @@ def folder(tmp_path_factory):
   return tmp_path_factory.mktemp("long")
 
 
-def _before_step(monkeypatch, private, number, do):
-  """Does something before an update, not that of the rehearsal."""
-  update, calls = private._update, []
+def _before_step(monkeypatch, number, do):
+  """Does something before an update is applied."""
+  accumulate, calls = fitting.Fitting._accumulate, []
 
   def replaced(*args):
+    made = accumulate(*args)
     calls.append(True)
-    if len(calls) == number + 2:
+    if len(calls) == number + 1:
       do()
-    return update(*args)
+    return made
 
-  monkeypatch.setattr(private, "_update", replaced)
+  monkeypatch.setattr(fitting.Fitting, "_accumulate", replaced)
 
 
 def _interrupt():
@@ -417,7 +429,7 @@ def _interrupt():
 def test_an_interrupted_fit_gives_back_what_it_never_began(folder, monkeypatch):
   private, (x, y) = _long(folder)
   with monkeypatch.context() as patch:
-    _before_step(patch, private, 1, _interrupt)
+    _before_step(patch, 1, _interrupt)
     with pytest.raises(KeyboardInterrupt):
       private.fit(x, y, epochs=1, steps_per_epoch=4)
   # The second was begun, and is not in the weights.
@@ -425,10 +437,10 @@ def test_an_interrupted_fit_gives_back_what_it_never_began(folder, monkeypatch):
   assert private._run.spent_steps == 2
   ledger = ledger_lib.Ledger(folder / "run" / "ledger")
   assert [r["stop_step"] for r in ledger.records if "stop_step" in r] == [4, 2]
-  # The same object goes on.
+  # The same object goes on, and repeats the second for free.
   private.fit(x, y, epochs=1, steps_per_epoch=2)
   assert private.step == 3
-  assert private._run.spent_steps == 4
+  assert private._run.spent_steps == 3
 
 
 def test_files_that_are_changed_end_a_fit_and_void_its_record(
@@ -438,7 +450,7 @@ def test_files_that_are_changed_end_a_fit_and_void_its_record(
   private.fit(x, y, epochs=1, steps_per_epoch=1)
   before, step = _weights(private), private.step
   path = folder / "x.npy"
-  _before_step(monkeypatch, private, 1, lambda: os.utime(path, ns=(0, 0)))
+  _before_step(monkeypatch, 1, lambda: os.utime(path, ns=(0, 0)))
   with pytest.raises(errors.ChangedError, match="cannot vouch") as stopped:
     private.fit(x, y, epochs=2, steps_per_epoch=2)
   assert str(path) in str(stopped.value)
@@ -614,7 +626,7 @@ def test_a_stopped_fit_can_go_on(tmp_path):
   private = _private(tmp_path)
   with pytest.raises(KeyboardInterrupt):
     private.fit(x, y, steps_per_epoch=1, callbacks=[_Stop(0, True)])
-  private.fit(x, y, steps_per_epoch=1, callbacks=[_Stop(1, False)])
+  private.fit(x, y, steps_per_epoch=1, callbacks=[_Stop(2, False)])
   assert private.step == 3
   assert private.epsilon_spent() == _first(private.plan, 3)
 
@@ -623,13 +635,13 @@ def test_a_stopped_fit_can_go_on(tmp_path):
 def test_only_held_out_metrics_are_shown(tmp_path, capsys):
   x, y = _data()
   private = _private(tmp_path / "safe")
-  history = private.fit(x, y, validation_data=(x, y), verbose=1)
-  assert sorted(history.history) == ["val_loss", "val_mae"]
+  history = private.fit(x, y, validation_data=(x + 1, y), verbose=1)
+  assert sorted(history.history) == ["epsilon", "val_loss", "val_mae"]
   # Two epochs of two steps cover the data once each, on average.
   assert len(history.history["val_mae"]) == 2
   assert " loss" not in capsys.readouterr().out
   private = _private(tmp_path / "unsafe", unsafe_metrics=True)
-  assert list(private.fit(x, y).history) == ["loss"]
+  assert sorted(private.fit(x, y).history) == ["epsilon", "loss"]
   with ledger_lib.Ledger(tmp_path / "unsafe" / "ledger") as ledger:
     assert "unsafe_metrics" in ledger.guarantee
 

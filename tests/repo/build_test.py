@@ -40,7 +40,10 @@ LAYERS = (
   ("dpdist/tasks",),
   ("dpdist/workdir",),
   ("dpdist/frontends", "dpdist/training"),
-  ("dpdist/export", "dpdist/own_loop", "dpdist/profiling"),
+  (
+    *("dpdist/export", "dpdist/frontends/keras", "dpdist/own_loop"),
+    "dpdist/profiling",
+  ),
   ("dpdist/audit",),
   ("dpdist",),
   ("dpdist/examples",),

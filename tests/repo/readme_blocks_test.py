@@ -95,7 +95,8 @@ def _arrays():
   rng = np.random.default_rng(0)
   x = rng.normal(size=(512, 64)).astype(np.float32)
   y = rng.integers(0, 10, 512)
-  return {"x": x, "y": y, "x_test": x[:50], "y_test": y[:50]}
+  held_out = rng.normal(size=(50, 64)).astype(np.float32)
+  return {"x": x, "y": y, "x_test": held_out, "y_test": y[:50]}
 
 
 def _examples():
