@@ -4,6 +4,9 @@ load("@rules_python//python:defs.bzl", "py_binary", "py_library", "py_test")
 
 _TESTS = ["//tests:__subpackages__"]
 
+# What every layer may use.
+_BASE = ["//dpdist:base"]
+
 def _folder():
     return native.package_name().rpartition("/")[2]
 
@@ -11,14 +14,14 @@ def dp_package(deps = [], visibility = ["//visibility:public"]):
     """Declares the library of all modules of a folder, under the folder's name.
 
     Args:
-      deps: what they import from other packages.
+      deps: what they import from other packages, but for //dpdist:base.
       visibility: who may import them.
     """
     py_library(
         name = _folder(),
         srcs = native.glob(["*.py"]),
         visibility = visibility,
-        deps = deps,
+        deps = deps + _BASE,
     )
 
 def dp_commands(names):
@@ -35,19 +38,19 @@ def dp_commands(names):
             deps = [":" + _folder()],
         )
 
-def dp_tests(deps, small = [], local = [], data = []):
+def dp_tests(deps = [], small = [], local = [], data = []):
     """Declares a test for each file of the folder that ends in _test.py.
 
     The other modules of the folder are a library under the folder's name.
 
     Args:
-      deps: what all those files import, but for //tests:conftest and
-        //tests/support, which are added.
+      deps: what all those files import, but for //dpdist:base,
+        //tests:conftest and //tests/support, which are added.
       small: names of the tests that take seconds; the others are large.
       local: names of the tests that want the tree itself and no sandbox.
       data: what they start as programs.
     """
-    deps = deps + ["//tests:conftest", "//tests/support"]
+    deps = deps + _BASE + ["//tests:conftest", "//tests/support"]
     py_library(
         name = _folder(),
         srcs = native.glob(["*.py"], exclude = ["*_test.py"]),

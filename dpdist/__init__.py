@@ -5,8 +5,8 @@
                     privacy
   draw examples     PoissonSampler, TruncatedPoissonSampler,
                     CyclicPoissonSampler, FixedSizeSampler, sampling
-  own loops         private_gradients, clipped_grad, ClippedGrads, with_state,
-                    gaussian_noise, clipping, noise
+  own loops         Session, private_gradients, clipped_grad, ClippedGrads,
+                    with_state, gaussian_noise, clipping, noise
   look for faults   check_model, check_sensitivity, sensitivity, errors
   other frameworks  frontends: keras, linen, nnx, equinox
   afterwards        ledger, export

@@ -24,8 +24,7 @@ FOLDERS = ("dpdist", "launch", "configs", "tests")
 
 # Lowest first. A package imports from lower rows only, never from its own.
 LAYERS = (
-  ("dpdist:errors",),
-  ("dpdist:_validation", "dpdist:registry"),
+  ("dpdist:base",),
   ("dpdist/assets", "dpdist/distributed", "dpdist/files", "dpdist/keys")
   + ("dpdist/sums",),
   ("dpdist/clipping/trace",),
@@ -81,8 +80,9 @@ WITHOUT_JAX = (
 ACCELERATED = {"jax", "jaxlib", "flax", "optax", "orbax", "grain"}
 
 
-# What `dp_tests` adds to every folder's deps.
-OF_ALL_TESTS = ("tests:conftest", "tests/support:support")
+# What the rules add to every folder's deps.
+OF_ALL = ("dpdist:base",)
+OF_ALL_TESTS = (*OF_ALL, "tests:conftest", "tests/support:support")
 
 
 class Target(NamedTuple):
@@ -143,7 +143,8 @@ def _read_build(root: pathlib.Path, path: pathlib.Path) -> Iterator[Target]:
         yield Target(rule, f"{folder}:{name}", srcs, (own,), (), seen_by)
     elif rule == "dp_package":
       visibility = tuple(given.get("visibility", ["//visibility:public"]))
-      yield Target(rule, own, all_srcs, labels("deps"), (), visibility)
+      deps = (*labels("deps"), *OF_ALL)
+      yield Target(rule, own, all_srcs, deps, (), visibility)
     elif rule == "dp_tests":
       deps = (*labels("deps"), *OF_ALL_TESTS)
       visibility = ("//tests:__subpackages__",)
@@ -235,6 +236,8 @@ def wanted_deps(root: pathlib.Path, targets: list[Target]) -> dict[str, set]:
   for target in targets:
     if target.rule == "dp_tests":
       wanted[target.label] |= {*OF_ALL_TESTS}
+    if target.rule == "dp_package":
+      wanted[target.label] |= {*OF_ALL}
     if target.rule == "dp_commands":
       wanted[target.label] = {*target.deps}
     wanted[target.label].discard(target.label)
