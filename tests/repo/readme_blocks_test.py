@@ -158,6 +158,8 @@ def _marked():
     yield pytest.param(text, id=name, marks=slow)
 
 
+# Keras's own, where it reads its variables.
+@pytest.mark.filterwarnings("ignore:__array__ implementation")
 @pytest.mark.parametrize("text", list(_marked()))
 def test_a_block_runs_as_it_stands(text, tmp_path, monkeypatch, capsys):
   scope = _run(text, tmp_path, monkeypatch)
