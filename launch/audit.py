@@ -31,10 +31,11 @@ from dpdist.files import json_fields
 from dpdist.privacy import statement
 from dpdist.reporting import console
 from dpdist.reporting import plots
-from launch.cli import common_flags
-from launch.cli import config_parts
-from launch.cli import exit_codes
-from launch.cli import flag_parsing
+
+from .cli import common_flags
+from .cli import config_parts
+from .cli import exit_codes
+from .cli import flag_parsing
 
 _CONFIG = common_flags.config()
 _MODE = flags.DEFINE_enum(

@@ -30,10 +30,11 @@ from dpdist.profiling import autotune
 from dpdist.profiling import forecast
 from dpdist.profiling import measure
 from dpdist.reporting import console
-from launch.cli import common_flags
-from launch.cli import config_parts
-from launch.cli import exit_codes
-from launch.cli import flag_parsing
+
+from .cli import common_flags
+from .cli import config_parts
+from .cli import exit_codes
+from .cli import flag_parsing
 
 _CONFIG = common_flags.config()
 _TOPOLOGY = flags.DEFINE_string(

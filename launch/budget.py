@@ -32,10 +32,11 @@ from dpdist import config as config_lib
 from dpdist.files import json_fields
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import plan as plan_lib
-from launch.cli import common_flags
-from launch.cli import exit_codes
-from launch.cli import flag_parsing
-from launch.cli import runs
+
+from .cli import common_flags
+from .cli import exit_codes
+from .cli import flag_parsing
+from .cli import runs
 
 _CONFIG = common_flags.config(
   "A file in configs/: what it plans to spend.", required=False

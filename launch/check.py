@@ -22,11 +22,12 @@ from dpdist.training import abstract_step
 from dpdist.training import parameters
 from dpdist.training import setup
 from dpdist.training import step_sentinel
-from launch.cli import common_flags
-from launch.cli import config_parts
-from launch.cli import exit_codes
-from launch.cli import flag_parsing
-from launch.cli import messages
+
+from .cli import common_flags
+from .cli import config_parts
+from .cli import exit_codes
+from .cli import flag_parsing
+from .cli import messages
 
 _CONFIG = common_flags.config()
 _JSON = common_flags.json()

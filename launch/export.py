@@ -18,11 +18,12 @@ from dpdist.export import export
 from dpdist.export import load_run
 from dpdist.files import json_fields
 from dpdist.reporting import console
-from launch.cli import common_flags
-from launch.cli import config_parts
-from launch.cli import exit_codes
-from launch.cli import flag_parsing
-from launch.cli import runs
+
+from .cli import common_flags
+from .cli import config_parts
+from .cli import exit_codes
+from .cli import flag_parsing
+from .cli import runs
 
 _CONFIG, _STEP = common_flags.checkpoint()
 _WORKDIR = common_flags.workdir()

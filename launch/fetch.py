@@ -16,8 +16,9 @@ from absl import flags
 
 from dpdist import errors
 from dpdist.assets import fetch
-from launch.cli import exit_codes
-from launch.cli import flag_parsing
+
+from .cli import exit_codes
+from .cli import flag_parsing
 
 _NAME = flags.DEFINE_enum(
   "name",

@@ -21,9 +21,9 @@ import sys
 
 from absl import flags
 
-from launch.cli import exit_codes
-from launch.cli import flag_parsing
-from launch.engines import local_processes
+from .cli import exit_codes
+from .cli import flag_parsing
+from .engines import local_processes
 
 _NUM_PROCESSES = flags.DEFINE_integer(
   "num_processes", 2, "How many processes.", lower_bound=1

@@ -25,9 +25,10 @@ from dpdist.ledger import budgets
 from dpdist.ledger import data_budget
 from dpdist.privacy import plan as plan_lib
 from dpdist.reporting import console
-from launch.cli import common_flags
-from launch.cli import exit_codes
-from launch.cli import flag_parsing
+
+from .cli import common_flags
+from .cli import exit_codes
+from .cli import flag_parsing
 
 _CONFIG = common_flags.config("A file in configs/: the dearest of the runs.")
 _COUNT = flags.DEFINE_integer(

@@ -28,11 +28,12 @@ from dpdist import config as config_lib
 from dpdist import errors
 from dpdist.privacy import plan as plan_lib
 from dpdist.privacy import statement
-from launch.cli import common_flags
-from launch.cli import exit_codes
-from launch.cli import flag_parsing
-from launch.engines import engines
-from launch.engines import job as job_lib
+
+from .cli import common_flags
+from .cli import exit_codes
+from .cli import flag_parsing
+from .engines import engines
+from .engines import job as job_lib
 
 _ENGINES = engines.load()
 _FLAGS = engines.flags(_ENGINES)

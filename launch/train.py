@@ -23,11 +23,12 @@ from dpdist.distributed import preemption
 from dpdist.distributed import startup
 from dpdist.distributed import watchdog
 from dpdist.workdir import fingerprint
-from launch.cli import common_flags
-from launch.cli import config_parts
-from launch.cli import exit_codes
-from launch.cli import flag_parsing
-from launch.cli import messages
+
+from .cli import common_flags
+from .cli import config_parts
+from .cli import exit_codes
+from .cli import flag_parsing
+from .cli import messages
 
 _CONFIG = common_flags.config()
 _WORKDIR = common_flags.workdir(

@@ -9,10 +9,11 @@ not; 2 wrong usage.
 from dpdist import errors
 from dpdist.files import json_fields
 from dpdist.workdir import verify
-from launch.cli import common_flags
-from launch.cli import exit_codes
-from launch.cli import flag_parsing
-from launch.cli import runs
+
+from .cli import common_flags
+from .cli import exit_codes
+from .cli import flag_parsing
+from .cli import runs
 
 _WORKDIR = common_flags.workdir()
 _LEDGER = common_flags.ledger()

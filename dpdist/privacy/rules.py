@@ -1,6 +1,7 @@
 """Checks the numbers of a config and of its plan."""
 
 from collections.abc import Mapping, Sequence
+import math
 from typing import Any
 
 from dpdist import _validation
@@ -33,6 +34,8 @@ _RULES = {
   ),
 }
 
+_WITHOUT_OPTIONS = ("gaussian", "fixed")
+
 
 def check(record: Any) -> None:
   """Checks each attribute against its rule, and makes it a plain number.
@@ -48,8 +51,17 @@ def check(record: Any) -> None:
   for name in ("noise_schedule", "batch_size_schedule"):
     value = schedule.checked(name, getattr(record, name), record.num_steps)
     object.__setattr__(record, name, value)
-  for name in ("noise_options", "clipping_options"):
-    object.__setattr__(record, name, _options(name, getattr(record, name)))
+  for part in ("noise", "clipping"):
+    name = f"{part}_options"
+    options = _options(name, getattr(record, name))
+    object.__setattr__(record, name, options)
+    kind = getattr(record, part)
+    _validation.require(
+      not options or kind not in _WITHOUT_OPTIONS,
+      name,
+      f"empty with {part}={kind!r}, which has no options",
+      dict(options),
+    )
   num_units = sampler.num_units(record)
   if record.cycle_length > num_units:
     raise ValueError(
@@ -160,11 +172,14 @@ def _options(name: str, value: Any) -> tuple[tuple[str, Any], ...]:
   except (TypeError, ValueError):
     options = {"": None}
   is_plain = all(
-    isinstance(key, str) and key and isinstance(x, bool | int | float | str)
+    isinstance(key, str)
+    and key
+    and isinstance(x, bool | int | float | str)
+    and (isinstance(x, str) or math.isfinite(x))
     for key, x in options.items()
   )
   _validation.require(
-    is_plain, name, "a dict of numbers, texts and booleans by name", value
+    is_plain, name, "a dict of finite numbers, texts and booleans", value
   )
   return tuple(sorted(options.items()))
 

@@ -34,6 +34,8 @@ _COLORS = {
   "limit": "#010207",
 }
 
+_CSS_STYLES = {"-": "solid", "--": "dashed", ":": "dotted", "-.": "double"}
+
 _Rows = Sequence[Mapping[str, Any]]
 
 
@@ -54,7 +56,7 @@ def plots(rows: _Rows, epsilon_budget: float) -> str:
   """Returns plots of `metrics.read`, each a <figure>; "" if there are none."""
   spent = [{"step": 0, "epsilon": 0.0}, *rows]
   figures = (
-    _held_out(rows),
+    *_held_out(rows),
     _plot(
       "Epsilon spent",
       spent if any("epsilon" in row for row in rows) else [],
@@ -73,14 +75,18 @@ def plots(rows: _Rows, epsilon_budget: float) -> str:
   return _grid(figures)
 
 
-def _held_out(rows: _Rows) -> str:
-  """Draws the metric that the run's task names first."""
+def _held_out(rows: _Rows) -> list[str]:
+  """Draws the metric that the run's task names first, and the loss."""
   names = [name for row in rows for name in row if name.startswith("test/")]
-  if not names:
-    return ""
-  metric = names[0].removeprefix("test/")
-  curves = {f"test/{metric}": "raw", f"test_ema/{metric}": "EMA"}
-  return _plot(f"Held-out {metric}", rows, curves)
+  first = [names[0].removeprefix("test/")] if names else []
+  return [
+    _plot(
+      f"Held-out {metric}",
+      rows,
+      {f"test/{metric}": "raw", f"test_ema/{metric}": "EMA"},
+    )
+    for metric in dict.fromkeys([*first, "loss"])
+  ]
 
 
 def speed(rows: _Rows) -> str:
@@ -115,6 +121,49 @@ def speed(rows: _Rows) -> str:
       ),
     )
   )
+
+
+def curves(
+  title: str,
+  x_label: str,
+  lines: Sequence[tuple[str, Sequence[tuple[float, float]]]],
+) -> str:
+  """Returns a <figure> of several curves (name, points); "" without points.
+
+  Their names stand beside them, so that they can be told apart without colors.
+  """
+  fig = figure.Figure(figsize=(4.6, 3.0), layout="constrained")
+  axes = fig.add_subplot()
+  key = []
+  for number, (name, points) in enumerate(lines):
+    shown = [point for point in points if np.isfinite(point).all()]
+    if not shown:
+      continue
+    xs, ys = np.array(shown[:: -(-len(shown) // _MAX_POINTS)] + shown[-1:]).T
+    color = ("first", "second", "limit")[number % 3]
+    style = ("-", "--", ":", "-.")[number // 3 % 4]
+    mark = "o" if len(shown) == 1 else None
+    axes.plot(
+      xs, ys, color=_COLORS[color], linestyle=style, linewidth=1.8, marker=mark
+    )
+    axes.annotate(
+      str(number + 1),
+      (xs[-1], ys[-1]),
+      xytext=(4, 0),
+      textcoords="offset points",
+      fontsize=9,
+      color=_COLORS["text"],
+    )
+    key.append(
+      f"<span><i class='{color}' style='color: var(--{color});"
+      f" border-top-style: {_CSS_STYLES[style]}'></i>"
+      f"{number + 1} {_text(name)}</span>"
+    )
+  if not key:
+    return ""
+  caption = f"<figcaption>{_text(title)}{''.join(key)}</figcaption>"
+  svg = _svg(fig, axes, title, x_label)
+  return f"<figure class='card'>{caption}\n{svg}</figure>"
 
 
 def _grid(figures: Sequence[str]) -> str:
@@ -175,7 +224,7 @@ def _plot(
     steps, values = points[::-1][::stride][::-1].T
     marker = "o" if len(steps) == 1 else None
     axes.plot(steps, values, color=_COLORS[color], linewidth=1.8, marker=marker)
-    key.append((color, label))
+    key.append((color, f"{label} {values[-1]:.4g}".strip()))
   if not key:
     return ""
   if limit is not None and np.isfinite(limit):
@@ -188,7 +237,6 @@ def _plot(
     f"<span><i class='{color}' style='color: var(--{color})'></i>"
     f"{_text(label)}</span>"
     for color, label in key
-    if len(key) > 1
   )
   axes.set_xlim(0, max(rows[-1]["step"], 1))
   below = f"<p class='label'>{_text(note)}</p>" if note else ""
@@ -202,7 +250,9 @@ def _text(value: object) -> str:
   return html.escape(str(value))
 
 
-def _svg(fig: figure.Figure, axes: Any, title: str) -> str:
+def _svg(
+  fig: figure.Figure, axes: Any, title: str, x_label: str = "step"
+) -> str:
   """Returns the plot as an <svg> element that fits into a page."""
   fig.patch.set_visible(False)
   axes.patch.set_visible(False)
@@ -210,9 +260,11 @@ def _svg(fig: figure.Figure, axes: Any, title: str) -> str:
   axes.grid(axis="y", color=_COLORS["grid"], linewidth=0.8)
   axes.set_axisbelow(True)
   axes.locator_params(axis="both", nbins=5)
-  axes.xaxis.get_major_locator().set_params(integer=True)
-  axes.xaxis.set_major_formatter("{x:,.0f}")
+  if x_label == "step":
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.xaxis.set_major_formatter("{x:,.0f}")
   axes.ticklabel_format(axis="y", useOffset=False)
+  axes.set_xlabel(x_label, fontsize=9, color=_COLORS["text"])
   axes.tick_params(length=0, labelsize=9, labelcolor=_COLORS["text"], pad=6)
   for side, spine in axes.spines.items():
     spine.set_visible(side == "bottom")

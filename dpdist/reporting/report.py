@@ -37,6 +37,7 @@ body { margin: 0; background: var(--page); color: var(--text);
 main { max-width: 62rem; margin: 0 auto; padding: 2.5rem 1.25rem 4rem; }
 header { display: flex; flex-wrap: wrap; align-items: center; gap: .5rem 1rem;
   margin-bottom: 1.25rem; }
+.about { flex-basis: 100%; }
 h1 { font-size: 1.6rem; line-height: 1.25; margin: 0; letter-spacing: -.01em; }
 h2 { font-size: 1.05rem; margin: 2.5rem 0 .75rem; }
 p { max-width: 44rem; margin: 0; }
@@ -71,6 +72,9 @@ th, td { text-align: left; vertical-align: top; padding: .45rem 0;
 tr:first-child > * { border-top: 0; }
 th { font-weight: 400; color: var(--muted); width: 40%; padding-right: 1rem; }
 td { font-variant-numeric: tabular-nums; }
+.wide { overflow-x: auto; }
+.columns th, .columns td { width: auto; padding-right: 1.25rem;
+  min-width: 4.5rem; overflow-wrap: normal; }
 .digest { font: .8rem/1.6 ui-monospace, Menlo, Consolas, monospace; }
 figure { margin: 0; }
 figure .label { margin-top: .5rem; }
@@ -110,33 +114,34 @@ def write(
   rows: Sequence[tuple[str, str]],
   notices: Sequence[str],
   epsilon_budget: float | None = None,
+  about: str = "",
 ) -> pathlib.Path:
   """Writes `report.html`, a function of its arguments and the metrics alone.
 
   The contents of `result.json` must have epsilon, delta, num_steps, test and
   guarantee. The statement is plain text of what the run guarantees, and rows
   are (name, value) pairs of the plan. An epsilon_budget of None stands for
-  result["epsilon"]. Returns the page's path, and raises ValueError if the
-  metrics are damaged.
+  result["epsilon"]. `about` says which run it is. Returns the page's path, and
+  raises ValueError if the metrics are damaged.
   """
   if epsilon_budget is None:
     epsilon_budget = result["epsilon"]
   drawn = plots.plots(metrics_lib.read(workdir), epsilon_budget)
   body = "\n".join(
     (
-      _headline(result),
+      _headline(result, about),
       _notices(result, notices),
       f"<h2>Over the run's steps</h2>\n{drawn}" if drawn else "",
       f"<h2>Privacy statement{' (void)' * _is_void(result)}</h2>\n"
       "<div class='card statement'>"
       f"<p>{_text(statement)}</p></div>",
-      f"<h2>Plan</h2>\n<div class='card'>{_table(rows)}</div>",
-      f"<h2>Provenance</h2>\n<div class='card'>{_table(_origin(result))}</div>",
+      f"<h2>Plan</h2>\n<div class='card'>{table(rows)}</div>",
+      f"<h2>Provenance</h2>\n<div class='card'>{table(_origin(result))}</div>",
       f"<h2>Speed</h2>\n<p class='label'>{_text(_SPEED)}</p>",
       f"<h2>Result</h2>\n<div class='card'>{_numbers(result)}</div>",
     )
   )
-  return _put(pathlib.Path(workdir) / _FILE, "Private training report", body)
+  return put(pathlib.Path(workdir) / _FILE, "Private training report", body)
 
 
 def write_speed(folder: pathlib.Path) -> pathlib.Path:
@@ -151,7 +156,7 @@ def write_speed(folder: pathlib.Path) -> pathlib.Path:
     f"</strong><p>{_text(_NOT_FOR_OTHERS)}</p></section>\n"
     "<h2>Over the run's steps</h2>\n" + plots.speed(rows)
   )
-  return _put(folder / _SPEED_FILE, "Speed of a private training run", body)
+  return put(folder / _SPEED_FILE, "Speed of a private training run", body)
 
 
 def _largest_of_processes(row: Mapping[str, float]) -> dict[str, float]:
@@ -165,7 +170,8 @@ def _largest_of_processes(row: Mapping[str, float]) -> dict[str, float]:
   return largest
 
 
-def _put(path: pathlib.Path, title: str, body: str) -> pathlib.Path:
+def put(path: pathlib.Path, title: str, body: str) -> pathlib.Path:
+  """Writes a page of HTML with this style; returns its path."""
   page = (
     '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
     '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
@@ -185,7 +191,7 @@ def _is_void(result: Mapping[str, Any]) -> bool:
   return result["guarantee"] != "holds"
 
 
-def _headline(result: Mapping[str, Any]) -> str:
+def _headline(result: Mapping[str, Any], about: str) -> str:
   void = _is_void(result)
   note = " (void)" if void else ""
   scores = [
@@ -213,7 +219,8 @@ def _headline(result: Mapping[str, Any]) -> str:
   return (
     "<header><h1>Private training report</h1>"
     f"<span class='badge{' red' if void else ''}'>{badge}</span>{useless}"
-    f"</header>\n<section class='grid'>\n{inner}\n</section>"
+    + (f"<p class='label about'>{_text(about)}</p>" if about else "")
+    + f"</header>\n<section class='grid'>\n{inner}\n</section>"
   )
 
 
@@ -236,7 +243,8 @@ def _notices(result: Mapping[str, Any], notices: Sequence[str]) -> str:
   )
 
 
-def _table(rows: Sequence[tuple[str, str]]) -> str:
+def table(rows: Sequence[tuple[str, str]]) -> str:
+  """Returns a table of names and values."""
   inner = "\n".join(
     f"<tr><th scope='row'>{_text(name)}</th><td"
     f"{' class=digest' if len(value) == 64 else ''}>{_text(value)}</td></tr>"

@@ -1,10 +1,12 @@
 """The tables and results that a run shows at its start and its end."""
 
 from collections.abc import Sequence
+import datetime
 import pathlib
 from typing import Any
 
 import jax
+import ml_collections
 import numpy as np
 
 from dpdist.distributed import mesh as mesh_lib
@@ -17,6 +19,7 @@ from dpdist.privacy import rounding as rounding_lib
 from dpdist.privacy import statement
 from dpdist.reporting import console
 from dpdist.tasks import held_out
+from dpdist.tasks import parts as parts_lib
 from dpdist.training import job as job_lib
 
 
@@ -72,6 +75,15 @@ def start_rows(
   if start_step:
     rows.append(("resumed after step", console.human_count(start_step)))
   return rows
+
+
+def about(config: ml_collections.ConfigDict) -> str:
+  """Returns a sentence that says which run this is, and when it ended."""
+  model, data = config.task or config.model.name, config.data.name
+  model = "A model of its own" if model == parts_lib.GIVEN else model
+  data = "data of its own" if data == parts_lib.GIVEN else data
+  now = datetime.datetime.now(datetime.UTC)
+  return f"{model}, trained on {data}; finished on {now:%Y-%m-%d} (UTC)."
 
 
 def rounding(job: job_lib.Job) -> rounding_lib.Bound:

@@ -345,6 +345,7 @@ def _finish(
       rows=rows,
       notices=_notices(job),
       epsilon_budget=epsilon_planned,
+      about=summary.about(config),
     )
     report.write_speed(workdir / telemetry.FOLDER)
     console.show_table("Finished", summary.end_rows(result, workdir))

@@ -15,8 +15,9 @@ from ml_collections import config_flags
 
 from dpdist import config
 from dpdist import errors
-from launch.cli import exit_codes
-from launch.cli import messages
+
+from . import exit_codes
+from . import messages
 
 
 def run(main: Callable[..., int], *, passes_on: bool = False) -> NoReturn:

@@ -18,7 +18,8 @@ from typing import NamedTuple
 from absl import flags
 
 from dpdist import errors
-from launch.cli import exit_codes
+
+from . import exit_codes
 
 _TRACEBACK = flags.DEFINE_bool(
   "traceback", False, "After an error, show where in the program it came from."

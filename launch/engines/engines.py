@@ -5,11 +5,12 @@ import dataclasses
 
 from dpdist import errors
 from dpdist import registry
-from launch.engines import job
-from launch.engines import jobset
-from launch.engines import ray
-from launch.engines import slurm
-from launch.engines import tpu_vm
+
+from . import job
+from . import jobset
+from . import ray
+from . import slurm
+from . import tpu_vm
 
 _OURS: dict[str, job.Engine] = {
   "jobset": jobset,

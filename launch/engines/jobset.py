@@ -7,8 +7,9 @@ from typing import Any
 import yaml
 
 from dpdist import errors
-from launch.cli import exit_codes
-from launch.engines import job as job_lib
+
+from ..cli import exit_codes
+from . import job as job_lib
 
 TOOL = ("kubectl", "kubectl, and JobSet in the cluster")
 

@@ -6,7 +6,8 @@ import dataclasses
 import yaml
 
 from dpdist import errors
-from launch.engines import job as job_lib
+
+from . import job as job_lib
 
 TOOL = ("ray", "Ray (pip install 'ray[default]')")
 

@@ -26,8 +26,9 @@ from typing import Any
 from absl import flags
 
 from dpdist import errors
-from launch.cli import exit_codes
-from launch.cli import flag_parsing
+
+from ..cli import exit_codes
+from ..cli import flag_parsing
 
 _NODES = flags.DEFINE_integer("nodes", 1, "Processes, each on a node.", 1)
 _CPUS = flags.DEFINE_integer("cpus", 1, "Processors of each.", 1)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 import dataclasses
 import shlex
 
-from launch.engines import job as job_lib
+from . import job as job_lib
 
 TOOL = ("sbatch", "Slurm's client (Debian: slurm-client)")
 

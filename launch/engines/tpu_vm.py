@@ -5,7 +5,8 @@ import dataclasses
 import shlex
 
 from dpdist import errors
-from launch.engines import job as job_lib
+
+from . import job as job_lib
 
 TOOL = ("gcloud", "the Google Cloud CLI")
 

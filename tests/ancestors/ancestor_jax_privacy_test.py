@@ -11,6 +11,8 @@ import pytest
 import dpdist
 from dpdist.noise import noise
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 @pytest.mark.parametrize("norm", [None, float("inf")])
 def test_no_clipping_is_refused(norm):

@@ -9,6 +9,8 @@ import dpdist
 from dpdist import clipping
 from dpdist.noise import noise
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def _config(**changes):
   given = {

@@ -8,6 +8,8 @@ import pytest
 import dpdist
 from dpdist.noise import noise
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _DATA = jnp.array([2.0, 3, 5, -14, 8, -4])
 _SEED = b"any"
 

@@ -7,6 +7,8 @@ import pytest
 
 from dpdist import clipping
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 
 def _loss(params, x):
   return jnp.sum(params["a"] * x[:2]) + jnp.sum(params["b"] * x[2:])

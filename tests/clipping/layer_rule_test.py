@@ -200,6 +200,7 @@ def _config(folder, model, *inputs, **changes):
   return config
 
 
+@pytest.mark.slow
 def test_a_wrong_rule_stops_a_run_before_anything_is_charged(
   use_rules, tmp_path, monkeypatch
 ):

@@ -15,6 +15,8 @@ import dpdist
 from dpdist.clipping import stateful
 from dpdist.clipping.trace import dependence
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _AGGREGATE = {"each": "stack", "hit": "sum", "size": "mean"}
 
 

@@ -14,6 +14,8 @@ import dpdist
 from dpdist.mechanism import private_gradients
 from dpdist.noise import noise
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _CONFIG = {
   "num_examples": 100,
   "expected_batch_size": 10,

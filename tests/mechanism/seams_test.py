@@ -23,12 +23,14 @@ from dpdist.clipping import clipper
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
+from dpdist.mechanism import outside_code
 from dpdist.privacy import plan as plan_lib
 from dpdist.privacy import statement
 from dpdist.sums import fixed_point
 from dpdist.training import exact_step
 from dpdist.training import step as step_lib
 from tests.support import meshes
+from tests.support import turns
 
 _DATASET = """
 import numpy as np
@@ -249,7 +251,7 @@ def _config(changes, **others):
   return config
 
 
-@pytest.mark.parametrize("toy", _TOYS)
+@pytest.mark.parametrize("toy", turns.cells(_TOYS, always=["toy_clipper"]))
 @pytest.mark.usefixtures("quick_compiles")
 def test_a_run_trains_with_a_part_from_outside(toy, outside, tmp_path):
   text, changes = _TOYS[toy]
@@ -302,7 +304,7 @@ def test_a_proof_is_of_all_three_together(outside):
       dpdist.PrivacyConfig(**_SETTINGS | noise | other)
 
 
-@pytest.mark.parametrize("toy", _TOYS)
+@pytest.mark.parametrize("toy", turns.cells(_TOYS, always=["toy_noise"]))
 @pytest.mark.usefixtures("quick_compiles")
 def test_other_code_of_a_part_gets_other_keys(
   toy, outside, tmp_path, monkeypatch
@@ -319,6 +321,24 @@ def test_other_code_of_a_part_gets_other_keys(
   after = ledger_lib.Ledger(workdir / "ledger").branches
   assert len(after) == len(before) + 1
   assert after[-1].identity != before[-1].identity
+
+
+def test_what_a_sampling_draws_is_in_the_digest_of_its_code(
+  outside, monkeypatch
+):
+  """Also where no file of its code says what that is."""
+  text, changes = _TOYS["toy_sampling"]
+  text = text.replace(
+    "np.arange(numbers.num_examples)",
+    "np.arange(numbers.num_examples) + int(os.environ['TOY_OFFSET'])",
+  )
+  (outside / "toy_sampling.py").write_text("import os\n" + text)
+  config = config_lib.privacy_config(_config(changes))
+  digests = []
+  for offset in ("0", "0", "1"):
+    monkeypatch.setenv("TOY_OFFSET", offset)
+    digests.append(outside_code.sha256(config))
+  assert digests[0] == digests[1] != digests[2]
 
 
 def _verified(workdir, cwd, *flags):
@@ -393,6 +413,9 @@ def test_ours_are_no_code_from_outside():
   [
     ({"noise_options": {"factor": [1]}}, "noise_options must be a dict"),
     ({"noise_options": "factor"}, "noise_options must be a dict"),
+    ({"noise_options": {"x": float("nan")}}, "must be a dict of finite"),
+    ({"noise_options": {"x": 1}}, "noise_options must be empty with noise='g"),
+    ({"clipping_options": {"x": 1}}, "must be empty with clipping='fixed'"),
     ({"noise": "laplace"}, "noise and clipping must have a proof together"),
     ({"clipping": ""}, "clipping must be a name, got ''"),
     ({"sampling": "toy_none:Some"}, "must be package.module:attribute"),
@@ -468,7 +491,10 @@ def _stepped(step):
 _SHORT = np.sum(_examples()[:50, 0] < 0.3) / 8
 
 
-@pytest.mark.parametrize("name", ["1", "8", "8, fsdp", "8, model"])
+@pytest.mark.parametrize(
+  "name",
+  turns.cells(["1", "8", "8, fsdp", "8, model"], always=["8, model"]),
+)
 def test_an_extra_leaf_is_added_up_over_all_chunks_and_devices(outside, name):
   made = dataclasses.replace(_made(outside), noise_stddev=0.0)
   step = step_lib.Step(made, optax.sgd(1.0), meshes.of(name))
@@ -492,7 +518,7 @@ def test_the_noise_of_all_leaves_is_that_of_one_mechanism(outside):
   assert spent == pytest.approx(2.0**-2, rel=0.02)
 
 
-@pytest.mark.parametrize("name", ["1", "8"])
+@pytest.mark.parametrize("name", turns.cells(["1", "8"], always=["1"]))
 def test_exact_sums_carry_an_extra_leaf(outside, name):
   made = _made(outside, exact=4, name="Forgetful", share=0.1)
   step = exact_step.ExactStep(made, optax.sgd(1.0), meshes.of(name))

@@ -278,10 +278,14 @@ def _mutated(values, rng):
   return np.clip(values, -limit, limit)
 
 
+# What takes longest to compile, or is formed as another way is.
+_LONG = ("keep", "diagonal")
+
+
 @pytest.mark.parametrize(
   ("way", "method"),
   [
-    pytest.param(*rule, marks=[pytest.mark.slow] * (rule[0] == "keep"))
+    pytest.param(*rule, marks=[pytest.mark.slow] * (rule[0] in _LONG))
     for rule in _RULES
     if rule[1] != "two_pass"
   ],
@@ -353,7 +357,6 @@ def _moved(total, method):
 @pytest.mark.parametrize(
   ("way", "method"),
   [
-    # The diagonal's, which takes longest to compile, is below with eight.
     pytest.param(
       *rule,
       marks=[] if rule == ("drop", "bookkeeping") else pytest.mark.slow,
@@ -444,7 +447,7 @@ def _narrow_batch():
     pytest.param(
       *rule,
       n,
-      marks=[] if (rule[0], n) == ("diagonal", 8) else pytest.mark.slow,
+      marks=[] if (rule[0], n) == ("drop", 1) else pytest.mark.slow,
     )
     for rule in _RULES
     for n in (1, 8)

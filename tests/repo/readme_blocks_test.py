@@ -18,6 +18,8 @@ import pytest
 import dpdist
 from dpdist.privacy import plan as plan_lib
 
+pytestmark = pytest.mark.usefixtures("quick_compiles")
+
 _ROOT = pathlib.Path(__file__).resolve().parents[2]
 _PAGES = (
   "README.md",

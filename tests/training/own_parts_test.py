@@ -32,6 +32,7 @@ from dpdist.training import parameters
 from dpdist.training import setup
 from dpdist.workdir import fingerprint
 from tests.support import commands
+from tests.support import turns
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -138,7 +139,16 @@ def fixture_begun(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   return workdir
 
 
-@pytest.mark.parametrize("edit", _EDITS)
+@pytest.mark.parametrize(
+  "edit",
+  turns.cells(
+    _EDITS,
+    always=(
+      *("nothing", "a metric", "a factor of the loss", "the initial bias"),
+      *("an entry of a constant array", "the optimizer's momentum"),
+    ),
+  ),
+)
 def test_what_alters_a_release_gets_other_keys(
   begun: pathlib.Path, tmp_path: pathlib.Path, edit: str
 ) -> None:
@@ -180,7 +190,10 @@ def _digest(task: dpdist.Task, *, exact: bool = False, **more: Any) -> str:
   return abstract_step.lowered_sha256(programs)
 
 
-@pytest.mark.parametrize("edit", _EDITS)
+@pytest.mark.parametrize(
+  "edit",
+  turns.cells(_EDITS, always=("nothing", "a metric", "a factor of the loss")),
+)
 def test_programs_of_exact_sums_hold_it_too(edit: str) -> None:
   old, new, is_altered = _EDITS[edit]
   before, after = (
@@ -215,7 +228,7 @@ def _edited_while_it_starts(part: str, reads: int) -> dict[str, Any]:
   }
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("exact", turns.cells([False, True], always=[False]))
 @pytest.mark.parametrize(
   # Python runs so often before it runs for the program that the run will use.
   ("part", "reads"),
@@ -580,6 +593,7 @@ def _start(workdir: pathlib.Path) -> subprocess.Popen[bytes]:
   )
 
 
+@pytest.mark.slow
 def test_a_project_in_one_file(tmp_path: pathlib.Path) -> None:
   """Trains, is killed, goes on to the same bits; is verified and evaluated."""
   whole, cut = tmp_path / "whole", tmp_path / "cut"

@@ -60,6 +60,7 @@ def finished(tmp_path_factory):
   return workdir, dpdist.train(_config(), workdir)
 
 
+@pytest.mark.slow
 def test_no_step_holds_more_than_the_one_that_was_tried_out(
   tmp_path, monkeypatch
 ):
