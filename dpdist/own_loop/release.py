@@ -267,8 +267,11 @@ def replicated(tree: PyTree, mesh: Mesh) -> PyTree:
   sharding = mesh_lib.replicated(mesh)
 
   def put(x: Any) -> jax.Array:
-    if isinstance(x, jax.Array) and x.sharding == sharding:
-      return x
+    if isinstance(x, jax.Array):
+      if x.sharding.is_equivalent_to(sharding, x.ndim):
+        return x
+      # Of several processes' devices, but laid out in another way.
+      x = x if x.is_fully_addressable else np.asarray(x)
     copied: jax.Array = mesh_lib.replicate(jnp.asarray(x), mesh)
     return copied
 

@@ -21,6 +21,7 @@ from dpdist.mechanism import mechanism
 from dpdist.own_loop import commitments
 from dpdist.own_loop import release
 from dpdist.workdir import verify
+from tests.support import jobs
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -517,3 +518,51 @@ def test_a_step_is_charged_and_written_down_before_it_is_computed(
       if step.number == 3:
         break
   assert seen == [(0, 3, 1), (1, 3, 2), (2, 3, 3), (3, 6, 4)]
+
+
+_PROCESS = """
+import os, signal, sys
+import jax
+jax.distributed.initialize(sys.argv[2], 2, int(sys.argv[3]))
+import jax.numpy as jnp
+from tests.training import session_test
+params = {"w": jnp.zeros(2)}
+with session_test._session(sys.argv[1]) as session:
+  params = session.restore(params)
+  for step in session:
+    gradients = step.gradients(params)
+    params = {"w": params["w"] - 0.1 * gradients["w"]}
+    session.log(loss=1.0)
+    session.save(params)
+    if step.number == int(sys.argv[4]):
+      os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_make_a_run_together_and_again(tmp_path):
+  root = pathlib.Path(__file__).parents[2]
+
+  def run(kill_at):
+    address = jobs.address()
+    both = [
+      subprocess.Popen(
+        [sys.executable, "-c", _PROCESS, str(tmp_path)]
+        + [address, str(number), str(kill_at)],
+        cwd=root,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(root)},
+      )
+      for number in range(2)
+    ]
+    said = [process.communicate()[1] for process in both]
+    return [process.returncode for process in both], said
+
+  assert run(4)[0] == [-signal.SIGKILL] * 2
+  codes, said = run(-1)
+  assert codes == [0, 0], said
+  with _ledger(tmp_path) as ledger:
+    assert len(ledger.branches) == 1
+    assert ledger.spent_steps == _STEPS
+  assert not _problems(tmp_path)
