@@ -1,4 +1,4 @@
-r"""Does all that a run does before its first charge, and says what it found.
+r"""Says what a run would find before its first charge.
 
   dpdist check --config=digits
   dpdist check --config=digits --workdir=/data/digits

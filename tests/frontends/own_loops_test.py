@@ -84,23 +84,6 @@ def test_a_directory_is_of_one_plan_and_one_data_set(tmp_path):
   assert run.spent_steps == 1
 
 
-@pytest.mark.parametrize(
-  ("name", "value", "more"),
-  [
-    ("noise_schedule", ((2, 3.0),), {}),
-    ("batch_size_schedule", ((2, 20.0),), {}),
-    ("cycle_length", 2, {"sampling": "cyclic_poisson"}),
-    ("group_size", 2, {}),
-  ],
-)
-def test_what_a_loop_would_have_to_know_of_is_refused(
-  tmp_path, name, value, more
-):
-  config = _config(**{name: value}, **more, neighboring_relation="zero_out")
-  with pytest.raises(ValueError, match=rf"{name} must be .* here"):
-    run_lib.Run(tmp_path, config)
-
-
 def test_nothing_is_saved_once_another_process_writes(tmp_path, monkeypatch):
   monkeypatch.setattr(records, "PATIENCE_SECONDS", 0.0)
   run = run_lib.Run(tmp_path, _config())

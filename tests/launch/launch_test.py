@@ -147,7 +147,7 @@ def test_help_shows_the_flags():
   code, out, err = _run("train", "--help")
   assert (code, err) == (0, "")
   assert "--workdir" in out
-  assert "launch.train --config=digits" in out
+  assert "dpdist train --config=digits" in out
 
 
 _DIGITS = f"--config={_ROOT}/configs/digits.py"
