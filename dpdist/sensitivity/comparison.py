@@ -5,9 +5,8 @@ It checks that:
   * Where the gradient is steady, the norm is not smaller than the gradient's,
     and the sum is no longer than the clipped gradient. A gradient is steady if
     different rounding would not change it. To find out, parameters and inputs
-    are changed by a little more than their rounding errors, and by a little
-    more than what is flushed to 0: a program that fuses a product with a sum
-    keeps what another flushes.
+    are changed by a little more than their rounding errors, and so is what each
+    operation returns; see `dpdist.sensitivity.rounding_errors`.
   * For examples of ordinary size, the sum has the gradient's direction.
 A norm may be too large: then the example adds less to the sum than it could.
 """
@@ -28,6 +27,7 @@ from dpdist.clipping import freezing
 from dpdist.clipping import watched
 from dpdist.clipping.layers import costs
 from dpdist.clipping.trace import program
+from dpdist.sensitivity import rounding_errors
 
 PyTree = Any
 
@@ -36,9 +36,6 @@ LONGER = 0.01
 # Tolerance for a steady gradient, in addition to a few of its own changes.
 _TOLERANCE = 1e-3
 _STEADY = 2.0**-5
-# What may be flushed of an input, in smallest normal numbers: a product with a
-# weight of 1/16 is flushed where the input is 16 times larger.
-_FLUSHED = 16
 
 
 class Measured(NamedTuple):
@@ -96,12 +93,11 @@ def measurer(
     whole = params if frozen is None else clipping.merge(params, frozen)
     scaling, groups = clipped_grad.scaling(whole)
     unit = _rounding(clipped_grad, loss, params, frozen, example)
-    gradient = lambda *args: [
-      x.astype(jnp.promote_types(x.dtype, jnp.float32))
-      for x in jax.tree.leaves(jax.grad(loss)(*args))
-    ]
-    true = gradient(params, frozen, example)
-    other = gradient(*_shaken((params, frozen, example), 4 * unit))
+    gradient = jax.grad(loss)
+    given = params, frozen, example
+    true = _wide(gradient(*given))
+    again = rounding_errors.enlarged(gradient, unit)
+    other = _wide(again(*_shaken(given, 4 * unit)))
     sums = jax.tree.leaves(total)
     count = len(scaling.bounds)
     lengths = [_lengths(xs, groups, count) for xs in (sums, true, other)]
@@ -266,21 +262,22 @@ def _length(xs: Sequence[jax.Array]) -> jax.Array:
   return largest * jnp.sqrt(sum(jnp.sum(jnp.square(x / safe)) for x in xs))
 
 
+def _wide(gradient: PyTree) -> list[jax.Array]:
+  return [
+    x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    for x in jax.tree.leaves(gradient)
+  ]
+
+
 def _shaken(tree: PyTree, amount: float) -> PyTree:
-  """Makes each float but 0 a little larger or smaller."""
+  """Makes each float a little larger or smaller."""
   leaves, structure = jax.tree.flatten(tree)
   changed = []
   for i, x in enumerate(leaves):
     if jnp.issubdtype(x.dtype, jnp.floating):
       wide = jnp.promote_types(x.dtype, jnp.float32)
       sign = watched.signs(x.shape, i).astype(wide)
-      info = jnp.finfo(x.dtype)
-      # Float16 is not flushed, only rounded.
-      least = info.smallest_normal
-      if info.dtype == jnp.float16:
-        least = info.smallest_subnormal
-      change = sign * (amount * jnp.abs(x) + _FLUSHED * least.astype(wide))
-      x = jnp.where(x == 0, x, x + change).astype(x.dtype)
+      x = (x * (1 + amount * sign)).astype(x.dtype)
     changed.append(x)
   return jax.tree.unflatten(structure, changed)
 

@@ -14,15 +14,14 @@ import numpy as np
 PyTree = Any
 
 # Powers of ten. The squares of tiny numbers are 0, those of huge ones nearly
-# infinite. Least and most are near the ends of the dtype's range, but so far
-# from them that a product with a weight is rarely flushed to 0. First and last
-# are so near that they leave no room for any factor.
+# infinite. Least and most are near the ends of the dtype's range. First and
+# last are so near that they leave no room for any factor.
 _POWERS = {
   16: {"tiny": -4.0, "huge": 3.0, "least": -4.5, "most": 4.0, "large": 2.0}
   | {"first": -4.2, "last": 4.5},
-  32: {"tiny": -19.5, "huge": 18.0, "least": -35.0, "most": 34.2, "large": 8.0}
+  32: {"tiny": -19.5, "huge": 18.0, "least": -37.3, "most": 36.5, "large": 8.0}
   | {"first": -37.9, "last": 37.9},
-  64: {"tiny": -155.0, "huge": 153.0, "least": -304.5, "most": 303.7}
+  64: {"tiny": -155.0, "huge": 153.0, "least": -307.0, "most": 306.0}
   | {"large": 8.0, "first": -307.6, "last": 307.6},
 }
 # Kinds of floats, with two sizes: that of an example's first, third, ...

@@ -296,12 +296,25 @@ def test_what_one_program_flushes_to_0_and_another_does_not_is_no_fault():
     "out": 0.3 * jax.random.normal(second, (8,)),
   }
   batch = {"x": np.ones((8, 6), np.float32), "y": np.ones(8, np.float32)}
-  # So small that the products with weights are partly subnormal.
-  sizes = made_up_examples._POWERS[32] | {"least": -37.3, "most": 36.5}
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setitem(made_up_examples._POWERS, 32, sizes)
-    dpdist.check_sensitivity(loss, params, batch, l2_clip_norm=1.0)
+  # The products with weights are partly subnormal where inputs are least.
   dpdist.check_sensitivity(loss, params, batch, l2_clip_norm=1.0)
+
+
+def test_a_norm_that_drops_the_smallest_inputs_is_found(monkeypatch):
+  norm = bookkeeping.norm
+  flush = lambda x: jnp.where(jnp.abs(x) < 1e-36, 0, x)
+  monkeypatch.setattr(
+    bookkeeping,
+    "norm",
+    lambda part, rule, operand, cotangent: norm(
+      part, rule, jax.tree.map(flush, operand), cotangent
+    ),
+  )
+  loss = lambda w, e: jnp.square(e["x"] @ w - e["y"])
+  batch = {"x": np.ones((4, 6), np.float32), "y": np.ones(4, np.float32)}
+  # The gradients that show it are not longer than this.
+  with pytest.raises(errors.SensitivityError, match="clipped by a norm of 0"):
+    dpdist.check_sensitivity(loss, jnp.ones(6), batch, l2_clip_norm=10.0)
 
 
 def test_many_groups_raise_no_more_false_alarms_than_one():
