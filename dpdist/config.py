@@ -125,7 +125,7 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     ValueError: both are set, or the epochs cannot be counted.
   """
   privacy = config.privacy
-  epochs = privacy.epochs
+  epochs = privacy.get("epochs")
   if epochs is None:
     return config
   if privacy.num_steps:
@@ -161,7 +161,7 @@ def privacy_config(
   from dpdist.privacy import plan as plan_lib
 
   values = resolve(config).privacy.to_dict()
-  del values["epochs"]
+  values.pop("epochs", None)
   return plan_lib.PrivacyConfig(**values)
 
 

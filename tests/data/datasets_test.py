@@ -354,7 +354,7 @@ def test_unknown_name_lists_the_known_ones():
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist"])
 def test_what_was_fetched_is_found_by_its_name(tmp_path, monkeypatch, name):
   monkeypatch.setenv("DPDIST_CACHE", str(tmp_path / "cache"))
-  with pytest.raises(ValueError, match=rf"launch\.fetch --name={name}"):
+  with pytest.raises(ValueError, match=rf"dpdist fetch --name={name}"):
     datasets.load(config(name=name))
   # As `fetch` leaves it; or where a path says.
   sha256 = fetch.PACKAGES[name].sha256

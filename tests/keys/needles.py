@@ -37,7 +37,8 @@ _SEPARATORS = (
 
 
 STREAMS = (
-  *("init", "model_rng", "noise", "sampling"),
+  *("commitments", "init", "model_rng", "noise", "release_inputs"),
+  *("sampling",),
   *("sentinel_direction", "sentinel_step", "unit_examples"),
 )
 

@@ -176,7 +176,13 @@ class Forgetful(Counting):
   def finish(self, gradient, extra, state):
     return gradient, state
 
+
+class Endless(Forgetful):
+  """Says of a share what is no number."""
+  extra = {"short": clipping.Extra((), float("nan"))}
+
 # The proof.
+@step_events.proof(sampling="poisson", clipper="toy_clipper:Endless")
 @step_events.proof(sampling="poisson", clipper="toy_clipper:Counting")
 @step_events.proof(sampling="poisson", clipper="toy_clipper:Forgetful")
 def counting(numbers):
@@ -618,7 +624,7 @@ def test_an_extra_leaf_that_takes_all_is_refused(outside):
 
 def test_a_share_that_is_no_number_is_refused(outside):
   with pytest.raises(ValueError, match="leave some for the gradient"):
-    _made(outside, share=math.nan)
+    _made(outside, name="Endless")
 
 
 @pytest.mark.parametrize("size", [1, 2, 1000, 2**21])
