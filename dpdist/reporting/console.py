@@ -8,7 +8,6 @@ released like any other output, so metrics pass the same check here as in
 
 from collections.abc import Iterable, Mapping, Sequence
 import sys
-import textwrap
 import time
 from typing import Self
 
@@ -95,8 +94,8 @@ def show_table(
 
 
 def show_text(text: str) -> None:
-  """Prints a paragraph, wrapped to a readable width."""
-  print("\n" + textwrap.fill(text, 80), flush=True)
+  """Prints lines after an empty one; none is wrapped, since one is a link."""
+  print(f"\n{text}", flush=True)
 
 
 def warn(line: str) -> None:
@@ -178,9 +177,9 @@ class _Bar(rich.progress.Progress):
 class Progress:
   """Shows how far a run is; a context manager.
 
-  On a terminal it is a bar that is drawn at most five times a second;
-  elsewhere, one line for each `update` with metrics. The first held-out metric
-  is shown throughout. An epsilon_budget of None is not bounded.
+  Each `update` with metrics is a line. On a terminal there is a bar below them
+  that is drawn at most five times a second. The first held-out metric is shown
+  throughout. An epsilon_budget of None is not bounded.
   """
 
   def __init__(
@@ -247,9 +246,10 @@ class Progress:
       if name in metrics:
         self._score = _show_metric(name, metrics[name])
         break
+    if metrics:
+      # Above a bar, which lets lines pass: the history stays on the screen.
+      self._print_line(step, metrics)
     if self._bar is None:
-      if metrics:
-        self._print_line(step, metrics)
       return
     now = time.monotonic()
     if metrics or step >= self._total_steps or now >= self._next_refresh:

@@ -17,7 +17,6 @@ from dpdist.privacy import statement as statement_lib
 from dpdist.reporting import metrics as metrics_lib
 from dpdist.reporting import plots
 from dpdist.reporting import rows as rows_lib
-from dpdist.reporting import telemetry
 
 _FILE = "report.html"
 _SPEED_FILE = "speed.html"
@@ -146,6 +145,9 @@ def write(
 
 def write_speed(folder: pathlib.Path) -> pathlib.Path:
   """Writes `speed.html` to a run's `telemetry.FOLDER`, for its owner alone."""
+  # Imported here, since it imports jax, which the other page does not need.
+  from dpdist.reporting import telemetry
+
   rows = [
     _largest_of_processes(row) for row in rows_lib.read(folder / telemetry.FILE)
   ]

@@ -22,6 +22,13 @@ from dpdist.clipping.trace import program
 PyTree = Any
 
 _PRODUCTS = ("dot_general", "conv_general_dilated")
+# Bodies of others, as of a kernel, run as they are.
+_CALLS = frozenset(
+  (
+    *("pjit", "jit", "closed_call", "core_call", "remat2", "checkpoint"),
+    *("custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"),
+  )
+)
 # Operations whose results are rounded; others move numbers or choose among
 # them.
 _ROUNDED = frozenset(
@@ -97,14 +104,13 @@ def _outs(
     tested, used = values[:first], values[first : first + second]
     # Rounding must not decide when a loop ends: it would run for ever.
     goes_on = lambda x: core.jaxpr_as_fun(params["cond_jaxpr"])(*tested, *x)[0]
-    body = lambda x: inside(params["body_jaxpr"])(*used, *x)
-    return list(jax.lax.while_loop(goes_on, body, values[first + second :]))
+    once = lambda x: inside(params["body_jaxpr"])(*used, *x)
+    return list(jax.lax.while_loop(goes_on, once, values[first + second :]))
   if name == "cond":
     branches = [inside(branch) for branch in params["branches"]]
     return list(jax.lax.switch(values[0], branches, *values[1:]))
-  inner = params.get("jaxpr", params.get("call_jaxpr"))
-  if inner is not None and len(_closed(inner).jaxpr.invars) == len(values):
-    return inside(inner)(*values)
+  if name in _CALLS:
+    return inside(params.get("jaxpr", params.get("call_jaxpr")))(*values)
   outs = program.bind(eqn, values)
   if name not in _ROUNDED:
     return outs

@@ -77,6 +77,21 @@ def start_rows(
   return rows
 
 
+def in_short(
+  values: dict[str, Any], plan: plan_lib.PrivacyPlan, workdir: pathlib.Path
+) -> str:
+  """Returns two lines: what a run guarantees, and where the statement is."""
+  said = (
+    f"({statement.rounded_up(values['epsilon'])}, {values['delta']:g})-"
+    "differentially private for any one"
+    f" {plan.unit} ({plan.neighboring_relation})."
+  )
+  if values["guarantee"] != "holds":
+    said = f"No privacy guarantee: {values['guarantee']}."
+  page = (workdir / "report.html").resolve().as_uri()
+  return f"{said}\nThe whole statement, with its assumptions: {page}"
+
+
 def about(config: ml_collections.ConfigDict) -> str:
   """Returns a sentence that says which run this is, and when it ended."""
   model, data = config.task or config.model.name, config.data.name

@@ -365,7 +365,7 @@ def _finish(
     )
     report.write_speed(workdir / telemetry.FOLDER)
     console.show_table("Finished", summary.end_rows(result, workdir))
-    console.show_text(statement)
+    console.show_text(summary.in_short(result, job.plan, workdir))
     return result
 
   return dict(collectives.run_on_primary(finish))

@@ -18,7 +18,7 @@ from . import exit_codes
 
 COMMANDS = (
   *("init", "fetch", "check", "budget", "train", "local", "submit"),
-  *("verify", "eval", "export", "bench", "audit", "reserve"),
+  *("verify", "eval", "compare", "export", "bench", "audit", "reserve"),
 )
 _PACKAGE = __name__.removesuffix(".cli.words")
 _IS_INSTALLED = _PACKAGE != "launch"

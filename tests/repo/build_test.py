@@ -48,7 +48,7 @@ LAYERS = (
   ("dpdist/examples",),
   ("configs",),
   ("launch/cli",),
-  ("launch/engines", "launch/init"),
+  ("launch/compare", "launch/engines", "launch/init"),
   ("launch",),
 )
 STRANGERS = ("accounting", "clipping", "noise", "sampling")

@@ -18,6 +18,7 @@ from absl import app
 import pytest
 
 from launch.cli import words as words_lib
+from launch.compare import command as compare
 from launch.init import project
 from tests.support import commands
 
@@ -61,6 +62,10 @@ def _commands(text):
     yield words
 
 
+# Commands that take words in place of flags.
+_WITHOUT_FLAGS = {"compare": compare, "init": project}
+
+
 def _python(words):
   """The module that a command runs, and its arguments; None if it runs none."""
   if "dpdist" in words:
@@ -88,8 +93,8 @@ def _parse(monkeypatch, name, arguments):
 
 
 def _check_launch(monkeypatch, name, arguments):
-  if name == "init":
-    assert project.parser().parse_args(arguments)
+  if name in _WITHOUT_FLAGS:
+    assert _WITHOUT_FLAGS[name].parser().parse_args(arguments)
     return
   if name == "submit":
     done = commands.run(name, *arguments, "--dry_run")

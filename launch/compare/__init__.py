@@ -1,0 +1,1 @@
+"""The command that puts runs on one page."""
