@@ -7,10 +7,10 @@ near 1 is what rounding left of it. Inputs that are changed a little do not show
 it, since their results are rounded to the same number. So results are changed.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-import itertools
+from collections.abc import Callable, Mapping, Sequence
 import math
-from typing import Any
+import random
+from typing import Any, Self
 
 import jax
 from jax.extend import core
@@ -55,34 +55,67 @@ def enlarged(fn: Callable[..., PyTree], unit: float) -> Callable[..., PyTree]:
 
   def run(*args: PyTree) -> PyTree:
     closed, shape = jax.make_jaxpr(fn, return_shape=True)(*args)
-    outs = _run(closed, jax.tree.leaves(args), unit, itertools.count())
+    outs = _run(closed, jax.tree.leaves(args), _Errors(unit))
     return jax.tree.unflatten(jax.tree.structure(shape), outs)
 
   return run
 
 
+class _Errors:
+  """Changes results; programs compile quickly, since shapes share signs."""
+
+  def __init__(
+    self, unit: float, signs: Mapping[tuple[int, ...], jax.Array] | None = None
+  ):
+    self._unit = unit
+    self._signs = dict(signs or {})
+    self._coin = random.Random(0)
+
+  def inside(self) -> Self:
+    """Returns errors for a body, whose values must not leave it."""
+    return type(self)(self._unit, self._signs)
+
+  def changed(self, x: Any, eqn: Any) -> Any:
+    """Changes a float but for exact zeros, which are zeros in any program."""
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+      return x
+    info = jnp.finfo(x.dtype)
+    # Float16 is not flushed, only rounded.
+    is_flushed = info.dtype != jnp.float16
+    least = info.smallest_normal if is_flushed else info.smallest_subnormal
+    relative = float(info.eps)
+    if eqn.primitive.name in _PRODUCTS:
+      relative = max(relative, self._unit)
+    flushed = 2 * math.sqrt(_terms(eqn)) * float(least)
+    if x.shape not in self._signs:
+      self._signs[x.shape] = watched.signs(x.shape, len(self._signs))
+    # One way or the other at random, or errors would only grow or cancel.
+    sign = self._signs[x.shape].astype(x.dtype) * self._coin.choice((-1, 1))
+    error = sign * jnp.asarray(flushed, x.dtype)
+    return jnp.where(
+      x == 0, x, x + (x * (sign * jnp.asarray(relative, x.dtype)) + error)
+    )
+
+
 def _run(
-  closed: core.ClosedJaxpr,
-  values: Sequence[Any],
-  unit: float,
-  numbers: Iterator[int],
+  closed: core.ClosedJaxpr, values: Sequence[Any], changes: _Errors
 ) -> list[Any]:
   jaxpr = closed.jaxpr
   env = dict(zip(jaxpr.constvars, closed.consts, strict=True))
   env.update(zip(jaxpr.invars, values, strict=True))
   read = lambda x: x.val if isinstance(x, core.Literal) else env[x]
   for eqn in jaxpr.eqns:
-    outs = _outs(eqn, [read(x) for x in eqn.invars], unit, numbers)
+    outs = _outs(eqn, [read(x) for x in eqn.invars], changes)
     env.update(zip(eqn.outvars, outs, strict=True))
   return [read(x) for x in jaxpr.outvars]
 
 
-def _outs(
-  eqn: Any, values: list[Any], unit: float, numbers: Iterator[int]
-) -> list[Any]:
+def _outs(eqn: Any, values: list[Any], changes: _Errors) -> list[Any]:
   """Runs an equation, and changes its results or those of its bodies."""
   name, params = eqn.primitive.name, eqn.params
-  inside = lambda body: lambda *args: _run(_closed(body), args, unit, numbers)
+  inside = lambda body: (
+    lambda *args: _run(_closed(body), args, changes.inside())
+  )
   if name == "scan":
     num_consts, num_carry = params["num_consts"], params["num_carry"]
     consts, rest = values[:num_consts], values[num_consts:]
@@ -114,9 +147,7 @@ def _outs(
   outs = program.bind(eqn, values)
   if name not in _ROUNDED:
     return outs
-  error = unit if name in _PRODUCTS else 0.0
-  terms = _terms(eqn)
-  return [_changed(x, error, terms, next(numbers)) for x in outs]
+  return [changes.changed(x, eqn) for x in outs]
 
 
 def _terms(eqn: Any) -> int:
@@ -135,17 +166,3 @@ def _closed(body: Any) -> core.ClosedJaxpr:
   return (
     body if isinstance(body, core.ClosedJaxpr) else core.ClosedJaxpr(body, ())
   )
-
-
-def _changed(x: Any, unit: float, terms: int, number: int) -> Any:
-  """Changes floats but exact zeros, which no rounding makes other numbers."""
-  if not jnp.issubdtype(x.dtype, jnp.floating):
-    return x
-  info = jnp.finfo(x.dtype)
-  # Float16 is not flushed, only rounded.
-  is_flushed = info.dtype != jnp.float16
-  least = info.smallest_normal if is_flushed else info.smallest_subnormal
-  sign = watched.signs(x.shape, number).astype(x.dtype)
-  relative = jnp.asarray(max(float(info.eps), unit), x.dtype)
-  flushed = jnp.asarray(2 * math.sqrt(terms) * float(least), x.dtype)
-  return jnp.where(x == 0, x, x * (1 + sign * relative) + sign * flushed)
