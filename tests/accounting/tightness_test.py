@@ -20,6 +20,7 @@ from dpdist.accounting import calibration
 from dpdist.accounting import gaussian
 from dpdist.accounting import loss_grid
 from dpdist.privacy import plan as plan_lib
+from tests.support import turns
 
 _SIZE = 2**18
 _BINS = 8_000
@@ -227,7 +228,10 @@ _ALL = {
 }
 
 
-@pytest.mark.parametrize("name", _ALL)
+@pytest.mark.parametrize(
+  "name",
+  turns.cells(_ALL, always=[*[*_ALL][::3], "cut often", "turns and schedules"]),
+)
 def test_a_setting_spends_what_is_true_and_two_percent_more_at_most(name):
   _check(**_ALL[name])
 

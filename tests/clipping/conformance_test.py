@@ -799,7 +799,7 @@ _VARIANTS = (
   *("loop_that_data_ends", "sorted_and_accumulated", "divided", "stacked"),
   "scan_with_weights_that_differ_by_a_constant",
   *("convolution_depthwise", "convolution_many_channels", "joined_with_itself"),
-  *("ids_of_every_dtype", "inputs_of_every_dtype", "complex_numbers"),
+  *("inputs_of_every_dtype", "complex_numbers"),
   *("convolution_weight_standardised", "convolution_used_twice", "branches"),
   *("convolution_stride", "scan_with_parameters_as_carry"),
   *("experts", "nnx_model", "embedding_out_of_range", "positions", "masked"),

@@ -85,6 +85,7 @@ def _num_people(path):
   return len(dataset.train_users), len({*dataset.train_users})
 
 
+@pytest.mark.slow
 def test_a_csv_file_is_trained_on_by_a_config(project, tmp_path):
   """And under other statistics, with the same rows and code, by other keys."""
   rows, users = _num_people(project)

@@ -13,6 +13,7 @@ import pytest
 import dpdist
 from dpdist.mechanism import private_gradients
 from dpdist.noise import noise
+from tests.support import turns
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -71,7 +72,9 @@ _OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("name", _OPTIONS)
+@pytest.mark.parametrize(
+  "name", turns.cells(_OPTIONS, always=("flat", "by layer", "groups"))
+)
 def test_it_is_the_clipped_sum_and_noise_over_the_expected_batch(name):
   options, sensitivity = _OPTIONS[name]
   fn = _make(**options)

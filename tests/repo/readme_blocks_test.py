@@ -148,11 +148,13 @@ _SLOW = (
   *("private_keras", "DPConfig(", "VirtualStep(", "optax.chain("),
   "dpdist.Session(",
 )
+_SLOW_PAGES = ("docs/migrating/", "docs/library.md", "docs/models_and_tasks.md")
 
 
 def _marked():
   for page, text in _blocks():
     is_slow = any(sign in text for sign in _SLOW)
+    is_slow = is_slow or page.startswith(_SLOW_PAGES)
     slow = [pytest.mark.slow] if is_slow else []
     name = f"{page}: {text.strip().splitlines()[-1].strip()[:40]}"
     yield pytest.param(text, id=name, marks=slow)

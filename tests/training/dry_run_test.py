@@ -206,7 +206,6 @@ def test_a_chunk_that_was_chosen_is_halved_until_it_fits(
   assert again["params_sha256"] == result["params_sha256"]
 
 
-@pytest.mark.slow
 def test_another_chosen_chunk_is_another_branch(tmp_path, monkeypatch):
   with monkeypatch.context() as patch:
     patch.setattr(checkpoints.Checkpoints, "save", _interrupted)

@@ -140,8 +140,8 @@ def fixture_begun(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
   turns.cells(
     _EDITS,
     always=(
-      *("nothing", "a metric", "a factor of the loss", "the initial bias"),
-      *("an entry of a constant array", "the optimizer's momentum"),
+      *("nothing", "a metric", "a factor of the loss", "the initial scale"),
+      *("an entry of a constant array", "the optimizer's rate"),
     ),
   ),
 )
@@ -224,11 +224,17 @@ def _edited_while_it_starts(part: str, reads: int) -> dict[str, Any]:
   }
 
 
-@pytest.mark.parametrize("exact", turns.cells([False, True], always=[False]))
 @pytest.mark.parametrize(
   # Python runs so often before it runs for the program that the run will use.
-  ("part", "reads"),
-  [("init", 2), ("loss", 1), ("update", 1)],
+  ("part", "reads", "exact"),
+  turns.cells(
+    [
+      (part, reads, exact)
+      for part, reads in (("init", 2), ("loss", 1), ("update", 1))
+      for exact in (False, True)
+    ],
+    always=[("init", 2, False), ("loss", 1, True), ("update", 1, False)],
+  ),
 )
 def test_what_is_in_the_digest_is_what_runs(
   tmp_path: pathlib.Path, part: str, reads: int, exact: bool

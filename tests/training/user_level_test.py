@@ -142,7 +142,7 @@ def _step(sizes, method):
   [
     ((8, 1, 1), "auto"),
     ((2, 4, 1), "auto"),
-    ((8, 1, 1), "vmap"),
+    pytest.param((8, 1, 1), "vmap", marks=pytest.mark.slow),
   ],
 )
 def test_a_user_moves_the_sum_of_8_devices_by_one_clipped_gradient(
