@@ -14,8 +14,11 @@ Guarantees:
     repeats what is written in a line that both have.
   * A digest has a key of its own, so that it says nothing of what went into it,
     and nobody without the secret can write a line.
-  * Lines that were altered or removed are found, unless the file with the last
-    line's digest was set back with them. The branch is given up then.
+  * Lines that were altered or removed are found, and so is a file that was
+    copied or restored from a backup, since it has another inode: lines may have
+    been written since. The branch is given up then, and its steps are charged
+    again. Not found are lines that are cut off in place, if the file with the
+    last line's digest is set back as well.
 """
 
 from collections.abc import Iterator
@@ -70,10 +73,8 @@ class Commitments:
         if is_new and not self._lines:
           self._write_head()
         # It may be behind, and is never ahead.
-        elif (
-          not self._head.exists() or self._head.read_text() not in self._macs
-        ):
-          raise errors.LedgerError(f"lines of {path} were removed")
+        elif not self._head.exists() or not self._is_of(self._head.read_text()):
+          raise errors.LedgerError(f"{path} was copied, or lines removed")
     except BaseException:
       self.close()
       raise
@@ -153,7 +154,16 @@ class Commitments:
 
   def _write_head(self) -> None:
     # It need not be durable: what it says may be behind.
-    atomic.write(self._head, self._last.encode())
+    atomic.write(self._head, f"{self._last} {self._inode}".encode())
+
+  def _is_of(self, head: str) -> bool:
+    """Returns whether what the head says fits the file and its lines."""
+    mac, _, inode = head.partition(" ")
+    return mac in self._macs and inode == self._inode
+
+  @property
+  def _inode(self) -> str:
+    return str(os.fstat(self._file.fileno()).st_ino)
 
   def _take(self, line: Line, mac: str, size: int) -> None:
     self._lines[line.branch, line.release] = line

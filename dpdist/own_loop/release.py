@@ -5,6 +5,7 @@ adds the noisy mean to zeros, which are made anew for each release.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+import dataclasses
 import functools
 import hmac
 from typing import Any
@@ -33,7 +34,7 @@ PyTree = Any
 Chunks = Sequence[pipeline.Chunk]
 
 # What a loss is given beside its parameters, which no gradient is taken of.
-_GIVEN = "given/"
+_GIVEN = "given"
 
 
 class Program:
@@ -62,7 +63,7 @@ class Program:
     self._mesh, self._row, self._chunk_size = mesh, dict(row), chunk_size
     self._has_schedule = len(plan.phases) > 1
     self._is_frozen = (
-      None if given is None else lambda path: path.startswith(_GIVEN)
+      None if given is None else lambda path: path.split("/")[0] == _GIVEN
     )
     self._step = step_lib.Step(
       mechanism_lib.make(
@@ -86,16 +87,28 @@ class Program:
         (self._row, jax.ShapeDtypeStruct((), np.bool_)),
       )
     )
+    lowered = dict(
+      self._lowered(trained, frozen, zeros, key, is_watched=is_watched)
+    )
+    # The digest of what is computed: of the programs, with their constants.
+    self.sha256 = abstract_step.lowered_sha256(lowered.items())
+    # These very programs run. JAX traces a function again when its caches are
+    # cleared or an option changes, and may find other code then.
+    self._compiled = {name: x.compile() for name, x in lowered.items()}
+    self._bound = dataclasses.replace(self._step)
+    vars(self._bound)["accumulate"] = self._accumulate
+    vars(self._bound)["apply"] = self._compiled["update"]
     total = self._step.zeros(trained)
     for chunk in self._on_mesh([zeros, zeros]):
-      total = self._step.accumulate(
+      total = self._accumulate(
         *(trained, total, *chunk[1:], key, chunk[0], *_if_any(frozen))
       )
     jax.block_until_ready(self._applied(trained, total, key, 0, 0))
-    # The digest of what is computed: of the programs, with their constants.
-    self.sha256 = abstract_step.lowered_sha256(
-      self._lowered(trained, frozen, zeros, key, is_watched=is_watched)
-    )
+
+  def _accumulate(self, *arguments: Any) -> Any:
+    # A watched chunk has frozen parameters, or None, and a direction as well.
+    name = "chunk" if len(arguments) < 8 else "watched chunk"
+    return self._compiled[name](*arguments)
 
   @property
   def local_rows(self) -> np.ndarray:
@@ -147,7 +160,7 @@ class Program:
     """
     trained, frozen = self._parts(params, given)
     sentinel = step_sentinel.Sentinel(
-      self._step, frozen, streams, every=sentinel_every, first_step=first
+      self._bound, frozen, streams, every=sentinel_every, first_step=first
     )
     total = self._step.zeros(trained)
     sentinel.begin(number, trained)
@@ -207,7 +220,7 @@ class Program:
     release_index: int,
   ) -> PyTree:
     """Returns the noisy mean, from all sums of a release."""
-    after, _ = self._step.apply(
+    after, _ = self._bound.apply(
       *self._arguments(trained, total, key, number, release_index)
     )
     return after.params["params"]

@@ -146,7 +146,10 @@ class Releases:
         " other values: start again, and it is made anew from the last"
         " checkpoint, with other examples and noise"
       )
-    self._life.charge(charged + 1)
+    # To the end of the loop's step, so that none of its losses is refused when
+    # another was paid.
+    count = len(self._losses)
+    self._life.charge(charged - charged % count + count)
     self._life.present.begin(charged)
 
   def _sample(self, charged: int) -> np.ndarray:

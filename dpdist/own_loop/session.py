@@ -22,6 +22,7 @@ import contextlib
 import os
 import pathlib
 import sys
+import threading
 from types import TracebackType
 from typing import Any, Self, Unpack
 
@@ -93,18 +94,19 @@ class Step:
       dpdist.errors.SensitivityError: clipping does not bound what an example
         can do.
     """
-    charged = self._session._charged_step(self.number, loss)
-    if loss in self._taken:
-      raise errors.ArgumentError(
-        f"loss must be one that step {self.number} has not given gradients of,"
-        f" got {loss!r}: each is charged once for each step; name all losses of"
-        " a step in dpdist.Session(loss={...})"
+    with self._session._alone():
+      charged = self._session._charged_step(self.number, loss)
+      if loss in self._taken:
+        raise errors.ArgumentError(
+          f"loss must be one that step {self.number} has not given gradients"
+          f" of, got {loss!r}: each is charged once for each step; name all"
+          " losses of a step in dpdist.Session(loss={...})"
+        )
+      return self._session._releases.gradients(
+        *(charged, loss, params, given, batch),
+        is_drawn=loss in self._drawn,
+        take=lambda: self._taken.add(loss),
       )
-    return self._session._releases.gradients(
-      *(charged, loss, params, given, batch),
-      is_drawn=loss in self._drawn,
-      take=lambda: self._taken.add(loss),
-    )
 
   @property
   def indices(self) -> np.ndarray:
@@ -116,9 +118,15 @@ class Step:
 
   def indices_for(self, loss: str) -> np.ndarray:
     """Returns which examples a loss draws, if the session has several."""
-    charged = self._session._charged_step(self.number, loss)
-    self._drawn.add(loss)
-    return self._session._releases.draw(charged)
+    with self._session._alone():
+      charged = self._session._charged_step(self.number, loss)
+      self._drawn.add(loss)
+      return self._session._releases.draw(charged)
+
+  @property
+  def has_begun(self) -> bool:
+    """Returns whether anything of the step was computed or drawn."""
+    return bool(self._taken or self._drawn)
 
 
 class Session:
@@ -189,13 +197,20 @@ class Session:
     # Steps of the loop: made, and in the newest checkpoint.
     self._done = self._saved_at = 0
     self._present: Step | None = None
-    self._iterated = False
+    self._iterated = self._is_void = False
+    self._lock = threading.Lock()
+    self._pid = 0  # Of the process that entered it.
     self._scores: dict[str, float] = {}
     self._state: PyTree = None  # That was last saved or restored.
     self._writer: metrics_lib.Writer | None = None
 
   def __enter__(self) -> Self:
     """Opens the run, in all processes together."""
+    if self._pid:
+      raise errors.ArgumentError(
+        "session must be a new one: make another dpdist.Session to go on"
+      )
+    self._pid = os.getpid()
     with self._stack as stack:
       self._stop = stack.enter_context(preemption.Notice())
       self._progress = progress_lib.Progress()
@@ -234,14 +249,16 @@ class Session:
     try:
       if self._life.session is not None:
         self._life.session.__exit__(kind, error, trace)
+        # The loop may have left its last step by `break`.
+        self._done = max(self._done, self._saved_at)
         if error is None and self._is_complete:
-          self._finish()
+          self._finish(self._done)
     except BaseException:
       self._stack.__exit__(*sys.exc_info())
       raise
     self._stack.__exit__(kind, error, trace)
 
-  def _finish(self) -> None:
+  def _finish(self, num_steps: int) -> None:
     if not self._releases.is_any_made:
       return  # The run was finished before.
     if self._state is None:
@@ -251,7 +268,7 @@ class Session:
       *(self.workdir, self._life),
       config=self._config,
       rounding=self._releases.rounding(),
-      num_steps=self._done,
+      num_steps=num_steps,
       scores=self._scores,
       state=self._state,
     )
@@ -286,7 +303,9 @@ class Session:
 
   def epsilon_spent(self) -> float:
     """Returns the cost of the steps so far, had their number been fixed."""
-    through = self._done * len(self._names)
+    present = self._present
+    begun = present is not None and present.has_begun
+    through = (self._done + begun) * len(self._names)
     spent = lambda: self._life.present.epsilon(through)
     return float(collectives.run_on_primary(spent))
 
@@ -339,6 +358,7 @@ class Session:
     self._iterated = True
     while not self._is_complete:
       t = self._done
+      self._check_own()
       if collectives.any_process(self._stop.received):
         raise errors.Preempted(self._saved_at, self._stop.reason)
       self._progress.enter(t, "charging")
@@ -382,12 +402,17 @@ class Session:
       self._names
     ) > self._life.present.position.last_step
     is_stopped = collectives.any_process(self._stop.received)
-    if not (now or is_stopped or is_last or done % self._save_every == 0):
+    is_time = now or is_stopped or is_last or done % self._save_every == 0
+    if not is_time or self._saved_at == done:
       return False
     self._progress.enter(done, "saving")
-    self._releases.check_data()
-    self._life.present.save(states.pack(state), done * len(self._names))
-    self._state, self._saved_at = state, done
+    with self._alone():
+      self._releases.check_data()
+      self._life.present.save(states.pack(state), done * len(self._names))
+      self._state, self._saved_at = state, done
+    if is_last:
+      # Here too: an error after it would leave a whole run without a result.
+      self._finish(done)
     if is_stopped and not is_last:
       raise errors.Preempted(done, self._stop.reason)
     self._progress.enter(done, "evaluating")
@@ -419,8 +444,36 @@ class Session:
       epsilon = self._life.present.epsilon(done * len(self._names))
       self._writer.write(done, {"epsilon": epsilon, **named})
 
+  @contextlib.contextmanager
+  def _alone(self) -> Iterator[None]:
+    """Holds off other threads and processes: a key must meet one input."""
+    self._check_own()
+    if not self._lock.acquire(blocking=False):
+      raise errors.ArgumentError(
+        "session must be used by one thread at a time, got a second call while"
+        " it computes"
+      )
+    try:
+      yield
+    except errors.SensitivityError:
+      self._is_void = True
+      raise
+    finally:
+      self._lock.release()
+
+  def _check_own(self) -> None:
+    if os.getpid() != self._pid:
+      raise errors.ArgumentError(
+        "session must be used by the process that entered it, got a fork of it"
+      )
+
   def _charged_step(self, number: int, loss: str) -> int:
     """Returns the number of the charged step of a loss, in the present step."""
+    if self._is_void:
+      raise errors.SensitivityError(
+        "clipping does not bound what an example can do in this run, which the"
+        " record says: nothing more is released"
+      )
     if self._present is None or self._present.number != number:
       raise errors.ArgumentError(
         f"step must be the present one, got step {number} after its turn"

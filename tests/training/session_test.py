@@ -16,6 +16,7 @@ import pytest
 
 import dpdist
 from dpdist import errors
+from dpdist.data import arrays as arrays_lib
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
 from dpdist.own_loop import commitments
@@ -372,15 +373,141 @@ def test_copies_and_processes_share_no_keys_but_those_of_a_replay(tmp_path):
     made, found = _keys(session), [_keys(session, 1)]
   for name in ("copy", "another"):
     shutil.copytree(original, tmp_path / name)
-  for name in ("original", "copy", "another"):
+  with _session(original) as session:
+    next(iter(session))
+    # The first step was made: it is made again, of the same.
+    assert _keys(session) == made
+    # The second was not, and may become another.
+    found.append(_keys(session, 1))
+  for name in ("copy", "another"):
     with _session(tmp_path / name) as session:
       next(iter(session))
-      # The first step was made: all may make it again, of the same.
-      assert _keys(session) == made
-      # The second was not, and they may make other things of it.
-      found.append(_keys(session, 1))
+      # What the original made since is not in a copy.
+      found += [_keys(session), _keys(session, 1)]
+      assert session._life.ledger.spent_steps > _STEPS // 3
   keys = [key for one in found for key in one]
-  assert len({*keys, *made}) == len(keys) + 3 == 15
+  assert len({*keys, *made}) == len(keys) + 3 == 21
+
+
+def test_a_copy_beside_a_ledger_elsewhere_is_charged_for_what_it_makes(
+  tmp_path,
+):
+  """The ledger says what was charged, and not to which directory."""
+  shared = {"ledger": str(tmp_path / "ledger")}
+  shared |= {"secret_file": str(tmp_path / "secret"), "checkpoint_every": 6}
+  params, found = {"w": jnp.ones(2)}, []
+  for name, count in (("a", 2), ("a", 4), ("copy of a", 4)):
+    if name == "copy of a":
+      shutil.copytree(tmp_path / "early", tmp_path / name)
+    session = _session(tmp_path / name, **shared)
+    session.__enter__()
+    for step in session:
+      step.gradients(params)
+      if step.number + 1 == count:
+        break
+    found.append([_keys(session, number) for number in range(count)])
+    charged = session._life.ledger.spent_steps
+    _die(session)
+    if not (tmp_path / "early").exists():
+      shutil.copytree(tmp_path / name, tmp_path / "early")
+  first, second, copied = found
+  assert second[:2] == first
+  assert not {key for one in copied for key in one} & {
+    key for one in second for key in one
+  }
+  # Six, and all that the plan has left.
+  assert charged == _STEPS
+
+
+def test_what_was_digested_runs_whatever_jax_traces_later(tmp_path):
+  scale = 1.0
+
+  def loss(params, example, key):
+    return scale * _loss(params, example, key)
+
+  params = {"w": jnp.ones(2)}
+  made = []
+  for later in (1.0, 100.0):
+    scale = 1.0
+    session = _session(tmp_path, loss=loss)
+    session.__enter__()
+    for step in session:
+      if step.number == 1:
+        scale = later
+        jax.clear_caches()
+      gradients = step.gradients(params)["w"]
+      if step.number == 1:
+        break
+    made.append(np.asarray(gradients).tobytes())
+    _die(session)
+  assert made[0] == made[1]
+
+
+def test_a_step_is_of_one_thread_and_of_one_process(tmp_path):
+  params = {"w": jnp.ones(2)}
+  entered = []
+
+  def read(indices):
+    # While a step is computed, from another thread.
+    if entered:
+      with pytest.raises(errors.ArgumentError, match="one thread at a time"):
+        entered[0].gradients(params)
+      entered.append("refused")
+    return {name: x[indices] for name, x in _data().items()}
+
+  class Source(arrays_lib.ArraySource):
+    def read(self, indices):
+      return read(indices)
+
+  with _session(tmp_path, dataset=Source(_data())) as session:
+    step = next(iter(session))
+    entered.append(step)
+    step.gradients(params)
+    assert "refused" in entered
+    session._pid = -1
+    for call in (lambda: step.indices, lambda: step.gradients(params)):
+      with pytest.raises(errors.ArgumentError, match="a fork of it"):
+        call()
+    session._pid = os.getpid()
+  with pytest.raises(errors.ArgumentError, match="must be a new one"):
+    session.__enter__()
+
+
+def test_a_bare_array_may_be_given_and_a_state_is_saved_once(tmp_path):
+  def loss(params, example, key, offset):
+    return _loss(params, example, key) + jnp.sum(offset * params["w"])
+
+  params = {"w": jnp.ones(2)}
+  with _session(tmp_path, loss=loss) as session:
+    for step in session:
+      assert session.epsilon_spent() == pytest.approx(
+        session._life.present.epsilon(step.number)
+      )
+      step.gradients(params, given=jnp.ones(2))
+      assert session.epsilon_spent() == session._life.present.epsilon(
+        step.number + 1
+      )
+      assert session.save(params, now=True)
+      assert not session.save(params, now=True)
+      if step.number == 1:
+        break
+
+
+def test_an_error_after_the_last_save_leaves_the_result(tmp_path):
+  params = {"w": jnp.zeros(2)}
+
+  def run():
+    with _session(tmp_path) as session:
+      for step in session:
+        step.gradients(params)
+        session.save(params)
+        if step.number + 1 == _STEPS:
+          raise _StopError
+
+  with pytest.raises(_StopError):
+    run()
+  assert json.loads((tmp_path / "result.json").read_text())["num_steps"] == 9
+  assert not _problems(tmp_path)
 
 
 def test_nothing_is_made_once_another_process_makes_steps(tmp_path):
