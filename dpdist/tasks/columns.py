@@ -150,6 +150,11 @@ def check_classes(
       f" shape {targets.shape}{reason}"
     )
   check_finite(columns, test)
+  if num_classes and num_classes > shape[-1]:
+    raise errors.ArgumentError(
+      f"num_classes, or vocabulary, must be at most {shape[-1]}, the outputs of"
+      f" {columns.name}, got {num_classes}"
+    )
   num_classes = num_classes or shape[-1]
   # In a sequence, a target below 0 means none: the place is padding.
   low, high = int(test[name].min()), int(test[name].max())

@@ -162,7 +162,9 @@ class Evaluator:
         for _, batch in self._passes(num_passes)
       ]
     )[: self._size]
-    return self._test[self._summary.targets][: len(outputs)], outputs
+    # A copy: a user's metric may write to it.
+    targets = self._test[self._summary.targets][: len(outputs)].copy()
+    return targets, outputs
 
   def sums(
     self, params: PyTree, batch: Mapping[str, jax.Array], is_real: jax.Array

@@ -166,7 +166,7 @@ def result(
     group, metric = name.split("/")
     values.setdefault(group, {})[metric] = score
   values |= tables
-  best = values.get("test_ema", values["test"])
+  best = values.get("test_ema", values.setdefault("test", {}))
   problem = lambda scores: held_out.problem(job.task, scores, job.test)
   values["held_out_problem"] = problem(values["test"]) and problem(best)
   return values

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from absl import flags
 from ml_collections import config_flags
 
+from dpdist import config as config_lib
 from dpdist import errors
 
 if TYPE_CHECKING:
@@ -40,9 +41,11 @@ def load(flag: str) -> "parts_lib.Parts":
   path = config_flags.get_config_filename(holder).split(":", 1)[0]
   module = _module(pathlib.Path(path).resolve())
   try:
+    # A schedule counts steps, also where the config counts epochs.
+    config = config_lib.resolve(holder.value)
     return parts_lib.of(
       **{
-        kind: getattr(module, f"get_{kind}")(holder.value)
+        kind: getattr(module, f"get_{kind}")(config)
         for kind in _KINDS
         if hasattr(module, f"get_{kind}")
       }

@@ -1,5 +1,6 @@
 """The commands by name, in a checkout and where dpdist is installed."""
 
+import importlib.util
 import pathlib
 import subprocess
 import sys
@@ -79,9 +80,10 @@ def test_a_command_is_run_with_its_flags_and_ends_with_its_code(tmp_path):
   run = f"--workdir={tmp_path / 'none'}"
   done = _python(_ROOT, "-m", "dpdist", "verify", run)
   assert done.returncode == 2
-  assert done.stderr.splitlines()[-1] == (
-    f"try: python -m launch.train --config=digits {run}"
-  )
+  # Where this checkout is installed for development, both names are there.
+  is_installed = importlib.util.find_spec("dpdist.launch") is not None
+  train = "dpdist train" if is_installed else "python -m launch.train"
+  assert done.stderr.splitlines()[-1] == f"try: {train} --config=digits {run}"
 
 
 def test_an_installed_command_names_what_there_is(installed, tmp_path):

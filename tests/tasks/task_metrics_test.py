@@ -187,6 +187,7 @@ def test_a_run_that_diverged_is_told_and_does_not_stop() -> None:
     (["acuracy"], "got 'acuracy'"),
     (["top0_accuracy"], "top5_accuracy"),
     (["loss", "loss"], "differ in name"),
+    (["confusion", "per_class"], "one that is a number"),
     ([lambda y, x: 0.0], "with a name"),
     ("accuracy", "a list"),
     ([], "a list"),

@@ -91,6 +91,11 @@ def choose(
     if name in names:
       raise errors.ArgumentError(f"metrics must differ in name, got 2 {name!r}")
     names.append(name)
+  if all(name in tables for name in names):
+    raise errors.ArgumentError(
+      "metrics must have one that is a number, such as 'accuracy', which is"
+      f" shown while the run trains, got {list(metrics)!r}"
+    )
   wanted = {of_means[name][0] for name in names if name in of_means}
   chosen = lambda table: {name: table[name] for name in names if name in table}
   return Chosen(
