@@ -136,6 +136,14 @@ def test_gradients_are_clipped_for_any_framework(name: str) -> None:
   assert 0 < square(batch) <= 0.02**2 * 1.0001
 
 
+def test_more_classes_than_outputs_are_refused() -> None:
+  task = tasks.classification(
+    (_pair_init, lambda params, x: x @ params["w"]), num_classes=4
+  )
+  with pytest.raises(errors.ArgumentError, match="must be at most 3, the out"):
+    task.check(_EXAMPLE, {k: np.stack([x]) for k, x in _EXAMPLE.items()})
+
+
 def test_a_batch_axis_of_one() -> None:
   def apply(params, inputs):
     assert inputs.shape == (1, 4)
