@@ -418,6 +418,7 @@ def _check_extreme(kind, noise, drawn, steps, rows, log_delta):
 
 @hypothesis.settings(max_examples=6, deadline=None, derandomize=True)
 @hypothesis.given(**_EXTREME)
+@pytest.mark.slow
 def test_there_is_a_bound_at_any_extreme(**numbers):
   _check_extreme(**numbers)
 

@@ -131,6 +131,7 @@ def test_a_broken_mechanism_is_refuted(changes):
   assert audit.audit(program, num_trials=2000, seed=1).is_refuted
 
 
+@pytest.mark.slow
 def test_a_sampler_that_draws_more_than_it_says_is_refuted(monkeypatch):
   right = audit.audit(_program("sampled"), num_trials=2000, seed=1)
   assert 0.3 < right.epsilon_lower_bound / right.epsilon_claimed < 1

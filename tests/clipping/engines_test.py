@@ -349,7 +349,13 @@ def test_groups_that_share_a_weight(method):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("where", ["parameters", "casts", "widened"])
+@pytest.mark.parametrize(
+  "where",
+  [
+    "parameters",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("casts", "widened")),
+  ],
+)
 def test_sums_of_narrow_models_are_float32(method, where):
   narrow = jnp.bfloat16
   if where == "casts":

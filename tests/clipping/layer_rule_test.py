@@ -120,6 +120,7 @@ def _norms_and_sum(params, batch, clip_norm):
 
 @pytest.mark.parametrize("method", ["bookkeeping", "two_pass"])
 @pytest.mark.parametrize("sharded", [False, True], ids=["one", "eight"])
+@pytest.mark.slow
 def test_a_rule_from_outside_is_used_and_has_the_norms_of_jax(
   method, sharded, use_rules
 ):

@@ -488,7 +488,14 @@ def test_ordinary_differential_equations_can_be_solved():
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(
-  "number", [1.5, np.float32(1.5), np.float64(1.5), np.array(1.5)]
+  "number",
+  [
+    1.5,
+    *(
+      pytest.param(x, marks=pytest.mark.slow)
+      for x in (np.float32(1.5), np.float64(1.5), np.array(1.5))
+    ),
+  ],
 )
 def test_numbers_are_parameters(number, method):
   """As for jax.grad and optax."""

@@ -82,6 +82,7 @@ def test_gradients_after_clipping_are_those_that_were_summed(case):
   assert whole.after["frozen"] is None
 
 
+@pytest.mark.slow
 def test_the_whole_is_told_last_and_in_all():
   fn, grads, (b, w, whole) = _run("flat")
   real = np.array([0, 1, 3, 5])

@@ -74,6 +74,7 @@ def _files(workdir):
   }
 
 
+@pytest.mark.slow
 def test_newest_checkpoint_scores_as_the_run_said(run, scores):
   _, result = run
   facts = scores

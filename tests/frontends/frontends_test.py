@@ -116,6 +116,7 @@ def _batch(size=5):
 
 
 @pytest.mark.parametrize("name", _FRONTENDS)
+@pytest.mark.slow
 def test_the_sum_is_that_of_the_reference(name):
   """Against gradients of the framework's own call, one by one."""
   loss_fn, params, apply = _FRONTENDS[name](0.0)
@@ -216,6 +217,7 @@ def test_equinox_refuses_state():
     equinox_frontend.per_example_loss(model, lambda *args: 0.0)
 
 
+@pytest.mark.slow
 def test_the_core_imports_no_frontend():
   code = (
     "import sys, dpdist, dpdist.training.train, dpdist.frontends.linen,"

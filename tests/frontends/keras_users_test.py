@@ -388,6 +388,7 @@ def _scheduled(folder):
   return private, note, history.history
 
 
+@pytest.mark.slow
 def test_callbacks_see_released_weights_and_no_metric_of_a_batch(folder):
   private, note, _ = _scheduled(folder)
   assert [batch for batch, _ in note.batches] == [0, 1, 0, 1]
@@ -408,6 +409,7 @@ def test_a_changed_learning_rate_opens_a_branch(folder):
   assert ledger.spent_steps == private.step == 4
 
 
+@pytest.mark.slow
 def test_a_change_in_the_midst_of_an_epoch_is_refused(tmp_path):
   config = _config(num_steps=6)
   private = _private(tmp_path, config=config)

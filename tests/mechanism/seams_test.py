@@ -259,6 +259,7 @@ def _config(changes, **others):
 
 @pytest.mark.parametrize("toy", turns.cells(_TOYS, always=["toy_clipper"]))
 @pytest.mark.usefixtures("quick_compiles")
+@pytest.mark.slow
 def test_a_run_trains_with_a_part_from_outside(toy, outside, tmp_path):
   text, changes = _TOYS[toy]
   (outside / f"{toy}.py").write_text(text)

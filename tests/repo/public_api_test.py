@@ -63,6 +63,7 @@ print([name for name in sys.modules if name.startswith(("dpdist.", "numpy"))])
   assert done.stdout.strip() == "[]", done.stderr
 
 
+@pytest.mark.slow
 def test_a_module_does_not_hide_the_name_that_it_is_home_to():
   code = (
     "import dpdist.training.train; assert callable(dpdist.train), dpdist.train"

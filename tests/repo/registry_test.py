@@ -154,6 +154,7 @@ def test_other_code_from_outside_gets_other_keys(
   "setting",
   turns.cells(["task", "model.name", "optimizer.name"], always=["task"]),
 )
+@pytest.mark.slow
 def test_so_does_a_task_a_model_and_an_optimizer_from_outside(
   outside, tmp_path, monkeypatch, setting
 ):

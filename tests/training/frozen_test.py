@@ -184,6 +184,7 @@ def test_the_sum_is_of_trained_parameters_alone(mesh_name):
 @pytest.mark.parametrize(
   "mesh_name", turns.cells(["1", "8, fsdp"], always=["8, fsdp"])
 )
+@pytest.mark.slow
 def test_nothing_is_kept_or_drawn_for_a_frozen_parameter(mesh_name):
   state, _ = _one_step(mesh_name)
   trained = jax.tree.structure(clipping.partition(_whole(), _is_frozen())[0])

@@ -287,6 +287,7 @@ def test_a_run_spends_what_the_plan_of_its_users_says(finished):
   assert not [f for f in findings if f.problem]
 
 
+@pytest.mark.slow
 def test_a_user_with_many_examples_lends_others_at_each_step(finished):
   _, _, reads = finished
   mine = [i for i in reads[1:] if i < 60]  # The first is for shapes alone.

@@ -145,6 +145,7 @@ def test_a_missing_newest_checkpoint_is_found(run):
   assert problem.what == "checkpoints"
 
 
+@pytest.mark.slow
 def test_a_ledger_of_another_run_is_found(run, finished, tmp_path):
   config = digits.get_config()
   config.model.width = 64
