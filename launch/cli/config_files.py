@@ -1,7 +1,7 @@
 """Finds the configs that come with dpdist: `--config=digits`.
 
-A name without a slash and without ".py" is the name of one of them, unless
-there is a file of that name. Anything else is a path.
+A name without a slash and without ".py" is the name of one of them. A folder
+with a config.py stands for that, and anything else is a path.
 """
 
 from collections.abc import Sequence
@@ -61,7 +61,15 @@ def listing() -> str:
 
 def _path(value: str) -> str:
   name, colon, argument = value.partition(":")
-  if not name or os.sep in name or name.endswith(".py") or os.path.exists(name):
+  inside = os.path.join(name, "config.py")
+  if name and os.path.isfile(inside):
+    # As `dpdist init` makes it.
+    return f"{inside}{colon}{argument}"
+  if os.path.isfile(name) and not name.endswith(".py"):
+    raise errors.ArgumentError(
+      f"config must be a Python file, whose name ends in .py, got {name!r}"
+    )
+  if not name or os.sep in name or name.endswith(".py"):
     return value
   if name in names():
     return f"{FOLDER / name}.py{colon}{argument}"

@@ -141,10 +141,20 @@ def test_a_config_is_found_by_its_name(given, found):
   assert config_files.found(given) == found
 
 
-def test_a_file_of_that_name_is_itself(tmp_path, monkeypatch):
+def test_a_folder_is_its_config_and_other_files_are_refused(
+  tmp_path, monkeypatch
+):
   monkeypatch.chdir(tmp_path)
-  (tmp_path / "digits").touch()
-  assert config_files.found(["--config=digits"]) == ["--config=digits"]
+  (tmp_path / "digits").mkdir()  # A run's, say.
+  assert config_files.found(["--config=digits"]) == [f"--config={_DIGITS}"]
+  (tmp_path / "digits" / "config.py").touch()
+  assert config_files.found(["--config=digits"]) == [
+    "--config=digits/config.py"
+  ]
+  # Or it would be run as a program.
+  (tmp_path / "people.csv").touch()
+  with pytest.raises(errors.ArgumentError, match=r"ends in \.py, got 'people"):
+    config_files.found(["--config=people.csv"])
 
 
 def test_an_unknown_name_gets_the_nearest(monkeypatch):
