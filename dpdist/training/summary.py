@@ -82,12 +82,13 @@ def in_short(
 ) -> str:
   """Returns two lines: what a run guarantees, and where the statement is."""
   said = (
-    f"({statement.rounded_up(values['epsilon'])}, {values['delta']:g})-"
-    "differentially private for any one"
+    f"What this run releases is ({statement.rounded_up(values['epsilon'])},"
+    f" {values['delta']:g})-differentially private for any one"
     f" {plan.unit} ({plan.neighboring_relation})."
   )
   if values["guarantee"] != "holds":
-    said = f"No privacy guarantee: {values['guarantee']}."
+    reason = values["guarantee"].removeprefix("void:").strip()
+    said = f"This run has no privacy guarantee: {reason}."
   page = (workdir / "report.html").resolve().as_uri()
   return f"{said}\nThe whole statement, with its assumptions: {page}"
 

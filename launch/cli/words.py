@@ -8,6 +8,7 @@ that it shows to people, are named here.
 import ast
 import difflib
 import importlib.util
+import os
 import runpy
 import shlex
 import sys
@@ -45,7 +46,11 @@ def main() -> int:
   """Runs the command that the first argument names; returns an exit code."""
   name = sys.argv[1] if len(sys.argv) > 1 else "--help"
   if name in ("--help", "-h", "help"):
-    print(_overview())
+    try:
+      print(_overview(), flush=True)
+    except BrokenPipeError:  # As of `dpdist --help | head -3`.
+      os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+      return exit_codes.NOBODY_READS
     return exit_codes.DONE
   if name == "--version":
     print(f"dpdist {dpdist.__version__}")

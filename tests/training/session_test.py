@@ -493,6 +493,28 @@ def test_a_bare_array_may_be_given_and_a_state_is_saved_once(tmp_path):
         break
 
 
+def test_nothing_is_released_after_clipping_was_found_wrong(
+  tmp_path, monkeypatch
+):
+  """Also where the loop catches the error."""
+  gradients = release.Program.gradients
+  monkeypatch.setattr(
+    release.Program,
+    "gradients",
+    lambda self, *args, **more: (gradients(self, *args, **more)[0], [0]),
+  )
+  params = {"w": jnp.ones(2)}
+  with _session(tmp_path) as session:
+    steps = iter(session)
+    with pytest.raises(errors.SensitivityError):
+      next(steps).gradients(params)
+    monkeypatch.undo()
+    step = next(steps)
+    with pytest.raises(errors.SensitivityError, match="nothing more is"):
+      step.gradients(params)
+    assert session._life.ledger.guarantee != "holds"
+
+
 def test_an_error_after_the_last_save_leaves_the_result(tmp_path):
   params = {"w": jnp.zeros(2)}
 
