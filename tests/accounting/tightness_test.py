@@ -230,7 +230,10 @@ _ALL = {
 
 @pytest.mark.parametrize(
   "name",
-  turns.cells(_ALL, always=[*[*_ALL][::3], "cut often", "replace one", "turns and schedules"]),
+  turns.cells(
+    _ALL,
+    always=[*[*_ALL][::3], "cut often", "replace one", "turns and schedules"],
+  ),
 )
 def test_a_setting_spends_what_is_true_and_two_percent_more_at_most(name):
   _check(**_ALL[name])
