@@ -233,7 +233,12 @@ def _edited_while_it_starts(part: str, reads: int) -> dict[str, Any]:
       for part, reads in (("init", 2), ("loss", 1), ("update", 1))
       for exact in (False, True)
     ],
-    always=[("init", 2, False), ("loss", 1, False), ("update", 1, True)],
+    always=[
+      ("init", 2, False),
+      ("loss", 1, False),
+      ("loss", 1, True),
+      ("update", 1, False),
+    ],
   ),
 )
 def test_what_is_in_the_digest_is_what_runs(
