@@ -217,6 +217,11 @@ TABLE: dict[str, str | Free | tuple[Any, str]] = {
     "In a job of several processes: seconds that a part of a step may take, or"
     " that a process may be silent, before all processes end; 0: no limit.",
   ),
+  "store_timeout": (
+    300.0,
+    "Seconds that a ledger, budget or copy of a checkpoint may take to answer"
+    " before the run ends, to be started again; 0: no limit.",
+  ),
   "data_budget": "The budget that all runs on a data set share. The first run"
   " creates it.",
   "data_budget.location": ("", "A directory or a URL; empty: none."),

@@ -47,6 +47,7 @@ class ParquetSource(arrays_lib.ArraySource):
           )
       with (
         sources.reading(path),
+        places.unchanged(path),
         places.open_arrow(path) as opened,
         parquet.ParquetFile(opened) as file,
       ):

@@ -160,7 +160,8 @@ def check_paths(paths: Path | Sequence[Path]) -> list[str]:
   missing = [name for name in names if not _is_file(name)]
   if missing or not names:
     raise ValueError(
-      f"paths must name files, got {names} of which {missing} are missing"
+      f"paths must name files, got {[*map(places.shown, names)]} of which"
+      f" {[*map(places.shown, missing)]} are missing"
     )
   return names
 
@@ -170,4 +171,5 @@ def _is_file(path: str) -> bool:
     return places.is_file(path)
   except OSError as error:
     reason = error.strerror or type(error).__name__
-    raise errors.ReadError(f"{path} cannot be read ({reason})") from error
+    shown = places.shown(path)
+    raise errors.ReadError(f"{shown} cannot be read ({reason})") from error

@@ -64,6 +64,14 @@ class Signals:
       signal.raise_signal(number)
 
 
+_ACTIVE: list["Notice"] = []
+
+
+def is_asked() -> bool:
+  """Returns whether a run that goes on in this process was asked to stop."""
+  return any(notice.received for notice in _ACTIVE)
+
+
 class Notice:
   """Turns the first request to stop into a flag; a context manager.
 
@@ -77,6 +85,8 @@ class Notice:
     self._stack = contextlib.ExitStack()
 
   def __enter__(self) -> Self:
+    _ACTIVE.append(self)
+    self._stack.callback(_ACTIVE.remove, self)
     self._stack.enter_context(Signals(self._receive))
     self._stack.enter_context(gce_maintenance.Maintenance(self._receive))
     return self

@@ -26,6 +26,15 @@ def parse(data: bytes | str, what: str) -> dict[str, Any]:
   return value
 
 
+def counts(data: bytes) -> dict[str, int]:
+  """Reads a JSON object of counts; what is none is left out."""
+  try:
+    value = parse(data, "it")
+  except ValueError:
+    return {}
+  return {name: n for name, n in value.items() if is_of(int, n)}
+
+
 def strict(value: Any) -> Any:
   """Returns the same value in a form that strict JSON can hold.
 

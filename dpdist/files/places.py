@@ -14,14 +14,18 @@ import errno
 import io
 import os
 import pathlib
+import re
 import shutil
 import tempfile
 from typing import Any, BinaryIO
+import urllib.parse
 
 from dpdist import errors
 
 _SCHEME = "s3://"
 _BLOCK_BYTES = 1 << 24
+# All that a URL of data may say beside the place.
+_QUERY = {"endpoint_override", "region", "scheme"}
 # What Amazon's client calls what can be wrong.
 _REASONS = (
   "ACCESS_DENIED",
@@ -34,7 +38,7 @@ _REASONS = (
 
 def is_remote(path: str | os.PathLike[str]) -> bool:
   """Returns whether a path is a URL."""
-  return "://" in os.fspath(path)
+  return re.match(r"\w{2,}:/", os.fspath(path)) is not None
 
 
 def directory(path: str | os.PathLike[str]) -> pathlib.Path:
@@ -42,20 +46,33 @@ def directory(path: str | os.PathLike[str]) -> pathlib.Path:
   if not os.fspath(path) or is_remote(path):
     raise errors.ArgumentError(
       "workdir must be a directory on a disk, got"
-      f" {os.fspath(path)!r}; for a run whose disk goes with its machine, set"
+      f" {shown(path)!r}; for a run whose disk goes with its machine, set"
       " ledger, checkpoint_copies and secret_file",
       hint=errors.Hint(flags=("--workdir=DIRECTORY",)),
     )
   return pathlib.Path(path)
 
 
+def shown(path: str | os.PathLike[str]) -> str:
+  """Returns a path as messages name it: of a URL nothing that may be secret."""
+  text = os.fspath(path)
+  if not is_remote(text):
+    return text
+  scheme, _, rest = text.partition(":/")
+  rest = rest.removeprefix("/")
+  place = rest.partition("?")[0].partition("#")[0]
+  # A secret before a bucket may have slashes of its own.
+  has_secret = "@" in urllib.parse.unquote(rest) or ":" in place
+  return f"{scheme}://{'...' if has_secret else place}"
+
+
 def is_file(path: str | os.PathLike[str]) -> bool:
   """Returns whether there is a file; OSError if a store does not answer."""
   if not is_remote(path):
     return os.path.isfile(path)
+  store, key = _store(path)
   from pyarrow import fs
 
-  store, key = _store(path)
   with _answers():
     return bool(store.get_file_info(key).type == fs.FileType.File)
 
@@ -77,11 +94,24 @@ def stamp(path: str | os.PathLike[str]) -> tuple[Any, ...]:
   return tuple(values.get(name, b"").decode() for name in names)
 
 
+@contextlib.contextmanager
+def unchanged(path: str | os.PathLike[str]) -> Iterator[None]:
+  """Raises OSError at its end if a file was replaced since its beginning."""
+  before = stamp(path)
+  yield
+  if stamp(path) != before:
+    raise OSError(errno.EIO, "a file was replaced while it was read")
+
+
 def open_binary(path: str | os.PathLike[str]) -> BinaryIO:
-  """Opens a file for reading, from its beginning to its end."""
+  """Opens a file for reading as a whole; an object is read into memory."""
   if not is_remote(path):
     return open(path, "rb")
-  return io.BufferedReader(_object(path), _BLOCK_BYTES)
+  content = io.BytesIO()
+  with unchanged(path), _object(path) as file:
+    shutil.copyfileobj(file, content, _BLOCK_BYTES)
+  content.seek(0)
+  return content
 
 
 def open_arrow(path: str | os.PathLike[str]) -> Any:
@@ -103,14 +133,11 @@ def on_disk(path: str | os.PathLike[str]) -> str:
   """
   if not is_remote(path):
     return os.fspath(path)
-  before = stamp(path)
   folder = tempfile.mkdtemp(prefix="dpdist-data-")
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
-  copy = pathlib.Path(folder, os.fspath(path).rpartition("/")[2])
-  with open_binary(path) as file, open(copy, "wb") as target:
+  copy = pathlib.Path(folder, os.path.basename(_store(path)[1]))
+  with unchanged(path), _object(path) as file, open(copy, "wb") as target:
     shutil.copyfileobj(file, target, _BLOCK_BYTES)
-  if stamp(path) != before or copy.stat().st_size != int(before[0]):
-    raise OSError(errno.EIO, "an object was replaced while it was copied")
   return str(copy)
 
 
@@ -125,6 +152,7 @@ class _Object(io.RawIOBase):
 
   def __init__(self, file: Any):
     self._file = file
+    self._size = file.size()
 
   def readable(self) -> bool:
     return True
@@ -139,8 +167,15 @@ class _Object(io.RawIOBase):
     return int(self._file.tell())
 
   def readinto(self, buffer: Any) -> int:
+    wanted = min(len(buffer), max(0, self._size - self.tell()))
     with _answers():
-      return int(self._file.readinto(buffer))
+      count = int(self._file.readinto(buffer))
+    if count < wanted:
+      raise OSError(errno.EIO, "the object store: an answer was cut short")
+    return count
+
+  def readall(self) -> bytes:
+    return self.read(self._size - self.tell()) or b""
 
   def close(self) -> None:
     if not self.closed:
@@ -151,29 +186,35 @@ class _Object(io.RawIOBase):
 def _store(path: str | os.PathLike[str]) -> tuple[Any, str]:
   """Returns pyarrow's file system of a URL, and the object's place there."""
   url = os.fspath(path)
-  # What stands before the bucket would be a secret; it is not shown.
-  name = url.partition("://")[2]
-  if "@" in name.partition("/")[0] or "secret" in name.partition("?")[2]:
+  place, _, query = url.partition("://")[2].partition("?")
+  given = urllib.parse.parse_qs(query, keep_blank_values=True)
+  if "@" in urllib.parse.unquote(url) or given.keys() - _QUERY:
     raise errors.ArgumentError(
-      "a URL of data must hold no credentials, since it is recorded; set"
-      " AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
+      f"paths must be URLs without credentials, with {sorted(_QUERY)} alone"
+      f" after a '?', since they are recorded, got {shown(url)!r} with more;"
+      " set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
     )
-  if not url.startswith(_SCHEME) or not name.partition("/")[2]:
+  bucket, _, key = place.partition("/")
+  if not url.startswith(_SCHEME) or ":" in bucket or not bucket or not key:
     raise errors.ArgumentError(
-      f"paths must be files, or URLs like s3://BUCKET/PATH, got {url!r}"
+      f"paths must be files, or URLs like s3://BUCKET/PATH, got {shown(url)!r}"
     )
   try:
     from pyarrow import fs
   except ModuleNotFoundError as error:
     raise errors.missing("data in a bucket", "pyarrow", "parquet") from error
+  regions = (os.environ.get(x) for x in ("AWS_REGION", "AWS_DEFAULT_REGION"))
+  region = next(filter(None, regions), "")
+  if region and "region" not in given:  # pyarrow would ask the network for it.
+    url += ("&" if query else "?") + urllib.parse.urlencode({"region": region})
   try:
-    store, key = fs.FileSystem.from_uri(url)
-  except (ValueError, OSError) as error:
+    with _answers():
+      found, key = fs.FileSystem.from_uri(url)
+  except ValueError as error:
     raise errors.ArgumentError(
-      f"paths must be files, or URLs like s3://BUCKET/PATH, got {url!r}:"
-      f" {error}"
+      f"paths must be files, or URLs like s3://BUCKET/PATH, got {shown(path)!r}"
     ) from error
-  return store, key
+  return found, key
 
 
 @contextlib.contextmanager
@@ -181,14 +222,13 @@ def _answers() -> Iterator[None]:
   """Gives errors of a store a number, as those of a disk have one.
 
   pyarrow's have none where the store did not answer or refused; readers of file
-  formats would be blamed for them.
+  formats would be blamed for them. Its texts name the object.
   """
   try:
     yield
   except OSError as error:
     if error.errno is not None:
-      raise
-    # Not the whole text, which names the object and the place in it.
+      raise OSError(error.errno, os.strerror(error.errno)) from error
     known = (word for word in _REASONS if word in str(error))
     reason = next(known, "error").lower().replace("_", " ")
     raise OSError(errno.EIO, f"the object store: {reason}") from error

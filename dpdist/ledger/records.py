@@ -34,6 +34,7 @@ Guarantees:
 import atexit
 from collections.abc import Callable, Mapping
 import contextlib
+import errno
 import json
 import os
 import re
@@ -80,7 +81,8 @@ class Log:
     another location, and LedgerError if a record is missing, altered or out of
     order.
     """
-    self._store = _result(stores.opening(location))
+    self._name = f"the store {stores.shown(location)}"
+    self._store = self._result(stores.opening(location))
     self._apply = apply
     self._lock = threading.Lock()
     self._token = ""
@@ -185,7 +187,7 @@ class Log:
     head = self._read_head()
     names = sorted(
       name
-      for key in _result(self._store.list())
+      for key in self._result(self._store.list())
       if (name := key.decode()) != _HEAD
     )
     for seq, name in enumerate(names):
@@ -199,7 +201,7 @@ class Log:
         )
     first = len(self.records)
     reads = [self._store.read(name) for name in names[first:]]
-    values = [sealed_json.trim(_result(read).value) for read in reads]
+    values = [sealed_json.trim(self._result(read).value) for read in reads]
     for i, value in enumerate(values):
       seq = first + i
       if sealed_json.is_whole(value):
@@ -272,11 +274,12 @@ class Log:
     problem: Exception | None = None
     for attempt in range(_ATTEMPTS):
       try:
-        found = self._store.read(key).result()
+        found = stores.answer(self._store.read(key), self._name)
         if found.state == "missing":
-          stamp = self._store.write(
-            key, value, if_equal=found.stamp.generation
-          ).result()
+          stamp = stores.answer(
+            self._store.write(key, value, if_equal=found.stamp.generation),
+            self._name,
+          )
           # A condition that does not hold gives an empty generation.
           if stamp.generation:
             return
@@ -286,17 +289,20 @@ class Log:
           raise errors.ShutOutError(_shut_out(seq))
       except (ValueError, OSError) as error:
         problem = error
+        if isinstance(error, OSError) and error.errno == errno.ETIMEDOUT:
+          break
         time.sleep(0.05 * 2**attempt)
+    reason = getattr(problem, "strerror", None) or problem
     raise errors.LedgerError(
-      f"ledger record {seq} could not be written: {problem}"
+      f"ledger record {seq} could not be written: {reason}"
     ) from problem
 
   def _is_shut_out(self) -> bool:
-    found = _result(self._store.read(_key(len(self.records))))
+    found = self._result(self._store.read(_key(len(self.records))))
     return found.state != "missing"
 
   def _read_head(self) -> dict[str, Any] | None:
-    found = _result(self._store.read(_HEAD))
+    found = self._result(self._store.read(_HEAD))
     return None if found.state == "missing" else _head_of(found)
 
   def _write_head(
@@ -304,7 +310,7 @@ class Log:
   ) -> None:
     # In this order: a process that is paused before it writes, while another
     # takes over, then finds the head changed, and cannot turn it back.
-    found = _result(self._store.read(_HEAD))
+    found = self._result(self._store.read(_HEAD))
     if (found.state != "missing") if if_missing else self._is_shut_out():
       raise errors.ShutOutError(_shut_out(len(self.records)))
     self._put_head(found, is_open=is_open)
@@ -312,7 +318,7 @@ class Log:
   def _advance_head(self) -> None:
     """Makes the head count at least all records that were read."""
     while True:
-      found = _result(self._store.read(_HEAD))
+      found = self._result(self._store.read(_HEAD))
       if _head_of(found)["seq"] >= len(self.records):
         return
       self._put_head(found, is_open=False)
@@ -328,7 +334,7 @@ class Log:
       "beat": self._beats,
       **liveness.process_id(),
     }
-    _result(
+    self._result(
       self._store.write(
         _HEAD, sealed_json.seal(value), if_equal=found.stamp.generation
       )
@@ -361,18 +367,24 @@ class Log:
           return
         self._write_head()
 
+  def _result(self, future: Any) -> Any:
+    return _result(future, self._name)
+
 
 def folders(root: str | os.PathLike[str]) -> list[str]:
   """Returns the names of the logs below a root."""
-  keys = _result(_result(stores.opening(stores.below(root, ""))).list())
+  name = f"the store {stores.shown(root)}"
+  store = _result(stores.opening(stores.below(root, "")), name)
+  keys = _result(store.list(), name)
   return sorted({key.decode().partition("/")[0] for key in keys if b"/" in key})
 
 
-def _result(future: Any) -> Any:
+def _result(future: Any, name: str) -> Any:
   try:
-    return future.result()
+    return stores.answer(future, name)
   except (ValueError, OSError, NotImplementedError) as error:
-    raise errors.LedgerError(f"the ledger's store failed: {error}") from error
+    reason = getattr(error, "strerror", None) or error
+    raise errors.LedgerError(f"the ledger's store failed: {reason}") from error
 
 
 def _head_of(found: Any) -> dict[str, Any]:

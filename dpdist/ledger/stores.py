@@ -1,12 +1,26 @@
 """Opens durable key-value stores: local disks and buckets."""
 
+from collections.abc import Iterator, Mapping
 import contextlib
+import errno
 import json
+import math
 import os
 import pathlib
+import sys
 from typing import Any
 
 import tensorstore as ts
+
+from dpdist.distributed import preemption
+from dpdist.files import places
+
+# After this time without an answer a line says so.
+TELL_SECONDS = 10.0
+# How long is waited where waiting longer would keep a process from its end.
+SHORT_SECONDS = 5.0
+_TICK_SECONDS = 0.5
+_SLOWEST_BYTES = 1 << 20  # A second.
 
 
 def opening(location: str | os.PathLike[str]) -> ts.Future:
@@ -21,11 +35,14 @@ def opening(location: str | os.PathLike[str]) -> ts.Future:
     _check_durable(spec.to_json())
     return ts.KvStore.open(spec)
   except (ValueError, RuntimeError, TypeError, OverflowError) as error:
-    # tensorstore's message has several lines; the first is enough.
-    reason = (str(error).splitlines() or [""])[0]
+    # tensorstore's message has several lines; the first is enough. It repeats
+    # the location, which is left out where that may hold a secret.
+    reason, named = (str(error).splitlines() or [""])[0], places.shown(location)
+    if named != os.fspath(location):
+      reason = "it holds more than a place"
     raise ValueError(
       "location must be a path, a URL such as gs://bucket/path or the JSON of"
-      f" a key-value store's spec, got {os.fspath(location)!r}: {reason}"
+      f" a key-value store's spec, got {named!r}: {reason}"
     ) from error
 
 
@@ -80,6 +97,96 @@ def _check_durable(spec: dict[str, Any]) -> None:
   unsafe = {"context", "file_io_locking", "file_io_sync"} & spec.keys()
   if unsafe:
     raise ValueError(f"the spec must leave out {sorted(unsafe)}")
+
+
+# How long stores are waited for, in this process.
+_limit = 300.0
+# Those that did not answer in time; the next waits for them are short.
+_silent: set[str] = set()
+
+
+@contextlib.contextmanager
+def patience(seconds: float) -> Iterator[None]:
+  """Sets how long each answer of a store may take; 0: without a limit."""
+  global _limit
+  before, _limit = _limit, seconds
+  try:
+    yield
+  finally:
+    _limit = before
+
+
+def answer(future: ts.Future, what: str, num_bytes: int = 0) -> Any:
+  """Waits for a store, which is called `what`, and returns its answer.
+
+  What is written may take a second more for each MiB of num_bytes. A store that
+  is slow is named on the screen after ten seconds. Raises OSError, with
+  ETIMEDOUT, at the limit that `patience` sets, and soon where this process was
+  asked to stop, or the store was silent before. What was asked for may still
+  happen then.
+  """
+  waited = 0.0
+  while True:
+    try:
+      found = future.result(_TICK_SECONDS)
+    except TimeoutError:
+      if future.done():  # The store's own.
+        raise
+    else:
+      _silent.discard(what)
+      return found
+    waited += _TICK_SECONDS
+    limit = _limit + num_bytes / _SLOWEST_BYTES if _limit else math.inf
+    if waited == TELL_SECONDS < limit:
+      until = f", up to {limit:g} s" if limit < math.inf else ""
+      print(
+        f"WARNING: {what} has not answered for {waited:g} s; it is waited for"
+        f"{until}",
+        file=sys.stderr,
+        flush=True,
+      )
+    if what in _silent or preemption.is_asked():
+      limit = min(limit, SHORT_SECONDS)
+    if waited >= limit:
+      _silent.add(what)
+      raise OSError(
+        errno.ETIMEDOUT, f"{what} has not answered for {waited:g} s"
+      )
+
+
+def shown(location: str | os.PathLike[str]) -> str:
+  """Returns a location as messages name it."""
+  text = os.fspath(location)
+  try:
+    spec = _spec(text) if text.startswith("{") else None
+  except ValueError:
+    spec = None
+  if not isinstance(spec, dict):
+    return places.shown(text)
+  parts = (spec.get("driver"), spec.get("bucket"), spec.get("path"))
+  return " ".join(str(part) for part in parts if part)
+
+
+def check_apart(
+  location: str, others: Mapping[str, str | os.PathLike[str]]
+) -> None:
+  """Raises ValueError if a location is in another one, which reads all there.
+
+  The others are by their settings' names; "" is none.
+  """
+  for name, other in others.items():
+    if not other:
+      continue
+    inner, outer = (
+      ts.KvStore.Spec(_spec(below(place, ""))).to_json()
+      for place in (location, other)
+    )
+    paths = [str(spec.pop("path", "")).rstrip("/") for spec in (inner, outer)]
+    if inner == outer and f"{paths[0]}/".startswith(f"{paths[1]}/"):
+      raise ValueError(
+        f"it must not be in {name}, whose folder holds nothing else, got"
+        f" {shown(location)!r}"
+      )
 
 
 def sync_above(store: ts.KvStore) -> None:

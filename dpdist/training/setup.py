@@ -186,6 +186,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     "at least 2, so that one is whole while the next is written",
     config.max_checkpoints,
   )
+  check("store_timeout", config.store_timeout, _validation.real(at_least=0))
   check("stuck_after", config.stuck_after, _validation.real(at_least=0))
   for name in (
     "eval_every",

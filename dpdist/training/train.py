@@ -31,6 +31,7 @@ from dpdist.distributed import watchdog
 from dpdist.files import places
 from dpdist.ledger import epsilon_recorder
 from dpdist.ledger import ledger as ledger_lib
+from dpdist.ledger import stores
 from dpdist.privacy import composition
 from dpdist.privacy import rules
 from dpdist.reporting import console
@@ -102,6 +103,7 @@ def train(
   config, workdir, parts = _checked(config, workdir, task, dataset, optimizer)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(preemption.Notice())
+    stack.enter_context(stores.patience(config.store_timeout))
     phases = stack.enter_context(console.Phases())
     is_shown = collectives.is_primary()
     progress = progress_lib.Progress(phases.enter if is_shown else None)

@@ -29,6 +29,7 @@ from dpdist import errors
 from dpdist.distributed import collectives
 from dpdist.files import atomic
 from dpdist.ledger import history
+from dpdist.reporting import console
 from dpdist.workdir import copies as copies_lib
 from dpdist.workdir import manifest
 
@@ -128,8 +129,6 @@ class Checkpoints:
       manifest.location(self._directory, saved)
       for saved in known[-self._max_to_keep :]
     }
-    if self._copies is not None:
-      self._copies.delete_others([*keep])
     for path in self._directory.glob("writer_*/*"):
       if path not in keep and path.parent <= self._folder:
         # Renamed first: if the process is killed, what is left is not taken for
@@ -142,6 +141,11 @@ class Checkpoints:
       if path < self._folder:
         with contextlib.suppress(OSError):  # It is not empty.
           path.rmdir()
+    if self._copies is not None:
+      try:
+        self._copies.delete_others([*keep], self._folder)
+      except errors.SaveError as error:  # Too many copies lose nothing.
+        console.warn(f"old copies are left: {error}")
 
 
 def restore(

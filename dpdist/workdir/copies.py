@@ -7,20 +7,22 @@ its own there.
 """
 
 from collections.abc import Sequence
+import json
 import pathlib
 import secrets
 import shutil
 from typing import Any
 
 from dpdist import errors
+from dpdist.files import json_fields
 from dpdist.ledger import history
 from dpdist.ledger import stores
 from dpdist.workdir import manifest
 
-# A copy may take a minute, and a second more for each of so many bytes.
-_PATIENCE_SECONDS = 60.0
-_SLOWEST_BYTES = 1 << 20
 _MARK = "checkpoints_of_dpdist"
+_SIZES = "dpdist_sizes.json"
+# A file comes in pieces, each of which is waited for by itself.
+_PIECE_BYTES = 1 << 24
 
 
 class Copies:
@@ -32,18 +34,25 @@ class Copies:
     `run` is the digest that names the run; see `ledger.Ledger.name`. Raises
     ValueError if the location is no store, and SaveError if it does not answer.
     """
-    self._location, self._run = location, run
-    self._store = _result(stores.opening(location), location)
+    self._name = stores.shown(location)
+    self._run = run
+    self._store = self._result(stores.opening(location))
 
   def check(self) -> None:
-    """Raises SaveError unless something can be written there."""
+    """Raises SaveError unless something can be written and listed there."""
     self._put(_MARK, b"")
+    self._keys(f"{self._run}/")
 
   def put(self, path: pathlib.Path) -> None:
     """Copies a checkpoint, with its manifest; SaveError if that fails."""
-    for file in sorted(path.rglob("*")):
-      if file.is_file():
-        self._put(self._key(path, file), file.read_bytes())
+    files = sorted(file for file in path.rglob("*") if file.is_file())
+    sizes = {
+      file.relative_to(path).as_posix(): file.stat().st_size for file in files
+    }
+    # Of use to whoever fetches; the manifest says whether it is right.
+    self._put(f"{self._key(path, path)}/{_SIZES}", json.dumps(sizes).encode())
+    for file in files:
+      self._put(self._key(path, file), file.read_bytes())
 
   def fetch(
     self, directory: pathlib.Path, known: Sequence[history.CheckpointRef]
@@ -52,41 +61,81 @@ class Copies:
 
     Those in the ledger are given, oldest first. What is fetched is held against
     its digest; nothing happens where no copy is whole. Raises SaveError if the
-    store does not answer.
+    store does not answer, or the disk does not take it.
     """
     for saved in reversed(known):
       path = manifest.location(directory, saved)
       if manifest.problem(path, saved.digest) is None:
         return
-      partial = directory / f".fetched_{secrets.token_hex(8)}"
+      aside = directory / f".fetched_{secrets.token_hex(8)}"
       try:
-        self._fetch(path, partial)
-        if manifest.problem(partial, saved.digest) is None:
-          shutil.rmtree(path, ignore_errors=True)
-          path.parent.mkdir(parents=True, exist_ok=True)
-          partial.rename(path)
+        if self._fetch(path, aside / "new", saved.digest):
+          # Another start may have fetched it meanwhile, and restore it now.
+          if manifest.problem(path, saved.digest) is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if path.exists():
+              path.rename(aside / "old")
+            (aside / "new").rename(path)
           return
+      except errors.SaveError:
+        raise
+      except OSError as error:
+        raise errors.SaveError(
+          f"{path} could not be fetched from {self._name}: {error.strerror}"
+        ) from error
       finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
-  def delete_others(self, kept: Sequence[pathlib.Path]) -> None:
-    """Deletes the copies of all checkpoints but those at the paths given."""
+  def delete_others(
+    self, kept: Sequence[pathlib.Path], folder: pathlib.Path
+  ) -> None:
+    """Deletes the copies of all checkpoints but those at the paths given.
+
+    None is deleted of a writer after the one whose folder is given, which may
+    have been taken for dead, and go on. SaveError if the store does not.
+    """
     names = tuple(self._key(path, path) + "/" for path in kept)
     for key in self._keys(f"{self._run}/"):
-      if not key.startswith(names):
-        _result(self._store.write(key, None), self._location)
+      writer = key.split("/")[1]
+      if writer <= folder.name and not key.startswith(names):
+        self._result(self._store.write(key, None))
 
-  def _fetch(self, path: pathlib.Path, target: pathlib.Path) -> None:
+  def _fetch(
+    self, path: pathlib.Path, target: pathlib.Path, digest: str
+  ) -> bool:
+    """Fetches the files that a checkpoint's manifest names, and no other.
+
+    Returns whether they are what the digest is of.
+    """
     prefix = self._key(path, path) + "/"
-    for key in self._keys(prefix):
-      file = target / key.removeprefix(prefix)
-      if not file.resolve().is_relative_to(target.resolve()):
-        raise errors.SaveError(f"{self._location} holds an odd name, {key!r}")
-      file.parent.mkdir(parents=True, exist_ok=True)
-      file.write_bytes(_result(self._store.read(key), self._location).value)
+    listed, sizes = (
+      self._result(self._store.read(prefix + name)).value
+      for name in (manifest.FILE, _SIZES)
+    )
+    names = manifest.names(listed, digest)
+    known = json_fields.counts(sizes)
+    if names is None or not known.keys() >= {*names}:
+      return False
+    target.mkdir(parents=True)
+    (target / manifest.FILE).write_bytes(listed)
+    for name in names:
+      (target / name).parent.mkdir(parents=True, exist_ok=True)
+      with open(target / name, "wb") as file:
+        for start in range(0, known[name], _PIECE_BYTES):
+          part = slice(start, min(start + _PIECE_BYTES, known[name]))
+          read = self._store.read(prefix + name, byte_range=part)
+          try:
+            file.write(stores.answer(read, self._name).value)
+          except ValueError as error:
+            if "OUT_OF_RANGE" in str(error):  # The copy is shorter.
+              return False
+            raise self._error(error) from error
+          except NotImplementedError as error:
+            raise self._error(error) from error
+    return manifest.problem(target, digest) is None
 
   def _keys(self, prefix: str) -> list[str]:
-    found = _result(self._store.list(_range(prefix)), self._location)
+    found = self._result(self._store.list(_range(prefix)))
     return sorted(key.decode() for key in found)
 
   def _key(self, path: pathlib.Path, file: pathlib.Path) -> str:
@@ -94,20 +143,23 @@ class Copies:
     return f"{self._run}/{file.relative_to(path.parent.parent).as_posix()}"
 
   def _put(self, key: str, value: bytes) -> None:
-    _result(self._store.write(key, value), self._location, len(value))
+    self._result(self._store.write(key, value), len(value))
+
+  def _result(self, future: Any, num_bytes: int = 0) -> Any:
+    try:
+      return stores.answer(future, self._name, num_bytes)
+    except (ValueError, OSError, NotImplementedError) as error:
+      raise self._error(error) from error
+
+  def _error(self, error: Exception) -> errors.SaveError:
+    reason = getattr(error, "strerror", None) or error
+    said = (str(reason).splitlines() or [type(error).__name__])[0]
+    return errors.SaveError(
+      f"checkpoint_copies {self._name!r} did not take or give a copy: {said}"
+    )
 
 
 def _range(prefix: str) -> Any:
   import tensorstore as ts
 
   return ts.KvStore.KeyRange(prefix, prefix[:-1] + chr(ord(prefix[-1]) + 1))
-
-
-def _result(future: Any, location: str, num_bytes: int = 0) -> Any:
-  try:
-    return future.result(_PATIENCE_SECONDS + num_bytes / _SLOWEST_BYTES)
-  except (ValueError, OSError, TimeoutError) as error:
-    reason = (str(error).splitlines() or [type(error).__name__])[0]
-    raise errors.SaveError(
-      f"checkpoint_copies {location!r} did not take or give a copy: {reason}"
-    ) from error

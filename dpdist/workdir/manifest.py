@@ -17,7 +17,7 @@ from dpdist.files import atomic
 from dpdist.files import json_fields
 from dpdist.ledger import history
 
-_MANIFEST = "dpdist_manifest.json"
+FILE = "dpdist_manifest.json"
 
 
 class ResumePoint(NamedTuple):
@@ -84,7 +84,7 @@ def write(path: pathlib.Path) -> str:
   # Orbax does not sync its files, and a manifest must not outlive them.
   for file in _files(path):
     sync(file)
-  atomic.write(path / _MANIFEST, text, is_durable=True)
+  atomic.write(path / FILE, text, is_durable=True)
   for directory in [path, *(d for d in path.rglob("*") if d.is_dir())]:
     sync(directory)
   sync(path.parent)
@@ -97,7 +97,7 @@ def problem(path: pathlib.Path, digest: str) -> str | None:
   None if it is whole.
   """
   try:
-    text = (path / _MANIFEST).read_bytes()
+    text = (path / FILE).read_bytes()
   except OSError:
     return "it has no manifest"
   if hashlib.sha256(text).hexdigest() != digest:
@@ -116,11 +116,16 @@ def problem(path: pathlib.Path, digest: str) -> str | None:
   return None
 
 
+def names(text: bytes, digest: str) -> list[str] | None:
+  """Returns the files that a manifest names; None if `digest` is not of it."""
+  if hashlib.sha256(text).hexdigest() != digest:
+    return None
+  return sorted(json_fields.parse(text, "its manifest"))
+
+
 def _files(path: pathlib.Path) -> list[pathlib.Path]:
-  skip = {_MANIFEST, _MANIFEST + ".tmp"}
-  return sorted(
-    p for p in path.rglob("*") if p.is_file() and p.name not in skip
-  )
+  skip = {path / FILE, path / (FILE + ".tmp")}
+  return sorted(p for p in path.rglob("*") if p.is_file() and p not in skip)
 
 
 def _file_digests(path: pathlib.Path) -> dict[str, str]:

@@ -20,6 +20,7 @@ from dpdist.ledger import budgets
 from dpdist.ledger import data_budget
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
+from dpdist.ledger import stores
 from dpdist.privacy import composition
 from dpdist.privacy import plan as plan_lib
 from dpdist.reporting import console
@@ -62,6 +63,10 @@ def open_copies(
   if ledger is None or not config.checkpoint_copies:
     return None
   try:
+    stores.check_apart(
+      config.checkpoint_copies,
+      {"ledger": config.ledger, "data_budget": config.data_budget.location},
+    )
     return copies.Copies(
       config.checkpoint_copies, "" if ledger.is_new else ledger.name
     )

@@ -198,7 +198,7 @@ def test_the_store_refuses_a_write_on_a_condition_that_no_longer_holds(
         self.blind = False
 
         class _Missing:
-          result = staticmethod(lambda: missing)
+          result = staticmethod(lambda seconds: missing)
 
         return _Missing
       return self.store.read(key)

@@ -17,6 +17,7 @@ from dpdist import sampling
 from dpdist.distributed import preemption
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
+from dpdist.ledger import stores
 from dpdist.workdir import checkpoints as checkpoints_lib
 from dpdist.workdir import copies as copies_lib
 from dpdist.workdir import manifest
@@ -129,14 +130,87 @@ def test_a_checkpoint_is_copied_before_its_digest_is_told(
     _saved(tmp_path / "here", copies, [1])
 
 
-def test_names_from_a_bucket_stay_in_the_directory(tmp_path):
+def test_only_what_the_manifest_names_is_fetched(location, tmp_path):
+  copies = copies_lib.Copies(location, _RUN)
+  known = _saved(tmp_path / "here", copies, [1])
+  for name in ("/", "state/", "odd", "evil/dpdist_manifest.json"):
+    if not (name.endswith("/") and location.startswith("/")):
+      copies._put(f"{_RUN}/writer_000001/1/{name}", b"")
+  there = tmp_path / "there"
+  copies.fetch(there, known)
+  assert manifest.newest(there, known)[0] == known[0]
+  assert not [*there.rglob("odd")]
+  assert not [*there.rglob("evil")]
+
+
+def test_a_file_comes_in_pieces(location, tmp_path, monkeypatch):
+  monkeypatch.setattr(copies_lib, "_PIECE_BYTES", 100)
+  copies = copies_lib.Copies(location, _RUN)
+  known = _saved(tmp_path / "here", copies, [1])
+  copies.fetch(tmp_path / "there", known)
+  assert manifest.newest(tmp_path / "there", known)[0] == known[0]
+
+
+def test_a_writer_that_wakes_deletes_no_copy_of_the_next(tmp_path):
+  copies = copies_lib.Copies(str(tmp_path / "copies"), _RUN)
+  with checkpoints_lib.Checkpoints(
+    tmp_path / "one", writer=1, max_to_keep=2, copies=copies
+  ) as woken:
+    digest = woken.save(_state(1), step=1, ledger_head="")
+    known = [history.CheckpointRef(1, digest, 1)]
+    with checkpoints_lib.Checkpoints(
+      tmp_path / "two", writer=2, max_to_keep=2, copies=copies
+    ) as other:
+      digest = other.save(_state(2), step=2, ledger_head="")
+    woken.delete_old(known)
+  newer = [*known, history.CheckpointRef(2, digest, 2)]
+  copies.fetch(tmp_path / "there", newer)
+  assert manifest.newest(tmp_path / "there", newer)[0] == newer[-1]
+
+
+def test_a_checkpoint_that_another_start_fetched_is_left_alone(tmp_path):
   copies = copies_lib.Copies(str(tmp_path / "copies"), _RUN)
   known = _saved(tmp_path / "here", copies, [1])
-  listed = copies._keys
-  copies._keys = lambda prefix: [*listed(prefix), f"{prefix}../../../out"]
-  with pytest.raises(errors.SaveError, match="odd name"):
-    copies.fetch(tmp_path / "there", known)
-  assert not (tmp_path / "out").exists()
+  there = tmp_path / "there"
+  fetch, seen = copies._fetch, []
+
+  def late(path, target, digest):
+    is_whole = fetch(path, target, digest)
+    copies_lib.Copies(str(tmp_path / "copies"), _RUN).fetch(there, known)
+    seen.append(path.stat().st_ino)
+    return is_whole
+
+  copies._fetch = late
+  copies.fetch(there, known)
+  assert manifest.location(there, known[0]).stat().st_ino == seen[0]
+
+
+def test_copies_that_cannot_be_deleted_do_not_end_a_run(
+  tmp_path, monkeypatch, capsys
+):
+  copies = copies_lib.Copies(str(tmp_path / "copies"), _RUN)
+
+  def fail(*unused):
+    raise errors.SaveError("the bucket keeps all")
+
+  monkeypatch.setattr(copies, "delete_others", fail)
+  known = _saved(tmp_path / "here", copies, [1, 2, 3], max_to_keep=2)
+  assert len(known) == 3
+  assert "old copies are left: the bucket keeps all" in capsys.readouterr().err
+  assert not (tmp_path / "here" / "writer_000001" / "1").exists()
+
+
+@pytest.mark.parametrize("below", ["", "/checkpoints"])
+def test_copies_are_not_among_a_ledger_s_records(tmp_path, below):
+  config = digits.get_config()
+  config.insecure_seed = 7
+  config.ledger = str(tmp_path / "ledger")
+  config.checkpoint_copies = config.ledger + below
+  with pytest.raises(errors.SettingsError, match="must not be in ledger"):
+    dpdist.train(config, tmp_path / "run")
+  assert not (tmp_path / "ledger").exists()
+  stores.check_apart("s3://bkt/run", {"ledger": "s3://bkt/run/ledger"})
+  stores.check_apart("s3://bkt/runs", {"ledger": "s3://bkt/run"})
 
 
 def test_a_store_that_cannot_be_had_is_refused_before_anything(tmp_path):
