@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dpdist.files import atomic
 from dpdist.files import json_fields
@@ -76,6 +76,16 @@ def ledger_head(path: pathlib.Path) -> str:
   meta = json_fields.parse(file.read_bytes(), "its metadata")
   json_fields.check(meta, {"ledger_head": str})
   return str(meta["ledger_head"])
+
+
+def statistics(path: pathlib.Path) -> dict[str, Any] | None:
+  """Returns the private statistics that a checkpoint was trained with.
+
+  None: there are none. The manifest must have been verified.
+  """
+  meta = json.loads((path / "meta" / "metadata").read_text())
+  found: dict[str, Any] | None = meta.get("statistics")
+  return found
 
 
 def write(path: pathlib.Path) -> str:
