@@ -49,6 +49,7 @@ from dpdist.training import step_sentinel
 from dpdist.training import summary
 from dpdist.workdir import checkpoints as checkpoints_lib
 from dpdist.workdir import fingerprint
+from dpdist.workdir import manifest
 from dpdist.workdir import resume
 from dpdist.workdir import session as session_lib
 from dpdist.workdir import statistics as statistics_lib
@@ -270,6 +271,7 @@ def _release_statistics(
     # From here on the step's charge is not given back.
     session.begin(start)
   progress.enter(start, "loading")
+  saved, folder = job.found.saved, workdir / "checkpoints"
 
   def release() -> dict[str, Any]:
     assert job.ledger is not None
@@ -280,6 +282,7 @@ def _release_statistics(
       source=job.train_source,
       plan=job.plan,
       data=job.train_digest,
+      earlier=saved and manifest.statistics(manifest.location(folder, saved)),
     )
 
   released = dict(collectives.run_on_primary(release))

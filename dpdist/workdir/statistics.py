@@ -76,6 +76,7 @@ def release(
   source: Any,
   plan: plan_lib.PrivacyPlan,
   data: str,
+  earlier: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
   """Returns what is released, JSON-able; reads all rows.
 
@@ -86,9 +87,10 @@ def release(
     source: the training part.
     plan: that of the run.
     data: the digest of the data, as the ledger has it.
+    earlier: what the checkpoint has that the run goes on from; None: nothing.
 
   Raises:
-    LedgerError: they are not charged.
+    LedgerError: they are not charged, or others were released for this charge.
   """
   _check_charged(ledger, statistics, plan, data)
   unit_of_row = None
@@ -104,12 +106,13 @@ def release(
   said = {
     "format": _FORMAT,
     "query": statistics.digest(),
+    "data": data,
     "noise_multiplier": sigma,
     "neighboring_relation": plan.neighboring_relation,
     "unit": plan.unit,
     "num_units": plan.num_examples,
   }
-  facts = [said, ledger.run, data, stddev.hex(), [str(x) for x in sums]]
+  facts = [said, ledger.run, stddev.hex(), [str(x) for x in sums]]
   digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode())
   key = keys.derive(secret, _STREAM, branch=digest.hexdigest())
   noise = decimal_gaussian.integers(key, len(sums), stddev)
@@ -119,6 +122,12 @@ def release(
   )
   # As the job's other processes get it.
   made: dict[str, Any] = json.loads(json.dumps(said | {"columns": columns}))
+  if earlier and is_of(earlier, ledger) and earlier != made:
+    # Rows that change from reading to reading have another sum each time.
+    raise errors.LedgerError(
+      "private statistics must be those that this run has released, and are"
+      " others: the data gives other rows than it did, under the same digest"
+    )
   return made
 
 
@@ -148,6 +157,7 @@ def is_of(released: Mapping[str, Any], ledger: ledger_lib.Ledger) -> bool:
   segment = ledger.segment
   return (
     released["query"] == segment.config.get(ledger_lib.STATISTICS)
+    and released["data"] == segment.data
     and released["noise_multiplier"] == segment.plan.statistics_noise_multiplier
   )
 

@@ -217,6 +217,10 @@ def test_what_is_asked_has_a_digest_and_an_encoding_of_its_own():
   others = [_made(private_statistics=each) for each in asked]
   others.append(_made(categories={"job": ["cook", "nurse", "judge", "pilot"]}))
   others.append(_made(missing=3))
+  # What is compared as a number is found in other cells.
+  for listed in ([1, 2], ["1", "2"]):
+    changes = {"job": listed}
+    others.append(_made(categories=changes))
   digests = {
     sources.private_statistics(each.train).digest() for each in (first, *others)
   }

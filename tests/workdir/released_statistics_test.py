@@ -20,6 +20,7 @@ from dpdist.ledger import records
 from dpdist.privacy import plan as plan_lib
 from dpdist.training import job as job_lib
 from dpdist.training import train
+from dpdist.workdir import manifest
 from dpdist.workdir import session as session_lib
 from dpdist.workdir import statistics
 
@@ -187,6 +188,27 @@ def test_a_restart_releases_the_same_and_charges_nothing_more(tmp_path):
   assert third == first
 
 
+def test_rows_that_change_under_one_digest_are_not_released_twice(tmp_path):
+  first = _release(tmp_path)
+  asked = sources.private_statistics(_dataset().train)
+  with _ledger(tmp_path, _plan(), asked) as ledger:
+    again = lambda seed, earlier: statistics.release(
+      ledger,
+      _SECRET,
+      statistics=asked,
+      source=_dataset(seed=seed).train,
+      plan=_plan(),
+      data=_DATA,
+      earlier=earlier,
+    )
+    assert again(0, first) == first
+    with pytest.raises(errors.LedgerError, match="must be those that this run"):
+      again(1, first)
+    # What another plan, or other data, had released says nothing.
+    for change in ({"data": "e" * 64}, {"query": "0"}, {"noise_multiplier": 9}):
+      assert again(1, first | change) != first
+
+
 def test_a_key_meets_one_input_only(tmp_path):
   """Its noise is another if anything is: also where the exact sums are not."""
   train, plan = _dataset().train, _plan()
@@ -276,6 +298,7 @@ def _job(ledger, made, plan):
       "test_source": made.test,
       "train_digest": _DATA,
       "statistics": sources.private_statistics(made.train),
+      "found": manifest.ResumePoint(None, []),
       "evaluate": _Evaluator(),
     }
   )

@@ -91,20 +91,18 @@ class Encoding:
     asked = self.options.get("private_statistics")
     if not asked:
       return None
-    measured = self.measured(raw)
-    made = {name: self.options.get(name) for name in ("missing", "scale_uint8")}
-    return statistics_lib.Statistics(
-      tuple(
-        statistics_lib.Column(
-          column,
-          query,
-          measured[column].shape[1:],
-          tuple(self._declared(column)),
-          made,
-        )
-        for column, query in sorted(asked.items())
-      )
-    )
+    measured, columns = self.measured(raw), []
+    for column, query in sorted(asked.items()):
+      listed = tuple(self._declared(column))
+      # All else that decides what a row's number, or place, is.
+      made = {
+        "missing": self.options.get("missing"),
+        "scale_uint8": bool(self.options.get("scale_uint8")),
+        "compared_as_numbers": options_lib.is_numbers(listed),
+      }
+      shape = measured[column].shape[1:]
+      columns.append(statistics_lib.Column(column, query, shape, listed, made))
+    return statistics_lib.Statistics(tuple(columns))
 
   def measured(self, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns what private statistics are of: numbers, or places in a list.
