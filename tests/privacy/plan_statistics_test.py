@@ -8,12 +8,13 @@ from dp_accounting.rdp import rdp_privacy_accountant
 import pytest
 
 import dpdist
+from dpdist import data
 from dpdist import errors
 from dpdist.accounting import rdp
 from dpdist.privacy import composition
 from dpdist.privacy import plan as plan_lib
 from dpdist.privacy import statement
-from tests.support import turns
+from dpdist.workdir import run
 
 _Relation = dp_accounting.NeighboringRelation
 _CONFIG = {
@@ -174,10 +175,7 @@ def test_each_segment_that_has_them_pays_again():
   assert "statistics of the training data" in composition.statement(parts)
 
 
-@pytest.mark.parametrize(
-  "change", turns.cells([{}, {"l2_clip_norm": 0.5}], always=[{}])
-)
-def test_what_follows_a_change_keeps_to_the_target(change):
+def test_what_follows_a_change_keeps_to_the_target():
   """Also where the steps alone would be the same, which are not planned anew
   without statistics."""
   settings = {
@@ -188,7 +186,7 @@ def test_what_follows_a_change_keeps_to_the_target(change):
   first = plan_lib.make_plan(_config(**settings))
   spent = [plan_lib.PlanUse(first, 100)]
   after = composition.plan_after(
-    _config(**settings, **change),
+    _config(**settings, l2_clip_norm=0.5),
     before=_config(**settings).to_dict(),
     spent=spent,
     start_step=100,
@@ -209,7 +207,7 @@ def test_who_cannot_release_them_refuses_them(tmp_path):
     lambda: dpdist.Session(
       tmp_path / "a", plan, loss=loss, data_digest="d" * 64
     ),
-    lambda: _run_of(tmp_path / "b", plan),
+    lambda: run.Run(tmp_path / "b", plan),
   ):
     with pytest.raises(
       ValueError, match="statistics_noise_multiplier must be 0"
@@ -217,10 +215,21 @@ def test_who_cannot_release_them_refuses_them(tmp_path):
       make()
 
 
-def _run_of(workdir, plan):
-  from dpdist.workdir import run
-
-  return run.Run(workdir, plan)
+def test_a_loop_of_ones_own_refuses_a_data_set_that_asks(tmp_path):
+  asking = data.from_arrays(
+    {"age": [30.0] * 10},
+    test={"age": [1.0]},
+    private_statistics={"age": data.Standardized(0, 120)},
+  )
+  with pytest.raises(
+    errors.ArgumentError, match="dataset must have no private_statistics"
+  ):
+    dpdist.Session(
+      tmp_path,
+      _plan(0.0, num_examples=10, expected_batch_size=2),
+      loss=lambda params, example, key: 0.0,
+      dataset=asking,
+    )
 
 
 def test_a_config_of_theirs_is_frozen_with_it():
