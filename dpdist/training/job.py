@@ -172,7 +172,6 @@ def _prepared(
   environment = fingerprint.environment(mesh)
   collectives.assert_equal(
     settings=config.to_dict(),
-    privacy_settings=settings,
     code=environment["code_sha256"],
     packages=environment["packages"],
     jax_config=environment["jax_config"],

@@ -83,8 +83,14 @@ def statistics(path: pathlib.Path) -> dict[str, Any] | None:
 
   None: there are none. The manifest must have been verified.
   """
-  meta = json.loads((path / "meta" / "metadata").read_text())
-  found: dict[str, Any] | None = meta.get("statistics")
+  file = path / "meta" / "metadata"
+  meta = json_fields.parse(file.read_bytes(), "its metadata")
+  if "statistics" not in meta:
+    return None
+  json_fields.check(meta, {"statistics": dict})
+  found: dict[str, Any] = meta["statistics"]
+  fields = {"query": str, "data": str, "noise_multiplier": float}
+  json_fields.check(found, fields | {"columns": dict})
   return found
 
 
