@@ -174,6 +174,11 @@ TABLE: dict[str, str | Free | tuple[Any, str]] = {
     "What clips, or PACKAGE.MODULE:ATTRIBUTE; see docs/mechanisms.md.",
   ),
   "privacy.clipping_options": Free("Options of privacy.clipping."),
+  "privacy.statistics_noise_multiplier": (
+    0.0,
+    "Standard deviation of the noise on private statistics of the data, over"
+    " their sensitivity; 0: none. See docs/data.md.",
+  ),
   "clipping": "How sums are clipped and computed; see dpdist.clipped_grad.",
   "clipping.method": ("auto", "auto, bookkeeping, two_pass or vmap."),
   "clipping.microbatch_size": (0, "Examples; 0: a device's whole chunk."),

@@ -23,10 +23,16 @@ if TYPE_CHECKING:
   from dpdist.data.builders.parquet_files import from_parquet as from_parquet
   from dpdist.data.dataset import Dataset as Dataset
   from dpdist.data.pipeline import padded as padded
+  from dpdist.data.queries import Counts as Counts
+  from dpdist.data.queries import Quantiles as Quantiles
+  from dpdist.data.queries import Standardized as Standardized
 
 _HOME = {
+  "Counts": "queries",
   "Dataset": "dataset",
   "Options": "builders.options",
+  "Quantiles": "queries",
+  "Standardized": "queries",
   "from_array_record": "builders.array_records",
   "from_arrays": "builders.memory",
   "from_csv": "builders.memory",

@@ -9,7 +9,8 @@ Messages name the data set, never a file or a place in one: which examples a
 step reads is private.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+import copy
 import threading
 from typing import Any
 
@@ -19,6 +20,7 @@ from dpdist import _validation
 from dpdist import errors
 from dpdist.data import arrays as arrays_lib
 from dpdist.data import sources
+from dpdist.data import statistics as statistics_lib
 
 # Waits between attempts double from the first to the longest.
 _FIRST_DELAY_SECONDS = 0.1
@@ -101,6 +103,27 @@ class RetryingSource:
     if self._get(lambda: sources.is_touched(self._source), limit):
       limit = 0
     return list(self._get(lambda: sources.changed_files(self._source), limit))
+
+  def private_statistics(self) -> statistics_lib.Statistics | None:
+    """See `dpdist.data.sources.private_statistics`."""
+    found: statistics_lib.Statistics | None
+    found = self._get(
+      lambda: sources.private_statistics(self._source), self._stall_seconds
+    )
+    return found
+
+  def measured(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns of rows what private statistics are of."""
+    source: Any = self._source
+    return dict(
+      self._get(lambda: source.measured(indices), self._stall_seconds)
+    )
+
+  def with_statistics(self, released: Mapping[str, Any]) -> "RetryingSource":
+    """See `sources.with_statistics`; `close` is that of both."""
+    made = copy.copy(self)
+    made._source = sources.with_statistics(self._source, released)
+    return made
 
   def close(self) -> None:
     """Makes all waiting threads raise an error soon."""

@@ -9,15 +9,16 @@ An example is one unit of privacy. By convention its arrays are named
 `{"inputs": ..., "targets": ...}`, but any names will do.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import errno
 import os
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from dpdist import errors
+from dpdist.data import statistics as statistics_lib
 from dpdist.files import places
 
 Path = str | os.PathLike[str]
@@ -34,8 +35,9 @@ class Source(Protocol):
 
   `read` is called from several threads at once and must be thread-safe.
 
-  A source may have four more methods; see `changed_files`, `is_touched`,
-  `earlier_digests` and `encoding_digest`, which call them.
+  A source may have more methods; see `changed_files`, `is_touched`,
+  `earlier_digests`, `encoding_digest` and `private_statistics`, which call
+  them.
   """
 
   def __len__(self) -> int:
@@ -120,6 +122,27 @@ def encoding_digest(source: Source) -> str:
   given such things has a method of this name.
   """
   return str(getattr(source, "encoding_digest", str)())
+
+
+def private_statistics(source: Source) -> statistics_lib.Statistics | None:
+  """Returns the private statistics that a source asks for; None: none.
+
+  A source that does has methods of this name, `measured` and `with_statistics`:
+  see `dpdist.data.builders.table_source`. Raises ValueError if they cannot be
+  of its columns.
+  """
+  found: statistics_lib.Statistics | None
+  found = getattr(source, "private_statistics", lambda: None)()
+  return found
+
+
+def with_statistics(source: Any, released: Mapping[str, Any]) -> Any:
+  """Returns the same source, whose examples are made with released answers.
+
+  The source asks for them. They are by column, as
+  `dpdist.data.statistics.Statistics.answers` returns them.
+  """
+  return source.with_statistics(released)
 
 
 @contextlib.contextmanager

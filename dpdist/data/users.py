@@ -13,16 +13,18 @@ clip norm. Two conditions must hold: the choice within a unit depends on no
 other unit, and no example belongs to two units.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
 
 from dpdist import _validation
 from dpdist.data import sources
+from dpdist.data import statistics as statistics_lib
 
 # Among a unit's arrays: bool (num_units, slots), True for an empty slot.
 SLOT_IS_EMPTY = "is_empty_slot"
@@ -108,6 +110,15 @@ class UserSource:
   def encoding_digest(self) -> str:
     """See `dpdist.data.sources.encoding_digest`."""
     return sources.encoding_digest(self.examples)
+
+  def private_statistics(self) -> statistics_lib.Statistics | None:
+    """See `dpdist.data.sources.private_statistics`."""
+    return sources.private_statistics(self.examples)
+
+  def with_statistics(self, released: Mapping[str, Any]) -> "UserSource":
+    """See `dpdist.data.sources.with_statistics`."""
+    examples = sources.with_statistics(self.examples, released)
+    return dataclasses.replace(self, examples=examples)
 
   def changed_files(self) -> list[str]:
     """See `dpdist.data.sources.changed_files`."""

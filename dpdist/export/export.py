@@ -2,8 +2,9 @@
 
 The export is a folder of three files, as is usual in the field:
 `model.safetensors`, `README.md` (see `dpdist.export.model_card`) and
-`config.json`, from which `load` makes the model again. Nothing is computed from
-a protected example, and no budget is spent.
+`config.json`, from which `load` makes the model again; and `statistics.json`,
+if inputs are made with private statistics of the training data. Nothing is
+computed from a protected example, and no budget is spent.
 """
 
 import json
@@ -24,12 +25,14 @@ from dpdist import models
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.export import load_run
 from dpdist.export import model_card
+from dpdist.files import json_fields
 from dpdist.tasks import parts
 from dpdist.workdir import fingerprint
 
 PyTree = Any
 
 _PARAMS, _CARD, _CONFIG = "model.safetensors", "README.md", "config.json"
+_STATISTICS = "statistics.json"
 
 
 def write(
@@ -84,6 +87,9 @@ def write(
   model = released.config.model.to_dict() | {"weights": ""}
   (output / _CONFIG).write_text(json.dumps({"model": model}, indent=2) + "\n")
   (output / _CARD).write_text(model_card.text(released, facts, name))
+  if released.statistics is not None:
+    text = json_fields.text(released.statistics) + "\n"
+    (output / _STATISTICS).write_text(text)
   # Written last, and renamed, so that parameters never exist without their
   # card.
   temporary = output / (_PARAMS + ".tmp")

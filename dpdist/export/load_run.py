@@ -31,6 +31,7 @@ from dpdist.training import setup
 from dpdist.training import step as step_lib
 from dpdist.workdir import checkpoints
 from dpdist.workdir import manifest
+from dpdist.workdir import statistics as statistics_lib
 from dpdist.workdir import verify
 
 
@@ -48,6 +49,8 @@ class Released(NamedTuple):
     test: all held-out examples, by name.
     environment: versions, code and devices that the run ended with; empty if it
       has not ended.
+    statistics: the private statistics of the training data that the checkpoint
+      was trained with, and `test` is made with; None if there are none.
   """
 
   config: ml_collections.ConfigDict
@@ -58,6 +61,7 @@ class Released(NamedTuple):
   state: step_lib.TrainState
   test: dict[str, np.ndarray]
   environment: dict[str, Any]
+  statistics: dict[str, Any] | None = None
 
 
 def load(
@@ -89,14 +93,19 @@ def load(
   _check_settings(config, ledger)
   _check_parts(parts.settings(config), workdir)
   experiment = setup.build(config, _mesh(config), plan=ledger.plan, parts=parts)
-  task, test = experiment.task, experiment.held_out
+  task = experiment.task
+  folder = workdir / "checkpoints"
+  path = manifest.location(folder, saved)
+  released = manifest.statistics(path)
+  test_source = statistics_lib.of_test(experiment.dataset.test, released, path)
+  test = test_source.read(np.arange(len(test_source)))
   example = {name: x[0] for name, x in test.items()}
   template = abstract_step.state(experiment, example)
   key_data = jax.ShapeDtypeStruct((2,), np.uint32)
   start = parameters.of(task, key_data, example)
   frozen = start.frozen(experiment.step)
   restored, _ = checkpoints.restore(
-    workdir / "checkpoints",
+    folder,
     template,
     saved,
     frozen_sha256=parameters.frozen_sha256(frozen),
@@ -118,6 +127,7 @@ def load(
     restored,
     test,
     environment,
+    released,
   )
 
 
@@ -205,6 +215,7 @@ def _check_settings(
   plain = lambda values: json.loads(json.dumps(dict(values)))
   asked = plain(config_lib.privacy_dict(config))
   kept = plain(ledger.segment.config)
+  kept.pop(ledger_lib.STATISTICS, None)  # Held against the checkpoint's.
   for name in sorted({*asked, *kept}):
     if asked.get(name) != kept.get(name):
       raise ValueError(

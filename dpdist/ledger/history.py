@@ -133,6 +133,11 @@ class History:
     return not self.segments
 
   @property
+  def run(self) -> str:
+    """Returns the run's random name; "" for one that is to be repeatable."""
+    return self._run
+
+  @property
   def segment(self) -> Segment:
     """Returns the current segment."""
     if self.is_new:

@@ -40,6 +40,9 @@ from dpdist.ledger import history
 from dpdist.ledger import records
 from dpdist.privacy import plan as plan_lib
 
+# Among the settings of a run whose data set has private statistics: what they
+# ask, as a digest.
+STATISTICS = "private_statistics"
 # Settings that cannot change: every guarantee of a run depends on them.
 _IMMUTABLE_FIELDS = ("neighboring_relation", "target_delta")
 

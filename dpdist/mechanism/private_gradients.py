@@ -250,6 +250,11 @@ def _check_arguments(
     )
   if not isinstance(plan, plan_lib.PrivacyPlan):
     raise ValueError(f"plan must come from dpdist.make_plan, got {plan!r}")
+  if plan.statistics_noise_multiplier:
+    raise ValueError(
+      "statistics_noise_multiplier must be 0 here, since dpdist.train alone"
+      f" releases private statistics, got {plan.statistics_noise_multiplier}"
+    )
   if plan.group_size > 1 and rows_are_fixed is not True:
     raise ValueError(
       f"group_size must be 1, got {plan.group_size}, unless"

@@ -93,6 +93,7 @@ def config_of(
     ("group_size", 1),
     ("noise", "gaussian"),
     ("clipping", "fixed"),
+    ("statistics_noise_multiplier", 0),
   ):
     _validation.require(
       getattr(privacy, name) == right,
@@ -162,6 +163,11 @@ def source_of(dataset: Any, num_examples: int) -> sources.Source:
       "dataset must have one example for each unit of privacy in a loop of"
       " one's own, got one with users: dpdist.train takes those, or make a row"
       " of each user's examples"
+    )
+  if sources.private_statistics(source) is not None:
+    raise errors.ArgumentError(
+      "dataset must have no private_statistics in a loop of one's own, since"
+      " dpdist.train alone releases them: use public_statistics here"
     )
   _validation.require(
     len(source) == num_examples,

@@ -171,6 +171,8 @@ def plan_after(
   earlier = plan_lib.PrivacyConfig(**before)
   names = [field.name for field in dataclasses.fields(config)]
   changed = {x for x in names if getattr(config, x) != getattr(earlier, x)}
+  if any(x.statistics_noise_multiplier for x in (config, current)):
+    changed.add("private_statistics")  # A plan's rest has no room for them.
   if changed <= {"l2_clip_norm"}:
     return _with_clip_norm(config.l2_clip_norm, current, charged, left)
   config = dataclasses.replace(config, num_steps=left)
@@ -265,7 +267,7 @@ def statement(
     f" probability {plan.sampling_probability:.6g}"
     f" ({statement_lib.sampling(plan)}), clip to l2 norm"
     f" {plan.l2_clip_norm} and add noise of {plan.noise_multiplier} times the"
-    " sensitivity"
+    f" sensitivity{statement_lib.statistics(plan, ' (and ', ')')}"
     for plan, num_steps in parts
   )
   how = accountant_of(parts).upper()

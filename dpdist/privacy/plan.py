@@ -68,6 +68,9 @@ class MechanismSettings:
     clipping: "fixed", or "package.module:attribute", see
       `dpdist.clipping.Clipper`.
     clipping_options: its options, likewise.
+    statistics_noise_multiplier: noise standard deviation over l2 sensitivity of
+      the private statistics of the data set, which are released once a plan;
+      see `dpdist.data.Options`. 0: there are none.
   """
 
   sampling: str = "poisson"
@@ -82,6 +85,7 @@ class MechanismSettings:
   noise_options: Options = ()
   clipping: str = "fixed"
   clipping_options: Options = ()
+  statistics_noise_multiplier: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

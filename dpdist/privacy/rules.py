@@ -2,23 +2,34 @@
 
 from collections.abc import Mapping, Sequence
 import math
+import numbers
 from typing import Any
 
 from dpdist import _validation
 from dpdist import errors
 from dpdist import registry
 from dpdist import sampling as sampling  # Registers ours.
+from dpdist.accounting import gaussian_events
 from dpdist.accounting import proofs as proofs  # Registers ours.
 from dpdist.accounting import search
 from dpdist.accounting import step_events
 from dpdist.privacy import schedule
 from dpdist.sampling import sampler
 
+# With less, private statistics would alone spend an epsilon of 60 or more.
+LEAST_STATISTICS_NOISE = 0.1
+
 _RULES = {
   "target_epsilon": _validation.POSITIVE,
   "expected_batch_size": _validation.POSITIVE,
   "l2_clip_norm": _validation.POSITIVE,
   "noise_multiplier": _validation.real(above=0, at_most=search.MOST_NOISE),
+  "statistics_noise_multiplier": _validation.Rule(
+    f"0, or in [{LEAST_STATISTICS_NOISE:g}, {search.MOST_NOISE:g}]",
+    numbers.Real,
+    float,
+    lambda x: x == 0 or LEAST_STATISTICS_NOISE <= x <= search.MOST_NOISE,
+  ),
   **dict.fromkeys(("delta", "target_delta"), _validation.DELTA),
   **dict.fromkeys(
     ("num_examples", "num_steps", "truncated_batch_size", "cycle_length")
@@ -137,7 +148,7 @@ def steps(
   probability = sampling_of(record).probability
   # A neighbour has one row more or one less.
   may_grow = record.neighboring_relation == "add_or_remove_one"
-  numbers = step_events.Numbers(
+  facts = step_events.Numbers(
     phases=tuple(
       step_events.Phase(
         phase.start,
@@ -157,12 +168,36 @@ def steps(
     noise_options=record.noise_options,
     clipping_options=record.clipping_options,
   )
-  return step_events.steps(
-    numbers,
+  found = step_events.steps(
+    facts,
     sampling=record.sampling,
     noise=record.noise,
     clipping=record.clipping,
   )
+  sigma = record.statistics_noise_multiplier
+  if not (sigma and num_steps):
+    return found
+  event = _statistics_event(sigma / record.examples_per_user, found)
+  return [*found, (event, 1)]
+
+
+def _statistics_event(
+  sigma: float, steps: step_events.Steps
+) -> step_events.StepEvent:
+  """Returns the event of the private statistics, which come with any step.
+
+  They are one Gaussian release of which every unit is a part. Each row of a
+  unit moves the sums by at most the l2 sensitivity that the noise is for, which
+  is twice the bound of a row for "replace_one". It is the same event in any
+  unit; dp_accounting wants it in that of the steps.
+
+  Args:
+    sigma: standard deviation of the noise, over how far a unit can move them.
+    steps: the others.
+  """
+  if any(isinstance(event, gaussian_events.Replace) for event, _ in steps):
+    return gaussian_events.Replace(2 * sigma, 1.0)
+  return gaussian_events.AddRemove(sigma, 1.0)
 
 
 def _options(name: str, value: Any) -> tuple[tuple[str, Any], ...]:

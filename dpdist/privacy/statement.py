@@ -21,6 +21,7 @@ def of_plan(plan: plan_lib.PrivacyPlan) -> str:
   return (
     f"{unit(plan)} {drawn} Gradients are clipped to l2 norm"
     f" {plan.l2_clip_norm}, and {_noise(plan)}{_parts(plan)}"
+    f"{statistics(plan, ' Before that, ', '.')}"
     f" All {plan.num_steps:,} steps together are (epsilon, delta)-"
     f"differentially private with epsilon = {rounded_up(plan.epsilon())} and"
     f" delta = {plan.delta:g}, by the {plan.accountant.upper()} accountant."
@@ -101,6 +102,18 @@ def rounded_up(epsilon: float, decimals: int | None = None) -> str:
 def sampling(plan: plan_lib.PrivacyPlan) -> str:
   """Says how steps sample, in a word or two."""
   return rules.sampling_of(plan).summary(plan)
+
+
+def statistics(plan: plan_lib.PrivacyPlan, before: str, after: str) -> str:
+  """States what else a plan releases, between two texts; "" if nothing."""
+  sigma = plan.statistics_noise_multiplier
+  if not sigma:
+    return ""
+  return (
+    f"{before}statistics of the training data are released once, with Gaussian"
+    f" noise of {sigma:g} times their l2 sensitivity, which epsilon covers"
+    f"{after}"
+  )
 
 
 def _parts(plan: plan_lib.PrivacyPlan) -> str:

@@ -4,9 +4,10 @@ Held-out examples are not protected: their metrics are released without noise.
 """
 
 from collections.abc import Callable, Iterator, Mapping
+import copy
 import math
 import re
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -88,6 +89,20 @@ class Evaluator:
           _float32(jax.vmap(self._summary.outputs, (None, 0))),
           out_shardings=mesh_lib.replicated(mesh),
         )
+
+  def on(self, test: Mapping[str, np.ndarray]) -> Self:
+    """Returns the same for held-out examples of the same shapes and number.
+
+    What was compiled stays.
+    """
+    shapes = lambda arrays: {k: (x.shape, x.dtype) for k, x in arrays.items()}
+    if shapes(test) != shapes(self._test):
+      raise ValueError(
+        f"test must have shapes {shapes(self._test)}, got {shapes(test)}"
+      )
+    made = copy.copy(self)
+    made._test = test
+    return made
 
   def __call__(
     self, params: PyTree, num_passes: int | None = None

@@ -18,6 +18,7 @@ from dpdist import registry
 from dpdist.data import dataset as dataset_lib
 from dpdist.data import retry
 from dpdist.data import sources
+from dpdist.data import statistics as asked_lib
 from dpdist.data import users
 from dpdist.data.features import features
 from dpdist.distributed import collectives
@@ -40,6 +41,7 @@ from dpdist.training import step as step_lib
 from dpdist.workdir import fingerprint
 from dpdist.workdir import manifest
 from dpdist.workdir import resume
+from dpdist.workdir import statistics as statistics_lib
 
 PyTree = Any
 
@@ -69,7 +71,10 @@ class Job:
   own_digest: str  # This release's name of it, if the run began under another.
   # Its other names; see `resume.recorded_digest`.
   earlier: Callable[[], list[str]]
+  test_source: sources.Source  # What `test` is read from.
   test: dict[str, np.ndarray]  # All held-out examples, by name.
+  # Private statistics of the training part that the run releases; None: none.
+  statistics: asked_lib.Statistics | None
   evaluate: held_out.Evaluator  # Maps parameters to held-out metrics.
   task: task_lib.Task
   # Shapes and dtypes of what is clipped as one: example, user, group.
@@ -160,6 +165,9 @@ def _prepared(
     collectives.run_on_all(lambda: _load(config, parts, progress))
   )
   code = collectives.run_on_all(lambda: _outside_code(config, parts))
+  statistics, settings = collectives.run_on_all(
+    lambda: statistics_lib.asked(config, dataset.train)
+  )
   fingerprint.check_code()
   environment = fingerprint.environment(mesh)
   collectives.assert_equal(
@@ -173,36 +181,30 @@ def _prepared(
   )
   progress.enter(-1, "planning")
   train_digest, plan, changes, found = _planned(
-    config, workdir, ledger, own_digest, earlier
+    config, workdir, ledger, own_digest, earlier, settings
   )
   collectives.assert_equal(plan=plan.fingerprint())
   experiment = setup.build(config, mesh, plan=plan, parts=parts)
   rules_code = collectives.run_on_all(_rules_code)
   task, step = experiment.task, experiment.step
-  test, row, start, notices = collectives.run_on_all(
-    lambda: data_checks.fit(config, dataset, task, setup.PUBLIC_KEY_DATA)
-  )
+  fit = lambda: data_checks.fit(config, dataset, task, setup.PUBLIC_KEY_DATA)
+  test, row, start, notices = collectives.run_on_all(fit)
   collectives.assert_equal(
     model_weights=start.weights_sha256, layer_rules=rules_code
   )
   for shapes in (start.shapes, start.frozen_shapes):
     step.specs(shapes)  # Raises if the mesh does not fit them.
   whole = step_lib.whole(start.shapes, start.frozen_shapes)
-  evaluate = collectives.run_on_all(
-    lambda: held_out.Evaluator(task, test, mesh, whole)
-  )
+  make_evaluator = lambda: held_out.Evaluator(task, test, mesh, whole)
+  evaluate = collectives.run_on_all(make_evaluator)
   frozen, initial = start.frozen(step), start.initializer(step)
-  made_of = {
-    "features_sha256": features_sha256,
-    "frozen_sha256": parameters.frozen_sha256(frozen),
-    "weights_sha256": start.weights_sha256,
-    **code,
-    **rules_code,
-  }
+  made_of = {"features_sha256": features_sha256, **code, **rules_code}
+  made_of["frozen_sha256"] = parameters.frozen_sha256(frozen)
+  made_of["weights_sha256"] = start.weights_sha256
   return Job(
     plan=plan,
     changes=changes,
-    settings=config_lib.privacy_dict(config),
+    settings=settings,
     ledger=ledger,
     budget=None,
     writer=0,
@@ -214,7 +216,9 @@ def _prepared(
     train_digest=train_digest,
     own_digest=own_digest,
     earlier=earlier,
+    test_source=dataset.test,
     test=test,
+    statistics=statistics,
     evaluate=evaluate,
     task=task,
     row=row,
@@ -236,13 +240,14 @@ def _planned(
   ledger: ledger_lib.Ledger | None,
   own_digest: str,
   earlier: Callable[[], list[str]],
+  settings: dict[str, Any],
 ) -> tuple[str, plan_lib.PrivacyPlan, list[str], manifest.ResumePoint]:
   """Returns the data's recorded digest, plan, changes and checkpoint."""
   if workdir is None:
     plan = plan_lib.make_plan(config_lib.privacy_config(config))
     return own_digest, plan, [], manifest.ResumePoint(None, [])
   digest = resume.recorded_digest(ledger, own_digest, earlier)
-  return digest, *resume.resolve_plan(config, workdir, ledger, digest)
+  return digest, *resume.resolve_plan(config, workdir, ledger, digest, settings)
 
 
 def _outside_code(

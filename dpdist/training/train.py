@@ -13,6 +13,7 @@ Promises of that order:
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import os
@@ -20,10 +21,12 @@ import pathlib
 from typing import Any
 
 import ml_collections
+import numpy as np
 import optax
 
 from dpdist import config as config_lib
 from dpdist import errors
+from dpdist.data import sources
 from dpdist.distributed import collectives
 from dpdist.distributed import preemption
 from dpdist.distributed import progress as progress_lib
@@ -48,8 +51,10 @@ from dpdist.training import step_sentinel
 from dpdist.training import summary
 from dpdist.workdir import checkpoints as checkpoints_lib
 from dpdist.workdir import fingerprint
+from dpdist.workdir import manifest
 from dpdist.workdir import resume
 from dpdist.workdir import session as session_lib
+from dpdist.workdir import statistics as statistics_lib
 
 # Errors that each process reaches by itself, about its settings or its run.
 _OWN_ERRORS = (
@@ -225,10 +230,17 @@ def _run(
       start_step=start,
       budget=job.budget,
     )
+    stack.enter_context(session)
+    if job.statistics is not None:
+      job, released = _release_statistics(
+        workdir, job, session, start, last, progress
+      )
+      checkpoints.statistics = released
+      rows += statistics_lib.rows(released)
     loop = loop_lib.Loop(
       config,
       job,
-      stack.enter_context(session),
+      session,
       state,
       progress=progress,
       stop=stop,
@@ -242,6 +254,67 @@ def _run(
     if job.ledger is not None:
       recorder.poll(wait=True)
   return _finish(config, workdir, job, epsilon_planned, loop, environment, rows)
+
+
+def _release_statistics(
+  workdir: pathlib.Path,
+  job: job_lib.Job,
+  session: session_lib.Session,
+  start: int,
+  last: int,
+  progress: progress_lib.Progress,
+) -> tuple[job_lib.Job, dict[str, Any]]:
+  """Releases the data's private statistics, which a charged step pays for.
+
+  Returns the job with data that they are applied to, and what was released; in
+  all processes the same.
+  """
+  statistics = job.statistics
+  assert statistics is not None
+  if start < last:
+    progress.enter(start, "charging")
+    session.charge(start + 1)
+    # From here on the step's charge is not given back.
+    session.begin(start)
+  progress.enter(start, "loading")
+  saved, folder = job.found.saved, workdir / "checkpoints"
+
+  def release() -> dict[str, Any]:
+    assert job.ledger is not None
+    return statistics_lib.release(
+      job.ledger,
+      job.secret,
+      statistics=statistics,
+      source=job.train_source,
+      plan=job.plan,
+      data=job.train_digest,
+      earlier=saved and manifest.statistics(manifest.location(folder, saved)),
+    )
+
+  released = dict(collectives.run_on_primary(release))
+  # Before anything is written or shown of rows that may have changed.
+  session.check_data(lambda: sources.changed_files(job.train_source))
+
+  def show() -> None:
+    statistics_lib.write(workdir, released)
+    console.show_table("Released", statistics_lib.rows(released))
+
+  collectives.run_on_primary(show)
+  columns = released["columns"]
+  test = collectives.run_on_all(
+    lambda: _all_of(sources.with_statistics(job.test_source, columns))
+  )
+  job = dataclasses.replace(
+    job,
+    train_source=sources.with_statistics(job.train_source, columns),
+    test=test,
+    evaluate=job.evaluate.on(test),
+  )
+  return job, released
+
+
+def _all_of(source: sources.Source) -> dict[str, np.ndarray]:
+  return source.read(np.arange(len(source)))
 
 
 def _resume(

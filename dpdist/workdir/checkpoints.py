@@ -60,6 +60,9 @@ class Checkpoints:
     self._folder = manifest.folder(self._directory, writer)
     self._max_to_keep = max_to_keep
     self._frozen_sha256 = frozen_sha256
+    # What `dpdist.workdir.statistics` released, to be kept with the parameters
+    # that were trained with it.
+    self.statistics: dict[str, Any] | None = None
     self._copies = copies
     self._manager = ocp.CheckpointManager(
       self._folder,
@@ -92,6 +95,7 @@ class Checkpoints:
               "ledger_head": ledger_head,
               "frozen_sha256": self._frozen_sha256,
             }
+            | ({"statistics": self.statistics} if self.statistics else {})
           ),
         ),
       )

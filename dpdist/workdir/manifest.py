@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from dpdist.files import atomic
 from dpdist.files import json_fields
@@ -76,6 +76,22 @@ def ledger_head(path: pathlib.Path) -> str:
   meta = json_fields.parse(file.read_bytes(), "its metadata")
   json_fields.check(meta, {"ledger_head": str})
   return str(meta["ledger_head"])
+
+
+def statistics(path: pathlib.Path) -> dict[str, Any] | None:
+  """Returns the private statistics that a checkpoint was trained with.
+
+  None: there are none. The manifest must have been verified.
+  """
+  file = path / "meta" / "metadata"
+  meta = json_fields.parse(file.read_bytes(), "its metadata")
+  if "statistics" not in meta:
+    return None
+  json_fields.check(meta, {"statistics": dict})
+  found: dict[str, Any] = meta["statistics"]
+  fields = {"query": str, "data": str, "noise_multiplier": float}
+  json_fields.check(found, fields | {"columns": dict})
+  return found
 
 
 def write(path: pathlib.Path) -> str:

@@ -5,7 +5,7 @@ that exist. `open_or_resume` writes; `resolve_plan` only leaves a note, in the
 directory of a new run, that no run has begun there yet.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import pathlib
 import secrets
 from typing import Any, NamedTuple
@@ -116,9 +116,11 @@ def resolve_plan(
   workdir: pathlib.Path,
   ledger: ledger_lib.Ledger | None,
   train_digest: str,
+  settings: Mapping[str, Any] | None = None,
 ) -> tuple[plan_lib.PrivacyPlan, list[str], manifest.ResumePoint]:
   """Returns the plan, what changed, and the checkpoint, in all processes.
 
+  The settings are those that the ledger compares; None: the config's.
   Raises RefusedError if the run cannot go on with these settings.
   """
 
@@ -136,7 +138,9 @@ def resolve_plan(
         " of the settings, and start a new run in a new directory"
       )
     found = manifest.newest(workdir / "checkpoints", ledger.checkpoints)
-    plan, changes = _plan(config, workdir, ledger, found, train_digest)
+    plan, changes = _plan(
+      config, workdir, ledger, found, train_digest, settings
+    )
     if ledger.is_new:
       workdir.mkdir(parents=True, exist_ok=True)
       (workdir / NOT_BEGUN).write_text(_NOTE)
@@ -286,13 +290,14 @@ def _plan(
   ledger: ledger_lib.Ledger,
   found: manifest.ResumePoint,
   train_digest: str,
+  settings: Mapping[str, Any] | None,
 ) -> tuple[plan_lib.PrivacyPlan, list[str]]:
   """Returns the plan to go on under, and what changed since the last one."""
   privacy = config_lib.privacy_config(config)
   if ledger.is_new:
     return plan_lib.make_plan(privacy), []
   changes = ledger.changes(
-    config=config_lib.privacy_dict(config),
+    config=settings or config_lib.privacy_dict(config),
     data=train_digest,
     secret_hash=keys.secret_hash(secret(config, workdir, is_new=False)),
   )
@@ -311,7 +316,11 @@ def _plan(
     return ledger.plan, []
   plan = composition.plan_after(
     privacy,
-    before=ledger.segment.config,
+    before={
+      name: value
+      for name, value in ledger.segment.config.items()
+      if name != ledger_lib.STATISTICS
+    },
     spent=ledger.spent,
     start_step=found.saved.step if found.saved else 0,
   )

@@ -73,7 +73,10 @@ class Run:
         "config must be a dpdist.PrivacyConfig or a dpdist.PrivacyPlan, got"
         f" {config!r}"
       )
-    for name, right in (("noise", "gaussian"), ("clipping", "fixed")):
+    for name, right in (
+      *(("noise", "gaussian"), ("clipping", "fixed")),
+      ("statistics_noise_multiplier", 0),
+    ):
       if getattr(config, name) != right:
         raise errors.ArgumentError(
           f"{name} must be {right!r} here, got {getattr(config, name)!r}:"

@@ -19,6 +19,7 @@ from dpdist.privacy import composition
 from dpdist.privacy import plan as plan_lib
 from dpdist.reporting import metrics
 from dpdist.workdir import manifest
+from dpdist.workdir import statistics
 
 # Two machines may differ in the last digits of an epsilon.
 _TOLERANCE = 1e-6
@@ -172,6 +173,25 @@ def _checkpoints(
   return f"{len(ledger.checkpoints)} recorded, {whole} there and whole", problem
 
 
+def _statistics(
+  workdir: pathlib.Path, ledger: ledger_lib.Ledger
+) -> tuple[str, str]:
+  """Compares the file of private statistics with the newest checkpoint's."""
+  path, folder = workdir / statistics.FILE, workdir / "checkpoints"
+  saved = manifest.newest(folder, ledger.checkpoints).saved
+  kept = saved and manifest.statistics(manifest.location(folder, saved))
+  if not kept:
+    return "none in a checkpoint", ""
+  found = f"with noise multiplier {kept['noise_multiplier']:g}"
+  if not statistics.is_of(kept, ledger):
+    return f"{found}; not released anew since settings changed", ""
+  if not path.exists():
+    return found, f"{statistics.FILE} is missing"
+  if json_fields.parse(path.read_bytes(), statistics.FILE) != kept:
+    return found, f"{statistics.FILE} differs from the newest checkpoint"
+  return found, ""
+
+
 def _metrics(
   workdir: pathlib.Path, ledger: ledger_lib.Ledger
 ) -> tuple[str, str]:
@@ -282,6 +302,7 @@ _CHECKS: dict[
   "epsilons told": _recorded_epsilons,
   "data budget": _data_budget,
   "checkpoints": _checkpoints,
+  "statistics": _statistics,
   "metrics": _metrics,
   "result": _result,
 }

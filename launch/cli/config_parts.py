@@ -5,6 +5,10 @@
     def get_optimizer(config): ...  # Returns an optax.GradientTransformation.
 
 Each may be left out: then the part is what the config names.
+
+They run before anything is charged. What get_dataset computes from training
+rows, as a scaler's mean, is not private, and no epsilon counts it: see
+`public_statistics` and `private_statistics` of `dpdist.data.Options`.
 """
 
 import functools

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from dpdist import errors
+from dpdist.data import queries
 from dpdist.data import sources
+from dpdist.data import statistics as statistics_lib
 from dpdist.data.builders import options as options_lib
 from dpdist.data.builders import table as table_lib
 
@@ -32,6 +34,10 @@ class Encoding:
   # By name of an example's array its column, or those to be joined.
   roles: Mapping[str, str | tuple[str, ...]]
   options: options_lib.Options  # The caller's, checked.
+  # What private statistics said, by column; {}: they are not released yet.
+  released: Mapping[str, queries.Released] = dataclasses.field(
+    default_factory=dict
+  )
 
   @property
   def columns(self) -> list[str]:
@@ -49,6 +55,12 @@ class Encoding:
       for name, value in sorted(self.options.items())
       if name not in ("map", "num_examples", "split_by", "test_fraction")
     }
+    asked = self.options.get("private_statistics")
+    if asked:
+      declared["private_statistics"] = {
+        column: [query.kind, dataclasses.asdict(query)]
+        for column, query in sorted(asked.items())
+      }
     declared["tokenizers"] = sorted(self.options.get("tokenizers") or {})
     declared["roles"] = list(self.roles.items())
     if has_images:
@@ -64,6 +76,69 @@ class Encoding:
     tokenizers = self.options.get("tokenizers") or {}
     found = [self.options.get("map"), *tokenizers.values()]
     return [function for function in found if function is not None]
+
+  def statistics(
+    self, raw: Mapping[str, np.ndarray]
+  ) -> statistics_lib.Statistics | None:
+    """Returns what is asked of the training data; None: nothing is.
+
+    Args:
+      raw: the columns of one row, of which only the shapes and dtypes count.
+
+    Raises:
+      ValueError: a column is not of what a query is about.
+    """
+    asked = self.options.get("private_statistics")
+    if not asked:
+      return None
+    measured, columns = self.measured(raw), []
+    for column, query in sorted(asked.items()):
+      listed = tuple(self._declared(column))
+      # All else that decides what a row's number, or place, is.
+      made = {
+        "missing": self.options.get("missing"),
+        "scale_uint8": bool(self.options.get("scale_uint8")),
+        "compared_as_numbers": options_lib.is_numbers(listed),
+      }
+      shape = measured[column].shape[1:]
+      columns.append(statistics_lib.Column(column, query, shape, listed, made))
+    return statistics_lib.Statistics(tuple(columns))
+
+  def measured(self, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Returns what private statistics are of: numbers, or places in a list.
+
+    Raises ValueError if a column is not of what a query is about.
+    """
+    found = {}
+    for column, query in (self.options.get("private_statistics") or {}).items():
+      values, name = raw[column], f"private_statistics[{column!r}]"
+      listed = self._declared(column)
+      if isinstance(query, queries.Counts):
+        if not listed or values.ndim != 1:
+          raise errors.ArgumentError(
+            f"{name} must be of a column with categories, or of targets with"
+            " classes, of one value a row, to count them"
+          )
+        found[column] = _places(values, listed)
+        continue
+      sequences = self.options.get("sequence_length")
+      is_sequence = isinstance(sequences, Mapping) and column in sequences
+      if listed or is_sequence or values.dtype.kind not in "biuf":
+        raise errors.ArgumentError(
+          f"{name} must be of a column of numbers, of which no categories,"
+          " classes or sequence_length make something else; Counts() counts"
+        )
+      found[column] = self._filled(values)
+    return found
+
+  def _declared(self, column: str) -> Sequence[Any]:
+    """Returns the public list of a column's values, or ()."""
+    categories = (self.options.get("categories") or {}).get(column)
+    if categories is not None:
+      return categories
+    targets = self.roles.get("targets", ())
+    is_target = column in ([targets] if isinstance(targets, str) else targets)
+    return (self.options.get("classes") or ()) if is_target else ()
 
   def encode(self, raw: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Returns the arrays of examples, from the columns of one row or more.
@@ -101,7 +176,8 @@ class Encoding:
     if length is not None:
       return self._padded(values, length, role, column)
     if categories is not None:
-      return _one_hot(_places(values, categories), len(categories))
+      places = self._answered(column, _places(values, categories))
+      return _one_hot(places, len(categories))
     if role == "targets" and classes is not None:
       places = _places(values, classes)
       return (
@@ -109,8 +185,6 @@ class Encoding:
       )
     if values.dtype.kind not in "biuf":
       return self._encode_objects(values, column)
-    if options.get("scale_uint8") and values.dtype == np.uint8:
-      values = values / np.float32(255)
     return self._scaled(column, values)
 
   def _encode_objects(self, values: np.ndarray, column: str) -> np.ndarray:
@@ -130,15 +204,32 @@ class Encoding:
 
   def _scaled(self, column: str, values: np.ndarray) -> np.ndarray:
     """Fills and scales numbers, with what the caller has declared."""
-    missing = self.options.get("missing")
-    if missing is not None and values.dtype.kind == "f":
-      values = np.where(np.isnan(values), values.dtype.type(missing), values)
+    values = self._filled(values)
     # Given numbers: no mean and no deviation is computed from examples here.
     statistics = self.options.get("public_statistics") or {}
     if column in statistics:
       mean, deviation = (np.asarray(x, np.float64) for x in statistics[column])
       values = ((values - mean) / deviation).astype(np.float32)
+    return self._answered(column, values)
+
+  def _filled(self, values: np.ndarray) -> np.ndarray:
+    """Returns numbers before any mean or deviation: pixels in [0, 1]."""
+    if self.options.get("scale_uint8") and values.dtype == np.uint8:
+      values = values / np.float32(255)
+    missing = self.options.get("missing")
+    if missing is not None and values.dtype.kind == "f":
+      values = np.where(np.isnan(values), values.dtype.type(missing), values)
     return values
+
+  def _answered(self, column: str, values: np.ndarray) -> np.ndarray:
+    """Applies what private statistics said, or stands for it until then."""
+    query = (self.options.get("private_statistics") or {}).get(column)
+    if query is None:
+      return values
+    answers = self.released.get(column)
+    if answers is None:
+      answers = query.start(values.shape[1:])
+    return query.encode(values, answers)
 
   def _padded(
     self, sequences: np.ndarray, length: int, role: str, column: str

@@ -10,6 +10,7 @@ import numpy as np
 
 from dpdist import _validation
 from dpdist import errors
+from dpdist.data import queries
 
 # A column, or several that are joined to one vector.
 Columns = str | Sequence[str]
@@ -18,9 +19,10 @@ Columns = str | Sequence[str]
 class Options(TypedDict, total=False):
   """Options of every `dpdist.data.from_*`; all but the split can be left out.
 
-  Nothing here is computed from examples: a list of classes, a mean or a
-  vocabulary that was read off the training data would give it away, with no
-  noise and no charge. What is declared has to be public, or paid for elsewhere.
+  Nothing here is computed from examples, except `private_statistics`, which
+  have noise and are charged: a list of classes, a mean or a vocabulary that was
+  read off the training data would give it away, with no noise and no charge.
+  What is declared has to be public, or paid for elsewhere.
 
   Attributes:
     inputs: the column of the example's array "inputs". Several columns are
@@ -53,6 +55,12 @@ class Options(TypedDict, total=False):
     public_statistics: by column, (mean, standard deviation), numbers or arrays
       that fit an example: the column is centred and scaled with them. They have
       to be known from elsewhere than the training data.
+    private_statistics: by column, `dpdist.data.Standardized(low, high)`,
+      `dpdist.data.Quantiles(low, high)` or `dpdist.data.Counts()`. They are
+      computed from the training data, with noise that
+      `privacy.statistics_noise_multiplier` sets and the run's epsilon covers.
+      Until a run releases them, their bounds scale the columns.
+      `dpdist.train` alone does that.
     scale_uint8: columns of uint8 become float32 in [0, 1], divided by 255.
       Images that are decoded always do.
     image_size: (height, width) to which images are resized.
@@ -80,6 +88,7 @@ class Options(TypedDict, total=False):
   categories: Mapping[str, Sequence[Any]]
   missing: float | None
   public_statistics: Mapping[str, tuple[Any, Any]]
+  private_statistics: Mapping[str, queries.Query]
   scale_uint8: bool
   image_size: tuple[int, int] | None
   image_mode: str
@@ -141,6 +150,7 @@ def check(options: Options, test: object) -> None:
     )
   _check_lists(given)
   _check_statistics(given.get("public_statistics") or {})
+  _check_queries(given)
   _check_functions(given)
 
 
@@ -192,6 +202,20 @@ def _check_statistics(statistics: Mapping[str, Any]) -> None:
       )
 
 
+def _check_queries(given: Mapping[str, Any]) -> None:
+  for column, query in (given.get("private_statistics") or {}).items():
+    name = f"private_statistics[{column!r}]"
+    if not isinstance(query, queries.KINDS):
+      raise errors.ArgumentError(
+        f"{name} must be a dpdist.data.Standardized, Quantiles or Counts, got"
+        f" {query!r}"
+      )
+    if column in (given.get("public_statistics") or {}):
+      raise errors.ArgumentError(
+        f"{name} must not be given where public_statistics[{column!r}] is"
+      )
+
+
 def _check_functions(given: Mapping[str, Any]) -> None:
   functions = {"map": given.get("map")}
   for column, function in (given.get("tokenizers") or {}).items():
@@ -238,7 +262,8 @@ def roles(
       _check_columns(option, str(column), available)
   used = flat(found)
   given: Mapping[str, Any] = options
-  by_column = ["categories", "public_statistics", "tokenizers"]
+  by_column = ["categories", "public_statistics", "private_statistics"]
+  by_column.append("tokenizers")
   if isinstance(given.get("sequence_length"), Mapping):
     by_column.append("sequence_length")
   for option in by_column:

@@ -1,10 +1,14 @@
 """A part of a table as a source of examples."""
 
+from collections.abc import Mapping
+import dataclasses
 import functools
 
 import numpy as np
 
+from dpdist.data import queries
 from dpdist.data import sources
+from dpdist.data import statistics as statistics_lib
 from dpdist.data.builders import encoding as encoding_lib
 from dpdist.data.builders import table as table_lib
 from dpdist.files import stamps
@@ -81,6 +85,31 @@ class TableSource:
     first = self._table.read(self._rows[:1], self._encoding.columns)
     has_images = any(isinstance(x[0], bytes) for x in first.values())
     return self._encoding.digest(has_images=has_images)
+
+  def private_statistics(self) -> statistics_lib.Statistics | None:
+    """See `dpdist.data.sources.private_statistics`."""
+    first = self._table.read(self._rows[:1], self._encoding.columns)
+    return self._encoding.statistics(first)
+
+  def measured(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+    """Returns of rows what private statistics are of; none is scaled."""
+    indices = sources.check_indices(indices, len(self))
+    columns = self._encoding.columns
+    return self._encoding.measured(
+      self._table.read(self._rows[indices], columns)
+    )
+
+  def with_statistics(
+    self, released: Mapping[str, queries.Released]
+  ) -> "TableSource":
+    """See `dpdist.data.sources.with_statistics`."""
+    return TableSource(
+      self._table,
+      dataclasses.replace(self._encoding, released=released),
+      file_stamps=self._stamps,
+      rows=self._rows,
+      digest=self._digest,
+    )
 
   def changed_files(self) -> list[str]:
     """See `dpdist.data.sources.changed_files`."""

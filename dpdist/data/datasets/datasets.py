@@ -9,6 +9,7 @@ from dpdist import errors
 from dpdist import registry
 from dpdist.assets import fetch
 from dpdist.data import dataset as dataset_lib
+from dpdist.data import sources
 from dpdist.data import users
 from dpdist.data.datasets import adult
 from dpdist.data.datasets import built_in
@@ -98,13 +99,24 @@ def load(
       f" does not tell users apart ({', '.join(_OF_USERS)} do), got {slots}"
     )
   name = config.get("features", "")
-  if not name:
-    return dataset
+  return _with_features(dataset, name, slots) if name else dataset
+
+
+def _with_features(
+  dataset: dataset_lib.Dataset, name: str, slots: int
+) -> dataset_lib.Dataset:
+  """Replaces the inputs of both parts by features."""
   if slots:
     raise errors.ArgumentError(
       f"data.features must be '' with data.examples_per_unit={slots}, got"
       f" {name!r}"
     )
+  _validation.require(
+    sources.private_statistics(dataset.train) is None,
+    "data.features",
+    "'' with private_statistics, which are released later than features",
+    name,
+  )
   return dataset.map_sources(lambda source: features.of(source, name))
 
 
