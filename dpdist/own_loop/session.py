@@ -327,7 +327,11 @@ class Session:
     self._progress.enter(done, "saving")
     with self._alone():
       self._releases.check_data()
-      self._life.present.save(states.pack(state), done * len(self._names))
+      self._life.present.save(
+        states.pack(state),
+        done * len(self._names),
+        {"arrays": states.names(state), "loop_steps": done},
+      )
       self._state, self._saved_at = state, done
     if is_last:
       # Here too: an error after it would leave a whole run without a result.
