@@ -19,12 +19,14 @@ import optax
 from dpdist import clipping
 from dpdist import errors
 from dpdist.data import pipeline
+from dpdist.data import users
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.mechanism import mechanism as mechanism_lib
 from dpdist.noise import noise
 from dpdist.privacy import plan as plan_lib
 from dpdist.privacy import rounding as rounding_lib
 from dpdist.sensitivity import sentinel as sentinel_lib
+from dpdist.tasks import per_unit
 from dpdist.training import abstract_step
 from dpdist.training import setup
 from dpdist.training import step as step_lib
@@ -53,22 +55,27 @@ class Program:
     method: str,
     microbatch_size: int | None,
     is_watched: bool,
+    is_of_units: bool = False,
   ):
     """Binds a loss to a plan, and runs it on zeros.
 
     So what fails for shapes or memory fails before a step begins. `row` has the
-    shapes of an example; the whole mesh computes chunk_size of them at once.
-    With is_watched the sentinel watches steps.
+    shapes of an example, or with is_of_units of what `dpdist.data.users` reads
+    of several that are clipped as one; the whole mesh computes chunk_size of
+    them at once. With is_watched the sentinel watches steps.
     """
     self._mesh, self._row, self._chunk_size = mesh, dict(row), chunk_size
     self._has_schedule = len(plan.phases) > 1
     self._is_frozen = (
       None if given is None else lambda path: path.split("/")[0] == _GIVEN
     )
+    of_row = _of_tree(loss)
+    if is_of_units:
+      of_row = per_unit.mean_over_unit(of_row, empty_slot=users.SLOT_IS_EMPTY)
     self._step = step_lib.Step(
       mechanism_lib.make(
         plan,
-        _of_tree(loss),
+        of_row,
         method=method,
         microbatch_size=microbatch_size,
         frozen=self._is_frozen,

@@ -45,6 +45,7 @@ def run(tmp_path_factory):
   with dpdist.Session(
     workdir,
     config,
+    # One of them is charged and not used.
     loss={"one": _loss, "other": _loss},
     dataset={"x": x},
     **{"checkpoint_every": 2, "sentinel_every": 0},
