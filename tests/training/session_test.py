@@ -304,6 +304,53 @@ def test_losses_draw_and_are_charged_by_themselves(tmp_path):
   assert not _problems(tmp_path)
 
 
+def _of_three(workdir, num_steps, **changes: Any) -> dpdist.Session:
+  return dpdist.Session(
+    workdir,
+    _config(num_steps=num_steps),
+    loss=dict.fromkeys("abc", _loss),
+    dataset=_data(),
+    **{"checkpoint_every": 1, "sentinel_every": 0} | changes,
+  )
+
+
+@pytest.mark.parametrize(
+  "num_steps", [6, pytest.param(9, marks=pytest.mark.slow)]
+)
+def test_a_branch_in_the_middle_of_a_step_is_paid_to_the_steps_end(
+  tmp_path, num_steps
+):
+  """As of a critic and an actor; or else nothing of the branch is released."""
+  params = {"w": jnp.ones(2)}
+  # Two steps of the plan are spent on a branch of other settings.
+  with _of_three(tmp_path, num_steps, chunk_size=8) as session:
+    next(iter(session)).indices_for("b")
+  with _of_three(tmp_path, num_steps) as session:
+    step = next(iter(session))
+    first = step.gradients(params, "b")["w"]
+    step.indices_for("c")
+  with _ledger(tmp_path) as ledger:
+    assert ledger.spent_steps == 5
+  lines = (tmp_path / "releases.jsonl").read_text()
+  with _of_three(tmp_path, num_steps) as session:
+    step = next(iter(session))
+    other = {"w": jnp.zeros(2)}
+    if num_steps == 6:  # One is left, and two are needed.
+      with pytest.raises(errors.RefusedError, match="is spent, got 3"):
+        step.gradients(other, "b")
+    else:
+      assert not np.array_equal(step.gradients(other, "b")["w"], first)
+      with _ledger(tmp_path) as ledger:
+        assert ledger.branches[-1].start_step == 1
+        assert ledger.branches[-1].stop_step >= 3
+      step.indices_for("c")
+  with _ledger(tmp_path) as ledger:
+    assert ledger.spent_steps == (5 if num_steps == 6 else 7)
+  if num_steps == 6:
+    assert (tmp_path / "releases.jsonl").read_text() == lines
+  assert not _problems(tmp_path)
+
+
 def test_metrics_are_released_ones_alone(tmp_path):
   with _session(tmp_path) as session:
     next(iter(session))
