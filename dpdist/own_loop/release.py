@@ -5,7 +5,6 @@ adds the noisy mean to zeros, which are made anew for each release.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-import dataclasses
 import functools
 import hmac
 from typing import Any
@@ -99,23 +98,13 @@ class Program:
     )
     # The digest of what is computed: of the programs, with their constants.
     self.sha256 = abstract_step.lowered_sha256(lowered.items())
-    # These very programs run. JAX traces a function again when its caches are
-    # cleared or an option changes, and may find other code then.
-    self._compiled = {name: x.compile() for name, x in lowered.items()}
-    self._bound = dataclasses.replace(self._step)
-    vars(self._bound)["accumulate"] = self._accumulate
-    vars(self._bound)["apply"] = self._compiled["update"]
+    self._bound = abstract_step.bound(self._step, lowered)
     total = self._step.zeros(trained)
     for chunk in self._on_mesh([zeros, zeros]):
-      total = self._accumulate(
+      total = self._bound.accumulate(
         *(trained, total, *chunk[1:], key, chunk[0], *_if_any(frozen))
       )
     jax.block_until_ready(self._applied(trained, total, key, 0, 0))
-
-  def _accumulate(self, *arguments: Any) -> Any:
-    # A watched chunk has frozen parameters, or None, and a direction as well.
-    name = "chunk" if len(arguments) < 8 else "watched chunk"
-    return self._compiled[name](*arguments)
 
   @property
   def local_rows(self) -> np.ndarray:
@@ -137,7 +126,7 @@ class Program:
     """
     trained, frozen = self._parts(params, given)
     step_sentinel.check_step(
-      self._step,
+      self._bound,
       trained,
       frozen,
       row=self._row,
