@@ -1,5 +1,6 @@
 """A loop of one's own on the life of a run, its keys and its charges."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -613,10 +614,20 @@ def test_steps_whose_record_is_gone_are_charged_again(tmp_path):
   assert not _problems(tmp_path)
 
 
+@contextlib.contextmanager
+def _lines(workdir, *, is_new=False):
+  with _ledger(workdir) as ledger:
+    ledger.acquire()
+    with commitments.Commitments(
+      workdir, b"s" * 32, ledger, is_new=is_new
+    ) as found:
+      yield found
+
+
 @pytest.mark.parametrize("damage", ["removed", "cut", "altered", "head"])
 def test_lines_that_were_altered_or_removed_are_found(tmp_path, damage):
   line = commitments.Line("branch", 0, "start", "inputs")
-  with commitments.Commitments(tmp_path, b"s" * 32, is_new=True) as one:
+  with _lines(tmp_path, is_new=True) as one:
     assert one.commit(line)
     assert one.commit(line._replace(release=1))
   path = tmp_path / "releases.jsonl"
@@ -629,22 +640,50 @@ def test_lines_that_were_altered_or_removed_are_found(tmp_path, damage):
     (tmp_path / "releases.head").unlink()
   else:
     path.write_text(first + second.replace("1, ", "2, ", 1))
-  with pytest.raises(errors.LedgerError):
-    commitments.Commitments(tmp_path, b"s" * 32, is_new=False)
+  with pytest.raises(errors.LedgerError), _lines(tmp_path):
+    pass
+
+
+def test_lines_that_were_cut_off_with_their_head_set_back_are_found(tmp_path):
+  path, head = tmp_path / "releases.jsonl", tmp_path / "releases.head"
+  session = _session(tmp_path)
+  session.__enter__()
+  session._life.charge(2)
+  assert session._life.commit(0, "digest of the first")
+  size, said = path.stat().st_size, head.read_text()
+  assert session._life.commit(1, "digest of the second")
+  made = [_keys(session, number) for number in range(2)]
+  _die(session)
+  for is_cut in (False, True):
+    if is_cut:  # In place, so that the file is the same one.
+      with open(path, "r+b") as file:
+        file.truncate(size)
+      head.write_text(said)
+    session = _session(tmp_path)
+    session.__enter__()
+    again = [_keys(session, number) for number in range(2)]
+    session._life.charge(2)
+    told = session._life.notices
+    spent = session._life.ledger.spent_steps
+    _die(session)
+    assert (again == made) != is_cut
+    assert bool(told) == is_cut
+    # Three are charged ahead.
+    assert spent == (6 if is_cut else 3)
 
 
 def test_a_line_that_was_written_in_part_made_no_step(tmp_path):
   line = commitments.Line("branch", 0, "start", "inputs")
-  with commitments.Commitments(tmp_path, b"s" * 32, is_new=True) as one:
+  with _lines(tmp_path, is_new=True) as one:
     assert one.commit(line)
   with open(tmp_path / "releases.jsonl", "a") as file:
     file.write('["branch", 1, "st')
-  with commitments.Commitments(tmp_path, b"s" * 32, is_new=False) as one:
+  with _lines(tmp_path) as one:
     assert one.find("branch") == {0: "start"}
     assert one.commit(line)
     assert not one.commit(line._replace(inputs="others"))
     assert one.commit(line._replace(release=1))
-  with commitments.Commitments(tmp_path, b"s" * 32, is_new=False) as one:
+  with _lines(tmp_path) as one:
     assert one.find("branch") == {0: "start", 1: "start"}
 
 
