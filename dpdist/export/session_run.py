@@ -16,6 +16,7 @@ from dpdist import errors
 from dpdist.export import export
 from dpdist.export import load_run
 from dpdist.export import model_card
+from dpdist.files import places
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.reporting import metrics
@@ -47,7 +48,7 @@ class Saved(NamedTuple):
 
 def is_in(workdir: str | os.PathLike[str]) -> bool:
   """Returns whether a directory has the run of a session."""
-  return (pathlib.Path(workdir) / _MARK).exists()
+  return (places.directory(workdir) / _MARK).exists()
 
 
 def load(
@@ -67,7 +68,7 @@ def load(
     UnsoundError: the record is not sound.
     ValueError: there is no such checkpoint, or an earlier release saved it.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = places.directory(workdir)
   load_run.check_sound(workdir, ledger)
   folder = workdir / "checkpoints"
 

@@ -93,6 +93,11 @@ class Ledger(history.History):
     return self._log.head
 
   @property
+  def name(self) -> str:
+    """Returns the SHA-256 of the first record, hex, which names the run."""
+    return self._log.heads[1]
+
+  @property
   def note(self) -> str:
     """Returns what a writer last noted; "" for nothing."""
     return self._log.note
