@@ -19,7 +19,7 @@ Guarantees:
     been written since. So are lines that were cut off in place, even if the
     file with the last line's digest was set back to fit: what keeps the
     ledger's head has it too. The branch is given up then, and its steps are
-    charged again.
+    charged again. Who can set back the ledger's head as well is not found.
 """
 
 from collections.abc import Iterator
