@@ -7,6 +7,9 @@ Spends nothing: reads the ledger, which must be sound, and computes nothing from
 an example that was trained on. The settings are those in the run directory;
 --config with --config.a.b gives others, such as the data's new path.
 
+Of a loop of one's own (dpdist.Session) nothing here knows the model: this
+prints what the loop logged at that step.
+
 Exit codes: 0 done; 1 the record is not sound; 2 wrong usage.
 """
 
@@ -30,9 +33,14 @@ def main() -> int:
   """Returns an exit code."""
   # Imported here: flags are parsed before jax is imported.
   from dpdist.export import load_run
-  from dpdist.reporting import console
+  from dpdist.export import session_run
 
   try:
+    if session_run.is_in(_WORKDIR.value):
+      runs.refuse_of_a_loop("config", _CONFIG.value)
+      ledger = runs.open_begun(_WORKDIR.value, _LEDGER.value)
+      saved = session_run.load(_WORKDIR.value, ledger, step=_STEP.value)
+      return _show(session_run.evaluate(saved))
     released = load_run.load(
       _WORKDIR.value,
       runs.open_begun(_WORKDIR.value, _LEDGER.value),
@@ -42,7 +50,12 @@ def main() -> int:
     )
   except ValueError as error:
     return flag_parsing.usage_error(error)
-  facts = load_run.evaluate(released)
+  return _show(load_run.evaluate(released))
+
+
+def _show(facts: dict[str, Any]) -> int:
+  from dpdist.reporting import console
+
   if _JSON.value:
     print(json_fields.text(facts))
   else:
@@ -55,7 +68,9 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
 
   rows = [
     ("checkpoint", f"after step {facts['step']:,}"),
-    ("examples", f"{facts['num_test']:,}, not trained on"),
+    ("examples", f"{facts['num_test']:,}, not trained on")
+    if "num_test" in facts
+    else ("metrics", "as the loop logged them" if facts["test"] else "none"),
   ]
   for group, what in (("test", ""), ("test_ema", ", average")):
     for name, value in facts.get(group, {}).items():

@@ -4,7 +4,7 @@ The mechanism draws units, and a unit is one row of a chunk. Its examples are
 read into a fixed number of slots. If a unit has more examples than slots, some
 are chosen anew at each step, so that all are used over time; if it has fewer,
 the remaining slots stay empty. The loss of a unit is the mean over its slots
-that are not empty (see `dpdist.tasks.classification.mean_over_unit`), and its
+that are not empty (see `dpdist.tasks.per_unit.mean_over_unit`), and its
 gradient is clipped as one.
 
 How many examples a unit has, and which of them are chosen, costs no privacy:

@@ -7,6 +7,7 @@ if inputs are made with private statistics of the training data. Nothing is
 computed from a protected example, and no budget is spent.
 """
 
+from collections.abc import Callable, Mapping
 import json
 import os
 import pathlib
@@ -59,46 +60,71 @@ def write(
   Raises:
     ValueError: output is not empty, or the run keeps no average.
   """
-  state, output = released.state, pathlib.Path(output)
-  if output.exists() and (not output.is_dir() or any(output.iterdir())):
-    raise errors.ArgumentError(
-      f"output must be a new or empty directory, got {str(output)!r}",
-      hint=errors.Hint(flags=("--output=ANOTHER",)),
-    )
+  state = released.state
   if use_ema and state.ema_params is None:
     raise ValueError(
       "ema must be False for a run that keeps no average (ema_decay=0), got"
       " True"
     )
   params = state.ema_params if use_ema else state.params
-  flat = {
-    name: np.ascontiguousarray(mesh_lib.whole(leaf))
-    for name, leaf in by_name(params).items()
-  }
-  facts = scores | {
-    "params_sha256": fingerprint.params_sha256(params),
-    "num_parameters": sum(array.size for array in flat.values()),
-    "uses_ema": use_ema,
-    "output": str(output),
-  }
-  output.mkdir(parents=True, exist_ok=True)
   # Without the path of the weights: all parameters are here, and a path is
   # private.
   model = released.config.model.to_dict() | {"weights": ""}
-  (output / _CONFIG).write_text(json.dumps({"model": model}, indent=2) + "\n")
-  (output / _CARD).write_text(model_card.text(released, facts, name))
-  if released.statistics is not None:
-    text = json_fields.text(released.statistics) + "\n"
+  return write_folder(
+    pathlib.Path(output),
+    {name: mesh_lib.whole(leaf) for name, leaf in by_name(params).items()},
+    model,
+    scores
+    | {
+      "params_sha256": fingerprint.params_sha256(params),
+      "uses_ema": use_ema,
+    },
+    lambda facts: model_card.text(released, facts, name),
+    released.statistics,
+  )
+
+
+def write_folder(
+  output: pathlib.Path,
+  arrays: Mapping[str, np.ndarray],
+  model: Mapping[str, Any],
+  facts: Mapping[str, Any],
+  card: Callable[[dict[str, Any]], str],
+  statistics: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+  """Writes an export folder of arrays by name, and the settings of the model.
+
+  `card` makes the model's card of the facts, with those that are added here.
+  Returns them. The private statistics are those that inputs are made with.
+  """
+  if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    raise errors.ArgumentError(
+      f"output must be a new or empty directory, got {str(output)!r}",
+      hint=errors.Hint(flags=("--output=ANOTHER",)),
+    )
+  told = {
+    **facts,
+    "num_parameters": sum(x.size for x in arrays.values()),
+    "output": str(output),
+  }
+  output.mkdir(parents=True, exist_ok=True)
+  settings = json.dumps({"model": dict(model)}, indent=2)
+  (output / _CONFIG).write_text(settings + "\n")
+  (output / _CARD).write_text(card(told))
+  if statistics is not None:
+    text = json_fields.text(statistics) + "\n"
     (output / _STATISTICS).write_text(text)
   # Written last, and renamed, so that parameters never exist without their
   # card.
   temporary = output / (_PARAMS + ".tmp")
-  safetensors.save_file(flat, temporary, metadata=_metadata(facts))
+  # safetensors writes the memory of an array, whatever its strides are.
+  flat = {name: np.require(x, requirements="C") for name, x in arrays.items()}
+  safetensors.save_file(flat, temporary, metadata=_metadata(told))
   # safetensors makes files that only their owner can read; give this one the
   # mode of the other files.
   temporary.chmod((output / _CARD).stat().st_mode & 0o777)
   os.replace(temporary, output / _PARAMS)
-  return facts
+  return told
 
 
 def by_name(params: PyTree) -> dict[str, Any]:

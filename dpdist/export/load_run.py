@@ -5,6 +5,7 @@ computed from a protected example. A run whose record is not sound is refused,
 since nothing could be said of the privacy of its parameters.
 """
 
+from collections.abc import Callable
 import json
 import os
 import pathlib
@@ -88,7 +89,7 @@ def load(
   """
   workdir = places.directory(workdir)
   check_sound(workdir, ledger)
-  saved = _find(workdir, ledger, step)
+  saved = find(workdir, ledger, step)
   config = config_lib.load(workdir) if config is None else config
   _check_settings(config, ledger)
   _check_parts(parts.settings(config), workdir)
@@ -115,9 +116,6 @@ def load(
     params=step_lib.whole(restored.params, frozen),
     ema_params=None if ema is None else step_lib.whole(ema, frozen),
   )
-  result, environment = workdir / "result.json", {}
-  if result.exists():
-    environment = json.loads(result.read_text())["environment"]
   return Released(
     experiment.config,
     ledger,
@@ -126,7 +124,7 @@ def load(
     experiment.mesh,
     restored,
     test,
-    environment,
+    environment(workdir),
     released,
   )
 
@@ -172,8 +170,12 @@ def evaluate(released: Released) -> dict[str, Any]:
     problem = group in facts and held_out.problem(task, facts[group], test)
     if problem:
       facts.setdefault("held_out_problems", {})[group] = problem
-  return facts | {
-    "num_test": len(next(iter(test.values()))),
+  return facts | {"num_test": len(next(iter(test.values())))} | spent(ledger)
+
+
+def spent(ledger: ledger_lib.Ledger) -> dict[str, Any]:
+  """Returns what a run has spent; see `evaluate`."""
+  return {
     "epsilon": composition.guaranteed(ledger.bounds),
     "epsilon_spent": composition.epsilon(ledger.spent),
     "delta": ledger.plan.delta,
@@ -181,10 +183,24 @@ def evaluate(released: Released) -> dict[str, Any]:
   }
 
 
-def _find(
-  workdir: pathlib.Path, ledger: ledger_lib.Ledger, step: int | None
+def environment(workdir: pathlib.Path) -> dict[str, Any]:
+  """Returns what a run ended with; empty if it has not ended."""
+  result = workdir / "result.json"
+  if not result.exists():
+    return {}
+  return dict(json.loads(result.read_text())["environment"])
+
+
+def find(
+  workdir: pathlib.Path,
+  ledger: ledger_lib.Ledger,
+  step: int | None,
+  step_of: Callable[[history.CheckpointRef], int] = lambda saved: saved.step,
 ) -> history.CheckpointRef:
-  """Returns the newest whole checkpoint of a step."""
+  """Returns the newest whole checkpoint of a step, or of any.
+
+  `step_of` says what step a checkpoint is of, as users count.
+  """
   folder = workdir / "checkpoints"
   there = [
     saved
@@ -196,9 +212,9 @@ def _find(
       f"workdir must hold a checkpoint, got {str(workdir)!r}, whose run has"
       " saved none yet: go on with it"
     )
-  wanted = [saved for saved in there if step in (None, saved.step)]
+  wanted = [x for x in there if step is None or step == step_of(x)]
   if not wanted:
-    steps = sorted({saved.step for saved in there})
+    steps = sorted({*map(step_of, there)})
     raise errors.ArgumentError(
       f"step must be that of a checkpoint, one of {steps}, got {step}",
       hint=errors.Hint(flags=("--step=STEP",)),

@@ -3,12 +3,14 @@
 The card is Markdown with YAML in front, the form that model hubs read.
 """
 
+from collections.abc import Mapping
 import json
 from typing import Any
 
 import yaml
 
 from dpdist.export import load_run
+from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import composition
 from dpdist.privacy import statement
 from dpdist.tasks import parts as parts_lib
@@ -36,28 +38,88 @@ def text(released: load_run.Released, facts: dict[str, Any], name: str) -> str:
     f" {_named('model', released.config.model.name)}, trained on"
     f" {_named('data set', released.config.data.name)}.\n",
     "## Privacy\n",
-    _privacy(released, facts),
+    _privacy(released.ledger, facts),
     "## Plan\n",
-    _table(_plan_rows(released)),
+    _table([*_plan_rows(released.ledger), *_optimizer_rows(released)]),
     "## Held-out results\n",
     f"On {facts['num_test']:,} examples that were not trained on, and that the"
     " guarantee does not cover.\n",
     _warning(facts),
     _table(_result_rows(facts)),
-    "## Provenance\n",
-    _table(
-      [
-        ("SHA-256 of the parameters", f"`{facts['params_sha256']}`"),
-        # Not the data's digest: an attacker who knows all examples but one
-        # could test guesses.
-        ("head of the ledger", f"`{released.ledger.head}`"),
-        *_environment(released),
-      ]
-    ),
+    *_provenance(released.ledger, released.environment, facts),
     "## Use\n",
     _USE if released.config.model.name != parts_lib.GIVEN else _USE_OF_GIVEN,
   ]
   return "\n".join(parts)
+
+
+def of_state(
+  ledger: ledger_lib.Ledger,
+  environment: Mapping[str, Any],
+  facts: Mapping[str, Any],
+  name: str,
+) -> str:
+  """Returns the card of what a loop of one's own saved.
+
+  Args:
+    ledger: of the run, which is sound.
+    environment: what the run ended with; empty if it has not ended.
+    facts: from `dpdist.export.session_run.evaluate`, with "params_sha256" and
+      "num_parameters".
+    name: of the model.
+  """
+  scores = facts["test"]
+  front = yaml.safe_dump(
+    {
+      "library_name": "dpdist",
+      "tags": _tags(facts),
+      "metrics": list(scores),
+    },
+    sort_keys=False,
+  )
+  told = "The loop told of no held-out metrics at this step.\n"
+  if scores:
+    rows = [(metric, f"{value:.4f}") for metric, value in scores.items()]
+    told = "As the loop told of them; nothing was computed anew.\n\n"
+    told += _table(rows)
+  parts = [
+    f"---\n{front}---\n",
+    f"# {name}\n",
+    f"What a loop of the author's own (`dpdist.Session`) saved after step"
+    f" {facts['step']:,}: {facts['num_parameters']:,} numbers.\n",
+    "## Privacy\n",
+    _privacy(ledger, facts),
+    "## Plan\n",
+    _table(_plan_rows(ledger)),
+    "## Held-out results\n",
+    told,
+    *_provenance(ledger, environment, facts),
+    "## Use\n",
+    _USE_OF_GIVEN,
+  ]
+  return "\n".join(parts)
+
+
+def _provenance(
+  ledger: ledger_lib.Ledger,
+  environment: Mapping[str, Any],
+  facts: Mapping[str, Any],
+) -> list[str]:
+  rows = [
+    ("SHA-256 of the parameters", f"`{facts['params_sha256']}`"),
+    # Not the data's digest: an attacker who knows all examples but one could
+    # test guesses.
+    ("head of the ledger", f"`{ledger.head}`"),
+    *_environment(environment),
+  ]
+  return ["## Provenance\n", _table(rows)]
+
+
+def _tags(facts: Mapping[str, Any]) -> list[str]:
+  tags = ["jax", "flax", "safetensors", "dp-sgd"]
+  if facts["guarantee"] == "holds":
+    tags.append("differential-privacy")
+  return tags
 
 
 def _named(kind: str, name: str) -> str:
@@ -92,9 +154,6 @@ def _front(
   data = released.config.data.name
   if data == parts_lib.GIVEN:
     data = "unnamed"
-  tags = ["jax", "flax", "safetensors", "dp-sgd"]
-  if facts["guarantee"] == "holds":
-    tags.append("differential-privacy")
   scores = facts["test_ema" if facts["uses_ema"] else "test"]
   inputs, task = released.test.get("inputs"), "other"
   if inputs is not None and not is_given:
@@ -103,7 +162,7 @@ def _front(
       task = "tabular-classification"
   return {
     "library_name": "dpdist",
-    "tags": tags,
+    "tags": _tags(facts),
     "datasets": [data] * (data != "unnamed"),
     "metrics": list(scores),
     "model-index": [
@@ -124,8 +183,7 @@ def _front(
   }
 
 
-def _privacy(released: load_run.Released, facts: dict[str, Any]) -> str:
-  ledger = released.ledger
+def _privacy(ledger: ledger_lib.Ledger, facts: Mapping[str, Any]) -> str:
   if facts["guarantee"] != "holds":
     why = facts["guarantee"].removeprefix("void:").strip()
     return (
@@ -148,8 +206,8 @@ def _privacy(released: load_run.Released, facts: dict[str, Any]) -> str:
   return "\n".join(lines)
 
 
-def _plan_rows(released: load_run.Released) -> list[tuple[str, str]]:
-  plan = released.ledger.plan
+def _plan_rows(ledger: ledger_lib.Ledger) -> list[tuple[str, str]]:
+  plan = ledger.plan
   return [
     (f"{plan.unit}s", f"{plan.num_examples:,}"),
     ("expected batch size", f"{plan.expected_batch_size:,g}"),
@@ -161,7 +219,12 @@ def _plan_rows(released: load_run.Released) -> list[tuple[str, str]]:
     ("l2 clip norm", f"{plan.l2_clip_norm:g}"),
     ("noise multiplier", f"{plan.noise_multiplier:g}"),
     ("neighboring relation", plan.neighboring_relation),
-    ("accountant", composition.accountant_of(released.ledger.spent)),
+    ("accountant", composition.accountant_of(ledger.spent)),
+  ]
+
+
+def _optimizer_rows(released: load_run.Released) -> list[tuple[str, str]]:
+  return [
     ("optimizer", released.config.optimizer.name),
     ("learning rate", f"{released.config.optimizer.learning_rate:g}"),
   ]
@@ -192,9 +255,8 @@ def _warning(facts: dict[str, Any]) -> str:
   )
 
 
-def _environment(released: load_run.Released) -> list[tuple[str, str]]:
+def _environment(environment: Mapping[str, Any]) -> list[tuple[str, str]]:
   """Returns what the model was trained with, as far as it may be released."""
-  environment = released.environment
   if not environment:
     return []
   packages = ", ".join(

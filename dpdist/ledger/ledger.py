@@ -100,6 +100,19 @@ class Ledger(history.History):
     """Returns the SHA-256 of the first record, hex, which names the run."""
     return self._log.heads[1]
 
+  @property
+  def note(self) -> str:
+    """Returns what a writer last noted; "" for nothing."""
+    return self._log.note
+
+  def put_note(self, text: str) -> None:
+    """Notes a text, durably, in the place of the one before.
+
+    It is no record, and is kept where the ledger's head is. Raises LedgerError
+    if this process is not the writer.
+    """
+    self._log.put_note(text)
+
   def has_been_at(self, head: str) -> bool:
     """Returns whether a head is the ledger's, now or at an earlier record."""
     return head in self._log.heads

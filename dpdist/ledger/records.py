@@ -8,7 +8,8 @@ before it.
 
 One value changes, the head. It says how far the log has come at least, and
 which process writes it. It is written after each record and also, as a
-heartbeat, every few seconds.
+heartbeat, every few seconds. It keeps a note of the writer's, which is replaced
+at once and leaves no record (`put_note`).
 
 A log has one writer for a long time (`acquire`, then `append`), or many, each
 for one record (`propose`).
@@ -94,12 +95,32 @@ class Log:
     self.records: list[dict[str, Any]] = []
     # heads[n] is the SHA-256, hex, of the record before record n.
     self.heads = [FIRST]
+    self._note = ""
     self._read()
 
   @property
   def head(self) -> str:
     """Returns the SHA-256 of the last record, hex."""
     return self.heads[-1]
+
+  @property
+  def note(self) -> str:
+    """Returns what a writer last noted; "" for nothing."""
+    return self._note
+
+  def put_note(self, text: str) -> None:
+    """Notes a text in the head, durably, in the place of the one before.
+
+    Raises LedgerError if this process is not the writer, or no longer, or if
+    the store failed, and it may have been noted or not.
+    """
+    if not self._token:
+      raise errors.LedgerError(
+        "this process must acquire the ledger before it writes there"
+      )
+    with self._lock:
+      self._note = text
+      self._write_head()
 
   def acquire(self) -> None:
     """Makes this process the writer.
@@ -303,7 +324,12 @@ class Log:
 
   def _read_head(self) -> dict[str, Any] | None:
     found = self._result(self._store.read(_HEAD))
-    return None if found.state == "missing" else _head_of(found)
+    if found.state == "missing":
+      return None
+    head = _head_of(found)
+    if not self._token:  # Else it is this writer's.
+      self._note = str(head.get("note", ""))
+    return head
 
   def _write_head(
     self, *, is_open: bool = True, if_missing: bool = False
@@ -333,6 +359,7 @@ class Log:
       "writer": self._token,
       "beat": self._beats,
       **liveness.process_id(),
+      **({"note": self._note} if self._note else {}),
     }
     self._result(
       self._store.write(

@@ -16,9 +16,10 @@ Guarantees:
     and nobody without the secret can write a line.
   * Lines that were altered or removed are found, and so is a file that was
     copied or restored from a backup, since it has another inode: lines may have
-    been written since. The branch is given up then, and its steps are charged
-    again. Not found are lines that are cut off in place, if the file with the
-    last line's digest is set back as well.
+    been written since. So are lines that were cut off in place, even if the
+    file with the last line's digest was set back to fit: what keeps the
+    ledger's head has it too. The branch is given up then, and its steps are
+    charged again. Who can set back the ledger's head as well is not found.
 """
 
 from collections.abc import Iterator
@@ -33,6 +34,7 @@ from typing import NamedTuple, Self
 from dpdist import errors
 from dpdist.files import atomic
 from dpdist.keys import keys
+from dpdist.ledger import ledger as ledger_lib
 
 _FILE = "releases.jsonl"
 _HEAD = "releases.head"
@@ -53,11 +55,20 @@ class Commitments:
   Only one process of a job has it.
   """
 
-  def __init__(self, workdir: pathlib.Path, secret: bytes, *, is_new: bool):
+  def __init__(
+    self,
+    workdir: pathlib.Path,
+    secret: bytes,
+    ledger: ledger_lib.Ledger,
+    *,
+    is_new: bool,
+  ):
     """Reads the lines; `is_new` says that no step was charged so far.
 
+    This process writes the ledger, and nothing else notes anything there.
     Raises LedgerError if lines are missing or were altered.
     """
+    self._ledger = ledger
     self._key = keys.derive(secret, "commitments")
     self._head = workdir / _HEAD
     path = workdir / _FILE
@@ -73,7 +84,11 @@ class Commitments:
         if is_new and not self._lines:
           self._write_head()
         # It may be behind, and is never ahead.
-        elif not self._head.exists() or not self._is_of(self._head.read_text()):
+        elif (
+          not self._head.exists()
+          or not self._is_of(self._head.read_text())
+          or self._ledger.note not in self._macs
+        ):
           raise errors.LedgerError(f"{path} was copied, or lines removed")
     except BaseException:
       self.close()
@@ -153,6 +168,8 @@ class Commitments:
     self._write_head()
 
   def _write_head(self) -> None:
+    # Before the release is made, or its line could be taken away unnoticed.
+    self._ledger.put_note(self._last)
     # It need not be durable: what it says may be behind.
     atomic.write(self._head, f"{self._last} {self._inode}".encode())
 

@@ -151,6 +151,7 @@ class Life:
         opened = commitments_lib.Commitments(
           self._workdir,
           self._begun.secret,
+          ledger,
           is_new=is_new or branch.stop_step == branch.start_step,
         )
       except errors.LedgerError as problem:
@@ -159,7 +160,7 @@ class Life:
         branch = on_branch(fingerprint=secrets.token_hex(32))
         commitments_lib.set_aside(self._workdir)
         opened = commitments_lib.Commitments(
-          self._workdir, self._begun.secret, is_new=True
+          self._workdir, self._begun.secret, ledger, is_new=True
         )
       self._commitments = self._stack.enter_context(opened)
       if rejected and ledger.last_step == 0:

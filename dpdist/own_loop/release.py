@@ -5,7 +5,6 @@ adds the noisy mean to zeros, which are made anew for each release.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-import dataclasses
 import functools
 import hmac
 from typing import Any
@@ -19,12 +18,14 @@ import optax
 from dpdist import clipping
 from dpdist import errors
 from dpdist.data import pipeline
+from dpdist.data import users
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.mechanism import mechanism as mechanism_lib
 from dpdist.noise import noise
 from dpdist.privacy import plan as plan_lib
 from dpdist.privacy import rounding as rounding_lib
 from dpdist.sensitivity import sentinel as sentinel_lib
+from dpdist.tasks import per_unit
 from dpdist.training import abstract_step
 from dpdist.training import setup
 from dpdist.training import step as step_lib
@@ -53,22 +54,27 @@ class Program:
     method: str,
     microbatch_size: int | None,
     is_watched: bool,
+    is_of_units: bool = False,
   ):
     """Binds a loss to a plan, and runs it on zeros.
 
     So what fails for shapes or memory fails before a step begins. `row` has the
-    shapes of an example; the whole mesh computes chunk_size of them at once.
-    With is_watched the sentinel watches steps.
+    shapes of an example, or with is_of_units of what `dpdist.data.users` reads
+    of several that are clipped as one; the whole mesh computes chunk_size of
+    them at once. With is_watched the sentinel watches steps.
     """
     self._mesh, self._row, self._chunk_size = mesh, dict(row), chunk_size
     self._has_schedule = len(plan.phases) > 1
     self._is_frozen = (
       None if given is None else lambda path: path.split("/")[0] == _GIVEN
     )
+    of_row = _of_tree(loss)
+    if is_of_units:
+      of_row = per_unit.mean_over_unit(of_row, empty_slot=users.SLOT_IS_EMPTY)
     self._step = step_lib.Step(
       mechanism_lib.make(
         plan,
-        _of_tree(loss),
+        of_row,
         method=method,
         microbatch_size=microbatch_size,
         frozen=self._is_frozen,
@@ -92,23 +98,13 @@ class Program:
     )
     # The digest of what is computed: of the programs, with their constants.
     self.sha256 = abstract_step.lowered_sha256(lowered.items())
-    # These very programs run. JAX traces a function again when its caches are
-    # cleared or an option changes, and may find other code then.
-    self._compiled = {name: x.compile() for name, x in lowered.items()}
-    self._bound = dataclasses.replace(self._step)
-    vars(self._bound)["accumulate"] = self._accumulate
-    vars(self._bound)["apply"] = self._compiled["update"]
+    self._bound = abstract_step.bound(self._step, lowered)
     total = self._step.zeros(trained)
     for chunk in self._on_mesh([zeros, zeros]):
-      total = self._accumulate(
+      total = self._bound.accumulate(
         *(trained, total, *chunk[1:], key, chunk[0], *_if_any(frozen))
       )
     jax.block_until_ready(self._applied(trained, total, key, 0, 0))
-
-  def _accumulate(self, *arguments: Any) -> Any:
-    # A watched chunk has frozen parameters, or None, and a direction as well.
-    name = "chunk" if len(arguments) < 8 else "watched chunk"
-    return self._compiled[name](*arguments)
 
   @property
   def local_rows(self) -> np.ndarray:
@@ -130,7 +126,7 @@ class Program:
     """
     trained, frozen = self._parts(params, given)
     step_sentinel.check_step(
-      self._step,
+      self._bound,
       trained,
       frozen,
       row=self._row,

@@ -12,9 +12,11 @@ from dpdist import errors
 from dpdist.data import arrays as arrays_lib
 from dpdist.data import pipeline
 from dpdist.data import sources
+from dpdist.data import users
 from dpdist.distributed import collectives
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.distributed import progress as progress_lib
+from dpdist.keys import keys
 from dpdist.ledger import history
 from dpdist.own_loop import life as life_lib
 from dpdist.own_loop import release
@@ -198,6 +200,7 @@ class Releases:
           method=self._config.clipping.method,
           microbatch_size=self._config.clipping.microbatch_size or None,
           is_watched=is_watched,
+          is_of_units=isinstance(self._source, users.UserSource),
         )
       )
       collectives.assert_equal(lowered_step=program.sha256)
@@ -232,7 +235,7 @@ class Releases:
     if self._reader is None or charged < self._next:
       assert self._source is not None
       self._reader = self._steps(
-        *(self._source, self._sample, charged),
+        *(self._rows(self._source), self._sample, charged),
         self._life.present.position.last_step,
         num_threads=self._config.data.num_threads,
       )
@@ -242,9 +245,22 @@ class Releases:
         return chunks
     raise AssertionError("a step past the last was charged")
 
+  def _rows(self, source: sources.Source) -> pipeline.Rows:
+    """Returns what steps read: examples, or units with those of each step."""
+    if not isinstance(source, users.UserSource):
+      return source
+
+    def of_step(charged: int) -> sources.Source:
+      # Of the step's own keys: another process may have made it.
+      streams = self._life.streams(charged)
+      key = keys.derive(streams.secret, "unit_examples", branch=streams.branch)
+      return source.drawing(key)(charged)
+
+    return of_step
+
   def _steps(
     self,
-    source: sources.Source,
+    source: pipeline.Rows,
     sampler: Callable[[int], np.ndarray],
     start: int,
     stop: int,

@@ -66,6 +66,8 @@ class Session:
     loss: settings.Loss | Mapping[str, settings.Loss],
     dataset: Any = None,
     data_digest: str = "",
+    users: Any = None,
+    examples_per_unit: int = 0,
     metrics: Sequence[str] = metrics_lib.HELD_OUT,
     largest_integers: Mapping[str, int] | None = None,
     **options: Unpack[settings.Options],
@@ -85,6 +87,11 @@ class Session:
         `dpdist.data.from_*` returns. None: `step.indices` says which examples
         to read.
       data_digest: without a dataset, the SHA-256 of the data's content, hex.
+      users: integers or strings, the user of each example, where the budget
+        says unit="user"; num_examples then counts users. A data set may say it.
+      examples_per_unit: at most how many examples of a user are used in a step.
+        Their mean loss has one gradient, which is clipped as one. Which they
+        are is chosen anew in each step.
       metrics: the names of the held-out metrics that `log` takes.
       largest_integers: by an array's name, a public upper bound of its integers
         for the check of the sensitivity, such as the number of classes less 1.
@@ -95,14 +102,14 @@ class Session:
       ValueError: with the argument's name, its value and what would be right.
     """
     self.workdir = places.directory(workdir)
-    self._config = settings.config_of(privacy, options)
+    self._config = settings.config_of(privacy, options, examples_per_unit)
     self._losses = settings.losses_of(loss, self._config.privacy.num_steps)
     self._names = list(self._losses)
     self._source: sources.Source | None = None
     self._digest = data_digest
     self._earlier: Callable[[], list[str]] = list
     if dataset is not None:
-      source = settings.source_of(dataset, self._config.privacy.num_examples)
+      source = settings.source_of(dataset, users, self._config)
       self._source = source
       self._earlier = lambda: sources.earlier_digests(source)
     elif len(data_digest) != 64:
@@ -110,6 +117,8 @@ class Session:
         "dataset must be given, or data_digest, the SHA-256 of the data in 64"
         f" hex digits, got {data_digest!r}"
       )
+    else:
+      settings.refuse_units(users, self._config)
     self._dataset, self._largest = dataset, largest_integers or {}
     self._metrics = tuple(metrics)
     self._stack = contextlib.ExitStack()
@@ -140,10 +149,10 @@ class Session:
       )
       self._mesh = mesh_lib.make(self._config.mesh)
       if self._source is not None:
-        retried = settings.retried(self._source, self._config)
-        stack.callback(retried.close)
-        self._source = retried
-        self._digest = collectives.run_on_all(retried.content_digest)
+        source, close = settings.retried(self._source, self._config)
+        stack.callback(close)
+        self._digest = collectives.run_on_all(source.content_digest)
+        self._source = settings.in_units(source, self._config)
       self._life = life_lib.Life(
         *(self._config, self.workdir, self._mesh, self._digest),
         *(self._earlier, stack),
@@ -327,7 +336,11 @@ class Session:
     self._progress.enter(done, "saving")
     with self._alone():
       self._releases.check_data()
-      self._life.present.save(states.pack(state), done * len(self._names))
+      self._life.present.save(
+        states.pack(state),
+        done * len(self._names),
+        {"arrays": states.names(state), "loop_steps": done},
+      )
       self._state, self._saved_at = state, done
     if is_last:
       # Here too: an error after it would leave a whole run without a result.

@@ -70,9 +70,11 @@ class Options(TypedDict, total=False):
 def config_of(
   privacy: plan_lib.PrivacyConfig | plan_lib.PrivacyPlan,
   options: Options,
+  examples_per_unit: int = 0,
 ) -> ml_collections.ConfigDict:
   """Returns a run's config, with the options of a session.
 
+  Of a user examples_per_unit examples are used in a step; 0: none are users.
   Raises ValueError for a setting that is wrong, or that a loop of one's own
   would have to know of.
   """
@@ -90,7 +92,6 @@ def config_of(
       f" {privacy!r}"
     )
   for name, right in (
-    ("group_size", 1),
     ("noise", "gaussian"),
     ("clipping", "fixed"),
     ("statistics_noise_multiplier", 0),
@@ -102,6 +103,9 @@ def config_of(
       getattr(privacy, name),
     )
   config = config_lib.default()
+  config.data.examples_per_unit = _validation.check(
+    "examples_per_unit", examples_per_unit, _validation.integer(0)
+  )
   config.privacy = ml_collections.ConfigDict(
     {x.name: getattr(privacy, x.name) for x in dataclasses.fields(privacy)}
   )
@@ -146,49 +150,126 @@ def losses_of(
   return losses
 
 
-def source_of(dataset: Any, num_examples: int) -> sources.Source:
-  """Returns what holds the training examples.
+def source_of(
+  dataset: Any, owners: Any, config: ml_collections.ConfigDict
+) -> sources.Source:
+  """Returns what holds the training examples, or the users who have them.
 
-  `dataset` is a Source, a mapping of arrays, or an object with a part `train`.
-  Raises ValueError if it has not num_examples examples.
+  `dataset` is a Source, a mapping of arrays, or an object with a part `train`,
+  and may say itself whose its examples are; otherwise owners do, if users are
+  the unit. Raises ValueError if it does not fit the config.
   """
   part = getattr(dataset, "train", dataset)
   if isinstance(part, Mapping):
     part = arrays_lib.ArraySource(part)
   source: sources.Source = dataset_lib.Dataset(part, part).train
-  if isinstance(source, users.UserSource) or (
-    getattr(dataset, "train_users", None) is not None
-  ):
-    raise errors.ArgumentError(
-      "dataset must have one example for each unit of privacy in a loop of"
-      " one's own, got one with users: dpdist.train takes those, or make a row"
-      " of each user's examples"
-    )
   if sources.private_statistics(source) is not None:
     raise errors.ArgumentError(
       "dataset must have no private_statistics in a loop of one's own, since"
       " dpdist.train alone releases them: use public_statistics here"
     )
+  slots = config.data.examples_per_unit
+  has_owners = getattr(dataset, "train_users", None) is not None
+  is_of_users = has_owners or isinstance(source, users.UserSource)
+  if owners is not None:
+    if is_of_users:
+      raise errors.ArgumentError(
+        "users must be left out for a data set that says itself whose its"
+        f" examples are, got {type(owners).__name__}"
+      )
+    is_of_users = True
+  if isinstance(source, users.UserSource):
+    _validation.require(
+      slots in (0, source.examples_per_unit),
+      "examples_per_unit",
+      f"that of the users' source, {source.examples_per_unit}, or left out",
+      slots,
+    )
+  else:
+    _validation.require(
+      (slots > 0) == is_of_users,
+      "examples_per_unit",
+      "at least 1 where users have the examples, and left out elsewhere",
+      slots,
+    )
+    if has_owners:
+      whole = dataset_lib.of(dataset).over_users(slots, name="users")
+      source = whole.train
+    elif owners is not None:
+      source = _owned(source, owners, slots)
+  if is_of_users:
+    for name, right in ("unit", "user"), ("group_size", 1):
+      _validation.require(
+        config.privacy[name] == right,
+        name,
+        f"{right!r} where users have the examples",
+        config.privacy[name],
+      )
+  what = "users" if is_of_users else "training examples"
   _validation.require(
-    len(source) == num_examples,
+    len(source) == config.privacy.num_examples,
     "num_examples",
-    f"the number of training examples, {len(source)}",
-    num_examples,
+    f"the number of {what}, {len(source)}",
+    config.privacy.num_examples,
   )
   return source
 
 
+def refuse_units(owners: Any, config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for users or groups, of a loader of one's own."""
+  for name, given, right in (
+    ("users", owners, None),
+    ("examples_per_unit", config.data.examples_per_unit, 0),
+    ("group_size", config.privacy.group_size, 1),
+  ):
+    # An array of users would compare element by element.
+    _validation.require(
+      given is None if right is None else given == right,
+      name,
+      f"{right} without a dataset, whose loader brings a row of each unit",
+      given,
+    )
+
+
+def _owned(source: sources.Source, owners: Any, slots: int) -> users.UserSource:
+  ids = np.asarray(owners)
+  if ids.shape != (len(source),):
+    raise errors.ArgumentError(
+      f"users must say of each of the {len(source)} examples whose it is, got"
+      f" {ids.dtype} {ids.shape}"
+    )
+  unit_of_example, count = users.number(ids, name="users")
+  return users.UserSource(source, unit_of_example, count, slots)
+
+
 def retried(
   source: sources.Source, config: ml_collections.ConfigDict
-) -> retry.RetryingSource:
-  """Returns a source whose failing reads are tried again for some time."""
-  return retry.RetryingSource(
-    source,
+) -> tuple[sources.Source, Callable[[], None]]:
+  """Returns a source whose failing reads are tried again for some time.
+
+  And a function that closes it.
+  """
+  examples = retry.RetryingSource(
+    source.examples if isinstance(source, users.UserSource) else source,
     name="the data set",
     retry_seconds=config.data.retry_seconds,
     stall_seconds=config.data.stall_seconds,
     tell=console.warn,
   )
+  if isinstance(source, users.UserSource):
+    return dataclasses.replace(source, examples=examples), examples.close
+  return examples, examples.close
+
+
+def in_units(
+  source: sources.Source, config: ml_collections.ConfigDict
+) -> sources.Source:
+  """Returns a source of what is drawn and clipped as one, from `source_of`'s.
+
+  They are examples, groups of them, or users.
+  """
+  size = config.privacy.group_size
+  return source if size == 1 else users.in_groups(source, size)
 
 
 def largest_of(dataset: Any, given: Mapping[str, int]) -> dict[str, int]:

@@ -22,6 +22,14 @@ def pack(state: PyTree) -> dict[str, Any]:
   }
 
 
+def names(state: PyTree) -> list[str]:
+  """Returns the paths of the state's arrays, in their order, as "0.weight"."""
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return [
+    jax.tree_util.keystr(path, simple=True, separator=".") for path, _ in leaves
+  ]
+
+
 def unpack(packed: dict[str, Any], like: PyTree) -> PyTree:
   """Returns the state; raises MismatchError if its arrays are named otherwise.
 

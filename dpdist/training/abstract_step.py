@@ -22,7 +22,8 @@ Guarantees of `lowered_sha256`:
     the text. So is JAX's option to leave constants out of it.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
+import dataclasses
 import functools
 import hashlib
 import re
@@ -199,6 +200,27 @@ def _without_axes_of_one(text: str) -> str:
   for axis in re.findall(r'"(\w+)"=1\b', text):
     text = re.sub(rf', "{axis}"(?!=)|"{axis}"(?!=)(, )?', "", text)
   return text
+
+
+def bound(
+  step: step_lib.Step, lowered: Mapping[str, jax.stages.Lowered]
+) -> step_lib.Step:
+  """Returns the step that runs these very programs, compiled.
+
+  They are named as by `programs`. JAX traces a function again when its caches
+  are cleared or an option changes, and may find other code then.
+  """
+  compiled = {name: program.compile() for name, program in lowered.items()}
+
+  def accumulate(*arguments: Any) -> Any:
+    # A watched chunk has frozen parameters, or None, and a direction as well.
+    name = "chunk" if len(arguments) < 8 else "watched chunk"
+    return compiled[name](*arguments)
+
+  found = dataclasses.replace(step)
+  vars(found)["accumulate"] = accumulate
+  vars(found)["apply"] = compiled["update"]
+  return found
 
 
 def programs(

@@ -14,7 +14,7 @@ dead and goes on writing, it writes where no other process reads.
 Nothing random is stored: keys are functions of the secret and the step.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import contextlib
 import json
 import os
@@ -23,6 +23,7 @@ import shutil
 from typing import Any, Self
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from dpdist import errors
@@ -77,11 +78,19 @@ class Checkpoints:
   def __exit__(self, *unused: object) -> None:
     self._manager.close()
 
-  def save(self, state: PyTree, *, step: int, ledger_head: str) -> str:
+  def save(
+    self,
+    state: PyTree,
+    *,
+    step: int,
+    ledger_head: str,
+    facts: Mapping[str, Any] | None = None,
+  ) -> str:
     """Saves a checkpoint durably and returns its digest, for the ledger.
 
     The ledger up to ledger_head must charge every one of the `step` updates in
-    state. Raises SaveError if the directory cannot be written to.
+    state. Facts are JSON-able, kept beside the state; see `manifest.meta`.
+    Raises SaveError if the directory cannot be written to.
     """
     path = self._folder / str(step)
     try:
@@ -91,6 +100,7 @@ class Checkpoints:
           state=ocp.args.StandardSave(state),
           meta=ocp.args.JsonSave(
             {
+              **(facts or {}),
               "step": step,
               "ledger_head": ledger_head,
               "frozen_sha256": self._frozen_sha256,
@@ -167,7 +177,7 @@ def restore(
   other parameters than like, or was trained with other frozen ones.
   """
   path = manifest.location(pathlib.Path(directory).absolute(), saved)
-  meta = json.loads((path / "meta" / "metadata").read_text())
+  meta = manifest.meta(path)
   beside = meta.get("frozen_sha256", "")
   if beside != frozen_sha256:
     raise errors.MismatchError(
@@ -190,6 +200,23 @@ def restore(
       " run began with"
     ) from error
   return state, meta["ledger_head"]
+
+
+def restore_any(
+  directory: str | os.PathLike[str], saved: history.CheckpointRef
+) -> PyTree:
+  """Returns a checkpoint's pytree of NumPy arrays, of whatever shapes it has.
+
+  Its manifest must have been verified; nothing is changed.
+  """
+  path = manifest.location(pathlib.Path(directory).absolute(), saved) / "state"
+  kept = ocp.StandardCheckpointHandler().metadata(path).tree
+  # Arrays of NumPy come back as such, and these take no memory.
+  like = jax.tree.map(
+    lambda x: np.broadcast_to(np.zeros((), x.dtype), x.shape), kept
+  )
+  with ocp.StandardCheckpointer() as checkpointer:
+    return checkpointer.restore(path, like)
 
 
 def _drop_times(path: pathlib.Path) -> None:

@@ -72,10 +72,15 @@ def ledger_heads(directory: pathlib.Path) -> dict[str, str]:
 
 def ledger_head(path: pathlib.Path) -> str:
   """Returns the ledger's head that a checkpoint was saved under."""
+  return str(meta(path)["ledger_head"])
+
+
+def meta(path: pathlib.Path) -> dict[str, Any]:
+  """Returns what a checkpoint says of itself beside its state."""
   file = path / "meta" / "metadata"
-  meta = json_fields.parse(file.read_bytes(), "its metadata")
-  json_fields.check(meta, {"ledger_head": str})
-  return str(meta["ledger_head"])
+  found = json_fields.parse(file.read_bytes(), "its metadata")
+  json_fields.check(found, {"ledger_head": str})
+  return dict(found)
 
 
 def statistics(path: pathlib.Path) -> dict[str, Any] | None:

@@ -26,7 +26,7 @@ The ledger is written first and the data set's budget second. A process that
 dies between the two leaves a budget that has too much reserved.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -174,8 +174,15 @@ class Session:
       lambda: self._primary_ledger.notice(text, unsound=unsound)
     )
 
-  def save(self, state: PyTree, step: int) -> None:
+  def save(
+    self,
+    state: PyTree,
+    step: int,
+    facts: Mapping[str, Any] | None = None,
+  ) -> None:
     """Saves a checkpoint of charged steps, and records it.
+
+    For facts see `dpdist.workdir.checkpoints.Checkpoints.save`.
 
     Saves nothing and raises LedgerError if a step of it is not charged, or
     another process wrote to the ledger.
@@ -183,7 +190,9 @@ class Session:
     if self._begun is not None:
       self._begun = max(self._begun, step)
     head = str(collectives.run_on_primary(lambda: self._confirm(step)))
-    digest = self._checkpoints.save(state, step=step, ledger_head=head)
+    digest = self._checkpoints.save(
+      state, step=step, ledger_head=head, facts=facts
+    )
     if self._ledger is None:
       return
     self._ledger.record_checkpoint(step, digest)

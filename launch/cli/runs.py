@@ -61,6 +61,15 @@ def open_begun(workdir: str, location: str | None) -> "ledger_lib.Ledger":
   return ledger
 
 
+def refuse_of_a_loop(flag: str, value: object) -> None:
+  """Raises ArgumentError if a flag is given that is for `dpdist.train`."""
+  if value:
+    raise errors.ArgumentError(
+      f"{flag} must be left out for the run of a loop of your own"
+      f" (dpdist.Session), whose settings and model are the loop's, got {value}"
+    )
+
+
 def _recorded(workdir: pathlib.Path) -> str:
   """Returns where the run's own settings say that its ledger is; "" if not."""
   try:

@@ -48,7 +48,7 @@ def _card(epsilon, tmp_path, capsys):
   part = plan_lib.PlanUse(_PLAN, 10)
   ledger = types.SimpleNamespace(spent=[part], planned=[part])
   facts = {"epsilon": epsilon, "delta": 1e-5, "guarantee": "holds"}
-  text = model_card._privacy(types.SimpleNamespace(ledger=ledger), facts)
+  text = model_card._privacy(ledger, facts)
   return re.findall(r"\*\*epsilon = (\S+),", text)
 
 

@@ -24,6 +24,7 @@ from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.sensitivity import made_up_examples
 from dpdist.sensitivity import trials
+from dpdist.training import abstract_step
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -217,14 +218,20 @@ class _Spy:
     self.rehearsed, self.updated, self._private = [], [], private
     self.random, self.row = [], None
     rehearse = program_lib.Program.rehearse
+    bound = abstract_step.bound
 
-    def watched(program, *args):
+    def rehearsing(program, *args):
       self.row = program.row
-      for name, see in (("accumulate", self._chunk), ("apply", self._update)):
-        vars(program.step)[name] = _Seen(getattr(program.step, name), see)
       return rehearse(program, *args)
 
-    patch.setattr(program_lib.Program, "rehearse", watched)
+    def watched(*args):
+      step = bound(*args)
+      for name, see in (("accumulate", self._chunk), ("apply", self._update)):
+        vars(step)[name] = _seen(getattr(step, name), see)
+      return step
+
+    patch.setattr(program_lib.Program, "rehearse", rehearsing)
+    patch.setattr(abstract_step, "bound", watched)
 
   def _chunk(self, params, accumulator, batch, padding, key, row, *more):
     if not self._private._run.spent_steps:
@@ -237,18 +244,14 @@ class _Spy:
     self.updated.append((int(state.step), self._private._run.spent_steps))
 
 
-class _Seen:
+def _seen(function, see):
   """A compiled function whose arguments are seen."""
 
-  def __init__(self, function, see):
-    self._function, self._see = function, see
+  def call(*args):
+    see(*args)
+    return function(*args)
 
-  def __call__(self, *args):
-    self._see(*args)
-    return self._function(*args)
-
-  def lower(self, *args):
-    return self._function.lower(*args)
+  return call
 
 
 def _two_outputs():

@@ -521,7 +521,7 @@ def train(workdir, stops_at):
 
   def killed(self, session, state, t, chunks):
     made = accumulate(self, session, state, t, chunks)
-    noisy, _ = self.program.step.apply(
+    noisy, _ = self.program.bound.apply(
       jax.tree.map(lambda x: x.copy(), state),
       made,
       session.streams.key("noise"),
@@ -656,3 +656,26 @@ def test_early_stopping_puts_its_best_weights_back_and_they_are_saved(tmp_path):
   again = _private(tmp_path, config=config, seed=None)
   np.testing.assert_array_equal(_weights(again), weights)
   assert again.step == private.step
+
+
+def test_what_was_digested_trains_whatever_jax_traces_later(tmp_path):
+  """After a callback cleared JAX's caches and changed what a loss finds."""
+  scale, weights = [1.0], []
+
+  class Change(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+      weights.append(np.asarray(self.model.get_weights()[0]))
+      if batch == 0:
+        scale[0] = 0.0
+        jax.clear_caches()
+
+  def loss(y_true, y_pred):
+    return scale[0] * keras.losses.mean_squared_error(y_true, y_pred)
+
+  config = _config(expected_batch_size=12.0, noise_multiplier=1e-9)
+  private = _private(
+    tmp_path, _model(loss=loss), config=config, sentinel_every=0
+  )
+  private.fit(*_data(), steps_per_epoch=2, epochs=1, callbacks=[Change()])
+  # A loss of 0 would not move them.
+  assert np.abs(weights[1] - weights[0]).max() > 1e-3

@@ -52,6 +52,26 @@ def test_what_append_returned_from_is_there(tmp_path):
   log.close()
 
 
+def test_a_note_is_kept_in_the_head_until_another_replaces_it(history):
+  before = json.loads((history / "head.json").read_text())
+  assert "note" not in before  # Nothing was noted.
+  log = _writer(history)
+  log.put_note("one")
+  log.append("d")
+  assert _open(history).note == "one"
+  log.close()
+  assert json.loads((history / "head.json").read_text())["seq"] == 7
+  log = _writer(history)
+  assert log.note == _open(history).note == "one"
+  log.put_note("other")
+  log.close()
+  after = _open(history)
+  assert after.note == "other"
+  assert len(after.records) == 8  # A note is no record.
+  with pytest.raises(errors.LedgerError, match="must acquire"):
+    after.put_note("more")
+
+
 def test_reading_leaves_nothing_behind(tmp_path):
   _open(tmp_path / "none")
   assert not (tmp_path / "none").exists()

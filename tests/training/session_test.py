@@ -1,5 +1,6 @@
 """A loop of one's own on the life of a run, its keys and its charges."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -304,6 +305,53 @@ def test_losses_draw_and_are_charged_by_themselves(tmp_path):
   assert not _problems(tmp_path)
 
 
+def _of_three(workdir, num_steps, **changes: Any) -> dpdist.Session:
+  return dpdist.Session(
+    workdir,
+    _config(num_steps=num_steps),
+    loss=dict.fromkeys("abc", _loss),
+    dataset=_data(),
+    **{"checkpoint_every": 1, "sentinel_every": 0} | changes,
+  )
+
+
+@pytest.mark.parametrize(
+  "num_steps", [6, pytest.param(9, marks=pytest.mark.slow)]
+)
+def test_a_branch_in_the_middle_of_a_step_is_paid_to_the_steps_end(
+  tmp_path, num_steps
+):
+  """As of a critic and an actor; or else nothing of the branch is released."""
+  params = {"w": jnp.ones(2)}
+  # Two steps of the plan are spent on a branch of other settings.
+  with _of_three(tmp_path, num_steps, chunk_size=8) as session:
+    next(iter(session)).indices_for("b")
+  with _of_three(tmp_path, num_steps) as session:
+    step = next(iter(session))
+    first = step.gradients(params, "b")["w"]
+    step.indices_for("c")
+  with _ledger(tmp_path) as ledger:
+    assert ledger.spent_steps == 5
+  lines = (tmp_path / "releases.jsonl").read_text()
+  with _of_three(tmp_path, num_steps) as session:
+    step = next(iter(session))
+    other = {"w": jnp.zeros(2)}
+    if num_steps == 6:  # One is left, and two are needed.
+      with pytest.raises(errors.RefusedError, match="is spent, got 3"):
+        step.gradients(other, "b")
+    else:
+      assert not np.array_equal(step.gradients(other, "b")["w"], first)
+      with _ledger(tmp_path) as ledger:
+        assert ledger.branches[-1].start_step == 1
+        assert ledger.branches[-1].stop_step >= 3
+      step.indices_for("c")
+  with _ledger(tmp_path) as ledger:
+    assert ledger.spent_steps == (5 if num_steps == 6 else 7)
+  if num_steps == 6:
+    assert (tmp_path / "releases.jsonl").read_text() == lines
+  assert not _problems(tmp_path)
+
+
 def test_metrics_are_released_ones_alone(tmp_path):
   with _session(tmp_path) as session:
     next(iter(session))
@@ -566,10 +614,20 @@ def test_steps_whose_record_is_gone_are_charged_again(tmp_path):
   assert not _problems(tmp_path)
 
 
+@contextlib.contextmanager
+def _lines(workdir, *, is_new=False):
+  with _ledger(workdir) as ledger:
+    ledger.acquire()
+    with commitments.Commitments(
+      workdir, b"s" * 32, ledger, is_new=is_new
+    ) as found:
+      yield found
+
+
 @pytest.mark.parametrize("damage", ["removed", "cut", "altered", "head"])
 def test_lines_that_were_altered_or_removed_are_found(tmp_path, damage):
   line = commitments.Line("branch", 0, "start", "inputs")
-  with commitments.Commitments(tmp_path, b"s" * 32, is_new=True) as one:
+  with _lines(tmp_path, is_new=True) as one:
     assert one.commit(line)
     assert one.commit(line._replace(release=1))
   path = tmp_path / "releases.jsonl"
@@ -582,22 +640,50 @@ def test_lines_that_were_altered_or_removed_are_found(tmp_path, damage):
     (tmp_path / "releases.head").unlink()
   else:
     path.write_text(first + second.replace("1, ", "2, ", 1))
-  with pytest.raises(errors.LedgerError):
-    commitments.Commitments(tmp_path, b"s" * 32, is_new=False)
+  with pytest.raises(errors.LedgerError), _lines(tmp_path):
+    pass
+
+
+def test_lines_that_were_cut_off_with_their_head_set_back_are_found(tmp_path):
+  path, head = tmp_path / "releases.jsonl", tmp_path / "releases.head"
+  session = _session(tmp_path)
+  session.__enter__()
+  session._life.charge(2)
+  assert session._life.commit(0, "digest of the first")
+  size, said = path.stat().st_size, head.read_text()
+  assert session._life.commit(1, "digest of the second")
+  made = [_keys(session, number) for number in range(2)]
+  _die(session)
+  for is_cut in (False, True):
+    if is_cut:  # In place, so that the file is the same one.
+      with open(path, "r+b") as file:
+        file.truncate(size)
+      head.write_text(said)
+    session = _session(tmp_path)
+    session.__enter__()
+    again = [_keys(session, number) for number in range(2)]
+    session._life.charge(2)
+    told = session._life.notices
+    spent = session._life.ledger.spent_steps
+    _die(session)
+    assert (again == made) != is_cut
+    assert bool(told) == is_cut
+    # Three are charged ahead.
+    assert spent == (6 if is_cut else 3)
 
 
 def test_a_line_that_was_written_in_part_made_no_step(tmp_path):
   line = commitments.Line("branch", 0, "start", "inputs")
-  with commitments.Commitments(tmp_path, b"s" * 32, is_new=True) as one:
+  with _lines(tmp_path, is_new=True) as one:
     assert one.commit(line)
   with open(tmp_path / "releases.jsonl", "a") as file:
     file.write('["branch", 1, "st')
-  with commitments.Commitments(tmp_path, b"s" * 32, is_new=False) as one:
+  with _lines(tmp_path) as one:
     assert one.find("branch") == {0: "start"}
     assert one.commit(line)
     assert not one.commit(line._replace(inputs="others"))
     assert one.commit(line._replace(release=1))
-  with commitments.Commitments(tmp_path, b"s" * 32, is_new=False) as one:
+  with _lines(tmp_path) as one:
     assert one.find("branch") == {0: "start", 1: "start"}
 
 

@@ -89,7 +89,7 @@ class Fitting:
       self._save(session, self._run.step)
     self._session = session
     self._sentinel = step_sentinel.Sentinel(
-      self.program.step,
+      self.program.bound,
       self.program.frozen(),
       session.streams,
       every=self._every,
@@ -120,7 +120,7 @@ class Fitting:
         hooks.before(t - step, state)
         self._charge(session, t, stop)
         accumulator = self._accumulate(session, state, t, chunks)
-        state, released = program.step.apply(
+        state, released = program.bound.apply(
           state,
           accumulator,
           session.streams.key("noise"),

@@ -79,6 +79,8 @@ class Program:
       # The optimizer returns the parameters themselves: it may constrain them.
       apply_updates=lambda params, updated: updated,
     )
+    # That which runs, with the programs that were digested; see `rehearse`.
+    self.bound = self.step
 
   def _loss(
     self, join: Callable[[Mapping[str, Any]], tuple[PyTree, ...]]
@@ -164,6 +166,7 @@ class Program:
   def rehearse(self, is_watched: bool) -> str:
     """Makes a step of zeros, so that failures come before a charge.
 
+    The programs of `bound` are those of the digest, from then on.
     Returns the digest of what the step computes; "" if its code calls back into
     Python, where no digest tells what is computed.
     """
@@ -188,12 +191,14 @@ class Program:
         yield "watched chunk", watched
       yield "update", apply.lower(state, accumulator, key, *release)
 
-    digest = _digest(programs())
+    lowered = dict(programs())
+    digest = _digest(lowered.items())
+    self.bound = abstract_step.bound(self.step, lowered)
     for first_row in (0, self.chunk_size):  # A draw may need more than one.
-      accumulator = accumulate(
+      accumulator = self.bound.accumulate(
         state.params, accumulator, *zeros, key, first_row, *more
       )
-    jax.block_until_ready(apply(state, accumulator, key, *release))
+    jax.block_until_ready(self.bound.apply(state, accumulator, key, *release))
     return digest
 
   def check_sensitivity(
@@ -205,7 +210,7 @@ class Program:
     rule.
     """
     step_sentinel.check_step(
-      self.step,
+      self.bound,
       self.state(0).params,
       self.frozen(),
       row=self.row,
