@@ -10,6 +10,7 @@ depends on several arguments, use `require`.
 
 from collections.abc import Callable, Collection, Mapping
 import dataclasses
+import difflib
 import math
 import numbers
 from typing import Any, NamedTuple
@@ -115,6 +116,25 @@ def check(name: str, value: Any, rule: Rule) -> Any:
   """
   require(_meets(value, rule), name, rule.text, value)
   return rule.plain(value)
+
+
+def suggestion(name: Any, known: Collection[str]) -> str:
+  """Returns ": did you mean NAME?" for one that is close, else ""."""
+  lower = {word.lower(): word for word in known}
+  close = difflib.get_close_matches(str(name).lower(), lower, 1, 0.6)
+  return f": did you mean {lower[close[0]]!r}?" if close else ""
+
+
+def described(value: Any) -> str:
+  """Returns what a thing of a wrong type is, in words that follow "got"."""
+  name = getattr(value, "__name__", "")
+  if isinstance(value, type):
+    return f"the class {name}, which must be called first, as {name}(...)"
+  if callable(value) and name:
+    return f"the function {name}, and not what it returns when it is called"
+  if value is None or isinstance(value, str | int | float):
+    return f"{type(value).__name__} {value!r}" if value is not None else "None"
+  return type(value).__name__
 
 
 def _meets(value: Any, rule: Rule) -> bool:

@@ -1,6 +1,8 @@
 """Makes the optimizer of a config: any of optax's, with a schedule."""
 
 from collections.abc import Callable
+import inspect
+from typing import Any, cast
 
 import ml_collections
 import optax
@@ -38,10 +40,11 @@ def make(
       learning_rate=schedule, **config.options.to_dict()
     )
   except TypeError as error:
-    raise ValueError(
+    raise errors.ArgumentError(
       f"optimizer.options must be arguments of {config.name}, got"
       f" {config.options.to_dict()}: {error}"
     ) from error
+  check(optimizer, f"what optimizer.name={config.name!r} returns")
   return optimizer, schedule
 
 
@@ -57,13 +60,37 @@ def _maker(name: str) -> Callable[..., optax.GradientTransformation]:
       "optimizer", name, setting="optimizer.name"
     )
     return made
-  maker = getattr(optax, name, None)
-  if not callable(maker) or name.startswith("_"):
+  maker: Any = getattr(optax, name, None)
+  if not _takes_learning_rate(maker):
+    known = [x for x in dir(optax) if _takes_learning_rate(getattr(optax, x))]
+    known += registry.names("optimizer")
     raise errors.ArgumentError(
       "optimizer.name must be an optax optimizer such as sgd, adam or lamb, or"
-      f" package.module:function, got {name!r}"
+      " package.module:function, got"
+      f" {name!r}{_validation.suggestion(name, known)}"
     )
-  return maker
+  return cast("Callable[..., optax.GradientTransformation]", maker)
+
+
+def _takes_learning_rate(maker: Any) -> bool:
+  if not callable(maker) or isinstance(maker, type):
+    return False
+  try:
+    return "learning_rate" in inspect.signature(maker).parameters
+  except (TypeError, ValueError):
+    return False
+
+
+def check(optimizer: Any, name: str) -> None:
+  """Raises ValueError unless a thing, which is called `name`, is optax's."""
+  if not (
+    callable(getattr(optimizer, "init", None))
+    and callable(getattr(optimizer, "update", None))
+  ):
+    raise errors.ArgumentError(
+      f"{name} must be an optax.GradientTransformation, as optax.sgd(0.1)"
+      f" returns, got {_validation.described(optimizer)}"
+    )
 
 
 def _schedule(

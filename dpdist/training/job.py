@@ -189,7 +189,7 @@ def _prepared(
     step.specs(shapes)  # Raises if the mesh does not fit them.
   whole = step_lib.whole(start.shapes, start.frozen_shapes)
   evaluate = collectives.run_on_all(
-    lambda: held_out.Evaluator(task, test, mesh, whole)
+    lambda: held_out.Evaluator(task, test, mesh, whole, tell=_tell)
   )
   frozen, initial = start.frozen(step), start.initializer(step)
   made_of = {
@@ -228,6 +228,11 @@ def _prepared(
     chunk_size=experiment.chunk_size,
     close=close,
   )
+
+
+def _tell(text: str) -> None:
+  if collectives.is_primary():
+    console.warn(text)
 
 
 def _planned(
@@ -329,12 +334,11 @@ def _load(
   parts.make_task(config)
   parts.make_optimizer(config)
   mesh = mesh_lib.make(config.mesh)
-  name, path = config.data.name, config.data.path
 
   def retried(source: sources.Source) -> retry.RetryingSource:
     return retry.RetryingSource(
       source,
-      name=f"data set {name!r}" + (f" in {path!r}" if path else ""),
+      name=parts_lib.name_of_data(config),
       retry_seconds=config.data.retry_seconds,
       stall_seconds=config.data.stall_seconds,
       tell=console.warn,

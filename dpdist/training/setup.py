@@ -128,6 +128,8 @@ def _step(
     reason = (
       "with clipping.exact_sum"
       if exact
+      else "for a model without rules of partitioning for it"
+      if config.model.name == parts_lib.GIVEN
       else f"for model.name={config.model.name!r}, which has no rules for it"
     )
     raise errors.ArgumentError(
