@@ -19,6 +19,8 @@ from dpdist import errors
 
 # Some larger integers are too large for a float.
 _LARGEST = 2**63
+# Letters of a value in a message.
+_LONGEST = 200
 
 
 class Rule(NamedTuple):
@@ -114,7 +116,11 @@ def check(name: str, value: Any, rule: Rule) -> Any:
   Raises:
     errors.ArgumentError: with the argument's name, its value and the rule.
   """
-  require(_meets(value, rule), name, rule.text, value)
+  text = rule.text
+  is_integer = isinstance(value, int) and not isinstance(value, bool)
+  if is_integer and abs(value) >= _LARGEST:
+    text += ", and below 2**63"
+  require(_meets(value, rule), name, text, value)
   return rule.plain(value)
 
 
@@ -172,10 +178,13 @@ def require(holds: bool, name: str, rule: str, value: Any) -> None:
     holds: the condition.
     name: the argument's name.
     rule: what would be right, in words that follow "must be".
-    value: the argument's value, shown by its repr.
+    value: the argument's value, shown by its repr, in a line of its beginning.
 
   Raises:
     errors.ArgumentError: "NAME must be RULE, got VALUE".
   """
   if not holds:
-    raise errors.ArgumentError(f"{name} must be {rule}, got {value!r}")
+    shown = " ".join(repr(value).split())
+    if len(shown) > _LONGEST:
+      shown = f"{shown[:_LONGEST]}... ({len(shown)} letters)"
+    raise errors.ArgumentError(f"{name} must be {rule}, got {shown}")

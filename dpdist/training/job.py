@@ -1,6 +1,6 @@
 """Prepares a run to start or to go on, and checks it before any charge."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import pathlib
@@ -28,6 +28,7 @@ from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
 from dpdist.mechanism import outside_code
 from dpdist.privacy import plan as plan_lib
+from dpdist.privacy import rules
 from dpdist.reporting import console
 from dpdist.tasks import held_out
 from dpdist.tasks import parts as parts_lib
@@ -134,17 +135,48 @@ def look(
   config: ml_collections.ConfigDict,
   parts: parts_lib.Parts = parts_lib.NAMED,
   *,
+  workdir: pathlib.Path | None = None,
+  ledger: ledger_lib.Ledger | None = None,
   progress: progress_lib.Progress | None = None,
+  try_out: Callable[[Job], int] | None = None,
 ) -> Job:
-  """Makes the job of a new run as `prepare` does, and writes nothing.
+  """Makes a job as `prepare` does, of this process alone, and writes nothing.
 
-  It cannot begin: it has no ledger and no secret. Raises ValueError as
-  `prepare` does.
+  It cannot begin: it has no secret. Without a workdir and its ledger, opened
+  for reading, it is of a new run. Raises ValueError as `prepare` does.
   """
   config_lib.check(config)
   config = parts.settings(config_lib.resolve(config))
-  return _prepared(
-    config, None, None, parts, progress or progress_lib.Progress()
+  progress = progress or progress_lib.Progress()
+  job = _prepared(config, workdir, ledger, parts, progress)
+  if try_out is not None:
+    job = dataclasses.replace(job, chunk_size=try_out(job))
+  return _with_lowered(job, parts, is_watched=config.sentinel.every > 0)
+
+
+def load_code(privacy: ml_collections.ConfigDict) -> None:
+  """Imports the code from outside that the settings of the mechanism name."""
+  names = (privacy.sampling, privacy.noise, privacy.clipping)
+  if all(isinstance(name, str) for name in names):  # Others are refused later.
+    try:
+      rules.load_code(*names)
+    except ValueError as error:
+      raise errors.SettingsError(f"privacy.{error}") from error
+
+
+def fingerprint_of(
+  config: ml_collections.ConfigDict,
+  job: Job,
+  environments: Sequence[Mapping[str, Any]],
+) -> str:
+  """Returns a digest of everything that decides the bits of a job's steps."""
+  return fingerprint.fingerprint(
+    # The chosen size: sums over chunks of another size round differently.
+    config.to_dict() | {"chunk_size": job.chunk_size},
+    job.plan.fingerprint(),
+    job.train_digest,
+    environments,
+    job.made_of,
   )
 
 
@@ -330,6 +362,7 @@ def _load(
   progress.enter(-1, "loading")
   # Before features are computed, which may take long.
   setup.check(config)
+  resume.refuse_void(config)
   config_lib.privacy_config(config)
   parts.make_task(config)
   parts.make_optimizer(config)

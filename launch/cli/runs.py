@@ -13,9 +13,6 @@ if TYPE_CHECKING:
 
 from . import words
 
-# The same as `dpdist.workdir.resume.NOT_BEGUN`, which takes long to import.
-_NOT_BEGUN = "not_begun"
-
 _CODE = flags.DEFINE_multi_string(
   "code",
   [],
@@ -62,15 +59,3 @@ def open_begun(workdir: str, location: str | None) -> "ledger_lib.Ledger":
 def _first_run(workdir: str) -> errors.Hint:
   place = f"--workdir={workdir or '/tmp/digits'}"
   return errors.Hint(text=words.line("train", "--config=digits", place))
-
-
-def none_began(workdir: str, location: str | None) -> bool:
-  """Returns whether a run was started in a directory but none has begun there.
-
-  It was refused then, for its data or by the dry run.
-  """
-  return (
-    location is None
-    and os.path.isfile(os.path.join(workdir, _NOT_BEGUN))
-    and not os.path.exists(os.path.join(workdir, "ledger"))
-  )
