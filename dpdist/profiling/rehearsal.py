@@ -121,7 +121,7 @@ def rehearse(
   finally:
     progress.enter(-1, "starting")
     job.close()
-  return facts | {"warnings": _warnings(facts)}
+  return facts | {"warnings": [*job.notices, *_warnings(facts)]}
 
 
 def _data(job: job_lib.Job) -> dict[str, Any]:

@@ -232,7 +232,11 @@ def problem(
 ) -> str:
   """Returns a sentence that says why such a model is of no use, or ""."""
   if task.problem is not None:
-    return task.problem(scores, test)
+    try:
+      return str(task.problem(scores, test) or "")
+    except Exception as error:
+      # A user's function may raise anything, and the run is over: keep it.
+      return f"problem of the task raises {errors.in_a_line(error)}"
   for name, value in scores.items():
     if not math.isfinite(value):
       return f"the held-out {name} is {value}: the model is of no use"

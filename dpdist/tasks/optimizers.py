@@ -4,6 +4,7 @@ from collections.abc import Callable
 import inspect
 from typing import Any, cast
 
+import jax
 import ml_collections
 import optax
 
@@ -79,6 +80,35 @@ def _takes_learning_rate(maker: Any) -> bool:
     return "learning_rate" in inspect.signature(maker).parameters
   except (TypeError, ValueError):
     return False
+
+
+def try_out(optimizer: optax.GradientTransformation, params: Any) -> None:
+  """Raises ValueError unless an optimizer can update such parameters.
+
+  Shapes are enough; nothing is computed.
+  """
+  what = (
+    "optimizer must be able to update the model's parameters, got one whose"
+  )
+  try:
+    state = jax.eval_shape(optimizer.init, params)
+  except Exception as error:
+    # A user's function may raise anything.
+    raise errors.ArgumentError(
+      f"{what} init raises {errors.in_a_line(error)}"
+    ) from error
+  try:
+    updates, _ = jax.eval_shape(optimizer.update, params, state, params)
+    shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
+    is_alike = shapes(updates) == shapes(params)
+  except Exception as error:
+    raise errors.ArgumentError(
+      f"{what} update raises {errors.in_a_line(error)}"
+    ) from error
+  if not is_alike:
+    raise errors.ArgumentError(
+      f"{what} update returns {shapes(updates)} for parameters {shapes(params)}"
+    )
 
 
 def check(optimizer: Any, name: str) -> None:

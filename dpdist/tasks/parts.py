@@ -168,7 +168,7 @@ def name_of_data(config: ml_collections.ConfigDict) -> str:
   """Returns what messages call the data set of a config."""
   name, path = config.data.name, config.data.path
   if name == GIVEN:
-    return "the data set that get_dataset returns or dataset= has"
+    return "the data set (of get_dataset or dataset=)"
   return f"data set {name!r}" + (f" in {path!r}" if path else "")
 
 

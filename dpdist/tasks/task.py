@@ -200,6 +200,52 @@ def shapes_of(name: str, function: Callable[..., Any], *given: PyTree) -> Any:
     ) from error
 
 
+def called(name: str, function: Callable[..., Any], *given: Any) -> Any:
+  """Returns what a function of a task returns, which runs in Python.
+
+  Raises:
+    ValueError: the function, which is called `name`, fails.
+  """
+  try:
+    return function(*given)
+  except (ValueError, errors.Hinted, OSError, MemoryError):
+    raise  # These say what is wrong.
+  except Exception as error:
+    # A user's function may raise anything.
+    raise errors.ArgumentError(
+      f"{name} of the task must raise ValueError alone, for what cannot be"
+      f" right, got {errors.in_a_line(error)}"
+    ) from error
+
+
+def reviewed(task: Task, example: PyTree) -> list[str]:
+  """Returns the notices of a task's review; raises ValueError as that does."""
+  if task.review is None:
+    return []
+  notices = called("review", task.review, example)
+  is_right = isinstance(notices, Sequence) and not isinstance(notices, str)
+  what, rule = "what review of the task returns", "a list of sentences"
+  _validation.require(is_right, what, rule, notices)
+  return [str(notice) for notice in notices]
+
+
+def weights(task: Task) -> Mapping[str, np.ndarray]:
+  """Returns what a task reads from disk, by a parameter's path."""
+  if task.pretrained is None:
+    return {}
+  found = called("pretrained", task.pretrained)
+  is_right = isinstance(found, Mapping) and all(
+    hasattr(x, "shape") for x in found.values()
+  )
+  _validation.require(
+    is_right,
+    "what pretrained of the task returns",
+    "arrays by a parameter's path",
+    found,
+  )
+  return dict(found)
+
+
 def params_of(init: Callable[..., PyTree], key: Any, example: PyTree) -> PyTree:
   """Returns the shapes of a task's parameters, or raises ValueError."""
   params = shapes_of("init", init, key, example)

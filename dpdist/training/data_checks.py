@@ -49,7 +49,7 @@ def fit(
   """
   test = dataset.test.read(np.arange(len(dataset.test)))
   example = one_example(dataset.train)
-  notices = [] if task.review is None else [*task.review(example)]
+  notices = task_lib.reviewed(task, example)
   try:
     check(task, example, test)
   except ValueError as error:
@@ -96,9 +96,9 @@ def check(
   """
   if not all(len(x) for x in test.values()):
     raise errors.ArgumentError("it must hold out 1 example or more, got 0")
-  if task.check is not None:
-    task.check(example, test)
   held_out = {name: x[0] for name, x in test.items()}
+  if task.check is not None:
+    task_lib.called("check", task.check, example, test)
   shapes = [
     {name: x.shape for name, x in arrays.items()}
     for arrays in (example, held_out)

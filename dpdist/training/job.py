@@ -31,6 +31,7 @@ from dpdist.privacy import plan as plan_lib
 from dpdist.privacy import rules
 from dpdist.reporting import console
 from dpdist.tasks import held_out
+from dpdist.tasks import optimizers
 from dpdist.tasks import parts as parts_lib
 from dpdist.tasks import task as task_lib
 from dpdist.training import abstract_step
@@ -217,6 +218,7 @@ def _prepared(
   collectives.assert_equal(
     model_weights=start.weights_sha256, layer_rules=rules_code
   )
+  optimizers.try_out(step.optimizer, start.shapes)
   for shapes in (start.shapes, start.frozen_shapes):
     step.specs(shapes)  # Raises if the mesh does not fit them.
   whole = step_lib.whole(start.shapes, start.frozen_shapes)
@@ -402,6 +404,11 @@ def _load(
       f"privacy.unit must be {unit!r} with data.examples_per_unit="
       f"{config.data.examples_per_unit}, which makes that the unit, got"
       f" {config.privacy.unit!r}"
+    )
+  if not num_rows:
+    raise errors.ArgumentError(
+      f"{parts_lib.name_of_data(config)} must have a row or more to train on,"
+      " got 0"
     )
   if num_rows != config.privacy.num_examples:
     what = {"example": "training examples", "user": "users to train on"}[unit]

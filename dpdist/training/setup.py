@@ -13,6 +13,7 @@ import optax
 from dpdist import _validation
 from dpdist import config as config_lib
 from dpdist import errors
+from dpdist.clipping import checks as clipping_checks
 from dpdist.data import augment
 from dpdist.data import dataset as dataset_lib
 from dpdist.data import users
@@ -188,6 +189,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     "at least 2, so that one is whole while the next is written",
     config.max_checkpoints,
   )
+  check("clipping.method", config.clipping.method, clipping_checks.METHOD)
   check("stuck_after", config.stuck_after, _validation.real(at_least=0))
   for name in (
     "eval_every",
@@ -195,6 +197,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     "data.num_threads",
     "data.prefetch",
     "sentinel.every",
+    "clipping.microbatch_size",
   ):
     section, _, key = name.rpartition(".")
     value = (config[section] if section else config)[key]

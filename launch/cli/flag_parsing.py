@@ -29,6 +29,10 @@ from . import words
 
 _HELP = ("help", "helpshort", "helpfull", "settings", "h", "?")
 _WIDTH = 80
+_NO_SETTINGS = (
+  "get_config() of the file in --config must return its settings, as"
+  " dpdist.config.default() does, got None"
+)
 # What a command that helps says for flags that were not given.
 _EXAMPLES = {"config": "digits", "workdir": "DIRECTORY"}
 
@@ -113,6 +117,8 @@ def _parse(
   except errors.ArgumentError as error:
     sys.exit(usage_error(error, error.hint or _try_help()))
   except (flags.Error, TypeError, ValueError) as error:
+    if "--config=None" in str(error) and flags.FLAGS["config"].present:
+      sys.exit(usage_error(_NO_SETTINGS, _try_help()))
     if missing := _missing():
       sys.exit(_not_given(missing))
     if "Traceback" in str(error):
@@ -132,6 +138,8 @@ def _parse(
 def _set_up(changes: Sequence[settings.Change]) -> None:
   """Checks the config that --config names, and changes it by its flags."""
   config = flags.FLAGS.config
+  if config is None and flags.FLAGS["config"].present:
+    raise errors.ArgumentError(_NO_SETTINGS)
   if config is None:
     if changes:
       raise errors.ArgumentError(
@@ -150,7 +158,11 @@ def _set_up(changes: Sequence[settings.Change]) -> None:
 
 def _missing() -> list[str]:
   """Returns the names of flags that must be given and are not."""
-  names = [name for name in flags.FLAGS if flags.FLAGS[name].value is None]
+  names = [
+    name
+    for name in flags.FLAGS
+    if flags.FLAGS[name].value is None and not flags.FLAGS[name].present
+  ]
   needed = [x for x in names if _is_required(flags.FLAGS[x])]
   return sorted(needed, key=lambda x: (x not in _EXAMPLES, x))
 

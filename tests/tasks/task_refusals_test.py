@@ -144,7 +144,7 @@ ROWS: dict[str, tuple[Callable[[], Any], str]] = {
   "no model": (lambda: tasks.classification("mlp"), "got str 'mlp'"),
   "lambdas have no name": (
     lambda: _fit(tasks.classification(_MODEL, targets="two")),
-    r"that get_dataset returns .* must be integers, class numbers, got float32",
+    r"of get_dataset or .* must be integers, class numbers, got float32",
   ),
   # Parts.
   "a function of optax": (

@@ -1,10 +1,12 @@
 """Nothing is charged before a step was compiled, and run once on zeros."""
 
 import contextlib
+import dataclasses
 import functools
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from configs import digits
@@ -14,6 +16,7 @@ from dpdist.keys import keys
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import plan as plan_lib
+from dpdist.tasks import from_config
 from dpdist.tasks import held_out
 from dpdist.training import dry_run
 from dpdist.training import step as step_lib
@@ -294,3 +297,14 @@ def test_whoever_will_charge_a_step_tries_it_out(
     )
     assert is_tried == (ledger.last_step > 20)
     assert is_tried == (charged < 15)
+
+
+def test_parameters_that_are_no_numbers_are_refused_before_a_charge(tmp_path):
+  config = _config()
+  task = from_config.make(config)
+  nan = lambda key, example: jax.tree.map(
+    lambda x: x * np.nan, task.init(key, example)
+  )
+  with pytest.raises(errors.SettingsError, match="return finite numbers"):
+    dpdist.train(config, tmp_path, task=dataclasses.replace(task, init=nan))
+  assert _nothing_is_left(tmp_path)

@@ -230,14 +230,14 @@ def _edited_while_it_starts(part: str, reads: int) -> dict[str, Any]:
   turns.cells(
     [
       (part, reads, exact)
-      for part, reads in (("init", 3), ("loss", 2), ("update", 1))
+      for part, reads in (("init", 3), ("loss", 2), ("update", 2))
       for exact in (False, True)
     ],
     always=[
       ("init", 3, False),
       ("loss", 2, False),
       ("loss", 2, True),
-      ("update", 1, False),
+      ("update", 2, False),
     ],
   ),
 )

@@ -79,7 +79,10 @@ def load(
   """
   slots = settings.slots(config)
   _validation.check("data.examples_per_unit", slots, _validation.integer(0))
-  if dataset is None:
+  what = f"data.name={config.name!r}"
+  if dataset is not None:
+    what = "a dpdist.Dataset without train_users"
+  else:
     loader = registry.resolve("dataset", config.name, setting="data.name")
     if config.get("options"):
       _validation.require(
@@ -94,8 +97,8 @@ def load(
     dataset = dataset.over_users(slots, name=name)
   if slots and not isinstance(dataset.train, users.UserSource):
     raise errors.ArgumentError(
-      f"data.examples_per_unit must be 0 for data.name={config.name!r}, which"
-      f" does not tell users apart ({', '.join(_OF_USERS)} do), got {slots}"
+      f"data.examples_per_unit must be 0 for {what}, which does not tell users"
+      f" apart ({', '.join(_OF_USERS)} do), got {slots}"
     )
   name = config.get("features", "")
   if not name:

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpdist import _validation
 from dpdist import errors
 from dpdist.tasks.scoring import collected
 from dpdist.tasks.scoring import losses
@@ -84,7 +85,8 @@ def choose(
       if name not in known:
         listed = sorted(known) + ["top5_accuracy"] * (kind == "classes")
         raise errors.ArgumentError(
-          f"metrics must be functions or some of {listed}, got {name!r}"
+          f"metrics must be functions or some of {listed}, got"
+          f" {name!r}{_validation.suggestion(name, listed)}"
         )
       if name in {*numbers, *tables} and name not in collected.BY_HAND:
         _need_scikit_learn(name)
@@ -127,9 +129,10 @@ def check_top(names: Sequence[str], num_classes: int) -> None:
 def _name_of(metric: Any, can_collect: bool) -> str:
   name = getattr(metric, "__name__", "")
   if not callable(metric) or not _NAME.fullmatch(name):
+    shown = "a lambda" if name == "<lambda>" else _validation.described(metric)
     raise errors.ArgumentError(
       "metrics must be names, or functions (targets, outputs) -> number with a"
-      f" name of letters, digits and any of _.@-, got {metric!r}"
+      f" name of letters, digits and any of _.@-, got {shown}"
     )
   if not can_collect:
     raise errors.ArgumentError(
