@@ -27,6 +27,7 @@ import numpy as np
 from dpdist import config as config_lib
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.distributed import progress as progress_lib
+from dpdist.files import places
 from dpdist.profiling import measure
 from dpdist.tasks import parts as parts_lib
 from dpdist.training import abstract_step
@@ -78,7 +79,7 @@ def rehearse(
   config_lib.check(config)
   config = parts.settings(config_lib.resolve(config))
   job_lib.load_code(config.privacy)
-  place = pathlib.Path("." if workdir is None else workdir)
+  place = places.directory("." if workdir is None else workdir)
   ledger = None if workdir is None else resume.open_ledger(config, place)
   job = job_lib.look(
     config,

@@ -218,9 +218,7 @@ def _prepared(
   collectives.assert_equal(
     model_weights=start.weights_sha256, layer_rules=rules_code
   )
-  optimizers.try_out(step.optimizer, start.shapes)
-  for shapes in (start.shapes, start.frozen_shapes):
-    step.specs(shapes)  # Raises if the mesh does not fit them.
+  _check_step(step, start)
   whole = step_lib.whole(start.shapes, start.frozen_shapes)
   evaluate = collectives.run_on_all(
     lambda: held_out.Evaluator(task, test, mesh, whole, tell=_tell)
@@ -262,6 +260,13 @@ def _prepared(
     chunk_size=experiment.chunk_size,
     close=close,
   )
+
+
+def _check_step(step: step_lib.Step, start: parameters.Parameters) -> None:
+  """Raises ValueError unless optimizer and mesh fit the parameters."""
+  optimizers.try_out(step.optimizer, start.shapes)
+  for shapes in (start.shapes, start.frozen_shapes):
+    step.specs(shapes)
 
 
 def _tell(text: str) -> None:
@@ -365,7 +370,8 @@ def _load(
   # Before features are computed, which may take long.
   setup.check(config)
   resume.refuse_void(config)
-  config_lib.privacy_config(config)
+  if config.privacy.num_examples:  # 0: not said, and the data says how many.
+    config_lib.privacy_config(config)
   parts.make_task(config)
   parts.make_optimizer(config)
   mesh = mesh_lib.make(config.mesh)
