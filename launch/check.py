@@ -1,4 +1,4 @@
-r"""Says what a run would find before its first charge, and what it would cost.
+r"""Says what a run would find before its first charge.
 
   dpdist check --config=digits
   dpdist check --config=digits --workdir=/data/digits
