@@ -125,21 +125,23 @@ def write(runs: Sequence[Run], path: pathlib.Path) -> pathlib.Path:
   """Writes the page; returns its path."""
   metric = metric_of(runs)
   score = f"test/{metric}"
-  against = [
+  by_epsilon = [
     (
       run.name,
       [(row["epsilon"], row[score]) for row in _both(run, "epsilon", score)],
     )
     for run in runs
   ]
-  over = [
+  by_step = [
     (run.name, [(row["step"], row[score]) for row in _both(run, "step", score)])
     for run in runs
   ]
   drawn = "\n".join(
     (
-      plots.curves(f"Held-out {metric} by epsilon", "epsilon spent", against),
-      plots.curves(f"Held-out {metric} by step", "step", over),
+      plots.curves(
+        f"Held-out {metric} by epsilon", "epsilon spent", by_epsilon
+      ),
+      plots.curves(f"Held-out {metric} by step", "step", by_step),
     )
   )
   body = (

@@ -240,7 +240,7 @@ def _plot(
       [(row["step"], row[name]) for row in rows if name in row], dtype=float
     )
     is_finite = np.isfinite(points).all(axis=-1) if len(points) else []
-    is_over = len(points) and not is_finite[-1]
+    ends_early = len(points) and not is_finite[-1]
     points = points[is_finite] if len(points) else points
     if not len(points):
       continue
@@ -251,7 +251,7 @@ def _plot(
     marker = "o" if len(steps) == 1 else None
     axes.plot(steps, values, color=_COLORS[color], linewidth=1.8, marker=marker)
     last = f"{values[-1]:.4g}"
-    if is_over:
+    if ends_early:
       last += f", no number after step {steps[-1]:,.0f}"
     key.append((color, f"{label} {last}".strip()))
     most = max(most, float(values.max()))
