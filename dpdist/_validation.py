@@ -10,6 +10,7 @@ depends on several arguments, use `require`.
 
 from collections.abc import Callable, Collection, Mapping
 import dataclasses
+import difflib
 import math
 import numbers
 from typing import Any, NamedTuple
@@ -18,6 +19,8 @@ from dpdist import errors
 
 # Some larger integers are too large for a float.
 _LARGEST = 2**63
+# Letters of a value in a message.
+_LONGEST = 200
 
 
 class Rule(NamedTuple):
@@ -113,8 +116,31 @@ def check(name: str, value: Any, rule: Rule) -> Any:
   Raises:
     errors.ArgumentError: with the argument's name, its value and the rule.
   """
-  require(_meets(value, rule), name, rule.text, value)
+  text = rule.text
+  is_integer = isinstance(value, int) and not isinstance(value, bool)
+  if is_integer and abs(value) >= _LARGEST:
+    text += ", and below 2**63"
+  require(_meets(value, rule), name, text, value)
   return rule.plain(value)
+
+
+def suggestion(name: Any, known: Collection[str]) -> str:
+  """Returns ": did you mean NAME?" for one that is close, else ""."""
+  lower = {word.lower(): word for word in known}
+  close = difflib.get_close_matches(str(name).lower(), lower, 1, 0.6)
+  return f": did you mean {lower[close[0]]!r}?" if close else ""
+
+
+def described(value: Any) -> str:
+  """Returns what a thing of a wrong type is, in words that follow "got"."""
+  name = getattr(value, "__name__", "")
+  if isinstance(value, type):
+    return f"the class {name}, which must be called first, as {name}(...)"
+  if callable(value) and name:
+    return f"the function {name}, and not what it returns when it is called"
+  if value is None or isinstance(value, str | int | float):
+    return f"{type(value).__name__} {value!r}" if value is not None else "None"
+  return type(value).__name__
 
 
 def _meets(value: Any, rule: Rule) -> bool:
@@ -152,10 +178,13 @@ def require(holds: bool, name: str, rule: str, value: Any) -> None:
     holds: the condition.
     name: the argument's name.
     rule: what would be right, in words that follow "must be".
-    value: the argument's value, shown by its repr.
+    value: the argument's value, shown by its repr, in a line of its beginning.
 
   Raises:
     errors.ArgumentError: "NAME must be RULE, got VALUE".
   """
   if not holds:
-    raise errors.ArgumentError(f"{name} must be {rule}, got {value!r}")
+    shown = " ".join(repr(value).split())
+    if len(shown) > _LONGEST:
+      shown = f"{shown[:_LONGEST]}... ({len(shown)} letters)"
+    raise errors.ArgumentError(f"{name} must be {rule}, got {shown}")

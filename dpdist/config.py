@@ -18,6 +18,7 @@ import ml_collections
 from ml_collections import config_dict
 
 from dpdist import _settings
+from dpdist import _validation
 from dpdist import errors
 from dpdist.files import atomic
 
@@ -148,7 +149,14 @@ def resolve(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
   # Of the decimals as they were written, so that 0.1 is a tenth.
   epochs, rows, batch = (Fraction(str(x)) for x in numbers)
   config = ml_collections.ConfigDict(config.to_dict())
-  config.privacy.num_steps = math.ceil(epochs * rows / batch)
+  num_steps = math.ceil(epochs * rows / batch)
+  _validation.require(
+    num_steps < 2**63,
+    "privacy.epochs",
+    "so few that they are fewer than 2**63 steps",
+    numbers[0],
+  )
+  config.privacy.num_steps = num_steps
   config.privacy.epochs = None
   return config
 
@@ -161,6 +169,11 @@ def privacy_config(
   from dpdist.privacy import plan as plan_lib
 
   values = resolve(config).privacy.to_dict()
+  if values["num_steps"] == 0:
+    raise errors.ArgumentError(
+      "privacy.num_steps must be an integer >= 1, or privacy.epochs be set in"
+      " its place, got 0 and None"
+    )
   values.pop("epochs", None)
   return plan_lib.PrivacyConfig(**values)
 

@@ -24,6 +24,13 @@ class Hint(NamedTuple):
   text: str = ""
 
 
+def in_a_line(error: BaseException) -> str:
+  """Returns another's error as its kind and the first line of its text."""
+  lines = str(error).strip().splitlines()
+  text = f": {lines[0].strip().removesuffix('.')}" if lines else ""
+  return f"{type(error).__name__}{text}"
+
+
 class Hinted(Exception):  # noqa: N818 - a base class, not an error by itself
   """An exception with a hint.
 

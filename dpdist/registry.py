@@ -43,6 +43,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 
 from dpdist import _own_code
+from dpdist import _validation
 from dpdist import errors
 
 _T = TypeVar("_T")
@@ -349,7 +350,7 @@ def _find(kind: str, name: str, setting: str) -> _Thing:
     return _Thing(thing, module)
   raise errors.ArgumentError(
     f"{setting} must be one of {names(kind)}, or package.module:attribute, got"
-    f" {name!r}"
+    f" {name!r}{_validation.suggestion(name, names(kind))}"
   )
 
 

@@ -150,8 +150,6 @@ def _numbers(plan: "plan_lib.PrivacyPlan") -> dict[str, Any]:
 
 
 def _spent(workdir: str) -> dict[str, Any]:
-  if runs.none_began(workdir, _LEDGER.value):
-    return {"steps_spent": 0, "note": "no run has begun in this directory"}
   ledger = runs.open_begun(workdir, _LEDGER.value)
   epsilons = ledger.epsilons
   if epsilons is None or any(

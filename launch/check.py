@@ -7,11 +7,15 @@ Data, held-out labels, model and plan; whether the noise leaves anything to
 learn from; memory of a device, time to expect, and disk. And does the config's
 own step clip correctly? It is compiled for this machine's devices and the
 config's mesh, and compared with `jax.grad` on made-up examples of every size,
-as `launch.train` does. No budget is spent, and nothing is written; --workdir
-says only whose disk is meant.
+as `launch.train` does. No budget is spent, and nothing is written.
+
+With --workdir it looks at the run that is there as well: would the same command
+of `launch.train` go on with it, open a branch or a segment, or be refused, and
+what would be charged? With a shared budget in the config (data_budget) it says
+whether the run would be admitted, and how much would be left.
 
 Exit codes: 0 it can run; 1 it does not clip as it must, or fails; 2 wrong
-usage.
+usage, or the run would be refused.
 """
 
 from typing import Any
@@ -29,7 +33,7 @@ from .cli import messages
 
 _CONFIG = common_flags.config()
 _WORKDIR = flags.DEFINE_string(
-  "workdir", ".", "Where the run would be, for the free space there."
+  "workdir", None, "The directory of the run, if it is there or is to be there."
 )
 _JSON = common_flags.json()
 
@@ -42,7 +46,10 @@ def main() -> int:
   from dpdist.distributed import progress
   from dpdist.profiling import rehearsal
   from dpdist.reporting import console
+  from dpdist.workdir import fingerprint
 
+  if _CONFIG.value.clipping.exact_sum:
+    fingerprint.pin_threads()  # As a run does, before a device is touched.
   try:
     with console.Phases() as phases:
       facts = rehearsal.rehearse(
@@ -112,6 +119,8 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
       f" {plan['sampling_probability']:.4g} ({plan['sampling']})",
     ),
     ("steps", f"{plan['num_steps']:,}, {plan['epochs']:.4g} epochs"),
+    *_run(facts["run"]),
+    *_budget(facts["budget"]),
     (
       "signal over noise",
       f"{signal['step']:.2g} at most in a step, {signal['all_steps']:.2g} in"
@@ -136,6 +145,56 @@ def _rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     ),
   ]
   return rows + [("WARNING", warning) for warning in facts["warnings"]]
+
+
+def _run(run: dict[str, Any]) -> list[tuple[str, str]]:
+  """Returns rows on the run that is in the directory, if there is one."""
+  from dpdist.privacy import statement
+  from dpdist.workdir import outlook
+
+  if run["action"] == outlook.BEGINS:
+    return []
+  start, last, free = run["start_step"], run["last_step"], run["steps_free"]
+  spent, to_charge = run["steps_spent"], run["steps_to_charge"]
+  again = f"{free:,} that are charged run again for free, and " if free else ""
+  ways = {
+    outlook.ENDED: f"it has made all its {last:,} steps: nothing is to be done",
+    outlook.GOES_ON: f"goes on after step {start:,}: {again}{to_charge:,} are"
+    f" charged, to step {last:,}",
+    outlook.BRANCHES: f"opens a branch after step {start:,}, with new keys,"
+    " since what decides the bits of a step is not as it was (code, devices,"
+    f" settings): {to_charge:,} steps are charged, to step {last:,}",
+    outlook.CHANGES: f"opens a segment after step {start:,}, under other"
+    f" settings ({'; '.join(run['changes'])}): {to_charge:,} steps are charged,"
+    f" to step {last:,}",
+  }
+  return [
+    ("the run there", ways[run["action"]]),
+    (
+      "its budget",
+      f"{spent:,} steps spent so far; epsilon"
+      f" {statement.rounded_up(run['epsilon'], 4)} at its end, for all of it",
+    ),
+    *(("WARNING", text) for text in run["rejected"]),
+  ]
+
+
+def _budget(budget: dict[str, Any] | None) -> list[tuple[str, str]]:
+  """Returns a row on the budget that the data's runs share, if they do."""
+  if budget is None:
+    return []
+  reserved, taken = budget["share_reserved"], budget["share_of_this_run"]
+  room = f"{1 - reserved - taken:.1%} would be left"
+  if budget["reservation"]:
+    room = f"from the reservation {budget['reservation']!r}"
+  return [
+    (
+      "shared budget",
+      f"epsilon {budget['epsilon']:g} at delta {budget['delta']:g} in"
+      f" {budget['location']}: {reserved:.1%} is reserved, this run would take"
+      f" {round(taken, 4) + 0.0:.1%} more, {room}",
+    )
+  ]
 
 
 def _clipping(report: dict[str, Any]) -> list[tuple[str, str]]:

@@ -183,12 +183,17 @@ def find(sampling: str, noise: str, clipper: str) -> Proof:
       raise errors.ArgumentError(
         f"sampling must be one of {samplings}, which have a proof with"
         f" noise={noise!r} and clipping={clipper!r} (no proof, no run), got"
-        f" {sampling!r}"
+        f" {sampling!r}{_validation.suggestion(sampling, samplings)}"
       )
+    choices = {*(x for _, x, _ in known)}, {*(x for *_, x in known)}
+    meant = "".join(
+      "" if word in words else _validation.suggestion(word, words)
+      for word, words in zip((noise, clipper), choices, strict=True)
+    )
     pairs = sorted({f"{x!r} and {y!r}" for _, x, y in known})
     raise errors.ArgumentError(
       "noise and clipping must have a proof together (no proof, no run), as"
-      f" {' or '.join(pairs)} have, got {noise!r} and {clipper!r}"
+      f" {' or '.join(pairs)} have, got {noise!r} and {clipper!r}{meant}"
     )
   return registry.resolve("proof", name, setting="the proof")
 

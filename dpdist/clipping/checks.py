@@ -19,7 +19,7 @@ from dpdist.clipping.trace.program import Block
 PyTree = Any
 
 _NUMBERS = (jax.Array, np.ndarray, np.generic, int, float, complex)
-_METHOD = _validation.one_of(("auto", "bookkeeping", "two_pass", "vmap"))
+METHOD = _validation.one_of(("auto", "bookkeeping", "two_pass", "vmap"))
 _PLATFORM = _validation.optional(_validation.one_of(("cpu", "gpu", "tpu")))
 # Between these, dividing by a norm, or by a norm plus gamma, neither underflows
 # nor overflows in float32.
@@ -38,7 +38,7 @@ def arguments(
 ) -> None:
   """Checks the arguments of `clipped_grad`."""
   norms(l2_clip_norm)
-  _validation.check("method", method, _METHOD)
+  _validation.check("method", method, METHOD)
   _validation.check("platform", platform, _PLATFORM)
   _validation.check("normalize_gamma", normalize_gamma, _GAMMA)
   _validation.check("microbatch_size", microbatch_size, _SIZE)

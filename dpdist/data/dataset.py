@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from dpdist import _validation
 from dpdist import errors
 from dpdist.data import arrays
 from dpdist.data import sources
@@ -108,8 +109,8 @@ def of(thing: Any) -> Dataset:
     return thing
   if not (hasattr(thing, "train") and hasattr(thing, "test")):
     raise errors.ArgumentError(
-      "a data set must be a dpdist.Dataset, or have its parts train and test,"
-      f" got {type(thing).__name__}"
+      "dataset must be a dpdist.Dataset, or have its parts train and test, got"
+      f" {_validation.described(thing)}"
     )
   names = [field.name for field in dataclasses.fields(Dataset)]
   return Dataset(**{x: getattr(thing, x) for x in names if hasattr(thing, x)})
@@ -133,12 +134,15 @@ def code(dataset: Dataset) -> list[Any]:
 
 def _source(name: str, part: Any) -> sources.Source:
   if isinstance(part, Mapping):
-    return arrays.ArraySource(part)
+    try:
+      return arrays.ArraySource(part)
+    except ValueError as error:
+      raise errors.ArgumentError(f"{name} of a data set: {error}") from error
   missing = [method for method in _METHODS if not hasattr(part, method)]
   if missing:
     raise errors.ArgumentError(
-      f"{name} of a data set must be a mapping of arrays or a source, got"
-      f" {type(part).__name__} without {', '.join(missing)}"
+      f"{name} of a data set must be a mapping of arrays by name or a source"
+      f" with {', '.join(_METHODS)}, got {_validation.described(part)}"
     )
   source: sources.Source = part
   return source

@@ -43,7 +43,8 @@ def of(
     return module.apply(variables, inputs, rngs={"dropout": rng}, **more)
 
   def init(key: jax.Array, inputs: Any) -> PyTree:
-    return module.init(key, inputs, **says(is_trained=False))["params"]
+    variables = module.init(key, inputs, **says(is_trained=False))
+    return variables.get("params", {})  # A module may have none.
 
   def found(inputs: Any) -> list[model_check.Finding]:
     more = says(is_trained=True)

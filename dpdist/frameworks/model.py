@@ -24,6 +24,7 @@ from typing import Any
 
 import jax
 
+from dpdist import _validation
 from dpdist import errors
 from dpdist.distributed import mesh
 from dpdist.frameworks import model_check
@@ -156,6 +157,8 @@ def _maker(model: Any) -> tuple[Any, str]:
   framework = framework_of(model)
   if framework:
     return model, framework
+  if _is_class_of_linen(model):
+    raise _no_model(model)
   if hasattr(model, "apply"):  # It is called as a module of Linen.
     return model, "dpdist.frameworks.linen"
   if not callable(model):
@@ -167,11 +170,20 @@ def _maker(model: Any) -> tuple[Any, str]:
     made = make(jax.random.key(0))
     kinds.append(framework_of(made) or type(made).__name__)
 
-  jax.eval_shape(look)
+  try:
+    jax.eval_shape(look)
+  except errors.ArgumentError:
+    raise
+  except Exception as error:
+    # A user's function may raise anything.
+    raise errors.ArgumentError(
+      f"{_WANTED}, got {_name_of(model)}, which was taken for what makes a"
+      f" module, and raises {errors.in_a_line(error)}"
+    ) from error
   if kinds[0] not in {ours for *_, ours in _FRAMEWORKS}:
     raise errors.ArgumentError(
-      "model must make a module of Flax or Equinox, got a function that returns"
-      f" a {kinds[0]}"
+      f"{_WANTED}, got {_name_of(model)}, which was taken for what makes a"
+      f" module, and returns a {kinds[0]}"
     )
   return make, kinds[0]
 
@@ -187,9 +199,16 @@ def _of_key(maker: Callable[..., Any]) -> Callable[[jax.Array], Any]:
   if not needed:
     return lambda key: maker()
   if len(needed) > 1:
+    names = ", ".join(p.name for p in needed)
+    if isinstance(maker, type):
+      call = f"{maker.__name__}({', '.join(f'{p.name}=...' for p in needed)})"
+      raise errors.ArgumentError(
+        f"{_WANTED}, got the class {maker.__name__}, which needs {names}: give"
+        f" what makes one, as lambda {needed[-1].name}: {call}"
+      )
     raise errors.ArgumentError(
-      "model must be made by a function of rngs, of a key or of nothing, got"
-      f" one of {[p.name for p in needed]}"
+      f"{_WANTED}, got {_name_of(maker)} of {names}: a function of parameters"
+      " and inputs needs an init beside it, as (init, apply)"
     )
   (argument,) = needed
 
@@ -230,6 +249,8 @@ def _of_pair(pair: tuple[Any, ...]) -> Model:
     return apply(params, inputs)
 
   name = getattr(apply, "__name__", "apply")
+  if name == "<lambda>":
+    name = "(init, apply)"
   return Model(name=name, init=init, apply=applied)
 
 
@@ -253,9 +274,27 @@ def _without_batch_axis(model: Model) -> Model:
   )
 
 
+_WANTED = (
+  "model must be a module of Flax Linen, Flax NNX or Equinox, a function that"
+  " makes one of nothing, of rngs or of a key, or (init, apply)"
+)
+
+
 def _no_model(model: Any) -> errors.ArgumentError:
-  return errors.ArgumentError(
-    "model must be a module of Flax Linen, Flax NNX or Equinox, a function that"
-    " makes one of nothing, of rngs or of a key, or (init, apply), got a"
-    f" {type(model).__name__}"
+  return errors.ArgumentError(f"{_WANTED}, got {_validation.described(model)}")
+
+
+def _name_of(function: Any) -> str:
+  if isinstance(function, functools.partial):
+    function = function.func
+  name = getattr(function, "__name__", type(function).__name__)
+  return "a lambda" if name == "<lambda>" else f"the function {name}"
+
+
+def _is_class_of_linen(model: Any) -> bool:
+  linen = sys.modules.get("flax.linen")
+  return (
+    linen is not None
+    and isinstance(model, type)
+    and issubclass(model, linen.Module)
   )

@@ -3,12 +3,14 @@
 Imports no jax.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 import dataclasses
+import math
 from typing import Any
 
 from dpdist import errors
 from dpdist.accounting import rdp
+from dpdist.privacy import plan as plan_lib
 
 FORMAT = 1
 # The fields that a record of each kind must have, and their types.
@@ -100,3 +102,26 @@ def best_order(epsilon: float, delta: float) -> tuple[int, float]:
       f" got {epsilon}"
     )
   return order, room[order]
+
+
+def cost(terms: BudgetTerms, parts: Sequence[plan_lib.PlanUse]) -> float:
+  """Returns the divergence of parts of a run, at a budget's order.
+
+  Raises RefusedError if they have another relation, or no such divergences.
+  """
+  for plan, _ in parts:
+    if plan.neighboring_relation != terms.neighboring_relation:
+      raise errors.RefusedError(
+        f"neighboring_relation must be the data set's,"
+        f" {terms.neighboring_relation!r}, got {plan.neighboring_relation!r}"
+      )
+  steps = [x for plan, num_steps in parts for x in plan.steps(num_steps)]
+  for event, _ in steps:
+    if event.loose_rdp:
+      raise errors.RefusedError(
+        "a data set's budget adds up Renyi divergences, which there are not"
+        f" for {event.loose_rdp}"
+      )
+  return math.fsum(
+    rdp.divergence(event, count, terms.order) for event, count in steps
+  )

@@ -15,6 +15,8 @@ def find(
   root: str | os.PathLike[str],
   data: str,
   earlier: Callable[[], Sequence[str]] = tuple,
+  *,
+  is_looked_at: bool = False,
 ) -> data_budget.DataBudget:
   """Finds the budget of a data set, also if an earlier release made it.
 
@@ -27,8 +29,9 @@ def find(
   `data` is the content digest of the training set, hex, and `earlier` returns
   others of the same content, like `dpdist.data.sources.earlier_digests`; it is
   called only if it matters. The terms of the returned budget are None if there
-  is none yet. Raises RefusedError if the budget that was recorded as the same
-  is gone, or the data set has several budgets.
+  is none yet. If it is only looked at, nothing is recorded. Raises RefusedError
+  if the budget that was recorded as the same is gone, or the data set has
+  several budgets.
   """
   budget = data_budget.DataBudget(root, data)
   if budget.same_as:
@@ -58,7 +61,7 @@ def find(
   if not found:
     return budget
   (only,) = found.values()
-  if only is not kept:
+  if only is not kept and not is_looked_at:
     budget.refer_to(only.data)
   return only
 
@@ -72,16 +75,18 @@ def open_or_make(
   neighboring_relation: str,
   earlier: Callable[[], Sequence[str]] = tuple,
   tell: Callable[[str], None] = lambda line: None,
+  is_looked_at: bool = False,
 ) -> data_budget.DataBudget:
   """Opens a data set's budget; makes it if epsilon and delta are given.
 
   These are of all runs together; None stands for those of the budget, which
   must exist, or ArgumentError is raised. See `find` for `data` and `earlier`.
   `tell` is called with a line of text if a budget is made beside others: the
-  data set may have one of them, and have been changed since. Raises
+  data set may have one of them, and have been changed since. If it is only
+  looked at, nothing is written, and a missing budget is supposed. Raises
   RefusedError if the budget has other terms, and LedgerError if it is damaged.
   """
-  budget = find(root, data, earlier)
+  budget = find(root, data, earlier, is_looked_at=is_looked_at)
   is_new = budget.terms is None
   if budget.terms is not None:
     epsilon = budget.terms.epsilon if epsilon is None else epsilon
@@ -93,10 +98,13 @@ def open_or_make(
       f" {delta}"
     )
   budget.make(
-    epsilon=epsilon, delta=delta, neighboring_relation=neighboring_relation
+    epsilon=epsilon,
+    delta=delta,
+    neighboring_relation=neighboring_relation,
+    is_supposed=is_looked_at,
   )
   others = [name for name in records.folders(root) if name != budget.data]
-  if is_new and others:
+  if is_new and others and not is_looked_at:
     tell(
       f"data set {budget.data[:12]} had no budget in {budget.root} and has a"
       f" new one now, beside those of {len(others)} other data sets: if it is"

@@ -113,30 +113,20 @@ class DataBudget:
 
   def cost(self, parts: Sequence[plan_lib.PlanUse]) -> float:
     """Returns the divergence of parts of a run, at the budget's order."""
-    for plan, _ in parts:
-      if plan.neighboring_relation != self._terms.neighboring_relation:
-        raise errors.RefusedError(
-          "neighboring_relation must be the data set's,"
-          f" {self._terms.neighboring_relation!r}, got"
-          f" {plan.neighboring_relation!r}"
-        )
-    steps = [x for plan, num_steps in parts for x in plan.steps(num_steps)]
-    for event, _ in steps:
-      if event.loose_rdp:
-        raise errors.RefusedError(
-          "a data set's budget adds up Renyi divergences, which there are not"
-          f" for {event.loose_rdp}"
-        )
-    return math.fsum(
-      rdp.divergence(event, count, self._terms.order) for event, count in steps
-    )
+    return budget_records.cost(self._terms, parts)
 
   def make(
-    self, *, epsilon: float, delta: float, neighboring_relation: str
+    self,
+    *,
+    epsilon: float,
+    delta: float,
+    neighboring_relation: str,
+    is_supposed: bool = False,
   ) -> None:
     """Makes the budget, or compares these terms with those it already has.
 
-    See `dpdist.ledger.budget_records.BudgetTerms`.
+    See `dpdist.ledger.budget_records.BudgetTerms`. One that is supposed is not
+    written, and can only be looked at.
 
     Raises:
       ArgumentError: a term is out of its range.
@@ -168,7 +158,10 @@ class DataBudget:
         )
       return None
 
-    self._log.propose(decide)
+    if not is_supposed:
+      self._log.propose(decide)
+    elif decide() is not None:
+      self.terms = terms
 
   def refer_to(self, data: str) -> None:
     """Records that this budget is the one of another digest.
@@ -188,7 +181,41 @@ class DataBudget:
 
   def check(self, cost: float, reservation: str = "") -> None:
     """Raises RefusedError if a new run of this cost would not fit now."""
-    self._slot(cost, reservation)
+    if not reservation:
+      self._check_fits(cost, "this run")
+      return
+    found = self._reservation(reservation)
+    if found.free < 1:
+      raise errors.RefusedError(f"reservation {reservation!r} has no run left")
+    if cost > found.cost * (1 + _ROUNDING):
+      raise errors.RefusedError(
+        f"reservation {reservation!r} is for runs that take"
+        f" {self.share(found.cost):.3%} of the budget at most, this one takes"
+        f" {self.share(cost):.3%}"
+      )
+
+  def would_take(
+    self,
+    ledger: ledger_lib.Ledger | None,
+    parts: Sequence[plan_lib.PlanUse],
+    *,
+    label: str,
+    reservation: str = "",
+  ) -> float:
+    """Returns what `allocate` would reserve beyond the run's allocation.
+
+    Without a ledger, the run is new. Raises RefusedError as that does; writes
+    nothing.
+    """
+    cost = self.cost(parts)
+    name = None if ledger is None else self._find(ledger)
+    if name is None:
+      self.check(cost, reservation)
+      return cost
+    more = cost - self.allocations[name].cost
+    if more > 0:
+      self._check_fits(more, f"what changed in {label!r}")
+    return more
 
   def reserve(self, label: str, cost: float, count: int) -> None:
     """Keeps budget for runs to come, for all of them or for none.
@@ -258,20 +285,17 @@ class DataBudget:
     fresh = secrets.token_hex(16)
 
     def decide() -> tuple[str, Mapping[str, Any]]:
+      self.would_take(ledger, parts, label=label, reservation=reservation)
       cost = self.cost(parts)
       name = self._find(ledger)
       if name is None:
-        slot = self._slot(cost, reservation)
         return "admit", {
           "stake": fresh,
           "label": label,
-          "reservation": slot,
+          "reservation": reservation,
           "cost": cost,
           "head": ledger.head,
         }
-      more = cost - self.allocations[name].cost
-      if more > 0:
-        self._check_fits(more, f"what changed in {label!r}")
       # The plan may be smaller now, and the reserved cost with it: it still
       # covers all that was charged, and charging more needs another `allocate`.
       return "grow", {"stake": name, "cost": cost, "head": ledger.head}
@@ -358,22 +382,6 @@ class DataBudget:
       if ledger.has_been_at(allocation.head):
         return name
     return None
-
-  def _slot(self, cost: float, reservation: str) -> str:
-    """Returns the reservation that a new run of this cost fits in, or ""."""
-    if not reservation:
-      self._check_fits(cost, "this run")
-      return ""
-    found = self._reservation(reservation)
-    if found.free < 1:
-      raise errors.RefusedError(f"reservation {reservation!r} has no run left")
-    if cost > found.cost * (1 + _ROUNDING):
-      raise errors.RefusedError(
-        f"reservation {reservation!r} is for runs that take"
-        f" {self.share(found.cost):.3%} of the budget at most, this one takes"
-        f" {self.share(cost):.3%}"
-      )
-    return reservation
 
   def _reservation(self, label: str) -> budget_records.Reservation:
     names = sorted(self.reservations)

@@ -12,7 +12,8 @@ Guarantees:
 """
 
 from collections.abc import Callable
-import dataclasses
+import functools
+import json
 import math
 import os
 import pathlib
@@ -23,8 +24,10 @@ import jax
 import ml_collections
 import numpy as np
 
+from dpdist import config as config_lib
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.distributed import progress as progress_lib
+from dpdist.files import places
 from dpdist.profiling import measure
 from dpdist.tasks import parts as parts_lib
 from dpdist.training import abstract_step
@@ -33,6 +36,9 @@ from dpdist.training import dry_run
 from dpdist.training import job as job_lib
 from dpdist.training import setup
 from dpdist.training import step_sentinel
+from dpdist.workdir import fingerprint
+from dpdist.workdir import outlook
+from dpdist.workdir import resume
 
 _LEFT = 0.1  # Of a device's memory, below which there is little left.
 
@@ -41,35 +47,51 @@ def rehearse(
   config: ml_collections.ConfigDict,
   parts: parts_lib.Parts = parts_lib.NAMED,
   *,
-  workdir: str | os.PathLike[str] = ".",
+  workdir: str | os.PathLike[str] | None = None,
   progress: progress_lib.Progress | None = None,
   tell: Callable[[str], None] | None = None,
 ) -> dict[str, Any]:
-  """Checks a config as a new run would, and measures its step.
+  """Checks a config as a run would that starts or goes on; measures its step.
 
   Args:
     config: the settings.
     parts: what is given in place of the parts that the config names.
-    workdir: where the run would be, which may not exist: for its disk.
+    workdir: the run's directory, which may not exist; None: a new run, on the
+      disk of the current directory.
     progress: is told of the phases.
     tell: is called with a sentence if rows of both parts are equal. PRIVATE: it
       is for the owner's screen alone; see `data_checks.shared_rows`.
 
   Returns:
     JSON-able: "data", "labels" (None without integers to predict), "model",
-    "plan", "signal", "sensitivity", "memory" of a device in bytes, "time" in
-    seconds, "disk" in bytes, and "warnings", sentences.
+    "plan", "run" (see `dpdist.workdir.outlook.Outlook`), "budget" that the
+    data's runs share (None if the config names none), "signal", "sensitivity",
+    "memory" of a device in bytes, "time" in seconds, "disk" in bytes, and
+    "warnings", sentences.
 
   Raises:
-    ValueError: a setting is wrong.
+    ValueError: a setting is wrong, or the run or its data set's budget would
+      refuse it.
+    errors.LedgerError: the run's record is damaged.
     errors.SensitivityError: the step does not clip as it must.
   """
   progress = progress or progress_lib.Progress()
-  job = job_lib.look(config, parts, progress=progress)
-  config = parts.settings(config)
+  config_lib.check(config)
+  config = parts.settings(config_lib.resolve(config))
+  job_lib.load_code(config.privacy)
+  place = places.directory("." if workdir is None else workdir)
+  ledger = None if workdir is None else resume.open_ledger(config, place)
+  job = job_lib.look(
+    config,
+    parts,
+    workdir=None if ledger is None else place,
+    ledger=ledger,
+    progress=progress,
+    try_out=functools.partial(dry_run.run, config, progress),
+  )
   try:
-    chunk_size = dry_run.run(config, progress, job)
-    job = dataclasses.replace(job, chunk_size=chunk_size)
+    run = _run(config, job)
+    budget = _budget(config, job, place)
     progress.enter(-1, "checking")
     report = step_sentinel.check_step(
       job.step,
@@ -89,16 +111,18 @@ def rehearse(
       "labels": _labels(job),
       "model": _model(job),
       "plan": _plan(job),
+      "run": run._asdict(),
+      "budget": budget,
       "signal": _signal(job),
       "sensitivity": report._asdict(),
       "memory": _memory(config, job),
       "time": _time(job),
-      "disk": _disk(config, job, pathlib.Path(workdir)),
+      "disk": _disk(config, job, place),
     }
   finally:
     progress.enter(-1, "starting")
     job.close()
-  return facts | {"warnings": _warnings(facts)}
+  return facts | {"warnings": [*job.notices, *_warnings(facts)]}
 
 
 def _data(job: job_lib.Job) -> dict[str, Any]:
@@ -157,6 +181,46 @@ def _plan(job: job_lib.Job) -> dict[str, Any]:
     "sampling_probability": plan.sampling_probability,
     "num_steps": plan.num_steps,
     "epochs": processed / plan.num_examples,
+  }
+
+
+def _run(
+  config: ml_collections.ConfigDict, job: job_lib.Job
+) -> outlook.Outlook:
+  environments = [json.loads(json.dumps(fingerprint.environment(job.mesh)))]
+  return outlook.of(
+    job.ledger,
+    job.found,
+    job.plan,
+    job.changes,
+    job_lib.fingerprint_of(config, job, environments),
+  )
+
+
+def _budget(
+  config: ml_collections.ConfigDict, job: job_lib.Job, workdir: pathlib.Path
+) -> dict[str, Any] | None:
+  """Describes the budget that the data's runs share, with this run's part."""
+  found = resume.look_at_budget(
+    config,
+    workdir,
+    job.ledger,
+    plan=job.plan,
+    own_digest=job.own_digest,
+    earlier=job.earlier,
+    is_changed=bool(job.changes),
+  )
+  if found is None:
+    return None
+  budget, taken = found
+  assert budget.terms is not None
+  return {
+    "location": budget.root,
+    "epsilon": budget.terms.epsilon,
+    "delta": budget.terms.delta,
+    "share_reserved": budget.share(budget.reserved),
+    "share_of_this_run": budget.share(taken),
+    "reservation": config.data_budget.reservation,
   }
 
 

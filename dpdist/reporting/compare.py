@@ -29,6 +29,11 @@ _SELECTION = (
 )
 
 
+_NOTHING_IN_COMMON = (
+  "No held-out metric is in all of these runs, so there is nothing to draw."
+)
+
+
 class Run(NamedTuple):
   """A run that is compared.
 
@@ -120,35 +125,54 @@ def write(runs: Sequence[Run], path: pathlib.Path) -> pathlib.Path:
   """Writes the page; returns its path."""
   metric = metric_of(runs)
   score = f"test/{metric}"
-  against = [
+  by_epsilon = [
     (
       run.name,
       [(row["epsilon"], row[score]) for row in _both(run, "epsilon", score)],
     )
     for run in runs
   ]
-  over = [
+  by_step = [
     (run.name, [(row["step"], row[score]) for row in _both(run, "step", score)])
     for run in runs
   ]
   drawn = "\n".join(
     (
-      plots.curves(f"Held-out {metric} by epsilon", "epsilon spent", against),
-      plots.curves(f"Held-out {metric} by step", "step", over),
+      plots.curves(
+        f"Held-out {metric} by epsilon", "epsilon spent", by_epsilon
+      ),
+      plots.curves(f"Held-out {metric} by step", "step", by_step),
     )
   )
   body = (
     "<header><h1>Private training runs, side by side</h1></header>\n"
-    f"<p class='label'>{html.escape(_SELECTION)}</p>\n"
+    f"<p class='label'>{html.escape(_SELECTION)}</p>\n{_banner(runs)}\n"
     f"<h2>Results</h2>\n<div class='card wide'>{_html(table(runs, metric))}"
     "</div>\n"
+    "<h2>Curves</h2>\n"
     + (
-      f"<h2>Curves</h2>\n<div class='grid plots'>{drawn}</div>"
+      f"<div class='grid plots'>{drawn}</div>"
       if metric
-      else ""
+      else f"<p class='label'>{_NOTHING_IN_COMMON}</p>"
     )
   )
   return report.put(path, "Private training runs", body)
+
+
+def _banner(runs: Sequence[Run]) -> str:
+  """Returns a box on runs that have no guarantee or are of no use; or ""."""
+  lines, is_void = [], False
+  for number, run in enumerate(runs, start=1):
+    guarantee = str(run.result.get("guarantee", "holds"))
+    problem = str(run.result.get("held_out_problem", ""))
+    is_void = is_void or guarantee != "holds"
+    if guarantee != "holds":
+      why = f"no guarantee: {guarantee.removeprefix('void: ')}"
+      problem = "; ".join(filter(None, [why, problem]))
+    lines += [f"{number} {run.name}: {problem}"] if problem else []
+  if not lines:
+    return ""
+  return report.banner("Not to be relied on", lines, is_red=is_void)
 
 
 def _both(run: Run, *names: str) -> list[Mapping[str, Any]]:
@@ -164,9 +188,13 @@ def _last_step(run: Run) -> int:
 
 
 def _html(rows: Sequence[Sequence[str]]) -> str:
-  cells = lambda tag, row: "".join(
-    f"<{tag}>{html.escape(x)}</{tag}>" for x in row
-  )
-  lines = [f"<tr>{cells('th', rows[0])}</tr>"]
-  lines += [f"<tr>{cells('td', row)}</tr>" for row in rows[1:]]
+  heading = [html.escape(x, quote=True) for x in rows[0]]
+  lines = [f"<tr>{''.join(f'<th>{x}</th>' for x in heading)}</tr>"]
+  for row in rows[1:]:
+    # On a phone each cell has its column's name beside it.
+    cells = (
+      f"<td data-name='{name}'>{html.escape(x)}</td>"
+      for name, x in zip(heading, row, strict=True)
+    )
+    lines.append(f"<tr>{''.join(cells)}</tr>")
   return f"<table class='columns'>{''.join(lines)}</table>"

@@ -79,11 +79,14 @@ def _held_out(rows: _Rows) -> list[str]:
   """Draws the metric that the run's task names first, and the loss."""
   names = [name for row in rows for name in row if name.startswith("test/")]
   first = [names[0].removeprefix("test/")] if names else []
+  raw = (
+    "raw" if any(f"test_ema/{x}" in row for x in first for row in rows) else ""
+  )
   return [
     _plot(
       f"Held-out {metric}",
       rows,
-      {f"test/{metric}": "raw", f"test_ema/{metric}": "EMA"},
+      {f"test/{metric}": raw, f"test_ema/{metric}": "EMA"},
     )
     for metric in dict.fromkeys([*first, "loss"])
   ]
@@ -135,6 +138,7 @@ def curves(
   fig = figure.Figure(figsize=(4.6, 3.0), layout="constrained")
   axes = fig.add_subplot()
   key = []
+  ends: list[tuple[float, float, str]] = []
   for number, (name, points) in enumerate(lines):
     shown = [point for point in points if np.isfinite(point).all()]
     if not shown:
@@ -146,14 +150,7 @@ def curves(
     axes.plot(
       xs, ys, color=_COLORS[color], linestyle=style, linewidth=1.8, marker=mark
     )
-    axes.annotate(
-      str(number + 1),
-      (xs[-1], ys[-1]),
-      xytext=(4, 0),
-      textcoords="offset points",
-      fontsize=9,
-      color=_COLORS["text"],
-    )
+    ends.append((float(xs[-1]), float(ys[-1]), str(number + 1)))
     key.append(
       f"<span><i class='{color}' style='color: var(--{color});"
       f" border-top-style: {_CSS_STYLES[style]}'></i>"
@@ -162,8 +159,34 @@ def curves(
   if not key:
     return ""
   caption = f"<figcaption>{_text(title)}{''.join(key)}</figcaption>"
+  _name_ends(axes, ends)
+  axes.set_xlim(left=0)
   svg = _svg(fig, axes, title, x_label)
   return f"<figure class='card'>{caption}\n{svg}</figure>"
+
+
+def _name_ends(axes: Any, ends: Sequence[tuple[float, float, str]]) -> None:
+  """Writes the numbers of curves at their ends, of those that meet as one."""
+  limits = axes.dataLim
+  sizes = [max(size, 1e-30) for size in (limits.width, limits.height)]
+  left = list(ends)
+  while left:
+    x, y, _ = left[0]
+    is_near = lambda end, x=x, y=y: (
+      abs(end[0] - x) < 0.06 * sizes[0] and abs(end[1] - y) < 0.06 * sizes[1]
+    )
+    names = ", ".join(end[2] for end in left if is_near(end))
+    left = [end for end in left if not is_near(end)]
+    is_long = len(names) > 2
+    axes.annotate(
+      names,
+      (x, y),
+      xytext=(0, 6) if is_long else (4, 0),
+      textcoords="offset points",
+      ha="right" if is_long else "left",
+      fontsize=10,
+      color=_COLORS["text"],
+    )
 
 
 def _grid(figures: Sequence[str]) -> str:
@@ -209,13 +232,16 @@ def _plot(
   fig = figure.Figure(figsize=(4.6, 2.5), layout="constrained")
   axes = fig.add_subplot()
   key = []
+  most = -np.inf
   for color, (name, label) in zip(
     ("first", "second"), names.items(), strict=False
   ):
     points = np.array(
       [(row["step"], row[name]) for row in rows if name in row], dtype=float
     )
-    points = points[np.isfinite(points).all(axis=-1)] if len(points) else points
+    is_finite = np.isfinite(points).all(axis=-1) if len(points) else []
+    ends_early = len(points) and not is_finite[-1]
+    points = points[is_finite] if len(points) else points
     if not len(points):
       continue
     # The page is for reading and not an archive: thin out long runs, but keep
@@ -224,7 +250,11 @@ def _plot(
     steps, values = points[::-1][::stride][::-1].T
     marker = "o" if len(steps) == 1 else None
     axes.plot(steps, values, color=_COLORS[color], linewidth=1.8, marker=marker)
-    key.append((color, f"{label} {values[-1]:.4g}".strip()))
+    last = f"{values[-1]:.4g}"
+    if ends_early:
+      last += f", no number after step {steps[-1]:,.0f}"
+    key.append((color, f"{label} {last}".strip()))
+    most = max(most, float(values.max()))
   if not key:
     return ""
   if limit is not None and np.isfinite(limit):
@@ -232,7 +262,11 @@ def _plot(
     from_zero = True
     key.append(("limit", f"budget {statement.rounded_up(limit)}"))
   if from_zero:
-    axes.set_ylim(bottom=0)
+    # Room above the highest value, which a limit may be.
+    most = (
+      max(most, limit) if limit is not None and np.isfinite(limit) else most
+    )
+    axes.set_ylim(0, 1.1 * most if most > 0 else 1.0)
   legend = "".join(
     f"<span><i class='{color}' style='color: var(--{color})'></i>"
     f"{_text(label)}</span>"
@@ -264,8 +298,8 @@ def _svg(
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.xaxis.set_major_formatter("{x:,.0f}")
   axes.ticklabel_format(axis="y", useOffset=False)
-  axes.set_xlabel(x_label, fontsize=9, color=_COLORS["text"])
-  axes.tick_params(length=0, labelsize=9, labelcolor=_COLORS["text"], pad=6)
+  axes.set_xlabel(x_label, fontsize=10, color=_COLORS["text"])
+  axes.tick_params(length=0, labelsize=10, labelcolor=_COLORS["text"], pad=6)
   for side, spine in axes.spines.items():
     spine.set_visible(side == "bottom")
     spine.set_color(_COLORS["grid"])

@@ -23,7 +23,7 @@ _SPEED_FILE = "speed.html"
 _STYLE = """
 :root { color-scheme: light dark; --page: #f6f7f9; --card: #fff;
   --text: #1c2330; --muted: #5d6778; --grid: #e4e7ec; --first: #2563eb;
-  --second: #0d9488; --limit: #d92d20; --bad: #fef3f2; --warn: #fffaeb;
+  --second: #0d9488; --limit: #c4271b; --bad: #fef3f2; --warn: #fffaeb;
   --warn-edge: #b54708; --good: #ecfdf3; --good-edge: #067647; }
 @media (prefers-color-scheme: dark) { :root { --page: #0f1319; --card: #181e27;
   --text: #e6e9ef; --muted: #98a2b3; --grid: #2b3442; --first: #7aa7ff;
@@ -53,7 +53,7 @@ p { max-width: 44rem; margin: 0; }
 .figure { font-size: clamp(1.35rem, 3vw, 1.9rem); line-height: 1.3;
   font-weight: 650; letter-spacing: -.02em;
   font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
-.label { color: var(--muted); font-size: .875rem; }
+.label { color: var(--muted); font-size: .875rem; overflow-wrap: anywhere; }
 .void .figure { text-decoration: line-through; color: var(--limit); }
 .notices { border-radius: 12px; padding: .85rem 1.15rem; margin: 1rem 0 0;
   border: 1px solid var(--warn-edge); background: var(--warn); }
@@ -79,7 +79,8 @@ figure { margin: 0; }
 figure .label { margin-top: .5rem; }
 figcaption { font-weight: 600; font-size: .95rem; margin-bottom: .35rem; }
 figcaption span { font-weight: 400; color: var(--muted); font-size: .85rem;
-  margin-left: .75rem; white-space: nowrap; }
+  margin-left: .75rem; display: inline-block; overflow-wrap: anywhere;
+  max-width: calc(100% - .75rem); }
 figcaption .limit { border-top-style: dashed; }
 figcaption i { display: inline-block; width: 1.1em; vertical-align: .25em;
   margin-right: .35em; border-top: 2.5px solid; }
@@ -91,7 +92,17 @@ pre { margin: .75rem 0 0; font: .8rem/1.5 ui-monospace, Menlo, Consolas,
 @media (max-width: 600px) { main { padding: 1.5rem 1rem 3rem; }
   .grid { gap: .75rem; } .card { padding: .85rem 1rem; }
   .statement { padding-left: 1.25rem; }
-  .grid:not(.plots) { grid-template-columns: repeat(2, minmax(0, 1fr)); } }
+  .grid:not(.plots) { grid-template-columns: repeat(2, minmax(0, 1fr)); }
+  .columns, .columns tbody, .columns tr { display: block; }
+  .columns tr:first-child { display: none; }
+  .columns tr { padding: .5rem 0; border-top: 1px solid var(--grid); }
+  .columns tr:nth-child(2) { border-top: 0; }
+  .columns td { display: flex; justify-content: space-between; gap: 1rem;
+    padding: .1rem 0; border: 0; overflow-wrap: anywhere; text-align: right; }
+  .columns td::before { content: attr(data-name); color: var(--muted);
+    flex: none; }
+  .columns td:first-child { font-weight: 600; text-align: left; }
+  .columns td:first-child::before { content: none; } }
 """
 
 _SPEED = (
@@ -238,10 +249,15 @@ def _notices(result: Mapping[str, Any], notices: Sequence[str]) -> str:
     title = "No privacy guarantee"
     reason = str(result["guarantee"]).removeprefix("void:").strip()
     lines = [reason] + [line for line in lines if line != reason]
+  return banner(title, lines, is_red=void)
+
+
+def banner(title: str, lines: Sequence[str], *, is_red: bool) -> str:
+  """Returns a box that cannot be missed."""
   inner = "".join(f"<p>{_text(line)}</p>" for line in lines)
   return (
-    f"<section class='notices{' red' if void else ''}' role='alert'>"
-    f"<strong>{title}</strong>{inner}</section>"
+    f"<section class='notices{' red' if is_red else ''}' role='alert'>"
+    f"<strong>{_text(title)}</strong>{inner}</section>"
   )
 
 

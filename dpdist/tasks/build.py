@@ -65,6 +65,10 @@ class Options(TypedDict, total=False):
   largest_integers: Mapping[str, int]
 
 
+# Options that name an array, and whether they may be None.
+_NAMES = {"inputs": False, "targets": False, "weights": True}
+
+
 class Parts:
   """A model, its columns and its metrics, read from the options of a task."""
 
@@ -94,6 +98,14 @@ class Parts:
     else:
       self.model = model_lib.of(model, fix=fix, has_batch_axis=has_batch_axis)
     self.fix = fix
+    for name, is_optional in _NAMES.items():
+      value = options.get(name, None if is_optional else "inputs")
+      _validation.require(
+        isinstance(value, str) or (is_optional and value is None),
+        name,
+        "None or " * is_optional + "the name of an array",
+        value,
+      )
     self.columns = columns_lib.Columns(
       inputs=take("inputs", "inputs"),
       targets=take("targets", "targets"),
@@ -270,7 +282,10 @@ def public_weights(
   """Returns public weights as a tuple of numbers; raises ValueError if not."""
   if weights is None:
     return None
-  found = np.asarray(weights)
+  try:
+    found = np.asarray(weights)
+  except ValueError:  # Of rows of different lengths.
+    found = np.zeros(0)
   is_right = (
     found.ndim == 1
     and len(found) > 0

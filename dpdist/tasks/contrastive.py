@@ -13,8 +13,12 @@ from dpdist.tasks import build
 from dpdist.tasks import columns as columns_lib
 from dpdist.tasks import task as task_lib
 from dpdist.tasks.scoring import losses
+from dpdist.tasks.scoring import metrics as metrics_lib
 
 PyTree = Any
+
+# Beyond, similarities overflow float32, or differ by less than it tells apart.
+_TEMPERATURE = _validation.real(at_least=1e-4, at_most=1e4)
 
 
 def contrastive(
@@ -47,7 +51,7 @@ def contrastive(
     model: maps one item of inputs to a vector; see `dpdist.tasks`.
     target_model: the same for targets and negatives, as in a two-tower
       recommender; None: `model`. With it, parameters are {"inputs", "targets"}.
-    temperature: what similarities are divided by.
+    temperature: what similarities are divided by, from 1e-4 to 1e4.
     similarity: "cosine", or "dot" for the product of vectors.
     is_pair: the name of an array bool [pairs] that is False for padding; None:
       all are pairs.
@@ -55,7 +59,7 @@ def contrastive(
       nobody's; None: there are none.
     **options: see `dpdist.tasks.Options`.
   """
-  _validation.check("temperature", temperature, _validation.real(above=0))
+  _validation.check("temperature", temperature, _TEMPERATURE)
   rule = _validation.one_of(("cosine", "dot"))
   _validation.check("similarity", similarity, rule)
   towers = _towers(model, target_model, options)
@@ -91,8 +95,8 @@ def contrastive(
 
   def check(task: task_lib.Task, example: Any, test: Any) -> None:
     columns_lib.check_arrays(columns, example, test)
-    more = [] if is_pair is None else [is_pair]
-    _check_pairs([columns.inputs, columns.targets, *more], negatives, example)
+    _check_pairs(names, is_pair, example, has_one_model=target_model is None)
+    _check_vectors(parts, names, example)
 
   return build.make(
     parts, losses.cross_entropy, check=check, prepare=prepare, judged=judged
@@ -100,21 +104,97 @@ def contrastive(
 
 
 def _check_pairs(
-  names: list[str], negatives: str | None, example: Mapping[str, Any]
+  names: Mapping[str, str],
+  is_pair: str | None,
+  example: Mapping[str, Any],
+  *,
+  has_one_model: bool,
 ) -> None:
-  """Checks that an example has the arrays, and as many rows in each."""
-  given = [*names] + ([] if negatives is None else [negatives])
-  if not set(given) <= set(example):
+  """Checks that an example has the arrays, of items that fit one another.
+
+  Args:
+    names: of its arrays, by the part that they have.
+    is_pair: the name of one more.
+    example: its arrays.
+    has_one_model: whether inputs and targets have the same model.
+  """
+  needed = [*names.values()] + ([] if is_pair is None else [is_pair])
+  if not set(needed) <= set(example):
     raise errors.ArgumentError(
-      f"the training part must have columns {given}, got {sorted(example)}"
+      f"the training part must have columns {needed}, got {sorted(example)}"
     )
-  shapes = {name: example[name].shape for name in names}
-  lengths = {shape[:1] for shape in shapes.values()}
-  if len(lengths) > 1 or () in lengths:
+  shapes = {part: example[name].shape for part, name in names.items()}
+  for part, name in names.items():
+    _validation.require(
+      len(shapes[part]) > 0, name, "an axis of items first", shapes[part]
+    )
+  num_pairs, *_ = shapes["inputs"]
+  if shapes["targets"][0] != num_pairs:
     raise errors.ArgumentError(
-      f"{', '.join(names)} must have as many rows as an example has pairs, got"
-      f" shapes {[*shapes.values()]}"
+      f"{names['inputs']}, {names['targets']} must have as many rows as an"
+      f" example has pairs, got shapes {[shapes['inputs'], shapes['targets']]}"
     )
+  if is_pair is not None and example[is_pair].shape != (num_pairs,):
+    raise errors.ArgumentError(
+      f"{is_pair} must say of each of the {num_pairs} pairs of an example"
+      f" whether it is one, got shape {example[is_pair].shape}"
+    )
+  num_negatives = shapes.get("negatives", (0,))[0]
+  if num_pairs < 1 or num_pairs + num_negatives < 2:
+    raise errors.ArgumentError(
+      f"{names['inputs']} must have 2 pairs or more in an example, or 1 and"
+      " negatives, since the others are what a pair is told from, got"
+      f" {num_pairs} and {num_negatives} negatives"
+    )
+  for part in ("negatives", "inputs")[: 1 + has_one_model]:
+    if part in shapes and shapes[part][1:] != shapes["targets"][1:]:
+      raise errors.ArgumentError(
+        f"{names[part]} must have items of the shape of {names['targets']},"
+        f" {shapes['targets'][1:]}, since one model takes both, got"
+        f" {shapes[part][1:]}"
+      )
+
+
+def _check_vectors(
+  parts: build.Parts, names: Mapping[str, str], example: Mapping[str, Any]
+) -> None:
+  """Checks that all items become vectors of one length."""
+  towers, model_name = parts.model, parts.columns.name
+  items = {
+    part: jax.ShapeDtypeStruct(example[name].shape, example[name].dtype)
+    for part, name in names.items()
+  }
+  lengths: dict[str, tuple[int, ...]] = {}
+  for part, rows in items.items():
+
+    def embed(items: Any, part: str = part) -> Any:
+      params = towers.init(jax.random.key(0), items)
+      return towers.apply(params, {part: items[part]}, None)[part]
+
+    try:
+      outputs = jax.eval_shape(embed, items)
+    except Exception as error:
+      # A model that gets items it does not take may raise nearly anything.
+      raise errors.ArgumentError(
+        f"{names[part]} must be items that {model_name} takes, got"
+        f" {rows.dtype} {rows.shape[1:]}: {errors.in_a_line(error)}"
+      ) from error
+    if getattr(outputs, "ndim", 0) != 2:
+      what = f"a {type(outputs).__name__}"
+      if isinstance(outputs, jax.ShapeDtypeStruct):
+        what = f"shape {outputs.shape[1:]}"
+      raise errors.ArgumentError(
+        f"{model_name} must map an item of {names[part]} to one vector, got"
+        f" {what}"
+      )
+    lengths[names[part]] = outputs.shape[1:]
+  if len({*lengths.values()}) > 1:
+    raise errors.ArgumentError(
+      "model and target_model must return vectors of one length, which are"
+      f" multiplied, got {lengths}"
+    )
+  candidates = [x.shape[0] for part, x in items.items() if part != "inputs"]
+  metrics_lib.check_top(parts.metrics.names, sum(candidates))
 
 
 def _towers(
@@ -127,7 +207,10 @@ def _towers(
     has_batch_axis=options.get("has_batch_axis", False),
   )
   first = of(model)
-  second = None if target_model is None else of(target_model)
+  try:
+    second = None if target_model is None else of(target_model)
+  except errors.ArgumentError as error:
+    raise errors.ArgumentError(f"target_model: {error}") from error
 
   def tower(part: str) -> tuple[model_lib.Model, str]:
     if second is None or part == "inputs":

@@ -1,6 +1,6 @@
 """Makes tasks whose loss is the cross-entropy, of classes or of tokens."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 import functools
 from typing import Any, Unpack
 
@@ -15,10 +15,12 @@ from dpdist.tasks import chance
 from dpdist.tasks import columns as columns_lib
 from dpdist.tasks import task as task_lib
 from dpdist.tasks.scoring import losses
+from dpdist.tasks.scoring import metrics as metrics_lib
 
 PyTree = Any
 
 _METRICS = ("accuracy", "loss")
+_OPTIONAL_COUNT = _validation.optional(_validation.COUNT)
 
 
 def classification(
@@ -49,6 +51,10 @@ def classification(
     label_smoothing: the share of a target that is spread over all classes.
     **options: see `dpdist.tasks.Options`.
   """
+  num_classes = _validation.check("num_classes", num_classes, _OPTIONAL_COUNT)
+  vocabulary = _validation.check(
+    "vocabulary", vocabulary, _validation.integer(0)
+  )
   parts = build.Parts(model, options, "classes", _METRICS)
   return _classification(
     parts, num_classes, vocabulary, class_weights, label_smoothing
@@ -78,6 +84,10 @@ def language_model(
     label_smoothing: see `classification`.
     **options: see `dpdist.tasks.Options`.
   """
+  vocabulary = _validation.check("vocabulary", vocabulary, _validation.COUNT)
+  sequence_length = _validation.check(
+    "sequence_length", sequence_length, _OPTIONAL_COUNT
+  )
   parts = build.Parts(model, options, "classes", _METRICS, can_collect=False)
   columns = parts.columns
   if sequence_length is not None:
@@ -113,6 +123,7 @@ def _classification(
     columns_lib.check_classes(
       columns, example, test, shape, num_classes=num_classes
     )
+    metrics_lib.check_top(parts.metrics.names, shape[-1])
     if weights is not None and len(weights) != shape[-1]:
       raise errors.ArgumentError(
         f"class_weights must be a number for each of the {shape[-1]} classes of"
@@ -193,7 +204,15 @@ def masked_language_model(
     label_smoothing: see `classification`.
     **options: see `dpdist.tasks.Options`. `targets` are the inputs by default.
   """
+  vocabulary = _validation.check("vocabulary", vocabulary, _validation.COUNT)
   token = _validation.integer(0, vocabulary - 1)
+  _validation.require(
+    isinstance(special_tokens, Collection)
+    and not isinstance(special_tokens, str),
+    "special_tokens",
+    "a list of tokens",
+    special_tokens,
+  )
   for name, given in [("mask_token", mask_token)] + [
     ("special_tokens", x) for x in special_tokens
   ]:
@@ -226,6 +245,7 @@ def masked_language_model(
     columns_lib.check_classes(
       columns, example, test, shape, num_classes=vocabulary
     )
+    metrics_lib.check_top(parts.metrics.names, shape[-1])
     columns_lib.check_tokens(columns, test, vocabulary)
 
   parts.rest.setdefault("largest_integers", {columns.inputs: vocabulary - 1})

@@ -39,6 +39,8 @@ class Evaluator:
     test: Mapping[str, np.ndarray],
     mesh: Mesh,
     params: PyTree,
+    *,
+    tell: Callable[[str], None] | None = None,
   ):
     """Traces the task's metrics; computes none yet.
 
@@ -49,11 +51,16 @@ class Evaluator:
         1,024 examples, or fewer if their predictions would need more than 256
         MiB on a device.
       params: all parameters, or their shapes.
+      tell: is called with a sentence, once, if a metric of all examples fails:
+        it is NaN then, so that it ends no run. None: it raises.
 
     Raises:
       ValueError: the metrics are not {name: (value, weight)}, or a name is not
-        made of letters, digits and any of _.@-.
+        made of letters, digits and any of _.@-; or what the task predicts is
+        no array.
     """
+    self._tell = tell
+    self._told: set[str] = set()
     self._test, self._mesh = test, mesh
     self._size = len(next(iter(test.values())))
     self._metrics = task.metrics or _loss_alone(task)
@@ -70,9 +77,9 @@ class Evaluator:
       name: jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
       for name, x in test.items()
     }
-    found = jax.eval_shape(traced, params, example)
+    found = task_lib.shapes_of("metrics", traced, params, example)
     if task.predict is not None:
-      found = jax.eval_shape(task.predict, params, example)
+      found = task_lib.shapes_of("predict", task.predict, params, example)
     size = sum(leaf.size for leaf in jax.tree.leaves(found))
     shards = mesh_lib.num_example_shards(mesh)
     fitting = max(1, _MOST_BYTES // (4 * max(1, size))) * shards
@@ -84,6 +91,7 @@ class Evaluator:
     if self._summary is not None:
       self.names = self._summary.names
       if self._summary.outputs is not None:
+        _check_collected(self._summary, params, example, test)
         # Whole on every device, so that each process has all of them.
         self._outputs = jax.jit(
           _float32(jax.vmap(self._summary.outputs, (None, 0))),
@@ -115,7 +123,11 @@ class Evaluator:
     Args:
       params: all parameters.
       num_passes: how many passes to make, when the aim is to compile and to
-        see whether they fit in memory; the metrics are then wrong. None: all.
+        see whether they fit in memory, and whether metrics can be computed; the
+        metrics are then wrong. None: all.
+
+    Raises:
+      ValueError: a user's metric fails, and there are few passes or no `tell`.
     """
     total: dict[str, list[float]] = {name: [0.0, 0.0] for name in self._means}
     for rows, batch in self._passes(num_passes):
@@ -134,9 +146,32 @@ class Evaluator:
     for name, (mean, function) in summary.of_means.items():
       means[name] = function(means[mean])
     if summary.numbers:
-      given = self._collected(params, num_passes)
-      means |= {name: f(*given) for name, f in summary.numbers.items()}
+      collected = self._collected(params, num_passes)
+      for name in summary.numbers:
+        means[name] = self._number(name, *collected, is_trial=bool(num_passes))
     return {name: means[name] for name in self.names}
+
+  def _number(
+    self, name: str, targets: np.ndarray, outputs: np.ndarray, *, is_trial: bool
+  ) -> float:
+    """Returns a metric of all examples; NaN if it fails after the trial."""
+    assert self._summary is not None
+    try:
+      value = self._summary.numbers[name](targets, outputs)
+      if math.isfinite(value) or not is_trial or not np.isfinite(outputs).all():
+        return value
+      problem = (
+        f"the held-out metric {name!r} is {value} for a model that has not"
+        " begun to learn: it must return a finite number to be of use"
+      )
+    except errors.ArgumentError as error:
+      if is_trial or self._tell is None:
+        raise
+      value, problem = math.nan, f"{error}: the metric is NaN"
+    if self._tell is not None and problem not in self._told:
+      self._told.add(problem)
+      self._tell(problem)
+    return value
 
   def tables(
     self, params: PyTree, num_passes: int | None = None
@@ -169,17 +204,20 @@ class Evaluator:
   def _collected(
     self, params: PyTree, num_passes: int | None
   ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns targets and outputs of all held-out examples, in their order."""
+    """Returns targets and outputs of all held-out examples, in their order.
+
+    Outputs for which no pass was made are those of other examples.
+    """
     assert self._summary is not None
     outputs = np.concatenate(
       [
         mesh_lib.whole(self._outputs(params, batch))
         for _, batch in self._passes(num_passes)
       ]
-    )[: self._size]
+    )
+    outputs = np.resize(outputs, (self._size, *outputs.shape[1:]))
     # A copy: a user's metric may write to it.
-    targets = self._test[self._summary.targets][: len(outputs)].copy()
-    return targets, outputs
+    return self._test[self._summary.targets].copy(), outputs
 
   def sums(
     self, params: PyTree, batch: Mapping[str, jax.Array], is_real: jax.Array
@@ -209,11 +247,35 @@ def problem(
 ) -> str:
   """Returns a sentence that says why such a model is of no use, or ""."""
   if task.problem is not None:
-    return task.problem(scores, test)
+    try:
+      return str(task.problem(scores, test) or "")
+    except Exception as error:
+      # A user's function may raise anything, and the run is over: keep it.
+      return f"problem of the task raises {errors.in_a_line(error)}"
   for name, value in scores.items():
     if not math.isfinite(value):
       return f"the held-out {name} is {value}: the model is of no use"
   return ""
+
+
+def _check_collected(
+  summary: task_lib.Summary,
+  params: PyTree,
+  example: Mapping[str, Any],
+  test: Mapping[str, np.ndarray],
+) -> None:
+  """Raises ValueError unless metrics of all examples can be given arrays."""
+  if summary.targets not in test:
+    raise errors.ArgumentError(
+      f"targets of the metrics must be one of {sorted(test)}, which the"
+      f" held-out part has, got {summary.targets!r}"
+    )
+  assert summary.outputs is not None
+  found = task_lib.shapes_of("predict", summary.outputs, params, example)
+  if not isinstance(found, jax.ShapeDtypeStruct):
+    raise errors.ArgumentError(
+      f"predict must return one array, got a {type(found).__name__}"
+    )
 
 
 def _loss_alone(task: task_lib.Task) -> Any:

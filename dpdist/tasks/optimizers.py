@@ -1,7 +1,10 @@
 """Makes the optimizer of a config: any of optax's, with a schedule."""
 
 from collections.abc import Callable
+import inspect
+from typing import Any, cast
 
+import jax
 import ml_collections
 import optax
 
@@ -38,10 +41,11 @@ def make(
       learning_rate=schedule, **config.options.to_dict()
     )
   except TypeError as error:
-    raise ValueError(
+    raise errors.ArgumentError(
       f"optimizer.options must be arguments of {config.name}, got"
       f" {config.options.to_dict()}: {error}"
     ) from error
+  check(optimizer, f"what optimizer.name={config.name!r} returns")
   return optimizer, schedule
 
 
@@ -57,13 +61,66 @@ def _maker(name: str) -> Callable[..., optax.GradientTransformation]:
       "optimizer", name, setting="optimizer.name"
     )
     return made
-  maker = getattr(optax, name, None)
-  if not callable(maker) or name.startswith("_"):
+  maker: Any = getattr(optax, name, None)
+  if not _takes_learning_rate(maker):
+    known = [x for x in dir(optax) if _takes_learning_rate(getattr(optax, x))]
+    known += registry.names("optimizer")
     raise errors.ArgumentError(
       "optimizer.name must be an optax optimizer such as sgd, adam or lamb, or"
-      f" package.module:function, got {name!r}"
+      " package.module:function, got"
+      f" {name!r}{_validation.suggestion(name, known)}"
     )
-  return maker
+  return cast("Callable[..., optax.GradientTransformation]", maker)
+
+
+def _takes_learning_rate(maker: Any) -> bool:
+  if not callable(maker) or isinstance(maker, type):
+    return False
+  try:
+    return "learning_rate" in inspect.signature(maker).parameters
+  except (TypeError, ValueError):
+    return False
+
+
+def try_out(optimizer: optax.GradientTransformation, params: Any) -> None:
+  """Raises ValueError unless an optimizer can update such parameters.
+
+  Shapes are enough; nothing is computed.
+  """
+  what = (
+    "optimizer must be able to update the model's parameters, got one whose"
+  )
+  try:
+    state = jax.eval_shape(optimizer.init, params)
+  except Exception as error:
+    # A user's function may raise anything.
+    raise errors.ArgumentError(
+      f"{what} init raises {errors.in_a_line(error)}"
+    ) from error
+  try:
+    updates, _ = jax.eval_shape(optimizer.update, params, state, params)
+    shapes = lambda tree: jax.tree.map(lambda x: x.shape, tree)
+    is_alike = shapes(updates) == shapes(params)
+  except Exception as error:
+    raise errors.ArgumentError(
+      f"{what} update raises {errors.in_a_line(error)}"
+    ) from error
+  if not is_alike:
+    raise errors.ArgumentError(
+      f"{what} update returns {shapes(updates)} for parameters {shapes(params)}"
+    )
+
+
+def check(optimizer: Any, name: str) -> None:
+  """Raises ValueError unless a thing, which is called `name`, is optax's."""
+  if not (
+    callable(getattr(optimizer, "init", None))
+    and callable(getattr(optimizer, "update", None))
+  ):
+    raise errors.ArgumentError(
+      f"{name} must be an optax.GradientTransformation, as optax.sgd(0.1)"
+      f" returns, got {_validation.described(optimizer)}"
+    )
 
 
 def _schedule(

@@ -155,19 +155,21 @@ def of(task: Any = None, dataset: Any = None, optimizer: Any = None) -> Parts:
   Raises:
     ValueError: a part does not have the type or attributes that it needs.
   """
-  if optimizer is not None and not (
-    callable(getattr(optimizer, "init", None))
-    and callable(getattr(optimizer, "update", None))
-  ):
-    raise errors.ArgumentError(
-      "optimizer must be an optax.GradientTransformation, got"
-      f" {type(optimizer).__name__}"
-    )
+  if optimizer is not None:
+    optimizers.check(optimizer, "optimizer")
   return Parts(
     None if task is None else task_lib.of(task),
     None if dataset is None else dataset_lib.of(dataset),
     optimizer,
   )
+
+
+def name_of_data(config: ml_collections.ConfigDict) -> str:
+  """Returns what messages call the data set of a config."""
+  name, path = config.data.name, config.data.path
+  if name == GIVEN:
+    return "the data set (of get_dataset or dataset=)"
+  return f"data set {name!r}" + (f" in {path!r}" if path else "")
 
 
 def _code_of(functions: list[Any], name: str) -> str:

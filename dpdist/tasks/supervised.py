@@ -1,6 +1,9 @@
 """Makes tasks that predict numbers and labels, and tasks of functions."""
 
 from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import dataclasses
+import inspect
 from typing import Any, Unpack
 
 import jax
@@ -193,10 +196,21 @@ def from_functions(
       dropped. If it takes a third argument, it gets a key.
     predict: (params, example) -> an array; needed with `metrics`.
     metrics: functions (targets, predictions) -> number, of NumPy arrays over
-      all held-out examples, named as they are. None: the loss.
+      all held-out examples, named as they are. Without any: the loss.
     targets: the name of the array that metrics get.
     **options: further attributes of `dpdist.Task`.
   """
+  _check_function("init", init, 2)
+  _check_function("loss", loss, 3, 2)
+  if predict is not None:
+    _check_function("predict", predict, 2)
+  known = {field.name for field in dataclasses.fields(task_lib.Task)}
+  unknown = sorted({*options} - known | {*options} & {"summary", "review"})
+  if unknown:
+    free = sorted(known - {"init", "loss", "predict", "summary", "review"})
+    raise errors.ArgumentError(
+      f"options must be some of {free}, got {', '.join(map(repr, unknown))}"
+    )
   if metrics and predict is None:
     raise errors.ArgumentError(
       "predict must be given with metrics, which compare predictions, got none"
@@ -215,9 +229,10 @@ def from_functions(
       for name, x in example.items()
     }
     key = jax.random.key(0)
-    params = jax.eval_shape(init, key, shapes)
+    params = task_lib.params_of(init, key, shapes)
+    task_lib.check_loss(loss_fn, params, shapes, key)
     found = [*model_check.of_params(params)]
-    found += model_check.of_loss(loss_fn, params, shapes, key, has_aux=True)
+    found += [*model_check.of_loss(loss_fn, params, shapes, key, has_aux=True)]
     model_check.refuse_unsafe(x for x in found if x.is_fault)
     return [str(finding) for finding in found]
 
@@ -234,3 +249,26 @@ def from_functions(
     review=review,
     **options,
   )
+
+
+def _check_function(name: str, function: Any, *counts: int) -> None:
+  """Raises ValueError unless a function takes one of these many arguments."""
+  wanted = {
+    "init": "init must be a function of (key, example)",
+    "loss": "loss must be a function of (params, example) or, to draw random"
+    " numbers, of (params, example, rng)",
+    "predict": "predict must be a function of (params, example)",
+  }[name]
+  if not callable(function):
+    raise errors.ArgumentError(
+      f"{wanted}, got {_validation.described(function)}"
+    )
+  try:
+    signature = inspect.signature(function)
+  except (TypeError, ValueError):  # As of some builtins.
+    return
+  for count in counts:
+    with contextlib.suppress(TypeError):
+      signature.bind(*range(count))
+      return
+  raise errors.ArgumentError(f"{wanted}, got one of {signature}")

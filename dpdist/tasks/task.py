@@ -17,10 +17,14 @@ Guarantees:
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import numbers
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from dpdist import _validation
 from dpdist import errors
 from dpdist.distributed import mesh
 
@@ -134,8 +138,39 @@ class Task:
       value = getattr(self, name)
       if not callable(value) and (value is not None or name in _NEEDED):
         raise errors.ArgumentError(
-          f"{name} of a task must be a function, got {value!r}"
+          f"{name} of a task must be a function, got"
+          f" {_validation.described(value)}"
         )
+    are_rules = isinstance(self.partitioning, tuple | list) and all(
+      isinstance(rule, tuple | list)
+      and len(rule) == 2
+      and isinstance(rule[0], str)
+      and isinstance(rule[1], tuple | list)
+      for rule in self.partitioning
+    )
+    for name, is_right, rule in (
+      (
+        "summary",
+        isinstance(self.summary, Summary | None),
+        "a Summary or None",
+      ),
+      ("partitioning", are_rules, "pairs of a pattern and mesh axes"),
+      (
+        "largest_integers",
+        isinstance(self.largest_integers, Mapping)
+        and all(_is_count(x) for x in self.largest_integers.values()),
+        "a mapping from names of arrays to integers >= 0",
+      ),
+      ("trainable", isinstance(self.trainable, str), "a regular expression"),
+      ("inputs", isinstance(self.inputs, str), "the name of an array"),
+    ):
+      value = getattr(self, name)
+      _validation.require(is_right, f"{name} of a task", rule, value)
+
+
+def _is_count(value: Any) -> bool:
+  is_integer = isinstance(value, numbers.Integral)
+  return is_integer and not isinstance(value, bool) and value >= 0
 
 
 _NEEDED = ("init", "loss")
@@ -143,6 +178,104 @@ _FUNCTIONS = (*_NEEDED, "metrics", "predict", "review", "check", "problem") + (
   "example",
   "pretrained",
 )
+
+
+def shapes_of(name: str, function: Callable[..., Any], *given: PyTree) -> Any:
+  """Returns the shapes of what a function of a task returns; computes nothing.
+
+  Raises:
+    ValueError: the function, which is called `name`, fails.
+  """
+  try:
+    return jax.eval_shape(function, *given)
+  except errors.ArgumentError:
+    raise
+  except Exception as error:
+    # A user's function may raise anything.
+    example = next((x for x in given[::-1] if isinstance(x, Mapping)), {})
+    listed = {k: f"{v.dtype}{[*v.shape]}" for k, v in example.items()}
+    raise errors.ArgumentError(
+      f"{name} of the task must be a JAX function of one example, of arrays"
+      f" {listed}, got one that raises {errors.in_a_line(error)}"
+    ) from error
+
+
+def called(name: str, function: Callable[..., Any], *given: Any) -> Any:
+  """Returns what a function of a task returns, which runs in Python.
+
+  Raises:
+    ValueError: the function, which is called `name`, fails.
+  """
+  try:
+    return function(*given)
+  except (ValueError, errors.Hinted, OSError, MemoryError):
+    raise  # These say what is wrong.
+  except Exception as error:
+    # A user's function may raise anything.
+    raise errors.ArgumentError(
+      f"{name} of the task must raise ValueError alone, for what cannot be"
+      f" right, got {errors.in_a_line(error)}"
+    ) from error
+
+
+def reviewed(task: Task, example: PyTree) -> list[str]:
+  """Returns the notices of a task's review; raises ValueError as that does."""
+  if task.review is None:
+    return []
+  notices = called("review", task.review, example)
+  is_right = isinstance(notices, Sequence) and not isinstance(notices, str)
+  what, rule = "what review of the task returns", "a list of sentences"
+  _validation.require(is_right, what, rule, notices)
+  return [str(notice) for notice in notices]
+
+
+def weights(task: Task) -> Mapping[str, np.ndarray]:
+  """Returns what a task reads from disk, by a parameter's path."""
+  if task.pretrained is None:
+    return {}
+  found = called("pretrained", task.pretrained)
+  is_right = isinstance(found, Mapping) and all(
+    hasattr(x, "shape") for x in found.values()
+  )
+  _validation.require(
+    is_right,
+    "what pretrained of the task returns",
+    "arrays by a parameter's path",
+    found,
+  )
+  return dict(found)
+
+
+def params_of(init: Callable[..., PyTree], key: Any, example: PyTree) -> PyTree:
+  """Returns the shapes of a task's parameters, or raises ValueError."""
+  params = shapes_of("init", init, key, example)
+  if not jax.tree.leaves(params):
+    raise errors.ArgumentError(
+      "init of the task must return one array of parameters or more, as in"
+      f" {{'w': array}}, got {params!r}: there is nothing to train"
+    )
+  return params
+
+
+def check_loss(
+  loss: Callable[..., Any], params: PyTree, example: PyTree, key: Any
+) -> None:
+  """Raises ValueError unless a loss is one floating number for an example."""
+  found = shapes_of("loss", loss, params, example, key)
+  if not isinstance(found, tuple) or len(found) != 2:
+    raise errors.ArgumentError(
+      f"loss of a task must return (loss, aux), got {type(found).__name__}"
+    )
+  value = found[0]
+  if not isinstance(value, jax.ShapeDtypeStruct):
+    shown = "None" if value is None else f"a {type(value).__name__}"
+  elif value.shape or not jnp.issubdtype(value.dtype, jnp.floating):
+    shown = f"{value.dtype} {value.shape}"
+  else:
+    return
+  raise errors.ArgumentError(
+    f"loss of a task must be one floating number for an example, got {shown}"
+  )
 
 
 def of(thing: Any) -> Task:
@@ -156,8 +289,8 @@ def of(thing: Any) -> Task:
   missing = [name for name in _NEEDED if not hasattr(thing, name)]
   if missing:
     raise errors.ArgumentError(
-      "task must be a dpdist.Task or have its attributes, got"
-      f" {type(thing).__name__} without {', '.join(missing)}"
+      f"task must be a dpdist.Task or have its attributes {', '.join(_NEEDED)},"
+      f" got {_validation.described(thing)}"
     )
   names = [field.name for field in dataclasses.fields(Task)]
   return Task(**{x: getattr(thing, x) for x in names if hasattr(thing, x)})

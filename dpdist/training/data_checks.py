@@ -18,7 +18,9 @@ from dpdist.data import augment
 from dpdist.data import dataset as dataset_lib
 from dpdist.data import sources
 from dpdist.data import users
+from dpdist.noise import noise
 from dpdist.tasks import columns
+from dpdist.tasks import parts
 from dpdist.tasks import task as task_lib
 from dpdist.training import parameters
 
@@ -47,14 +49,17 @@ def fit(
   """
   test = dataset.test.read(np.arange(len(dataset.test)))
   example = one_example(dataset.train)
-  notices = [] if task.review is None else [*task.review(example)]
+  notices = task_lib.reviewed(task, example)
   try:
     check(task, example, test)
   except ValueError as error:
     raise errors.ArgumentError(
-      f"{_what(config)} must fit the task: {error}",
+      f"{parts.name_of_data(config)} must fit the task: {error}",
       hint=getattr(error, "hint", None),
     ) from error
+  key = noise.as_key(key_data)
+  params = task_lib.params_of(task.init, key, example)
+  task_lib.check_loss(task.loss, params, example, key)
   inputs = example.get(task.inputs)
   augment.check(config, () if inputs is None else inputs.shape)
   row = dataset.train.read(np.zeros(1, np.int64))
@@ -91,9 +96,9 @@ def check(
   """
   if not all(len(x) for x in test.values()):
     raise errors.ArgumentError("it must hold out 1 example or more, got 0")
-  if task.check is not None:
-    task.check(example, test)
   held_out = {name: x[0] for name, x in test.items()}
+  if task.check is not None:
+    task_lib.called("check", task.check, example, test)
   shapes = [
     {name: x.shape for name, x in arrays.items()}
     for arrays in (example, held_out)
@@ -151,8 +156,3 @@ def _hashes(arrays: Mapping[str, np.ndarray]) -> list[bytes]:
     ).digest()
     for i in range(len(columns[0]))
   ]
-
-
-def _what(config: ml_collections.ConfigDict) -> str:
-  path = config.data.path
-  return f"data set {config.data.name!r}" + (f" in {path!r}" if path else "")

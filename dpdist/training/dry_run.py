@@ -14,6 +14,7 @@ Guarantees:
   * Where it fails in one process, all stop, and nothing is spent.
 """
 
+import math
 import statistics
 import time
 from typing import Any
@@ -172,8 +173,25 @@ def _finish(
   for params in (state.params, state.ema_params):
     if params is not None:
       whole = step_lib.whole(params, job.frozen)
-      job.evaluate(whole, num_passes=1)
+      scores = job.evaluate(whole, num_passes=1)
+      if not all(map(math.isfinite, scores.values())):
+        _check_finite(job.init().params)
       job.evaluate.tables(whole, num_passes=1)
+
+
+def _check_finite(params: PyTree) -> None:
+  """Raises ValueError for initial parameters that nothing can be made of."""
+  leaves = jax.tree_util.tree_leaves_with_path(params)
+  wrong = [
+    jax.tree_util.keystr(path)
+    for path, leaf in leaves
+    if not np.isfinite(mesh_lib.whole(leaf).astype(np.float64)).all()
+  ]
+  if wrong:
+    raise errors.ArgumentError(
+      "init of the task must return finite numbers, got NaN or infinity in"
+      f" {', '.join(wrong)}"
+    )
 
 
 def _zeros(

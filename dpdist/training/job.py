@@ -1,6 +1,6 @@
 """Prepares a run to start or to go on, and checks it before any charge."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import pathlib
@@ -29,8 +29,10 @@ from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
 from dpdist.mechanism import outside_code
 from dpdist.privacy import plan as plan_lib
+from dpdist.privacy import rules
 from dpdist.reporting import console
 from dpdist.tasks import held_out
+from dpdist.tasks import optimizers
 from dpdist.tasks import parts as parts_lib
 from dpdist.tasks import task as task_lib
 from dpdist.training import abstract_step
@@ -139,17 +141,48 @@ def look(
   config: ml_collections.ConfigDict,
   parts: parts_lib.Parts = parts_lib.NAMED,
   *,
+  workdir: pathlib.Path | None = None,
+  ledger: ledger_lib.Ledger | None = None,
   progress: progress_lib.Progress | None = None,
+  try_out: Callable[[Job], int] | None = None,
 ) -> Job:
-  """Makes the job of a new run as `prepare` does, and writes nothing.
+  """Makes a job as `prepare` does, of this process alone, and writes nothing.
 
-  It cannot begin: it has no ledger and no secret. Raises ValueError as
-  `prepare` does.
+  It cannot begin: it has no secret. Without a workdir and its ledger, opened
+  for reading, it is of a new run. Raises ValueError as `prepare` does.
   """
   config_lib.check(config)
   config = parts.settings(config_lib.resolve(config))
-  return _prepared(
-    config, None, None, parts, progress or progress_lib.Progress()
+  progress = progress or progress_lib.Progress()
+  job = _prepared(config, workdir, ledger, parts, progress)
+  if try_out is not None:
+    job = dataclasses.replace(job, chunk_size=try_out(job))
+  return _with_lowered(job, parts, is_watched=config.sentinel.every > 0)
+
+
+def load_code(privacy: ml_collections.ConfigDict) -> None:
+  """Imports the code from outside that the settings of the mechanism name."""
+  names = (privacy.sampling, privacy.noise, privacy.clipping)
+  if all(isinstance(name, str) for name in names):  # Others are refused later.
+    try:
+      rules.load_code(*names)
+    except ValueError as error:
+      raise errors.SettingsError(f"privacy.{error}") from error
+
+
+def fingerprint_of(
+  config: ml_collections.ConfigDict,
+  job: Job,
+  environments: Sequence[Mapping[str, Any]],
+) -> str:
+  """Returns a digest of everything that decides the bits of a job's steps."""
+  return fingerprint.fingerprint(
+    # The chosen size: sums over chunks of another size round differently.
+    config.to_dict() | {"chunk_size": job.chunk_size},
+    job.plan.fingerprint(),
+    job.train_digest,
+    environments,
+    job.made_of,
   )
 
 
@@ -192,10 +225,11 @@ def _prepared(
   collectives.assert_equal(
     model_weights=start.weights_sha256, layer_rules=rules_code
   )
-  for shapes in (start.shapes, start.frozen_shapes):
-    step.specs(shapes)  # Raises if the mesh does not fit them.
+  _check_step(step, start)
   whole = step_lib.whole(start.shapes, start.frozen_shapes)
-  make_evaluator = lambda: held_out.Evaluator(task, test, mesh, whole)
+  make_evaluator = lambda: held_out.Evaluator(
+    task, test, mesh, whole, tell=_tell
+  )
   evaluate = collectives.run_on_all(make_evaluator)
   frozen, initial = start.frozen(step), start.initializer(step)
   made_of = {"features_sha256": features_sha256, **code, **rules_code}
@@ -232,6 +266,18 @@ def _prepared(
     chunk_size=experiment.chunk_size,
     close=close,
   )
+
+
+def _check_step(step: step_lib.Step, start: parameters.Parameters) -> None:
+  """Raises ValueError unless optimizer and mesh fit the parameters."""
+  optimizers.try_out(step.optimizer, start.shapes)
+  for shapes in (start.shapes, start.frozen_shapes):
+    step.specs(shapes)
+
+
+def _tell(text: str) -> None:
+  if collectives.is_primary():
+    console.warn(text)
 
 
 def _planned(
@@ -330,17 +376,17 @@ def _load(
   progress.enter(-1, "loading")
   # Before features are computed, which may take long.
   setup.check(config)
+  resume.refuse_void(config)
   if config.privacy.num_examples:  # 0: not said, and the data says how many.
     config_lib.privacy_config(config)
   parts.make_task(config)
   parts.make_optimizer(config)
   mesh = mesh_lib.make(config.mesh)
-  name, path = config.data.name, config.data.path
 
   def retried(source: sources.Source) -> retry.RetryingSource:
     return retry.RetryingSource(
       source,
-      name=f"data set {name!r}" + (f" in {path!r}" if path else ""),
+      name=parts_lib.name_of_data(config),
       retry_seconds=config.data.retry_seconds,
       stall_seconds=config.data.stall_seconds,
       tell=console.warn,
@@ -371,6 +417,11 @@ def _load(
       f"privacy.unit must be {unit!r} with data.examples_per_unit="
       f"{config.data.examples_per_unit}, which makes that the unit, got"
       f" {config.privacy.unit!r}"
+    )
+  if not num_rows:
+    raise errors.ArgumentError(
+      f"{parts_lib.name_of_data(config)} must have a row or more to train on,"
+      " got 0"
     )
   if num_rows != config.privacy.num_examples:
     what = {"example": "training examples", "user": "users to train on"}[unit]

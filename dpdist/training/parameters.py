@@ -60,7 +60,7 @@ def of(task: task_lib.Task, key_data: Any, example: Any) -> "Parameters":
     make=functools.partial(make_params, task),
     key_data=key_data,
     example=zeros,
-    weights=task.pretrained() if task.pretrained is not None else {},
+    weights=task_lib.weights(task),
     trainable=task.trainable,
     is_frozen=frozen_paths(task.trainable),
   )

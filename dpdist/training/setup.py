@@ -13,6 +13,7 @@ import optax
 from dpdist import _validation
 from dpdist import config as config_lib
 from dpdist import errors
+from dpdist.clipping import checks as clipping_checks
 from dpdist.data import augment
 from dpdist.data import dataset as dataset_lib
 from dpdist.data import users
@@ -128,6 +129,8 @@ def _step(
     reason = (
       "with clipping.exact_sum"
       if exact
+      else "for a model without rules of partitioning for it"
+      if config.model.name == parts_lib.GIVEN
       else f"for model.name={config.model.name!r}, which has no rules for it"
     )
     raise errors.ArgumentError(
@@ -187,6 +190,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     config.max_checkpoints,
   )
   check("store_timeout", config.store_timeout, _validation.real(at_least=0))
+  check("clipping.method", config.clipping.method, clipping_checks.METHOD)
   check("stuck_after", config.stuck_after, _validation.real(at_least=0))
   for name in (
     "eval_every",
@@ -194,6 +198,7 @@ def check(config: ml_collections.ConfigDict) -> None:
     "data.num_threads",
     "data.prefetch",
     "sentinel.every",
+    "clipping.microbatch_size",
   ):
     section, _, key = name.rpartition(".")
     value = (config[section] if section else config)[key]

@@ -36,7 +36,6 @@ from dpdist.ledger import epsilon_recorder
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.ledger import stores
 from dpdist.privacy import composition
-from dpdist.privacy import rules
 from dpdist.reporting import console
 from dpdist.reporting import report
 from dpdist.reporting import run_reporter
@@ -120,7 +119,7 @@ def train(
     def open_ledger() -> None:
       nonlocal ledger
       # The ledger's plans may name code of these settings, and no other.
-      _load_code(config.privacy)
+      job_lib.load_code(config.privacy)
       ledger = stack.enter_context(resume.open_ledger(config, workdir))
       resume.fetch_checkpoint(config, workdir, ledger)
 
@@ -163,16 +162,6 @@ def _checked(
     raise errors.SettingsError(
       str(error), hint=getattr(error, "hint", None)
     ) from error
-
-
-def _load_code(privacy: ml_collections.ConfigDict) -> None:
-  """Imports the code from outside that the settings of the mechanism name."""
-  names = (privacy.sampling, privacy.noise, privacy.clipping)
-  if all(isinstance(name, str) for name in names):  # Others are refused later.
-    try:
-      rules.load_code(*names)
-    except ValueError as error:
-      raise errors.SettingsError(f"privacy.{error}") from error
 
 
 def _run(
@@ -347,13 +336,8 @@ def _resume(
       step=start,
       digest=saved.digest if saved else "",
       ledger_head=ledger_head,
-      fingerprint=fingerprint.fingerprint(
-        # The chosen size: sums over chunks of another size round differently.
-        config.to_dict() | {"chunk_size": job.chunk_size},
-        job.plan.fingerprint(),
-        job.train_digest,
-        [json.loads(text) for text in environments],
-        job.made_of,
+      fingerprint=job_lib.fingerprint_of(
+        config, job, [json.loads(text) for text in environments]
       ),
     )
     if rejected and ledger.last_step == 0:

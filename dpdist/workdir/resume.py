@@ -1,11 +1,13 @@
 """Decides whether a run may start or go on, and under which plan.
 
 The decisions depend on the ledger, the data set's budget and the checkpoints
-that exist. `open_or_resume` writes; `resolve_plan` only leaves a note, in the
-directory of a new run, that no run has begun there yet.
+that exist. Only `begin` and `open_or_resume` write: a run that is refused
+before that leaves nothing behind.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+import errno
+import os
 import pathlib
 import secrets
 from typing import Any, NamedTuple
@@ -26,12 +28,6 @@ from dpdist.privacy import plan as plan_lib
 from dpdist.reporting import console
 from dpdist.workdir import copies
 from dpdist.workdir import manifest
-
-NOT_BEGUN = "not_begun"
-"""In the directory of a run that was started and has not begun: it was refused
-for its data or for what a step on zeros showed, or is about to begin."""
-
-_NOTE = "No run has begun here, and nothing is spent.\n"
 
 
 def open_ledger(
@@ -141,9 +137,7 @@ def resolve_plan(
     plan, changes = _plan(
       config, workdir, ledger, found, train_digest, settings
     )
-    if ledger.is_new:
-      workdir.mkdir(parents=True, exist_ok=True)
-      (workdir / NOT_BEGUN).write_text(_NOTE)
+    _check_place(workdir)
     return {"plan": plan.to_dict(), "changes": changes, "found": found}
 
   resolved = collectives.run_on_primary(look)
@@ -153,6 +147,18 @@ def resolve_plan(
   )
   plan = plan_lib.PrivacyPlan.from_dict(resolved["plan"])
   return plan, resolved["changes"], found
+
+
+def _check_place(workdir: pathlib.Path) -> None:
+  """Raises OSError unless a directory is there and can be written, or made."""
+  place = workdir.absolute()
+  while not os.path.lexists(place):
+    place = place.parent
+  code = 0 if place.is_dir() else errno.ENOTDIR
+  if not code and not os.access(place, os.W_OK | os.X_OK):
+    code = errno.EACCES
+  if code:
+    raise OSError(code, os.strerror(code), str(workdir))
 
 
 class Begun(NamedTuple):
@@ -192,11 +198,18 @@ def begin(
   def agree_on_secret() -> str:
     nonlocal budget
     assert ledger is not None
+    if ledger.is_new:
+      # So that a run that does not fit leaves nothing behind.
+      look_at_budget(
+        config,
+        workdir,
+        ledger,
+        plan=plan,
+        own_digest=own_digest,
+        earlier=earlier,
+        is_changed=is_changed,
+      )
     budget = shared_budget(config, ledger, own_digest, earlier)
-    if budget is not None and ledger.is_new:
-      # Checked here too, so that a run that does not fit leaves nothing behind.
-      whole = plan_lib.PlanUse(plan, plan.num_steps)
-      budget.check(budget.cost([whole]), config.data_budget.reservation)
     return keys.secret_hash(secret(config, workdir, is_new=ledger.is_new))
 
   secret_hash = collectives.run_on_primary(agree_on_secret)
@@ -241,13 +254,7 @@ def open_or_resume(
   A run has a random name, which its keys depend on; only one that is to be
   repeatable has none.
   """
-  is_void = config.insecure_seed is not None or config.unsafe_metrics
-  if budget is not None and is_void:
-    raise errors.ArgumentError(
-      "data_budget.location must be '' for a run without a guarantee, which no"
-      " budget can cover (insecure_seed or unsafe_metrics), got"
-      f" {budget.root!r}"
-    )
+  workdir.mkdir(parents=True, exist_ok=True)
   ledger.acquire()
   if ledger.is_new:
     ledger.open(
@@ -257,15 +264,13 @@ def open_or_resume(
       secret_hash=secret_hash,
       run="" if config.insecure_seed is not None else secrets.token_hex(16),
     )
-  (workdir / NOT_BEGUN).unlink(missing_ok=True)
   if budget is not None:
     # Recorded before the allocation is made, so that none exists without a run
     # that knows of it.
     ledger.record_allocation(root=budget.root, data=budget.data, allocation="")
-    ended = ledger.spent if is_changed else ledger.spent[:-1]
     allocation = budget.allocate(
       ledger,
-      [*ended, plan_lib.PlanUse(plan, plan.num_steps)],
+      _parts(ledger, plan, is_changed=is_changed),
       label=str(workdir.absolute()),
       reservation=config.data_budget.reservation,
     )
@@ -282,6 +287,46 @@ def open_or_resume(
       "unsafe_metrics shows training loss, batch size and clip fraction, which"
       " no noise covers"
     )
+
+
+def _parts(
+  ledger: ledger_lib.Ledger | None,
+  plan: plan_lib.PrivacyPlan,
+  *,
+  is_changed: bool,
+) -> list[plan_lib.PlanUse]:
+  """Returns what a run will have spent at the end of its plan."""
+  spent = [] if ledger is None or ledger.is_new else ledger.spent
+  ended = spent if is_changed else spent[:-1]
+  return [*ended, plan_lib.PlanUse(plan, plan.num_steps)]
+
+
+def look_at_budget(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  ledger: ledger_lib.Ledger | None,
+  *,
+  plan: plan_lib.PrivacyPlan,
+  own_digest: str,
+  earlier: Callable[[], Sequence[str]],
+  is_changed: bool,
+) -> tuple[data_budget.DataBudget, float] | None:
+  """Returns the data set's budget, and what the run would take of it.
+
+  Writes nothing: a budget that is missing is only supposed. Without a ledger,
+  the run is new. None if the config names no budget. Raises RefusedError if the
+  run would not be admitted.
+  """
+  budget = shared_budget(config, ledger, own_digest, earlier, is_looked_at=True)
+  if budget is None:
+    return None
+  taken = budget.would_take(
+    ledger,
+    _parts(ledger, plan, is_changed=is_changed),
+    label=str(workdir.absolute()),
+    reservation=config.data_budget.reservation,
+  )
+  return budget, taken
 
 
 def _plan(
@@ -327,24 +372,39 @@ def _plan(
   return plan, list(changes.values())
 
 
+def refuse_void(config: ml_collections.ConfigDict) -> None:
+  """Raises ValueError for a run without a guarantee on a shared budget."""
+  place = config.data_budget.location
+  if place and (config.insecure_seed is not None or config.unsafe_metrics):
+    raise errors.ArgumentError(
+      "data_budget.location must be '' for a run without a guarantee, which no"
+      " budget can cover (insecure_seed or unsafe_metrics), got"
+      f" {place!r}"
+    )
+
+
 def shared_budget(
   config: ml_collections.ConfigDict,
-  ledger: ledger_lib.Ledger,
+  ledger: ledger_lib.Ledger | None,
   train_digest: str,
   earlier: Callable[[], Sequence[str]],
+  *,
+  is_looked_at: bool = False,
 ) -> data_budget.DataBudget | None:
   """Returns the data set's budget; makes it if it is missing.
 
-  For `earlier` see `recorded_digest`.
+  For `earlier` see `recorded_digest`, for is_looked_at `budgets.open_or_make`.
   """
   settings = config.data_budget
+  allocations = [] if ledger is None else ledger.allocations
   if not settings.location:
-    if ledger.allocations:
+    if allocations:
       raise errors.RefusedError(
         "data_budget.location must be that of the budget in which this run has"
-        f" its allocation, {ledger.allocations[-1]['root']!r}, got ''"
+        f" its allocation, {allocations[-1]['root']!r}, got ''"
       )
     return None
+  refuse_void(config)
   budget = budgets.open_or_make(
     settings.location,
     train_digest,
@@ -353,8 +413,9 @@ def shared_budget(
     neighboring_relation=config.privacy.neighboring_relation,
     earlier=earlier,
     tell=console.warn,
+    is_looked_at=is_looked_at,
   )
-  for allocation in ledger.allocations:
+  for allocation in allocations:
     if (
       allocation["data"] == budget.data
       and allocation["stake"] not in budget.allocations

@@ -15,10 +15,12 @@ import functools
 import importlib.util
 import pathlib
 import sys
+import traceback
 import types
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
+import ml_collections
 from ml_collections import config_flags
 
 from dpdist import config as config_lib
@@ -49,7 +51,7 @@ def load(flag: str) -> "parts_lib.Parts":
     config = config_lib.resolve(holder.value)
     return parts_lib.of(
       **{
-        kind: getattr(module, f"get_{kind}")(config)
+        kind: _called(module, kind, config)
         for kind in _KINDS
         if hasattr(module, f"get_{kind}")
       }
@@ -57,6 +59,29 @@ def load(flag: str) -> "parts_lib.Parts":
   except errors.ArgumentError as error:
     hint = error.hint or errors.Hint(flags=("--traceback",))
     raise errors.SettingsError(f"{path}: {error}", hint=hint) from error
+
+
+def _called(
+  module: types.ModuleType, kind: str, config: ml_collections.ConfigDict
+) -> Any:
+  """Returns what a function of the file returns."""
+  name = f"get_{kind}(config)"
+  try:
+    part = getattr(module, f"get_{kind}")(config)
+  except (errors.Hinted, OSError, MemoryError):
+    raise
+  except Exception as error:
+    # A user's function may raise anything.
+    frames = traceback.extract_tb(error.__traceback__)
+    lines = [x.lineno for x in frames if x.filename == module.__file__]
+    where = f", in line {lines[-1]}" if lines else ""
+    raise errors.ArgumentError(
+      f"{name} must return the {kind}, and raises"
+      f" {errors.in_a_line(error)}{where}"
+    ) from error
+  if part is None:
+    raise errors.ArgumentError(f"{name} must return the {kind}, got None")
+  return part
 
 
 @functools.cache

@@ -29,6 +29,12 @@ from . import words
 
 _HELP = ("help", "helpshort", "helpfull", "settings", "h", "?")
 _WIDTH = 80
+_NO_SETTINGS = (
+  "get_config() of the file in --config must return its settings, as"
+  " dpdist.config.default() does, got None"
+)
+# What a command that helps says for flags that were not given.
+_EXAMPLES = {"config": "digits", "workdir": "DIRECTORY"}
 
 
 def run(main: Callable[..., int], *, passes_on: bool = False) -> NoReturn:
@@ -112,6 +118,10 @@ def _parse(
   except errors.ArgumentError as error:
     sys.exit(usage_error(error, error.hint or _try_help()))
   except (flags.Error, TypeError, ValueError) as error:
+    if "--config=None" in str(error) and flags.FLAGS["config"].present:
+      sys.exit(usage_error(_NO_SETTINGS, _try_help()))
+    if missing := _missing():
+      sys.exit(_not_given(missing))
     if "Traceback" in str(error):
       sys.exit(_not_loaded(_last_line(error)))
     sys.exit(usage_error(f"{' '.join(str(error).split())}\nTry --help."))
@@ -129,6 +139,8 @@ def _parse(
 def _set_up(changes: Sequence[settings.Change]) -> None:
   """Checks the config that --config names, and changes it by its flags."""
   config = flags.FLAGS.config
+  if config is None and flags.FLAGS["config"].present:
+    raise errors.ArgumentError(_NO_SETTINGS)
   if config is None:
     if changes:
       raise errors.ArgumentError(
@@ -143,6 +155,28 @@ def _set_up(changes: Sequence[settings.Change]) -> None:
   made = settings.change(config, changes)
   config_flags.get_override_values(flags.FLAGS["config"]).update(made)
   config_lib.check(config)
+
+
+def _missing() -> list[str]:
+  """Returns the names of flags that must be given and are not."""
+  names = [
+    name
+    for name in flags.FLAGS
+    if flags.FLAGS[name].value is None and not flags.FLAGS[name].present
+  ]
+  needed = [x for x in names if _is_required(flags.FLAGS[x])]
+  return sorted(needed, key=lambda x: (x not in _EXAMPLES, x))
+
+
+def _is_required(flag: flags.Flag) -> bool:
+  return any("other than None" in x.message for x in flag.validators)
+
+
+def _not_given(names: Sequence[str]) -> int:
+  listed = " and ".join(f"--{name}" for name in names)
+  values = (f"--{x}={_EXAMPLES.get(x, x.upper())}" for x in names)
+  said = f"{listed} must be given, got none"
+  return usage_error(said, errors.Hint(flags=tuple(values)))
 
 
 def _no_flag(error: flags.UnrecognizedFlagError, passes_on: bool) -> int:
@@ -192,7 +226,7 @@ def _flag(flag: flags.Flag) -> str:
     meaning += f" One of {', '.join(flag.parser.enum_values)}."
   if not flag.boolean and flag.default not in (None, "", []):
     meaning += f" (default {flag.default_as_str})"
-  if any("other than None" in x.message for x in flag.validators):
+  if _is_required(flag):
     meaning += " (required)"
   indent = " " * 6
   return "\n".join(

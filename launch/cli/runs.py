@@ -14,8 +14,6 @@ from dpdist.files import places
 if TYPE_CHECKING:
   from dpdist.ledger import ledger as ledger_lib
 
-# The same as `dpdist.workdir.resume.NOT_BEGUN`, which takes long to import.
-_NOT_BEGUN = "not_begun"
 
 _CODE = flags.DEFINE_multi_string(
   "code",
@@ -77,15 +75,3 @@ def _recorded(workdir: pathlib.Path) -> str:
   except (OSError, ValueError, AttributeError):
     return ""
   return found if isinstance(found, str) else ""
-
-
-def none_began(workdir: str, location: str | None) -> bool:
-  """Returns whether a run was started in a directory but none has begun there.
-
-  It was refused then, for its data or by the dry run.
-  """
-  return (
-    location is None
-    and os.path.isfile(os.path.join(workdir, _NOT_BEGUN))
-    and not os.path.exists(os.path.join(workdir, "ledger"))
-  )

@@ -26,15 +26,15 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
   """Returns an exit code."""
-  given = parser().parse_args()
+  arguments = parser().parse_args()
   # Imported here: plots take longer than to read a command line.
   from dpdist.reporting import compare
 
-  out = pathlib.Path(given.out)
+  out = pathlib.Path(arguments.out)
   if not out.absolute().parent.is_dir():
     parser().error(f"--out must be in a directory that is there, got {out}")
   try:
-    runs = compare.read(given.workdir)
+    runs = compare.read(arguments.workdir)
   except ValueError as error:
     return messages.show(messages.Message(str(error), exit_codes.USAGE))
   rows = compare.table(runs, compare.metric_of(runs))

@@ -92,14 +92,14 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> int:
   """Returns an exit code."""
-  given = parser().parse_args()
-  folder = pathlib.Path(given.folder)
+  arguments = parser().parse_args()
+  folder = pathlib.Path(arguments.folder)
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
     parser().error(
-      f"folder must be new or empty, got {given.folder!r}: nothing is"
+      f"folder must be new or empty, got {arguments.folder!r}: nothing is"
       " overwritten"
     )
-  _write(folder, given.kind)
+  _write(folder, arguments.kind)
   config = f"--config={folder.as_posix()}/config.py"
   names = sorted(path.name for path in folder.iterdir())
   print(f"wrote {folder}: {', '.join(names)}")

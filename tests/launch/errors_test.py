@@ -53,8 +53,51 @@ ROWS = {
   "a task that is none": (
     ("train", "--config=PROJECT", "--workdir=WORK"),
     2,
-    "PROJECT: task must be a dpdist.Task or have its attributes, got int",
+    "PROJECT: task must be a dpdist.Task or have its attributes init, loss,",
     "python -m launch.train --config=PROJECT --workdir=WORK --traceback",
+  ),
+  "a part that fails": (
+    ("train", "--config=FAILS", "--workdir=WORK"),
+    2,
+    "FAILS: get_task(config) must return the task, and raises KeyError: 'gone',"
+    " in line 6",
+    "--config=FAILS --workdir=WORK --traceback",
+  ),
+  "a part that is forgotten": (
+    ("train", "--config=FORGETS", "--workdir=WORK"),
+    2,
+    "FORGETS: get_task(config) must return the task, got None",
+    "--config=FORGETS --workdir=WORK --traceback",
+  ),
+  "nothing given": (
+    ("train", "--config.privacy.num_steps=2"),
+    2,
+    "--config and --workdir must be given, got none",
+    "--config.privacy.num_steps=2 --config=digits --workdir=DIRECTORY",
+  ),
+  "no steps": (
+    (*_TRAIN, "--config.privacy.num_steps=0"),
+    2,
+    "privacy.num_steps must be an integer >= 1, or privacy.epochs be set",
+    "",
+  ),
+  "epochs without end": (
+    (*_TRAIN, "--config.privacy.num_steps=0", "--config.privacy.epochs=1e300"),
+    2,
+    "privacy.epochs must be so few that they are fewer than 2**63 steps, got 1",
+    "",
+  ),
+  "a data set that is nearly one": (
+    (*_TRAIN, "--config.data.name=digts"),
+    2,
+    "package.module:attribute, got 'digts': did you mean 'digits'?",
+    "",
+  ),
+  "a void run with a budget": (
+    (*_TRAIN, "--config.insecure_seed=1", "--config.data_budget.location=WORK"),
+    2,
+    "data_budget.location must be '' for a run without a guarantee",
+    "",
   ),
   "a bucket for a workdir": (
     (*_TRAIN, "--workdir=gs://bucket/run"),
@@ -155,6 +198,9 @@ def places(tmp_path, monkeypatch):
   monkeypatch.setenv("DPDIST_CACHE", str(tmp_path / "cache"))
   (tmp_path / "file").touch()
   (tmp_path / "project.py").write_text(_PROJECT)
+  for name, task in (("fails", "{}['gone']"), ("forgets", "None")):
+    text = _PROJECT.replace("return 1", f"return {task}")
+    (tmp_path / f"{name}.py").write_text(text)
   with ledger_lib.Ledger(tmp_path / "damaged" / "ledger") as ledger:
     ledger.acquire()
   (record, *_) = (tmp_path / "damaged" / "ledger").glob("0*.json")
@@ -164,6 +210,8 @@ def places(tmp_path, monkeypatch):
     "FILE": str(tmp_path / "file"),
     "DAMAGED": str(tmp_path / "damaged"),
     "PROJECT": str(tmp_path / "project.py"),
+    "FAILS": str(tmp_path / "fails.py"),
+    "FORGETS": str(tmp_path / "forgets.py"),
   }
 
 
@@ -178,13 +226,14 @@ def test_a_mistake_ends_in_a_sentence_and_a_command(what, places):
   args, code, sentence, command = ROWS[what]
   done = commands.run(*(_placed(arg, places) for arg in args))
   assert done.code == code, done.err
-  *said, tried = done.err.strip().splitlines()
+  *said, tried = done.err.strip().splitlines() + [""] * (not command)
   assert said[0].startswith("error: ")
   assert _placed(sentence, places) in "\n".join(said)
-  assert tried.startswith("try: ")
+  assert tried.startswith("try: " if command else "")
   assert _placed(command, places) in tried
   assert "Traceback" not in done.out + done.err
   assert len(said) <= 2
+  assert not os.path.exists(places["WORK"])  # Nothing is left of it.
 
 
 def test_a_traceback_is_shown_when_asked_for(places):

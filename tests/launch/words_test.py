@@ -82,8 +82,10 @@ def test_a_command_is_run_with_its_flags_and_ends_with_its_code(tmp_path):
   assert done.returncode == 2
   # Where this checkout is installed for development, both names are there.
   is_installed = importlib.util.find_spec("dpdist.launch") is not None
-  train = "dpdist train" if is_installed else "python -m launch.train"
-  assert done.stderr.splitlines()[-1] == f"try: {train} --config=digits {run}"
+  verify = "dpdist verify" if is_installed else "python -m launch.verify"
+  assert done.stderr.splitlines()[-1] == (
+    f"try: {verify} {run} --ledger=WHERE_THE_LEDGER_IS"
+  )
 
 
 def test_an_installed_command_names_what_there_is(installed, tmp_path):
@@ -91,7 +93,7 @@ def test_an_installed_command_names_what_there_is(installed, tmp_path):
   done = _python(installed, "-m", "dpdist", "verify", run)
   assert done.returncode == 2
   assert done.stderr.splitlines()[-1] == (
-    f"try: dpdist train --config=digits {run}"
+    f"try: dpdist verify {run} --ledger=WHERE_THE_LEDGER_IS"
   )
 
 

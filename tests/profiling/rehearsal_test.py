@@ -1,6 +1,7 @@
 """What a run would do before its first charge is done, and told."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import types
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 
 from configs import digits
+import dpdist
 from dpdist import config as config_lib
 from dpdist.data import arrays
 from dpdist.data import dataset as dataset_lib
 from dpdist.distributed import progress as progress_lib
 from dpdist.privacy import plan as plan_lib
 from dpdist.profiling import rehearsal
+from dpdist.sampling import poisson
 from dpdist.tasks import parts as parts_lib
+from dpdist.workdir import outlook
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -101,6 +105,9 @@ def test_it_says_what_it_found(rehearsed):
   plan = facts["plan"]
   assert (plan["num_steps"], plan["epochs"]) == (15, 1.5)
   assert plan["delta_times_examples"] == pytest.approx(6.0)
+  assert facts["run"]["action"] == outlook.BEGINS
+  assert facts["run"]["epsilon"] == pytest.approx(plan["epsilon"])
+  assert facts["budget"] is None
   assert facts["sensitivity"]["num_examples"] >= 8
   memory, disk = facts["memory"], facts["disk"]
   assert {"initial state", "chunk", "update"} == {*memory["programs"]}
@@ -168,3 +175,83 @@ def test_a_schedule_counts_by_its_phases():
 def test_wrong_settings_are_refused_as_by_a_run(tmp_path):
   with pytest.raises(ValueError, match="num_examples must be the number of"):
     rehearsal.rehearse(_config(**{"privacy.num_examples": 700}))
+
+
+class _StopError(Exception):
+  pass
+
+
+def _stop(self, step):
+  if step == 3:
+    raise _StopError
+  return np.arange(3)
+
+
+def _digests(folder):
+  return {
+    path: hashlib.sha256(path.read_bytes()).hexdigest()
+    for path in sorted(folder.rglob("*"))
+    if path.is_file()
+  }
+
+
+@pytest.mark.slow
+def test_it_says_what_would_become_of_the_run_that_is_there(
+  tmp_path, monkeypatch
+):
+  """Nothing is written, whatever would happen, and what is said does happen."""
+  dataset = dataset_lib.Dataset(
+    arrays.ArraySource(_arrays(_NUM_TRAIN, 1)),
+    arrays.ArraySource(_arrays(_NUM_TEST, 0)),
+  )
+  workdir = tmp_path / "run"
+  changes = {
+    "checkpoint_every": 2,
+    "privacy.epochs": None,
+    "privacy.num_steps": 6,
+    "data_budget.location": str(tmp_path / "budgets"),
+    "data_budget.epsilon": 3.0,
+    "data_budget.delta": 0.01,
+  }
+
+  def look(**more):
+    before = _digests(tmp_path)
+    try:
+      return rehearsal.rehearse(
+        _config(**changes | more),
+        parts_lib.of(dataset=dataset),
+        workdir=workdir,
+      )
+    finally:
+      assert _digests(tmp_path) == before
+
+  new = look()
+  assert new["run"]["action"] == outlook.BEGINS
+  assert not [*tmp_path.iterdir()]
+  assert new["budget"]["share_reserved"] == 0
+  share = new["budget"]["share_of_this_run"]
+  assert 0 < share < 1
+  with pytest.raises(ValueError, match="would be exceeded"):
+    look(**{"privacy.noise_multiplier": 0.5})
+  with monkeypatch.context() as patch:
+    patch.setattr(poisson.PoissonSampler, "__call__", _stop)
+    with pytest.raises(_StopError):
+      dpdist.train(_config(**changes), workdir, dataset=dataset)
+  stopped = look()
+  assert stopped["run"]["action"] == outlook.GOES_ON
+  assert stopped["run"]["start_step"] == 2
+  assert stopped["run"]["steps_spent"] + stopped["run"]["steps_to_charge"] == 6
+  assert stopped["budget"]["share_reserved"] == pytest.approx(share)
+  assert stopped["budget"]["share_of_this_run"] == pytest.approx(0)
+  other = look(**{"optimizer.learning_rate": 0.25})["run"]
+  assert other["action"] == outlook.BRANCHES
+  assert other["last_step"] < 6
+  more = look(**{"privacy.num_steps": 8})
+  assert more["run"]["action"] == outlook.CHANGES
+  assert more["budget"]["share_of_this_run"] > 0
+  with pytest.raises(ValueError, match="cannot change on the way"):
+    look(**{"privacy.target_delta": 0.001})
+  result = dpdist.train(_config(**changes), workdir, dataset=dataset)
+  assert result["epsilon"] == stopped["run"]["epsilon"]
+  over = look()["run"]
+  assert (over["action"], over["last_step"]) == (outlook.ENDED, 6)

@@ -12,6 +12,7 @@ import struct
 
 import pytest
 
+from dpdist.reporting import compare
 from dpdist.reporting import metrics
 from dpdist.reporting import report
 from dpdist.reporting import telemetry
@@ -48,6 +49,23 @@ _CUT = """
 [...document.querySelectorAll("main *:not(svg *)")]
   .filter(x => x.scrollWidth > x.clientWidth + 1 && x.clientWidth > 0)
   .map(x => x.tagName + ": " + x.textContent.slice(0, 60))
+"""
+# The contrast of an element's text to what is behind it.
+_CONTRAST = """
+(name => {
+  const at = x => x.match(/[0-9.]+/g).slice(0, 3).map(Number);
+  const light = x => { const [r, g, b] = at(x).map(v => {
+    v /= 255;
+    return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const text = document.querySelector(name);
+  let back = text;
+  while (getComputedStyle(back).backgroundColor == "rgba(0, 0, 0, 0)")
+    back = back.parentElement;
+  const [a, b] = [light(getComputedStyle(text).color),
+    light(getComputedStyle(back).backgroundColor)].sort((x, y) => y - x);
+  return (a + 0.05) / (b + 0.05);
+})(NAME)
 """
 
 
@@ -132,27 +150,45 @@ def test_the_owner_s_page_fits_a_phone(tmp_path, page):
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), _SIZES)
+def test_runs_side_by_side_fit_the_window(
+  tmp_path, page, width, height, scheme
+):
+  """All of the table is seen on a phone, too: nothing is behind its edge."""
+  names = ["first", "a_name_of_a_run_that_is_as_long_as_names_get", "no_use"]
+  for name in names:
+    result = _RESULT | {"guarantee": "void: insecure_seed fixes all streams"}
+    result |= {
+      "held_out_problem": "the held-out loss is nan" * (name != "first")
+    }
+    _write(tmp_path / name, result=result)
+    (tmp_path / name / "result.json").write_text(json.dumps(result))
+  runs = compare.read([tmp_path / name for name in names])
+  path = compare.write(runs, tmp_path / "compare.html")
+  _look(page, path, width, height, scheme, "compare")
+  assert page.ask("document.documentElement.scrollWidth") <= width
+  if width < 600:
+    assert page.ask(_OUTSIDE.replace("WIDTH", str(width))) == []
+    assert page.ask(_CUT) == []
+  assert page.ask("document.querySelectorAll('svg').length") == 2
+  for name in ("td", ".label", ".notices strong", ".notices p", "h2"):
+    assert page.ask(_CONTRAST.replace("NAME", repr(name))) >= 4.5, name
+  assert page.errors == []
+
+
+def test_a_long_name_of_a_metric_stays_in_its_card(tmp_path, page):
+  held_out = {"a_metric_of_a_user_with_a_name_that_does_not_end": 1e-5}
+  path = _write(tmp_path, result=_RESULT | {"test": held_out})
+  _look(page, path, 390, 844, "dark", "long")
+  assert page.ask(_CUT) == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_what_is_read_stands_out_from_the_page(tmp_path, page, scheme):
   """Contrast of at least 4.5 to 1, as WCAG 2 asks of text (1.4.3)."""
   _look(page, _write(tmp_path), 390, 844, scheme, "contrast")
-  ratio = """
-  (name => {
-    const at = x => x.match(/[0-9.]+/g).slice(0, 3).map(Number);
-    const light = x => { const [r, g, b] = at(x).map(v => {
-      v /= 255;
-      return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
-      return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
-    const text = document.querySelector(name);
-    let back = text;
-    while (getComputedStyle(back).backgroundColor == "rgba(0, 0, 0, 0)")
-      back = back.parentElement;
-    const [a, b] = [light(getComputedStyle(text).color),
-      light(getComputedStyle(back).backgroundColor)].sort((x, y) => y - x);
-    return (a + 0.05) / (b + 0.05);
-  })(NAME)
-  """
   for name in ("td", "th", ".label", ".badge", ".statement p", "h1", "h2"):
-    assert page.ask(ratio.replace("NAME", repr(name))) >= 4.5, name
+    assert page.ask(_CONTRAST.replace("NAME", repr(name))) >= 4.5, name
 
 
 def test_a_void_guarantee_cannot_be_missed_on_a_phone(tmp_path, page):

@@ -49,12 +49,38 @@ def test_a_void_run_is_shown_as_such(tmp_path):
   (path / "result.json").write_text(json.dumps(result))
   page = compare.write(compare.read([path]), tmp_path / "page.html")
   assert "void: &lt;insecure_seed&gt;" in page.read_text()
+  assert "1 a: no guarantee: &lt;insecure_seed&gt;" in page.read_text()
+
+
+def test_a_model_of_no_use_is_shown_as_such(tmp_path):
+  paths = [_run(tmp_path / x) for x in "ab"]
+  page = compare.write(compare.read(paths), tmp_path / "page.html")
+  assert "Not to be relied on" not in page.read_text()
+  result = json.loads((paths[1] / "result.json").read_text())
+  result["held_out_problem"] = (
+    "the held-out loss is nan: the model is of no use"
+  )
+  (paths[1] / "result.json").write_text(json.dumps(result))
+  page = compare.write(compare.read(paths), tmp_path / "page.html").read_text()
+  assert "<section class='notices' role='alert'>" in page
+  assert "<p>2 b: the held-out loss is nan" in page
+
+
+def test_curves_that_end_in_one_place_have_one_label(tmp_path):
+  paths = [_run(tmp_path / x) for x in "abc"]
+  _run(tmp_path / "d", epsilon=8.0)
+  page = compare.write(compare.read([*paths, tmp_path / "d"]), tmp_path / "p")
+  text = page.read_text()
+  assert text.count(">1, 2, 3</text>") == 1  # By epsilon; by step all meet.
+  assert text.count(">1, 2, 3, 4</text>") == 1
 
 
 def test_runs_without_a_metric_in_common_have_no_curves(tmp_path):
   runs = compare.read([_run(tmp_path / "a"), _run(tmp_path / "b", name="mse")])
   assert compare.metric_of(runs) == ""
-  assert "Curves" not in compare.write(runs, tmp_path / "p.html").read_text()
+  page = compare.write(runs, tmp_path / "p.html").read_text()
+  assert "No held-out metric is in all of these runs" in page
+  assert "<svg" not in page
 
 
 @pytest.mark.parametrize("given", [[], ["a", "a"], ["a", "nothing"]])

@@ -222,6 +222,15 @@ def test_values_that_are_not_finite_leave_the_page_whole(tmp_path):
   assert "inf" in page.text
 
 
+def test_a_metric_that_ends_in_no_number_says_so(tmp_path):
+  with metrics.Writer(tmp_path, unsafe_metrics=False) as writer:
+    for step in range(1, 9):
+      value = 0.25 if step < 4 else math.nan
+      writer.write(step, {"test/accuracy": value})
+  text = _write(tmp_path).read_text(encoding="utf-8")
+  assert "0.25, no number after step 3</span>" in text
+
+
 def test_signal_is_what_the_noise_leaves_of_the_squared_length():
   rows = [
     {"step": s, "noisy_gradient_norm": g, "noise_norm": 3.0}

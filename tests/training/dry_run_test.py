@@ -1,10 +1,12 @@
 """Nothing is charged before a step was compiled, and run once on zeros."""
 
 import contextlib
+import dataclasses
 import functools
 import types
 
 import jax
+import numpy as np
 import pytest
 
 from configs import digits
@@ -14,12 +16,12 @@ from dpdist.keys import keys
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import plan as plan_lib
+from dpdist.tasks import from_config
 from dpdist.tasks import held_out
 from dpdist.training import dry_run
 from dpdist.training import step as step_lib
 from dpdist.workdir import checkpoints
 from dpdist.workdir import manifest
-from dpdist.workdir import resume
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -63,7 +65,7 @@ def _fails_above(most, text=_OUT_OF_MEMORY):
 
 def _nothing_is_left(workdir):
   """Of a run that was refused: no ledger, no secret, no checkpoint."""
-  return [path.name for path in workdir.iterdir()] == [resume.NOT_BEGUN]
+  return [*workdir.iterdir()] == []
 
 
 @pytest.fixture(scope="module")
@@ -243,7 +245,6 @@ def test_the_smallest_chunk_that_does_not_fit_ends_the_search(
 
 def test_a_finished_run_tries_nothing(tmp_path, monkeypatch):
   dpdist.train(_config(**{"privacy.num_steps": 1}), tmp_path)
-  assert not (tmp_path / resume.NOT_BEGUN).exists()
   _patched(monkeypatch, step_lib.Step, "accumulate", _fails_above(0))
   dpdist.train(_config(**{"privacy.num_steps": 1}), tmp_path)
   # But one that goes on under other settings does, and has spent no more.
@@ -296,3 +297,14 @@ def test_whoever_will_charge_a_step_tries_it_out(
     )
     assert is_tried == (ledger.last_step > 20)
     assert is_tried == (charged < 15)
+
+
+def test_parameters_that_are_no_numbers_are_refused_before_a_charge(tmp_path):
+  config = _config()
+  task = from_config.make(config)
+  nan = lambda key, example: jax.tree.map(
+    lambda x: x * np.nan, task.init(key, example)
+  )
+  with pytest.raises(errors.SettingsError, match="return finite numbers"):
+    dpdist.train(config, tmp_path, task=dataclasses.replace(task, init=nan))
+  assert _nothing_is_left(tmp_path)

@@ -230,14 +230,14 @@ def _edited_while_it_starts(part: str, reads: int) -> dict[str, Any]:
   turns.cells(
     [
       (part, reads, exact)
-      for part, reads in (("init", 2), ("loss", 1), ("update", 1))
+      for part, reads in (("init", 3), ("loss", 2), ("update", 2))
       for exact in (False, True)
     ],
     always=[
-      ("init", 2, False),
-      ("loss", 1, False),
-      ("loss", 1, True),
-      ("update", 1, False),
+      ("init", 3, False),
+      ("loss", 2, False),
+      ("loss", 2, True),
+      ("update", 2, False),
     ],
   ),
 )
@@ -516,7 +516,7 @@ def test_only_declared_metrics_are_written(tmp_path: pathlib.Path) -> None:
 @pytest.mark.parametrize(
   ("given", "message"),
   [
-    ({"task": object()}, "without init, loss"),
+    ({"task": object()}, "attributes init, loss, got object"),
     ({"dataset": object()}, "parts train and test"),
     ({"optimizer": 0.1}, "must be an optax.GradientTransformation"),
   ],

@@ -62,9 +62,8 @@ def load(
   * "chitchat": see `dpdist.data.datasets.chitchat`. Its units are users.
   * "sotu": see `dpdist.data.datasets.state_of_the_union`. Its units are pieces,
     or authors.
-  * "rotten_tomatoes", "imdb": see `dpdist.data.datasets.movie_reviews`.
-
-  The last four data sets take a `tokenizer` for their texts.
+  * "rotten_tomatoes", "imdb": see `dpdist.data.datasets.movie_reviews`. These
+    and the two before take a `tokenizer` for their texts.
 
   With `examples_per_unit` above 0, the unit of privacy is a user, and train is
   a `users.UserSource`. `unit_column` holds the user of each example, an integer
@@ -80,7 +79,9 @@ def load(
   """
   slots = settings.slots(config)
   _validation.check("data.examples_per_unit", slots, _validation.integer(0))
+  what = "a dpdist.Dataset without train_users"
   if dataset is None:
+    what = f"data.name={config.name!r}"
     loader = registry.resolve("dataset", config.name, setting="data.name")
     if config.get("options"):
       _validation.require(
@@ -95,8 +96,8 @@ def load(
     dataset = dataset.over_users(slots, name=name)
   if slots and not isinstance(dataset.train, users.UserSource):
     raise errors.ArgumentError(
-      f"data.examples_per_unit must be 0 for data.name={config.name!r}, which"
-      f" does not tell users apart ({', '.join(_OF_USERS)} do), got {slots}"
+      f"data.examples_per_unit must be 0 for {what}, which does not tell users"
+      f" apart ({', '.join(_OF_USERS)} do), got {slots}"
     )
   name = config.get("features", "")
   return _with_features(dataset, name, slots) if name else dataset

@@ -17,6 +17,7 @@ import tempfile
 
 import numpy as np
 
+from dpdist import _validation
 from dpdist import errors
 from dpdist.assets import fetch
 from dpdist.data import arrays as arrays_lib
@@ -114,8 +115,9 @@ def of(source: sources.Source, name: str) -> FeatureSource:
   stored features have changed.
   """
   if name not in _FEATURES:
-    raise ValueError(
-      f"data.features must be '' or one of {sorted(_FEATURES)}, got {name!r}"
+    raise errors.ArgumentError(
+      f"data.features must be '' or one of {sorted(_FEATURES)}, got"
+      f" {name!r}{_validation.suggestion(name, _FEATURES)}"
     )
   function, version = _FEATURES[name]
   digest = source.content_digest()

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from dpdist import _validation
+
 _NO_CANDIDATE = -1e30
 
 
@@ -144,7 +146,12 @@ def mean_where(loss: jax.Array, counts: jax.Array) -> jax.Array:
 
 
 def weighted(loss: jax.Array, weight: jax.Array) -> jax.Array:
-  """Returns the loss times a weight; one that is below 0 or no number is 0."""
+  """Returns the loss times a weight; one that is below 0 or no number is 0.
+
+  Raises:
+    ValueError: the weight is not one number for an example.
+  """
+  _validation.require(weight.ndim == 0, "weight", "one number", weight.shape)
   weight = weight.astype(jnp.float32)
   is_weight = jnp.isfinite(weight) & (weight >= 0)
   return loss * jnp.where(is_weight, weight, 0)

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from dpdist import _validation
 from dpdist import errors
 from dpdist.tasks.scoring import collected
 from dpdist.tasks.scoring import losses
@@ -84,7 +85,8 @@ def choose(
       if name not in known:
         listed = sorted(known) + ["top5_accuracy"] * (kind == "classes")
         raise errors.ArgumentError(
-          f"metrics must be functions or some of {listed}, got {name!r}"
+          f"metrics must be functions or some of {listed}, got"
+          f" {name!r}{_validation.suggestion(name, listed)}"
         )
       if name in {*numbers, *tables} and name not in collected.BY_HAND:
         _need_scikit_learn(name)
@@ -113,12 +115,24 @@ def choose(
   )
 
 
+def check_top(names: Sequence[str], num_classes: int) -> None:
+  """Raises ValueError for a top-k accuracy that every model has whole."""
+  for name in names:
+    top = _TOP_K.fullmatch(name)
+    if top and int(top[1]) >= num_classes:
+      raise errors.ArgumentError(
+        f"metrics must have a top-k accuracy of fewer than the {num_classes}"
+        f" classes, got {name!r}, which is always 1"
+      )
+
+
 def _name_of(metric: Any, can_collect: bool) -> str:
   name = getattr(metric, "__name__", "")
   if not callable(metric) or not _NAME.fullmatch(name):
+    shown = "a lambda" if name == "<lambda>" else _validation.described(metric)
     raise errors.ArgumentError(
       "metrics must be names, or functions (targets, outputs) -> number with a"
-      f" name of letters, digits and any of _.@-, got {metric!r}"
+      f" name of letters, digits and any of _.@-, got {shown}"
     )
   if not can_collect:
     raise errors.ArgumentError(
@@ -130,13 +144,25 @@ def _name_of(metric: Any, can_collect: bool) -> str:
 
 def _a_number(name: str, metric: Callable[..., Any]) -> Callable[..., float]:
   def number(targets: np.ndarray, outputs: np.ndarray) -> float:
-    value = metric(targets, outputs)
     try:
-      return float(value)
-    except (TypeError, ValueError) as error:
+      value = metric(targets, outputs)
+    except Exception as error:
+      # A user's function may raise anything.
       raise errors.ArgumentError(
-        f"metrics must return a number, got {value!r} of {name!r}"
+        f"metrics must be functions of targets {targets.shape} and outputs"
+        f" {outputs.shape}, got {name!r}, which raises"
+        f" {errors.in_a_line(error)}"
       ) from error
+    if isinstance(value, str | np.str_ | np.bytes_) or np.shape(value) != ():
+      shown = f"an array {np.shape(value)}" if np.shape(value) else repr(value)
+    else:
+      try:
+        return float(value)
+      except (TypeError, ValueError):
+        shown = repr(value)
+    raise errors.ArgumentError(
+      f"metrics must return a number, got {shown} of {name!r}"
+    )
 
   return number
 
