@@ -148,7 +148,10 @@ _SLOW = (
   *("private_keras", "DPConfig(", "VirtualStep(", "optax.chain("),
   "dpdist.Session(",
 )
-_SLOW_PAGES = ("docs/migrating/", "docs/library.md", "docs/models_and_tasks.md")
+_SLOW_PAGES = (
+  *("docs/migrating/", "docs/library.md", "docs/models_and_tasks.md"),
+  "docs/tutorials/",
+)
 
 
 def _marked():
