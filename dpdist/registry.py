@@ -274,7 +274,7 @@ class _Holdings:
       self.modules.update(base.__module__ for base in thing.__mro__)
       return
     elif isinstance(thing, types.FunctionType):
-      self.modules.add(thing.__module__)
+      self.modules.add(thing.__module__ or "")
       parts = _held_by(thing)
     elif isinstance(thing, types.MethodType):
       parts = [thing.__func__, thing.__self__]

@@ -110,7 +110,7 @@ def test_adapters_of_a_tagger_for_users_in_linen(
   scores = driven.result["test"]
   _assert_same(driven.used, scores)
   assert scores["accuracy"] > 0.8
-  assert driven.result["plan"]["unit"] == "user"
+  assert "add_or_remove_one, of one user" in driven.said
 
 
 _PURCHASES = """
