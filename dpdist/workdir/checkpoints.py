@@ -27,7 +27,9 @@ import orbax.checkpoint as ocp
 
 from dpdist import errors
 from dpdist.distributed import collectives
+from dpdist.files import atomic
 from dpdist.ledger import history
+from dpdist.workdir import copies as copies_lib
 from dpdist.workdir import manifest
 
 PyTree = Any
@@ -45,16 +47,19 @@ class Checkpoints:
     writer: int,
     max_to_keep: int = 3,
     frozen_sha256: str = "",
+    copies: copies_lib.Copies | None = None,
   ):
     """Opens or creates the folder of a writer, see `history.History.writer`.
 
     Checkpoints older than the last max_to_keep are deleted. frozen_sha256 is ""
-    if no parameters are frozen.
+    if no parameters are frozen. The primary process has the copies, if any are
+    made.
     """
     self._directory = pathlib.Path(directory).absolute()
     self._folder = manifest.folder(self._directory, writer)
     self._max_to_keep = max_to_keep
     self._frozen_sha256 = frozen_sha256
+    self._copies = copies
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
@@ -94,9 +99,16 @@ class Checkpoints:
         raise errors.SaveError(
           f"{path} was not saved: Orbax found a newer checkpoint beside it"
         )
-      return str(collectives.run_on_primary(lambda: manifest.write(path)))
+      return str(collectives.run_on_primary(lambda: self._sealed(path)))
     except (OSError, ValueError) as error:  # ValueError: tensorstore's.
       raise errors.SaveError(f"{path} could not be saved: {error}") from error
+
+  def _sealed(self, path: pathlib.Path) -> str:
+    _drop_times(path / "_CHECKPOINT_METADATA")
+    digest = manifest.write(path)
+    if self._copies is not None:
+      self._copies.put(path)
+    return digest
 
   def restore(
     self, like: PyTree, saved: history.CheckpointRef
@@ -116,6 +128,8 @@ class Checkpoints:
       manifest.location(self._directory, saved)
       for saved in known[-self._max_to_keep :]
     }
+    if self._copies is not None:
+      self._copies.delete_others([*keep])
     for path in self._directory.glob("writer_*/*"):
       if path not in keep and path.parent <= self._folder:
         # Renamed first: if the process is killed, what is left is not taken for
@@ -168,3 +182,13 @@ def restore(
       " run began with"
     ) from error
   return state, meta["ledger_head"]
+
+
+def _drop_times(path: pathlib.Path) -> None:
+  """Sets the times in Orbax's record of a checkpoint to 0.
+
+  They would tell how long steps take, and so how many examples were drawn.
+  """
+  values = json.loads(path.read_text())
+  times = [name for name in values if name.endswith("_timestamp_nsecs")]
+  atomic.write(path, json.dumps(values | dict.fromkeys(times, 0)).encode())
