@@ -93,7 +93,8 @@ def test_tags_of_images_in_equinox(
 
 
 _MESSAGES = """
-logits = project.Tagger().apply({"params": params}, test["inputs"])
+tag = lambda words: project.Tagger().apply({"params": params}, words)
+logits = jax.vmap(tag)(test["inputs"])
 is_word = test["targets"] >= 0
 is_right = logits.argmax(-1) == test["targets"]
 base = dict(np.load("base.npz"))

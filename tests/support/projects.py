@@ -17,7 +17,7 @@ PROJECTS = pathlib.Path(__file__).parents[1] / "projects"
 _SEED = "--config.insecure_seed=7"
 _EXACT = "--config.clipping.exact_sum=True"
 # An audit that takes no time.
-_AUDIT = ("--mode=one_run", "--num_trials=64", "--num_steps=4")
+_AUDIT = ("--mode=one_run", "--num_trials=16", "--num_steps=4")
 
 
 class Driven(NamedTuple):
