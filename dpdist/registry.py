@@ -14,8 +14,9 @@ goes on under new keys where that code has changed.
 
 Guarantees:
   * The digest covers all source files and compiled modules of the top-level
-    packages that name, define or register the thing. Other files, and packages
-    that these import, are not in it.
+    packages that name, define or register the thing, and of those that they
+    import, and so on, but for installed ones (in site-packages). Other files,
+    and what is imported by a name that is computed, are not in it.
   * The digest is of the code that this process runs. It is taken when the code
     is registered or first resolved. A run is refused if a file was edited after
     that, or after the process had imported it.
@@ -23,17 +24,16 @@ Guarantees:
     refused.
   * Of functions that are given as objects and must be in files, the digest also
     covers the values that they hold: those of closures, partials, defaults,
-    instances, and of module variables that are plain values.
+    instances, and of module variables that are plain values or collections of
+    such; and what functions of their modules hold that they call.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 import functools
 import hashlib
 import importlib
-from importlib import machinery
 from importlib import metadata
 import inspect
-import os
 import pathlib
 import sys
 import time
@@ -42,13 +42,13 @@ from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
+from dpdist import _outside_files
 from dpdist import _own_code
 from dpdist import _validation
 from dpdist import errors
 
 _T = TypeVar("_T")
 
-_CODE = (".py", ".pyc", *machinery.EXTENSION_SUFFIXES)
 _STARTED = time.time()
 _PLAIN = (
   *(bool, int, float, complex, str, bytes),
@@ -96,7 +96,11 @@ def register(kind: str, *names: str, module: str = "") -> Callable[[_T], _T]:
         )
       known[name] = _Thing(thing, caller)
     code = _spelt_out(caller)
-    if kind in _DECIDE_STEPS and not _is_ours(code) and [*_files(code)]:
+    if (
+      kind in _DECIDE_STEPS
+      and not _is_ours(code)
+      and [*_outside_files.of(code)]
+    ):
       # Now, while the module is being imported: it is what this process runs.
       _digests.setdefault(code, _sha256(code, f"a {kind}"))
     return thing
@@ -223,7 +227,7 @@ def code_sha256_of(
       continue
     if needs_files:
       _refuse_edited(module, setting)
-    elif not [*_files(module)]:
+    elif not [*_outside_files.of(module)]:
       continue
     digest.update(f"{module}\0{_sha256(module, setting)}\0".encode())
     is_ours = False
@@ -271,7 +275,7 @@ class _Holdings:
       self.modules.update(base.__module__ for base in thing.__mro__)
       return
     elif isinstance(thing, types.FunctionType):
-      self.modules.add(thing.__module__)
+      self.modules.add(thing.__module__ or "")
       parts = _held_by(thing)
     elif isinstance(thing, types.MethodType):
       parts = [thing.__func__, thing.__self__]
@@ -308,9 +312,20 @@ def _held_by(function: types.FunctionType) -> list[Any]:
     codes += [x for x in code.co_consts if isinstance(x, types.CodeType)]
   for name in sorted(names & function.__globals__.keys()):
     value = function.__globals__[name]
-    if isinstance(value, (*_PLAIN, np.ndarray)):
+    if _is_plain(value) or _outside_files.is_function(value):
       held += [name, value]
   return held
+
+
+def _is_plain(value: Any) -> bool:
+  """Returns whether a value is plain, or a collection of such."""
+  if isinstance(value, dict):
+    return all(_is_plain(x) for item in value.items() for x in item)
+  if isinstance(value, list | tuple | set | frozenset):
+    return all(map(_is_plain, value))
+  if isinstance(value, np.ndarray):
+    return not value.dtype.hasobject
+  return isinstance(value, _PLAIN)
 
 
 def _unwrapped(thing: Any) -> Any:
@@ -381,7 +396,7 @@ def _is_ours(module: str) -> bool:
   file = getattr(sys.modules.get(module), "__file__", None)
   if file:
     return _own_code.has(pathlib.Path(file).resolve())
-  paths = [path.resolve() for _, path in _files(module)]
+  paths = [path.resolve() for _, path in _outside_files.of(module)]
   return bool(paths) and all(map(_own_code.has, paths))
 
 
@@ -389,7 +404,9 @@ def _refuse_edited(module: str, setting: str) -> None:
   """Raises ValueError for a module that was edited after it was imported."""
   if module not in sys.modules or module in _digests or _is_ours(module):
     return
-  newest = max((path.stat().st_mtime for _, path in _files(module)), default=0)
+  newest = max(
+    (path.stat().st_mtime for _, path in _outside_files.of(module)), default=0
+  )
   if newest > _STARTED:
     raise errors.ArgumentError(
       f"{setting} must name code that this process has read as it is, got"
@@ -400,7 +417,7 @@ def _refuse_edited(module: str, setting: str) -> None:
 
 def _sha256(module: str, setting: str) -> str:
   digest = hashlib.sha256()
-  files = list(_files(module))
+  files = list(_outside_files.of(module))
   if not files or not all(path.is_file() for _, path in files):
     raise errors.ArgumentError(
       f"{setting} must name code that is in files, by which a run can tell"
@@ -411,22 +428,6 @@ def _sha256(module: str, setting: str) -> str:
     digest.update(f"{name}\0".encode())
     digest.update(hashlib.sha256(path.read_bytes()).digest())
   return digest.hexdigest()
-
-
-def _files(module: str) -> Iterator[tuple[str, pathlib.Path]]:
-  """Yields the code of a module's top-level package, or of the module alone."""
-  top = sys.modules.get(module.partition(".")[0])
-  folders = sorted(map(str, getattr(top, "__path__", ())))
-  for folder in folders:
-    for at, below, found in os.walk(folder, followlinks=True):
-      below[:] = sorted(name for name in below if name != "__pycache__")
-      for name in sorted(found):
-        if name.endswith(_CODE):
-          path = pathlib.Path(at, name)
-          yield path.relative_to(folder).as_posix(), path
-  file = getattr(sys.modules.get(module), "__file__", None)
-  if not folders and file:
-    yield pathlib.Path(file).name, pathlib.Path(file)
 
 
 def _entry_points(kind: str) -> dict[str, metadata.EntryPoint]:

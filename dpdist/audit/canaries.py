@@ -11,7 +11,6 @@ canary is in the data. The attacker sees every noisy mean that is released.
 
 from collections.abc import Callable, Iterator
 import dataclasses
-import functools
 import os
 from typing import Any, NamedTuple
 
@@ -22,6 +21,7 @@ import numpy as np
 import optax
 
 from dpdist import _validation
+from dpdist import clipping
 from dpdist import config as config_lib
 from dpdist.audit import games
 from dpdist.data import pipeline
@@ -60,6 +60,7 @@ class Program(NamedTuple):
   # canary is an entry of the parameters.
   direction: PyTree | None = None
   length: float = 1.0  # The norm of that gradient.
+  frozen: PyTree | None = None  # Parameters that no canary can pull on.
 
   @property
   def plan(self) -> plan_lib.PrivacyPlan:
@@ -68,7 +69,7 @@ class Program(NamedTuple):
 
   @property
   def num_entries(self) -> int:
-    """Returns how many numbers the parameters are."""
+    """Returns how many numbers the trained parameters are."""
     return sum(x.size for x in jax.tree.leaves(self.state.params))
 
 
@@ -96,9 +97,6 @@ def prepare(
   )
   experiment = setup.build(config, plan=plan, parts=parts)
   step, task = experiment.step, experiment.task
-  _validation.require(
-    not task.trainable, "model.trainable", "empty for an audit", task.trainable
-  )
   clipped_grad = step.mechanism.clipped_grad
   step = dataclasses.replace(
     step,
@@ -106,7 +104,7 @@ def prepare(
       step.mechanism,
       clipped_grad=dataclasses.replace(
         clipped_grad,
-        loss_fn=_canary_loss(clipped_grad.loss_fn, has_entry=canary == "entry"),
+        loss_fn=_canary_loss(clipped_grad, has_entry=canary == "entry"),
       ),
     ),
     optimizer=recording(),
@@ -121,12 +119,14 @@ def prepare(
     for name, x in shapes.items()
   }
   key_data = keys.key_data(keys.insecure_secret(0))
-  state = step.init_from(
-    functools.partial(parameters.make_params, task),
-    key_data,
-    filled(example),
+  start = parameters.of(task, key_data, example)
+  program = Program(
+    experiment,
+    step,
+    start.init(step),
+    filled(unit),
+    frozen=start.frozen(step),
   )
-  program = Program(experiment, step, state, filled(unit))
   return _with_direction(program) if canary == "example" else program
 
 
@@ -139,7 +139,7 @@ def _random(rng: np.random.Generator, most: int, x: Any) -> np.ndarray:
 
 
 def _canary_loss(
-  loss_fn: Callable[..., Any], *, has_entry: bool
+  clipped_grad: clipping.ClippedGrad, *, has_entry: bool
 ) -> Callable[..., Any]:
   """Returns the loss times a unit's factor, plus its pull on one entry."""
 
@@ -149,10 +149,11 @@ def _canary_loss(
     unit = dict(unit)
     factor, pull = unit.pop(_FACTOR), unit.pop(_PULL)
     index = unit.pop(_ENTRY)
-    value, aux = loss_fn(params, unit, rng)
+    value, aux = clipped_grad.loss_fn(params, unit, rng)
     value = factor * value
     if has_entry:
-      value += pull * _entry(params, index)
+      trained, _ = clipping.partition(params, clipped_grad.frozen)
+      value += pull * _entry(trained, index)
     return value, aux
 
   return loss
@@ -303,8 +304,12 @@ def _with_direction(program: Program) -> Program:
   unit |= {_FACTOR: jnp.ones(()), _PULL: jnp.zeros(()), _ENTRY: jnp.array(-1)}
   loss_fn = program.step.mechanism.clipped_grad.loss_fn
   gradient = jax.jit(
-    jax.grad(lambda params: loss_fn(params, unit, jax.random.key(0))[0])
-  )(program.state.params)
+    jax.grad(
+      lambda params, frozen: loss_fn(
+        step_lib.whole(params, frozen), unit, jax.random.key(0)
+      )[0]
+    )
+  )(program.state.params, program.frozen)
   length = float(optax.tree.norm(gradient))
   if not 0 < length < np.inf:
     raise ValueError(
@@ -353,6 +358,7 @@ def _releases(
         is_padding_example,
         key,
         i * chunk_size,
+        program.frozen,
       )
     release_index = [np.int32(t)] if len(plan.phases) > 1 else []
     state, _ = step.apply(state, accumulator, noise_key, *release_index)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 import contextlib
+import contextvars
 import functools
 from typing import Any
 
@@ -26,6 +27,9 @@ _PLATFORM = _validation.optional(_validation.one_of(("cpu", "gpu", "tpu")))
 _NORM = _validation.real(at_least=1e-12, at_most=1e18)
 _GAMMA = _validation.optional(_validation.real(at_least=1e-12))
 _SIZE = _validation.optional(_validation.COUNT)
+_is_alone: contextvars.ContextVar[bool] = contextvars.ContextVar(
+  "compiled for one device", default=False
+)
 
 
 def arguments(
@@ -197,9 +201,22 @@ def sharding(**arguments: PyTree) -> None:
       _refuse_sharding(name, getattr(leaf, "sharding", None))
 
 
+@contextlib.contextmanager
+def on_one_device() -> Iterator[None]:
+  """Says that what is traced inside is compiled for one device.
+
+  Then it is the same program whatever devices there are besides.
+  """
+  token = _is_alone.set(True)
+  try:
+    yield
+  finally:
+    _is_alone.reset(token)
+
+
 def sharding_inside_jit(block: Block, **arguments: PyTree) -> None:
   """Does what `sharding` does where only the compiler knows the sharding."""
-  if not block.convolves() or jax.device_count() == 1:
+  if _is_alone.get() or jax.device_count() == 1 or not block.convolves():
     return
   for name, leaf in _outside_shard_map(arguments):
     if isinstance(leaf, jax.core.Tracer):

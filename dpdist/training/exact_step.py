@@ -22,6 +22,7 @@ from jax.sharding import SingleDeviceSharding
 import optax
 
 from dpdist import errors
+from dpdist.clipping import checks
 from dpdist.clipping import watched
 from dpdist.distributed import mesh as mesh_lib
 from dpdist.mechanism import mechanism as mechanism_lib
@@ -211,13 +212,14 @@ def add_group(
   form = mechanism.sum_format(params)
   rows = first_row + jnp.arange(is_padding_example.shape[0])
   rngs = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)
-  grads = mechanism.clipped_sum(
-    step_lib.whole(params, frozen),
-    batch,
-    is_padding_example=is_padding_example,
-    rng=rngs,
-    direction=direction,
-  )
+  with checks.on_one_device():
+    grads = mechanism.clipped_sum(
+      step_lib.whole(params, frozen),
+      batch,
+      is_padding_example=is_padding_example,
+      rng=rngs,
+      direction=direction,
+    )
   grads, seen = watched.seen(grads)
   # The leading axis has one entry for each device.
   total = accumulator.clipped_sum

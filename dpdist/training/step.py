@@ -115,18 +115,15 @@ class Step:
     state = self.initial(params)
     return mesh_lib.place(state, self.state_specs(state), self.mesh)
 
-  def init_from(self, make: Callable[..., PyTree], *args: Any) -> TrainState:
-    """Returns the state before the first step, made on the mesh.
-
-    No device need ever have all parameters. `make` maps args, which are NumPy
-    arrays and equal in all processes, to parameters, and is traced.
-    """
-    return self.on_mesh(self.initializer(make, *args)(*args))
-
   def initializer(
     self, make: Callable[..., PyTree], *args: Any
   ) -> jax.stages.Wrapped:
-    """Returns the compiled function of such args that `init_from` calls."""
+    """Returns what makes the state before the first step, from such args.
+
+    No device need ever have all parameters. `make` maps args, which are NumPy
+    arrays and equal in all processes, to parameters, and is traced. The state
+    still has to be put `on_mesh`.
+    """
 
     def initial(*args: Any) -> TrainState:
       return self.initial(make(*args))

@@ -10,10 +10,12 @@ seed in a thousand.
 import dataclasses
 import functools
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from configs import digits
+import dpdist
 from dpdist import config as config_lib
 from dpdist import sampling
 from dpdist.audit import audit
@@ -21,6 +23,7 @@ from dpdist.audit import bounds
 from dpdist.audit import canaries
 from dpdist.privacy import plan as plan_lib
 from dpdist.sampling import poisson
+from dpdist.tasks import parts
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
 
@@ -61,8 +64,24 @@ def _program(name="entry", fsdp=1):
     config = _config(neighboring_relation="replace_one")
   config.mesh.fsdp = fsdp
   config.data.prefetch = 0
+  if name == "frozen":
+    given = parts.of(task=_adapted())
+    return canaries.prepare(config, parts=given)
   return canaries.prepare(
     config, canary="example" if name == "example" else "entry"
+  )
+
+
+def _adapted():
+  """A frozen layer that is read from disk, and a trained one beside it."""
+  shapes = {"base": (64, 10), "adapter": (64, 10)}
+  return dpdist.tasks.classification(
+    (
+      lambda key, x: {name: jnp.ones(shape) for name, shape in shapes.items()},
+      lambda params, x: x.reshape(-1) @ (params["base"] + params["adapter"]),
+    ),
+    pretrained=lambda: {"base": np.ones((64, 10), np.float32)},
+    trainable="adapter",
   )
 
 
@@ -96,8 +115,10 @@ def test_a_right_step_shows_more_than_half_of_its_claim(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "fsdp"), [("entry", 4), ("exchanged", 1)])
-def test_so_it_does_with_divided_parameters_and_exchanged_units(name, fsdp):
+@pytest.mark.parametrize(
+  ("name", "fsdp"), [("entry", 4), ("exchanged", 1), ("frozen", 1)]
+)
+def test_so_it_does_with_other_parameters_and_units(name, fsdp):
   assert _bites(audit.audit(_program(name, fsdp), num_trials=2000, seed=1))
 
 
@@ -129,6 +150,14 @@ def test_one_run_shows_less_and_never_too_much():
 def test_a_broken_mechanism_is_refuted(changes):
   program = _changed(_program(), **changes)
   assert audit.audit(program, num_trials=2000, seed=1).is_refuted
+
+
+@pytest.mark.slow
+def test_beside_frozen_parameters_only_trained_ones_are_canaries():
+  program = _program("frozen")
+  assert program.num_entries == 64 * 10
+  broken = _changed(program, l2_clip_norm=1e3)
+  assert audit.audit(broken, num_trials=2000, seed=1).is_refuted
 
 
 @pytest.mark.slow

@@ -270,6 +270,14 @@ def test_code_that_is_in_no_file_is_refused(outside, monkeypatch):
     _resolve()
 
 
+def test_so_is_code_of_a_module_without_a_name():
+  names = {"__builtins__": __builtins__}
+  exec("def read(text):\n  return [0]", names)
+  del names["__builtins__"]
+  with pytest.raises(errors.ArgumentError, match="code that is in files"):
+    registry.code_sha256_of([names["read"]], setting="x", needs_files=True)
+
+
 def test_a_loader_that_registers_itself_is_told_apart(outside):
   (outside / "toy_data.py").write_text(
     _DATASET

@@ -1,21 +1,23 @@
-"""Drives a user's project as its user would, through the commands."""
+"""Drives a user's project as its user would, through the installed commands."""
 
 from collections.abc import Sequence
-import importlib.util
 import json
 import pathlib
 import signal
 import subprocess
-import sys
 import time
 from typing import Any, NamedTuple
 
-from dpdist import export
+import pytest
+
 from dpdist.ledger import ledger as ledger_lib
-from tests.support import commands
+from tests.support import installed
 
 PROJECTS = pathlib.Path(__file__).parents[1] / "projects"
 _SEED = "--config.insecure_seed=7"
+_EXACT = "--config.clipping.exact_sum=True"
+# An audit that takes no time.
+_AUDIT = ("--mode=one_run", "--num_trials=16", "--num_steps=4")
 
 
 class Driven(NamedTuple):
@@ -24,16 +26,14 @@ class Driven(NamedTuple):
   Attributes:
     workdir: the directory of the run that was killed and went on.
     result: its `result.json`.
-    evaluated: what `eval` printed of it.
-    params: what `export` wrote of it.
     said: what it wrote to the screen at its first start.
+    used: what the project's user made of the exported model.
   """
 
   workdir: pathlib.Path
   result: dict[str, Any]
-  evaluated: dict[str, Any]
-  params: Any
   said: str
+  used: dict[str, Any]
 
 
 def num_lines(project: pathlib.Path) -> int:
@@ -41,95 +41,118 @@ def num_lines(project: pathlib.Path) -> int:
   return sum(bool(line.strip()) for line in project.read_text().splitlines())
 
 
-def load(project: pathlib.Path) -> Any:
-  """Imports a project."""
-  spec = importlib.util.spec_from_file_location(project.stem, project)
-  assert spec is not None
-  assert spec.loader is not None
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+class Driver:
+  """Runs a project's commands in its own folder, as they are installed."""
 
+  def __init__(self, programs: pathlib.Path, project: pathlib.Path):
+    """Stores where the programs and the project's file are."""
+    self._programs, self._project = programs, project
+    self._config = f"--config={project.name}"
 
-def drive(
-  project: pathlib.Path,
-  folder: pathlib.Path,
-  *,
-  kill_at: int = 8,
-  command: Sequence[str] = (),
-) -> Driven:
-  """Trains twice, once with a kill and a restart, and uses the result.
+  def drive(
+    self, use: str, *, is_exact: bool, command: Sequence[object] = ()
+  ) -> Driven:
+    """Trains twice, once with a kill and a restart, and uses the result.
 
-  Asserts that both runs end with the same bits, and that all commands accept
-  the run that was killed.
+    Both runs end with the same bits. With exact sums the one that was killed
+    goes on in two processes. Without, two processes train beside them, and end
+    as well but for what is rounded.
 
-  Args:
-    project: the file.
-    folder: where the runs go.
-    kill_at: the step whose checkpoint is waited for before the kill.
-    command: what trains in the directory that is appended; none: `train`.
-  """
-  whole, cut = folder / "whole", folder / "cut"
-  trained = _start(project, whole, command)
-  said, _ = trained.communicate()
-  assert trained.returncode == 0, said
-  killed = _start(project, cut, command)
-  while not [*cut.glob(f"checkpoints/writer_*/{kill_at}")]:
-    assert killed.poll() is None, "it ended before it was killed"
-    time.sleep(0.01)
-  killed.send_signal(signal.SIGKILL)
-  killed.communicate()
-  assert killed.returncode == -signal.SIGKILL
-  again = _start(project, cut, command)
-  text, _ = again.communicate()
-  assert again.returncode == 0, text
-  result, other = (
-    json.loads((workdir / "result.json").read_text())
-    for workdir in (cut, whole)
-  )
-  for name in ("params_sha256", "test", "steps_charged"):
-    assert result[name] == other[name], name
-  groups = ("test_ema", "test_tables", "test_ema_tables")
-  assert [result.get(x) for x in groups] == [other.get(x) for x in groups]
-  assert len(ledger_lib.Ledger(cut / "ledger").branches) == 1
-  return _used(project, cut, folder, result, said)
+    Args:
+      use: Python code that makes `scores` of `project`, the module, `params`,
+        what was exported, and `test`, the held-out examples.
+      is_exact: whether sums are exact.
+      command: what trains in the directory and with the seed that follow; none:
+        `train`.
+    """
+    settings = [_SEED, *([_EXACT] if is_exact else [])]
+    train = [*command] or ["dpdist", "train", self._config, *settings]
+    local = ["dpdist", "local", "--num_processes=2", "--"]
+    local += [self._config, *settings]
+    said = self._done(train, "whole")
+    self._kill(train, "cut", kill_at=8)
+    self._done(local if is_exact else train, "cut")
+    whole, cut = self._result("whole"), self._result("cut")
+    for name in ("params_sha256", "steps_charged", "test_tables"):
+      assert cut.get(name) == whole.get(name), name
+    # Means over several processes are added up in another order.
+    for name in ("test", "test_ema"):
+      want = pytest.approx(whole.get(name, {}), rel=1e-6 if is_exact else 0)
+      assert cut.get(name, {}) == want, name
+    assert len(ledger_lib.Ledger(self._run("cut") / "ledger").branches) == 1
+    if not is_exact and not command:
+      self._done(local, "pair")
+      pair = self._result("pair")
+      assert pair["test"] == pytest.approx(whole["test"], rel=0.01)
+    return Driven(self._run("cut"), cut, said, self._used(settings, use, cut))
 
+  def _used(
+    self, settings: list[str], use: str, result: dict[str, Any]
+  ) -> dict[str, Any]:
+    """Verifies, audits, evaluates, exports and loads what a run released."""
+    run = self._run("cut")
+    self._dpdist("verify", f"--workdir={run}")
+    flags = [self._config, *settings]
+    assert "nothing was shown" in self._dpdist("audit", *flags, *_AUDIT)
+    flags += [f"--workdir={run}"]
+    evaluated = json.loads(self._dpdist("eval", *flags, "--json"))
+    assert evaluated["test"] == pytest.approx(result["test"], rel=1e-6)
+    assert evaluated.get("test_tables") == result.get("test_tables")
+    self._dpdist("export", *flags, f"--output={self._run('model')}")
+    lines = [
+      "import json, dpdist, jax, numpy as np, sklearn.metrics as sk",
+      f"import {self._project.stem} as project",
+      f"model, params = dpdist.export.load({str(self._run('model'))!r})",
+      "assert model is None",
+      "data = project.get_dataset(project.get_config())",
+      "test = data.test.read(np.arange(len(data.test)))",
+      use,
+      "print(json.dumps({k: float(x) for k, x in scores.items()}))",
+    ]
+    said = self._done(["python", "-c", "\n".join(lines)])
+    used: dict[str, Any] = json.loads(said.splitlines()[-1])
+    return used
 
-def _used(
-  project: pathlib.Path,
-  workdir: pathlib.Path,
-  folder: pathlib.Path,
-  result: dict[str, Any],
-  said: str,
-) -> Driven:
-  """Verifies, evaluates, exports and loads what a run released."""
+  def _run(self, name: str) -> pathlib.Path:
+    return self._project.parent.parent / name
 
-  def run(name: str, *flags: str) -> str:
-    done = commands.run(name, *flags)
-    assert done.code == 0, done.err
-    return done.out
+  def _result(self, name: str) -> dict[str, Any]:
+    path = self._run(name) / "result.json"
+    result: dict[str, Any] = json.loads(path.read_text())
+    return result
 
-  flags = (f"--config={project}", _SEED, f"--workdir={workdir}")
-  run("verify", f"--workdir={workdir}")
-  evaluated = json.loads(run("eval", *flags, "--json"))
-  assert evaluated["test"] == result["test"]
-  assert evaluated.get("test_tables") == result.get("test_tables")
-  run("export", *flags, f"--output={folder / 'model'}")
-  model, params = export.load(folder / "model")
-  assert model is None
-  run("check", *flags[:2])
-  return Driven(workdir, result, evaluated, params, said)
+  def _dpdist(self, *words: str) -> str:
+    return self._done(["dpdist", *words])
 
+  def _begun(
+    self, command: Sequence[object], run: str
+  ) -> subprocess.Popen[str]:
+    program, *words = map(str, command)
+    if run:
+      place = str(self._run(run))
+      words += [place, "7"] if program == "python" else [f"--workdir={place}"]
+    return subprocess.Popen(
+      [str(self._programs / program), *words],
+      cwd=self._project.parent,
+      env=installed.variables(),
+      stdout=subprocess.PIPE,
+      stderr=subprocess.STDOUT if run else subprocess.PIPE,
+      text=True,
+    )
 
-def _start(
-  project: pathlib.Path, workdir: pathlib.Path, command: Sequence[str]
-) -> subprocess.Popen[str]:
-  flags = [f"--config={project}", _SEED, f"--workdir={workdir}"]
-  train = [sys.executable, "-m", "launch.train", *flags]
-  return subprocess.Popen(
-    [*command, str(workdir), "7"] if command else train,
-    cwd=PROJECTS.parents[1],
-    stdout=subprocess.PIPE,
-    stderr=subprocess.STDOUT,
-    text=True,
-  )
+  def _done(self, command: Sequence[object], run: str = "") -> str:
+    process = self._begun(command, run)
+    out, err = process.communicate(timeout=600)
+    assert process.returncode == 0, out + (err or "")
+    return out
+
+  def _kill(self, command: Sequence[object], run: str, *, kill_at: int) -> None:
+    """Begins a run, and ends it by force once a step is saved."""
+    process = self._begun(command, run)
+    while not [*self._run(run).glob(f"checkpoints/writer_*/{kill_at}")]:
+      assert process.poll() is None, "it ended before it was killed"
+      time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not (self._run(run) / "result.json").exists()

@@ -401,6 +401,26 @@ def test_what_rounds_is_compiled_for_one_device(mesh_name, monkeypatch):
   assert shardings == {jax.sharding.SingleDeviceSharding}
 
 
+@pytest.mark.slow
+def test_a_groups_program_is_the_same_whatever_devices_there_are():
+  """Convolutions are looked at by the compiler where there are several."""
+  step, (_, params, data) = _step("cnn", "adam"), _problem("cnn")
+  group = {name: x[:_GROUP] for name, x in data.items()}
+  padding, key = np.zeros(_GROUP, bool), jax.random.key(0)
+  args = (step.mechanism, params, step.zeros(params), group, padding, key, 0)
+  found = str(exact_step.add_group.trace(*args).jaxpr)
+  assert "conv_general_dilated" in found
+  assert "inspect_sharding" not in found
+  sums = functools.partial(step.mechanism.clipped_sum, params)
+  assert "inspect_sharding" in str(
+    jax.make_jaxpr(
+      lambda batch: sums(
+        batch, is_padding_example=padding, rng=jax.random.split(key, _GROUP)
+      )
+    )(group)
+  )
+
+
 def test_rows_that_make_no_whole_groups_are_refused():
   _, params, data = _problem("mlp")
   step = dataclasses.replace(_step("mlp", "adam"), mesh=meshes.of("2"))

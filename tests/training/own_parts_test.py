@@ -5,7 +5,6 @@ import functools
 import json
 import pathlib
 import shutil
-import sys
 from typing import Any
 
 import jax
@@ -28,12 +27,9 @@ from dpdist.training import parameters
 from dpdist.training import setup
 from dpdist.workdir import fingerprint
 from tests.support import commands
-from tests.support import projects
 from tests.support import turns
 
 pytestmark = pytest.mark.usefixtures("quick_compiles")
-
-_PROJECT = projects.PROJECTS / "regression.py"
 
 _FACTOR = 1.0
 
@@ -587,24 +583,3 @@ def test_another_task_is_not_evaluated_instead(
   config_lib.save(workdir, _config())
   with pytest.raises(ValueError, match="must be that of the run, ''"):
     load_run.load(workdir, ledger, config=_config(), parts=given)
-
-
-# A project in one file.
-
-
-@pytest.mark.slow
-def test_a_project_in_one_file(tmp_path: pathlib.Path) -> None:
-  """Trains, is killed, goes on to the same bits; is verified and evaluated."""
-  command = [sys.executable, str(_PROJECT)]
-  driven = projects.drive(_PROJECT, tmp_path, command=command)
-  result = driven.result
-  assert result["num_steps"] == 24
-  assert set(result["test"]) == {"weighted_mse", "mae"}
-  assert result["test"]["mae"] < 0.6
-  rows = metrics.read(driven.workdir)
-  assert set(rows[-1]) == {
-    *("step", "epsilon", "noisy_gradient_norm", "noise_norm"),
-    *("test/weighted_mse", "test/mae", "test_ema/weighted_mse"),
-    "test_ema/mae",
-  }
-  assert driven.params["hidden"].shape == (6, 8)

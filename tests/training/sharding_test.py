@@ -374,14 +374,17 @@ def _step_state(mesh_name):
 
 
 @pytest.mark.slow
-def test_init_from_makes_the_same_parameters_in_place():
+def test_an_initializer_makes_the_same_parameters_in_place():
   task = cross_entropy.classification(_model("stacked_decoder"))
   words = np.array([3, 4], np.uint32)
   example = {"inputs": _tokens()[0, :-1]}
   make = functools.partial(parameters.make_params, task)
-  one = _step("stacked_decoder", _mesh("one")).init_from(make, words, example)
+  made = lambda step: step.on_mesh(
+    step.initializer(make, words, example)(words, example)
+  )
+  one = made(_step("stacked_decoder", _mesh("one")))
   step = _step("stacked_decoder", _mesh("data, fsdp, model"))
-  many = step.init_from(make, words, example)
+  many = made(step)
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-6), many, one
   )
