@@ -185,17 +185,7 @@ def least_noise_multiplier(
   delta: float,
   accountant: str,
 ) -> float:
-  """Does what `calibrate_noise_multiplier` does, for steps that differ.
-
-  Args:
-    steps: maps a noise multiplier to events, and how often each is composed.
-    target_epsilon: the budget, above 0.
-    delta: in (0, 1).
-    accountant: "pld" or "rdp".
-
-  Raises:
-    ValueError: if no amount of noise is enough.
-  """
+  """Calibrates noise for steps that differ, a function of the multiplier."""
 
   def spent(n: int, kind: str) -> float:
     return accountants.epsilon(steps(search.six_digits(-n)), delta, kind)

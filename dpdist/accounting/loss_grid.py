@@ -233,9 +233,8 @@ def _on_grid(
 ) -> tuple[int, np.ndarray, float, float]:
   """Splits each atom between its two neighbors on the grid, and weights it.
 
-  Returns:
-    The first index, the masses, the logarithm of what they were divided by, and
-    by how much, relative, rounding may have made them too small.
+  Returns the first index, the masses, the logarithm of what they were divided
+  by, and by how much, relative, rounding may have made them too small.
   """
   below = np.floor(atoms.losses / cell)
   up = np.expm1(below * cell - atoms.losses) / math.expm1(-cell)

@@ -118,14 +118,9 @@ def reversed_side(side: Side) -> Side:
 def truncated(
   sigma: float, q: float, size: int, limit: int, *, is_in_place: bool
 ) -> tuple[Direction, ...]:
-  """Returns the directions of a sample that is cut.
+  """Returns the directions of a sample of `size` rows that is cut to a limit.
 
-  Args:
-    sigma: standard deviation of the noise.
-    q: the probability that a row is drawn.
-    size: rows of the larger data set.
-    limit: the most rows that are kept.
-    is_in_place: whether a missing row leaves its place empty.
+  is_in_place says whether a missing row leaves its place empty.
   """
   whole = shifted(sigma, q)
   # At least as many other rows are drawn as are kept.
@@ -185,11 +180,8 @@ def atoms(
 ) -> Atoms:
   """Returns an upper bound on a direction's losses.
 
-  Args:
-    direction: the sides.
-    tiny: about how much mass may be given an infinite loss.
-    order: the bound is tight for moments e^(order * loss) of this order.
-    fineness: bins in a standard deviation of the noise.
+  About `tiny` mass may get an infinite loss. The bound is tight for moments
+  e^(order * loss); `fineness` is bins in a standard deviation of the noise.
   """
   found = [
     (side.share, *_of_side(side, tiny, order, fineness)) for side in direction

@@ -71,14 +71,10 @@ def calibrate(
 ) -> int | None:
   """Returns the largest integer whose epsilon is at most the target, if any.
 
-  Args:
-    grid: the integers to choose from.
-    spent: maps an integer and an accountant to epsilon.
-    target: the budget.
-    accountants: from the quickest to the one that decides. Each gives at most
-      the epsilon of the one before. So where the one before ended, it fits too,
-      and its search begins there.
-    slope: a guess at the slope of log epsilon over the grid's logarithm.
+  `spent` maps an integer and an accountant to epsilon. Accountants go from the
+  quickest to the one that decides, and each gives at most the epsilon of the
+  one before: where that one ended fits too, and the next search begins there.
+  `slope` guesses that of log epsilon over the grid's logarithm.
   """
   start, best = grid.start, None
   for name in accountants:

@@ -204,11 +204,7 @@ def log_likelihood_ratios(
 def _steps(
   plan: plan_lib.PrivacyPlan, num_steps: int
 ) -> Iterator[tuple[float, float]]:
-  """Yields each step's noise and its probability of drawing a canary.
-
-  The noise is relative to the distance between the sums with and without the
-  canary, which is one sensitivity.
-  """
+  """Yields each step's noise, in sensitivities, and chance to draw a canary."""
   for t in range(num_steps):
     phase = plan.phase(t)
     # If parts take turns, the test does not distinguish a canary's own steps.
@@ -352,8 +348,7 @@ def _num_guesses(
 ) -> int:
   """Returns the best number of guesses against a mechanism like the plan.
 
-  It is found on simulated scores, so that it does not depend on the observed
-  ones.
+  It is found on simulated scores, and does not depend on the observed ones.
   """
   rng = np.random.default_rng(0)
   is_in = rng.integers(0, 2, num_canaries).astype(bool)

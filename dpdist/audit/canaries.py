@@ -173,10 +173,7 @@ def _entry(params: PyTree, index: jax.Array) -> jax.Array:
 
 
 def recording() -> optax.GradientTransformation:
-  """Keeps the updates it gets, and leaves the parameters unchanged.
-
-  An optimizer post-processes the released mean, and so does this.
-  """
+  """Keeps the updates that it gets, and leaves the parameters unchanged."""
 
   def init(params: PyTree) -> PyTree:
     return jax.tree.map(jnp.zeros_like, params)
@@ -233,8 +230,7 @@ def observe(
 ) -> Observed:
   """Runs the step on canaries, with a new secret for each run.
 
-  Each run has `num_canaries`, on entries of their own. A seed fixes all
-  randomness.
+  Each run has `num_canaries`, on entries of their own.
   """
   plan = program.plan
   rng = np.random.default_rng(seed)

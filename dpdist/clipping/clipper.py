@@ -131,10 +131,7 @@ class Fixed:
 
 
 def bound(l2_clip_norm: float) -> float:
-  """Returns the most that an example can add to the sum of a leaf.
-
-  It is the clip norm, cut to few binary digits so that products are exact.
-  """
+  """Returns the clip norm cut to few binary digits: products are exact."""
   unit = math.ldexp(1.0, math.frexp(l2_clip_norm)[1] - _BOUND_DIGITS)
   return math.floor(l2_clip_norm / unit) * unit
 

@@ -51,9 +51,7 @@ def find(
 ) -> Coordinator | None:
   """Finds out how to connect to the other processes, if there are any.
 
-  Reads the flags "coordinator_address", "num_processes" and "process_id", which
-  are None where they are not given, and environment variables. Raises
-  StartError for a value that makes no sense.
+  Reads the flags of `_VARIABLES`, None where not given, and the environment.
   """
   given = {name: value for name, value in flags.items() if value is not None}
   if given:
@@ -192,8 +190,7 @@ def host_of(address: str) -> str:
 def loopback(address: str | None) -> str:
   """Returns the host of HOST:PORT if it is a loopback address; else "".
 
-  All processes are on one machine then. A host name proves nothing: other
-  machines may resolve it to another address.
+  A host name proves nothing: other machines may resolve it otherwise.
   """
   host = host_of(address or "")
   try:

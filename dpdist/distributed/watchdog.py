@@ -309,10 +309,7 @@ class Watchdog:
 
 
 def leave(code: int) -> NoReturn:
-  """Ends this process at once, where other processes may be lost.
-
-  At Python's ordinary end, JAX waits for them and then aborts.
-  """
+  """Ends this process at once: JAX would wait for others that may be lost."""
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):
       stream.flush()

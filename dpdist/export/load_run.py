@@ -136,14 +136,12 @@ def check_sound(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> None:
 def evaluate(released: Released) -> dict[str, Any]:
   """Computes a checkpoint's held-out metrics, and what the run has spent.
 
-  Returns:
-    JSON-able: "step", "test" and, for the average if there is one, "test_ema";
-    "test_tables" and "test_ema_tables", if there are metrics that are lists;
-    "held_out_problems", by these names, if they are no better than a constant
-    guess (see `dpdist.tasks.chance`); "num_test"; "epsilon", "delta" and
-    "guarantee" of the run, wherever it stops, which is not less than that of
-    this checkpoint; and "epsilon_spent", the odometer's value for what it may
-    have released so far.
+  Returns, JSON-able, "step", "test" and, for an average, "test_ema";
+  "test_tables" and "test_ema_tables", if there are metrics that are lists;
+  "held_out_problems", by these names, if they are no better than a constant
+  guess; "num_test"; "epsilon", "delta" and "guarantee" of the run, wherever it
+  stops; and "epsilon_spent", the odometer's value for what it may have released
+  so far.
   """
   ledger, state = released.ledger, released.state
   task, test = released.task, released.test

@@ -33,10 +33,7 @@ class Streams:
   ) -> sampler.Sampler:
     """Returns a sampler of the plan's units: rows, or groups of rows.
 
-    Args:
-      plan: the plan.
-      first_release: step 0's release index; see
-        `dpdist.ledger.history.Branch.release_index`.
+    first_release is step 0's `dpdist.ledger.history.Branch.release_index`.
     """
     seed = keys.derive(self.secret, "sampling", branch=self.branch)
     samplers = [

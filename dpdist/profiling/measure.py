@@ -165,8 +165,7 @@ def trial(bench: Bench, size: int) -> tuple[int, Callable[[], float]]:
   """Compiles the private step for a chunk size.
 
   Returns the bytes that a device needs, and a function that runs a step of one
-  chunk and returns the seconds of the chunk, after a chunk that is not
-  measured.
+  chunk and returns its seconds, after one that is not measured.
   """
   accumulate, update, arguments, held = _private(bench, size)
   needed = held + max(accumulate.temp_bytes, update.temp_bytes)
@@ -187,10 +186,7 @@ def trial(bench: Bench, size: int) -> tuple[int, Callable[[], float]]:
 
 
 def free_bytes(bench: Bench) -> int:
-  """Returns the free memory for one device of the mesh; a lower bound on a CPU.
-
-  CPU devices share the machine's memory.
-  """
+  """Returns the free memory for a device of the mesh, less than it on a CPU."""
   return free_bytes_on(bench.step.mesh)
 
 
@@ -305,10 +301,7 @@ def _interleaved(
   bench: Bench,
   rounds: int,
 ) -> dict[tuple[str, str], list[float]]:
-  """Returns the seconds of each program in each round.
-
-  A first round is not counted.
-  """
+  """Returns the seconds of each program in each round but the first."""
   params, accumulator, *rest = jax.tree.map(_made_up, arguments)
   batch, key, frozen = rest[0], rest[2], rest[4]
   del params

@@ -47,22 +47,12 @@ def rehearse(
 ) -> dict[str, Any]:
   """Checks a config as a new run would, and measures its step.
 
-  Args:
-    config: the settings.
-    parts: what is given in place of the parts that the config names.
-    workdir: where the run would be, which may not exist: for its disk.
-    progress: is told of the phases.
-    tell: is called with a sentence if rows of both parts are equal. PRIVATE: it
-      is for the owner's screen alone; see `data_checks.shared_rows`.
-
-  Returns:
-    JSON-able: "data", "labels" (None without integers to predict), "model",
-    "plan", "signal", "sensitivity", "memory" of a device in bytes, "time" in
-    seconds, "disk" in bytes, and "warnings", sentences.
-
-  Raises:
-    ValueError: a setting is wrong.
-    errors.SensitivityError: the step does not clip as it must.
+  `workdir` is where the run would be, and need not exist. `tell` is called with
+  a sentence if rows of both parts are equal. PRIVATE: it is for the owner's
+  screen alone; see `data_checks.shared_rows`. Returns, JSON-able, "labels"
+  (None without integers to predict), "memory" and "disk" in bytes, "time" in
+  seconds, "warnings" in sentences, and more. Raises SensitivityError if the
+  step does not clip as it must.
   """
   progress = progress or progress_lib.Progress()
   job = job_lib.look(config, parts, progress=progress)

@@ -44,12 +44,7 @@ class Run(NamedTuple):
 
 
 def read(directories: Sequence[str | os.PathLike[str]]) -> list[Run]:
-  """Reads runs, named by the parts of their paths in which they differ.
-
-  Raises:
-    ValueError: there are none or too many, one is named twice, or a directory
-      has neither a result nor metrics.
-  """
+  """Reads runs, named by the parts of their paths in which they differ."""
   paths = [pathlib.Path(x).resolve() for x in directories]
   if not 1 <= len(paths) <= MOST or len(set(paths)) < len(paths):
     raise errors.ArgumentError(

@@ -51,12 +51,7 @@ _GROUPS = ("test", "test_ema")
 def check_released(
   names: Iterable[str], held_out: Iterable[str] = HELD_OUT
 ) -> None:
-  """Raises ValueError unless every name is in `RELEASED` or was declared.
-
-  Args:
-    names: as they are written.
-    held_out: the names that the run's task declares, without their group.
-  """
+  """Raises ValueError unless names are in `RELEASED` or of the task."""
   released = {
     *RELEASED,
     *(f"{group}/{name}" for group in _GROUPS for name in held_out),
@@ -129,15 +124,7 @@ class Writer(rows.Log):
     )
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Writes released metrics.
-
-    Args:
-      step: steps made so far; may repeat, but not go back.
-      values: name to scalar; names from `RELEASED`, or declared ones.
-
-    Raises:
-      ValueError: if a name is sensitive or unknown, or `step` goes back.
-    """
+    """Writes released metrics of a step, which may repeat, but not go back."""
     check_released(values, self._held_out)
     self._write(step, values)
 
@@ -145,14 +132,6 @@ class Writer(rows.Log):
     """Writes metrics that no noise covers, for runs that accept it.
 
     TensorBoard shows them under `PRIVATE/`.
-
-    Args:
-      step: steps made so far; may repeat, but not go back.
-      values: name to scalar; names from `SENSITIVE`.
-
-    Raises:
-      ValueError: if the run was not started with `unsafe_metrics`, a name is
-        not in `SENSITIVE`, or `step` goes back.
     """
     if not self._unsafe_metrics:
       raise ValueError(

@@ -78,19 +78,13 @@ class Sampling(Protocol):
     """Raises ValueError for numbers that cannot be sampled so."""
 
   def probability(self, numbers: Numbers, batch_size: float) -> float:
-    """Returns the probability of each row in a step in which it can be drawn.
-
-    It is in (0, 1]; the proof of the sampling is about it.
-    """
+    """Returns a row's probability, in (0, 1], in a step that can draw it."""
 
   def typical_rows(self, numbers: Numbers, batch_size: float) -> int:
     """Returns a number of rows or groups that very few steps exceed."""
 
   def most_rows(self, numbers: Numbers, batch_size: float, tail: float) -> int:
-    """Returns a number of rows or groups that almost no step exceeds.
-
-    A step exceeds it with a probability below `tail`.
-    """
+    """Returns a number of rows that steps exceed with a chance below `tail`."""
 
   def make(
     self,

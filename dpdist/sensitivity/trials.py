@@ -63,10 +63,7 @@ class Program(NamedTuple):
 
 
 def search(program: Program) -> Report:
-  """Tries all examples.
-
-  A SensitivityError names the fault, the parameter and its rule.
-  """
+  """Tries all examples; raises SensitivityError for the first fault."""
   paths, ways = ways_of(
     program.clipped_grad,
     program.params[0],

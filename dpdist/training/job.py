@@ -138,8 +138,7 @@ def look(
 ) -> Job:
   """Makes the job of a new run as `prepare` does, and writes nothing.
 
-  It cannot begin: it has no ledger and no secret. Raises ValueError as
-  `prepare` does.
+  It cannot begin: it has no ledger and no secret.
   """
   config_lib.check(config)
   config = parts.settings(config_lib.resolve(config))

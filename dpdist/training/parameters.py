@@ -30,11 +30,7 @@ PyTree = Any
 
 
 def frozen_paths(trainable: str) -> Callable[[str], bool] | None:
-  """Returns a function from a parameter's path to whether it is frozen.
-
-  Returns None if no parameter is frozen. Raises ValueError unless `trainable`,
-  of a `dpdist.Task`, is a regular expression.
-  """
+  """Returns a function from a path to whether it is frozen; None if none is."""
   if not trainable:
     return None
   try:
@@ -74,21 +70,14 @@ def make_params(
 
 
 def frozen_sha256(frozen: PyTree | None) -> str:
-  """Returns the SHA-256 of frozen parameters; "" without any.
-
-  Must be called in all processes.
-  """
+  """Returns the SHA-256 of frozen parameters, in all processes; "": none."""
   return "" if frozen is None else fingerprint.params_sha256(frozen)
 
 
 # Without a repr, which would show the key.
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Parameters:
-  """The parameters of one run.
-
-  Raises ValueError if weights do not fit, or if frozen parameters would keep
-  their random initial values.
-  """
+  """The parameters of one run; none that is frozen may be random."""
 
   # (key_data, example) -> initial parameters of the whole model; traced.
   make: Callable[[Any, Any], PyTree]
@@ -131,10 +120,7 @@ class Parameters:
 
   @functools.cached_property
   def frozen_shapes(self) -> PyTree | None:
-    """Returns the frozen parameters' shapes, None where one is trained.
-
-    None if there are none.
-    """
+    """Returns the frozen parameters' shapes, None where one is trained."""
     if self.is_frozen is None:
       return None
     return self._part(self._whole, is_frozen=True)

@@ -78,10 +78,7 @@ def resolve_plan(
   ledger: ledger_lib.Ledger | None,
   train_digest: str,
 ) -> tuple[plan_lib.PrivacyPlan, list[str], manifest.ResumePoint]:
-  """Returns the plan, what changed, and the checkpoint, in all processes.
-
-  Raises RefusedError if the run cannot go on with these settings.
-  """
+  """Returns the plan, what changed, and the checkpoint, in all processes."""
 
   def look() -> dict[str, Any]:
     assert ledger is not None
@@ -285,10 +282,7 @@ def shared_budget(
   train_digest: str,
   earlier: Callable[[], Sequence[str]],
 ) -> data_budget.DataBudget | None:
-  """Returns the data set's budget; makes it if it is missing.
-
-  For `earlier` see `recorded_digest`.
-  """
+  """Returns the data set's budget; makes it if it is missing."""
   settings = config.data_budget
   if not settings.location:
     if ledger.allocations:
@@ -322,10 +316,7 @@ def shared_budget(
 def secret(
   config: ml_collections.ConfigDict, workdir: pathlib.Path, *, is_new: bool
 ) -> bytes:
-  """Returns the run's secret; makes it if the run is new and there is none.
-
-  Raises ValueError if it is gone, or not stored as a secret must be.
-  """
+  """Returns the run's secret; makes it if the run is new and there is none."""
   if config.insecure_seed is not None:
     return keys.insecure_secret(config.insecure_seed)
   path = pathlib.Path(config.secret_file or workdir / "secret")

@@ -45,11 +45,7 @@ _ABSOLUTE = _validation.Rule(
 def flag(default: Any, help: str, rule: _validation.Rule | None = None) -> Any:
   """Returns a field of a `Job` that is also a flag of `launch.submit`.
 
-  Args:
-    default: a bool, an int or a str, which decides the flag's type. MISSING:
-      the flag is a string and must be given.
-    help: what the flag is for.
-    rule: what its value must be.
+  Its type is that of the default; MISSING: it is a text, and must be given.
   """
   return dataclasses.field(
     default=default, metadata={"help": help, "rule": rule}

@@ -71,10 +71,7 @@ class Pod:
     self._deadline: float | None = None
 
   def run(self) -> None:
-    """Starts the processes, shows their output, and waits until all have ended.
-
-    Raises OSError if one could not be started; none is left running then.
-    """
+    """Starts the processes, shows their output, and waits for their end."""
     previous = {
       number: signal.signal(number, self._receive)
       for number in _SIGNALS

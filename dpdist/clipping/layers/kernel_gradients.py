@@ -125,10 +125,7 @@ def arrange(
 def _window(
   g: Geometry, x: jax.Array, offset: tuple[int, ...], axis: int
 ) -> jax.Array:
-  """Returns the entries of x that an offset of the kernel meets.
-
-  Space begins at the given axis.
-  """
+  """Returns the entries of x that an offset meets, space from an axis on."""
   index = [slice(None)] * axis
   for k, step, d, n in zip(
     offset, g.strides, g.dilation, g.output, strict=False
@@ -144,10 +141,7 @@ def _offsets(g: Geometry) -> list[tuple[int, ...]]:
 def instantiate(
   use: WeightUse, x: jax.Array, cotangent: jax.Array, platform: str
 ) -> jax.Array:
-  """Computes the gradient of the kernel for one example, float32 or wider.
-
-  The input x and the cotangent are without loops.
-  """
+  """Computes the gradient of the kernel for one example, without loops."""
   if platform == "tpu":
     return _by_convolution(use)(x[None], cotangent[None])[0]
   g = geometry(use)

@@ -34,14 +34,7 @@ from dpdist.clipping.trace.program import WeightUse
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-  """A way to the norms of gradients.
-
-  Attributes:
-    text: the strategy in words, for `ClippedGrad.explain`.
-    forms: whether it forms the gradients.
-    stores: whether it stores them for the sum. If not, a separate product
-      computes the sum.
-  """
+  """A way to the norms of gradients."""
 
   text: str
   forms: bool = False
@@ -161,10 +154,7 @@ class LayerRule:
     cotangent: jax.Array,
     platform: str,
   ) -> jax.Array:
-    """Returns the gradient of the weight, of its weight_shape.
-
-    It is float32 or wider.
-    """
+    """Returns the gradient of the weight, of its shape, float32 or wider."""
     del platform
     assert operand is not None
     return product_gradient(use, operand, cotangent, use.weight.loops)
@@ -195,16 +185,9 @@ def product_gradient(
 ) -> jax.Array:
   """Returns the gradient of a layer's weight by JAX's own derivative.
 
-  Args:
-    use: where the weight is used.
-    operand: what the weight met; with leading axes.
-    cotangent: the gradient of the output, with the same leading axes.
-    each: for each leading axis, whether every entry has its own weight; the
-      gradients are summed along the others.
-
-  Returns:
-    The gradient, with those leading axes for which each is True; float32 or
-    wider.
+  `operand`, what the weight met, and the output's gradient have the same
+  leading axes. `each` says for each of these whether every entry has its own
+  weight; the gradients, float32 or wider, are summed along the others.
   """
   cotangent = norms.widen(cotangent)
   changed = {}
