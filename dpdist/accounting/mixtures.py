@@ -38,21 +38,14 @@ Mixture: TypeAlias = tuple[tuple[float, float], ...]  # Weights and means.
 
 
 class Side(NamedTuple):
-  """Two mixtures of Gaussians, P against Q.
+  """Two mixtures of Gaussians, P against Q."""
 
-  Attributes:
-    share: the probability of the side, in (0, 1].
-    p: weights and means of P; no mean is below any of Q's.
-    q: weights and means of Q.
-    sigma: standard deviation of every Gaussian.
-    is_folded: whether every order takes the larger divergence of the two
-      directions, which for orders above 1 is that of P against Q.
-  """
-
-  share: float
-  p: Mixture
-  q: Mixture
-  sigma: float
+  share: float  # The probability of the side, in (0, 1].
+  p: Mixture  # Weights and means of P; no mean is below any of Q's.
+  q: Mixture  # Weights and means of Q.
+  sigma: float  # Standard deviation of every Gaussian.
+  # Whether every order takes the larger divergence of the two directions, which
+  # for orders above 1 is that of P against Q.
   is_folded: bool = False
 
   @property
@@ -65,17 +58,11 @@ Direction: TypeAlias = tuple[Side, ...]
 
 
 class Atoms(NamedTuple):
-  """A discrete distribution of losses.
+  """A discrete distribution of losses."""
 
-  Attributes:
-    losses: [n] float64.
-    masses: [n] float64.
-    infinite: mass of an infinite loss.
-  """
-
-  losses: np.ndarray
-  masses: np.ndarray
-  infinite: float
+  losses: np.ndarray  # [n] float64.
+  masses: np.ndarray  # [n] float64.
+  infinite: float  # Mass of an infinite loss.
 
 
 def _two(q: float, mean: float) -> Mixture:

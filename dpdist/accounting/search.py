@@ -21,20 +21,14 @@ _STRIDE = math.log(4)
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """Consecutive integers, each with its place on a log scale.
+  """Consecutive integers, each with its place on a log scale."""
 
-  Attributes:
-    lowest: the first integer.
-    highest: the last integer.
-    start: the integer to query first.
-    log: maps an integer to its place on the log scale; it is increasing.
-    floor: maps a place to about the largest integer whose `log` is not above.
-  """
-
-  lowest: int
-  highest: int
-  start: int = 1
+  lowest: int  # The first integer.
+  highest: int  # The last integer.
+  start: int = 1  # The integer to query first.
+  # Maps an integer to its place on the log scale; it is increasing.
   log: Callable[[int], float] = math.log
+  # Maps a place to about the largest integer whose `log` is not above.
   floor: Callable[[float], int] = lambda x: math.floor(math.exp(x))
 
 

@@ -34,28 +34,19 @@ from dpdist.workdir import verify
 
 
 class Released(NamedTuple):
-  """A checkpoint of a run.
+  """A checkpoint of a run."""
 
-  Attributes:
-    config: the run's settings.
-    ledger: its ledger, which is sound.
-    saved: the checkpoint's record.
-    task: what was trained.
-    mesh: of this machine's devices.
-    state: the checkpoint, with all parameters of the model, also the frozen
-      ones; `ema_params` is None if the run keeps no average.
-    test: all held-out examples, by name.
-    environment: versions, code and devices that the run ended with; empty if it
-      has not ended.
-  """
-
-  config: ml_collections.ConfigDict
-  ledger: ledger_lib.Ledger
-  saved: history.CheckpointRef
-  task: task_lib.Task
-  mesh: Mesh
+  config: ml_collections.ConfigDict  # The run's settings.
+  ledger: ledger_lib.Ledger  # Its ledger, which is sound.
+  saved: history.CheckpointRef  # The checkpoint's record.
+  task: task_lib.Task  # What was trained.
+  mesh: Mesh  # Of this machine's devices.
+  # The checkpoint, with all parameters of the model, also the frozen ones;
+  # `ema_params` is None if the run keeps no average.
   state: step_lib.TrainState
-  test: dict[str, np.ndarray]
+  test: dict[str, np.ndarray]  # All held-out examples, by name.
+  # Versions, code and devices that the run ended with; empty if it has not
+  # ended.
   environment: dict[str, Any]
 
 

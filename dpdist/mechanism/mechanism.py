@@ -53,15 +53,6 @@ _LARGEST_GROUP = 2**13
 class Mechanism:
   """Everything in a step that the privacy guarantee depends on.
 
-  Attributes:
-    plan: the plan that the run is bound to.
-    clipped_grad: (params, batch, ...) -> dpdist.clipping.ClippedGrads.
-    sensitivity: l2 sensitivity of the clipped sum.
-    noise_stddev: standard deviation of the noise on an entry of that sum.
-    exact_group_size: the number of examples in a group. The clipped gradients
-      of a group are summed in float32; the sums of groups are truncated and
-      added as integers. None: all is summed in float32.
-
   Guarantees with exact_group_size:
     Truncation is inside the sensitivity. N examples make at most M = ceil(N /
     exact_group_size) groups, and removing one may shift all that follow it. A
@@ -75,10 +66,15 @@ class Mechanism:
     noisy value.
   """
 
-  plan: plan_lib.PrivacyPlan
+  plan: plan_lib.PrivacyPlan  # The plan that the run is bound to.
+  # (params, batch, ...) -> dpdist.clipping.ClippedGrads.
   clipped_grad: clipping.ClippedGrad
-  sensitivity: float
+  sensitivity: float  # The l2 sensitivity of the clipped sum.
+  # Standard deviation of the noise on an entry of that sum.
   noise_stddev: float
+  # The number of examples in a group. The clipped gradients of a group are
+  # summed in float32; the sums of groups are truncated and added as integers.
+  # None: all is summed in float32.
   exact_group_size: int | None = None
 
   @functools.cached_property

@@ -19,14 +19,10 @@ class Streams:
 
   They depend only on the secret and the branch. A branch may have other data or
   other numbers than the one before it, so all of its keys are new.
-
-  Attributes:
-    secret: 32 bytes; see `dpdist.keys`.
-    branch: the branch's identity; see `dpdist.ledger.history.Branch`.
   """
 
-  secret: bytes
-  branch: str
+  secret: bytes  # 32 bytes; see `dpdist.keys`.
+  branch: str  # The branch's identity; see `dpdist.ledger.history.Branch`.
 
   def sampler(
     self, plan: plan_lib.PrivacyPlan, first_release: int = 0

@@ -22,13 +22,9 @@ from dpdist.keys import keys
 
 
 class GaussianNoiseState(NamedTuple):
-  """The whole state of a mechanism.
+  """The whole state of a mechanism."""
 
-  Attributes:
-    draws: int32 scalar, the number of draws so far.
-  """
-
-  draws: jax.Array
+  draws: jax.Array  # An int32 scalar, the number of draws so far.
 
 
 def gaussian_noise(

@@ -35,21 +35,15 @@ ROOM = 2.0**-11
 
 
 class Bound(NamedTuple):
-  """What rounding can add to the sensitivity, in clip norms.
+  """What rounding can add to the sensitivity, in clip norms."""
 
-  Attributes:
-    num_examples: most examples that a step can hold; see `most_examples`.
-    part_size: most examples that one float sum adds up.
-    across: the bound for the sums over such parts, and for the noise; proven
-      for any model.
-    inside: the bound for the sums inside parts, in any order of additions;
-      proven for layers that an example passes once, and for any model where
-      part_size is 1.
-  """
-
-  num_examples: int
-  part_size: int
+  num_examples: int  # Most examples that a step can hold; see `most_examples`.
+  part_size: int  # Most examples that one float sum adds up.
+  # The bound for the sums over such parts, and for the noise; proven for any
+  # model.
   across: float
+  # The bound for the sums inside parts, in any order of additions; proven for
+  # layers that an example passes once, and for any model where part_size is 1.
   inside: float
 
   def __str__(self) -> str:

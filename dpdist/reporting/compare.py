@@ -30,17 +30,12 @@ _SELECTION = (
 
 
 class Run(NamedTuple):
-  """A run that is compared.
+  """A run that is compared."""
 
-  Attributes:
-    name: how the page calls it.
-    result: the contents of its result.json; empty while it trains.
-    rows: its released metrics, by step.
-  """
-
-  name: str
+  name: str  # How the page calls it.
+  # The contents of its result.json; empty while it trains.
   result: Mapping[str, Any]
-  rows: Sequence[Mapping[str, Any]]
+  rows: Sequence[Mapping[str, Any]]  # Its released metrics, by step.
 
 
 def read(directories: Sequence[str | os.PathLike[str]]) -> list[Run]:

@@ -66,13 +66,11 @@ def count(default: int, help: str, *, at_least: int = 1) -> Any:
 class Job:
   """A job. Each engine adds fields, made by `flag`, `word` or `count`.
 
-  Attributes:
-    arguments: the flags of launch.train, without the run directory.
-
   Raises:
     errors.ArgumentError: a value cannot be put into the job's files.
   """
 
+  # The flags of launch.train, without the run directory.
   arguments: tuple[str, ...]
   name: str = flag("dpdist", "The name of the job.", _LABEL)
   workdir: str = flag(

@@ -36,8 +36,9 @@ from dpdist.clipping.trace.program import WeightUse
 class Strategy:
   """A way to the norms of gradients."""
 
-  text: str
-  forms: bool = False
+  text: str  # In words, for `ClippedGrad.explain`.
+  forms: bool = False  # Whether it forms the gradients.
+  # Whether it stores them for the sum; else a product computes the sum.
   stores: bool = False
 
 
