@@ -53,14 +53,7 @@ def real(
   below: float = math.inf,
   at_most: float = math.inf,
 ) -> Rule:
-  """Returns the rule for a finite number within bounds.
-
-  Args:
-    above: the value must be greater.
-    at_least: the value must be that or greater.
-    below: the value must be less.
-    at_most: the value must be that or less.
-  """
+  """Returns the rule for a finite number between bounds, some exclusive."""
   low, high = max(above, at_least), min(below, at_most)
   if math.isinf(high):
     text = "finite"
@@ -108,11 +101,7 @@ FLAG = Rule("True or False", bool, bool, lambda value: True)
 
 
 def check(name: str, value: Any, rule: Rule) -> Any:
-  """Returns the value as a plain int, float, str or bool.
-
-  Raises:
-    errors.ArgumentError: with the argument's name, its value and the rule.
-  """
+  """Returns the value as a plain int, float, str or bool."""
   require(_meets(value, rule), name, rule.text, value)
   return rule.plain(value)
 
@@ -128,13 +117,10 @@ def _meets(value: Any, rule: Rule) -> bool:
 
 
 def check_fields(record: Any, rules: Mapping[str, Rule]) -> None:
-  """Checks the attributes of a frozen dataclass, and makes them plain values.
+  """Checks a frozen dataclass in its `__post_init__`; makes its values plain.
 
-  None is accepted if the attribute's annotation allows it.
-
-  Args:
-    record: the dataclass, in its `__post_init__`.
-    rules: by attribute; those without a rule stay as they are.
+  None is accepted if the attribute's annotation allows it. Attributes without a
+  rule stay as they are.
   """
   for field in dataclasses.fields(record):
     value = getattr(record, field.name)
@@ -146,16 +132,6 @@ def check_fields(record: Any, rules: Mapping[str, Rule]) -> None:
 
 
 def require(holds: bool, name: str, rule: str, value: Any) -> None:
-  """Raises unless a condition holds.
-
-  Args:
-    holds: the condition.
-    name: the argument's name.
-    rule: what would be right, in words that follow "must be".
-    value: the argument's value, shown by its repr.
-
-  Raises:
-    errors.ArgumentError: "NAME must be RULE, got VALUE".
-  """
+  """Raises ArgumentError, "NAME must be RULE, got VALUE", unless `holds`."""
   if not holds:
     raise errors.ArgumentError(f"{name} must be {rule}, got {value!r}")

@@ -94,10 +94,7 @@ class UserSource:
     return lambda step: _Drawn(self, key, step)
 
   def content_digest(self) -> str:
-    """Returns the SHA-256 of the examples and of their units, 64 hex digits.
-
-    The number of slots does not count: the data is the same.
-    """
+    """Returns the SHA-256 of the examples and of their units, not of slots."""
     return self._digest_of(self.examples.content_digest())
 
   def earlier_digests(self) -> list[str]:
@@ -222,10 +219,7 @@ def number(ids: np.ndarray, *, name: str) -> tuple[np.ndarray, int]:
 
 
 def parquet_ids(paths: Sequence[sources.Path], column: str) -> np.ndarray:
-  """Reads a column of identities, integers or strings, of Parquet files.
-
-  Raises ValueError if it is missing, or holds nulls or other types.
-  """
+  """Reads a column of identities, integers or strings, of Parquet files."""
   from pyarrow import parquet
   from pyarrow import types
 

@@ -109,8 +109,7 @@ def _modulus(spectrum: np.ndarray, factor: int) -> np.ndarray:
 def _average(x: np.ndarray, level: int) -> np.ndarray:
   """Returns Gaussian averages at every fourth pixel inside the margin.
 
-  `x`, (..., height / 2**level, width / 2**level), has been halved `level`
-  times.
+  `x`, (..., height / 2**level, width / 2**level), was halved `level` times.
   """
   rows, columns = (_averaging(size * 2**level, level) for size in x.shape[-2:])
   return rows @ x @ columns.T
