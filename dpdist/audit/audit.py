@@ -95,9 +95,6 @@ def audit(
     num_steps: of each run; 0: the plan's.
     confidence: in (0, 1).
     seed: fixes all randomness, for tests; None: nothing is fixed.
-
-  Raises:
-    ValueError: names the setting, its value and what would be right.
   """
   plan = program.plan
   num_steps = num_steps or plan.num_steps

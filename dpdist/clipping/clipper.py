@@ -139,17 +139,12 @@ def bound(l2_clip_norm: float) -> float:
 def add_up(
   values: jax.Array, is_padding_example: jax.Array, bound: float
 ) -> jax.Array:
-  """Adds up an extra leaf over the examples of a chunk, times `bound`.
+  """Adds up an extra leaf [B, ...] over the examples of a chunk, times `bound`.
 
   Guarantees:
     One example moves the sum by at most `bound` in l2 norm, whatever its value,
     and padding moves it by exactly 0. The sum of up to 2^20 examples is exact,
     in whatever order it is computed.
-
-  Args:
-    values: [B, *shape], the leaf of each example.
-    is_padding_example: [B] bool.
-    bound: from the function `bound`.
   """
   size, *shape = values.shape
   digits = max(0, _SUM_DIGITS - size.bit_length())

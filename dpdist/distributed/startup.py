@@ -97,13 +97,12 @@ def _number(value: object) -> int | None:
 
 
 def start(flags: Mapping[str, object], *, timeout: int = 300) -> None:
-  """Connects to the other processes, if there are any.
+  """Connects to the other processes, if there are any; see `find` for flags.
 
   Waits up to timeout seconds for the coordinator's name, and for the others.
-  `find` describes the flags. Raises StartError if flags or variables make no
-  sense, or if this host would give the others an address at which they cannot
-  reach it, and ConnectError if the processes could not be connected. Where time
-  runs out inside JAX, the process prints that and exits with 1.
+  Raises StartError if flags or variables make no sense, or if this host would
+  give the others an address at which they cannot reach it, else ConnectError.
+  Where time runs out inside JAX, the process prints that and exits with 1.
   """
   if timeout < 1:
     raise errors.StartError(
@@ -159,9 +158,8 @@ def resolve(host: str, timeout: float) -> list[str]:
   """Returns the addresses of a host, and waits until its name can be resolved.
 
   JAX would wait for minutes without a message. In Kubernetes a pod's name can
-  be resolved only seconds after the pod starts. Raises ConnectError if the name
-  has no address within timeout seconds, and StartError if it never will have
-  one.
+  be resolved only seconds after the pod starts. Raises StartError for a name
+  that never can be.
   """
   end = time.monotonic() + timeout
   while True:

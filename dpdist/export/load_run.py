@@ -58,19 +58,12 @@ def load(
   step: int | None = None,
   parts: parts_lib.Parts = parts_lib.NAMED,
 ) -> Released:
-  """Restores a checkpoint of a run whose record is sound.
+  """Restores a checkpoint of a run, or raises UnsoundError for its record.
 
-  Args:
-    workdir: the run's directory.
-    ledger: its ledger, which is only read.
-    config: the run's settings; None: those in the run directory.
-    step: of the checkpoint; None: the newest that is whole.
-    parts: what was given to the run as objects.
-
-  Raises:
-    UnsoundError: the record is not sound.
-    ValueError: there is no such checkpoint; the settings or the parts are not
-      the run's, or do not fit this machine.
+  Without a config, settings are those in the run directory; without a step, the
+  checkpoint is the newest that is whole. `parts` were given to the run as
+  objects. Raises ValueError if there is no such checkpoint, or the settings or
+  parts are not the run's, or do not fit this machine.
   """
   workdir = pathlib.Path(workdir)
   check_sound(workdir, ledger)

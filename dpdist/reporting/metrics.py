@@ -83,25 +83,15 @@ class Writer(rows.Log):
   """Writes rows of metrics; a context manager, one for each run.
 
   In a run of many processes one of them writes. The constructor drops the rows
-  of steps after `start_step` from `metrics.jsonl`, and hides them in
-  TensorBoard, since a resumed run writes them again. That keeps the curves
-  single-valued. It gives no budget back, because what was once written may have
-  been seen.
+  of steps after `start_step`, 0 for a fresh run, from `metrics.jsonl`, and
+  hides them in TensorBoard, since a resumed run writes them again. That keeps
+  the curves single-valued. It gives no budget back, because what was once
+  written may have been seen. The task declares the names `held_out`.
+  `unsafe_metrics` allows `write_sensitive`, and voids the guarantee of the run.
 
   Guarantees:
     Without `unsafe_metrics`, no name is ever written that is neither in
     `RELEASED` nor declared. A call with such a name writes nothing at all.
-
-  Args:
-    workdir: a directory on a file system; made if missing.
-    unsafe_metrics: whether `write_sensitive` may be used. It voids the
-      guarantee of the run.
-    start_step: the step resumed from, 0 for a fresh run.
-    held_out: the names that the run's task declares.
-
-  Raises:
-    ValueError: if `start_step` is negative, or `metrics.jsonl` is damaged
-      before its last line.
   """
 
   def __init__(

@@ -96,12 +96,8 @@ class Sampling(Protocol):
   ) -> Sampler:
     """Returns a sampler that draws each step independently of all others.
 
-    Args:
-      numbers: of the plan.
-      batch_size: see the class.
-      seed: secret.
-      first_release: the place of step 0 among all steps charged under the plan;
-        it may be negative.
+    first_release is the place of step 0 among all steps charged under the plan;
+    it may be negative. The seed is secret.
     """
 
   def summary(self, numbers: Numbers) -> str:

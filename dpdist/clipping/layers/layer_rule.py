@@ -123,16 +123,10 @@ class LayerRule:
   ) -> jax.Array:
     """Returns the norm of the gradient by one of `strategies`.
 
-    Args:
-      strategy: the one that was chosen.
-      use: where the weight is used.
-      operand: what the weight met.
-      cotangent: the gradient of the result.
-      unit_roundoff: relative error with which the summing product rounds its
-        operands; 0 if it does not round them.
-
-    Returns:
-      Scalar, float32 or wider.
+    `operand` is what the weight met, and `cotangent` the gradient of the
+    result. unit_roundoff is the relative error with which the summing product
+    rounds its operands; 0 if it does not round them. The norm is float32 or
+    wider.
     """
     raise NotImplementedError
 
@@ -165,15 +159,10 @@ class LayerRule:
   ) -> jax.Array:
     """Sums gradients over the examples of a batch.
 
-    Args:
-      use: where the weight is used.
-      operand: what the weight met; leading axis B, then the loops.
-      cotangent: the gradient of the result, in the same form. It is scaled by
-        the examples' factors if `multiplies` is False; otherwise either it or
-        the operand is.
-
-    Returns:
-      The sum, of the weight's weight_shape, float32 or wider.
+    `operand`, what the weight met, and `cotangent` have a leading axis B, then
+    the loops. The cotangent is scaled by the examples' factors if `multiplies`
+    is False; otherwise either it or the operand is. The sum is of the weight's
+    weight_shape, float32 or wider.
     """
     return product_gradient(use, operand, cotangent, (False, *use.weight.loops))
 
