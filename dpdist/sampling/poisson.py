@@ -118,12 +118,6 @@ class PoissonSampler(sampler.Steps):
         self._block_bits, self.sampling_probability
       )
 
-  def __repr__(self) -> str:
-    return (
-      f"PoissonSampler(num_examples={self.num_examples}, "
-      f"sampling_probability={self.sampling_probability}, seed=<secret>)"
-    )
-
   def __call__(self, step: int) -> np.ndarray:
     """Draws the examples of a step.
 

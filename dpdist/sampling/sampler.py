@@ -67,6 +67,10 @@ class Steps:
   def __iter__(self) -> Iterator[np.ndarray]:
     return map(self, itertools.count())
 
+  def __repr__(self) -> str:
+    shown = [f"{k}={v}" for k, v in vars(self).items() if k[0] != "_"]
+    return f"{type(self).__name__}({', '.join(shown)}, seed=<secret>)"
+
 
 class Sampling(Protocol):
   """A way of sampling, made without arguments.
