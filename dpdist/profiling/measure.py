@@ -114,7 +114,7 @@ def compare(bench: Bench, *, rounds: int = 5) -> dict[str, Any]:
       "examples_per_second": bench.plan.expected_batch_size / whole,
       "bytes": held + temp,
     }
-  free = free_bytes(bench)
+  free = free_bytes(bench.step.mesh)
   facts["time_ratio"] = statistics.median(
     a / b for a, b in zip(steps["private"], steps["ordinary"], strict=True)
   )
@@ -185,13 +185,8 @@ def trial(bench: Bench, size: int) -> tuple[int, Callable[[], float]]:
   return needed, run
 
 
-def free_bytes(bench: Bench) -> int:
+def free_bytes(mesh: Mesh) -> int:
   """Returns the free memory for a device of the mesh, less than it on a CPU."""
-  return free_bytes_on(bench.step.mesh)
-
-
-def free_bytes_on(mesh: Mesh) -> int:
-  """Returns the free memory for one device of a mesh, as `free_bytes`."""
   device = mesh.devices.flat[0]
   stats = device.memory_stats() or {}
   if "bytes_limit" in stats:

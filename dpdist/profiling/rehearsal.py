@@ -214,7 +214,7 @@ def _memory(
       "held_beside": beside,
     }
   most = max(sum(sizes.values()) for sizes in programs.values())
-  free = measure.free_bytes_on(job.mesh)
+  free = measure.free_bytes(job.mesh)
   return {"programs": programs, "most": most, "free": free}
 
 

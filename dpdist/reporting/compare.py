@@ -85,7 +85,9 @@ def table(runs: Sequence[Run], metric: str) -> list[tuple[str, ...]]:
     last = [row for row in run.rows if f"test/{metric}" in row][-1:]
     score = last[0][f"test/{metric}"] if last else None
     ema = result.get("test_ema", {}).get(metric)
-    spent = result.get("epsilon", max(_epsilons(run), default=None))
+    epsilons = [row["epsilon"] for row in run.rows if "epsilon" in row]
+    spent = result.get("epsilon", max(epsilons, default=None))
+    last_step = int(run.rows[-1]["step"]) if run.rows else 0
     shown = {
       "score": score if ema is None else ema,
       "delta": result.get("delta"),
@@ -98,7 +100,7 @@ def table(runs: Sequence[Run], metric: str) -> list[tuple[str, ...]]:
         numbers["score"],
         "-" if spent is None else statement.rounded_up(spent),
         numbers["delta"],
-        f"{result.get('num_steps', _last_step(run)):,}",
+        f"{result.get('num_steps', last_step):,}",
         numbers["noise"],
         result.get("guarantee", "has not ended"),
       )
@@ -143,14 +145,6 @@ def write(runs: Sequence[Run], path: pathlib.Path) -> pathlib.Path:
 
 def _both(run: Run, *names: str) -> list[Mapping[str, Any]]:
   return [row for row in run.rows if all(name in row for name in names)]
-
-
-def _epsilons(run: Run) -> list[float]:
-  return [row["epsilon"] for row in run.rows if "epsilon" in row]
-
-
-def _last_step(run: Run) -> int:
-  return int(run.rows[-1]["step"]) if run.rows else 0
 
 
 def _html(rows: Sequence[Sequence[str]]) -> str:

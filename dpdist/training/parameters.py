@@ -89,7 +89,8 @@ class Parameters:
   is_frozen: Callable[[str], bool] | None  # From `frozen_paths`.
 
   def __post_init__(self) -> None:
-    whole = dict(zip(freezing.names(self._whole), self._leaves, strict=True))
+    leaves = jax.tree.leaves(self._whole)
+    whole = dict(zip(freezing.names(self._whole), leaves, strict=True))
     for path, array in self.weights.items():
       want = whole[path].shape if path in whole else None
       if array.shape != want:
@@ -158,10 +159,6 @@ class Parameters:
   @functools.cached_property
   def _whole(self) -> PyTree:
     return jax.eval_shape(self.make, self.key_data, self.example)
-
-  @property
-  def _leaves(self) -> list[Any]:
-    return jax.tree.leaves(self._whole)
 
   def _frozen(self, path: str) -> bool:
     return self.is_frozen is not None and self.is_frozen(path)

@@ -128,12 +128,8 @@ class Pod:
         continue
       key.data.print(data)
       if not data:
-        self._close(key)
-
-  def _close(self, key: selectors.SelectorKey) -> None:
-    self._selector.unregister(key.fileobj)
-    pipe: Any = key.fileobj
-    pipe.close()
+        self._selector.unregister(pipe)
+        pipe.close()
 
   def _reap(self) -> None:
     for rank, process in list(self._alive.items()):

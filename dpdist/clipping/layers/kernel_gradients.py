@@ -134,10 +134,6 @@ def _window(
   return x[tuple(index)]
 
 
-def _offsets(g: Geometry) -> list[tuple[int, ...]]:
-  return list(itertools.product(*map(range, g.kernel)))
-
-
 def instantiate(
   use: WeightUse, x: jax.Array, cotangent: jax.Array, platform: str
 ) -> jax.Array:
@@ -362,6 +358,7 @@ def patches(
   """
   g = geometry(use)
   x, cotangent = arrange(g, x, cotangent)
-  rows = jnp.concatenate([_window(g, x, k, 1) for k in _offsets(g)], axis=-1)
+  offsets = itertools.product(*map(range, g.kernel))
+  rows = jnp.concatenate([_window(g, x, k, 1) for k in offsets], axis=-1)
   by_group = lambda y: jnp.moveaxis(y.reshape(-1, g.groups, y.shape[-1]), 1, 0)
   return factors.Dense(by_group(rows), by_group(cotangent))

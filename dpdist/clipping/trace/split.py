@@ -393,7 +393,7 @@ def _inputs_of(block: Block, var: Any) -> frozenset[Any]:
 
 def _must_be_data(eqn: Any) -> bool:
   """Returns whether gradients must not be summed before an equation."""
-  return program.has_custom_vjp(eqn) or any(
+  return program.calls(eqn, "custom_vjp") or any(
     jnp.issubdtype(x.aval.dtype, jnp.complexfloating) for x in eqn.outvars
   )
 
