@@ -21,18 +21,12 @@ _LARGEST = 2**63
 
 
 class Rule(NamedTuple):
-  """What an argument must be.
+  """What an argument must be."""
 
-  Attributes:
-    text: the rule in words, to follow "must be".
-    kind: the type that is accepted. A boolean does not count as a number.
-    plain: converts an accepted value to the type that is kept.
-    holds: the condition on the converted value. NaN fails every comparison.
-  """
-
-  text: str
-  kind: type
-  plain: Callable[[Any], Any]
+  text: str  # The rule in words, to follow "must be".
+  kind: type  # That is accepted. A boolean does not count as a number.
+  plain: Callable[[Any], Any]  # Converts it to the type that is kept.
+  # The condition on the converted value. NaN fails every comparison.
   holds: Callable[[Any], bool]
 
 

@@ -199,17 +199,12 @@ def code_sha256_of(
 
 
 class _Holdings:
-  """Collects the modules of functions' code, and the values that they hold.
-
-  Attributes:
-    modules: their names.
-    values: a text of each value, in a fixed order.
-  """
+  """Collects the modules of functions' code, and the values that they hold."""
 
   def __init__(self, setting: str):
     """Stores what the functions were given as; holds nothing yet."""
-    self.modules: set[str] = set()
-    self.values: list[str] = []
+    self.modules: set[str] = set()  # Their names.
+    self.values: list[str] = []  # A text of each value, in a fixed order.
     self._setting = setting
     # Kept, so that no other thing gets the identity of one that was seen.
     self._seen: dict[int, Any] = {}

@@ -73,19 +73,15 @@ Steps: TypeAlias = Sequence[tuple[StepEvent, int]]
 
 
 class Phase(NamedTuple):
-  """The numbers that hold from a step on.
+  """The numbers that hold from a step on."""
 
-  Attributes:
-    start: the first such step, counted from 0.
-    noise_multiplier: noise standard deviation over the l2 sensitivity of the
-      clipped sum under the relation, which for "replace_one" is twice the clip
-      norm; see `dpdist.clipping.ClippedGrad.sensitivity`.
-    sampling_probability: the probability that a row takes part in a step, if it
-      is in turn; with "fixed_size" the sample size over the number of rows.
-  """
-
-  start: int
+  start: int  # The first such step, counted from 0.
+  # Noise standard deviation over the l2 sensitivity of the clipped sum under
+  # the relation, which for "replace_one" is twice the clip norm; see
+  # `dpdist.clipping.ClippedGrad.sensitivity`.
   noise_multiplier: float
+  # The probability that a row takes part in a step, if it is in turn; with
+  # "fixed_size" the sample size over the number of rows.
   sampling_probability: float
 
 

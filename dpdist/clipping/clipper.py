@@ -29,28 +29,19 @@ _BOUND_DIGITS, _SUM_DIGITS = 4, 20
 
 
 class Extra(NamedTuple):
-  """An extra leaf.
+  """An extra leaf."""
 
-  Attributes:
-    shape: the shape of what each example adds.
-    share: the leaf's part, in (0, 1), of what a step spends, which is measured
-      by 1 / noise multiplier^2. The gradient has the rest.
-  """
-
-  shape: tuple[int, ...]
+  shape: tuple[int, ...]  # Of what each example adds.
+  # The leaf's part, in (0, 1), of what a step spends, which is measured by 1 /
+  # noise multiplier^2. The gradient has the rest.
   share: float
 
 
 class Clipped(NamedTuple):
-  """A sum with extra leaves, or a tree of that structure.
+  """A sum with extra leaves, or a tree of that structure."""
 
-  Attributes:
-    gradient: the sum of clipped gradients, a pytree like params.
-    extra: the extra leaves, by name.
-  """
-
-  gradient: PyTree
-  extra: dict[str, Any]
+  gradient: PyTree  # The sum of clipped gradients, a pytree like params.
+  extra: dict[str, Any]  # The extra leaves, by name.
 
 
 class Clipper(Protocol):

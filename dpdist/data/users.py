@@ -34,14 +34,6 @@ _CHOICE = b"dpdist.units/choice/v1\0"
 class UserSource:
   """A source whose rows are units, made from a source of examples.
 
-  Attributes:
-    examples: the source of the units' examples.
-    unit_of_example: integers (len(examples),) in [0, num_units), the unit of
-      each example.
-    num_units: how many there are; a unit may have no example.
-    examples_per_unit: slots of a unit, K: at most as many of its examples are
-      used at a step.
-
   Guarantees:
     Each example is in at most one slot of a step, in the row of its own unit.
 
@@ -51,8 +43,10 @@ class UserSource:
   """
 
   examples: sources.Source
+  # Integers (len(examples),) in [0, num_units), the unit of each example.
   unit_of_example: np.ndarray
-  num_units: int
+  num_units: int  # A unit may have no example.
+  # Slots of a unit: at most as many of its examples are used at a step.
   examples_per_unit: int
 
   def __post_init__(self) -> None:

@@ -51,14 +51,7 @@ _CALIBRATION = 1e-4
 
 
 class DataBudget:
-  """The budget of one data set. Any process may read and write it.
-
-  Attributes:
-    terms: None before the budget is made.
-    same_as: the digest that the budget was made under, if it is another.
-    allocations: by a random name.
-    reservations: by label.
-  """
+  """The budget of one data set. Any process may read and write it."""
 
   def __init__(self, root: str | os.PathLike[str], data: str):
     """Reads and checks every record, below a local path or a URL.
@@ -70,8 +63,10 @@ class DataBudget:
       # Absolute, so that a run finds it from any working directory.
       self.root = os.path.abspath(self.root)
     self.data = data
+    # None before the budget is made.
     self.terms: budget_records.BudgetTerms | None = None
-    self.same_as = ""
+    self.same_as = ""  # The digest that it was made under, if it is another.
+    # By a random name, and by label.
     self.allocations: dict[str, budget_records.Allocation] = {}
     self.reservations: dict[str, budget_records.Reservation] = {}
     # The allocation of this process's run, and the head that it last recorded.

@@ -170,15 +170,11 @@ class Parameters:
 
 
 class Initializer:
-  """Makes the state before the first step, on the step's mesh.
-
-  Attributes:
-    shapes: of the trained parameters.
-  """
+  """Makes the state before the first step, on the step's mesh."""
 
   def __init__(self, start: Parameters, step: step_lib.Step):
     """Traces what makes the state; makes none yet."""
-    self.shapes = start.shapes
+    self.shapes = start.shapes  # Of the trained parameters.
     self._step, self._key_data = step, start.key_data
     self._more = (start.example, start._trained_weights)
     self._program = step.initializer(

@@ -114,12 +114,9 @@ class Job:
 
 
 class Engine(Protocol):
-  """The attributes that an engine must have.
+  """The attributes that an engine must have."""
 
-  Attributes:
-    TOOL: the program that submits, and what to install where it is missing.
-  """
-
+  # The program that submits, and what to install where it is missing.
   TOOL: tuple[str, str]
 
   @property

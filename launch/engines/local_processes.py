@@ -45,10 +45,6 @@ class Pod:
 
   If this process is killed, Linux kills them at once. Elsewhere they end at the
   next line that they print, since nobody reads it.
-
-  Attributes:
-    exits: in the order in which the processes ended.
-    signals: those that came from outside.
   """
 
   def __init__(
@@ -58,8 +54,8 @@ class Pod:
     grace_seconds: float,
   ):
     """Stores what each process runs and its variables, by rank."""
-    self.exits: list[Exit] = []
-    self.signals: list[int] = []
+    self.exits: list[Exit] = []  # In the order in which the processes ended.
+    self.signals: list[int] = []  # Those that came from outside.
     self._command = list(command)
     self._environments = environments
     self._grace_seconds = grace_seconds
