@@ -206,6 +206,12 @@ TABLE: dict[str, str | Free | tuple[Any, str]] = {
   "eval_every": (0, "Steps; 0: twenty times a run."),
   "checkpoint_every": (0, "Steps; 0: ten times a run."),
   "max_checkpoints": (3, "Checkpoints that are kept, at least 2."),
+  "checkpoint_copies": (
+    "",
+    "A directory, gs://... or s3://...: where each checkpoint is copied before"
+    " it counts, and fetched from where the run directory lacks it; empty:"
+    " nowhere.",
+  ),
   "stuck_after": (
     600.0,
     "In a job of several processes: seconds that a part of a step may take, or"

@@ -16,6 +16,7 @@ import numpy as np
 
 from dpdist.data import arrays as arrays_lib
 from dpdist.data import sources
+from dpdist.files import places
 from dpdist.files import stamps
 
 # Bytes of columns that are kept in memory while earlier columns are hashed.
@@ -40,10 +41,11 @@ class ArrayRecordSource:
   ):
     import grain
 
-    self._paths = sources.check_paths(paths)
+    given = sources.check_paths(paths)
     self._digest: str | None = None
     # Before anything is read, so that no change is missed.
-    self._stamps = stamps.FileStamps(self._paths)
+    self._stamps = stamps.FileStamps(given)
+    self._paths = [places.on_disk(path) for path in given]
     with _array_record_errors():
       self._records = grain.sources.ArrayRecordDataSource(self._paths)
     if not len(self._records):

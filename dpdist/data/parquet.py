@@ -8,6 +8,7 @@ import numpy as np
 from dpdist import errors
 from dpdist.data import arrays as arrays_lib
 from dpdist.data import sources
+from dpdist.files import places
 
 
 class ParquetSource(arrays_lib.ArraySource):
@@ -32,9 +33,11 @@ class ParquetSource(arrays_lib.ArraySource):
       raise errors.missing("Parquet", "pyarrow", "parquet") from error
     pieces: dict[str, list[np.ndarray]] = {name: [] for name in columns}
     for path in sources.check_paths(paths):
-      # Opened here: given a path, pyarrow would also read a "key=value" in a
-      # folder's name as one more column.
-      with sources.reading(path), parquet.ParquetFile(path) as file:
+      with (
+        sources.reading(path),
+        places.open_arrow(path) as opened,
+        parquet.ParquetFile(opened) as file,
+      ):
         available = file.schema_arrow.names
       for name, column in columns.items():
         if column not in available:
@@ -42,7 +45,11 @@ class ParquetSource(arrays_lib.ArraySource):
             f"columns[{name!r}] must be one of {available} of {path},"
             f" got {column!r}"
           )
-      with sources.reading(path), parquet.ParquetFile(path) as file:
+      with (
+        sources.reading(path),
+        places.open_arrow(path) as opened,
+        parquet.ParquetFile(opened) as file,
+      ):
         table = file.read(columns=list(columns.values()))
         # Otherwise pyarrow checks the contents only when they are used.
         table.validate(full=True)

@@ -18,6 +18,7 @@ from typing import Protocol
 import numpy as np
 
 from dpdist import errors
+from dpdist.files import places
 
 Path = str | os.PathLike[str]
 
@@ -156,9 +157,17 @@ def check_indices(indices: np.ndarray, num_examples: int) -> np.ndarray:
 def check_paths(paths: Path | Sequence[Path]) -> list[str]:
   paths = [paths] if isinstance(paths, str | os.PathLike) else list(paths)
   names = [os.fspath(path) for path in paths]
-  missing = [name for name in names if not os.path.isfile(name)]
+  missing = [name for name in names if not _is_file(name)]
   if missing or not names:
     raise ValueError(
       f"paths must name files, got {names} of which {missing} are missing"
     )
   return names
+
+
+def _is_file(path: str) -> bool:
+  try:
+    return places.is_file(path)
+  except OSError as error:
+    reason = error.strerror or type(error).__name__
+    raise errors.ReadError(f"{path} cannot be read ({reason})") from error

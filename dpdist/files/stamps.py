@@ -12,9 +12,11 @@ from collections.abc import Callable, Iterable
 import os
 import threading
 
+from dpdist.files import places
+
 
 class FileStamps:
-  """The sizes, mtimes and inodes of files, as they were found.
+  """The stamps of files, as they were found; see `places.stamp`.
 
   A file that is written to or replaced has another stamp. Content is read only
   if a file's ctime changed while its stamp did not, so checks cost next to
@@ -22,7 +24,7 @@ class FileStamps:
   """
 
   def __init__(self, paths: Iterable[str | os.PathLike[str]]):
-    self._stamps = {os.fspath(path): _stamp(path) for path in paths}
+    self._stamps = {os.fspath(path): places.stamp(path) for path in paths}
     self._ctimes = {path: _ctime(path) for path in self._stamps}
     self._lock = threading.Lock()
 
@@ -43,7 +45,9 @@ class FileStamps:
     """
     with self._lock:
       changed = [
-        path for path, stamp in self._stamps.items() if _stamp(path) != stamp
+        path
+        for path, stamp in self._stamps.items()
+        if places.stamp(path) != stamp
       ]
       # Taken before content is read, so that no later change is missed.
       ctimes = {path: _ctime(path) for path in self._ctimes}
@@ -56,10 +60,8 @@ class FileStamps:
 
 
 def _ctime(path: str | os.PathLike[str]) -> int:
-  # Elsewhere st_ctime is the time at which the file was made.
-  return os.stat(path).st_ctime_ns if os.name == "posix" else 0
-
-
-def _stamp(path: str | os.PathLike[str]) -> tuple[int, int, int, int]:
-  found = os.stat(path)
-  return found.st_size, found.st_mtime_ns, found.st_ino, found.st_dev
+  # Elsewhere st_ctime is the time at which the file was made; an object of a
+  # bucket has none.
+  if os.name != "posix" or places.is_remote(path):
+    return 0
+  return os.stat(path).st_ctime_ns

@@ -79,6 +79,11 @@ class Ledger(history.History):
     """Returns the SHA-256 of the last record, hex."""
     return self._log.head
 
+  @property
+  def name(self) -> str:
+    """Returns the SHA-256 of the first record, hex, which names the run."""
+    return self._log.heads[1]
+
   def has_been_at(self, head: str) -> bool:
     """Returns whether a head is the ledger's, now or at an earlier record."""
     return head in self._log.heads

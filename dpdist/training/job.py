@@ -324,7 +324,8 @@ def _load(
   progress.enter(-1, "loading")
   # Before features are computed, which may take long.
   setup.check(config)
-  config_lib.privacy_config(config)
+  if config.privacy.num_examples:  # 0: not said, and the data says how many.
+    config_lib.privacy_config(config)
   parts.make_task(config)
   parts.make_optimizer(config)
   mesh = mesh_lib.make(config.mesh)

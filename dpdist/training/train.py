@@ -115,6 +115,7 @@ def train(
       # The ledger's plans may name code of these settings, and no other.
       _load_code(config.privacy)
       ledger = stack.enter_context(resume.open_ledger(config, workdir))
+      resume.fetch_checkpoint(config, workdir, ledger)
 
     collectives.run_on_primary(open_ledger)
     job = job_lib.prepare(
@@ -132,6 +133,7 @@ def train(
         writer=job.writer,
         max_to_keep=config.max_checkpoints,
         frozen_sha256=job.made_of.get("frozen_sha256", ""),
+        copies=resume.open_copies(config, job.ledger),
       )
     )
     return _run(config, workdir, job, checkpoints, stop, progress)

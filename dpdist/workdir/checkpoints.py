@@ -28,6 +28,7 @@ import orbax.checkpoint as ocp
 from dpdist import errors
 from dpdist.distributed import collectives
 from dpdist.ledger import history
+from dpdist.workdir import copies as copies_lib
 from dpdist.workdir import manifest
 
 PyTree = Any
@@ -45,12 +46,17 @@ class Checkpoints:
     writer: int,
     max_to_keep: int = 3,
     frozen_sha256: str = "",
+    copies: copies_lib.Copies | None = None,
   ):
-    """Opens or creates the folder of a writer, see `history.History.writer`."""
+    """Opens or creates the folder of a writer, see `history.History.writer`.
+
+    The primary process has the copies, if any are made.
+    """
     self._directory = pathlib.Path(directory).absolute()
     self._folder = manifest.folder(self._directory, writer)
     self._max_to_keep = max_to_keep
     self._frozen_sha256 = frozen_sha256
+    self._copies = copies
     self._manager = ocp.CheckpointManager(
       self._folder,
       options=ocp.CheckpointManagerOptions(enable_async_checkpointing=False),
@@ -90,9 +96,15 @@ class Checkpoints:
         raise errors.SaveError(
           f"{path} was not saved: Orbax found a newer checkpoint beside it"
         )
-      return str(collectives.run_on_primary(lambda: manifest.write(path)))
+      return str(collectives.run_on_primary(lambda: self._sealed(path)))
     except (OSError, ValueError) as error:  # ValueError: tensorstore's.
       raise errors.SaveError(f"{path} could not be saved: {error}") from error
+
+  def _sealed(self, path: pathlib.Path) -> str:
+    digest = manifest.write(path)
+    if self._copies is not None:
+      self._copies.put(path)
+    return digest
 
   def restore(
     self, like: PyTree, saved: history.CheckpointRef
@@ -108,6 +120,8 @@ class Checkpoints:
       manifest.location(self._directory, saved)
       for saved in known[-self._max_to_keep :]
     }
+    if self._copies is not None:
+      self._copies.delete_others([*keep])
     for path in self._directory.glob("writer_*/*"):
       if path not in keep and path.parent <= self._folder:
         # Renamed first: if the process is killed, what is left is not taken for

@@ -66,8 +66,8 @@ _COMPARED_ALONE = ("other_variables_sha256", "xla_files")
 _THREADS = 32
 # Settings that no bit of a step depends on.
 _HARMLESS = (
-  "checkpoint_every", "data_budget", "eval_every", "ledger", "max_checkpoints",
-  "secret_file", "stuck_after", "unsafe_metrics",
+  "checkpoint_copies", "checkpoint_every", "data_budget", "eval_every",
+  "ledger", "max_checkpoints", "secret_file", "stuck_after", "unsafe_metrics",
 )
 _HARMLESS_DATA = (
   "changed_to", "num_threads", "path", "prefetch", "retry_seconds",

@@ -23,6 +23,7 @@ from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import composition
 from dpdist.privacy import plan as plan_lib
 from dpdist.reporting import console
+from dpdist.workdir import copies
 from dpdist.workdir import manifest
 
 NOT_BEGUN = "not_begun"
@@ -49,6 +50,39 @@ def open_ledger(
         " does not hold: it was removed or rolled back, or is another run's"
       )
   return ledger
+
+
+def open_copies(
+  config: ml_collections.ConfigDict, ledger: ledger_lib.Ledger | None
+) -> copies.Copies | None:
+  """Returns where the checkpoints of a run are copied to, if anywhere.
+
+  Without a ledger, as in the processes that do not write it, nowhere.
+  """
+  if ledger is None or not config.checkpoint_copies:
+    return None
+  try:
+    return copies.Copies(
+      config.checkpoint_copies, "" if ledger.is_new else ledger.name
+    )
+  except ValueError as error:
+    raise errors.SettingsError(f"checkpoint_copies: {error}") from error
+
+
+def fetch_checkpoint(
+  config: ml_collections.ConfigDict,
+  workdir: pathlib.Path,
+  ledger: ledger_lib.Ledger,
+) -> None:
+  """Fetches what a run goes on from, if its disk lacks it and a copy is there.
+
+  Raises SaveError if no copy could be written there.
+  """
+  found = open_copies(config, ledger)
+  if found is not None:
+    found.check()
+    if not ledger.is_new:
+      found.fetch(workdir / "checkpoints", ledger.checkpoints)
 
 
 def recorded_digest(

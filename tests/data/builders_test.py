@@ -462,6 +462,7 @@ def test_num_examples_is_confirmed():
       "classes must list the public classes",
     ),
     ({"inputs": "age", "classes": []}, r"classes must list values.*got \[\]"),
+    ({"inputs": "age", "classes": 3}, "classes must list values.*got 3"),
     (
       {"inputs": "age", "classes": ["a", "a"]},
       "classes must list values, each",

@@ -81,6 +81,12 @@ ROWS = {
     "privacy.num_examples must be the number of training examples, 1438",
     "--config.privacy.num_examples=1438",
   ),
+  "no number of examples": (
+    (*_TRAIN, "--config.privacy.num_examples=0"),
+    2,
+    "privacy.num_examples must be the number of training examples, 1438",
+    "--config.privacy.num_examples=1438",
+  ),
   "wrong mesh": (
     (*_TRAIN, "--config.mesh.data=3"),
     2,

@@ -273,6 +273,7 @@ def test_params_digest_sees_names_dtypes_shapes_and_bytes():
 # change of the code's lists alone; everything else that there is, or will be,
 # makes another fingerprint.
 _HARMLESS = {
+  "checkpoint_copies",
   *("checkpoint_every", "eval_every", "ledger", "max_checkpoints"),
   *("secret_file", "stuck_after", "unsafe_metrics"),
   *("data.changed_to", "data.num_threads", "data.path", "data.prefetch"),

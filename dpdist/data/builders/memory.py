@@ -3,7 +3,8 @@
 from collections.abc import Mapping, Sequence
 import csv
 import gzip
-from typing import Any, TextIO, Unpack
+import io
+from typing import Any, BinaryIO, TextIO, Unpack
 
 import numpy as np
 
@@ -14,6 +15,7 @@ from dpdist.data import sources
 from dpdist.data.builders import options as options_lib
 from dpdist.data.builders import split
 from dpdist.data.builders import table as table_lib
+from dpdist.files import places
 
 
 class MemoryTable:
@@ -161,7 +163,11 @@ def read_cells(
   names: list[str] = []
   columns: list[list[str]] = []
   for path in sources.check_paths(paths):
-    with sources.reading(path), _open(path) as file:
+    with (
+      sources.reading(path),
+      places.open_binary(path) as opened,
+      _text(opened, is_zipped=path.endswith(".gz")) as file,
+    ):
       rows = csv.reader(
         file, delimiter=delimiter, skipinitialspace=True, strict=True
       )
@@ -189,11 +195,11 @@ def read_cells(
   return dict(zip(names, columns, strict=True))
 
 
-def _open(path: str) -> TextIO:
+def _text(file: BinaryIO, *, is_zipped: bool) -> TextIO:
   # utf-8-sig drops the mark that spreadsheets put at the beginning.
-  if path.endswith(".gz"):
-    return gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-  return open(path, encoding="utf-8-sig", newline="")
+  if is_zipped:
+    return gzip.open(file, "rt", encoding="utf-8-sig", newline="")
+  return io.TextIOWrapper(file, encoding="utf-8-sig", newline="")
 
 
 def _numbers(

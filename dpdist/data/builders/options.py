@@ -1,6 +1,6 @@
 """The options that all functions `dpdist.data.from_*` have in common."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import difflib
 import functools
 import math
@@ -151,7 +151,8 @@ def _check_lists(given: Mapping[str, Any]) -> None:
   for name, values in lists.items():
     if values is None:
       continue
-    listed = [] if isinstance(values, str) else list(values)
+    is_list = isinstance(values, Iterable) and not isinstance(values, str)
+    listed = list(values) if is_list else []
     if not listed or len({str(value) for value in listed}) != len(listed):
       raise errors.ArgumentError(
         f"{name} must list values, each once, got {values!r}"

@@ -14,6 +14,7 @@ from dpdist.data.builders import arrow
 from dpdist.data.builders import options as options_lib
 from dpdist.data.builders import split
 from dpdist.data.builders import table as table_lib
+from dpdist.files import places
 
 _BYTES = _validation.integer(0)
 
@@ -46,7 +47,11 @@ class ParquetTable:
     self._metadata = []
     schemas = []
     for path in self.files:
-      with sources.reading(path), parquet.ParquetFile(path) as file:
+      with (
+        sources.reading(path),
+        places.open_arrow(path) as opened,
+        parquet.ParquetFile(opened) as file,
+      ):
         self._metadata.append(file.metadata)
         schemas.append(file.schema_arrow.remove_metadata())
       if not schemas[0].equals(schemas[-1]):
@@ -109,13 +114,11 @@ class ParquetTable:
         return self._last[1]
       self._last = (None, None)  # No third row group is in memory meanwhile.
       number, place = self._groups[group]
-      # Opened each time, since a reader that failed once may always fail; and
-      # with no path, in which pyarrow would read "key=value" as a column.
+      # Opened each time, since a reader that failed once may always fail.
       with (
         sources.reading("a Parquet file"),
-        parquet.ParquetFile(
-          self.files[number], metadata=self._metadata[number]
-        ) as file,
+        places.open_arrow(self.files[number]) as opened,
+        parquet.ParquetFile(opened, metadata=self._metadata[number]) as file,
       ):
         rows = file.read_row_group(place, columns=list(columns))
         # Otherwise pyarrow checks the contents only when they are used.
