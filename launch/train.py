@@ -23,6 +23,7 @@ from .cli import config_parts
 from .cli import exit_codes
 from .cli import flag_parsing
 from .cli import messages
+from .cli import streams
 
 _CONFIG = common_flags.config()
 _WORKDIR = common_flags.workdir(
@@ -47,6 +48,11 @@ _START_TIMEOUT = flags.DEFINE_integer(
 
 def main() -> int:
   """Returns an exit code."""
+  with streams.lasting():
+    return _run()
+
+
+def _run() -> int:
   number = flags.FLAGS.process_id
   if number is None:
     number = os.environ.get("JAX_PROCESS_ID", "0")

@@ -18,6 +18,7 @@ import numpy as np
 from dpdist import config as config_lib
 from dpdist import errors
 from dpdist.distributed import mesh as mesh_lib
+from dpdist.files import places
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import composition
@@ -65,7 +66,7 @@ def load(
   objects. Raises ValueError if there is no such checkpoint, or the settings or
   parts are not the run's, or do not fit this machine.
   """
-  workdir = pathlib.Path(workdir)
+  workdir = places.directory(workdir)
   check_sound(workdir, ledger)
   saved = _find(workdir, ledger, step)
   config = config_lib.load(workdir) if config is None else config

@@ -37,6 +37,18 @@ def is_remote(path: str | os.PathLike[str]) -> bool:
   return "://" in os.fspath(path)
 
 
+def directory(path: str | os.PathLike[str]) -> pathlib.Path:
+  """Returns the path of a run's directory; ArgumentError if it is no disk's."""
+  if not os.fspath(path) or is_remote(path):
+    raise errors.ArgumentError(
+      "workdir must be a directory on a disk, got"
+      f" {os.fspath(path)!r}; for a run whose disk goes with its machine, set"
+      " ledger, checkpoint_copies and secret_file",
+      hint=errors.Hint(flags=("--workdir=DIRECTORY",)),
+    )
+  return pathlib.Path(path)
+
+
 def is_file(path: str | os.PathLike[str]) -> bool:
   """Returns whether there is a file; OSError if a store does not answer."""
   if not is_remote(path):

@@ -41,6 +41,7 @@ from dpdist.ledger import budget_records
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.ledger import records
+from dpdist.ledger import stores
 from dpdist.privacy import plan as plan_lib
 
 # How far rounding may raise a sum of costs that fits.
@@ -59,7 +60,7 @@ class DataBudget:
     It need not exist. `data` is the content digest of the training set, hex.
     """
     self.root = os.fspath(root)
-    if "://" not in self.root:
+    if "://" not in self.root and not self.root.startswith("{"):
       # Absolute, so that a run finds it from any working directory.
       self.root = os.path.abspath(self.root)
     self.data = data
@@ -71,7 +72,7 @@ class DataBudget:
     self.reservations: dict[str, budget_records.Reservation] = {}
     # The allocation of this process's run, and the head that it last recorded.
     self._own, self._own_head = "", ""
-    self._log = records.Log(self.root.rstrip("/") + "/" + data, self._apply)
+    self._log = records.Log(stores.below(self.root, data), self._apply)
 
   @property
   def reserved(self) -> float:

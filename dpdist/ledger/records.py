@@ -360,7 +360,7 @@ class Log:
 
 def folders(root: str | os.PathLike[str]) -> list[str]:
   """Returns the names of the logs below a root."""
-  keys = _result(_result(stores.opening(root)).list())
+  keys = _result(_result(stores.opening(stores.below(root, ""))).list())
   return sorted({key.decode().partition("/")[0] for key in keys if b"/" in key})
 
 

@@ -37,8 +37,40 @@ def _spec(location: str | os.PathLike[str]) -> Any:
     except (ValueError, RecursionError):
       raise ValueError("it is no JSON") from None
   if "://" in text:
-    return text.rstrip("/") + "/"
+    return _with_endpoint(text.rstrip("/") + "/")
   return {"driver": "file", "path": os.path.join(os.path.abspath(text), "")}
+
+
+def below(location: str | os.PathLike[str], name: str) -> str:
+  """Returns the location of a folder in a location; its own for ""."""
+  text = os.fspath(location)
+  if not text.startswith("{"):
+    return text.rstrip("/") + "/" + name
+  spec = _spec(text)
+  parts = (str(spec.get("path", "")).rstrip("/"), name)
+  return json.dumps({**spec, "path": "/".join(filter(None, parts)) + "/"})
+
+
+def _with_endpoint(url: str) -> Any:
+  """Returns the spec of a URL, at the endpoint that Amazon's variables name.
+
+  AWS_ENDPOINT_URL and the region are what Amazon's own clients read, and
+  pyarrow for the data; tensorstore reads neither.
+  """
+  variables = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL")
+  endpoint = next(filter(None, map(os.environ.get, variables)), "")
+  scheme, _, rest = url.partition("://")
+  if scheme != "s3" or not endpoint:
+    return url
+  bucket, _, path = rest.partition("/")
+  regions = map(os.environ.get, ("AWS_REGION", "AWS_DEFAULT_REGION"))
+  return {
+    "driver": "s3",
+    "bucket": bucket,
+    "path": path,
+    "endpoint": endpoint,
+    "aws_region": next(filter(None, regions), "us-east-1"),
+  }
 
 
 def _check_durable(spec: dict[str, Any]) -> None:

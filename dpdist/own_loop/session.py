@@ -20,7 +20,6 @@ parameters in each. Chunks are divided over all their devices.
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import os
-import pathlib
 import sys
 import threading
 from types import TracebackType
@@ -33,6 +32,7 @@ from dpdist.distributed import mesh as mesh_lib
 from dpdist.distributed import preemption
 from dpdist.distributed import progress as progress_lib
 from dpdist.distributed import watchdog
+from dpdist.files import places
 from dpdist.own_loop import life as life_lib
 from dpdist.own_loop import loop_step
 from dpdist.own_loop import outcome
@@ -94,7 +94,7 @@ class Session:
     Raises:
       ValueError: with the argument's name, its value and what would be right.
     """
-    self.workdir = pathlib.Path(workdir)
+    self.workdir = places.directory(workdir)
     self._config = settings.config_of(privacy, options)
     self._losses = settings.losses_of(loss, self._config.privacy.num_steps)
     self._names = list(self._losses)

@@ -28,6 +28,7 @@ from dpdist.distributed import collectives
 from dpdist.distributed import preemption
 from dpdist.distributed import progress as progress_lib
 from dpdist.distributed import watchdog
+from dpdist.files import places
 from dpdist.ledger import epsilon_recorder
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.privacy import composition
@@ -98,8 +99,7 @@ def train(
     dpdist.errors.SensitivityError: clipping does not bound what an example can
       do; raised before a step is charged, or after one that is saved.
   """
-  config, parts = _checked(config, task, dataset, optimizer)
-  workdir = pathlib.Path(workdir)
+  config, workdir, parts = _checked(config, workdir, task, dataset, optimizer)
   with contextlib.ExitStack() as stack:
     stop = stack.enter_context(preemption.Notice())
     phases = stack.enter_context(console.Phases())
@@ -141,15 +141,17 @@ def train(
 
 def _checked(
   config: ml_collections.ConfigDict,
+  workdir: str | os.PathLike[str],
   task: Any,
   dataset: Any,
   optimizer: optax.GradientTransformation | None,
-) -> tuple[ml_collections.ConfigDict, parts_lib.Parts]:
-  """Returns the settings, complete, and the parts that were given."""
+) -> tuple[ml_collections.ConfigDict, pathlib.Path, parts_lib.Parts]:
+  """Returns the settings, complete, the path, and the parts that were given."""
   try:
+    path = places.directory(workdir)
     config_lib.check(config)
     parts = parts_lib.of(task, dataset, optimizer)
-    return parts.settings(config_lib.resolve(config)), parts
+    return parts.settings(config_lib.resolve(config)), path, parts
   except ValueError as error:
     raise errors.SettingsError(
       str(error), hint=getattr(error, "hint", None)

@@ -27,6 +27,7 @@ import orbax.checkpoint as ocp
 
 from dpdist import errors
 from dpdist.distributed import collectives
+from dpdist.files import atomic
 from dpdist.ledger import history
 from dpdist.workdir import copies as copies_lib
 from dpdist.workdir import manifest
@@ -101,6 +102,7 @@ class Checkpoints:
       raise errors.SaveError(f"{path} could not be saved: {error}") from error
 
   def _sealed(self, path: pathlib.Path) -> str:
+    _drop_times(path / "_CHECKPOINT_METADATA")
     digest = manifest.write(path)
     if self._copies is not None:
       self._copies.put(path)
@@ -174,3 +176,13 @@ def restore(
       " run began with"
     ) from error
   return state, meta["ledger_head"]
+
+
+def _drop_times(path: pathlib.Path) -> None:
+  """Sets the times in Orbax's record of a checkpoint to 0.
+
+  They would tell how long steps take, and so how many examples were drawn.
+  """
+  values = json.loads(path.read_text())
+  times = [name for name in values if name.endswith("_timestamp_nsecs")]
+  atomic.write(path, json.dumps(values | dict.fromkeys(times, 0)).encode())

@@ -33,6 +33,7 @@ import jax
 import ml_collections
 
 from dpdist import errors
+from dpdist.files import places
 from dpdist.keys import keys
 from dpdist.ledger import history
 from dpdist.ledger import ledger as ledger_lib
@@ -83,7 +84,7 @@ class Run:
         "workdir must be of one process here, got a job of"
         f" {jax.process_count()}: dpdist.train takes several"
       )
-    self.workdir = pathlib.Path(workdir)
+    self.workdir = places.directory(workdir)
     self.plan: plan_lib.PrivacyPlan  # The numbers that the run is bound to.
     # The newest whole checkpoint; None if there is none.
     self.saved: history.CheckpointRef | None = None

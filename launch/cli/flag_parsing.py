@@ -57,7 +57,8 @@ def _guarded(
   """Runs a command; errors that the user can mend end in a sentence."""
   try:
     code = main(argv[1:]) if passes_on else main()
-    sys.stdout.flush()
+    if sys.stdout is not None:  # It was closed before the start.
+      sys.stdout.flush()
     return code
   except (Exception, KeyboardInterrupt) as error:
     if isinstance(error, BrokenPipeError) and _nobody_reads():

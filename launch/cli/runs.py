@@ -1,17 +1,18 @@
 """Opens the ledger that a command's flags name."""
 
 import importlib
+import json
 import os
+import pathlib
 from typing import TYPE_CHECKING
 
 from absl import flags
 
 from dpdist import errors
+from dpdist.files import places
 
 if TYPE_CHECKING:
   from dpdist.ledger import ledger as ledger_lib
-
-from . import words
 
 # The same as `dpdist.workdir.resume.NOT_BEGUN`, which takes long to import.
 _NOT_BEGUN = "not_begun"
@@ -41,27 +42,32 @@ def open_begun(workdir: str, location: str | None) -> "ledger_lib.Ledger":
       raise errors.ArgumentError(
         f"code must be a module that can be imported, got {module!r}: {error}"
       ) from error
-  if location is None:
+  elsewhere = errors.Hint(flags=("--ledger=WHERE_THE_LEDGER_IS",))
+  location = location or _recorded(places.directory(workdir))
+  if not location:
     location = os.path.join(workdir, "ledger")
     # Reading must not create a ledger.
     if not os.path.isdir(location):
       raise errors.ArgumentError(
         "workdir must be the directory of a run, with a ledger, got"
         f" {workdir!r}",
-        hint=_first_run(workdir),
+        hint=elsewhere,
       )
   ledger = ledger_lib.Ledger(location)
   if ledger.is_new:
     raise errors.ArgumentError(
-      f"the ledger in {location!r} is empty: nothing was spent",
-      hint=_first_run(workdir),
+      f"the ledger in {location!r} is empty: nothing was spent", hint=elsewhere
     )
   return ledger
 
 
-def _first_run(workdir: str) -> errors.Hint:
-  place = f"--workdir={workdir or '/tmp/digits'}"
-  return errors.Hint(text=words.line("train", "--config=digits", place))
+def _recorded(workdir: pathlib.Path) -> str:
+  """Returns where the run's own settings say that its ledger is; "" if not."""
+  try:
+    found = json.loads((workdir / "config.json").read_text()).get("ledger")
+  except (OSError, ValueError, AttributeError):
+    return ""
+  return found if isinstance(found, str) else ""
 
 
 def none_began(workdir: str, location: str | None) -> bool:

@@ -10,6 +10,8 @@ TOOL = ("sbatch", "Slurm's client (Debian: slurm-client)")
 
 # From the signal to the end of the time limit.
 _SAVE_SECONDS = 60
+# The first wait after a failure is twice as long, and each next one twice that.
+_BACK_OFF_SECONDS = 10
 # How long processes have to save or to give up when one of them has ended.
 _WAIT_SECONDS = 120
 
@@ -82,14 +84,23 @@ again() {{
   exit "$status"
 }}
 
-# 75: stopped, and saved. From 128: a signal ended a process. Slurm itself
-# requeues what it preempts and what a node's failure ends.
-if [ "$status" -eq 75 ]; then
-  again "stopped and saved"
-elif [ "$status" -ge 128 ]; then
-  if [ "${{SLURM_RESTART_COUNT:-0}}" -lt {job.max_restarts} ]; then
-    again "a process was killed"
-  fi
-fi
+# 75: stopped, and saved. 2: refused, and would be again. Anything else is a
+# failure, and those are counted; Slurm itself requeues what it preempts and
+# what a node's failure ends, and this script does not see it.
+counted={job.name}-$SLURM_JOB_ID.failures
+case $status in
+  0 | 2) rm -f "$counted" ;;
+  75) again "stopped and saved" ;;
+  *)
+    failures=$(($(cat "$counted" 2>/dev/null || echo 0) + 1))
+    echo "$failures" >"$counted"
+    if [ "$failures" -le {job.max_restarts} ]; then
+      seconds=$((failures < 6 ? {_BACK_OFF_SECONDS} << failures : 600))
+      sleep "${{RESTART_SECONDS:-$seconds}}"
+      again "failure $failures of {job.max_restarts} that may be"
+    fi
+    rm -f "$counted"
+    ;;
+esac
 exit "$status"
 """

@@ -56,6 +56,24 @@ ROWS = {
     "PROJECT: task must be a dpdist.Task or have its attributes, got int",
     "python -m launch.train --config=PROJECT --workdir=WORK --traceback",
   ),
+  "a bucket for a workdir": (
+    (*_TRAIN, "--workdir=gs://bucket/run"),
+    2,
+    "workdir must be a directory on a disk, got 'gs://bucket/run'; for a run",
+    "--workdir=DIRECTORY",
+  ),
+  "no workdir": (
+    (*_TRAIN, "--workdir="),
+    2,
+    "workdir must be a directory on a disk, got ''",
+    "--workdir=DIRECTORY",
+  ),
+  "the run of a bucket": (
+    ("budget", "--workdir=s3://bucket/run"),
+    2,
+    "workdir must be a directory on a disk, got 's3://bucket/run'",
+    "--workdir=DIRECTORY",
+  ),
   "missing data": (
     (*_NPZ, "--config.data.path=WORK/none"),
     2,
@@ -109,19 +127,19 @@ ROWS = {
     ("eval", "--workdir=WORK"),
     2,
     "workdir must be the directory of a run, with a ledger",
-    "python -m launch.train --config=digits --workdir=WORK",
+    "--ledger=WHERE_THE_LEDGER_IS",
   ),
   "nothing to export": (
     ("export", "--workdir=WORK", "--output=WORK/out"),
     2,
     "workdir must be the directory of a run, with a ledger",
-    "python -m launch.train --config=digits --workdir=WORK",
+    "--ledger=WHERE_THE_LEDGER_IS",
   ),
   "nothing was spent": (
     ("budget", "--workdir=WORK"),
     2,
     "workdir must be the directory of a run, with a ledger",
-    "python -m launch.train --config=digits --workdir=WORK",
+    "--ledger=WHERE_THE_LEDGER_IS",
   ),
   "a damaged ledger": (
     ("budget", "--workdir=DAMAGED"),

@@ -249,24 +249,37 @@ def test_slurm_hands_every_word_on_as_it_is():
 
 
 @pytest.mark.parametrize(
-  ("status", "restarts", "requeued"),
+  ("status", "failures", "requeued", "counted"),
   [
-    (0, "", False),
-    (1, "", False),
-    (2, "", False),
-    (75, "", True),
-    (75, "1000", True),
-    (137, "", True),
-    (137, "19", True),
-    (137, "20", False),
+    (0, "3", False, None),
+    (1, "", True, "1"),
+    (2, "3", False, None),
+    (75, "", True, None),
+    (75, "1000", True, "1000"),
+    (137, "", True, "1"),
+    (137, "19", True, "20"),
+    (137, "20", False, None),
   ],
 )
-def test_slurm_requeues_what_can_go_on(status, restarts, requeued):
-  before = f"srun() {{ return {status}; }}; scontrol() {{ echo SCONTROL $*; }}"
-  variables = {"SLURM_RESTART_COUNT": restarts} if restarts else {}
-  done = _bash(_text(slurm, "slurm"), before, SLURM_JOB_ID="7", **variables)
+def test_slurm_requeues_what_can_go_on(
+  tmp_path, monkeypatch, status, failures, requeued, counted
+):
+  monkeypatch.chdir(tmp_path)
+  count = tmp_path / "run-7.failures"
+  if failures:
+    count.write_text(failures + "\n")
+  before = f"srun() {{ return {status}; }}; scontrol() {{ echo SCONTROL $*; }};"
+  before += "sleep() { echo SLEEP $*; }"
+  # Slurm restarts a job whose node is lost, which this script does not see.
+  done = _bash(
+    _text(slurm, "slurm"), before, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1000"
+  )
   assert done.returncode == status
   assert ("SCONTROL requeue 7" in done.stdout) == requeued
+  assert (count.read_text().strip() if count.exists() else None) == counted
+  waits = {"1": "SLEEP 20", "20": "SLEEP 600"}.get(counted or "")
+  assert ("SLEEP" in done.stdout) == (waits is not None)
+  assert (waits or "") in done.stdout
 
 
 # The machine's programs that are not here, as functions: what is tested is the

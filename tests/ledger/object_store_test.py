@@ -9,6 +9,8 @@ from moto import server as moto_server
 import pytest
 
 from dpdist import errors
+from dpdist.ledger import budgets
+from dpdist.ledger import data_budget
 from dpdist.ledger import records
 
 _BUCKET = "ledgers"
@@ -132,6 +134,36 @@ def test_records_are_kept(location):
   log.append("b")
   log.close()
   assert _kinds(location) == ["writer", "a", "writer", "b"]
+
+
+def test_amazons_variable_names_the_server_of_a_url(
+  location, proxy, monkeypatch
+):
+  endpoint = f"http://127.0.0.1:{proxy.server_port}"
+  monkeypatch.setenv("AWS_ENDPOINT_URL", endpoint)
+  monkeypatch.delenv("AWS_REGION", raising=False)
+  monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+  path = json.loads(location)["path"]
+  _writer(f"s3://{_BUCKET}/{path}").close()
+  assert _kinds(location) == ["writer"]
+
+
+def test_a_budget_is_below_its_root_in_any_form(location, proxy, monkeypatch):
+  monkeypatch.setenv(
+    "AWS_ENDPOINT_URL", f"http://127.0.0.1:{proxy.server_port}"
+  )
+  spec = json.loads(location)
+  bare = json.dumps({**spec, "path": spec["path"].rstrip("/")})
+  url = f"s3://{_BUCKET}/{spec['path']}"
+  for number, root in enumerate((location, bare, url)):
+    data = f"{number}" * 64
+    data_budget.DataBudget(root, data).make(
+      epsilon=1.0, delta=1e-5, neighboring_relation="add_or_remove_one"
+    )
+  expected = ["0" * 64, "1" * 64, "2" * 64]
+  assert records.folders(location) == expected
+  assert [budget.data for budget in budgets.all_below(bare)] == expected
+  assert records.folders(url) == expected
 
 
 def test_a_lost_race_is_told(location):

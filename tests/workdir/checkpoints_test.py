@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import time
 
 import jax
 import jax.numpy as jnp
@@ -63,6 +64,18 @@ def test_round_trip_keeps_bits_and_sharding(tmp_path):
   np.testing.assert_array_equal(got["w"], state["w"])
   assert got["w"].sharding == state["w"].sharding
   assert got["step"].dtype == jnp.int32
+
+
+def test_a_checkpoint_holds_no_time(tmp_path):
+  """Times tell how long steps took, and so how many examples were drawn."""
+  with _checkpoints(tmp_path) as checkpoints:
+    _save(checkpoints, 3)
+  texts = {path.name: path.read_text() for path in tmp_path.rglob("*METADATA*")}
+  assert '"commit_timestamp_nsecs": 0' in texts["_CHECKPOINT_METADATA"]
+  now = str(time.time_ns())[:5]
+  for path in tmp_path.rglob("*"):
+    if path.is_file():
+      assert now.encode() not in path.read_bytes(), path
 
 
 def test_nothing_to_restore(tmp_path):
