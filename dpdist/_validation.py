@@ -24,18 +24,12 @@ _LONGEST = 200
 
 
 class Rule(NamedTuple):
-  """What an argument must be.
+  """What an argument must be."""
 
-  Attributes:
-    text: the rule in words, to follow "must be".
-    kind: the type that is accepted. A boolean does not count as a number.
-    plain: converts an accepted value to the type that is kept.
-    holds: the condition on the converted value. NaN fails every comparison.
-  """
-
-  text: str
-  kind: type
-  plain: Callable[[Any], Any]
+  text: str  # The rule in words, to follow "must be".
+  kind: type  # That is accepted. A boolean does not count as a number.
+  plain: Callable[[Any], Any]  # Converts it to the type that is kept.
+  # The condition on the converted value. NaN fails every comparison.
   holds: Callable[[Any], bool]
 
 
@@ -56,14 +50,7 @@ def real(
   below: float = math.inf,
   at_most: float = math.inf,
 ) -> Rule:
-  """Returns the rule for a finite number within bounds.
-
-  Args:
-    above: the value must be greater.
-    at_least: the value must be that or greater.
-    below: the value must be less.
-    at_most: the value must be that or less.
-  """
+  """Returns the rule for a finite number between bounds, some exclusive."""
   low, high = max(above, at_least), min(below, at_most)
   if math.isinf(high):
     text = "finite"
@@ -111,11 +98,7 @@ FLAG = Rule("True or False", bool, bool, lambda value: True)
 
 
 def check(name: str, value: Any, rule: Rule) -> Any:
-  """Returns the value as a plain int, float, str or bool.
-
-  Raises:
-    errors.ArgumentError: with the argument's name, its value and the rule.
-  """
+  """Returns the value as a plain int, float, str or bool."""
   text = rule.text
   is_integer = isinstance(value, int) and not isinstance(value, bool)
   if is_integer and abs(value) >= _LARGEST:
@@ -154,13 +137,10 @@ def _meets(value: Any, rule: Rule) -> bool:
 
 
 def check_fields(record: Any, rules: Mapping[str, Rule]) -> None:
-  """Checks the attributes of a frozen dataclass, and makes them plain values.
+  """Checks a frozen dataclass in its `__post_init__`; makes its values plain.
 
-  None is accepted if the attribute's annotation allows it.
-
-  Args:
-    record: the dataclass, in its `__post_init__`.
-    rules: by attribute; those without a rule stay as they are.
+  None is accepted if the attribute's annotation allows it. Attributes without a
+  rule stay as they are.
   """
   for field in dataclasses.fields(record):
     value = getattr(record, field.name)
@@ -172,16 +152,9 @@ def check_fields(record: Any, rules: Mapping[str, Rule]) -> None:
 
 
 def require(holds: bool, name: str, rule: str, value: Any) -> None:
-  """Raises unless a condition holds.
+  """Raises ArgumentError, "NAME must be RULE, got VALUE", unless `holds`.
 
-  Args:
-    holds: the condition.
-    name: the argument's name.
-    rule: what would be right, in words that follow "must be".
-    value: the argument's value, shown by its repr, in a line of its beginning.
-
-  Raises:
-    errors.ArgumentError: "NAME must be RULE, got VALUE".
+  The value is shown by its repr, of which the beginning is in one line.
   """
   if not holds:
     shown = " ".join(repr(value).split())

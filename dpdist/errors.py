@@ -32,11 +32,7 @@ def in_a_line(error: BaseException) -> str:
 
 
 class Hinted(Exception):  # noqa: N818 - a base class, not an error by itself
-  """An exception with a hint.
-
-  Attributes:
-    hint: what to do next; None if nothing is known to help.
-  """
+  """An exception with a hint of what to do next, if anything may help."""
 
   hint: Hint | None = None
 
@@ -112,10 +108,7 @@ class MissingPackageError(Hinted, ModuleNotFoundError):
 def missing(what: str, package: str, extra: str) -> MissingPackageError:
   """Returns the error for a feature whose package is not installed.
 
-  Args:
-    what: the feature, in the words of the config.
-    package: the package's name on PyPI.
-    extra: this project's extra that installs the package.
+  `what` is the feature in the words of the config; `extra` installs it.
   """
   command = f"pip install 'dpdist[{extra}]'"
   return MissingPackageError(
@@ -165,12 +158,7 @@ class Preempted(Exception):  # noqa: N818 - not an error
   """
 
   def __init__(self, step: int, reason: str = ""):
-    """Makes the message, which says what to do.
-
-    Args:
-      step: updates in the checkpoint that was saved.
-      reason: what asked the run to stop, if this process knows.
-    """
+    """Makes the message; `reason` is what asked to stop, if it is known."""
     known = f" ({reason})" if reason else ""
     super().__init__(
       f"stopped after step {step}{known}; run the same command again"

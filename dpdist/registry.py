@@ -76,13 +76,8 @@ _digests: dict[str, str] = {}
 def register(kind: str, *names: str, module: str = "") -> Callable[[_T], _T]:
   """Returns a decorator that registers a thing by its names.
 
-  Args:
-    kind: the kind of thing, such as "dataset".
-    *names: its names.
-    module: the module that registers it; "": the one that calls this.
-
-  Raises:
-    ValueError: another thing of the kind has a name already.
+  `kind` is as "dataset", and `module` registers it; "": the one that calls
+  this.
   """
   caller = module or sys._getframe(1).f_globals["__name__"]
 
@@ -126,15 +121,7 @@ def registered(kind: str) -> list[tuple[str, Any]]:
 
 
 def outside_sha256(kind: str) -> str:
-  """Returns the SHA-256 of all registered code outside of this project.
-
-  Returns:
-    "" if there is none.
-
-  Raises:
-    ValueError: some code is in no file, or a file was changed after it was
-      read.
-  """
+  """Returns the SHA-256 of registered code outside of this project, or ""."""
   parts = []
   for name, thing in sorted(_things.get(kind, {}).items()):
     setting = f"{kind} {name!r}"
@@ -145,16 +132,10 @@ def outside_sha256(kind: str) -> str:
 
 
 def resolve(kind: str, name: str, *, setting: str) -> Any:
-  """Finds a thing.
+  """Finds a thing by a name in one of the forms above.
 
-  Args:
-    kind: the kind of thing, such as "dataset".
-    name: one of the three forms that the module's docstring lists.
-    setting: the setting that has this name, for messages.
-
-  Raises:
-    ValueError: nothing has that name, or a run could not tell whether its code
-      has changed.
+  The kind is as "dataset", and `setting` has the name, for messages. Raises
+  ArgumentError also where a run could not tell whether its code has changed.
   """
   found = _find(kind, name, setting)
   if kind not in _DECIDE_STEPS:
@@ -174,13 +155,7 @@ def load(kind: str, name: str, *, setting: str) -> None:
 def code_sha256(kind: str, name: str, *, setting: str) -> str:
   """Returns the SHA-256 of a thing's code outside of this project, or "".
 
-  Args:
-    kind: as for `resolve`.
-    name: as for `resolve`, which was called before.
-    setting: as for `resolve`.
-
-  Raises:
-    ValueError: a file was changed after it was read.
+  `resolve` must have been called before, with the same arguments.
   """
   digest = hashlib.sha256()
   modules = _modules(_find(kind, name, setting), setting)
@@ -200,16 +175,10 @@ def code_sha256_of(
 ) -> str:
   """Returns the SHA-256 of files with code outside of this project, or "".
 
-  Args:
-    things: functions, classes or instances, whose modules were imported before.
-    setting: the setting or argument that they were given as, for messages.
-    needs_files: whether to refuse code without a file, and code that was edited
-      after it was read, and to cover what such code holds. If False, the caller
-      must tell such code apart by other means.
-
-  Raises:
-    ValueError: code has no file, or was edited, or holds what cannot be told
-      apart.
+  Modules of the things were imported before; `setting` was given them, for
+  messages. With needs_files, code without a file, and code that was edited
+  after it was read, is refused, and what such code holds is covered. If not,
+  the caller must tell such code apart by other means.
   """
   digest, is_ours = hashlib.sha256(), True
   if needs_files:
@@ -235,17 +204,12 @@ def code_sha256_of(
 
 
 class _Holdings:
-  """Collects the modules of functions' code, and the values that they hold.
-
-  Attributes:
-    modules: their names.
-    values: a text of each value, in a fixed order.
-  """
+  """Collects the modules of functions' code, and the values that they hold."""
 
   def __init__(self, setting: str):
     """Stores what the functions were given as; holds nothing yet."""
-    self.modules: set[str] = set()
-    self.values: list[str] = []
+    self.modules: set[str] = set()  # Their names.
+    self.values: list[str] = []  # A text of each value, in a fixed order.
     self._setting = setting
     # Kept, so that no other thing gets the identity of one that was seen.
     self._seen: dict[int, Any] = {}
@@ -370,11 +334,7 @@ def _find(kind: str, name: str, setting: str) -> _Thing:
 
 
 def _modules(found: _Thing, setting: str) -> list[str]:
-  """Returns the modules outside of this project that a thing's code is in.
-
-  Raises:
-    ValueError: it does not say where its code is.
-  """
+  """Returns the modules outside of this project that a thing's code is in."""
   where = _home(found.thing)
   if not where or where.split(".")[0] in sys.stdlib_module_names:
     raise errors.ArgumentError(

@@ -43,28 +43,13 @@ def event(steps: Steps) -> dp_accounting.DpEvent:
 def epsilon(steps: Steps, delta: float, kind: str) -> float:
   """Returns an upper bound on the epsilon that steps spend.
 
-  Args:
-    steps: events, and how often each is composed.
-    delta: in (0, 1).
-    kind: "pld", "rdp", or "rough": a quick, loose bound for a first look.
-
-  Raises:
-    ValueError: that accountant has no bound for these steps.
+  The kind may be "rough" too: a quick, loose bound for a first look.
   """
   return _epsilon(_merged(steps), delta, kind)
 
 
 def delta(steps: Steps, epsilon: float, kind: str) -> float:
-  """Returns an upper bound on the delta at which steps spend epsilon.
-
-  Args:
-    steps: events, and how often each is composed.
-    epsilon: finite and at least 0.
-    kind: "pld" or "rdp".
-
-  Raises:
-    ValueError: that accountant has no bound for these steps.
-  """
+  """Returns an upper bound on the delta at which steps spend epsilon."""
   merged = _merged(steps)
   if not merged:
     return 0.0
@@ -106,11 +91,7 @@ def _epsilon(steps: _Merged, delta: float, kind: str) -> float:
 
 
 def in_turn(steps: Steps, kind: str) -> tuple[str, ...]:
-  """Returns the kinds of epsilon that `search.calibrate` asks for, in order.
-
-  Raises:
-    ValueError: that accountant has no bound for these steps.
-  """
+  """Returns the kinds of epsilon that `search.calibrate` asks for, in order."""
   _check_kind(steps, kind)
   return ("rough", "pld") if kind == "pld" else (kind,)
 

@@ -30,8 +30,6 @@ This module never imports jax, so that a budget can be read without it.
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import dp_accounting
-
 from dpdist import _validation
 from dpdist import errors
 from dpdist.accounting import accountants
@@ -41,32 +39,6 @@ from dpdist.accounting import step_events
 
 _MOST_STEPS = 10**9
 _LARGEST_WHOLE = 2**1000  # Larger ones are too large for a float.
-
-
-def training_event(
-  *,
-  noise_multiplier: float,
-  sampling_probability: float,
-  num_steps: int,
-  **settings: Any,
-) -> dp_accounting.DpEvent:
-  """Returns the run as an event for dp_accounting's own accountants.
-
-  Args:
-    noise_multiplier: noise standard deviation over l2 sensitivity, at least 0.
-    sampling_probability: probability of each example at each step, in (0, 1].
-    num_steps: number of noisy updates, at least 0.
-    **settings: see `dpdist.accounting.step_events.Numbers`.
-
-  Returns:
-    A `NoOpDpEvent` for no step at all, otherwise a `SelfComposedDpEvent` of the
-    event of a step; see `dpdist.accounting.rdp.step_event`.
-
-  Raises:
-    ValueError: if an argument is out of its range.
-  """
-  steps = _steps(noise_multiplier, sampling_probability, num_steps, settings)
-  return accountants.event(steps)
 
 
 def epsilon(
@@ -185,17 +157,7 @@ def least_noise_multiplier(
   delta: float,
   accountant: str,
 ) -> float:
-  """Does what `calibrate_noise_multiplier` does, for steps that differ.
-
-  Args:
-    steps: maps a noise multiplier to events, and how often each is composed.
-    target_epsilon: the budget, above 0.
-    delta: in (0, 1).
-    accountant: "pld" or "rdp".
-
-  Raises:
-    ValueError: if no amount of noise is enough.
-  """
+  """Calibrates noise for steps that differ, a function of the multiplier."""
 
   def spent(n: int, kind: str) -> float:
     return accountants.epsilon(steps(search.six_digits(-n)), delta, kind)

@@ -32,15 +32,10 @@ _MOST_STEPS = 10**11
 
 @dataclasses.dataclass(frozen=True)
 class SampledGaussian(abc.ABC):
-  """What the kinds have in common; see `step_events.StepEvent`.
+  """What the kinds have in common; see `step_events.StepEvent`."""
 
-  Attributes:
-    sigma: standard deviation of the noise, in the kind's unit.
-    q: the probability that a row takes part, in (0, 1].
-  """
-
-  sigma: float
-  q: float
+  sigma: float  # Standard deviation of the noise, in the kind's unit.
+  q: float  # The probability that a row takes part, in (0, 1].
 
   loose_rdp: ClassVar[str] = ""
   # How many units the sum can move by, and how far it can move on average
@@ -163,13 +158,9 @@ class ReplaceCoupled(SampledGaussian):
 
 @dataclasses.dataclass(frozen=True)
 class Binomial(SampledGaussian):
-  """The sum has K of a unit's rows, K from Binomial(num_rows, q).
+  """The sum has K of a unit's rows, K from Binomial(num_rows, q)."""
 
-  Attributes, beside those of `SampledGaussian`:
-    num_rows: how many rows the unit has.
-  """
-
-  num_rows: int
+  num_rows: int  # How many rows the unit has.
 
   loose_rdp = "examples_per_user above 1"
 
@@ -211,18 +202,13 @@ class Truncated(SampledGaussian):
   a probability of less than q and moves the sum by at most 2 (after "Tighter
   Privacy Analysis for Truncated Poisson Sampling", 2025, arXiv:2508.15089). The
   event for dp_accounting is that of the pair with more rows.
-
-  Attributes, beside those of `SampledGaussian`:
-    num_examples: how many rows the larger data set has.
-    limit: the most rows of a sample.
-    is_in_place: whether a missing row leaves its place empty.
-    is_either: whether the larger data set may also have num_examples - 1 rows.
-      Which of the two is worse depends on the limit, so both are computed.
   """
 
-  num_examples: int
-  limit: int
-  is_in_place: bool
+  num_examples: int  # How many rows the larger data set has.
+  limit: int  # The most rows of a sample.
+  is_in_place: bool  # Whether a missing row leaves its place empty.
+  # Whether the larger data set may also have num_examples - 1 rows. Which of
+  # the two is worse depends on the limit, so both are computed.
   is_either: bool
 
   loose_rdp = "sampling='truncated_poisson'"

@@ -42,26 +42,16 @@ _PARTS = np.array([1 / 16, 1 / 8, 1 / 4, 1 / 2, 1, 2])
 
 
 class Sum(NamedTuple):
-  """The distribution of the sum of all steps' losses, weighted.
+  """The distribution of the sum of all steps' losses, weighted."""
 
-  Attributes:
-    order: the order of the weight e^(order * loss).
-    cell: the width of a grid cell.
-    start: the grid index of the first loss.
-    masses: [n] weighted masses, whose sum is 1 or a little more.
-    log_total: logarithm of the weighted mass before it was scaled to 1.
-    infinite: mass of an infinite loss.
-    slack: the weighted part of delta that rounding may have hidden.
-    growth: logarithm of the factor by which rounding may have shrunk delta.
-  """
-
-  order: float
-  cell: float
-  start: int
-  masses: np.ndarray
-  log_total: float
-  infinite: float
-  slack: float
+  order: float  # The order of the weight e^(order * loss).
+  cell: float  # The width of a grid cell.
+  start: int  # The grid index of the first loss.
+  masses: np.ndarray  # [n] weighted masses, whose sum is 1 or a little more.
+  log_total: float  # Logarithm of the weighted mass before it was scaled to 1.
+  infinite: float  # Mass of an infinite loss.
+  slack: float  # The weighted part of delta that rounding may have hidden.
+  # Logarithm of the factor by which rounding may have shrunk delta.
   growth: float
 
   def log_delta(self, epsilon: float) -> float:
@@ -233,9 +223,8 @@ def _on_grid(
 ) -> tuple[int, np.ndarray, float, float]:
   """Splits each atom between its two neighbors on the grid, and weights it.
 
-  Returns:
-    The first index, the masses, the logarithm of what they were divided by, and
-    by how much, relative, rounding may have made them too small.
+  Returns the first index, the masses, the logarithm of what they were divided
+  by, and by how much, relative, rounding may have made them too small.
   """
   below = np.floor(atoms.losses / cell)
   up = np.expm1(below * cell - atoms.losses) / math.expm1(-cell)

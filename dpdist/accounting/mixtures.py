@@ -38,21 +38,14 @@ Mixture: TypeAlias = tuple[tuple[float, float], ...]  # Weights and means.
 
 
 class Side(NamedTuple):
-  """Two mixtures of Gaussians, P against Q.
+  """Two mixtures of Gaussians, P against Q."""
 
-  Attributes:
-    share: the probability of the side, in (0, 1].
-    p: weights and means of P; no mean is below any of Q's.
-    q: weights and means of Q.
-    sigma: standard deviation of every Gaussian.
-    is_folded: whether every order takes the larger divergence of the two
-      directions, which for orders above 1 is that of P against Q.
-  """
-
-  share: float
-  p: Mixture
-  q: Mixture
-  sigma: float
+  share: float  # The probability of the side, in (0, 1].
+  p: Mixture  # Weights and means of P; no mean is below any of Q's.
+  q: Mixture  # Weights and means of Q.
+  sigma: float  # Standard deviation of every Gaussian.
+  # Whether every order takes the larger divergence of the two directions, which
+  # for orders above 1 is that of P against Q.
   is_folded: bool = False
 
   @property
@@ -65,17 +58,11 @@ Direction: TypeAlias = tuple[Side, ...]
 
 
 class Atoms(NamedTuple):
-  """A discrete distribution of losses.
+  """A discrete distribution of losses."""
 
-  Attributes:
-    losses: [n] float64.
-    masses: [n] float64.
-    infinite: mass of an infinite loss.
-  """
-
-  losses: np.ndarray
-  masses: np.ndarray
-  infinite: float
+  losses: np.ndarray  # [n] float64.
+  masses: np.ndarray  # [n] float64.
+  infinite: float  # Mass of an infinite loss.
 
 
 def _two(q: float, mean: float) -> Mixture:
@@ -118,14 +105,9 @@ def reversed_side(side: Side) -> Side:
 def truncated(
   sigma: float, q: float, size: int, limit: int, *, is_in_place: bool
 ) -> tuple[Direction, ...]:
-  """Returns the directions of a sample that is cut.
+  """Returns the directions of a sample of `size` rows that is cut to a limit.
 
-  Args:
-    sigma: standard deviation of the noise.
-    q: the probability that a row is drawn.
-    size: rows of the larger data set.
-    limit: the most rows that are kept.
-    is_in_place: whether a missing row leaves its place empty.
+  is_in_place says whether a missing row leaves its place empty.
   """
   whole = shifted(sigma, q)
   # At least as many other rows are drawn as are kept.
@@ -185,11 +167,8 @@ def atoms(
 ) -> Atoms:
   """Returns an upper bound on a direction's losses.
 
-  Args:
-    direction: the sides.
-    tiny: about how much mass may be given an infinite loss.
-    order: the bound is tight for moments e^(order * loss) of this order.
-    fineness: bins in a standard deviation of the noise.
+  About `tiny` mass may get an infinite loss. The bound is tight for moments
+  e^(order * loss); `fineness` is bins in a standard deviation of the noise.
   """
   found = [
     (side.share, *_of_side(side, tiny, order, fineness)) for side in direction

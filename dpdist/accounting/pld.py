@@ -36,12 +36,7 @@ _ORDERS = 2.0 ** np.arange(-12, 100, 2)
 
 
 def epsilon(steps: Steps, delta: float) -> float:
-  """Returns an upper bound on the epsilon that steps spend.
-
-  Args:
-    steps: events, and how often each is composed, at least one.
-    delta: at least `SMALLEST_DELTA`.
-  """
+  """Returns an upper bound on the epsilon that steps, at least one, spend."""
   log = math.log(delta)
   return max(_epsilon_one_way(way, log) for way in _ways(steps))
 
@@ -95,9 +90,7 @@ def _over_orders(
 ) -> float:
   """Returns the least bound over several orders; each of them gives a bound.
 
-  Args:
-    at: maps an order to a bound, and whether rounding is negligible in it.
-    order: the first one to try.
+  `at` maps an order to a bound, and whether rounding is negligible in it.
   """
   best, is_seen = at(order)
   for ratio in (_NEXT_ORDER, 1 / _NEXT_ORDER):
@@ -202,11 +195,8 @@ def _best_order(
 ) -> tuple[float, float]:
   """Returns the order at which a bound by moments is least, and that bound.
 
-  Args:
-    way: the steps.
-    bound: maps the logarithm of the moment, with `loss_grid.log_peak` added,
-      and the order to a bound: Canonne, Kamath & Steinke 2020
-      (arXiv:2004.00010).
+  `bound` maps the logarithm of the moment, with `loss_grid.log_peak` added, and
+  the order to a bound (Canonne, Kamath & Steinke 2020, arXiv:2004.00010).
   """
   logs = loss_grid.added([(count, _rough_moments(side)) for side, count in way])
   logs += loss_grid.log_peak(_ORDERS)

@@ -44,9 +44,8 @@ def step_divergences(
 ) -> tuple[np.ndarray, np.ndarray]:
   """Returns the orders and a bound on the divergence at each, float64.
 
-  Args:
-    side: P against Q, whose divergence is the larger one of both directions.
-    mean_shift: how far apart the means of P and Q are.
+  The divergence of the side is the larger one of both directions; the means of
+  its P and Q are mean_shift apart.
   """
   is_low = ORDERS <= _LOW
   divergences = np.concatenate(
@@ -141,10 +140,7 @@ def divergence(
 
 
 def epsilon_at(order: int, divergence: float, delta: float) -> float:
-  """Converts a divergence at one order to epsilon.
-
-  By Proposition 12 of Canonne, Kamath & Steinke 2020 (arXiv:2004.00010).
-  """
+  """Converts a divergence at one order to epsilon (arXiv:2004.00010)."""
   spent, _ = rdp_privacy_accountant.compute_epsilon(
     [order], [divergence], delta
   )
@@ -152,10 +148,7 @@ def epsilon_at(order: int, divergence: float, delta: float) -> float:
 
 
 def largest_divergence(order: int, epsilon: float, delta: float) -> float:
-  """Returns the divergence for which `epsilon_at` gives epsilon.
-
-  It is not above 0 if the order alone costs more than epsilon.
-  """
+  """Returns the divergence of epsilon at an order; it may be 0 or less."""
   return (
     epsilon
     - math.log1p(-1 / order)

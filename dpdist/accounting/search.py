@@ -21,20 +21,14 @@ _STRIDE = math.log(4)
 
 @dataclasses.dataclass(frozen=True)
 class Grid:
-  """Consecutive integers, each with its place on a log scale.
+  """Consecutive integers, each with its place on a log scale."""
 
-  Attributes:
-    lowest: the first integer.
-    highest: the last integer.
-    start: the integer to query first.
-    log: maps an integer to its place on the log scale; it is increasing.
-    floor: maps a place to about the largest integer whose `log` is not above.
-  """
-
-  lowest: int
-  highest: int
-  start: int = 1
+  lowest: int  # The first integer.
+  highest: int  # The last integer.
+  start: int = 1  # The integer to query first.
+  # Maps an integer to its place on the log scale; it is increasing.
   log: Callable[[int], float] = math.log
+  # Maps a place to about the largest integer whose `log` is not above.
   floor: Callable[[float], int] = lambda x: math.floor(math.exp(x))
 
 
@@ -71,14 +65,10 @@ def calibrate(
 ) -> int | None:
   """Returns the largest integer whose epsilon is at most the target, if any.
 
-  Args:
-    grid: the integers to choose from.
-    spent: maps an integer and an accountant to epsilon.
-    target: the budget.
-    accountants: from the quickest to the one that decides. Each gives at most
-      the epsilon of the one before. So where the one before ended, it fits too,
-      and its search begins there.
-    slope: a guess at the slope of log epsilon over the grid's logarithm.
+  `spent` maps an integer and an accountant to epsilon. Accountants go from the
+  quickest to the one that decides, and each gives at most the epsilon of the
+  one before: where that one ended fits too, and the next search begins there.
+  `slope` guesses that of log epsilon over the grid's logarithm.
   """
   start, best = grid.start, None
   for name in accountants:

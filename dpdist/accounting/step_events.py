@@ -73,19 +73,15 @@ Steps: TypeAlias = Sequence[tuple[StepEvent, int]]
 
 
 class Phase(NamedTuple):
-  """The numbers that hold from a step on.
+  """The numbers that hold from a step on."""
 
-  Attributes:
-    start: the first such step, counted from 0.
-    noise_multiplier: noise standard deviation over the l2 sensitivity of the
-      clipped sum under the relation, which for "replace_one" is twice the clip
-      norm; see `dpdist.clipping.ClippedGrad.sensitivity`.
-    sampling_probability: the probability that a row takes part in a step, if it
-      is in turn; with "fixed_size" the sample size over the number of rows.
-  """
-
-  start: int
+  start: int  # The first such step, counted from 0.
+  # Noise standard deviation over the l2 sensitivity of the clipped sum under
+  # the relation, which for "replace_one" is twice the clip norm; see
+  # `dpdist.clipping.ClippedGrad.sensitivity`.
   noise_multiplier: float
+  # The probability that a row takes part in a step, if it is in turn; with
+  # "fixed_size" the sample size over the number of rows.
   sampling_probability: float
 
 
@@ -148,13 +144,7 @@ Proof: TypeAlias = Callable[[Numbers], Steps]
 def proof(
   *, sampling: str, noise: str = "gaussian", clipper: str = "fixed"
 ) -> Callable[[Proof], Proof]:
-  """Returns a decorator that registers a proof.
-
-  The names are those that settings have: "poisson", "package.module:attribute".
-
-  Raises:
-    ValueError: a name has "/" in it, so that other names would spell the same.
-  """
+  """Returns a decorator that registers a proof, by the names of settings."""
   parts = {"sampling": sampling, "noise": noise, "clipper": clipper}
   for setting, part in parts.items():
     is_single = "/" not in part
@@ -170,11 +160,7 @@ def is_proven(sampling: str, noise: str, clipper: str) -> bool:
 
 
 def find(sampling: str, noise: str, clipper: str) -> Proof:
-  """Returns the proof of a mechanism.
-
-  Raises:
-    ValueError: there is none.
-  """
+  """Returns the proof of a mechanism; raises ArgumentError if there is none."""
   name = _name(sampling, noise, clipper)
   if not registry.is_known("proof", name):
     known = [proven.rsplit("/", 2) for proven in registry.names("proof")]
@@ -211,11 +197,7 @@ def steps(
   noise: str = "gaussian",
   clipping: str = "fixed",
 ) -> Steps:
-  """Returns what the accountants compose, according to a mechanism's proof.
-
-  Raises:
-    ValueError: there is no proof of the mechanism, or not with these numbers.
-  """
+  """Returns what the accountants compose, according to a mechanism's proof."""
   return find(sampling, noise, clipping)(numbers)
 
 
@@ -224,10 +206,8 @@ def by_turns(
 ) -> Steps:
   """Returns the events of a unit that has at most one step in each cycle.
 
-  Args:
-    numbers: of the run.
-    event_of: maps a noise multiplier and a sampling probability to the event of
-      a step in which the unit can take part.
+  `event_of` maps a noise multiplier and a sampling probability to the event of
+  a step in which the unit can take part.
   """
   stop, length = numbers.num_steps, numbers.cycle_length
   ends = [phase.start for phase in numbers.phases[1:]] + [stop]

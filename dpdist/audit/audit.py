@@ -95,9 +95,6 @@ def audit(
     num_steps: of each run; 0: the plan's.
     confidence: in (0, 1).
     seed: fixes all randomness, for tests; None: nothing is fixed.
-
-  Raises:
-    ValueError: names the setting, its value and what would be right.
   """
   plan = program.plan
   num_steps = num_steps or plan.num_steps
@@ -204,11 +201,7 @@ def log_likelihood_ratios(
 def _steps(
   plan: plan_lib.PrivacyPlan, num_steps: int
 ) -> Iterator[tuple[float, float]]:
-  """Yields each step's noise and its probability of drawing a canary.
-
-  The noise is relative to the distance between the sums with and without the
-  canary, which is one sensitivity.
-  """
+  """Yields each step's noise, in sensitivities, and chance to draw a canary."""
   for t in range(num_steps):
     phase = plan.phase(t)
     # If parts take turns, the test does not distinguish a canary's own steps.
@@ -352,8 +345,7 @@ def _num_guesses(
 ) -> int:
   """Returns the best number of guesses against a mechanism like the plan.
 
-  It is found on simulated scores, so that it does not depend on the observed
-  ones.
+  It is found on simulated scores, and does not depend on the observed ones.
   """
   rng = np.random.default_rng(0)
   is_in = rng.integers(0, 2, num_canaries).astype(bool)

@@ -40,8 +40,8 @@ class Errors(NamedTuple):
 def count(scores: np.ndarray, is_in: np.ndarray, threshold: float) -> Errors:
   """Counts errors of guessing "in" where a score is above a threshold.
 
-  Scores are [n] float, larger where "in" is likelier; `is_in` is [n] bool. The
-  threshold must not depend on these scores.
+  Scores are larger where "in" is likelier; the threshold must not depend on
+  them.
   """
   says_in = scores > threshold
   return Errors(
@@ -93,19 +93,6 @@ def clopper_pearson(
   )
 
 
-def gaussian_mu(errors: Errors, *, confidence: float) -> float:
-  """Bounds mu of Gaussian differential privacy by two error rates.
-
-  Under mu-GDP (Dong, Roth & Su 2022, arXiv:1905.02383, definition 3) b >=
-  Phi(Phi^-1(1 - a) - mu), and so mu >= Phi^-1(1 - a) - Phi^-1(b) (Nasr et al.
-  2023, arXiv:2302.07956, section 4). The result is at least 0.
-  """
-  a, b = largest_rates(errors, confidence)
-  if a >= 1 or b >= 1:
-    return 0.0
-  return max(0.0, float(-special.ndtri(a) - special.ndtri(b)))
-
-
 def gaussian_delta(mu: float, epsilon: float) -> float:
   """Returns mu-GDP's delta at epsilon; Dong, Roth & Su 2022, corollary 1."""
   if mu <= 0:
@@ -113,17 +100,6 @@ def gaussian_delta(mu: float, epsilon: float) -> float:
   # In logarithms, since e^epsilon overflows where the other factor underflows.
   second = epsilon + special.log_ndtr(-epsilon / mu - mu / 2)
   return float(special.ndtr(-epsilon / mu + mu / 2) - math.exp(second))
-
-
-def gaussian_epsilon(mu: float, delta: float) -> float:
-  """Returns mu-GDP's epsilon at delta in (0, 1): the inverse of the above."""
-  _validation.check("delta", delta, _validation.DELTA)
-  if gaussian_delta(mu, 0.0) <= delta:
-    return 0.0
-  low, high = 0.0, 1.0
-  while gaussian_delta(mu, high) > delta:
-    low, high = high, 2 * high
-  return _bisect(lambda epsilon: gaussian_delta(mu, epsilon) > delta, low, high)
 
 
 def contradicts(
@@ -210,11 +186,7 @@ def one_run(
   delta: float,
   confidence: float,
 ) -> float:
-  """Bounds epsilon by the guesses about the canaries of a single run.
-
-  The canaries may depend on one another in every way except by their coins. See
-  `one_run_p_value` for the arguments.
-  """
+  """Bounds epsilon by the guesses of `one_run_p_value`, with a confidence."""
   _validation.check("confidence", confidence, CONFIDENCE)
 
   def is_refuted(epsilon: float) -> bool:

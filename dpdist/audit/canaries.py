@@ -174,10 +174,7 @@ def _entry(params: PyTree, index: jax.Array) -> jax.Array:
 
 
 def recording() -> optax.GradientTransformation:
-  """Keeps the updates it gets, and leaves the parameters unchanged.
-
-  An optimizer post-processes the released mean, and so does this.
-  """
+  """Keeps the updates that it gets, and leaves the parameters unchanged."""
 
   def init(params: PyTree) -> PyTree:
     return jax.tree.map(jnp.zeros_like, params)
@@ -234,13 +231,13 @@ def observe(
 ) -> Observed:
   """Runs the step on canaries, with a new secret for each run.
 
-  Each run has `num_canaries`, on entries of their own. A seed fixes all
-  randomness.
+  Each run has `num_canaries`, on entries of their own.
   """
   plan = program.plan
   rng = np.random.default_rng(seed)
-  look, size = _looker(program), _distance(plan)
-  places = worlds(plan)
+  look, places = _looker(program), worlds(plan)
+  # One of the two is a clip norm away from 0, or both are.
+  size = plan.l2_clip_norm / max(map(abs, places))
   sums = np.zeros((num_runs, num_canaries, num_steps))
   is_in = np.zeros((num_runs, num_canaries), bool)
   for run in range(num_runs):
@@ -276,13 +273,6 @@ def worlds(plan: plan_lib.PrivacyPlan) -> tuple[float, float]:
   """
   is_replaced = plan.neighboring_relation == "replace_one"
   return (-0.5, 0.5) if is_replaced else (0.0, 1.0)
-
-
-def _distance(plan: plan_lib.PrivacyPlan) -> float:
-  """Returns the distance between the sums with and without a canary."""
-  out, into = worlds(plan)
-  # One of the two is a clip norm away from 0, or both are.
-  return plan.l2_clip_norm / max(abs(out), abs(into))
 
 
 def _looker(program: Program) -> Callable[[PyTree, np.ndarray], np.ndarray]:
@@ -329,12 +319,7 @@ def _releases(
   data = program.experiment.config.data
   streams = mechanism.Streams(secret, "audit")
   noise_key = streams.key("noise")
-  sharding = mesh_lib.examples(step.mesh)
-
-  def put(x: np.ndarray) -> jax.Array:
-    shape = (chunk_size, *x.shape[1:])
-    return jax.make_array_from_process_local_data(sharding, x, shape)
-
+  put = lambda rows: mesh_lib.put_rows(rows, chunk_size, step.mesh)
   # A copy, since steps reuse the memory of the state that they get.
   state = jax.tree.map(jnp.copy, program.state)
   for t, chunks in pipeline.steps(

@@ -29,28 +29,19 @@ _BOUND_DIGITS, _SUM_DIGITS = 4, 20
 
 
 class Extra(NamedTuple):
-  """An extra leaf.
+  """An extra leaf."""
 
-  Attributes:
-    shape: the shape of what each example adds.
-    share: the leaf's part, in (0, 1), of what a step spends, which is measured
-      by 1 / noise multiplier^2. The gradient has the rest.
-  """
-
-  shape: tuple[int, ...]
+  shape: tuple[int, ...]  # Of what each example adds.
+  # The leaf's part, in (0, 1), of what a step spends, which is measured by 1 /
+  # noise multiplier^2. The gradient has the rest.
   share: float
 
 
 class Clipped(NamedTuple):
-  """A sum with extra leaves, or a tree of that structure.
+  """A sum with extra leaves, or a tree of that structure."""
 
-  Attributes:
-    gradient: the sum of clipped gradients, a pytree like params.
-    extra: the extra leaves, by name.
-  """
-
-  gradient: PyTree
-  extra: dict[str, Any]
+  gradient: PyTree  # The sum of clipped gradients, a pytree like params.
+  extra: dict[str, Any]  # The extra leaves, by name.
 
 
 class Clipper(Protocol):
@@ -131,10 +122,7 @@ class Fixed:
 
 
 def bound(l2_clip_norm: float) -> float:
-  """Returns the most that an example can add to the sum of a leaf.
-
-  It is the clip norm, cut to few binary digits so that products are exact.
-  """
+  """Returns the clip norm cut to few binary digits: products are exact."""
   unit = math.ldexp(1.0, math.frexp(l2_clip_norm)[1] - _BOUND_DIGITS)
   return math.floor(l2_clip_norm / unit) * unit
 
@@ -142,17 +130,12 @@ def bound(l2_clip_norm: float) -> float:
 def add_up(
   values: jax.Array, is_padding_example: jax.Array, bound: float
 ) -> jax.Array:
-  """Adds up an extra leaf over the examples of a chunk, times `bound`.
+  """Adds up an extra leaf [B, ...] over the examples of a chunk, times `bound`.
 
   Guarantees:
     One example moves the sum by at most `bound` in l2 norm, whatever its value,
     and padding moves it by exactly 0. The sum of up to 2^20 examples is exact,
     in whatever order it is computed.
-
-  Args:
-    values: [B, *shape], the leaf of each example.
-    is_padding_example: [B] bool.
-    bound: from the function `bound`.
   """
   size, *shape = values.shape
   digits = max(0, _SUM_DIGITS - size.bit_length())

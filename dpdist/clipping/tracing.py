@@ -84,10 +84,10 @@ def trace(
   `examples` have a leading axis; shapes are enough. Raises ValueError if the
   loss uses other examples, or random numbers that do not come from its rng.
   """
-  with_aux = loss_fn if has_aux else _with_aux(loss_fn)
 
   def joined(trainable: list[Any], frozen: list[Any], *example: Any) -> Any:
-    return with_aux(parts.join(trainable, frozen), *example)
+    value = loss_fn(parts.join(trainable, frozen), *example)
+    return value if has_aux else (value, None)
 
   whole = lambda leaves: [shards.whole(x) for x in leaves]
   one = jax.tree.map(
@@ -122,7 +122,3 @@ def trace(
     functools.partial(rules.find, layer_rules),
   )
   return Traced(joined, block, shapes, effects)
-
-
-def _with_aux(loss_fn: Callable[..., Any]) -> Callable[..., tuple[Any, None]]:
-  return lambda *args: (loss_fn(*args), None)

@@ -59,10 +59,7 @@ class ArrayRecordSource:
     return len(self._records)
 
   def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-    """See `dpdist.data.sources.Source.read`.
-
-    Raises ValueError also if records differ in shape.
-    """
+    """Reads examples, which must be of one shape; see `sources.Source.read`."""
     indices = sources.check_indices(indices, len(self))
     batch = {
       name: np.empty((len(indices), *shape), dtype)
@@ -109,10 +106,7 @@ class ArrayRecordSource:
     return found
 
   def content_digest(self) -> str:
-    """Returns the digest of an `ArraySource` of the same examples.
-
-    Raises ValueError if records differ in shape.
-    """
+    """Returns the digest of an `ArraySource` of the same examples."""
     if self._digest is None:
       columns = sorted(self._spec.items())
       header = [

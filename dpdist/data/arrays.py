@@ -65,7 +65,7 @@ class ArraySource:
   @property
   def is_in_memory(self) -> bool:
     """Returns whether no read touches a file."""
-    return not any(_is_mapped(array) for array in self._arrays.values())
+    return all(_map_of(array) is None for array in self._arrays.values())
 
   @property
   def files(self) -> list[str]:
@@ -133,11 +133,6 @@ def load_npy(path: sources.Path) -> np.ndarray:
     if not isinstance(array, np.ndarray):
       raise TypeError("an archive")
     return array
-
-
-def _is_mapped(array: np.ndarray) -> bool:
-  """Returns whether an array, or the base of a view, is mapped from a file."""
-  return _map_of(array) is not None
 
 
 def _mapped_file(array: np.ndarray) -> str | None:

@@ -36,10 +36,7 @@ def flip_and_crop(
 
 
 def check(config: ml_collections.ConfigDict, shape: tuple[int, ...]) -> None:
-  """Raises ValueError for an augmentation that is wrong or has no effect.
-
-  The shape is of an example's inputs.
-  """
+  """Raises ValueError for an augmentation of such inputs that has no effect."""
   wanted = config.augmentation
   _validation.require(
     wanted.multiplicity >= 0,

@@ -101,10 +101,7 @@ class Dataset:
 
 
 def of(thing: Any) -> Dataset:
-  """Returns a data set, made of a `Dataset` or of any object with its parts.
-
-  Raises ValueError if it has no `train` or no `test`.
-  """
+  """Returns a data set, made of a `Dataset` or of any object with its parts."""
   if isinstance(thing, Dataset):
     return thing
   if not (hasattr(thing, "train") and hasattr(thing, "test")):

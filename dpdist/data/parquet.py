@@ -69,10 +69,7 @@ class ParquetSource(arrays_lib.ArraySource):
 
 
 def _arrow_to_numpy(array: Any, where: str) -> np.ndarray:
-  """Converts an Arrow array to NumPy; lists become axes.
-
-  `where` is for error messages.
-  """
+  """Converts an Arrow array to NumPy; lists become axes."""
   from pyarrow import compute
   from pyarrow import types
 

@@ -86,10 +86,7 @@ class RetryingSource:
     return self._get(lambda: self._source.read(indices), self._stall_seconds)
 
   def content_digest(self) -> str:
-    """Returns the source's digest; see `sources.Source.content_digest`.
-
-    Failures are retried, but there is no limit for a stall: it may take long.
-    """
+    """Returns the source's digest; failures are retried, without a limit."""
     return self._get(self._source.content_digest, 0)
 
   def earlier_digests(self) -> list[str]:

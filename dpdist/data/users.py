@@ -36,14 +36,6 @@ _CHOICE = b"dpdist.units/choice/v1\0"
 class UserSource:
   """A source whose rows are units, made from a source of examples.
 
-  Attributes:
-    examples: the source of the units' examples.
-    unit_of_example: integers (len(examples),) in [0, num_units), the unit of
-      each example.
-    num_units: how many there are; a unit may have no example.
-    examples_per_unit: slots of a unit, K: at most as many of its examples are
-      used at a step.
-
   Guarantees:
     Each example is in at most one slot of a step, in the row of its own unit.
 
@@ -53,8 +45,10 @@ class UserSource:
   """
 
   examples: sources.Source
+  # Integers (len(examples),) in [0, num_units), the unit of each example.
   unit_of_example: np.ndarray
-  num_units: int
+  num_units: int  # A unit may have no example.
+  # Slots of a unit: at most as many of its examples are used at a step.
   examples_per_unit: int
 
   def __post_init__(self) -> None:
@@ -96,10 +90,7 @@ class UserSource:
     return lambda step: _Drawn(self, key, step)
 
   def content_digest(self) -> str:
-    """Returns the SHA-256 of the examples and of their units, 64 hex digits.
-
-    The number of slots does not count: the data is the same.
-    """
+    """Returns the SHA-256 of the examples and of their units, not of slots."""
     return self._digest_of(self.examples.content_digest())
 
   def earlier_digests(self) -> list[str]:
@@ -233,10 +224,7 @@ def number(ids: np.ndarray, *, name: str) -> tuple[np.ndarray, int]:
 
 
 def parquet_ids(paths: Sequence[sources.Path], column: str) -> np.ndarray:
-  """Reads a column of identities, integers or strings, of Parquet files.
-
-  Raises ValueError if it is missing, or holds nulls or other types.
-  """
+  """Reads a column of identities, integers or strings, of Parquet files."""
   from pyarrow import parquet
   from pyarrow import types
 

@@ -47,10 +47,7 @@ def run_on_primary(make: Callable[[], Any]) -> Any:
 
 
 def run_on_all(make: Callable[[], Any]) -> Any:
-  """Runs `make` in every process and returns each process its own result.
-
-  Where it raises, its own exception comes through; elsewhere it is a PeerError.
-  """
+  """Runs `make` in all processes; raises PeerError if another's failed."""
   problem: Exception | None = None
   value = None
   try:

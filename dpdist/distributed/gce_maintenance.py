@@ -29,10 +29,7 @@ _LONGEST_PAUSE_SECONDS = 60.0
 
 
 def server() -> str:
-  """Returns the server's host, with its port if any; "" on any other machine.
-
-  Reads a file that Linux keeps in memory, and does not touch the network.
-  """
+  """Returns the server's host and any port; "" on any other machine."""
   # The variable is the one that Google's own libraries read.
   named = os.environ.get("GCE_METADATA_HOST", "")
   if named:
@@ -45,11 +42,7 @@ def server() -> str:
 
 
 class Maintenance:
-  """Reports that this machine will be stopped; a context manager.
-
-  Does nothing on a machine that is not Google's. If the server does not answer,
-  it is asked again, without a message.
-  """
+  """Reports that this machine will be stopped, if it is Google's."""
 
   def __init__(self, receive: Callable[[str], None]):
     """Stores a callback that another thread calls with what will happen."""

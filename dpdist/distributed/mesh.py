@@ -44,13 +44,7 @@ Rules = tuple[tuple[str, tuple[str | None, ...]], ...]
 def make(
   sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None
 ) -> Mesh:
-  """Makes the mesh of devices; None: all those of the job.
-
-  One of the sizes may be -1, and takes the devices that remain.
-
-  Raises:
-    ArgumentError: the sizes do not fit the devices.
-  """
+  """Makes the mesh of devices; a size of -1 takes those that remain."""
   devices = jax.devices() if devices is None else devices
   shape = [sizes[axis] for axis in AXES]
   known = math.prod(size for size in shape if size != -1)
@@ -118,22 +112,11 @@ def manual_axes(mesh: Mesh) -> frozenset[str]:
 
 
 def partition(params: Any, mesh: Mesh, rules: Rules = ()) -> Any:
-  """Chooses how each parameter is divided.
+  """Returns a PartitionSpec for each parameter.
 
   Over `model` the first rule that fits decides. Over `fsdp` the longest
   dimension is divided that is left and divides evenly, the last of equals. What
   cannot be divided is whole on every device.
-
-  Args:
-    params: pytree of arrays or shapes.
-    mesh: with the axes `AXES`.
-    rules: of the model.
-
-  Returns:
-    A PartitionSpec for each parameter.
-
-  Raises:
-    ArgumentError: a rule does not fit a parameter's shape.
   """
 
   def spec(path: Any, leaf: Any) -> PartitionSpec:
@@ -189,10 +172,7 @@ def summed_axes(spec: PartitionSpec) -> tuple[str, ...]:
 
 
 def stacked(spec: PartitionSpec) -> PartitionSpec:
-  """Returns the spec of an array's partial sums, stacked on a new first axis.
-
-  There is one partial sum for each device along `summed_axes`.
-  """
+  """Returns the spec of partial sums, stacked along `summed_axes`."""
   return PartitionSpec(summed_axes(spec), *spec)
 
 
@@ -225,10 +205,7 @@ def constrain(tree: Any, specs: Any, mesh: Mesh) -> Any:
 
 
 def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
-  """Divides a pytree of whole arrays of this process over the mesh.
-
-  All processes must have the same values.
-  """
+  """Divides whole arrays, equal in all processes, over the mesh."""
 
   def divide(x: jax.Array, spec: PartitionSpec) -> jax.Array:
     if spec == REPLICATED:
@@ -242,10 +219,7 @@ def place(tree: Any, specs: Any, mesh: Mesh) -> Any:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-  """Copies a pytree of arrays of this process to every device of the mesh.
-
-  All processes must have the same values.
-  """
+  """Copies arrays, equal in all processes, to every device of the mesh."""
   sharding = replicated(mesh)
   devices = sharding.addressable_devices_indices_map(())
 
@@ -259,10 +233,7 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def whole(x: jax.Array | np.ndarray) -> np.ndarray:
-  """Copies an array to this process's memory, wherever its parts are.
-
-  Must be called in all processes.
-  """
+  """Copies an array to this process's memory; to be called in all processes."""
   if isinstance(x, jax.Array) and not (
     x.is_fully_addressable or x.is_fully_replicated
   ):
@@ -301,10 +272,7 @@ def bytes_per_device(tree: Any, specs: Any, mesh: Mesh) -> int:
 def local_rows(
   mesh: Mesh, chunk_size: int, devices: Sequence[jax.Device] | None = None
 ) -> np.ndarray:
-  """Returns the rows of a chunk that a process holds, ascending, int64.
-
-  The process has these devices; None: it is this one.
-  """
+  """Returns the rows of a chunk that this process, or devices, hold, int64."""
   devices = mesh.local_devices if devices is None else devices
   indices = examples(mesh).devices_indices_map((chunk_size,))
   return np.unique(

@@ -19,10 +19,7 @@ class Peer:
   """Another process, at the other end of a connection, which this closes."""
 
   def __init__(self, connection: socket.socket, token: str = ""):
-    """Wraps a connection to a process that has not said who it is.
-
-    It has to know the token; "" if this process made the connection.
-    """
+    """Wraps a connection; the other end has to know the token, if any."""
     connection.settimeout(_SEND_SECONDS)
     self.connection = connection
     self.number = -1  # The process's number; -1 until it has sent it.
@@ -41,10 +38,7 @@ class Peer:
       self.connection.sendall(json.dumps(message).encode() + b"\n")
 
   def receive(self) -> list[dict[str, Any]] | None:
-    """Returns the messages since the last call; None at the end.
-
-    None also if what came is not from a process of this job.
-    """
+    """Returns the messages since the last call; None at the end."""
     try:
       data = self.connection.recv(_LONGEST_LINE)
     except OSError:
@@ -90,10 +84,7 @@ def name(number: int, host: str) -> str:
 
 
 def listen(address: str = "") -> socket.socket:
-  """Opens a server socket on a free port of an address.
-
-  "" is all addresses of this machine, by IPv4 and, where there is one, IPv6.
-  """
+  """Opens a server on a free port; "" is all addresses, by IPv4 and IPv6."""
   if address:
     family = socket.AF_INET6 if ":" in address else socket.AF_INET
     return socket.create_server(

@@ -75,8 +75,7 @@ def is_asked() -> bool:
 class Notice:
   """Turns the first request to stop into a flag; a context manager.
 
-  Requests are signals and, on Google's machines, the notice that the machine
-  will be stopped (see `dpdist.distributed.gce_maintenance`).
+  Requests are signals, and notices of Google's machines.
   """
 
   def __init__(self) -> None:

@@ -89,10 +89,7 @@ class Progress:
 def find_silent(
   statuses: Mapping[str, ProcessStatus], stuck_after: float
 ) -> str:
-  """Names the processes that have not reported for too long; "": none.
-
-  For the arguments see `find_stuck`.
-  """
+  """Names the processes that have not reported for too long; "": none."""
   if not stuck_after:
     return ""
   patience = min(SILENT_SECONDS, stuck_after)

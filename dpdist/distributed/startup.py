@@ -51,9 +51,7 @@ def find(
 ) -> Coordinator | None:
   """Finds out how to connect to the other processes, if there are any.
 
-  Reads the flags "coordinator_address", "num_processes" and "process_id", which
-  are None where they are not given, and environment variables. Raises
-  StartError for a value that makes no sense.
+  Reads the flags of `_VARIABLES`, None where not given, and the environment.
   """
   given = {name: value for name, value in flags.items() if value is not None}
   if given:
@@ -99,13 +97,12 @@ def _number(value: object) -> int | None:
 
 
 def start(flags: Mapping[str, object], *, timeout: int = 300) -> None:
-  """Connects to the other processes, if there are any.
+  """Connects to the other processes, if there are any; see `find` for flags.
 
   Waits up to timeout seconds for the coordinator's name, and for the others.
-  `find` describes the flags. Raises StartError if flags or variables make no
-  sense, or if this host would give the others an address at which they cannot
-  reach it, and ConnectError if the processes could not be connected. Where time
-  runs out inside JAX, the process prints that and exits with 1.
+  Raises StartError if flags or variables make no sense, or if this host would
+  give the others an address at which they cannot reach it, else ConnectError.
+  Where time runs out inside JAX, the process prints that and exits with 1.
   """
   if timeout < 1:
     raise errors.StartError(
@@ -161,9 +158,8 @@ def resolve(host: str, timeout: float) -> list[str]:
   """Returns the addresses of a host, and waits until its name can be resolved.
 
   JAX would wait for minutes without a message. In Kubernetes a pod's name can
-  be resolved only seconds after the pod starts. Raises ConnectError if the name
-  has no address within timeout seconds, and StartError if it never will have
-  one.
+  be resolved only seconds after the pod starts. Raises StartError for a name
+  that never can be.
   """
   end = time.monotonic() + timeout
   while True:
@@ -192,8 +188,7 @@ def host_of(address: str) -> str:
 def loopback(address: str | None) -> str:
   """Returns the host of HOST:PORT if it is a loopback address; else "".
 
-  All processes are on one machine then. A host name proves nothing: other
-  machines may resolve it to another address.
+  A host name proves nothing: other machines may resolve it otherwise.
   """
   host = host_of(address or "")
   try:

@@ -106,7 +106,8 @@ class Watchdog:
       return self
     with self._stack:
       self._stack.callback(self._selector.close)
-      self._connect()
+      server = collectives.run_on_primary(self._listen)
+      collectives.run_on_all(lambda: self._call_primary(**server))
       self._wake, waked = socket.socketpair()
       for end in (self._wake, waked):
         self._stack.enter_context(end)
@@ -156,11 +157,6 @@ class Watchdog:
       self._wake_up()
     else:
       self._send_all({"failed": text})
-
-  def _connect(self) -> None:
-    """Connects the other processes to the primary process."""
-    server = collectives.run_on_primary(self._listen)
-    collectives.run_on_all(lambda: self._call_primary(**server))
 
   def _listen(self) -> dict[str, Any]:
     """Opens the primary process's server; returns how to reach it."""
@@ -309,10 +305,7 @@ class Watchdog:
 
 
 def leave(code: int) -> NoReturn:
-  """Ends this process at once, where other processes may be lost.
-
-  At Python's ordinary end, JAX waits for them and then aborts.
-  """
+  """Ends this process at once: JAX would wait for others that may be lost."""
   for stream in (sys.stdout, sys.stderr):
     with contextlib.suppress(OSError, ValueError):
       stream.flush()

@@ -128,10 +128,7 @@ def write_folder(
 
 
 def by_name(params: PyTree) -> dict[str, Any]:
-  """Returns the leaves by their path in the tree, as "layers.0.weight".
-
-  Raises ValueError if two leaves have the same path.
-  """
+  """Returns the leaves by their path in the tree, as "layers.0.weight"."""
   leaves = jax.tree_util.tree_leaves_with_path(params)
   named = {
     jax.tree_util.keystr(path, simple=True, separator="."): leaf
@@ -183,10 +180,7 @@ def load(
 
 
 def _metadata(facts: dict[str, Any]) -> dict[str, str]:
-  """Returns metadata for the file itself, since cards get lost.
-
-  safetensors takes strings. Without a guarantee there is no number to quote.
-  """
+  """Returns metadata, as texts, for the file itself, since cards get lost."""
   kept = {
     "format": "flax",
     "guarantee": facts["guarantee"],

@@ -37,31 +37,22 @@ from dpdist.workdir import verify
 
 
 class Released(NamedTuple):
-  """A checkpoint of a run.
+  """A checkpoint of a run."""
 
-  Attributes:
-    config: the run's settings.
-    ledger: its ledger, which is sound.
-    saved: the checkpoint's record.
-    task: what was trained.
-    mesh: of this machine's devices.
-    state: the checkpoint, with all parameters of the model, also the frozen
-      ones; `ema_params` is None if the run keeps no average.
-    test: all held-out examples, by name.
-    environment: versions, code and devices that the run ended with; empty if it
-      has not ended.
-    statistics: the private statistics of the training data that the checkpoint
-      was trained with, and `test` is made with; None if there are none.
-  """
-
-  config: ml_collections.ConfigDict
-  ledger: ledger_lib.Ledger
-  saved: history.CheckpointRef
-  task: task_lib.Task
-  mesh: Mesh
+  config: ml_collections.ConfigDict  # The run's settings.
+  ledger: ledger_lib.Ledger  # Its ledger, which is sound.
+  saved: history.CheckpointRef  # The checkpoint's record.
+  task: task_lib.Task  # What was trained.
+  mesh: Mesh  # Of this machine's devices.
+  # The checkpoint, with all parameters of the model, also the frozen ones;
+  # `ema_params` is None if the run keeps no average.
   state: step_lib.TrainState
-  test: dict[str, np.ndarray]
+  test: dict[str, np.ndarray]  # All held-out examples, by name.
+  # Versions, code and devices that the run ended with; empty if it has not
+  # ended.
   environment: dict[str, Any]
+  # The private statistics of the training data that the checkpoint was trained
+  # with, and `test` is made with.
   statistics: dict[str, Any] | None = None
 
 
@@ -73,19 +64,12 @@ def load(
   step: int | None = None,
   parts: parts_lib.Parts = parts_lib.NAMED,
 ) -> Released:
-  """Restores a checkpoint of a run whose record is sound.
+  """Restores a checkpoint of a run, or raises UnsoundError for its record.
 
-  Args:
-    workdir: the run's directory.
-    ledger: its ledger, which is only read.
-    config: the run's settings; None: those in the run directory.
-    step: of the checkpoint; None: the newest that is whole.
-    parts: what was given to the run as objects.
-
-  Raises:
-    UnsoundError: the record is not sound.
-    ValueError: there is no such checkpoint; the settings or the parts are not
-      the run's, or do not fit this machine.
+  Without a config, settings are those in the run directory; without a step, the
+  checkpoint is the newest that is whole. `parts` were given to the run as
+  objects. Raises ValueError if there is no such checkpoint, or the settings or
+  parts are not the run's, or do not fit this machine.
   """
   workdir = places.directory(workdir)
   check_sound(workdir, ledger)
@@ -145,14 +129,12 @@ def check_sound(workdir: pathlib.Path, ledger: ledger_lib.Ledger) -> None:
 def evaluate(released: Released) -> dict[str, Any]:
   """Computes a checkpoint's held-out metrics, and what the run has spent.
 
-  Returns:
-    JSON-able: "step", "test" and, for the average if there is one, "test_ema";
-    "test_tables" and "test_ema_tables", if there are metrics that are lists;
-    "held_out_problems", by these names, if they are no better than a constant
-    guess (see `dpdist.tasks.chance`); "num_test"; "epsilon", "delta" and
-    "guarantee" of the run, wherever it stops, which is not less than that of
-    this checkpoint; and "epsilon_spent", the odometer's value for what it may
-    have released so far.
+  Returns, JSON-able, "step", "test" and, for an average, "test_ema";
+  "test_tables" and "test_ema_tables", if there are metrics that are lists;
+  "held_out_problems", by these names, if they are no better than a constant
+  guess; "num_test"; "epsilon", "delta" and "guarantee" of the run, wherever it
+  stops; and "epsilon_spent", the odometer's value for what it may have released
+  so far.
   """
   ledger, state = released.ledger, released.state
   task, test = released.task, released.test

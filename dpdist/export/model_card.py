@@ -21,11 +21,8 @@ _TASKS = {1: "text-generation", 3: "image-classification"}
 def text(released: load_run.Released, facts: dict[str, Any], name: str) -> str:
   """Returns the card of a model.
 
-  Args:
-    released: the checkpoint.
-    facts: from `dpdist.export.load_run.evaluate`, with "params_sha256",
-      "num_parameters" and "uses_ema".
-    name: of the model.
+  The facts are those of `load_run.evaluate`, with "params_sha256",
+  "num_parameters" and "uses_ema".
   """
   front = yaml.safe_dump(_front(released, facts, name), sort_keys=False)
   which = "exponential moving average of the parameters" * facts["uses_ema"]

@@ -34,18 +34,14 @@ class FileStamps:
     return list(self._stamps)
 
   def is_touched(self) -> bool:
-    """Returns whether a file's ctime changed; reads no content.
-
-    Raises OSError if a file cannot be checked now, but perhaps later.
-    """
+    """Returns whether a file's ctime changed; reads no content."""
     return any(_ctime(path) != time for path, time in self._ctimes.items())
 
   def changed(self, is_same: Callable[[], bool]) -> list[str]:
-    """Returns the files that changed.
+    """Returns the files that changed; raises OSError if that is unknown now.
 
     Only where no stamp changed but a ctime did, calls is_same, which returns
-    whether a hash of all their content is what it was. Raises OSError if a file
-    cannot be checked now, but perhaps later.
+    whether a hash of all their content is what it was.
     """
     with self._lock:
       changed = [

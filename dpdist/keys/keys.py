@@ -39,22 +39,11 @@ _WORDS = b"dpdist.keys/prng_words/v1\0"
 def load_or_create_secret(path: str | os.PathLike[str]) -> bytes:
   """Reads the secret at `path`, or makes one if there is none.
 
-  A new secret comes from the operating system. It is written to another file
-  and then hard-linked into place, so that under its name it is on disk as a
-  whole or not at all. So processes that start at once agree on one secret, and
-  an existing file is never overwritten.
-
-  Args:
-    path: The file of the secret. Its directory must exist, on a file system
-      with hard links.
-
-  Returns:
-    The secret, `SECRET_BYTES` bytes.
-
-  Raises:
-    ValueError: The file is not a regular file, can be accessed by its group or
-      by others, or does not hold exactly `SECRET_BYTES` bytes.
-    OSError: The directory does not exist, or cannot be read or written.
+  A new one comes from the operating system. It is written to another file and
+  hard-linked into place, so that it is on disk as a whole or not at all: so
+  processes that start at once agree, and an existing file is never overwritten.
+  Raises ValueError if the file is no regular one, is accessible to others, or
+  is not of `SECRET_BYTES` bytes.
   """
   path = pathlib.Path(path)
   try:
@@ -116,16 +105,7 @@ def _create_secret(path: pathlib.Path) -> None:
 def insecure_secret(seed: int) -> bytes:
   """Returns a secret that anyone can compute, for tests and benchmarks.
 
-  A run with such a secret has no privacy guarantee.
-
-  Args:
-    seed: A non-negative integer of any size; all of its bits count.
-
-  Returns:
-    `SECRET_BYTES` bytes.
-
-  Raises:
-    ValueError: `seed` is not a non-negative integer.
+  All bits of the seed count. Such a run has no privacy guarantee.
   """
   value = _nonnegative_int("seed", seed, None)
   return hashlib.sha256(_INSECURE + format(value, "x").encode()).digest()
@@ -134,35 +114,16 @@ def insecure_secret(seed: int) -> bytes:
 def secret_hash(secret: bytes) -> str:
   """Returns a name for `secret` that is safe to record and to publish.
 
-  Different secrets have different names. A name does not reveal the secret and
-  is unrelated to anything that `derive` returns.
-
-  Args:
-    secret: `SECRET_BYTES` bytes.
-
-  Returns:
-    64 hexadecimal digits.
-
-  Raises:
-    ValueError: `secret` is not `SECRET_BYTES` bytes.
+  Different secrets have different names, 64 hexadecimal digits. A name does not
+  reveal the secret and is unrelated to anything that `derive` returns.
   """
   return _mac("secret", secret, _HASH).hex()
 
 
 def derive(secret: bytes, stream: str, *, branch: str = "") -> bytes:
-  """Returns the key of one stream of randomness.
+  """Returns the key, `SECRET_BYTES` bytes, of one stream of randomness.
 
-  Args:
-    secret: `SECRET_BYTES` bytes.
-    stream: The name of the stream, not empty.
-    branch: The name of the history that the key is for.
-
-  Returns:
-    `SECRET_BYTES` bytes; different (secret, stream, branch) give different
-    ones.
-
-  Raises:
-    ValueError: An argument is not as described.
+  Different (secret, stream, branch) give different ones.
   """
   if not isinstance(stream, str) or not stream:
     raise ValueError(f"stream must be a non-empty str, got {stream!r}")
@@ -177,20 +138,10 @@ def derive(secret: bytes, stream: str, *, branch: str = "") -> bytes:
 def key_data(key: bytes, step: int | None = None) -> np.ndarray:
   """Returns the words of a JAX key, for `jax.random.wrap_key_data`.
 
-  `jax.random.key(seed)` keeps only 32 bits of its seed, hence words. They have
-  64 bits, so the chance that any two of T steps share their words is below
-  T^2 / 2^65: 2e-10 for 100,000 steps.
-
-  Args:
-    key: `SECRET_BYTES` bytes, from `derive`.
-    step: The step that the words are for, in [0, 2^63). None gives words for
-      the whole stream, which differ from those of any step.
-
-  Returns:
-    uint32[2], the same on every platform.
-
-  Raises:
-    ValueError: An argument is not as described.
+  `jax.random.key(seed)` keeps only 32 bits of its seed, hence words, uint32[2]
+  on every platform. They have 64 bits, so the chance that any two of T steps
+  share their words is below T^2 / 2^65: 2e-10 for 100,000 steps. None gives
+  words for the whole stream, which differ from those of any step.
   """
   message = _WORDS
   if step is not None:

@@ -67,11 +67,7 @@ class Reservation:
 
 
 def read_terms(record: Mapping[str, Any], data: str) -> BudgetTerms:
-  """Returns the terms of the record that makes a budget.
-
-  Raises ValueError if it is of another format or data set, or has an impossible
-  value.
-  """
+  """Returns the terms of the record that makes a budget of that data set."""
   if record["format"] != FORMAT or record["data"] != data:
     raise ValueError("another format, or another data set")
   if not (

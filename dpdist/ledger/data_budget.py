@@ -52,34 +52,22 @@ _CALIBRATION = 1e-4
 
 
 class DataBudget:
-  """The budget of one data set. Any process may read and write it.
-
-  Attributes:
-    terms: None before the budget is made.
-    same_as: the digest that the budget was made under, if it is another.
-    allocations: by a random name.
-    reservations: by label.
-  """
+  """The budget of one data set. Any process may read and write it."""
 
   def __init__(self, root: str | os.PathLike[str], data: str):
-    """Reads and checks every record.
+    """Reads and checks every record, below a local path or a URL.
 
-    Args:
-      root: a local path or a URL; see `dpdist.ledger.records.Log`. It need not
-        exist.
-      data: the content digest of the training set, hex.
-
-    Raises:
-      ValueError: root is neither a local path nor a URL.
-      LedgerError: a record is missing, altered or out of order.
+    It need not exist. `data` is the content digest of the training set, hex.
     """
     self.root = os.fspath(root)
     if "://" not in self.root and not self.root.startswith("{"):
       # Absolute, so that a run finds it from any working directory.
       self.root = os.path.abspath(self.root)
     self.data = data
+    # None before the budget is made.
     self.terms: budget_records.BudgetTerms | None = None
-    self.same_as = ""
+    self.same_as = ""  # The digest that it was made under, if it is another.
+    # By a random name, and by label.
     self.allocations: dict[str, budget_records.Allocation] = {}
     self.reservations: dict[str, budget_records.Reservation] = {}
     # The allocation of this process's run, and the head that it last recorded.
@@ -105,9 +93,8 @@ class DataBudget:
   def share(self, cost: float) -> float:
     """Returns a cost as a part of the whole budget.
 
-    Shares add up. Epsilons do not: most of the epsilon of a single small run
-    comes from turning a divergence into an epsilon, which is paid once for all
-    runs.
+    Shares add up. Epsilons do not: most of a small run's epsilon comes from
+    turning a divergence into an epsilon, which is paid once for all runs.
     """
     return cost / self._terms.divergence
 
@@ -123,14 +110,9 @@ class DataBudget:
     neighboring_relation: str,
     is_supposed: bool = False,
   ) -> None:
-    """Makes the budget, or compares these terms with those it already has.
+    """Makes the budget, or compares these `BudgetTerms` with those it has.
 
-    See `dpdist.ledger.budget_records.BudgetTerms`. One that is supposed is not
-    written, and can only be looked at.
-
-    Raises:
-      ArgumentError: a term is out of its range.
-      RefusedError: the budget has other terms.
+    One that is supposed is not written, and can only be looked at.
     """
     _validation.check("data_budget.delta", delta, _validation.DELTA)
     _validation.check("data_budget.epsilon", epsilon, _validation.POSITIVE)
@@ -164,11 +146,7 @@ class DataBudget:
       self.terms = terms
 
   def refer_to(self, data: str) -> None:
-    """Records that this budget is the one of another digest.
-
-    Raises:
-      RefusedError: this digest has a budget of its own.
-    """
+    """Records that this budget is that of another digest; it must have none."""
 
     def decide() -> tuple[str, Mapping[str, Any]] | None:
       if self.terms is not None or self.same_as not in ("", data):
@@ -220,16 +198,8 @@ class DataBudget:
   def reserve(self, label: str, cost: float, count: int) -> None:
     """Keeps budget for runs to come, for all of them or for none.
 
-    Keeps a little more for each, since calibrations differ.
-
-    Args:
-      label: a name that no reservation has yet.
-      cost: the divergence of each run.
-      count: how many runs there are.
-
-    Raises:
-      ArgumentError: an argument is not as described.
-      RefusedError: the budget would be exceeded; nothing is reserved.
+    Each of `count` runs costs a divergence of `cost`, and a little more is
+    kept, since calibrations differ.
     """
     _validation.check("count", count, _validation.COUNT)
     _validation.check("cost", cost, _validation.real(at_least=0))
@@ -245,11 +215,7 @@ class DataBudget:
     self._log.propose(decide)
 
   def cancel(self, label: str) -> None:
-    """Gives back a reservation whose runs never came.
-
-    Raises:
-      ArgumentError: there is no such reservation.
-    """
+    """Gives back a reservation whose runs never came."""
 
     def decide() -> tuple[str, Mapping[str, Any]]:
       self._reservation(label)
@@ -267,20 +233,10 @@ class DataBudget:
   ) -> str:
     """Reserves all that a run may spend; must be called at its every start.
 
-    From then on, it is the run that this process writes.
-
-    Args:
-      ledger: of the run, acquired by this process.
-      parts: what it will have spent at the end of its plan.
-      label: of the run, for people.
-      reservation: the label of a reservation to take the cost from; "": none. A
-        run that has an allocation already does not use it.
-
-    Returns:
-      The name of the run's allocation.
-
-    Raises:
-      RefusedError: the budget would be exceeded; nothing is reserved.
+    From then on, it is the run that this process, its ledger's writer, writes.
+    `parts` is what it will have spent at the end of its plan. The cost comes
+    out of the reservation, if it has one and no allocation yet. Returns the
+    name of the allocation, or raises RefusedError, and reserves nothing.
     """
     fresh = secrets.token_hex(16)
 
@@ -309,10 +265,7 @@ class DataBudget:
   def advance(self, ledger: ledger_lib.Ledger) -> None:
     """Records a ledger's new head, before anything it charged is released.
 
-    `allocate` must have been called with the ledger.
-
-    Raises:
-      dpdist.errors.LedgerError: a copy of the run went on in its place.
+    Raises LedgerError if a copy of the run went on in its place.
     """
 
     def decide() -> tuple[str, Mapping[str, Any]]:
@@ -327,19 +280,10 @@ class DataBudget:
     self._own_head = ledger.head
 
   def refund(self, ledger: ledger_lib.Ledger) -> float:
-    """Gives back what a run that was ended had reserved and did not spend.
+    """Returns the divergence that an ended run gives back, as it was not spent.
 
     A run whose clipping did not bound what an example can do, or whose record
     is not sound, gives nothing back: what it spent is unknown.
-
-    Args:
-      ledger: of the run, ended, so no step can be charged any more.
-
-    Returns:
-      The divergence that was given back.
-
-    Raises:
-      ArgumentError: the run was not ended, or has no allocation here.
     """
     if not ledger.is_ended:
       raise errors.ArgumentError("ledger must be of a run that was ended")

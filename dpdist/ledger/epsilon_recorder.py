@@ -14,10 +14,7 @@ from dpdist.privacy import plan as plan_lib
 
 
 class EpsilonRecorder:
-  """Keeps a ledger's `epsilons` up to date; a context manager.
-
-  Must not be used by two threads.
-  """
+  """Keeps a ledger's `epsilons` up to date, in one thread; to be entered."""
 
   def __init__(self, ledger: ledger_lib.Ledger):
     self._ledger = ledger

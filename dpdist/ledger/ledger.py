@@ -55,16 +55,7 @@ class Ledger(history.History):
   """
 
   def __init__(self, location: str | os.PathLike[str]):
-    """Reads and checks every record.
-
-    Args:
-      location: a local path, a URL or a tensorstore spec; see
-        `dpdist.ledger.records.Log`. It need not exist.
-
-    Raises:
-      ValueError: location is none of these.
-      LedgerError: a record is missing, altered or out of order.
-    """
+    """Reads and checks every record; see `dpdist.ledger.records.Log`."""
     super().__init__()
     self._log = records.Log(location, self.apply)
 
@@ -79,11 +70,7 @@ class Ledger(history.History):
     self._log.close()
 
   def acquire(self) -> None:
-    """Makes this process the writer.
-
-    Raises:
-      LedgerError: another process is writing.
-    """
+    """Makes this process the writer; no other one may be writing."""
     self._log.acquire()
 
   def confirm(self) -> None:
@@ -128,13 +115,10 @@ class Ledger(history.History):
   ) -> None:
     """Opens the run, and its first segment.
 
-    Args:
-      config: the privacy settings as the user gave them, JSON-able.
-      plan: made from the settings.
-      data: the content digest of the training set, hex.
-      secret_hash: see `dpdist.keys.secret_hash`.
-      run: a random name of the run, so that runs with one secret do not share
-        keys; "" for a run that must be repeatable, and has no guarantee.
+    `config` is the settings as the user gave them, JSON-able, and `data` the
+    content digest of the training set, hex. `run` is a random name, so that
+    runs with one secret do not share keys; "" for a run that must be
+    repeatable, and has no guarantee.
     """
     self._append(
       "open",
@@ -150,14 +134,10 @@ class Ledger(history.History):
   def changes(
     self, *, config: Mapping[str, Any], data: str, secret_hash: str
   ) -> dict[str, str]:
-    """Compares what `open` was given with that of a restart.
+    """Returns what changed since `open`, a line for each name, as "data".
 
-    Returns:
-      What changed, a line for each name, "data" among them. If anything did, a
-      segment must be opened.
-
-    Raises:
-      RefusedError: something changed that must stay the same in a run.
+    If anything did, a segment must be opened. Raises RefusedError for what must
+    stay the same in a run.
     """
     before = self.segment
     changes = {
@@ -192,11 +172,7 @@ class Ledger(history.History):
   ) -> None:
     """Opens a segment under another plan; `resume` must then open a branch.
 
-    Args:
-      config: the privacy settings now.
-      plan: of what remains; see `dpdist.privacy.composition.plan_after`.
-      data: the content digest of the training set now, hex.
-      start_step: updates made so far.
+    The plan is of what remains after start_step updates.
     """
     self._append(
       "segment",
@@ -211,20 +187,12 @@ class Ledger(history.History):
   ) -> history.Branch:
     """Chooses the branch on which a run goes on from a checkpoint.
 
-    Args:
-      step: updates made in the restored state; 0 for initial parameters.
-      digest: the checkpoint's; "" for initial parameters.
-      ledger_head: the head that the checkpoint was saved under; "" for initial
-        parameters.
-      fingerprint: of everything that decides the bits of a step.
-
-    Returns:
-      The current branch if the steps after the checkpoint, should they run
-      again, are the same release; a new one otherwise.
-
-    Raises:
-      LedgerError: the checkpoint was saved under records that this ledger
-        lacks, or the sentinel stopped the run for good.
+    The checkpoint has `step` updates, a digest and the head that it was saved
+    under; 0 and "" stand for initial parameters. The fingerprint is of all that
+    decides the bits of a step. Returns the current branch if the steps after
+    the checkpoint, should they run again, are the same release, else a new one.
+    Raises LedgerError if the checkpoint was saved under records that this
+    ledger lacks, or the sentinel stopped the run for good.
     """
     if history.TOO_LONG in self.notices:
       raise errors.LedgerError(
@@ -267,10 +235,7 @@ class Ledger(history.History):
     """Charges the current branch's steps before stop_step, durably.
 
     Returns whether a step was charged; steps already charged cost nothing.
-
-    Raises:
-      RefusedError: the plan would be exceeded; nothing is charged.
-      LedgerError: another process wrote to the ledger.
+    Raises RefusedError, and charges nothing, if the plan would be exceeded.
     """
     branch = self.branches[-1]
     if stop_step <= branch.stop_step:
@@ -292,18 +257,11 @@ class Ledger(history.History):
     """Takes back the charge of the current branch's steps that nobody began.
 
     Must be called at this process's end, or where it must charge them again.
-    What was charged before it became the writer is never given back: an earlier
-    process may have begun those steps, and may go on with them when it wakes.
-
-    Args:
-      begun: this process, and any that it shares its charges with, has begun no
-        computation on data of a step from this one on.
-
-    Returns:
-      How many steps were given back.
-
-    Raises:
-      LedgerError: another process wrote to the ledger.
+    This process, and any that it shares its charges with, has begun no
+    computation on data of a step from `begun` on. What was charged before it
+    became the writer is never given back: an earlier process may have begun
+    those steps, and may go on with them when it wakes. Returns how many steps
+    were given back.
     """
     if not self.branches or self.branches[-1].segment != len(self.segments) - 1:
       return 0
@@ -325,32 +283,19 @@ class Ledger(history.History):
     )
 
   def notice(self, text: str, *, unsound: bool = False) -> None:
-    """Records, once, a sentence on what weakens or voids the run's guarantee.
-
-    With `unsound` it says that the record cannot be relied on either.
-    """
+    """Records, once, what weakens or voids the guarantee, or the record too."""
     if text not in (self.unsound if unsound else self.notices):
       self._append(
         "notice", text=text, **({"unsound": True} if unsound else {})
       )
 
   def end(self) -> None:
-    """Ends the run for good: nothing can be charged any more.
-
-    What its plan did not spend may then be given back; see
-    `dpdist.ledger.data_budget`.
-    """
+    """Ends the run for good: nothing can be charged any more."""
     if not self.is_ended:
       self._append("end")
 
   def record_allocation(self, *, root: str, data: str, allocation: str) -> None:
-    """Records the run's allocation in a data set's budget.
-
-    Args:
-      root: of the budgets; see `dpdist.ledger.data_budget`.
-      data: the content digest of the data set, hex.
-      allocation: its name there; "": the run is about to get one.
-    """
+    """Records the run's allocation in a budget; "": it is about to get one."""
     body = {"root": root, "data": data, "stake": allocation}
     about_to = not allocation and any(
       (place["root"], place["data"]) == (root, data) for place in self.places
@@ -364,11 +309,7 @@ class Ledger(history.History):
     spent: Mapping[str, float | None],
     planned: Mapping[str, float | None],
   ) -> None:
-    """Records epsilons of `spent` and `planned`, for those who read the ledger.
-
-    The record is a convenience: only the charges count. Epsilons are by
-    accountant; None where it is not valid.
-    """
+    """Records epsilons of `spent` and `planned` by accountant, for readers."""
     self._append("epsilons", spent=dict(spent), planned=dict(planned))
 
   def _append(self, kind: str, **body: Any) -> None:

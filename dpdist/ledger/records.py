@@ -123,11 +123,7 @@ class Log:
       self._write_head()
 
   def acquire(self) -> None:
-    """Makes this process the writer.
-
-    Raises LedgerError if another process is writing, or has begun to since the
-    log was read, or if the store failed.
-    """
+    """Makes this process the writer; raises LedgerError if there is another."""
     before = self._read_head()
     if before is None:
       self._write_head(if_missing=True)

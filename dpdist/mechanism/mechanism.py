@@ -53,15 +53,6 @@ _LARGEST_GROUP = 2**13
 class Mechanism:
   """Everything in a step that the privacy guarantee depends on.
 
-  Attributes:
-    plan: the plan that the run is bound to.
-    clipped_grad: (params, batch, ...) -> dpdist.clipping.ClippedGrads.
-    sensitivity: l2 sensitivity of the clipped sum.
-    noise_stddev: standard deviation of the noise on an entry of that sum.
-    exact_group_size: the number of examples in a group. The clipped gradients
-      of a group are summed in float32; the sums of groups are truncated and
-      added as integers. None: all is summed in float32.
-
   Guarantees with exact_group_size:
     Truncation is inside the sensitivity. N examples make at most M = ceil(N /
     exact_group_size) groups, and removing one may shift all that follow it. A
@@ -75,10 +66,15 @@ class Mechanism:
     noisy value.
   """
 
-  plan: plan_lib.PrivacyPlan
+  plan: plan_lib.PrivacyPlan  # The plan that the run is bound to.
+  # (params, batch, ...) -> dpdist.clipping.ClippedGrads.
   clipped_grad: clipping.ClippedGrad
-  sensitivity: float
+  sensitivity: float  # The l2 sensitivity of the clipped sum.
+  # Standard deviation of the noise on an entry of that sum.
   noise_stddev: float
+  # The number of examples in a group. The clipped gradients of a group are
+  # summed in float32; the sums of groups are truncated and added as integers.
+  # None: all is summed in float32.
   exact_group_size: int | None = None
 
   @functools.cached_property
@@ -139,14 +135,10 @@ class Mechanism:
     is_padding_example: jax.Array,
     **arguments: Any,
   ) -> clipping.ClippedGrads:
-    """Returns the clipped sum of a batch, with the extra leaves.
+    """Returns the clipped sum of a batch, with the clipper's extra leaves.
 
-    Args:
-      params: as for `dpdist.clipping.ClippedGrad`, like all not named here.
-      batch: likewise.
-      learned: what the clipper has learned.
-      is_padding_example: [B] bool.
-      **arguments: likewise.
+    `learned` is what the clipper has learned; for the rest see
+    `dpdist.clipping.ClippedGrad`.
     """
     grads = self.clipper.clip(
       params,
@@ -172,21 +164,13 @@ class Mechanism:
     key: jax.Array,
     release_index: jax.Array | None = None,
   ) -> tuple[PyTree, Any]:
-    """Draws the noise of a step, for sums over all devices.
+    """Draws the noise of a step, like zeros of the sum over all devices.
 
-    Guarantees:
-      All leaves together are one Gaussian mechanism with the plan's noise
-      multiplier. A leaf with a share s of what a step spends has 1 / sqrt(s)
-      times the noise that it would have alone. The shares add up to 1.
-
-    Args:
-      like: zeros like the sum.
-      state: from `init` or the previous step.
-      key: a typed PRNG key.
-      release_index: int32 scalar, see the module; needed with a schedule.
-
-    Returns:
-      The noise, and the state after the step.
+    All leaves together are one Gaussian mechanism with the plan's noise
+    multiplier. A leaf with a share s of what a step spends has 1 / sqrt(s)
+    times the noise that it would have alone. The shares add up to 1. A schedule
+    needs the release_index, see the module. Returns the noise, and the state
+    after the step.
     """
     of_gradient: Any = self.noise_stddev
     if self.plan.noise_schedule:
@@ -235,20 +219,10 @@ class Mechanism:
     key: jax.Array,
     release_index: jax.Array | None = None,
   ) -> tuple[PyTree, Any]:
-    """Adds the noise of a step to its clipped sum.
+    """Adds the noise of a step to its clipped sum, as `draw_noise` draws it.
 
-    Guarantees:
-      The sum, low included, and the noise are rounded together: no part of the
-      sum is rounded by itself, which would move it.
-
-    Args:
-      total: the sum over all devices.
-      state: as for `draw_noise`, like the rest.
-      key: likewise.
-      release_index: likewise.
-
-    Returns:
-      The noisy sum, and the state after the step.
+    The sum, low included, and the noise are rounded together: no part of the
+    sum is rounded by itself, which would move it.
     """
     zeros = jax.tree.map(jnp.zeros_like, total.high)
     drawn, state = self.draw_noise(zeros, state, key, release_index)
@@ -257,10 +231,7 @@ class Mechanism:
   def finish(
     self, noisy_sum: PyTree, state: Any, release_index: jax.Array | None = None
   ) -> tuple[PyTree, Any]:
-    """Returns the gradient for the optimizer, and the state after the step.
-
-    The arguments are what `add_noise` returned, and its release_index.
-    """
+    """Returns the gradient for the optimizer, of what `add_noise` returned."""
     mean, extra = self.mean(noisy_sum, release_index), {}
     if self.clipper.extra:
       extra = {name: x / self._bound for name, x in mean.extra.items()}
@@ -283,10 +254,6 @@ class Mechanism:
     """Returns the root-mean-square norm of the noise in the mean gradient.
 
     It is public, since it follows from the plan.
-
-    Args:
-      num_entries: entries of the mean gradient, all parameters together.
-      release_index: the step's place among all that are charged under the plan.
     """
     phase = self.plan.phase(release_index)
     size = phase.expected_batch_size / self.plan.group_size
@@ -296,12 +263,7 @@ class Mechanism:
   def mean(
     self, noisy_sum: PyTree, release_index: jax.Array | None = None
   ) -> PyTree:
-    """Divides the noisy sum by the expected, never the drawn, number of units.
-
-    Args:
-      noisy_sum: pytree of arrays.
-      release_index: as for `draw_noise`.
-    """
+    """Divides the noisy sum by the expected, not the drawn, number of units."""
     sizes = [
       phase.expected_batch_size / self.plan.group_size
       for phase in self.plan.phases
@@ -390,24 +352,11 @@ def make(
   platform: str | None = None,
   frozen: Callable[[str], bool] | None = None,
 ) -> Mechanism:
-  """Binds a plan to a loss.
+  """Binds a plan to a loss (params, example, rng) -> (loss, aux).
 
-  Args:
-    plan: the plan.
-    loss_fn: (params, example, rng) -> (loss, aux), for one example.
-    method: how gradients are clipped; see `dpdist.clipped_grad`.
-    microbatch_size: how many gradients exist at once on a device.
-    exact_group_size: see `Mechanism`; it needs the step
-      `dpdist.training.exact_step.ExactStep`.
-    platform: the platform to compile for; see `dpdist.clipped_grad`.
-    frozen: maps a parameter's path to whether it is not trained, and so in no
-      gradient, sum or noise; None: all are trained.
-
-  Returns:
-    The mechanism.
-
-  Raises:
-    ValueError: with the argument's name, its value and what would be right.
+  For method and platform see `dpdist.clipped_grad`; exact groups need the step
+  `dpdist.training.exact_step.ExactStep`. `frozen` maps a parameter's path to
+  whether it is not trained, and so in no gradient, sum or noise.
   """
   if exact_group_size is not None:
     for name in ("noise_schedule", "batch_size_schedule"):

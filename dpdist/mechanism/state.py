@@ -8,15 +8,10 @@ PyTree = Any
 
 
 class MechanismState(NamedTuple):
-  """The state of a mechanism whose clipper learns; all of it is released.
+  """The state of a mechanism whose clipper learns; all of it is released."""
 
-  Attributes:
-    noise: of the noise mechanism.
-    learned: of the clipper.
-  """
-
-  noise: Any
-  learned: PyTree
+  noise: Any  # Of the noise mechanism.
+  learned: PyTree  # Of the clipper.
 
   @property
   def draws(self) -> jax.Array:

@@ -12,38 +12,28 @@ PyTree = Any
 
 
 class Stats(NamedTuple):
-  """Statistics of a step's drawn examples; sensitive, never released.
+  """Statistics of a step's drawn examples; sensitive, never released."""
 
-  Attributes:
-    num_examples: number of examples drawn.
-    num_clipped: number of those whose gradient was longer than the clip norm.
-    num_nonfinite: number of those left out because their gradient norm was not
-      finite.
-    loss: sum of the finite examples' losses.
-  """
-
-  num_examples: jax.Array
+  num_examples: jax.Array  # Number of examples drawn.
+  # Number of those whose gradient was longer than the clip norm.
   num_clipped: jax.Array
+  # Number of those left out because their gradient norm was not finite.
   num_nonfinite: jax.Array
-  loss: jax.Array
+  loss: jax.Array  # Sum of the finite examples' losses.
 
 
 class Accumulator(NamedTuple):
-  """A step's sums so far, separate for each device that divides the examples.
+  """A step's sums so far, of each device that divides the examples."""
 
-  Attributes:
-    clipped_sum: pytree like params, with any extra leaves of the clipper,
-      float32 or wider, with a leading axis over those devices; where `fsdp`
-      divides an array, over those along `data`.
-    stats: Stats of [devices] arrays.
-    low: like clipped_sum, what rounding left out of it. The true sum is
-      clipped_sum + low. (): rounding left out nothing, as with integers.
-    learned: what the clipper has learned before the step; (): nothing.
-  """
-
+  # Pytree like params, with any extra leaves of the clipper, float32 or wider,
+  # with a leading axis over those devices; where `fsdp` divides an array, over
+  # those along `data`.
   clipped_sum: PyTree
-  stats: Stats
+  stats: Stats  # Stats of [devices] arrays.
+  # Like clipped_sum, what rounding left out of it. The true sum is clipped_sum
+  # + low. (): rounding left out nothing, as with integers.
   low: PyTree = ()
+  # What the clipper has learned before the step; (): nothing.
   learned: PyTree = ()
 
 

@@ -19,24 +19,17 @@ class Streams:
 
   They depend only on the secret and the branch. A branch may have other data or
   other numbers than the one before it, so all of its keys are new.
-
-  Attributes:
-    secret: 32 bytes; see `dpdist.keys`.
-    branch: the branch's identity; see `dpdist.ledger.history.Branch`.
   """
 
-  secret: bytes
-  branch: str
+  secret: bytes  # 32 bytes; see `dpdist.keys`.
+  branch: str  # The branch's identity; see `dpdist.ledger.history.Branch`.
 
   def sampler(
     self, plan: plan_lib.PrivacyPlan, first_release: int = 0
   ) -> sampler.Sampler:
     """Returns a sampler of the plan's units: rows, or groups of rows.
 
-    Args:
-      plan: the plan.
-      first_release: step 0's release index; see
-        `dpdist.ledger.history.Branch.release_index`.
+    first_release is step 0's `dpdist.ledger.history.Branch.release_index`.
     """
     seed = keys.derive(self.secret, "sampling", branch=self.branch)
     samplers = [

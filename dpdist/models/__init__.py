@@ -74,10 +74,7 @@ _MAY_BE_0 = ("first_block", "lora_rank", "num_groups")
 def _made(
   module: type[nn.Module], config: ml_collections.ConfigDict, **options: Any
 ) -> nn.Module:
-  """Returns a module whose fields are settings, or options of another name.
-
-  Raises ValueError if a size is missing, or lora_alpha is no scale.
-  """
+  """Returns a module whose fields are settings, or options of another name."""
   values: dict[str, Any] = {"dtype": jnp.dtype(config.dtype), **options}
   # Flax adds "name" and "parent", which are no settings.
   known = {*config} - {*values, "name"}

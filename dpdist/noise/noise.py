@@ -22,13 +22,9 @@ from dpdist.keys import keys
 
 
 class GaussianNoiseState(NamedTuple):
-  """The whole state of a mechanism.
+  """The whole state of a mechanism."""
 
-  Attributes:
-    draws: int32 scalar, the number of draws so far.
-  """
-
-  draws: jax.Array
+  draws: jax.Array  # An int32 scalar, the number of draws so far.
 
 
 def gaussian_noise(
@@ -131,19 +127,12 @@ def _add(
 
 
 def as_key(key_data: np.ndarray | jax.Array) -> jax.Array:
-  """Makes a typed threefry key from two uint32 words.
-
-  `jax.random.key(int)` would keep only 32 bits of an int.
-  """
+  """Makes a typed threefry key of two words: an int would keep only 32 bits."""
   return jax.random.wrap_key_data(jnp.asarray(key_data), impl="threefry2x32")
 
 
 def key_of(seed: int | bytes | jax.Array) -> jax.Array:
-  """Returns the key that `gaussian_noise` makes of its seed.
-
-  Raises:
-    ValueError: it is not a valid seed.
-  """
+  """Returns the key that `gaussian_noise` makes of its seed."""
   if isinstance(seed, jax.Array):
     if seed.shape or not jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
       raise ValueError(

@@ -77,18 +77,9 @@ def epsilon(
 ) -> float:
   """Returns what the parts spend together, at the delta of the first.
 
-  Args:
-    parts: in order, at least one; the first has steps if any has.
-    accountant: "pld" or "rdp"; None means that of `accountant_of`.
-    by_one_order: whether to use only the filter of the first plan's best order,
-      as ledgers did before there were several orders.
-
-  Returns:
-    An upper bound on epsilon.
-
-  Raises:
-    ValueError: the accountant is not valid for these parts, or they have
-      different neighboring relations.
+  They are in order, at least one, and the first has steps if any has. An
+  accountant of None is that of `accountant_of`. With by_one_order only the
+  filter of the first plan's best order is used, as ledgers once did.
   """
   first = parts[0].plan
   for name in plan_lib.IMMUTABLE_FIELDS:
@@ -108,7 +99,7 @@ def epsilon(
 
 
 def guaranteed(bounds: Sequence[Sequence[plan_lib.PlanUse]]) -> float:
-  """Returns the epsilon that a run guarantees, wherever it stops.
+  """Returns the epsilon that a run guarantees by its bounds, wherever it stops.
 
   A privacy loss at a time that was chosen by looking is not bounded by the
   epsilon of as many steps (Rogers et al. 2016, arXiv:1605.08294). It is bounded
@@ -119,12 +110,6 @@ def guaranteed(bounds: Sequence[Sequence[plan_lib.PlanUse]]) -> float:
   have done either, so both bounds count. Where one of them needs the filters,
   all do, since a bound of another kind would have a delta of its own
   (docs/accounting.md).
-
-  Args:
-    bounds: see `dpdist.ledger.history.History.bounds`.
-
-  Returns:
-    The largest epsilon of the bounds; 0 where nothing was charged.
   """
   bound: Callable[[Sequence[plan_lib.PlanUse]], float] = epsilon
   if any(map(_was_chosen_on_the_way, bounds)):
@@ -141,18 +126,10 @@ def plan_after(
 ) -> plan_lib.PrivacyPlan:
   """Returns the plan with which a run goes on after its settings change.
 
-  Args:
-    config: the settings from now on. `num_steps` counts all updates of the
-      run, and `target_epsilon` is for the whole run.
-    before: the settings so far, as a dict.
-    spent: the parts charged so far, that of the current plan last.
-    start_step: updates made in the state that the run goes on from.
-
-  Returns:
-    A plan whose `num_steps` is the number that may still be charged.
-
-  Raises:
-    ValueError: no step is left, or the target is spent.
+  `num_steps` of these settings counts all updates of the run, and
+  `target_epsilon` is for the whole run; that of the plan is the number that may
+  still be charged. `before` is the settings so far, `spent` the parts, that of
+  the current plan last, and start_step the updates made.
   """
   left = config.num_steps - start_step
   if left < 1:
@@ -216,11 +193,7 @@ def plan_after(
 def _with_clip_norm(
   l2_clip_norm: float, current: plan_lib.PrivacyPlan, charged: int, left: int
 ) -> plan_lib.PrivacyPlan:
-  """Returns the rest of a plan, or `left` steps of it, with a new clip norm.
-
-  Raises:
-    ValueError: no step is left.
-  """
+  """Returns the rest of a plan, or `left` steps of it, with a new clip norm."""
   # In units of its sensitivity the mechanism is unchanged, so the rest of its
   # steps may still be taken.
   left = min(left, current.num_steps - charged)
@@ -252,10 +225,8 @@ def statement(
 ) -> str:
   """States in plain words what the parts guarantee together, and when.
 
-  Args:
-    parts: a run's parts, with all planned steps of the last one; see
-      `dpdist.ledger.history.History.planned`.
-    guarantee: from `guaranteed`; None means what the parts spend.
+  The last part has all of its planned steps. The guarantee is that of
+  `guaranteed`; None means what the parts spend.
   """
   if guarantee is None:
     guarantee = epsilon(parts)

@@ -320,15 +320,10 @@ class PrivacyPlan(MechanismSettings):
 
 
 class PlanUse(NamedTuple):
-  """Steps under one plan.
-
-  Attributes:
-    plan: the plan.
-    num_steps: the number of steps, at least 0.
-  """
+  """Steps under one plan."""
 
   plan: PrivacyPlan
-  num_steps: int
+  num_steps: int  # At least 0.
 
 
 def make_plan(config: PrivacyConfig) -> PrivacyPlan:

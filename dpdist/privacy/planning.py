@@ -23,13 +23,11 @@ _SPAN = 4.0  # A curve goes from the plan's value / 4 to 4 times that value.
 
 
 def row(plan: plan_lib.PrivacyPlan) -> dict[str, Any]:
-  """Returns a plan's epsilon and other numbers.
+  """Returns a plan's epsilon and other numbers, JSON-able.
 
-  Returns:
-    JSON-able: epsilon, noise_multiplier, expected_batch_size, num_steps;
-    "examples_processed", their mean number; "epochs", that divided by the rows;
-    "noise_on_mean_gradient", the standard deviation of an entry of the noise
-    that is added to the mean gradient, if the sensitivity is one clip norm.
+  "examples_processed" is their mean number, "epochs" that divided by the rows,
+  and "noise_on_mean_gradient" the standard deviation of an entry of the noise
+  that is added to the mean gradient, if the sensitivity is one clip norm.
   """
   processed = plan.expected_batch_size * plan.num_steps
   size = plan.expected_batch_size / plan.group_size
@@ -49,17 +47,10 @@ def answers(
 ) -> list[dict[str, Any]]:
   """Returns three ways to another epsilon, each changing one number.
 
-  Args:
-    config: the planned settings.
-    target_epsilon: the epsilon to spend, or a little less.
-
-  Returns:
-    Four dicts like those of `row`: the plan ("as planned"), and the same with
-    more noise, another batch and another number of steps. "change" says which.
-    A way that does not reach the target has only "change" and "problem".
-
-  Raises:
-    ValueError: the target is bad, or the plan has a schedule.
+  There are four dicts like those of `row`: the plan ("as planned"), and the
+  same with more noise, another batch and another number of steps. "change" says
+  which. A way that does not reach the target has only "change" and "problem".
+  Raises ArgumentError for a bad target, or a plan with a schedule.
   """
   _check(config, target_epsilon)
   plan = plan_lib.make_plan(config)
@@ -90,19 +81,9 @@ def batches(
 ) -> list[dict[str, Any]]:
   """Returns the noise that each batch size needs for the same epsilon.
 
-  The number of steps is the same, too.
-
-  Args:
-    config: the planned settings.
-    target_epsilon: the epsilon to spend; None means the config's own, or that
-      of its noise multiplier.
-
-  Returns:
-    Dicts as of `row`, for batches from a quarter to sixteen times the planned
-    one.
-
-  Raises:
-    ValueError: the target is bad, or the plan has a schedule.
+  It is that of as many steps, too: dicts as of `row`, for batches from a
+  quarter to sixteen times the planned one. Without a target, epsilon is the
+  config's own.
   """
   target = target_epsilon or config.target_epsilon
   target = target or plan_lib.make_plan(config).epsilon()
@@ -120,11 +101,7 @@ def batches(
 def curves(
   plan: plan_lib.PrivacyPlan,
 ) -> dict[str, tuple[list[float], list[float]]]:
-  """Returns epsilon as a function of each number, with the others fixed.
-
-  Returns:
-    For the name of each number, its values and their epsilons.
-  """
+  """Returns values of each number and their epsilons, with the others fixed."""
   found = {}
   for name, most in (
     ("noise_multiplier", math.inf),

@@ -35,21 +35,15 @@ ROOM = 2.0**-11
 
 
 class Bound(NamedTuple):
-  """What rounding can add to the sensitivity, in clip norms.
+  """What rounding can add to the sensitivity, in clip norms."""
 
-  Attributes:
-    num_examples: most examples that a step can hold; see `most_examples`.
-    part_size: most examples that one float sum adds up.
-    across: the bound for the sums over such parts, and for the noise; proven
-      for any model.
-    inside: the bound for the sums inside parts, in any order of additions;
-      proven for layers that an example passes once, and for any model where
-      part_size is 1.
-  """
-
-  num_examples: int
-  part_size: int
+  num_examples: int  # Most examples that a step can hold; see `most_examples`.
+  part_size: int  # Most examples that one float sum adds up.
+  # The bound for the sums over such parts, and for the noise; proven for any
+  # model.
   across: float
+  # The bound for the sums inside parts, in any order of additions; proven for
+  # layers that an example passes once, and for any model where part_size is 1.
   inside: float
 
   def __str__(self) -> str:
@@ -76,15 +70,9 @@ def bound(
 ) -> Bound:
   """Returns what rounding can add to the sensitivity of a step.
 
-  Args:
-    plan: the plan.
-    microbatch_size: most examples that a device works on at once.
-    rows_per_device: rows of a chunk on a device; with exact sums, of a group.
-    num_entries: entries of the gradient.
-    num_devices: devices that divide the examples of a chunk.
-    num_sharing: how many of them add up their microbatches' sums at once.
-    is_cut: whether sums inside a part may drop bits, as on an accelerator.
-    is_exact: whether groups are added up in integers.
+  rows_per_device are those of a chunk or, with exact sums, of a group.
+  num_sharing devices add up their microbatches' sums at once. With is_cut, sums
+  inside a part may drop bits, as on an accelerator.
   """
   most = most_examples(plan)
   size = min(microbatch_size * num_sharing, most)
@@ -104,10 +92,7 @@ def bound(
 def _inside(
   plan: plan_lib.PrivacyPlan, most: int, size: int, is_cut: bool
 ) -> float:
-  """Bounds the error of float sums over parts of `size` examples.
-
-  As in all bounds here, the errors of both neighbors are added.
-  """
+  """Bounds the error of both neighbors' float sums over parts of `size`."""
   if size == 1:
     # How one gradient is rounded depends on no other example.
     return 0.0
@@ -158,11 +143,6 @@ def grid(
   at most `most_examples` clip norms, which is at most 2^23 of the first unit;
   the rests of all devices are at most 2^23 of the next. Units follow until
   rounding in the last rests is below 2^-14 clip norms.
-
-  Args:
-    plan: the plan.
-    num_devices: devices whose sums are added up.
-    num_entries: entries of the gradient.
   """
   largest = most_examples(plan) * plan.l2_clip_norm
   unit = math.ldexp(1.0, math.frexp(largest)[1] - 23)

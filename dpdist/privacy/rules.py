@@ -49,14 +49,7 @@ _WITHOUT_OPTIONS = ("gaussian", "fixed")
 
 
 def check(record: Any) -> None:
-  """Checks each attribute against its rule, and makes it a plain number.
-
-  Args:
-    record: a config or a plan; see `dpdist.privacy.plan`.
-
-  Raises:
-    ValueError: with the attribute's name, its value and what would be right.
-  """
+  """Checks each attribute of a config or plan, and makes it a plain number."""
   # The fingerprint of a plan must not depend on whether 1 or 1.0 was written.
   _validation.check_fields(record, _RULES)
   for name in ("noise_schedule", "batch_size_schedule"):
@@ -100,11 +93,7 @@ def check(record: Any) -> None:
 
 
 def load_code(sampling: str, noise: str, clipping: str) -> None:
-  """Imports code from outside, which brings its proof along.
-
-  Raises:
-    ValueError: there is none of such a name.
-  """
+  """Imports code from outside, which brings its proof along."""
   registry.load("sampling", sampling, setting="sampling")
   registry.load("noise", noise, setting="noise")
   registry.load("clipper", clipping, setting="clipping")
@@ -114,12 +103,6 @@ def check_names(values: Mapping[str, Any]) -> None:
   """Checks that a plan which was read can be used without importing its code.
 
   Whoever can write a record must not choose what its readers import.
-
-  Args:
-    values: of `dpdist.privacy.plan.PrivacyPlan.to_dict`.
-
-  Raises:
-    ValueError: it names code that this process has not imported.
   """
   defaults = {"sampling": "poisson", "noise": "gaussian", "clipping": "fixed"}
   given = {name: values.get(name, x) for name, x in defaults.items()}
@@ -135,16 +118,7 @@ def check_names(values: Mapping[str, Any]) -> None:
 def steps(
   record: Any, phases: Sequence[schedule.Phase], num_steps: int
 ) -> step_events.Steps:
-  """Returns what the accountants compose for steps of a config or a plan.
-
-  Args:
-    record: a config or a plan; see `dpdist.privacy.plan`.
-    phases: in order of steps; the first one starts at step 0.
-    num_steps: the number of steps.
-
-  Raises:
-    ValueError: there is no proof of the mechanism with these settings.
-  """
+  """Returns what the accountants compose for steps of a config or a plan."""
   probability = sampling_of(record).probability
   # A neighbour has one row more or one less.
   may_grow = record.neighboring_relation == "add_or_remove_one"
@@ -220,9 +194,5 @@ def _options(name: str, value: Any) -> tuple[tuple[str, Any], ...]:
 
 
 def sampling_of(record: Any) -> sampler.Sampling:
-  """Returns the sampling of a config or a plan.
-
-  Raises:
-    ValueError: there is none of that name.
-  """
+  """Returns the sampling of a config or a plan."""
   return registry.resolve("sampling", record.sampling, setting="sampling")()

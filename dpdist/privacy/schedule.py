@@ -8,17 +8,11 @@ from dpdist.accounting import search
 
 
 class Phase(NamedTuple):
-  """The numbers that hold from a step of the plan on.
+  """The numbers that hold from a step of the plan on."""
 
-  Attributes:
-    start: the first such step, counted from 0.
-    noise_multiplier: noise standard deviation over l2 sensitivity.
-    expected_batch_size: mean number of rows in a step.
-  """
-
-  start: int
-  noise_multiplier: float
-  expected_batch_size: float
+  start: int  # The first such step, counted from 0.
+  noise_multiplier: float  # Noise standard deviation over l2 sensitivity.
+  expected_batch_size: float  # Mean number of rows in a step.
 
 
 Schedule = tuple[tuple[int, float], ...]

@@ -69,11 +69,7 @@ def assumptions(plan: plan_lib.PrivacyPlan) -> str:
 
 
 def stopped_early(reading: str) -> str:
-  """Explains why a run that stops early has the epsilon of the whole plan.
-
-  Args:
-    reading: epsilon of the steps that were charged.
-  """
+  """Explains why a run that stops early has the epsilon of the whole plan."""
   return (
     "The run has not come to its plan's end. Its odometer reads epsilon ="
     f" {reading}, which is no guarantee: whoever stops a run may have looked at"
@@ -82,12 +78,7 @@ def stopped_early(reading: str) -> str:
 
 
 def rounded_up(epsilon: float, decimals: int | None = None) -> str:
-  """Returns an epsilon rounded up, as text.
-
-  Args:
-    epsilon: at least 0; may be infinite.
-    decimals: number of decimals; None means four significant digits.
-  """
+  """Returns an epsilon rounded up, as text; None: four significant digits."""
   if decimals is not None and math.isfinite(epsilon):
     # Round the shortest text of the float, so that 0.001 stays 0.001.
     exact = decimal.Decimal(repr(float(epsilon)))

@@ -34,7 +34,9 @@ def search(
   "examples_per_second", in the order in which they were made; "largest" that
   fits, or None; and "fastest" of those that were tried.
   """
-  free = measure.free_bytes(bench) if free_bytes is None else free_bytes
+  free = free_bytes
+  if free is None:
+    free = measure.free_bytes(bench.step.mesh)
   multiple = mesh_lib.num_example_shards(bench.step.mesh) * max(
     1, bench.config.clipping.microbatch_size
   )

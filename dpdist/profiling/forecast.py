@@ -114,10 +114,7 @@ def _of_run(experiment: setup.Experiment, params: PyTree) -> dict[str, Any]:
 
 
 def scaling(facts: dict[str, Any]) -> list[dict[str, float]]:
-  """Returns forecasts for fewer chips, which divide the examples among fewer.
-
-  A chunk takes as long on fewer chips and holds fewer examples.
-  """
+  """Returns forecasts for fewer chips, which hold fewer examples of a chunk."""
   accumulate = max(facts["accumulate"]["seconds"].values())
   apply = max(facts["apply"]["seconds"].values())
   data = facts["mesh"]["data"]

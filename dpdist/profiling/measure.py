@@ -114,7 +114,7 @@ def compare(bench: Bench, *, rounds: int = 5) -> dict[str, Any]:
       "examples_per_second": bench.plan.expected_batch_size / whole,
       "bytes": held + temp,
     }
-  free = free_bytes(bench)
+  free = free_bytes(bench.step.mesh)
   facts["time_ratio"] = statistics.median(
     a / b for a, b in zip(steps["private"], steps["ordinary"], strict=True)
   )
@@ -165,8 +165,7 @@ def trial(bench: Bench, size: int) -> tuple[int, Callable[[], float]]:
   """Compiles the private step for a chunk size.
 
   Returns the bytes that a device needs, and a function that runs a step of one
-  chunk and returns the seconds of the chunk, after a chunk that is not
-  measured.
+  chunk and returns its seconds, after one that is not measured.
   """
   accumulate, update, arguments, held = _private(bench, size)
   needed = held + max(accumulate.temp_bytes, update.temp_bytes)
@@ -186,16 +185,8 @@ def trial(bench: Bench, size: int) -> tuple[int, Callable[[], float]]:
   return needed, run
 
 
-def free_bytes(bench: Bench) -> int:
-  """Returns the free memory for one device of the mesh; a lower bound on a CPU.
-
-  CPU devices share the machine's memory.
-  """
-  return free_bytes_on(bench.step.mesh)
-
-
-def free_bytes_on(mesh: Mesh) -> int:
-  """Returns the free memory for one device of a mesh, as `free_bytes`."""
+def free_bytes(mesh: Mesh) -> int:
+  """Returns the free memory for a device of the mesh, less than it on a CPU."""
   device = mesh.devices.flat[0]
   stats = device.memory_stats() or {}
   if "bytes_limit" in stats:
@@ -305,10 +296,7 @@ def _interleaved(
   bench: Bench,
   rounds: int,
 ) -> dict[tuple[str, str], list[float]]:
-  """Returns the seconds of each program in each round.
-
-  A first round is not counted.
-  """
+  """Returns the seconds of each program in each round but the first."""
   params, accumulator, *rest = jax.tree.map(_made_up, arguments)
   batch, key, frozen = rest[0], rest[2], rest[4]
   del params

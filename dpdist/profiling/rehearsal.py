@@ -53,27 +53,15 @@ def rehearse(
 ) -> dict[str, Any]:
   """Checks a config as a run would that starts or goes on; measures its step.
 
-  Args:
-    config: the settings.
-    parts: what is given in place of the parts that the config names.
-    workdir: the run's directory, which may not exist; None: a new run, on the
-      disk of the current directory.
-    progress: is told of the phases.
-    tell: is called with a sentence if rows of both parts are equal. PRIVATE: it
-      is for the owner's screen alone; see `data_checks.shared_rows`.
-
-  Returns:
-    JSON-able: "data", "labels" (None without integers to predict), "model",
-    "plan", "run" (see `dpdist.workdir.outlook.Outlook`), "budget" that the
-    data's runs share (None if the config names none), "signal", "sensitivity",
-    "memory" of a device in bytes, "time" in seconds, "disk" in bytes, and
-    "warnings", sentences.
-
-  Raises:
-    ValueError: a setting is wrong, or the run or its data set's budget would
-      refuse it.
-    errors.LedgerError: the run's record is damaged.
-    errors.SensitivityError: the step does not clip as it must.
+  `workdir` is the run's directory, which may not exist; None: a new run, on the
+  disk of the current directory. `tell` is called with a sentence if rows of
+  both parts are equal. PRIVATE: it is for the owner's screen alone; see
+  `data_checks.shared_rows`. Returns, JSON-able, "labels" (None without integers
+  to predict), "run" (see `dpdist.workdir.outlook.Outlook`), "budget" (None if
+  the config names none), "memory" and "disk" in bytes, "time" in seconds,
+  "warnings" in sentences, and more. Raises ValueError if the run or its data
+  set's budget would refuse it, LedgerError if the run's record is damaged, and
+  SensitivityError if the step does not clip as it must.
   """
   progress = progress or progress_lib.Progress()
   config_lib.check(config)
@@ -288,7 +276,7 @@ def _memory(
       "held_beside": beside,
     }
   most = max(sum(sizes.values()) for sizes in programs.values())
-  free = measure.free_bytes_on(job.mesh)
+  free = measure.free_bytes(job.mesh)
   return {"programs": programs, "most": most, "free": free}
 
 

@@ -120,10 +120,7 @@ class Collective:
 
   @property
   def bytes_sent(self) -> float:
-    """Returns the bytes that one device sends in all runs, in a ring.
-
-    No algorithm needs fewer.
-    """
+    """Returns the bytes that a device sends in all runs, in a ring."""
     share = (self.group_size - 1) / self.group_size
     turns = 2 if self.kind == "all-reduce" else 1
     return self.num_runs * self.num_bytes * share * turns

@@ -35,26 +35,16 @@ _NOTHING_IN_COMMON = (
 
 
 class Run(NamedTuple):
-  """A run that is compared.
+  """A run that is compared."""
 
-  Attributes:
-    name: how the page calls it.
-    result: the contents of its result.json; empty while it trains.
-    rows: its released metrics, by step.
-  """
-
-  name: str
+  name: str  # How the page calls it.
+  # The contents of its result.json; empty while it trains.
   result: Mapping[str, Any]
-  rows: Sequence[Mapping[str, Any]]
+  rows: Sequence[Mapping[str, Any]]  # Its released metrics, by step.
 
 
 def read(directories: Sequence[str | os.PathLike[str]]) -> list[Run]:
-  """Reads runs, named by the parts of their paths in which they differ.
-
-  Raises:
-    ValueError: there are none or too many, one is named twice, or a directory
-      has neither a result nor metrics.
-  """
+  """Reads runs, named by the parts of their paths in which they differ."""
   paths = [pathlib.Path(x).resolve() for x in directories]
   if not 1 <= len(paths) <= MOST or len(set(paths)) < len(paths):
     raise errors.ArgumentError(
@@ -100,7 +90,9 @@ def table(runs: Sequence[Run], metric: str) -> list[tuple[str, ...]]:
     last = [row for row in run.rows if f"test/{metric}" in row][-1:]
     score = last[0][f"test/{metric}"] if last else None
     ema = result.get("test_ema", {}).get(metric)
-    spent = result.get("epsilon", max(_epsilons(run), default=None))
+    epsilons = [row["epsilon"] for row in run.rows if "epsilon" in row]
+    spent = result.get("epsilon", max(epsilons, default=None))
+    last_step = int(run.rows[-1]["step"]) if run.rows else 0
     shown = {
       "score": score if ema is None else ema,
       "delta": result.get("delta"),
@@ -113,7 +105,7 @@ def table(runs: Sequence[Run], metric: str) -> list[tuple[str, ...]]:
         numbers["score"],
         "-" if spent is None else statement.rounded_up(spent),
         numbers["delta"],
-        f"{result.get('num_steps', _last_step(run)):,}",
+        f"{result.get('num_steps', last_step):,}",
         numbers["noise"],
         result.get("guarantee", "has not ended"),
       )
@@ -177,14 +169,6 @@ def _banner(runs: Sequence[Run]) -> str:
 
 def _both(run: Run, *names: str) -> list[Mapping[str, Any]]:
   return [row for row in run.rows if all(name in row for name in names)]
-
-
-def _epsilons(run: Run) -> list[float]:
-  return [row["epsilon"] for row in run.rows if "epsilon" in row]
-
-
-def _last_step(run: Run) -> int:
-  return int(run.rows[-1]["step"]) if run.rows else 0
 
 
 def _html(rows: Sequence[Sequence[str]]) -> str:

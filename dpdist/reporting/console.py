@@ -134,10 +134,7 @@ class Phases:
     self.enter("")
 
   def enter(self, phase: str) -> None:
-    """Ends the phase before, and shows the next one if it is among those.
-
-    For the names see `dpdist.distributed.progress.PHASES`.
-    """
+    """Ends the phase before, and shows the next one if it is in `_PHASES`."""
     name = _PHASES.get(phase, "")
     if name == self._phase:
       return

@@ -51,12 +51,7 @@ _GROUPS = ("test", "test_ema")
 def check_released(
   names: Iterable[str], held_out: Iterable[str] = HELD_OUT
 ) -> None:
-  """Raises ValueError unless every name is in `RELEASED` or was declared.
-
-  Args:
-    names: as they are written.
-    held_out: the names that the run's task declares, without their group.
-  """
+  """Raises ValueError unless names are in `RELEASED` or of the task."""
   released = {
     *RELEASED,
     *(f"{group}/{name}" for group in _GROUPS for name in held_out),
@@ -88,25 +83,15 @@ class Writer(rows.Log):
   """Writes rows of metrics; a context manager, one for each run.
 
   In a run of many processes one of them writes. The constructor drops the rows
-  of steps after `start_step` from `metrics.jsonl`, and hides them in
-  TensorBoard, since a resumed run writes them again. That keeps the curves
-  single-valued. It gives no budget back, because what was once written may have
-  been seen.
+  of steps after `start_step`, 0 for a fresh run, from `metrics.jsonl`, and
+  hides them in TensorBoard, since a resumed run writes them again. That keeps
+  the curves single-valued. It gives no budget back, because what was once
+  written may have been seen. The task declares the names `held_out`.
+  `unsafe_metrics` allows `write_sensitive`, and voids the guarantee of the run.
 
   Guarantees:
     Without `unsafe_metrics`, no name is ever written that is neither in
     `RELEASED` nor declared. A call with such a name writes nothing at all.
-
-  Args:
-    workdir: a directory on a file system; made if missing.
-    unsafe_metrics: whether `write_sensitive` may be used. It voids the
-      guarantee of the run.
-    start_step: the step resumed from, 0 for a fresh run.
-    held_out: the names that the run's task declares.
-
-  Raises:
-    ValueError: if `start_step` is negative, or `metrics.jsonl` is damaged
-      before its last line.
   """
 
   def __init__(
@@ -129,15 +114,7 @@ class Writer(rows.Log):
     )
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
-    """Writes released metrics.
-
-    Args:
-      step: steps made so far; may repeat, but not go back.
-      values: name to scalar; names from `RELEASED`, or declared ones.
-
-    Raises:
-      ValueError: if a name is sensitive or unknown, or `step` goes back.
-    """
+    """Writes released metrics of a step, which may repeat, but not go back."""
     check_released(values, self._held_out)
     self._write(step, values)
 
@@ -145,14 +122,6 @@ class Writer(rows.Log):
     """Writes metrics that no noise covers, for runs that accept it.
 
     TensorBoard shows them under `PRIVATE/`.
-
-    Args:
-      step: steps made so far; may repeat, but not go back.
-      values: name to scalar; names from `SENSITIVE`.
-
-    Raises:
-      ValueError: if the run was not started with `unsafe_metrics`, a name is
-        not in `SENSITIVE`, or `step` goes back.
     """
     if not self._unsafe_metrics:
       raise ValueError(

@@ -83,10 +83,7 @@ class RunReporter:
 
 
 class Clock:
-  """Measures training speed between reports, without evaluation and saving.
-
-  Counts expected examples: how many were really drawn is private.
-  """
+  """Measures speed between reports, in expected examples: drawn are private."""
 
   def __init__(self, expected_batch_size: float):
     self._expected_batch_size = expected_batch_size

@@ -52,10 +52,7 @@ class Writer(rows.Log):
 
 
 def measure(progress: progress_lib.Progress, num_steps: int) -> str:
-  """Returns this process's times and memory since the last call, as JSON.
-
-  Times are seconds, means over `num_steps`; memory is bytes, now.
-  """
+  """Returns this process's mean times and its memory now, as JSON."""
   seconds = progress.drain()
   mean = lambda *phases: (
     sum(seconds.get(x, 0.0) for x in phases) / max(1, num_steps)

@@ -58,13 +58,6 @@ class CyclicPoissonSampler(sampler.Steps):
     )
     self.sampling_probability = self._part.sampling_probability
 
-  def __repr__(self) -> str:
-    return (
-      f"CyclicPoissonSampler(num_examples={self.num_examples}, "
-      f"sampling_probability={self.sampling_probability}, "
-      f"cycle_length={self.cycle_length}, offset={self.offset}, seed=<secret>)"
-    )
-
   def __call__(self, step: int) -> np.ndarray:
     """Draws the examples of a step; see `PoissonSampler`."""
     places = self._part(step)

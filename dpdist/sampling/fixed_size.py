@@ -52,12 +52,6 @@ class FixedSizeSampler(sampler.Steps):
     )
     self._key = philox.philox_key(seed)
 
-  def __repr__(self) -> str:
-    return (
-      f"FixedSizeSampler(num_examples={self.num_examples}, "
-      f"batch_size={self.batch_size}, seed=<secret>)"
-    )
-
   def __call__(self, step: int) -> np.ndarray:
     """Draws the examples of a step.
 

@@ -118,12 +118,6 @@ class PoissonSampler(sampler.Steps):
         self._block_bits, self.sampling_probability
       )
 
-  def __repr__(self) -> str:
-    return (
-      f"PoissonSampler(num_examples={self.num_examples}, "
-      f"sampling_probability={self.sampling_probability}, seed=<secret>)"
-    )
-
   def __call__(self, step: int) -> np.ndarray:
     """Draws the examples of a step.
 
@@ -194,10 +188,7 @@ class PoissonSampler(sampler.Steps):
 
 
 def _block_bits(num_examples: int, probability: float) -> int:
-  """Returns b such that 2 to 4 of a block's 2^b examples are drawn on average.
-
-  It is smaller where all examples fit into a smaller block.
-  """
+  """Returns b such that 2 to 4 of a block's 2^b examples are drawn."""
   # frexp: q = f * 2^e, 1/2 <= f < 1; so 2^(2-e) q is in [2, 4).
   _, exponent = math.frexp(probability)
   return max(1, min(2 - exponent, (num_examples - 1).bit_length()))
@@ -206,13 +197,8 @@ def _block_bits(num_examples: int, probability: float) -> int:
 def _binomial_table(bits: int, probability: float) -> list[int]:
   """Returns the cumulative distribution of Binomial(2^bits, probability).
 
-  Args:
-    bits: b, at most 62.
-    probability: q < 1/8, with 2^b q below 4.
-
-  Returns:
-    floor(2^128 P(count <= k)) for k = 0, 1, ..., up to the last k with
-    P(count > k) > 2^-128.
+  bits is at most 62, and 2^bits probability below 4. Returns floor(2^128
+  P(count <= k)) for k = 0, 1, ..., up to the last k with P(count > k) > 2^-128.
   """
   numerator, denominator = probability.as_integer_ratio()
   one = 1 << _FIXED_POINT_BITS
@@ -243,14 +229,9 @@ def _invert(
 ) -> np.ndarray:
   """Inverts a cumulative distribution at uniform numbers of 128 bits.
 
-  Args:
-    table: Thresholds of 128 bits, in ascending order.
-    high_words: uint64[n], the high halves of the numbers.
-    low_word: Maps i to the low half of number i. It is called only where the
-      high half does not decide, which is about once in 2^60 numbers.
-
-  Returns:
-    int64[n], how many thresholds are at most each number.
+  The table has thresholds of 128 bits, in ascending order. low_word is called
+  only where the high half of a number, of uint64[n], does not decide: about
+  once in 2^60. Returns int64[n], how many thresholds are at most each number.
   """
   thresholds = np.array([t >> _WORD_BITS for t in table], dtype=np.uint64)
   counts = np.searchsorted(thresholds, high_words, side="right")

@@ -67,6 +67,10 @@ class Steps:
   def __iter__(self) -> Iterator[np.ndarray]:
     return map(self, itertools.count())
 
+  def __repr__(self) -> str:
+    shown = [f"{k}={v}" for k, v in vars(self).items() if k[0] != "_"]
+    return f"{type(self).__name__}({', '.join(shown)}, seed=<secret>)"
+
 
 class Sampling(Protocol):
   """A way of sampling, made without arguments.
@@ -78,19 +82,13 @@ class Sampling(Protocol):
     """Raises ValueError for numbers that cannot be sampled so."""
 
   def probability(self, numbers: Numbers, batch_size: float) -> float:
-    """Returns the probability of each row in a step in which it can be drawn.
-
-    It is in (0, 1]; the proof of the sampling is about it.
-    """
+    """Returns a row's probability, in (0, 1], in a step that can draw it."""
 
   def typical_rows(self, numbers: Numbers, batch_size: float) -> int:
     """Returns a number of rows or groups that very few steps exceed."""
 
   def most_rows(self, numbers: Numbers, batch_size: float, tail: float) -> int:
-    """Returns a number of rows or groups that almost no step exceeds.
-
-    A step exceeds it with a probability below `tail`.
-    """
+    """Returns a number of rows that steps exceed with a chance below `tail`."""
 
   def make(
     self,
@@ -102,12 +100,8 @@ class Sampling(Protocol):
   ) -> Sampler:
     """Returns a sampler that draws each step independently of all others.
 
-    Args:
-      numbers: of the plan.
-      batch_size: see the class.
-      seed: secret.
-      first_release: the place of step 0 among all steps charged under the plan;
-        it may be negative.
+    first_release is the place of step 0 among all steps charged under the plan;
+    it may be negative. The seed is secret.
     """
 
   def summary(self, numbers: Numbers) -> str:

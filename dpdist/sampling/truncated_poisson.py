@@ -53,13 +53,6 @@ class TruncatedPoissonSampler(sampler.Steps):
     )
     self._key = philox.philox_key(seed)
 
-  def __repr__(self) -> str:
-    return (
-      f"TruncatedPoissonSampler(num_examples={self.num_examples}, "
-      f"sampling_probability={self.sampling_probability}, "
-      f"truncated_batch_size={self.truncated_batch_size}, seed=<secret>)"
-    )
-
   def __call__(self, step: int) -> np.ndarray:
     """Draws the examples of a step; see `PoissonSampler`."""
     drawn = self._whole(step)

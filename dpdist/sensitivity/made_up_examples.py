@@ -84,10 +84,7 @@ class Case(NamedTuple):
 
 
 def cases(shapes: PyTree, largest: PyTree) -> Iterator[Case]:
-  """Yields made-up examples with the shapes and dtypes of one example.
-
-  `largest` is a pytree like it of ints; integers are between 0 and these.
-  """
+  """Yields made-up examples like one example, with integers up to `largest`."""
   leaves, structure = jax.tree.flatten(shapes)
   most = jax.tree.leaves(largest)
   num_floats = sum(map(_is_float, leaves))

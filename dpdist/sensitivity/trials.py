@@ -29,15 +29,10 @@ INSTEAD = (
 
 
 class Report(NamedTuple):
-  """The result of a check that found no fault.
+  """The result of a check that found no fault."""
 
-  Attributes:
-    num_examples: number of made-up examples that were tried.
-    ways: by each trained parameter's path, how it is clipped.
-  """
-
-  num_examples: int
-  ways: dict[str, str]
+  num_examples: int  # Number of made-up examples that were tried.
+  ways: dict[str, str]  # By each trained parameter's path, how it is clipped.
 
 
 class Program(NamedTuple):
@@ -63,10 +58,7 @@ class Program(NamedTuple):
 
 
 def search(program: Program) -> Report:
-  """Tries all examples.
-
-  A SensitivityError names the fault, the parameter and its rule.
-  """
+  """Tries all examples; raises SensitivityError for the first fault."""
   paths, ways = ways_of(
     program.clipped_grad,
     program.params[0],

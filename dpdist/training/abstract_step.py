@@ -170,11 +170,7 @@ def memory(
 def lowered_sha256(
   programs: Iterable[tuple[str, jax.stages.Lowered]],
 ) -> str:
-  """Returns the digest of a run's `programs`, 64 hex digits.
-
-  Raises ValueError if a program calls back into Python, or if its constants are
-  not in its text.
-  """
+  """Returns the digest of a run's `programs`, 64 hex digits."""
   if jax.config.values.get("jax_use_simplified_jaxpr_constants"):
     raise errors.ArgumentError(
       "jax_use_simplified_jaxpr_constants must be False for a task from"

@@ -72,11 +72,7 @@ def fit(
 
 
 def one_example(source: sources.Source) -> dict[str, np.ndarray]:
-  """Returns zeros of one example's shapes and dtypes.
-
-  Of a source of units, it is one example without the axis of slots. No value of
-  the training part is in it.
-  """
+  """Returns zeros of one example's shapes and dtypes, without slots."""
   row = {k: x[0] for k, x in source.read(np.zeros(1, np.int64)).items()}
   if isinstance(source, users.UserSource):
     del row[users.SLOT_IS_EMPTY]
@@ -89,11 +85,7 @@ def check(
   example: Mapping[str, np.ndarray],
   test: Mapping[str, np.ndarray],
 ) -> None:
-  """Raises ValueError unless a data set fits its task, whose check it runs too.
-
-  The example is zeros of one of the training set, and `test` has all held-out
-  examples.
-  """
+  """Raises ValueError unless both parts of a data set fit its task."""
   if not all(len(x) for x in test.values()):
     raise errors.ArgumentError("it must hold out 1 example or more, got 0")
   held_out = {name: x[0] for name, x in test.items()}

@@ -211,10 +211,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 def _smaller(
   config: ml_collections.ConfigDict, size: int, multiple: int, problem: str
 ) -> int:
-  """Returns the chunk size to try next.
-
-  Raises ValueError if there is none, or if the size was set.
-  """
+  """Returns the chunk size to try next, unless there is none or it was set."""
   half = max(multiple, size // 2 // multiple * multiple)
   if config.chunk_size:
     raise errors.ArgumentError(

@@ -114,10 +114,7 @@ class ExactStep(step_lib.Step):
     frozen: PyTree | None = None,
     direction: PyTree | None = None,
   ) -> Any:
-    """Adds one chunk; see `dpdist.training.step.Step.accumulate`.
-
-    A device's rows must be a multiple of the group size.
-    """
+    """Adds one chunk; a device's rows must be a multiple of the group size."""
     size = self.mechanism.exact_group_size
     assert size is not None
     num_rows = is_padding_example.sharding.shard_shape(
@@ -205,10 +202,7 @@ def add_group(
   frozen: PyTree | None = None,
   direction: PyTree | None = None,
 ) -> Any:
-  """Adds one group to the device's accumulator; compiled for one device.
-
-  With a direction, it also returns what was seen.
-  """
+  """Adds one group to the device's accumulator; compiled for one device."""
   form = mechanism.sum_format(params)
   rows = first_row + jnp.arange(is_padding_example.shape[0])
   rngs = jax.vmap(functools.partial(jax.random.fold_in, key))(rows)

@@ -149,7 +149,7 @@ def look(
   """Makes a job as `prepare` does, of this process alone, and writes nothing.
 
   It cannot begin: it has no secret. Without a workdir and its ledger, opened
-  for reading, it is of a new run. Raises ValueError as `prepare` does.
+  for reading, it is of a new run.
   """
   config_lib.check(config)
   config = parts.settings(config_lib.resolve(config))

@@ -30,11 +30,7 @@ PyTree = Any
 
 
 def frozen_paths(trainable: str) -> Callable[[str], bool] | None:
-  """Returns a function from a parameter's path to whether it is frozen.
-
-  Returns None if no parameter is frozen. Raises ValueError unless `trainable`,
-  of a `dpdist.Task`, is a regular expression.
-  """
+  """Returns a function from a path to whether it is frozen; None if none is."""
   if not trainable:
     return None
   try:
@@ -74,21 +70,14 @@ def make_params(
 
 
 def frozen_sha256(frozen: PyTree | None) -> str:
-  """Returns the SHA-256 of frozen parameters; "" without any.
-
-  Must be called in all processes.
-  """
+  """Returns the SHA-256 of frozen parameters, in all processes; "": none."""
   return "" if frozen is None else fingerprint.params_sha256(frozen)
 
 
 # Without a repr, which would show the key.
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Parameters:
-  """The parameters of one run.
-
-  Raises ValueError if weights do not fit, or if frozen parameters would keep
-  their random initial values.
-  """
+  """The parameters of one run; none that is frozen may be random."""
 
   # (key_data, example) -> initial parameters of the whole model; traced.
   make: Callable[[Any, Any], PyTree]
@@ -100,7 +89,8 @@ class Parameters:
   is_frozen: Callable[[str], bool] | None  # From `frozen_paths`.
 
   def __post_init__(self) -> None:
-    whole = dict(zip(freezing.names(self._whole), self._leaves, strict=True))
+    leaves = jax.tree.leaves(self._whole)
+    whole = dict(zip(freezing.names(self._whole), leaves, strict=True))
     for path, array in self.weights.items():
       want = whole[path].shape if path in whole else None
       if array.shape != want:
@@ -131,10 +121,7 @@ class Parameters:
 
   @functools.cached_property
   def frozen_shapes(self) -> PyTree | None:
-    """Returns the frozen parameters' shapes, None where one is trained.
-
-    None if there are none.
-    """
+    """Returns the frozen parameters' shapes, None where one is trained."""
     if self.is_frozen is None:
       return None
     return self._part(self._whole, is_frozen=True)
@@ -173,10 +160,6 @@ class Parameters:
   def _whole(self) -> PyTree:
     return jax.eval_shape(self.make, self.key_data, self.example)
 
-  @property
-  def _leaves(self) -> list[Any]:
-    return jax.tree.leaves(self._whole)
-
   def _frozen(self, path: str) -> bool:
     return self.is_frozen is not None and self.is_frozen(path)
 
@@ -187,15 +170,11 @@ class Parameters:
 
 
 class Initializer:
-  """Makes the state before the first step, on the step's mesh.
-
-  Attributes:
-    shapes: of the trained parameters.
-  """
+  """Makes the state before the first step, on the step's mesh."""
 
   def __init__(self, start: Parameters, step: step_lib.Step):
     """Traces what makes the state; makes none yet."""
-    self.shapes = start.shapes
+    self.shapes = start.shapes  # Of the trained parameters.
     self._step, self._key_data = step, start.key_data
     self._more = (start.example, start._trained_weights)
     self._program = step.initializer(

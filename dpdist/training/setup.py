@@ -37,11 +37,7 @@ def largest_integers(
   row: Mapping[str, Any],
   held_out: Callable[[], Mapping[str, np.ndarray]],
 ) -> dict[str, int]:
-  """Returns public upper bounds of each array's integers.
-
-  Calls `held_out`, which returns all held-out examples, only if the task does
-  not know all the bounds.
-  """
+  """Returns public upper bounds of integers, from held-out ones if unknown."""
   largest = {}
   for name, shape in row.items():
     if name in task.largest_integers:
@@ -208,10 +204,7 @@ def check(config: ml_collections.ConfigDict) -> None:
 def chunk_size(
   config: ml_collections.ConfigDict, plan: plan_lib.PrivacyPlan, mesh: Mesh
 ) -> int:
-  """Returns how many examples the whole mesh computes at once, set or chosen.
-
-  Raises ValueError if the configured chunk_size cannot be divided evenly.
-  """
+  """Returns how many examples the whole mesh computes at once."""
   multiple, name = mesh_lib.chunk_multiple(config.clipping, mesh)
   if config.chunk_size:
     if config.chunk_size < 0 or config.chunk_size % multiple:

@@ -69,10 +69,7 @@ class Step:
     return mesh_lib.partition(params, self.mesh, self.rules)
 
   def state_specs(self, state: TrainState) -> PyTree:
-    """Returns the layout of a state.
-
-    What an optimizer keeps for a parameter, in the same shape, has its layout.
-    """
+    """Returns a state's layout; the optimizer's arrays lie like parameters."""
     specs, whole = self.specs(state.params), mesh_lib.REPLICATED
     like = jax.tree.map(lambda x, spec: (x.shape, spec), state.params, specs)
     opt_state = optax.tree.map_params(

@@ -121,10 +121,7 @@ def _averager(step: step_lib.Step) -> Callable[..., PyTree]:
 
 
 def _rows(mesh: Mesh, chunk_size: int) -> Callable[[int], int]:
-  """Returns a function from a trial's number to its row in the chunk.
-
-  It goes through one device after the other, and through all rows of each.
-  """
+  """Returns a function from a trial's number to its row in the chunk."""
   shards = mesh_lib.num_example_shards(mesh)
   size = chunk_size // shards
   return lambda number: number % shards * size + number // shards % size
@@ -133,10 +130,7 @@ def _rows(mesh: Mesh, chunk_size: int) -> Callable[[int], int]:
 def _on_one_device(
   measure: Callable[..., comparison.Measured], replicated: Any
 ) -> Callable[..., comparison.Measured]:
-  """Compiles `measure` for one device of each process, if it can run on one.
-
-  It can where one device has all arguments.
-  """
+  """Compiles `measure` for one device, where that has all arguments."""
   alone = jax.jit(measure)
   together = jax.jit(measure, out_shardings=replicated)
 
@@ -216,10 +210,7 @@ class Sentinel:
     return accumulator
 
   def end(self) -> list[int]:
-    """Returns the numbers of parameters along which examples were too long.
-
-    The result is the same in all processes.
-    """
+    """Returns the numbers of parameters along which examples were too long."""
     self._direction = None
     if self._found is None:
       return []

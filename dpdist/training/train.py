@@ -314,10 +314,7 @@ def _resume(
   ledger_head: str,
   environment: dict[str, Any],
 ) -> tuple[session_lib.Position, float]:
-  """Goes on with the branch that the ledger holds, or begins another one.
-
-  Returns the branch's position, and the run's epsilon at its end.
-  """
+  """Returns the position of the ledger's branch, or a new one, and epsilon."""
   environments = collectives.gather(json.dumps(environment))
   saved, rejected = job.found
 

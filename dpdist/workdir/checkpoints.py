@@ -53,9 +53,7 @@ class Checkpoints:
   ):
     """Opens or creates the folder of a writer, see `history.History.writer`.
 
-    Checkpoints older than the last max_to_keep are deleted. frozen_sha256 is ""
-    if no parameters are frozen. The primary process has the copies, if any are
-    made.
+    The primary process has the copies, if any are made.
     """
     self._directory = pathlib.Path(directory).absolute()
     self._folder = manifest.folder(self._directory, writer)
@@ -134,11 +132,7 @@ class Checkpoints:
     )
 
   def delete_old(self, known: Sequence[history.CheckpointRef]) -> None:
-    """Deletes all but the newest checkpoints, of all writers so far.
-
-    Those in the ledger are given, oldest first; the newest must be this
-    writer's.
-    """
+    """Deletes all but the newest checkpoints, of all writers so far."""
     keep = {
       manifest.location(self._directory, saved)
       for saved in known[-self._max_to_keep :]

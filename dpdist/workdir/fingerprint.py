@@ -210,10 +210,7 @@ def unrepeatable(platform: str, xla_flags: str) -> str:
 
 
 def params_sha256(params: Any) -> str:
-  """Returns the SHA-256 of the paths, dtypes, shapes and bytes of parameters.
-
-  Must be called in all processes: it may be that none has all parameters.
-  """
+  """Returns the SHA-256 of parameters; must be called in all processes."""
   digest = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(params):
     array = mesh_lib.whole(leaf)

@@ -31,10 +31,7 @@ class ResumePoint(NamedTuple):
 def newest(
   directory: pathlib.Path, known: Sequence[history.CheckpointRef]
 ) -> ResumePoint:
-  """Finds the newest whole checkpoint of those in the ledger, oldest first.
-
-  The directory of the run's checkpoints need not exist.
-  """
+  """Finds the newest whole checkpoint of those in the ledger, oldest first."""
   rejected: list[str] = []
   for saved in reversed(known):
     wrong = problem(location(directory, saved), saved.digest)
@@ -57,11 +54,7 @@ def folder(directory: pathlib.Path, writer: int) -> pathlib.Path:
 
 
 def ledger_heads(directory: pathlib.Path) -> dict[str, str]:
-  """Returns, by a checkpoint's path, the head that it was saved under.
-
-  The directory of the run's checkpoints need not exist. Those that cannot be
-  read are left out.
-  """
+  """Returns the heads that checkpoints were saved under, by readable path."""
   found = {}
   for file in sorted(directory.glob("writer_*/*/meta/metadata")):
     with contextlib.suppress(OSError, ValueError):
@@ -113,10 +106,7 @@ def write(path: pathlib.Path) -> str:
 
 
 def problem(path: pathlib.Path, digest: str) -> str | None:
-  """Returns what is wrong with a directory of which `write` returned a digest.
-
-  None if it is whole.
-  """
+  """Returns what is wrong with a directory; None if it is whole."""
   try:
     text = (path / FILE).read_bytes()
   except OSError:

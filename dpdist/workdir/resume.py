@@ -117,7 +117,6 @@ def resolve_plan(
   """Returns the plan, what changed, and the checkpoint, in all processes.
 
   The settings are those that the ledger compares; None: the config's.
-  Raises RefusedError if the run cannot go on with these settings.
   """
 
   def look() -> dict[str, Any]:
@@ -431,10 +430,7 @@ def shared_budget(
 def secret(
   config: ml_collections.ConfigDict, workdir: pathlib.Path, *, is_new: bool
 ) -> bytes:
-  """Returns the run's secret; makes it if the run is new and there is none.
-
-  Raises ValueError if it is gone, or not stored as a secret must be.
-  """
+  """Returns the run's secret; makes it if the run is new and there is none."""
   if config.insecure_seed is not None:
     return keys.insecure_secret(config.insecure_seed)
   path = pathlib.Path(config.secret_file or workdir / "secret")

@@ -145,10 +145,7 @@ class Run:
       return 0.0 if ledger.is_new else composition.epsilon(ledger.spent)
 
   def restore(self, like: PyTree) -> PyTree:
-    """Returns the newest checkpoint's state; `like` itself if there is none.
-
-    Raises MismatchError if the checkpoint has other arrays than `like`.
-    """
+    """Returns the newest checkpoint's state; `like` itself if there is none."""
     if self.saved is None:
       return like
     state, self.saved_head = checkpoints_lib.restore(
@@ -157,10 +154,7 @@ class Run:
     return state
 
   def left(self, fingerprint: str | None = None, state: str = "") -> int:
-    """Returns how many steps a session may make; see `session`.
-
-    Charged steps that it would repeat for free are among them.
-    """
+    """Returns how many steps, also repeated for free, a session may make."""
     with self._open() as ledger:
       if ledger.is_new:
         return self.plan.num_steps
@@ -186,23 +180,15 @@ class Run:
   ) -> Iterator[session_lib.Session]:
     """Opens a session for the steps after the newest checkpoint.
 
-    Args:
-      data: a hex digest of the training set.
-      fingerprint: hex, of everything that decides the bits of a step, beside
-        the state before it: if it is that of the newest branch, the session
-        goes on with it, and charged steps after the newest checkpoint are
-        repeated for free. None: it is unknown, and equal to no other.
-      state: a hex digest of the state that steps go on from, if that is not the
-        newest checkpoint's: the session opens a new branch. It must be saved
-        before a step is computed.
-
-    Yields:
-      The session.
-
-    Raises:
-      ValueError: data or secret is not the one that the run began with.
-      LedgerError: another process writes the ledger, or has gone on with the
-        run since this object last read it.
+    `data` is a hex digest of the training set. The fingerprint, hex, is of
+    everything that decides the bits of a step, beside the state before it: if
+    it is that of the newest branch, the session goes on with it, and charged
+    steps after the newest checkpoint are repeated for free. None is equal to no
+    other. `state` is a hex digest of the state that steps go on from, if that
+    is not the newest checkpoint's: the session opens a new branch, and the
+    state must be saved before a step is computed. Raises RefusedError for other
+    data or another secret, and LedgerError if another process has gone on with
+    the run.
     """
     with self._open() as ledger:
       if ledger.head != self._head:

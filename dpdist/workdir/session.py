@@ -142,10 +142,7 @@ class Session:
       self._advance_budget()
 
   def begin(self, step: int) -> None:
-    """Marks a step as begun; must precede its first computation on data.
-
-    Raises LedgerError if the step is not charged.
-    """
+    """Marks a step, which is charged, as begun; before it computes on data."""
     if self._ledger is not None:
       charged = self._ledger.branches[-1].stop_step
       if step >= charged:

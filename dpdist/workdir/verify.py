@@ -100,10 +100,7 @@ def _epsilon(_: pathlib.Path, ledger: ledger_lib.Ledger) -> tuple[str, str]:
 def _recorded_epsilons(
   _: pathlib.Path, ledger: ledger_lib.Ledger
 ) -> tuple[str, str]:
-  """Recomputes every epsilon that the ledger recorded during the run.
-
-  An older version may have recorded a larger one, with a looser bound.
-  """
+  """Recomputes every epsilon that was recorded, perhaps with a looser bound."""
   count, problems = 0, []
   for by_one_order in (False, True):
     problem, count = "", 0

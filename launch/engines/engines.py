@@ -49,10 +49,7 @@ class Flag:
 
 
 def flags(engines: Mapping[str, job.Engine]) -> dict[str, Flag]:
-  """Returns the flags that the engines' jobs are made from, by name.
-
-  Raises ArgumentError if two engines want one flag with different types.
-  """
+  """Returns the flags that the engines' jobs are made from, by name."""
   found: dict[str, Flag] = {}
   for name, engine in engines.items():
     for field in dataclasses.fields(engine.Job):

@@ -45,11 +45,7 @@ _ABSOLUTE = _validation.Rule(
 def flag(default: Any, help: str, rule: _validation.Rule | None = None) -> Any:
   """Returns a field of a `Job` that is also a flag of `launch.submit`.
 
-  Args:
-    default: a bool, an int or a str, which decides the flag's type. MISSING:
-      the flag is a string and must be given.
-    help: what the flag is for.
-    rule: what its value must be.
+  Its type is that of the default; MISSING: it is a text, and must be given.
   """
   return dataclasses.field(
     default=default, metadata={"help": help, "rule": rule}
@@ -70,13 +66,11 @@ def count(default: int, help: str, *, at_least: int = 1) -> Any:
 class Job:
   """A job. Each engine adds fields, made by `flag`, `word` or `count`.
 
-  Attributes:
-    arguments: the flags of launch.train, without the run directory.
-
   Raises:
     errors.ArgumentError: a value cannot be put into the job's files.
   """
 
+  # The flags of launch.train, without the run directory.
   arguments: tuple[str, ...]
   name: str = flag("dpdist", "The name of the job.", _LABEL)
   workdir: str = flag(
@@ -120,12 +114,9 @@ class Job:
 
 
 class Engine(Protocol):
-  """The attributes that an engine must have.
+  """The attributes that an engine must have."""
 
-  Attributes:
-    TOOL: the program that submits, and what to install where it is missing.
-  """
-
+  # The program that submits, and what to install where it is missing.
   TOOL: tuple[str, str]
 
   @property

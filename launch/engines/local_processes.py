@@ -45,10 +45,6 @@ class Pod:
 
   If this process is killed, Linux kills them at once. Elsewhere they end at the
   next line that they print, since nobody reads it.
-
-  Attributes:
-    exits: in the order in which the processes ended.
-    signals: those that came from outside.
   """
 
   def __init__(
@@ -58,8 +54,8 @@ class Pod:
     grace_seconds: float,
   ):
     """Stores what each process runs and its variables, by rank."""
-    self.exits: list[Exit] = []
-    self.signals: list[int] = []
+    self.exits: list[Exit] = []  # In the order in which the processes ended.
+    self.signals: list[int] = []  # Those that came from outside.
     self._command = list(command)
     self._environments = environments
     self._grace_seconds = grace_seconds
@@ -71,10 +67,7 @@ class Pod:
     self._deadline: float | None = None
 
   def run(self) -> None:
-    """Starts the processes, shows their output, and waits until all have ended.
-
-    Raises OSError if one could not be started; none is left running then.
-    """
+    """Starts the processes, shows their output, and waits for their end."""
     previous = {
       number: signal.signal(number, self._receive)
       for number in _SIGNALS
@@ -131,12 +124,8 @@ class Pod:
         continue
       key.data.print(data)
       if not data:
-        self._close(key)
-
-  def _close(self, key: selectors.SelectorKey) -> None:
-    self._selector.unregister(key.fileobj)
-    pipe: Any = key.fileobj
-    pipe.close()
+        self._selector.unregister(pipe)
+        pipe.close()
 
   def _reap(self) -> None:
     for rank, process in list(self._alive.items()):

@@ -129,10 +129,7 @@ class _Stop:
 
 
 def _attempt(arguments: list[str], stop: _Stop) -> list[int]:
-  """Starts all processes once, and returns their exit codes.
-
-  The code is -1 for a process that was lost with its node, or made to end.
-  """
+  """Starts all processes once; returns exit codes, -1 of one that was lost."""
   import ray
   from ray.util import scheduling_strategies
 

@@ -17,6 +17,7 @@ from dpdist.accounting import calibration
 from dpdist.accounting import loss_grid
 from dpdist.accounting import pld as pld_lib
 from dpdist.accounting import rdp as rdp_lib
+from dpdist.accounting import step_events
 
 # (sampling probability, noise multiplier, steps, delta), epsilon by RDP and by
 # PLD to four decimals. All were computed apart from this project. The last but
@@ -42,6 +43,12 @@ def _epsilon(run=None, **changes):
   return calibration.epsilon(
     **{"noise_multiplier": 8.0, **(run or _RUN), **changes}
   )
+
+
+def _event(noise_multiplier, sampling_probability, num_steps):
+  phase = step_events.Phase(0, noise_multiplier, sampling_probability)
+  numbers = step_events.Numbers(phases=(phase,), num_steps=num_steps)
+  return accountants.event(step_events.steps(numbers))
 
 
 def _gaussian_epsilon(sigma, delta):
@@ -86,8 +93,7 @@ def test_closed_form_of_the_textbook_case():
 
 
 def test_event_means_the_same_to_dp_accounting():
-  kwargs = {"noise_multiplier": 8.0, "sampling_probability": 0.08}
-  event = calibration.training_event(**kwargs, num_steps=500)
+  event = _event(8.0, 0.08, num_steps=500)
   rdp = dp_accounting.rdp.RdpAccountant().compose(event).get_epsilon(1e-5)
   pld = dp_accounting.pld.PLDAccountant().compose(event).get_epsilon(1e-5)
   assert _epsilon(accountant="rdp") == pytest.approx(rdp, rel=1e-12)
@@ -97,19 +103,10 @@ def test_event_means_the_same_to_dp_accounting():
 def test_events():
   gaussian = dp_accounting.GaussianDpEvent(2.0)
   sampled = dp_accounting.PoissonSampledDpEvent(0.5, gaussian)
-  kwargs = {"noise_multiplier": 2, "num_steps": 3}
-  assert calibration.training_event(
-    **kwargs, sampling_probability=0.5
-  ) == dp_accounting.SelfComposedDpEvent(sampled, 3)
-  assert calibration.training_event(
-    **kwargs, sampling_probability=1
-  ) == dp_accounting.SelfComposedDpEvent(gaussian, 3)
-  assert (
-    calibration.training_event(
-      noise_multiplier=2, num_steps=0, sampling_probability=1
-    )
-    == dp_accounting.NoOpDpEvent()
-  )
+  for q, event in ((0.5, sampled), (1, gaussian)):
+    repeated = dp_accounting.SelfComposedDpEvent(event, 3)
+    assert _event(2.0, q, num_steps=3) == repeated
+  assert _event(2.0, 1, num_steps=0) == dp_accounting.NoOpDpEvent()
 
 
 @_BOTH
@@ -446,11 +443,6 @@ _GOOD = {
 }
 _ARGUMENTS = {
   calibration.epsilon: _GOOD.keys() - {"target_epsilon", "num_examples"},
-  calibration.training_event: {
-    "noise_multiplier",
-    "sampling_probability",
-    "num_steps",
-  },
   calibration.calibrate_noise_multiplier: _GOOD.keys()
   - {"noise_multiplier", "num_examples"},
   calibration.calibrate_num_steps: _GOOD.keys() - {"num_steps", "num_examples"},

@@ -313,10 +313,7 @@ def _products(
   cotangents: dict[Key, jax.Array],
   keep: jax.Array,
 ) -> dict[Key, jax.Array]:
-  """Computes the sums that are products.
-
-  An example that is left out may hold NaN on both sides, so both become 0.
-  """
+  """Computes the sums that are products; NaN of one left out becomes 0."""
   scaled, others = {}, {}
   for use, scale in uses:
     x, g = operands[use.key], norms.widen(cotangents[use.key])

@@ -45,11 +45,7 @@ class Scaling:
 
   @property
   def enlargements(self) -> tuple[float, ...]:
-    """Returns the factor of each group's sum.
-
-    It is a power of two, which rounds nothing, and at least the factor of every
-    example.
-    """
+    """Returns each group's power of two, at least every example's factor."""
     greatest = [
       bound / (self.normalize_gamma or clip_norm)
       for bound, clip_norm in zip(self.bounds, self.l2_clip_norms, strict=True)

@@ -202,10 +202,7 @@ def _with_norm(
   operand: jax.Array,
   tap: jax.Array,
 ) -> jax.Array:
-  """Computes a product whose backward pass computes the norm.
-
-  The tap's gradient is that norm, and what underflow may take from the sum.
-  """
+  """Computes a product whose tap's gradient is the norm, and what was lost."""
   (use,) = rule.uses
   lone = dataclasses.replace(
     use, lengths=(), weight=use.weight._replace(loops=())

@@ -114,10 +114,7 @@ MODELS = {
 
 
 def gram(sizes: Sequence[tuple[int, int, int, int]], model: Model) -> Cost:
-  """Returns the cost of all pairs' inner products, of rows and of columns.
-
-  `sizes` holds (S, T, m, n) of each list of factors; S is the same for all.
-  """
+  """Returns the cost of all pairs' inner products, of lists of (S, T, m, n)."""
   (count, *_), *_ = sizes
   positions = sum(more for _, more, _, _ in sizes)
   widths = max(((m, n) for _, _, m, n in sizes), key=sum)

@@ -37,10 +37,7 @@ class DotGeneral(layer_rule.LayerRule):
   def to_factors(
     self, use: WeightUse, operand: jax.Array, cotangent: jax.Array
   ) -> factors.Dense:
-    """Returns the factors, in the dtype of the model.
-
-    Iterations that share the weight count as positions.
-    """
+    """Returns the factors; iterations that share the weight are positions."""
     _, _, m, n = self.factor_sizes(use)
     batch, contracted, free = _axes(use).operand
     num_batch, num_free = len(batch), len(free)

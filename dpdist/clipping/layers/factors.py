@@ -72,10 +72,7 @@ def layout(use: WeightUse, roles: tuple[tuple[int, ...], ...]) -> Layout | None:
 
 
 def swapped(one: Layout, other: Layout) -> bool | None:
-  """Returns whether rows and columns are swapped in another layout of an array.
-
-  Returns None if the factors cannot be used together.
-  """
+  """Returns whether a layout swaps rows and columns; None: they do not fit."""
   if one == other:
     return False
   if one == other._replace(rows=other.columns, columns=other.rows):
@@ -181,10 +178,7 @@ def _norms(x: jax.Array) -> jax.Array:
 def _inner(
   one: _Unit, other: _Unit, precision: Any
 ) -> tuple[jax.Array, jax.Array]:
-  """Returns two gradients' inner product for each of the S weights.
-
-  The second result is by how much it may be too small.
-  """
+  """Returns two gradients' inner product for each of the S, and its error."""
   rows, of_rows = _inner_rows(one, other, precision)
   columns, of_columns = inner_products.gram(
     one.columns, other.columns, precision

@@ -67,10 +67,7 @@ def gram(x: jax.Array, y: jax.Array, precision: Any) -> tuple[jax.Array, float]:
 def sum_of_products(
   rows: InnerProducts, columns: InnerProducts
 ) -> tuple[jax.Array, jax.Array]:
-  """Sums inner products of rows times those of columns, over all pairs.
-
-  Returns the sum, [...], and a bound on its errors.
-  """
+  """Sums inner products of rows times those of columns, with an error."""
   # In any order of additions, no term goes through more additions than that.
   added = sum(rows.products.shape[-2:])
   of_rows = rows.error + added * _rounding(rows.one.dtype)
@@ -86,11 +83,7 @@ def sum_of_products(
 
 
 def _sum_by_rows(x: jax.Array) -> jax.Array:
-  """Sums over the last two axes, one after the other.
-
-  A single sum may add up T U numbers in a row, with up to T U roundings instead
-  of T + U.
-  """
+  """Sums over the last two axes one after the other, with T + U roundings."""
   # Without a barrier the compiler would make one sum of the two.
   return jnp.sum(jax.lax.optimization_barrier(jnp.sum(x, axis=-1)), axis=-1)
 

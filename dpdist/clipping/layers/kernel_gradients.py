@@ -125,10 +125,7 @@ def arrange(
 def _window(
   g: Geometry, x: jax.Array, offset: tuple[int, ...], axis: int
 ) -> jax.Array:
-  """Returns the entries of x that an offset of the kernel meets.
-
-  Space begins at the given axis.
-  """
+  """Returns the entries of x that an offset meets, space from an axis on."""
   index = [slice(None)] * axis
   for k, step, d, n in zip(
     offset, g.strides, g.dilation, g.output, strict=False
@@ -137,17 +134,10 @@ def _window(
   return x[tuple(index)]
 
 
-def _offsets(g: Geometry) -> list[tuple[int, ...]]:
-  return list(itertools.product(*map(range, g.kernel)))
-
-
 def instantiate(
   use: WeightUse, x: jax.Array, cotangent: jax.Array, platform: str
 ) -> jax.Array:
-  """Computes the gradient of the kernel for one example, float32 or wider.
-
-  The input x and the cotangent are without loops.
-  """
+  """Computes the gradient of the kernel for one example, without loops."""
   if platform == "tpu":
     return _by_convolution(use)(x[None], cotangent[None])[0]
   g = geometry(use)
@@ -368,6 +358,7 @@ def patches(
   """
   g = geometry(use)
   x, cotangent = arrange(g, x, cotangent)
-  rows = jnp.concatenate([_window(g, x, k, 1) for k in _offsets(g)], axis=-1)
+  offsets = itertools.product(*map(range, g.kernel))
+  rows = jnp.concatenate([_window(g, x, k, 1) for k in offsets], axis=-1)
   by_group = lambda y: jnp.moveaxis(y.reshape(-1, g.groups, y.shape[-1]), 1, 0)
   return factors.Dense(by_group(rows), by_group(cotangent))

@@ -34,17 +34,11 @@ from dpdist.clipping.trace.program import WeightUse
 
 @dataclasses.dataclass(frozen=True)
 class Strategy:
-  """A way to the norms of gradients.
+  """A way to the norms of gradients."""
 
-  Attributes:
-    text: the strategy in words, for `ClippedGrad.explain`.
-    forms: whether it forms the gradients.
-    stores: whether it stores them for the sum. If not, a separate product
-      computes the sum.
-  """
-
-  text: str
-  forms: bool = False
+  text: str  # In words, for `ClippedGrad.explain`.
+  forms: bool = False  # Whether it forms the gradients.
+  # Whether it stores them for the sum; else a product computes the sum.
   stores: bool = False
 
 
@@ -129,16 +123,10 @@ class LayerRule:
   ) -> jax.Array:
     """Returns the norm of the gradient by one of `strategies`.
 
-    Args:
-      strategy: the one that was chosen.
-      use: where the weight is used.
-      operand: what the weight met.
-      cotangent: the gradient of the result.
-      unit_roundoff: relative error with which the summing product rounds its
-        operands; 0 if it does not round them.
-
-    Returns:
-      Scalar, float32 or wider.
+    `operand` is what the weight met, and `cotangent` the gradient of the
+    result. unit_roundoff is the relative error with which the summing product
+    rounds its operands; 0 if it does not round them. The norm is float32 or
+    wider.
     """
     raise NotImplementedError
 
@@ -161,10 +149,7 @@ class LayerRule:
     cotangent: jax.Array,
     platform: str,
   ) -> jax.Array:
-    """Returns the gradient of the weight, of its weight_shape.
-
-    It is float32 or wider.
-    """
+    """Returns the gradient of the weight, of its shape, float32 or wider."""
     del platform
     assert operand is not None
     return product_gradient(use, operand, cotangent, use.weight.loops)
@@ -174,15 +159,10 @@ class LayerRule:
   ) -> jax.Array:
     """Sums gradients over the examples of a batch.
 
-    Args:
-      use: where the weight is used.
-      operand: what the weight met; leading axis B, then the loops.
-      cotangent: the gradient of the result, in the same form. It is scaled by
-        the examples' factors if `multiplies` is False; otherwise either it or
-        the operand is.
-
-    Returns:
-      The sum, of the weight's weight_shape, float32 or wider.
+    `operand`, what the weight met, and `cotangent` have a leading axis B, then
+    the loops. The cotangent is scaled by the examples' factors if `multiplies`
+    is False; otherwise either it or the operand is. The sum is of the weight's
+    weight_shape, float32 or wider.
     """
     return product_gradient(use, operand, cotangent, (False, *use.weight.loops))
 
@@ -195,16 +175,9 @@ def product_gradient(
 ) -> jax.Array:
   """Returns the gradient of a layer's weight by JAX's own derivative.
 
-  Args:
-    use: where the weight is used.
-    operand: what the weight met; with leading axes.
-    cotangent: the gradient of the output, with the same leading axes.
-    each: for each leading axis, whether every entry has its own weight; the
-      gradients are summed along the others.
-
-  Returns:
-    The gradient, with those leading axes for which each is True; float32 or
-    wider.
+  `operand`, what the weight met, and the output's gradient have the same
+  leading axes. `each` says for each of these whether every entry has its own
+  weight; the gradients, float32 or wider, are summed along the others.
   """
   cotangent = norms.widen(cotangent)
   changed = {}

@@ -33,10 +33,7 @@ def widen(x: jax.Array) -> jax.Array:
 
 
 def of(x: jax.Array, axes: int | Sequence[int] | None = None) -> jax.Array:
-  """Returns the norm of x along some axes, or of all of it; float32 or wider.
-
-  It is not finite where an entry is not, or where it exceeds the dtype.
-  """
+  """Returns norms along axes; not finite where an entry or the norm is not."""
   unit, power = scaled(x.astype(wide(x.dtype)), axes)
   root = jnp.sqrt(jnp.sum(jnp.square(unit), axis=axes))
   return times_power_of_two(root, power.reshape(root.shape))
@@ -94,10 +91,9 @@ def scaled(
 
 
 def exponent(x: jax.Array) -> jax.Array:
-  """Returns the n with 2^n <= x < 2^(n + 1), int32, for float32 or float64.
+  """Returns the n with 2^n <= x < 2^(n + 1), int32, so that 2^-n is normal.
 
-  n is limited so that 2^n and 2^-n are normal numbers. If x is not finite, it
-  is the largest one.
+  If x is not finite, it is the largest one.
   """
   kind, fraction = _LAYOUTS[x.dtype]
   most = _most(x.dtype)

@@ -64,10 +64,7 @@ class Rule:
     cotangents: Mapping[Any, jax.Array],
     unit_roundoff: float,
   ) -> jax.Array:
-    """Returns the norm of one example's gradient without forming it.
-
-    Operands and cotangents are by use; see `LayerRule.norm`.
-    """
+    """Returns the norm of one example's gradient without forming it."""
     first = self.uses[0]
     if self.form is not Form.FACTORS:
       return first.layer.norm(
@@ -109,8 +106,7 @@ def find(
 ) -> layer_rule.LayerRule | None:
   """Returns the first rule of an equation with a weight, or None.
 
-  `operand` says which operand is the weight. Without an equation, the rule is
-  that of the per-example fallback.
+  Without an equation, the rule is that of the per-example fallback.
   """
   if eqn is None:
     return _FALLBACK

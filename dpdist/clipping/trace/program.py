@@ -153,7 +153,7 @@ class Block:
 
   def has_custom_vjp(self) -> bool:
     """Returns whether it has a custom derivative, which may be nonlinear."""
-    return any(map(has_custom_vjp, self.jaxpr.jaxpr.eqns))
+    return any(calls(eqn, "custom_vjp") for eqn in self.jaxpr.jaxpr.eqns)
 
   def kind_of(self, atom: Any) -> Kind:
     """Returns the kind of a variable; literals are constants."""
@@ -221,11 +221,6 @@ def without_calls(closed: core.ClosedJaxpr) -> core.ClosedJaxpr:
   return jax.make_jaxpr(lambda *args: run(closed.jaxpr, closed.consts, args))(
     *[x.aval for x in closed.jaxpr.invars]
   )
-
-
-def has_custom_vjp(eqn: Any) -> bool:
-  """Returns whether an equation is or calls one with a custom derivative."""
-  return calls(eqn, "custom_vjp")
 
 
 def calls(eqn: Any, prefix: str) -> bool:

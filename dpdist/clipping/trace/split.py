@@ -392,22 +392,14 @@ def _inputs_of(block: Block, var: Any) -> frozenset[Any]:
 
 
 def _must_be_data(eqn: Any) -> bool:
-  """Returns whether gradients must not be summed before they pass an equation.
-
-  A custom derivative need not be linear in the cotangent, and norms here are
-  those of real numbers.
-  """
-  return program.has_custom_vjp(eqn) or any(
+  """Returns whether gradients must not be summed before an equation."""
+  return program.calls(eqn, "custom_vjp") or any(
     jnp.issubdtype(x.aval.dtype, jnp.complexfloating) for x in eqn.outvars
   )
 
 
 def _is_of_one_range(eqn: Any) -> bool:
-  """Returns whether norms and sums of a product are computed in one dtype.
-
-  A number that is finite or normal in a wider dtype need not be in a narrower
-  one.
-  """
+  """Returns whether a product's norms and sums are computed in one dtype."""
   dtypes = [x.aval.dtype for x in (*eqn.invars, *eqn.outvars)]
   floats = [x for x in dtypes if jnp.issubdtype(x, jnp.floating)]
   return len({jnp.promote_types(x, jnp.float32) for x in floats}) == 1

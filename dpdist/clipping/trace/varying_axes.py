@@ -57,10 +57,7 @@ def abstract_varying_axes(tree: PyTree) -> frozenset[str]:
 
 
 def collective_over(jaxpr: Any, axes: frozenset[str]) -> str | None:
-  """Returns the name of a primitive that sends values along axes, or None.
-
-  The jaxpr is searched with all that it calls.
-  """
+  """Returns the name of a primitive within that sends along axes, or None."""
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
     along = eqn.params.get("axes", eqn.params.get("axis_name", ()))

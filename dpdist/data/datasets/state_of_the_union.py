@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from dpdist import _validation
 from dpdist.assets import tokenizers
 from dpdist.data import arrays as arrays_lib
 from dpdist.data import sources
@@ -43,10 +44,9 @@ def load(
   years, spread evenly: inputs and targets int32 (sequence_length,), targets one
   token ahead.
   """
-  if sequence_length < 1:
-    raise ValueError(
-      f"data.sequence_length must be at least 1, got {sequence_length}"
-    )
+  _validation.require(
+    sequence_length >= 1, "data.sequence_length", "at least 1", sequence_length
+  )
   size = sequence_length + 1  # One token more: the last target.
   speeches = _read(path)
   encoded = tokenizers.load(tokenizer).encode(

@@ -74,10 +74,7 @@ class FeatureSource(arrays_lib.ArraySource):
     sha256: str,
     stamps: stamps_lib.FileStamps,
   ):
-    """Makes a source of stored features and the examples' targets.
-
-    The stamps are of the file that stores them, from before it was hashed.
-    """
+    """Makes a source of stored features, stamped before they were hashed."""
     super().__init__({"inputs": inputs, "targets": targets})
     self._digest = source.content_digest()
     self._source = source

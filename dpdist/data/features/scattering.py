@@ -13,7 +13,6 @@ they cost no privacy, and may be computed once.
 """
 
 import functools
-from typing import NamedTuple
 
 import numpy as np
 
@@ -68,15 +67,16 @@ def transform(images: np.ndarray) -> np.ndarray:
 
 def _planes(x: np.ndarray) -> np.ndarray:
   """Maps float32 (m, height, width) to (m, 81, height / 4, width / 4)."""
-  edges = [_margin(size) for size in x.shape[1:]]
+  # The padding keeps the square at an edge from other edges.
+  edges = [(_STEP, _STEP + -size % _STEP) for size in x.shape[1:]]
   x = np.pad(x, [(0, 0), *edges], mode="reflect")
-  bank = _bank(*x.shape[1:])
+  wavelets = _wavelets(*x.shape[1:])
   averaged = [_average(x[:, None], 0)]
   twice: list[np.ndarray] = []
   spectrum = np.fft.fft2(x)
   for scale in range(_SCALES):
     # (m, L, height / 2**scale, width / 2**scale)
-    once = _modulus(spectrum[:, None] * bank.wavelets[0][scale], 2**scale)
+    once = _modulus(spectrum[:, None] * wavelets[0][scale], 2**scale)
     averaged.append(_average(once, scale))
     if scale + 1 == _SCALES:
       break
@@ -84,15 +84,10 @@ def _planes(x: np.ndarray) -> np.ndarray:
       inner = np.fft.fft2(once[:, orientation])[:, None]
       for coarser in range(scale + 1, _SCALES):
         again = _modulus(
-          inner * bank.wavelets[scale][coarser], 2 ** (coarser - scale)
+          inner * wavelets[scale][coarser], 2 ** (coarser - scale)
         )
         twice.append(_average(again, coarser))
   return np.concatenate(averaged + twice, axis=1)
-
-
-def _margin(size: int) -> tuple[int, int]:
-  """Returns the padding that keeps the square at an edge from other edges."""
-  return _STEP, _STEP + -size % _STEP
 
 
 def _modulus(spectrum: np.ndarray, factor: int) -> np.ndarray:
@@ -109,33 +104,26 @@ def _modulus(spectrum: np.ndarray, factor: int) -> np.ndarray:
 def _average(x: np.ndarray, level: int) -> np.ndarray:
   """Returns Gaussian averages at every fourth pixel inside the margin.
 
-  `x`, (..., height / 2**level, width / 2**level), has been halved `level`
-  times.
+  `x`, (..., height / 2**level, width / 2**level), was halved `level` times.
   """
   rows, columns = (_averaging(size * 2**level, level) for size in x.shape[-2:])
   return rows @ x @ columns.T
 
 
-class _Bank(NamedTuple):
-  """Filters for images of one size."""
-
-  # By level and scale, spectra float32 (L, height, width) of the level's size.
-  # Morlet wavelets' spectra are real.
-  wavelets: list[list[np.ndarray]]
-
-
 @functools.cache
-def _bank(height: int, width: int) -> _Bank:
+def _wavelets(height: int, width: int) -> list[list[np.ndarray]]:
+  """Returns filters by level and scale, spectra float32 (L, height, width).
+
+  Height and width are the level's. Morlet wavelets' spectra are real.
+  """
   full = [
     np.stack([_morlet(height, width, j, k) for k in range(_ORIENTATIONS)])
     for j in range(_SCALES)
   ]
-  return _Bank(
-    [
-      [_low(spectra, level).astype(np.float32) for spectra in full]
-      for level in range(_SCALES)
-    ]
-  )
+  return [
+    [_low(spectra, level).astype(np.float32) for spectra in full]
+    for level in range(_SCALES)
+  ]
 
 
 def _low(spectrum: np.ndarray, level: int) -> np.ndarray:
