@@ -120,7 +120,7 @@ def _parse(
   except (flags.Error, TypeError, ValueError) as error:
     if "--config=None" in str(error) and flags.FLAGS["config"].present:
       sys.exit(usage_error(_NO_SETTINGS, _try_help()))
-    if missing := _missing():
+    if "other than None" in str(error) and (missing := _missing()):
       sys.exit(_not_given(missing))
     if "Traceback" in str(error):
       sys.exit(_not_loaded(_last_line(error)))

@@ -354,6 +354,7 @@ def test_no_two_chunks_of_a_fit_share_their_randomness(workdir):
   assert len(set(spy.random)) == len(spy.random)
 
 
+@pytest.mark.slow
 def test_randomness_goes_by_the_place_in_the_step_and_not_in_the_chunk(
   tmp_path,
 ):

@@ -730,6 +730,7 @@ def test_a_run_without_a_guarantee_takes_no_part(tmp_path, void):
   assert not (tmp_path / "run" / "ledger").exists()
 
 
+@pytest.mark.slow
 def test_a_stake_that_the_ledger_was_not_told_of_is_given_back(
   tmp_path, monkeypatch
 ):

@@ -82,6 +82,7 @@ _OTHER_PLANS = {
   "noise_options": {"taps": 2},
   "clipping": "identity_clipper",
   "clipping_options": {"quantile": 0.5},
+  "statistics_noise_multiplier": 5.0,
 }
 # What both plans need, so that the field makes sense.
 _BOTH_PLANS = {

@@ -127,6 +127,7 @@ def _config(**changes):
   return config
 
 
+@pytest.mark.slow
 def test_a_run_trains_on_a_data_set_from_outside(outside, tmp_path):
   (outside / "toy_data.py").write_text(_DATASET)
   result = dpdist.train(_config(), tmp_path / "run")

@@ -219,6 +219,7 @@ def test_the_sum_is_that_of_floats_up_to_rounding():
   assert int(stats.num_examples) == 100
 
 
+@pytest.mark.slow
 def test_randomness_belongs_to_the_place_in_the_steps_list():
   loss = lambda params, example, rng: (
     params["w"][example["i"]] * jax.random.normal(rng),

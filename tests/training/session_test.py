@@ -101,6 +101,7 @@ def _problems(workdir) -> list[str]:
     return [x.problem for x in verify.verify(workdir, ledger) if x.problem]
 
 
+@pytest.mark.slow
 def test_a_run_is_made_once_and_can_be_read_by_the_commands(tmp_path):
   seen: list[Any] = []
   _, spent = _loop(tmp_path, seen=seen)
@@ -224,6 +225,7 @@ def test_gradients_are_those_of_the_mechanism_under_the_steps_keys(tmp_path):
   assert len(got["w"].sharding.device_set) == 8
 
 
+@pytest.mark.slow
 def test_a_loader_of_ones_own_reads_what_was_drawn(tmp_path):
   params, data = {"w": jnp.ones(2)}, _data()
   options = {"dataset": None, "data_digest": "d" * 64, "insecure_seed": 1}
@@ -521,6 +523,7 @@ def test_a_step_is_of_one_thread_and_of_one_process(tmp_path):
     session.__enter__()
 
 
+@pytest.mark.slow
 def test_a_bare_array_may_be_given_and_a_state_is_saved_once(tmp_path):
   def loss(params, example, key, offset):
     return _loss(params, example, key) + jnp.sum(offset * params["w"])
@@ -563,6 +566,7 @@ def test_nothing_is_released_after_clipping_was_found_wrong(
     assert session._life.ledger.guarantee != "holds"
 
 
+@pytest.mark.slow
 def test_an_error_after_the_last_save_leaves_the_result(tmp_path):
   params = {"w": jnp.zeros(2)}
 
