@@ -87,6 +87,7 @@ def test_newest_checkpoint_scores_as_the_run_said(run, scores):
   assert facts["guarantee"] == "holds"
 
 
+@pytest.mark.slow
 def test_an_older_checkpoint_scores_as_it_did_then(run):
   facts = load_run.evaluate(_load(run[0], step=2))
   (row,) = (row for row in metrics.read(run[0]) if row["step"] == 2)

@@ -163,6 +163,7 @@ def _budget_without_jax(*args):
   return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_budget_of_a_config_without_jax():
   code, out, err = _budget_without_jax(_DIGITS, "--json")
   assert code == 0, err
@@ -234,6 +235,7 @@ def test_budget_of_a_changed_run_quotes_the_dearest_of_its_plans(tmp_path):
   assert facts["epsilon_planned"] == pytest.approx(bounds[-1])
 
 
+@pytest.mark.slow
 def test_a_reader_that_ends_is_no_fault():
   done = subprocess.run(
     [

@@ -108,6 +108,7 @@ _ENGINES = [
 
 
 @pytest.mark.parametrize("engine", _ENGINES)
+@pytest.mark.slow
 def test_a_dry_run_prints_all_and_says_what_it_will_spend(engine, tmp_path):
   args = [
     f"--to={engine}",
@@ -130,6 +131,7 @@ def test_a_dry_run_prints_all_and_says_what_it_will_spend(engine, tmp_path):
 
 
 @pytest.mark.parametrize("engine", _ENGINES)
+@pytest.mark.slow
 def test_a_missing_tool_is_named(engine, tmp_path):
   done = subprocess.run(
     [

@@ -250,6 +250,7 @@ def test_a_write_that_comes_late_shuts_its_writer_out_and_no_other(location):
 
 
 @pytest.mark.parametrize("lost", ["answer", "request"])
+@pytest.mark.slow
 def test_a_proposal_is_written_once_whatever_is_lost(location, proxy, lost):
   left = [3]
 

@@ -57,6 +57,7 @@ def run(tmp_path_factory):
   return run
 
 
+@pytest.mark.slow
 def test_a_run_tells_them_to_its_owner_alone(run):
   folder = run.workdir / telemetry.FOLDER
   assert stat.S_IMODE(folder.stat().st_mode) == 0o700

@@ -295,6 +295,7 @@ def test_one_example_is_no_longer_than_the_clip_norm():
     pytest.param(3e5, marks=pytest.mark.slow),
   ],
 )
+@pytest.mark.slow
 def test_all_examples_in_one_direction_do_not_overflow(sign, clip_norm):
   loss = lambda params, example, rng: (
     sign * 1e9 * params["w"][0] * example["x"],

@@ -195,6 +195,7 @@ def test_an_error_in_the_loop_gives_back_what_did_not_begin(tmp_path):
   assert not _problems(tmp_path)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_mechanism_under_the_steps_keys(tmp_path):
   params = {"w": jnp.array([0.5, -0.25])}
   with _session(tmp_path) as session:

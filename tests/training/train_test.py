@@ -172,6 +172,7 @@ def test_training_loss_batch_size_and_clip_fraction_stay_inside(finished):
       assert b'"batch_size"' not in text, file
 
 
+@pytest.mark.slow
 def test_unsafe_metrics_show_them_and_say_so(tmp_path, capsys):
   result = dpdist.train(_config(unsafe_metrics=True), tmp_path)
   assert "unsafe_metrics" in result["guarantee"]
