@@ -27,6 +27,20 @@ _LEAST = 2.0**-10
 Released = Mapping[str, Any]
 
 
+def is_numbers(values: Sequence[Any] | None) -> bool:
+  """Returns whether a list of classes or categories is one of numbers."""
+  numbers = (int, float, np.integer, np.floating)
+  return bool(values) and all(
+    isinstance(value, numbers) for value in values or ()
+  )
+
+
+def compared(values: Sequence[Any]) -> tuple[Any, ...]:
+  """Returns a list of declared values as those of rows are compared with."""
+  kind = float if is_numbers(values) else str
+  return tuple(map(kind, values))
+
+
 @dataclasses.dataclass(frozen=True)
 class _Bounded:
   """A query about numbers within public bounds.

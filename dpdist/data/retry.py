@@ -160,7 +160,10 @@ class RetryingSource:
         if error is None:
           return attempt.value
         if isinstance(error, ValueError):
-          raise errors.ReadError(f"{self._name} cannot be read: {error}")
+          # That of a text would hold a byte of somebody's row.
+          is_text = isinstance(error, UnicodeError)
+          said = "a text is not UTF-8" if is_text else error
+          raise errors.ReadError(f"{self._name} cannot be read: {said}")
         if not isinstance(error, OSError):
           raise error
         # Not the whole text, which may have the name of a file.

@@ -57,7 +57,7 @@ class Column:
   def to_list(self) -> list[Any]:
     """Returns all that decides what is asked, JSON-able."""
     query = dataclasses.asdict(self.query)
-    declared = [str(x) for x in self.declared]
+    declared = [*map(str, queries.compared(self.declared))]
     kind = self.query.kind
     return [self.name, kind, query, list(self.shape), declared, dict(self.made)]
 

@@ -1,9 +1,10 @@
 """Gaussian noise on exact integers, the same on every machine.
 
 The noise is computed in decimal arithmetic of 100 digits, whose results are
-defined to the last digit, from a key alone. A draw is that of a real-valued
-Gaussian up to a distance of about 2**-120 in total variation, and has no gaps
-that anyone could see: its uniform numbers have 128 bits.
+defined to the last digit, from a key alone. Its uniform numbers have 128 bits,
+so that a draw is that of a real-valued Gaussian up to a distance in total
+variation of about stddev * 2**-124, which is 2**-88 where a multiplier of 20
+meets a grid of 2**32.
 
 The noise is rounded down to a whole number. Rounding down an integer plus noise
 is the same integer plus the noise rounded down, so what is released is a

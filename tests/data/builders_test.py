@@ -1,5 +1,6 @@
 """What all of `dpdist.data.from_*` share: options, digests and the split."""
 
+import math
 import subprocess
 import sys
 
@@ -59,7 +60,7 @@ def test_columns_have_their_own_names_if_none_are_asked_for():
 
 
 def test_several_columns_are_joined_in_the_order_given():
-  columns = {"a": [1.0, 2], "b": [[3, 4], [5, 6]], "c": [True, False]}
+  columns = {"a": [1.0, 2.0], "b": [[3, 4], [5, 6]], "c": [True, False]}
   batch = _one(columns, inputs=["b", "c", "a"], targets=["a", "c"])
   np.testing.assert_array_equal(batch["inputs"], [[3, 4, 1, 1], [5, 6, 0, 2]])
   np.testing.assert_array_equal(batch["targets"], [[1, 1], [2, 0]])
@@ -67,10 +68,10 @@ def test_several_columns_are_joined_in_the_order_given():
 
 
 def test_inputs_may_be_several_arrays():
-  columns = {"q": [1, 2], "d": [3, 4], "w": [0.5, 1], "y": [0, 1]}
+  columns = {"q": [1, 2], "d": [3, 4], "w": [0.5, 1.0], "y": [0, 1]}
   batch = _one(columns, inputs={"query": "q", "rest": ["d", "w"]}, targets="y")
   assert sorted(batch) == ["query", "rest", "targets"]
-  np.testing.assert_array_equal(batch["rest"], [[3, 0.5], [4, 1]])
+  np.testing.assert_array_equal(batch["rest"], [[3.0, 0.5], [4, 1]])
 
 
 def test_classes_are_numbered_as_declared_and_others_are_no_label():
@@ -92,7 +93,7 @@ def test_classes_may_be_numbers():
 
 
 def test_categories_become_places_and_an_unlisted_value_none():
-  columns = {"age": [1.0, 2, 3], "job": ["cook", "king", "nurse"]}
+  columns = {"age": [1.0, 2.0, 3.0], "job": ["cook", "king", "nurse"]}
   batch = _one(
     columns, inputs=["job", "age"], categories={"job": ["nurse", "cook"]}
   )
@@ -102,7 +103,10 @@ def test_categories_become_places_and_an_unlisted_value_none():
 
 
 def test_public_statistics_scale_and_missing_fills():
-  columns = {"age": [30.0, np.nan, 50], "pixels": np.full((3, 4), 51, np.uint8)}
+  columns = {
+    "age": [30.0, np.nan, 50.0],
+    "pixels": np.full((3, 4), 51, np.uint8),
+  }
   batch = _one(
     columns,
     inputs={"age": "age", "pixels": "pixels"},
@@ -119,7 +123,7 @@ def test_nothing_is_computed_from_the_training_rows():
   """One row changed in any way changes no other, however extreme it is."""
   parts = [
     _one(
-      {"x": [1.0, 2, x], "job": ["a", "b", job], "y": ["no", "yes", label]},
+      {"x": [1.0, 2.0, x], "job": ["a", "b", job], "y": ["no", "yes", label]},
       inputs=["x", "job"],
       targets="y",
       classes=["no", "yes"],
@@ -198,7 +202,7 @@ def test_a_map_that_writes_into_its_argument_changes_no_data():
 
 def test_no_rows_can_be_read_and_repeated_ones():
   source = data.from_arrays(
-    {"x": np.ones((3, 2))}, test={"x": [[1.0, 2]]}
+    {"x": np.ones((3, 2))}, test={"x": [[1.0, 2.0]]}
   ).train
   assert source.read(np.zeros(0, np.int64))["x"].shape == (0, 2)
   assert source.read(np.array([2, 2, 0]))["x"].shape == (3, 2)
@@ -216,6 +220,24 @@ def test_examples_must_all_be_like_the_first():
     dataset.train.read(np.array([1]))
 
 
+@pytest.mark.parametrize(
+  "column",
+  [
+    [1, 2, 2.5],
+    [1, 2, math.nan],
+    [1, True],
+    [1, "2"],
+    [np.uint8(1), 2.0],
+    [[1, 2], [1.0, 2.0]],
+    [1, None],
+  ],
+)
+def test_a_list_of_several_types_is_refused(column):
+  """One row would decide how all are read, and in which part they are."""
+  with pytest.raises(errors.ArgumentError, match=r"'x' must be .* of one type"):
+    _one({"x": column})
+
+
 # The digest of the content.
 
 
@@ -223,14 +245,14 @@ def test_digest_is_of_the_rows_in_their_order():
   digest = lambda columns, **options: data.from_arrays(
     columns, test=columns, **options
   ).train.content_digest()
-  first = digest({"x": [1.0, 2], "y": ["a", "b"]})
-  assert first == digest({"y": np.array(["a", "b"]), "x": np.array([1.0, 2])})
+  first = digest({"x": [1.0, 2.0], "y": ["a", "b"]})
+  assert first == digest({"y": np.array(["a", "b"]), "x": np.array([1.0, 2.0])})
   for other in (
-    {"x": [2.0, 1], "y": ["b", "a"]},
-    {"x": [1.0, 2], "y": ["a", "c"]},
+    {"x": [2.0, 1.0], "y": ["b", "a"]},
+    {"x": [1.0, 2.0], "y": ["a", "c"]},
     {"x": [1, 2], "y": ["a", "b"]},
-    {"x": [1.0, 2, 2], "y": ["a", "b", "b"]},
-    {"x": [[1.0], [2]], "y": ["a", "b"]},
+    {"x": [1.0, 2.0, 2.0], "y": ["a", "b", "b"]},
+    {"x": [[1.0], [2.0]], "y": ["a", "b"]},
   ):
     assert digest(other) != first
 
@@ -409,7 +431,7 @@ def test_a_number_and_its_text_are_the_same_user():
 
 
 def test_a_user_in_both_given_parts_is_refused():
-  columns = {"x": [1.0, 2], "who": ["a", "b"]}
+  columns = {"x": [1.0, 2.0], "who": ["a", "b"]}
   with pytest.raises(
     errors.ArgumentError, match=r"no user in both parts.*got 1"
   ):

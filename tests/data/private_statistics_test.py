@@ -13,6 +13,7 @@ from dpdist.data import queries
 from dpdist.data import sources
 from dpdist.data import statistics
 from dpdist.data import users as users_lib
+from dpdist.data.builders import encoding
 
 _ANY = st.floats(width=64, allow_nan=True, allow_infinity=True)
 _BOUNDS = [(-1.0, 1.0), (0.0, 120.0), (1e-300, 1e300), (-5e-290, 5e-290)]
@@ -217,6 +218,7 @@ def test_what_is_asked_has_a_digest_and_an_encoding_of_its_own():
   others = [_made(private_statistics=each) for each in asked]
   others.append(_made(categories={"job": ["cook", "nurse", "judge", "pilot"]}))
   others.append(_made(missing=3))
+  others += [_made(categories={"job": [x]}) for x in (0.1, np.float32(0.1))]
   # What is compared as a number is found in other cells.
   for listed in ([1, 2], ["1", "2"]):
     changes = {"job": listed}
@@ -230,6 +232,26 @@ def test_what_is_asked_has_a_digest_and_an_encoding_of_its_own():
   # The data is the same.
   assert len({x.train.content_digest() for x in (first, *others)}) == 1
   assert sources.private_statistics(_made(private_statistics={}).train) is None
+
+
+def test_declared_values_are_compared_as_what_they_are_in_the_digest():
+  """A list that was looked up before, and is equal, says nothing of another."""
+  column = {"c": ["1", "1.0", "a"]}
+  found = [
+    data.from_arrays(
+      column, test=column, inputs="c", categories={"c": declared}
+    ).train.read(np.arange(3))["inputs"]
+    for declared in ([1.0, "a"], [1, "a"])
+  ]
+  assert not np.array_equal(*found)
+
+
+def test_a_value_that_is_of_no_kind_counts_as_no_declared_one():
+  """And ends in no error, which would tell of the row, and of nothing else."""
+  values = np.empty(3, object)
+  values[:] = [[1, 2], b"\xff", 10**400]
+  assert encoding._places(values, [1, 2]).tolist() == [-1, -1, -1]
+  assert encoding._places(values, ["1", "2"]).tolist() == [-1, -1, -1]
 
 
 def test_users_have_a_vector_each():
@@ -280,6 +302,16 @@ def test_queries_that_do_not_fit_their_column_are_named(query, message):
   made = _made(private_statistics=query)
   with pytest.raises(errors.ArgumentError, match=message):
     sources.private_statistics(made.train)
+
+
+class _Own(queries.Counts):
+  """A query of the caller's, whose code could say anything of a row."""
+
+
+def test_a_query_of_the_callers_own_class_is_refused():
+  asked = _OPTIONS["private_statistics"] | {"job": _Own()}
+  with pytest.raises(errors.ArgumentError, match=r"must be a dpdist\.data"):
+    _made(private_statistics=asked)
 
 
 @pytest.mark.parametrize(

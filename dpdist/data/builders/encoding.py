@@ -318,7 +318,7 @@ def _join(parts: Sequence[np.ndarray], columns: Sequence[str]) -> np.ndarray:
 
 def _places(values: np.ndarray, declared: Sequence[Any]) -> np.ndarray:
   """Returns the place of each value in a declared list, -1 for none; int32."""
-  places = options_lib.lookup(tuple(declared))
+  places = options_lib.lookup(declared)
   is_numbers = options_lib.is_numbers(declared)
   found = [
     places.get(_compared(value, is_numbers), _NO_LABEL)
@@ -332,12 +332,14 @@ def _compared(value: Any, is_number: bool) -> Any:
     return _text(value).strip()
   try:
     return float(value)
-  except ValueError:
+  except (ValueError, TypeError, OverflowError):
     return None
 
 
 def _text(value: Any) -> str:
-  return value.decode() if isinstance(value, bytes) else str(value)
+  # An error would name a byte of somebody's row.
+  is_bytes = isinstance(value, bytes)
+  return value.decode(errors="replace") if is_bytes else str(value)
 
 
 def _one_hot(places: np.ndarray, count: int) -> np.ndarray:

@@ -26,7 +26,7 @@ class MemoryTable:
   """
 
   def __init__(self, columns: Mapping[str, Any], name: str):
-    self._columns = {key: _as_column(x) for key, x in columns.items()}
+    self._columns = {key: _as_column(x, key) for key, x in columns.items()}
     shapes = {key: array.shape for key, array in self._columns.items()}
     if len({shape[:1] for shape in shapes.values()}) != 1 or (
       () in shapes.values()
@@ -56,7 +56,14 @@ class MemoryTable:
     return self
 
 
-def _as_column(values: Any) -> np.ndarray:
+def _as_column(values: Any, name: str) -> np.ndarray:
+  """Returns a column as an array.
+
+  Raises ValueError for a list of several types: one row would then decide how
+  all others are read, and which part of the data they are in.
+  """
+  if isinstance(values, list | tuple):
+    table_lib.check_one_type(values, name)
   try:
     return np.asarray(values)
   except ValueError:  # Lists of different lengths.

@@ -205,7 +205,8 @@ def _check_statistics(statistics: Mapping[str, Any]) -> None:
 def _check_queries(given: Mapping[str, Any]) -> None:
   for column, query in (given.get("private_statistics") or {}).items():
     name = f"private_statistics[{column!r}]"
-    if not isinstance(query, queries.KINDS):
+    # No class of the caller's, whose code could say anything of a row.
+    if type(query) not in queries.KINDS:
       raise errors.ArgumentError(
         f"{name} must be a dpdist.data.Standardized, Quantiles or Counts, got"
         f" {query!r}"
@@ -297,16 +298,14 @@ def _check_columns(
     )
 
 
-def is_numbers(values: Sequence[Any] | None) -> bool:
-  """Returns whether a list of classes or categories is one of numbers."""
-  numbers = (int, float, np.integer, np.floating)
-  return bool(values) and all(
-    isinstance(value, numbers) for value in values or ()
-  )
+is_numbers = queries.is_numbers
+
+
+def lookup(values: Sequence[Any]) -> dict[Any, int]:
+  """Returns the place of each declared value, by what it is compared as."""
+  return _lookup(queries.compared(values))
 
 
 @functools.cache
-def lookup(values: tuple[Any, ...]) -> dict[Any, int]:
-  """Returns the place of each declared value, by what it is compared as."""
-  kind = float if is_numbers(values) else str
-  return {kind(value): place for place, value in enumerate(values)}
+def _lookup(compared: tuple[Any, ...]) -> dict[Any, int]:
+  return {value: place for place, value in enumerate(compared)}

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dpdist import errors
 from dpdist.data import sources
 
 # Wire format: budgets of data sets are kept under digests of these.
@@ -141,6 +142,25 @@ def objects(values: Sequence[Any]) -> np.ndarray:
   for place, value in enumerate(values):  # At once, NumPy would stack lists.
     array[place] = value
   return array
+
+
+def check_one_type(values: Sequence[Any], name: str) -> None:
+  """Raises ValueError unless values are of one dtype, or all texts."""
+  kinds = set()
+  for value in values:
+    try:
+      array = np.asarray(value)
+    except ValueError:  # Lists of different lengths.
+      array = np.asarray(value, object)
+    if array.size:
+      kinds.add(
+        array.dtype if array.dtype.kind in "biufc" else array.dtype.kind
+      )
+  if len(kinds) > 1:
+    raise errors.ArgumentError(
+      f"column {name!r} must be an array, or a list of values of one type, such"
+      " as float; got several"
+    )
 
 
 def stack(values: Sequence[Any], name: str) -> np.ndarray:
