@@ -37,12 +37,16 @@ def of(module: str) -> Iterator[tuple[str, pathlib.Path]]:
   yield from waiting
   while waiting:
     _, path = waiting.pop()
-    for name in sorted(_imports(path) - seen - sys.stdlib_module_names):
+    for name in sorted(_imports(path) - seen):
       seen.add(name)
-      found = [*_files_at(*_places(name))]
-      if found and is_outside(found[0][1]):
-        waiting += found
-        yield from ((f"{name}: {inside}", path) for inside, path in found)
+      folders, file = _places(name)
+      # Before a folder is walked: installed ones hold thousands of files.
+      folders = [x for x in folders if is_outside(pathlib.Path(x))]
+      if not folders and (not file or not is_outside(pathlib.Path(file))):
+        continue
+      found = [*_files_at(folders, file)]
+      waiting += found
+      yield from ((f"{name}: {inside}", path) for inside, path in found)
 
 
 def _files_at(

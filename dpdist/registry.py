@@ -52,7 +52,7 @@ _T = TypeVar("_T")
 _STARTED = time.time()
 _PLAIN = (
   *(bool, int, float, complex, str, bytes),
-  *(type(None), np.generic, np.dtype),
+  *(type(None), type(...), np.generic, np.dtype),
 )
 # Kinds whose code decides what a run computes; an engine only starts a run.
 _DECIDE_STEPS = (
@@ -192,7 +192,7 @@ def code_sha256_of(
   else:
     modules = {_spelt_out(_home(_unwrapped(thing))) for thing in things} - {""}
   for module in sorted(modules):
-    if _is_ours(module) or module.split(".")[0] in sys.stdlib_module_names:
+    if _is_ours(module) or _is_of_python(module):
       continue
     if needs_files:
       _refuse_edited(module, setting)
@@ -221,7 +221,9 @@ class _Holdings:
     elif isinstance(thing, np.ndarray) and not thing.dtype.hasobject:
       content = hashlib.sha256(np.ascontiguousarray(thing).tobytes())
       self.values.append(f"{thing.dtype} {thing.shape} {content.hexdigest()}")
-    elif id(thing) not in self._seen:
+    elif id(thing) in self._seen:
+      self.values.append(f"the same as {[*self._seen].index(id(thing))}")
+    else:
       self._seen[id(thing)] = thing
       self._add_composed(thing)
 
@@ -237,18 +239,22 @@ class _Holdings:
       return
     elif isinstance(thing, type):
       self.modules.update(base.__module__ for base in thing.__mro__)
+      self.values.append(f"class {thing.__qualname__}")
       return
     elif isinstance(thing, types.FunctionType):
       self.modules.add(thing.__module__ or "")
-      parts = _held_by(thing)
+      parts = [thing.__qualname__, *_code(thing.__code__), *_held_by(thing)]
     elif isinstance(thing, types.MethodType):
       parts = [thing.__func__, thing.__self__]
     elif isinstance(thing, functools.partial):
       parts = [thing.func, thing.args, thing.keywords]
     elif isinstance(thing, types.BuiltinFunctionType | np.ufunc):
       parts = [repr(getattr(thing, "__module__", "")), thing.__name__]
+    elif hasattr(type(thing), "__array__"):  # Of JAX, or of PyTorch.
+      parts = [_as_array(thing, self._setting)]
     elif hasattr(thing, "__dict__"):
-      parts = [type(thing), vars(thing)]
+      slots = [getattr(thing, name, None) for name in _slots(type(thing))]
+      parts = [type(thing), vars(thing), slots]
     else:
       raise errors.ArgumentError(
         f"{self._setting} must have functions that hold numbers, texts, arrays"
@@ -257,6 +263,33 @@ class _Holdings:
       )
     for part in parts:
       self.add(part)
+
+
+def _code(code: types.CodeType) -> list[Any]:
+  """Returns what a function's code does, without where it stands."""
+  parts: list[Any] = [code.co_code, code.co_names, code.co_varnames]
+  for constant in code.co_consts:
+    is_code = isinstance(constant, types.CodeType)
+    parts += _code(constant) if is_code else [constant]
+  return parts
+
+
+def _slots(kind: type) -> list[str]:
+  """Returns the names of a class's slots, in which instances hold values."""
+  named = [getattr(base, "__slots__", ()) for base in kind.__mro__]
+  lists = [[slots] if isinstance(slots, str) else [*slots] for slots in named]
+  found = {name for names in lists for name in names}
+  return sorted(found - {"__dict__", "__weakref__"})
+
+
+def _as_array(thing: Any, setting: str) -> np.ndarray:
+  array = np.asarray(thing)
+  if array.dtype.hasobject:
+    raise errors.ArgumentError(
+      f"{setting} must have functions that hold arrays of numbers, got one with"
+      f" a {type(thing).__qualname__}"
+    )
+  return array
 
 
 def _held_by(function: types.FunctionType) -> list[Any]:
@@ -276,7 +309,10 @@ def _held_by(function: types.FunctionType) -> list[Any]:
     codes += [x for x in code.co_consts if isinstance(x, types.CodeType)]
   for name in sorted(names & function.__globals__.keys()):
     value = function.__globals__[name]
-    if _is_plain(value) or _outside_files.is_function(value):
+    # What a module holds besides may be anything, such as a logger.
+    is_told = _is_plain(value) or hasattr(type(value), "__array__")
+    is_told |= isinstance(value, functools.partial | types.SimpleNamespace)
+    if is_told or _outside_files.is_function(value):
       held += [name, value]
   return held
 
@@ -349,6 +385,14 @@ def _spelt_out(module: str) -> str:
   """Returns the full name of "__main__" where `python -m` was given one."""
   spec = getattr(sys.modules.get(module), "__spec__", None)
   return spec.name if module == "__main__" and spec is not None else module
+
+
+def _is_of_python(module: str) -> bool:
+  if module.partition(".")[0] not in sys.stdlib_module_names:
+    return False
+  # By the place: a user's own module may have such a name.
+  file = getattr(sys.modules.get(module), "__file__", None)
+  return not file or not _outside_files.is_outside(pathlib.Path(file))
 
 
 def _is_ours(module: str) -> bool:

@@ -130,8 +130,8 @@ def answer(future: ts.Future, what: str, num_bytes: int = 0) -> Any:
     try:
       found = future.result(_TICK_SECONDS)
     except TimeoutError:
-      if future.done():  # The store's own.
-        raise
+      if future.done():  # It came just now, or is the store's own.
+        return future.result()
     else:
       _silent.discard(what)
       return found

@@ -205,8 +205,9 @@ class Life:
     if stop > self._charged:
       last = self.present.position.last_step
       end = stop - stop % self._ahead + self._ahead
-      self._charged = max(stop, min(last, end))
-      self.present.charge(self._charged)
+      charged = max(stop, min(last, end))
+      self.present.charge(charged)
+      self._charged = charged
 
   def _enter(self, position: session_lib.Position, step: int) -> None:
     self._charged = step

@@ -41,7 +41,7 @@ class Copies:
   def check(self) -> None:
     """Raises SaveError unless something can be written and listed there."""
     self._put(_MARK, b"")
-    self._keys(f"{self._run}/")
+    self._keys(_MARK)
 
   def put(self, path: pathlib.Path) -> None:
     """Copies a checkpoint, with its manifest; SaveError if that fails."""

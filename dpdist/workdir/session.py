@@ -145,9 +145,11 @@ class Session:
     """Marks a step, which is charged, as begun; before it computes on data."""
     if self._ledger is not None:
       charged = self._ledger.branches[-1].stop_step
-      if step >= charged:
+      first = self.position.first_step
+      if not first <= step < charged:
         raise errors.LedgerError(
-          f"step must be charged before it begins, below {charged}, got {step}"
+          "step must be charged before it begins, at least"
+          f" {first} on this branch and below {charged}, got {step}"
         )
     self._begun = max(self._begun or 0, step + 1)
 

@@ -39,7 +39,15 @@ def shown(command: str) -> str:
 
 def line(name: str, *arguments: str) -> str:
   """Returns a command line of one of `COMMANDS` for people to run."""
-  return shown(shlex.join(["dpdist", name, *arguments]))
+  return shown(" ".join(map(_quoted, ["dpdist", name, *arguments])))
+
+
+def _quoted(argument: str) -> str:
+  """Returns an argument as a shell takes it, in one line."""
+  if argument.isprintable():
+    return shlex.quote(argument)
+  escaped = argument.encode("unicode_escape").decode().replace("'", "\\'")
+  return f"$'{escaped}'"
 
 
 def main() -> int:

@@ -1,9 +1,11 @@
 """Names of things that are plugged in, and a toy of each kind from outside."""
 
+import functools
 import importlib
 import sys
 import types
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -379,3 +381,56 @@ def test_a_name_is_given_once():
   thing = np.zeros(0)
   with pytest.raises(ValueError, match="must be new, got 'digits'"):
     registry.register("dataset", "digits")(thing)
+
+
+def _one(x):
+  return x
+
+
+def _other(x):
+  return -x
+
+
+class _Slotted:
+  __slots__ = ("__dict__", "value")
+
+  def __init__(self, value):
+    self.value = value
+
+  def __call__(self, x):
+    return x * self.value
+
+
+def _closed_over(value):
+  return lambda x: x + value
+
+
+@pytest.mark.parametrize(
+  ("one", "other"),
+  [
+    (_one, _other),
+    ([_one, _other], [_other, _one]),
+    (_closed_over(jnp.ones(2)), _closed_over(jnp.zeros(2))),
+    (_Slotted(1), _Slotted(2)),
+    (functools.partial(_one, [1], [2]), functools.partial(_one, [2], [1])),
+    (lambda x: x + 1, lambda x: x + 2),
+  ],
+  ids=["name", "order", "jax array", "slots", "arguments", "constant"],
+)
+def test_functions_of_one_file_are_told_apart(one, other):
+  digests = {
+    registry.code_sha256_of([thing], setting="map", needs_files=True)
+    for thing in (one, other)
+  }
+  assert len(digests) == 2
+
+
+def test_one_thing_that_is_held_twice_is_not_two():
+  x, y = [_one], [_other]
+  digests = {
+    registry.code_sha256_of(
+      [functools.partial(_one, x, y, last)], setting="map", needs_files=True
+    )
+    for last in (x, y)
+  }
+  assert len(digests) == 2

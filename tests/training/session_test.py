@@ -355,6 +355,30 @@ def test_a_branch_in_the_middle_of_a_step_is_paid_to_the_steps_end(
   assert not _problems(tmp_path)
 
 
+def test_a_loss_before_the_one_that_opened_a_branch_is_not_free(tmp_path):
+  """Losses may be asked in any order; the branch pays from the first on."""
+  released = []
+
+  def fails(value):
+    """A loop that fails before it saves, and begins with other parameters."""
+    with _of_three(tmp_path, 30) as session:
+      session.restore({"w": jnp.zeros(2)})
+      params = {"w": jnp.full(2, float(value))}
+      step = next(iter(session))
+      released.append(step.gradients(params, "b")["w"])
+      released.append(step.gradients(params, "a")["w"])
+      raise KeyError
+
+  with pytest.raises(KeyError):
+    fails(0)
+  with pytest.raises(errors.LedgerError, match=r"at least 1 on this branch"):
+    fails(1)
+  with pytest.raises(KeyError):
+    fails(2)
+  with _ledger(tmp_path) as ledger:
+    assert ledger.spent_steps >= len(released)
+
+
 def test_metrics_are_released_ones_alone(tmp_path):
   with _session(tmp_path) as session:
     next(iter(session))
