@@ -283,7 +283,10 @@ def _slots(kind: type) -> list[str]:
 
 
 def _as_array(thing: Any, setting: str) -> np.ndarray:
-  array = np.asarray(thing)
+  try:
+    array = np.asarray(thing)
+  except (TypeError, ValueError, RuntimeError):  # Such as a key of JAX.
+    array = np.array(None)
   if array.dtype.hasobject:
     raise errors.ArgumentError(
       f"{setting} must have functions that hold arrays of numbers, got one with"

@@ -102,7 +102,7 @@ def write_folder(
       f"output must be a new or empty directory, got {str(output)!r}",
       hint=errors.Hint(flags=("--output=ANOTHER",)),
     )
-  told = {
+  stated = {
     **facts,
     "num_parameters": sum(x.size for x in arrays.values()),
     "output": str(output),
@@ -110,7 +110,7 @@ def write_folder(
   output.mkdir(parents=True, exist_ok=True)
   settings = json.dumps({"model": dict(model)}, indent=2)
   (output / _CONFIG).write_text(settings + "\n")
-  (output / _CARD).write_text(card(told))
+  (output / _CARD).write_text(card(stated))
   if statistics is not None:
     text = json_fields.text(statistics) + "\n"
     (output / _STATISTICS).write_text(text)
@@ -119,12 +119,12 @@ def write_folder(
   temporary = output / (_PARAMS + ".tmp")
   # safetensors writes the memory of an array, whatever its strides are.
   flat = {name: np.require(x, requirements="C") for name, x in arrays.items()}
-  safetensors.save_file(flat, temporary, metadata=_metadata(told))
+  safetensors.save_file(flat, temporary, metadata=_metadata(stated))
   # safetensors makes files that only their owner can read; give this one the
   # mode of the other files.
   temporary.chmod((output / _CARD).stat().st_mode & 0o777)
   os.replace(temporary, output / _PARAMS)
-  return told
+  return stated
 
 
 def by_name(params: PyTree) -> dict[str, Any]:

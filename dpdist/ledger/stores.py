@@ -119,13 +119,12 @@ def patience(seconds: float) -> Iterator[None]:
 def answer(future: ts.Future, what: str, num_bytes: int = 0) -> Any:
   """Waits for a store, which is called `what`, and returns its answer.
 
-  What is written may take a second more for each MiB of num_bytes. A store that
-  is slow is named on the screen after ten seconds. Raises OSError, with
-  ETIMEDOUT, at the limit that `patience` sets, and soon where this process was
-  asked to stop, or the store was silent before. What was asked for may still
-  happen then.
+  What moves num_bytes may take a second more for each MiB. A store that is slow
+  is named on the screen after ten seconds. Raises OSError, with ETIMEDOUT, at
+  the limit that `patience` sets, and soon where this process was asked to stop,
+  or the store was silent before. What was asked for may still happen then.
   """
-  waited = 0.0
+  waited, more = 0.0, num_bytes / _SLOWEST_BYTES
   while True:
     try:
       found = future.result(_TICK_SECONDS)
@@ -136,7 +135,7 @@ def answer(future: ts.Future, what: str, num_bytes: int = 0) -> Any:
       _silent.discard(what)
       return found
     waited += _TICK_SECONDS
-    limit = _limit + num_bytes / _SLOWEST_BYTES if _limit else math.inf
+    limit = _limit + more if _limit else math.inf
     if waited == TELL_SECONDS < limit:
       until = f", up to {limit:g} s" if limit < math.inf else ""
       print(
@@ -146,7 +145,8 @@ def answer(future: ts.Future, what: str, num_bytes: int = 0) -> Any:
         flush=True,
       )
     if what in _silent or preemption.is_asked():
-      limit = min(limit, SHORT_SECONDS)
+      # A last checkpoint may be large, and its store alive.
+      limit = min(limit, SHORT_SECONDS + more)
     if waited >= limit:
       _silent.add(what)
       raise OSError(

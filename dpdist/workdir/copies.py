@@ -125,13 +125,12 @@ class Copies:
           part = slice(start, min(start + _PIECE_BYTES, known[name]))
           read = self._store.read(prefix + name, byte_range=part)
           try:
-            file.write(stores.answer(read, self._name).value)
-          except ValueError as error:
+            found = self._result(read, _PIECE_BYTES)
+          except errors.SaveError as error:
             if "OUT_OF_RANGE" in str(error):  # The copy is shorter.
               return False
-            raise self._error(error) from error
-          except NotImplementedError as error:
-            raise self._error(error) from error
+            raise
+          file.write(found.value)
     return manifest.problem(target, digest) is None
 
   def _keys(self, prefix: str) -> list[str]:
@@ -149,14 +148,12 @@ class Copies:
     try:
       return stores.answer(future, self._name, num_bytes)
     except (ValueError, OSError, NotImplementedError) as error:
-      raise self._error(error) from error
-
-  def _error(self, error: Exception) -> errors.SaveError:
-    reason = getattr(error, "strerror", None) or error
-    said = (str(reason).splitlines() or [type(error).__name__])[0]
-    return errors.SaveError(
-      f"checkpoint_copies {self._name!r} did not take or give a copy: {said}"
-    )
+      reason = getattr(error, "strerror", None) or error
+      first_line = (str(reason).splitlines() or [type(error).__name__])[0]
+      raise errors.SaveError(
+        f"checkpoint_copies {self._name!r} did not take or give a copy:"
+        f" {first_line}"
+      ) from error
 
 
 def _range(prefix: str) -> Any:

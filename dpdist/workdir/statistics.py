@@ -199,7 +199,7 @@ def rows(released: Mapping[str, Any]) -> list[tuple[str, str]]:
   """Returns a table of what was released, for the screen and the report."""
   found = []
   for name, answers in released["columns"].items():
-    told = [
+    parts = [
       f"{key.replace('_', ' ')} {value:.4g}"
       for key, value in answers.items()
       if isinstance(value, float)
@@ -207,8 +207,8 @@ def rows(released: Mapping[str, Any]) -> list[tuple[str, str]]:
     if "counts" in answers and answers["kind"] == "counts":
       pairs = zip(answers["values"], answers["counts"], strict=True)
       counts = [f"{value}: {count:,.0f}" for value, count in pairs]
-      told = [*counts[:_MANY], *(["..."] * (len(counts) > _MANY)), *told]
-    text = f"{answers['kind']}: {', '.join(told)}"
+      parts = [*counts[:_MANY], *(["..."] * (len(counts) > _MANY)), *parts]
+    text = f"{answers['kind']}: {', '.join(parts)}"
     found.append((f"private statistics of {name}", text))
   return found
 

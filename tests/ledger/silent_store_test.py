@@ -137,6 +137,19 @@ def test_a_request_to_stop_shortens_the_wait(line, monkeypatch):
   assert not preemption.is_asked()
 
 
+def test_a_large_last_checkpoint_has_time_after_a_request_to_stop(
+  line, monkeypatch
+):
+  """Its store is alive, and takes a second for each MiB."""
+  monkeypatch.setattr(stores, "SHORT_SECONDS", 0.5)
+  line.is_silent = True
+  with preemption.Notice() as notice, stores.patience(100.0):
+    notice.received = True
+    store = stores.answer(stores.opening(f"s3://{_BUCKET}/large"), "it")
+    threading.Timer(1.2, setattr, (line, "is_silent", False)).start()
+    stores.answer(store.write("key", b"x" * (3 << 20)), "it", 3 << 20)
+
+
 def test_a_store_that_answers_late_is_waited_for(line):
   line.is_silent = True
   threading.Timer(1.2, setattr, (line, "is_silent", False)).start()

@@ -5,6 +5,7 @@ import importlib
 import sys
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -423,6 +424,14 @@ def test_functions_of_one_file_are_told_apart(one, other):
     for thing in (one, other)
   }
   assert len(digests) == 2
+
+
+def test_what_cannot_be_told_apart_is_named():
+  thing = functools.partial(_one, jax.random.key(0))
+  with pytest.raises(
+    errors.ArgumentError, match="map must have functions that"
+  ):
+    registry.code_sha256_of([thing], setting="map", needs_files=True)
 
 
 def test_one_thing_that_is_held_twice_is_not_two():
