@@ -1,11 +1,9 @@
 """Data in a bucket, of a server that speaks S3."""
 
 import gzip
-import http.client
 import os
 import stat
 
-from moto import server as moto_server
 import numpy as np
 import pyarrow as pa
 from pyarrow import fs
@@ -23,6 +21,7 @@ from dpdist.data import sources
 from dpdist.files import places
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.ledger import stores
+from tests.support import object_store
 
 _ROWS = 60
 _OPTIONS = {
@@ -35,24 +34,16 @@ _OPTIONS = {
 
 @pytest.fixture(scope="module")
 def server():
-  found = moto_server.ThreadedMotoServer(port=0, verbose=False)
-  found.start()
-  yield found.get_host_and_port()[1]
-  found.stop()
+  with object_store.serving("examples") as port:
+    yield port
 
 
 @pytest.fixture
 def put(server, monkeypatch):
   """Returns a function that puts bytes into the bucket, and returns a URL."""
-  monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-  monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
-  monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+  for name, value in object_store.VARIABLES.items():
+    monkeypatch.setenv(name, value)
   monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server}")
-
-  connection = http.client.HTTPConnection("127.0.0.1", server)
-  connection.request("PUT", "/examples")
-  connection.getresponse().read()
-  connection.close()
 
   def into(name, body):
     url = f"s3://examples/{name}"

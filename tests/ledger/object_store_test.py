@@ -5,13 +5,13 @@ import http.server
 import json
 import threading
 
-from moto import server as moto_server
 import pytest
 
 from dpdist import errors
 from dpdist.ledger import budgets
 from dpdist.ledger import data_budget
 from dpdist.ledger import records
+from tests.support import object_store
 
 _BUCKET = "ledgers"
 
@@ -75,23 +75,18 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture(scope="module")
 def store():
-  server = moto_server.ThreadedMotoServer(port=0, verbose=False)
-  server.start()
-  yield server.get_host_and_port()[1]
-  server.stop()
+  with object_store.serving(_BUCKET) as port:
+    yield port
 
 
 @pytest.fixture
 def proxy(store, monkeypatch):
-  for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-    monkeypatch.setenv(name, "test")
+  for name, value in object_store.VARIABLES.items():
+    monkeypatch.setenv(name, value)
   monkeypatch.setattr(records, "PATIENCE_SECONDS", 0.1)
   proxy = _Proxy(store)
   thread = threading.Thread(target=proxy.serve_forever)
   thread.start()
-  connection = http.client.HTTPConnection("127.0.0.1", store)
-  connection.request("PUT", f"/{_BUCKET}")
-  connection.getresponse().read()
   yield proxy
   proxy.shutdown()
   thread.join()

@@ -1,6 +1,5 @@
 """Stores that stop answering: every wait for them ends, and says so."""
 
-import http.client
 import json
 import os
 import pathlib
@@ -12,7 +11,6 @@ import sys
 import threading
 import time
 
-from moto import server as moto_server
 import pytest
 
 from dpdist import errors
@@ -21,6 +19,7 @@ from dpdist.ledger import data_budget
 from dpdist.ledger import ledger as ledger_lib
 from dpdist.ledger import records
 from dpdist.ledger import stores
+from tests.support import object_store
 
 _ROOT = pathlib.Path(__file__).parents[2]
 _BUCKET = "silent"
@@ -70,15 +69,8 @@ class _Line(threading.Thread):
 
 @pytest.fixture(scope="module")
 def store():
-  server = moto_server.ThreadedMotoServer(port=0, verbose=False)
-  server.start()
-  port = server.get_host_and_port()[1]
-  connection = http.client.HTTPConnection("127.0.0.1", port)
-  connection.request("PUT", f"/{_BUCKET}")
-  connection.getresponse().read()
-  connection.close()
-  yield port
-  server.stop()
+  with object_store.serving(_BUCKET) as port:
+    yield port
 
 
 @pytest.fixture
@@ -94,9 +86,7 @@ def line(store, monkeypatch):
 
 def _variables(line):
   return {
-    "AWS_ACCESS_KEY_ID": "test",
-    "AWS_SECRET_ACCESS_KEY": "test",
-    "AWS_DEFAULT_REGION": "us-east-1",
+    **object_store.VARIABLES,
     "AWS_ENDPOINT_URL": f"http://127.0.0.1:{line.port}",
   }
 

@@ -220,9 +220,9 @@ def test_an_editable_install_has_both_names(tmp_path):
   programs = installed.install(tmp_path / "environment", wheel)
   run = "--workdir=none"
   said = installed.run(programs / "dpdist", "verify", run, cwd=tmp_path, code=2)
-  assert f"try: dpdist train --config=digits {run}" in said
+  assert f"try: dpdist verify {run} --ledger=" in said
   python = (programs / "python", "-m")
   said = installed.run(*python, "launch.verify", run, cwd=tree, code=2)
-  assert f"try: python -m launch.train --config=digits {run}" in said
+  assert f"try: python -m launch.verify {run} --ledger=" in said
   said = installed.run(*python, "dpdist", "verify", run, cwd=tree, code=2)
-  assert f"try: dpdist train --config=digits {run}" in said
+  assert f"try: dpdist verify {run} --ledger=" in said

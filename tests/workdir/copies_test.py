@@ -1,12 +1,10 @@
 """Copies of checkpoints come back whole or not at all, from a bucket too."""
 
-import http.client
 import json
 import pathlib
 import shutil
 
 import jax.numpy as jnp
-from moto import server as moto_server
 import numpy as np
 import pytest
 
@@ -22,16 +20,15 @@ from dpdist.workdir import checkpoints as checkpoints_lib
 from dpdist.workdir import copies as copies_lib
 from dpdist.workdir import manifest
 from dpdist.workdir import verify
+from tests.support import object_store
 
 _RUN = "a" * 64
 
 
 @pytest.fixture(scope="module")
 def server():
-  found = moto_server.ThreadedMotoServer(port=0, verbose=False)
-  found.start()
-  yield found.get_host_and_port()[1]
-  found.stop()
+  with object_store.serving("copies") as port:
+    yield port
 
 
 def _spec(port, path):
@@ -50,12 +47,8 @@ def _spec(port, path):
 def location(request, server, tmp_path, monkeypatch):
   if request.param == "disk":
     return str(tmp_path / "copies")
-  for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-    monkeypatch.setenv(name, "test")
-  connection = http.client.HTTPConnection("127.0.0.1", server)
-  connection.request("PUT", "/copies")
-  connection.getresponse().read()
-  connection.close()
+  for name, value in object_store.VARIABLES.items():
+    monkeypatch.setenv(name, value)
   return _spec(server, f"{request.node.name}/")
 
 
