@@ -256,3 +256,18 @@ def test_a_config_that_cannot_be_audited_is_refused():
     canaries.prepare(_config(examples_per_user=2))
   with pytest.raises(ValueError, match=r"canary must be one of .* got 'bird'"):
     canaries.prepare(_config(), canary="bird")
+
+
+def test_what_private_statistics_cost_is_not_claimed_of_the_step():
+  """Canaries see no statistics, and a fault could hide in that much more."""
+  program = _program()
+  plan = dataclasses.replace(program.plan, statistics_noise_multiplier=0.2)
+  paid = program._replace(
+    experiment=dataclasses.replace(program.experiment, plan=plan)
+  )
+  plain, other = (
+    audit.audit(each, num_trials=200, seed=0) for each in (program, paid)
+  )
+  assert plan.epsilon() > 2 * program.plan.epsilon()
+  assert other.epsilon_claimed == plain.epsilon_claimed
+  assert other.epsilon_lower_bound == plain.epsilon_lower_bound

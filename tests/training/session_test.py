@@ -22,6 +22,7 @@ from dpdist.ledger import ledger as ledger_lib
 from dpdist.mechanism import mechanism
 from dpdist.own_loop import commitments
 from dpdist.own_loop import release
+from dpdist.workdir import session as workdir_session
 from dpdist.workdir import verify
 from tests.support import jobs
 
@@ -353,6 +354,27 @@ def test_a_branch_in_the_middle_of_a_step_is_paid_to_the_steps_end(
   if num_steps == 6:
     assert (tmp_path / "releases.jsonl").read_text() == lines
   assert not _problems(tmp_path)
+
+
+def test_a_charge_that_failed_is_made_again(tmp_path, monkeypatch):
+  """As where a data set's budget says that a copy went on in this place."""
+  charge, failed = workdir_session.Session.charge, []
+
+  def failing(self, stop):
+    if not failed:
+      failed.append(stop)
+      raise errors.LedgerError("a copy of this run went on")
+    charge(self, stop)
+
+  monkeypatch.setattr(workdir_session.Session, "charge", failing)
+  with _session(tmp_path) as session:
+    with pytest.raises(errors.LedgerError, match="a copy"):
+      next(iter(session))
+    with _ledger(tmp_path) as ledger:
+      assert ledger.spent_steps == 0
+    next(iter(session)).gradients({"w": jnp.ones(2)})
+    with _ledger(tmp_path) as ledger:
+      assert ledger.spent_steps > 0
 
 
 def test_a_loss_before_the_one_that_opened_a_branch_is_not_free(tmp_path):
