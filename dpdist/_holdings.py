@@ -130,9 +130,9 @@ def _held_by(function: types.FunctionType) -> list[Any]:
   for name in sorted(names & function.__globals__.keys()):
     value = function.__globals__[name]
     # What a module holds besides may be anything, such as a logger.
-    is_told = _is_plain(value) or hasattr(type(value), "__array__")
-    is_told |= isinstance(value, functools.partial | types.SimpleNamespace)
-    if is_told or _outside_files.is_function(value):
+    is_covered = _is_plain(value) or hasattr(type(value), "__array__")
+    is_covered |= isinstance(value, functools.partial | types.SimpleNamespace)
+    if is_covered or _outside_files.is_function(value):
       held += [name, value]
   return held
 

@@ -74,11 +74,11 @@ def of_state(
     },
     sort_keys=False,
   )
-  told = "The loop told of no held-out metrics at this step.\n"
+  results = "The loop logged no held-out metrics at this step.\n"
   if scores:
     rows = [(metric, f"{value:.4f}") for metric, value in scores.items()]
-    told = "As the loop told of them; nothing was computed anew.\n\n"
-    told += _table(rows)
+    results = "The loop logged these; nothing was computed anew.\n\n"
+    results += _table(rows)
   parts = [
     f"---\n{front}---\n",
     f"# {name}\n",
@@ -89,7 +89,7 @@ def of_state(
     "## Plan\n",
     _table(_plan_rows(ledger)),
     "## Held-out results\n",
-    told,
+    results,
     *_provenance(ledger, environment, facts),
     "## Use\n",
     _USE_OF_GIVEN,

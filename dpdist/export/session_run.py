@@ -1,8 +1,8 @@
 """Loads and exports what a loop of one's own, a `dpdist.Session`, has saved.
 
 Nothing here knows the loop's model or its held-out examples. What is loaded are
-the arrays of its state, by their paths, and what is told of them is what the
-loop logged. Like `dpdist.export.load_run`, this spends nothing, and refuses a
+the arrays of its state, by their paths, and their scores are what the loop
+logged. Like `dpdist.export.load_run`, this spends nothing, and refuses a
 run whose record is not sound.
 """
 
@@ -78,8 +78,8 @@ def load(
   saved = load_run.find(
     workdir, ledger, step, lambda x: facts(x).get("loop_steps", x.step)
   )
-  told = facts(saved)
-  if "arrays" not in told:
+  recorded = facts(saved)
+  if "arrays" not in recorded:
     raise errors.ArgumentError(
       "workdir must hold a checkpoint that names its arrays, got one of an"
       f" earlier release of dpdist in {str(workdir)!r}: go on with the loop,"
@@ -87,13 +87,13 @@ def load(
     )
   kept = checkpoints.restore_any(folder, saved)
   leaves = [leaf for _, leaf in sorted(kept.get("leaves", {}).items())]
-  arrays = dict(zip(told["arrays"], leaves, strict=True))
+  arrays = dict(zip(recorded["arrays"], leaves, strict=True))
   if len(arrays) < len(leaves):
     raise errors.ArgumentError(
       "state must have arrays whose paths differ when they are joined by dots,"
       f" got {sorted(arrays)} for {len(leaves)} arrays"
     )
-  return Saved(workdir, ledger, told["loop_steps"], arrays)
+  return Saved(workdir, ledger, recorded["loop_steps"], arrays)
 
 
 def evaluate(saved: Saved) -> dict[str, Any]:

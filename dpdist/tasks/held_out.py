@@ -60,7 +60,7 @@ class Evaluator:
         no array.
     """
     self._tell = tell
-    self._told: set[str] = set()
+    self._shown: set[str] = set()
     self._test, self._mesh = test, mesh
     self._size = len(next(iter(test.values())))
     self._metrics = task.metrics or _loss_alone(task)
@@ -168,8 +168,8 @@ class Evaluator:
       if is_trial or self._tell is None:
         raise
       value, problem = math.nan, f"{error}: the metric is NaN"
-    if self._tell is not None and problem not in self._told:
-      self._told.add(problem)
+    if self._tell is not None and problem not in self._shown:
+      self._shown.add(problem)
       self._tell(problem)
     return value
 
